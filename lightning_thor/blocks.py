@@ -1,0 +1,117 @@
+"""A width cut into equal diagonal blocks: covariances straight into them, and products with them.
+
+A factor of width d is stored as ``[groups, n_blocks, size, size]``; nothing of size d x d is ever made when blocks are
+smaller. A diagonal factor is the case ``size == 1``. Where ``size * n_blocks`` exceeds the width, the last block is
+padded with zeros, which damping turns into harmless numbers that no product reads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Blocks(NamedTuple):
+    """How a factor is cut: ``groups`` independent ones (grouped convolutions), each ``n_blocks`` blocks of ``size``."""
+
+    groups: int
+    width: int
+    n_blocks: int
+    size: int
+
+    @property
+    def padding(self) -> int:
+        """Rows of zeros after the width, so that all blocks have one size."""
+        return self.n_blocks * self.size - self.width
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.groups, self.n_blocks, self.size, self.size
+
+
+def cut(width: int, block_size: int | None, groups: int = 1) -> Blocks:
+    """Cut ``width`` into equal blocks of at most ``block_size``; ``None`` keeps it whole.
+
+    A size that divides the width is preferred, if it is no smaller than half of ``block_size``: it needs no padding.
+
+    >>> cut(100, 128).shape, cut(576, 128).shape, cut(257, 128)
+    ((1, 1, 100, 100), (1, 6, 96, 96), Blocks(groups=1, width=257, n_blocks=3, size=86))
+    """
+    if block_size is None or width <= block_size:
+        return Blocks(groups, width, 1, width)
+    for size in range(block_size, max(block_size // 2, 1) - 1, -1):
+        if width % size == 0:
+            return Blocks(groups, width, width // size, size)
+    n_blocks = -(-width // block_size)
+    return Blocks(groups, width, n_blocks, -(-width // n_blocks))
+
+
+def diagonal(width: int) -> Blocks:
+    """A diagonal factor: blocks of size 1."""
+    return Blocks(1, width, width, 1)
+
+
+def add_covariance_(into: Tensor, rows: Tensor, blocks: Blocks) -> None:
+    """Add the diagonal blocks of ``rows @ rows.T`` to ``into``.
+
+    Args:
+        into: ``[groups, n_blocks, size, size]``, contiguous, changed in place.
+        rows: features first, ``[groups, width, n]``, in the dtype of ``into``; any strides.
+        blocks: the cut of ``width``.
+
+    >>> x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
+    >>> out = torch.zeros(diagonal(2).shape)
+    >>> add_covariance_(out, x, diagonal(2))
+    >>> out.flatten()
+    tensor([ 5., 25.])
+    """
+    if blocks.padding:
+        rows = F.pad(rows, (0, 0, 0, blocks.padding))
+    if blocks.size == 1:
+        into.view(blocks.groups, blocks.n_blocks).add_(rows.square().sum(-1))
+        return
+    x = rows.reshape(blocks.groups * blocks.n_blocks, blocks.size, rows.shape[-1])
+    into.view(-1, blocks.size, blocks.size).baddbmm_(x, x.mT)
+
+
+def left_product(factor: Tensor, matrix: Tensor, blocks: Blocks) -> Tensor:
+    """``blockdiag(factor) @ matrix``.
+
+    Args:
+        factor: ``[groups, n_blocks, size, size]``.
+        matrix: ``[groups, width, n]``.
+
+    Returns:
+        ``[groups, width, n]``.
+    """
+    groups, width, n = matrix.shape
+    if blocks.size == 1:
+        return factor.reshape(groups, blocks.n_blocks, 1) * matrix
+    if blocks.padding:
+        matrix = F.pad(matrix, (0, 0, 0, blocks.padding))
+    split = matrix.reshape(groups * blocks.n_blocks, blocks.size, n)
+    product = torch.bmm(factor.reshape(-1, blocks.size, blocks.size), split)
+    return product.view(groups, blocks.n_blocks * blocks.size, n)[:, :width]
+
+
+def right_product(matrix: Tensor, factor: Tensor, blocks: Blocks) -> Tensor:
+    """``matrix @ blockdiag(factor)``.
+
+    Args:
+        matrix: ``[groups, m, width]``.
+        factor: ``[groups, n_blocks, size, size]``.
+
+    Returns:
+        ``[groups, m, width]``.
+    """
+    groups, m, width = matrix.shape
+    if blocks.size == 1:
+        return matrix * factor.reshape(groups, 1, blocks.n_blocks)
+    if blocks.padding:
+        matrix = F.pad(matrix, (0, blocks.padding))
+    split = matrix.reshape(groups, m, blocks.n_blocks, blocks.size).transpose(1, 2)
+    product = torch.matmul(split, factor)
+    return product.transpose(1, 2).reshape(groups, m, -1)[..., :width]

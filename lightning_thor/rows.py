@@ -1,0 +1,157 @@
+"""Any layer as rows: what a forward input and an output gradient say about the layer's weight.
+
+Every function takes ``(module, a, g, dtype, max_rows)`` and gives `Rows`. For a layer with a matrix weight,
+``rows.g @ rows.a.mT`` is the gradient of the weight, as a matrix ``[groups, out, in]``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
+
+class Rows(NamedTuple):
+    """What one call of a layer contributes to its statistics; features first, so that a factor is ``x @ x.mT``."""
+
+    a: Tensor | None
+    """Inputs ``[groups, in, n]``; None where A is given by `token_counts` or does not exist."""
+    g: Tensor
+    """Output gradients of the loss as it was summed or averaged, ``[groups, out, n]``."""
+    n_rows: int | Tensor
+    """How many rows A was summed over."""
+    n_samples: int
+    """How many samples these rows belong to: the terms of the loss that they saw."""
+    token_counts: Tensor | None = None
+    """Embeddings: how often each token stood in the input, ``[vocabulary]``: the diagonal of A, summed."""
+
+
+def loss_terms(module: nn.Module, g: Tensor) -> int:
+    """How many terms the mean of the loss is taken to have: the batch size for convolutions and batch norms, all
+    leading dimensions for layers on the last dimension (a loss per token)."""
+    if isinstance(module, Convolution):
+        return g.shape[0] if g.dim() == len(module.kernel_size) + 2 else 1
+    if isinstance(module, BatchNorm):
+        return g.shape[0]
+    width = module.weight.shape.numel() if isinstance(module, nn.LayerNorm) else g.shape[-1]
+    return g.numel() // max(width, 1)
+
+
+@lru_cache(maxsize=256)
+def spread(n: int, max_rows: int | None, device: torch.device) -> Tensor | None:
+    """Indices of at most ``max_rows`` of ``n`` rows, spread evenly; None stands for all.
+
+    A multiplicative sequence by the golden ratio rather than every k-th row: a stride that divides the length of a
+    sequence would see the same few positions for ever.
+
+    >>> spread(10, 3, torch.device("cpu")), spread(3, 10, torch.device("cpu"))
+    (tensor([0, 7, 4]), None)
+    """
+    if max_rows is None or n <= max_rows:
+        return None
+    step = max(1, round(n * 0.6180339887498949)) | 1
+    while math.gcd(step, n) != 1:
+        step += 2
+    return (torch.arange(max_rows, dtype=torch.int64) * step % n).to(device)
+
+
+def _pick(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
+
+
+def linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """``a [..., in]``, ``g [..., out]``: every position is a row."""
+    # reshape, never view: gradients can come in any memory format.
+    a, g = a.detach().reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+    index = spread(a.shape[0], max_rows, a.device)
+    a, g = _pick(a, index).to(dtype), _pick(g, index).to(dtype)
+    return Rows(a.T[None], g.T[None], a.shape[0], a.shape[0])
+
+
+def conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """``a [batch, channels, *space]``, ``g [batch, out, *space]``: every output position is a row, its patch the input.
+
+    With ``max_rows`` whole samples are left out, never single positions.
+    """
+    kernel = module.kernel_size
+    if a.dim() == len(kernel) + 1:
+        a, g = a[None], g[None]
+    positions = g.shape[2:].numel()
+    index = spread(a.shape[0], None if max_rows is None else max(1, max_rows // max(positions, 1)), a.device)
+    a, g = _pick(a.detach(), index).to(dtype), _pick(g, index).to(dtype)
+    n_rows = g.shape[0] * positions
+    gradients = g.movedim(0, 1).reshape(module.groups, module.out_channels // module.groups, n_rows)
+    return Rows(patches(module, a), gradients, n_rows, g.shape[0])
+
+
+def patches(module: Convolution, a: Tensor) -> Tensor:
+    """The input patch behind each output position: ``[batch, channels, *space]`` to ``[groups, in * kernel, rows]``."""
+    dims = len(module.kernel_size)
+    windows = F.pad(a, _padding(module), mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    for axis in range(dims):
+        reach = (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
+        windows = windows.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
+    # [batch, channels, *out, *kernel] -> [channels, *kernel, batch, *out]: runs along the last axis stay whole.
+    order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
+    width = module.in_channels // module.groups * torch.Size(module.kernel_size).numel()
+    n_rows = windows.shape[0] * windows.shape[2 : 2 + dims].numel()
+    return windows.permute(order).reshape(module.groups, width, n_rows)
+
+
+def _padding(module: Convolution) -> list[int]:
+    """Zeros or copies before and after each axis, last axis first as `F.pad` wants; "same" puts the odd one after."""
+    pads: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        if module.padding == "valid":
+            pads += [0, 0]
+        elif module.padding == "same":
+            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [int(module.padding[axis])] * 2
+    return pads
+
+
+def embedding_rows(module: nn.Embedding, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """``a [...]`` token numbers, ``g [..., width]``: a row per token, its input one-hot; `padding_idx` is no row.
+
+    Counts are cheap and rare tokens matter, so ``max_rows`` leaves nothing out here.
+    """
+    tokens, g = a.detach().reshape(-1), g.reshape(-1, g.shape[-1]).to(dtype)
+    counted = torch.ones(tokens.shape, dtype=dtype, device=tokens.device)
+    if module.padding_idx is not None:
+        counted = (tokens != module.padding_idx).to(dtype)
+        g = g * counted[:, None]
+    counts = torch.zeros(module.num_embeddings, dtype=dtype, device=tokens.device).index_add_(0, tokens, counted)
+    return Rows(None, g.T[None], counted.sum(), tokens.shape[0], counts)
+
+
+def layer_norm_rows(module: nn.LayerNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """Gradients of scale and shift at each position, one under the other: ``[1, 2 * width, rows]``."""
+    width = torch.Size(module.normalized_shape).numel()
+    normal = F.layer_norm(a.detach().to(dtype), module.normalized_shape, eps=module.eps).reshape(-1, width)
+    g = g.to(dtype).reshape(-1, width)
+    return _scale_and_shift(module, g * normal, g)
+
+
+def batch_norm_rows(module: BatchNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, batch]``."""
+    a, g = a.detach().to(dtype), g.to(dtype)
+    uses_batch = module.training or module.running_mean is None or module.running_var is None
+    mean = None if uses_batch else module.running_mean.to(dtype)  # type: ignore[union-attr]
+    var = None if uses_batch else module.running_var.to(dtype)  # type: ignore[union-attr]
+    normal = F.batch_norm(a, mean, var, training=uses_batch, eps=module.eps)
+    per_sample = (*g.shape[:2], -1)
+    return _scale_and_shift(module, (g * normal).reshape(per_sample).sum(-1), g.reshape(per_sample).sum(-1))
+
+
+def _scale_and_shift(module: nn.LayerNorm | BatchNorm, scale: Tensor, shift: Tensor) -> Rows:
+    both = [scale] if module.bias is None else [scale, shift]
+    return Rows(None, torch.cat(both, dim=1).T[None], scale.shape[0], scale.shape[0])

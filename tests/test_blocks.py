@@ -1,0 +1,61 @@
+"""Laws of blocks: everything equals the dense computation, masked to the diagonal blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_thor.blocks import Blocks, add_covariance_, cut, diagonal, left_product, right_product
+
+CUTS = [cut(12, 4), cut(12, None), cut(7, 3), cut(9, 2, groups=3), cut(5, 8), cut(1, 4), diagonal(6), cut(257, 128)]
+
+
+def dense(blocks: Tensor, layout: Blocks) -> Tensor:
+    """``[groups, width, width]`` with the blocks on the diagonal."""
+    return torch.stack([torch.block_diag(*group)[: layout.width, : layout.width] for group in blocks])
+
+
+def mask(layout: Blocks) -> Tensor:
+    return dense(torch.ones(layout.shape, dtype=torch.float64), layout)
+
+
+@pytest.mark.parametrize("layout", CUTS, ids=str)
+def test_a_cut_covers_the_width_in_equal_blocks(layout: Blocks) -> None:
+    assert layout.n_blocks * layout.size >= layout.width
+    assert 0 <= layout.padding < layout.n_blocks
+    assert mask(layout).shape == (layout.groups, layout.width, layout.width)
+
+
+@pytest.mark.parametrize("layout", CUTS, ids=str)
+def test_covariance_is_the_dense_one_masked(layout: Blocks) -> None:
+    rows = torch.randn(layout.groups, layout.width, 11, dtype=torch.float64)
+    out = torch.zeros(layout.shape, dtype=torch.float64)
+    add_covariance_(out, rows, layout)
+    add_covariance_(out, rows, layout)
+    torch.testing.assert_close(dense(out, layout), 2 * rows @ rows.mT * mask(layout))
+
+
+def test_covariance_takes_rows_of_any_strides() -> None:
+    layout, rows = cut(12, 4), torch.randn(11, 12, dtype=torch.float64)
+    out = torch.zeros(layout.shape, dtype=torch.float64)
+    add_covariance_(out, rows.T[None], layout)
+    torch.testing.assert_close(dense(out, layout)[0], rows.T @ rows * mask(layout)[0])
+
+
+@pytest.mark.parametrize("layout", CUTS, ids=str)
+def test_products_are_the_dense_ones(layout: Blocks) -> None:
+    factor = torch.randn(layout.shape, dtype=torch.float64)
+    full = dense(factor, layout)
+    matrix = torch.randn(layout.groups, layout.width, 5, dtype=torch.float64)
+    torch.testing.assert_close(left_product(factor, matrix, layout), full @ matrix)
+    torch.testing.assert_close(right_product(matrix.mT, factor, layout), matrix.mT @ full)
+
+
+def test_a_divisor_of_the_width_needs_no_padding() -> None:
+    assert [(c.size, c.padding) for c in (cut(576, 128), cut(512, 128), cut(300, 128), cut(131, 128))] == [
+        (96, 0),
+        (128, 0),
+        (100, 0),
+        (66, 1),
+    ]

@@ -1,0 +1,197 @@
+"""Laws of rows: ``g @ a.T`` is the weight's gradient, and factors equal those of per-sample gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_thor import Curvature
+from lightning_thor.layers import Layer, layers_of
+
+Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
+CASES: dict[str, Case] = {
+    "linear": (lambda: nn.Linear(5, 3), (7, 5)),
+    "linear, no bias": (lambda: nn.Linear(5, 3, bias=False), (7, 5)),
+    "linear on a sequence": (lambda: nn.Linear(5, 3), (4, 6, 5)),
+    "linear on a vector": (lambda: nn.Linear(5, 3), (5,)),
+    "linear, four dimensions": (lambda: nn.Linear(5, 3), (2, 3, 2, 5)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (3, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(3, 4, 3), (5, 3, 6, 7)),
+    "conv2d, 1x1": (lambda: nn.Conv2d(3, 4, 1, stride=2), (5, 3, 6, 7)),
+    "conv2d, stride and padding": (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (5, 3, 6, 7)),
+    "conv2d, same": (lambda: nn.Conv2d(3, 4, (2, 4), padding="same"), (5, 3, 6, 7)),
+    "conv2d, valid": (lambda: nn.Conv2d(3, 4, 3, padding="valid"), (5, 3, 6, 7)),
+    "conv2d, not square": (lambda: nn.Conv2d(3, 4, (1, 5), stride=(2, 1), padding=(0, 2)), (5, 3, 6, 7)),
+    "conv2d, dilated": (lambda: nn.Conv2d(3, 4, 3, dilation=(2, 1), padding=2), (5, 3, 7, 7)),
+    "conv2d, dilated same": (lambda: nn.Conv2d(3, 4, 3, dilation=2, padding="same"), (5, 3, 7, 7)),
+    "conv2d, circular": (lambda: nn.Conv2d(3, 4, 3, padding=(1, 2), padding_mode="circular"), (5, 3, 6, 7)),
+    "conv2d, reflect": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (5, 3, 6, 7)),
+    "conv2d, replicate same": (lambda: nn.Conv2d(3, 4, 4, padding="same", padding_mode="replicate"), (5, 3, 6, 7)),
+    "conv2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (5, 4, 5, 5)),
+    "conv2d, depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), (5, 4, 5, 5)),
+    "conv2d, one image": (lambda: nn.Conv2d(3, 4, 3), (3, 6, 7)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, (2, 3, 1), stride=(1, 2, 1), padding=1), (2, 2, 4, 5, 3)),
+    "layer norm": (lambda: nn.LayerNorm(5), (7, 5)),
+    "layer norm, two dimensions": (lambda: nn.LayerNorm((4, 5)), (7, 4, 5)),
+    "layer norm, no bias": (lambda: nn.LayerNorm(5, bias=False), (3, 4, 5)),
+    "batch norm 1d": (lambda: nn.BatchNorm1d(5), (7, 5)),
+    "batch norm 2d": (lambda: nn.BatchNorm2d(3), (7, 3, 4, 4)),
+    "batch norm, kept in eval mode": (lambda: nn.BatchNorm2d(3).eval(), (7, 3, 4, 4)),
+}
+
+
+def seen_by(module: nn.Module, x: Tensor, precondition_bias: bool = False) -> tuple[Layer, Tensor, Tensor]:
+    """The layer, its input and the gradient of a random smooth loss of its output; gradients are filled in."""
+    (layer,) = layers_of(module, block_size=None, precondition_bias=precondition_bias)[0].values()
+    y = module(x)
+    y.retain_grad()
+    (y * torch.randn_like(y)).sin().mean().backward()
+    assert y.grad is not None
+    return layer, x, y.grad
+
+
+def grad_matrix(layer: Layer) -> Tensor:
+    return layer.kind.to_matrix(layer, [p.grad for p in layer.parameters if p.grad is not None])
+
+
+@pytest.mark.parametrize("precondition_bias", [False, True])
+@pytest.mark.parametrize(
+    ("name", "memory_format"),
+    [(name, torch.contiguous_format) for name in CASES]
+    + [(name, torch.channels_last) for name, (_, shape) in CASES.items() if len(shape) == 4],
+)
+def test_g_times_a_is_the_gradient(name: str, memory_format: torch.memory_format, precondition_bias: bool) -> None:
+    make, shape = CASES[name]
+    x = torch.randn(shape, dtype=torch.float64).to(memory_format=memory_format)
+    module = make().double()
+    layer, a, g = seen_by(module, x, precondition_bias)
+    rows = layer.observe(a, g, torch.float64, None)
+    found = rows.g.sum(-1, keepdim=True) if rows.a is None else rows.g @ rows.a.mT
+    torch.testing.assert_close(found, grad_matrix(layer), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_embedding_rows_give_the_gradient(padding_idx: int | None) -> None:
+    module = nn.Embedding(6, 4, padding_idx=padding_idx).double()
+    layer, a, g = seen_by(module, torch.tensor([[0, 2, 5], [5, 2, 1]]))
+    rows = layer.observe(a, g, torch.float64, None)
+    one_hot = torch.nn.functional.one_hot(a.flatten(), 6).double()
+    torch.testing.assert_close(rows.g @ one_hot, grad_matrix(layer), rtol=1e-10, atol=1e-12)
+    kept = one_hot if padding_idx is None else one_hot[a.flatten() != padding_idx]
+    assert rows.token_counts is not None
+    torch.testing.assert_close(rows.token_counts, kept.sum(0))
+    assert int(rows.n_rows) == len(kept)
+
+
+class PerSample(nn.Module):
+    """A layer and the sum of squares of its output for each sample: a loss whose gradients can be had one by one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def losses(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return (y * torch.linspace(1.0, 2.0, y[0].numel(), dtype=y.dtype).view(y[0].shape)).sin().flatten(1).sum(1)
+
+
+PER_SAMPLE = [
+    "linear",
+    "conv1d",
+    "conv2d, stride and padding",
+    "conv2d, groups",
+    "conv2d, depthwise",
+    "conv2d, circular",
+    "conv3d",
+]
+
+
+@pytest.mark.parametrize("name", [*PER_SAMPLE, "layer norm", "batch norm, kept in eval mode"])
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+def test_factors_are_those_of_per_sample_gradients(name: str, loss_reduction: str) -> None:
+    """Brute force: each sample alone through the layer, its patches by F.unfold's definition, its output gradient."""
+    make, shape = CASES[name]
+    model = PerSample(make().double())
+    x = torch.randn(shape, dtype=torch.float64)
+    curvature = Curvature(model, block_size=None, averaging=0.0, max_rows=None, loss_reduction=loss_reduction)
+    losses = model.losses(x)
+    (losses.mean() if loss_reduction == "mean" else losses.sum()).backward()
+    curvature.update()
+    layer = curvature.layers["layer"]
+    A = torch.zeros(layer.A.shape, dtype=torch.float64) if layer.A else None
+    G = torch.zeros(layer.G.shape, dtype=torch.float64)
+    for sample in x:
+        model.zero_grad()
+        y = model.layer(sample[None])
+        y.retain_grad()
+        weights = torch.linspace(1.0, 2.0, y[0].numel(), dtype=y.dtype).view(y[0].shape)
+        (y[0] * weights).sin().sum().backward()
+        if layer.A is None:  # the gradient of scale and shift itself, squared
+            grads = torch.cat([p.grad.flatten() for p in layer.parameters])  # type: ignore[union-attr]
+            G += grads.square().view(G.shape) / len(x)
+            continue
+        a = brute_force_patches(layer, sample, y)
+        g = y.grad[0].reshape(layer.G.groups, layer.G.width, -1)  # type: ignore[index]
+        A += (a @ a.mT)[:, None] / (len(x) * g.shape[-1])
+        G += (g @ g.mT)[:, None] / len(x)
+    if A is not None:
+        torch.testing.assert_close(curvature.stacks.blocks_of(0, "average"), A, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(curvature.stacks.blocks_of(1, "average"), G, rtol=1e-10, atol=1e-12)
+
+
+def brute_force_patches(layer: Layer, sample: Tensor, y: Tensor) -> Tensor:
+    """What each output position sees, found by differentiating: d(output of a layer with one-hot weight)/d(weight)."""
+    assert layer.A is not None
+    module = layer.module
+    width, groups = layer.A.width, layer.A.groups
+    state = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    columns = []
+    for entry in range(width):
+        state["weight"].zero_().view(len(state["weight"]), width)[:, entry] = 1.0
+        seen = torch.func.functional_call(module, state, (sample[None],))[0]
+        columns.append(seen.reshape(groups, -1, y[0, 0].numel())[:, 0])
+    return torch.stack(columns, dim=1)
+
+
+def test_positions_of_a_sequence_are_samples() -> None:
+    """A linear layer on [batch, positions, width] with a mean over all of them is one on [batch * positions, width]."""
+    flat, sequence = (Curvature(nn.Sequential(nn.Linear(5, 3)).double(), block_size=2, averaging=0.0) for _ in range(2))
+    sequence.model.load_state_dict(flat.model.state_dict())
+    x = torch.randn(4, 6, 5, dtype=torch.float64)
+    flat.model(x.view(24, 5)).sin().mean().backward()
+    sequence.model(x).sin().mean().backward()
+    for curvature in (flat, sequence):
+        curvature.update()
+    for factor in (0, 1):
+        torch.testing.assert_close(
+            sequence.stacks.blocks_of(factor, "average"), flat.stacks.blocks_of(factor, "average")
+        )
+
+
+def test_max_rows_takes_rows_evenly_and_keeps_their_scale() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    x = torch.randn(1, 4, dtype=torch.float64).expand(1000, 4)
+    whole, part = (Curvature(model, averaging=0.0, max_rows=rows) for rows in (None, 10))
+    model(x).square().mean().backward()
+    for curvature in (whole, part):
+        curvature.update()
+    assert part.stacks.counts.sum() == 0  # cleared
+    for factor in (0, 1):  # all rows are alike, so some of them give the same expectation
+        torch.testing.assert_close(part.stacks.blocks_of(factor, "average"), whole.stacks.blocks_of(factor, "average"))
+
+
+def test_max_rows_of_a_convolution_counts_positions() -> None:
+    module = nn.Conv2d(2, 3, 3, padding=1)
+    layer, a, g = seen_by(module, torch.randn(10, 2, 5, 5))
+    assert layer.observe(a, g, torch.float32, 75).n_samples == 3
+    assert layer.observe(a, g, torch.float32, 1).n_samples == 1
+
+
+def test_an_empty_batch_is_observed_as_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    curvature = Curvature(model)
+    model(torch.randn(0, 4)).sum().backward()
+    assert curvature.stacks.flat_sums.abs().sum() == 0
