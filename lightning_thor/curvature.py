@@ -1,0 +1,320 @@
+"""The curvature of a model, layer by layer: observe -> average -> refresh -> precondition."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_thor import collectives
+from lightning_thor.blocks import add_covariance_
+from lightning_thor.damping import RULES, DampingRule
+from lightning_thor.hooks import Hooks
+from lightning_thor.layers import layers_of
+from lightning_thor.refresh import Interval, RefreshSchedule
+from lightning_thor.rows import loss_terms
+from lightning_thor.stacks import FactorStacks
+
+Schedule = float | Callable[[int], float]
+
+
+def check_options(
+    *,
+    damping: Schedule,
+    damping_rule: str,
+    block_size: int | None,
+    update_every_n_steps: Interval,
+    averaging: float,
+    max_rows: int | None,
+    loss_reduction: str,
+) -> None:
+    """Refuse options of `Curvature` that cannot mean anything.
+
+    Raises:
+        ValueError: what was given, what is allowed.
+    """
+    if not callable(damping) and not (math.isfinite(damping) and damping > 0):
+        raise ValueError(f"damping must be greater than 0 (or a function of the step), got {damping!r}.")
+    if damping_rule not in RULES:
+        raise ValueError(f"damping_rule must be one of {', '.join(RULES)}, got {damping_rule!r}.")
+    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+        raise ValueError(f"block_size must be an int of at least 1, or None for whole factors, got {block_size!r}.")
+    if not callable(update_every_n_steps) and (not isinstance(update_every_n_steps, int) or update_every_n_steps < 1):
+        raise ValueError(
+            "update_every_n_steps must be an int of at least 1 (or a function of the step), "
+            f"got {update_every_n_steps!r}."
+        )
+    if not 0.0 <= averaging < 1.0:
+        raise ValueError(f"averaging must lie in [0, 1); 0 uses the last batch alone. Got {averaging!r}.")
+    if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 1):
+        raise ValueError(f"max_rows must be an int of at least 1, or None for all rows, got {max_rows!r}.")
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
+
+
+class Curvature:
+    """Kronecker-factored curvature of ``model``: what a `Thor` optimizer preconditions with.
+
+    Per layer A = E[a aᵀ] of its input rows and G = E[g gᵀ] of the output gradients of the per-sample loss, so that
+    A ⊗ G approximates the layer's (empirical) Fisher matrix (Martens & Grosse 2015, arXiv:1503.05671; convolutions:
+    Grosse & Martens 2016, arXiv:1602.01407), cut into diagonal blocks (THOR: Chen et al., AAAI 2021). Hooks listen from
+    construction to `close`, and only in steps where a refresh is due.
+
+    Args:
+        model: its parameters must be on their device already.
+        damping: greater than 0, or a function of the step. For ``damping_rule="trace"`` relative to the factors' mean
+            eigenvalue, else in the units of the Fisher matrix.
+        damping_rule: ``"trace"``, ``"pi"`` or ``"sqrt"``, see `lightning_thor.damping.split_damping`.
+        block_size: the largest diagonal block of a factor; None keeps factors whole.
+        update_every_n_steps: statistics are gathered and inverted in every n-th step; or a function of the step that
+            gives the steps until the next time.
+        averaging: weight of the past in the factors' moving average; 0 uses the last refresh's batch alone, as the
+            paper does.
+        precondition_bias: take biases of linear layers and convolutions into A, as its last coordinate; otherwise they
+            take plain momentum.
+        max_rows: use at most that many rows of a batch (positions of linear layers; for convolutions whole images of
+            about that many positions) for the statistics of linear layers and convolutions; None uses all.
+        loss_reduction: whether the loss is a ``"mean"`` or a ``"sum"`` over samples. A mean is taken to be one over
+            positions for layers on the last dimension, and over the batch for convolutions.
+        loss_multiplier: gives what the loss was multiplied by before backward besides that: the loss scale over the
+            number of accumulated micro-batches. Called once per observed pair; a 0-dimensional tensor avoids a sync.
+        parameters: leave out layers whose weight is not among these; None for all.
+
+    Attributes:
+        layers: the layers with curvature, by name.
+        left_out: why the others have none, by name.
+        step: applied steps so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        damping: Schedule = 0.2,
+        damping_rule: DampingRule = "trace",
+        block_size: int | None = 128,
+        update_every_n_steps: Interval = 10,
+        averaging: float = 0.8,
+        precondition_bias: bool = False,
+        max_rows: int | None = 4096,
+        loss_reduction: str = "mean",
+        loss_multiplier: Callable[[], float | Tensor] | None = None,
+        parameters: Iterable[nn.Parameter] | None = None,
+    ) -> None:
+        check_options(
+            damping=damping,
+            damping_rule=damping_rule,
+            block_size=block_size,
+            update_every_n_steps=update_every_n_steps,
+            averaging=averaging,
+            max_rows=max_rows,
+            loss_reduction=loss_reduction,
+        )
+        self.model = model
+        self.damping = damping
+        self.damping_rule: DampingRule = damping_rule
+        self.averaging = averaging
+        self.max_rows = max_rows
+        self.loss_reduction = loss_reduction
+        self.loss_multiplier = loss_multiplier
+        self.sum_across_ranks: Callable[[Tensor], None] = collectives.sum_across_ranks_
+        self.layers, self.left_out = layers_of(
+            model,
+            block_size=block_size,
+            precondition_bias=precondition_bias,
+            only=None if parameters is None else set(parameters),
+        )
+        weights = [layer.parameters[0] for layer in self.layers.values()]
+        devices = {weight.device for weight in weights}
+        if len(devices) > 1:
+            raise ValueError(
+                f"The layers of one model lie on several devices ({', '.join(sorted(map(str, devices)))}); Curvature "
+                "needs them on one. Build it after the model was moved, or give `parameters` of one device."
+            )
+        dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+        cuts = [(layer.A, layer.G) for layer in self.layers.values()]
+        self.stacks = FactorStacks(cuts, dtype, devices.pop() if devices else torch.device("cpu"))
+        self._index = {name: index for index, name in enumerate(self.layers)}
+        self._schedule = RefreshSchedule(update_every_n_steps)
+        self.step = 0
+        self._inverses = [self._inverses_of(name) for name in self.layers]
+        self._observed: set[str] = set()
+        self._checked = False
+        self._hooks = Hooks({name: layer.module for name, layer in self.layers.items()}, self._is_open, self.observe)
+
+    def is_due(self) -> bool:
+        """True if the coming step refreshes the curvature; its forward and backward passes are observed."""
+        return self._schedule.is_due(self.step)
+
+    def close(self) -> None:
+        """Remove the hooks. The curvature keeps its state and can still be saved."""
+        self._hooks.remove()
+
+    @torch.no_grad()
+    def observe(self, name: str, a: Tensor, g: Tensor) -> None:
+        """Add one call of a layer to the open window.
+
+        Args:
+            name: of the layer.
+            a: its input.
+            g: the gradient of the loss, as it was differentiated, with respect to its output.
+        """
+        self._observed.add(name)
+        if g.numel() == 0:
+            return
+        layer, A, G = self.layers[name], 2 * self._index[name], 2 * self._index[name] + 1
+        seen = layer.observe(a, g, self.stacks.dtype, self.max_rows)
+        if layer.A is not None and seen.a is not None:
+            add_covariance_(self.stacks.blocks_of(A, "sums"), seen.a, layer.A)
+        if seen.token_counts is not None:
+            self.stacks.blocks_of(A, "sums").view(-1).add_(seen.token_counts)
+        # To the gradient of the per-sample loss. Rows were converted first: a float16 gradient would overflow.
+        per_sample = loss_terms(layer.module, g) if self.loss_reduction == "mean" else 1
+        scale = per_sample / (1.0 if self.loss_multiplier is None else self.loss_multiplier())
+        add_covariance_(self.stacks.blocks_of(G, "sums"), seen.g * scale, layer.G)
+        counts = self.stacks.counts[self._index[name]]
+        counts[0] += seen.n_rows
+        counts[1] += seen.n_samples
+
+    def discard(self) -> None:
+        """Forget the open window: its step was skipped (a loss scale that overflowed)."""
+        if self._observed:
+            self.stacks.flat_sums.zero_()
+            self._observed.clear()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Once per applied step, between backward and `precondition`: average and refresh if that is due.
+
+        Raises:
+            RuntimeError: at the first refresh, if no layer at all was observed.
+        """
+        if self.is_due():
+            self._check_that_layers_fire()
+            self.sum_across_ranks(self.stacks.flat_sums)
+            self.stacks.average_window(self.averaging)
+            self.stacks.invert(self.damping_rule, self._damping_now())
+            self._schedule.refreshed(self.step)
+            self._observed.clear()
+        self.step += 1
+
+    @torch.no_grad()
+    def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The natural gradient G⁻¹ grad A⁻¹ of each layer; the gradients of other parameters as they are.
+
+        Args:
+            grads: dL/dW by parameter; nothing in it is changed, but what has no curvature is passed on, not copied.
+        """
+        directions = dict(grads)
+        for layer, (A_inverse, G_inverse) in zip(self.layers.values(), self._inverses, strict=True):
+            own = [grads[p] for p in layer.parameters if p in grads]
+            if len(own) == len(layer.parameters):
+                directions.update(zip(layer.parameters, layer.precondition(own, A_inverse, G_inverse), strict=True))
+        return directions
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, factors and inverses by layer name: plain types and tensors only.
+
+        The tensors are the curvature's own, not copies, as in a module's ``state_dict``.
+        """
+        layers: dict[str, dict[str, Tensor]] = {}
+        for name, index in self._index.items():
+            layers[name] = {"updates": self.stacks.updates[index], "positions": self.stacks.positions[index]}
+            for side, factor in self._factors_of(name).items():
+                layers[name][side] = self.stacks.blocks_of(factor, "average")
+                layers[name][f"{side}_inverse"] = self.stacks.blocks_of(factor, "inverse")
+                layers[name][f"{side}_inverted"] = self.stacks.inverted_of(factor)
+        return {
+            "step": self.step,
+            "next_refresh": self._schedule.next_step,
+            "failed_inversions": self.stacks.failed_inversions,
+            "rejected_windows": self.stacks.rejected_windows,
+            "layers": layers,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave; a following step is bitwise the one that would have followed there.
+
+        Raises:
+            ValueError: the state is of other layers, or of other block sizes; nothing was changed.
+        """
+        layers = state["layers"]
+        missing, unknown = sorted(self.layers.keys() - layers.keys()), sorted(layers.keys() - self.layers.keys())
+        own = self.state_dict()["layers"]
+        differing = [
+            f"{name}.{key}: {_shape(layers[name].get(key))} in the checkpoint, {_shape(tensor)} here"
+            for name in own
+            if name in layers
+            for key, tensor in own[name].items()
+            if _shape(layers[name].get(key)) != _shape(tensor)
+        ]
+        if missing or unknown or differing:
+            raise ValueError(
+                "The checkpoint's curvature is of another architecture or of other block sizes. "
+                f"Not in the checkpoint: {_some(missing)}. Only in the checkpoint: {_some(unknown)}. "
+                f"Other shapes: {_some(differing)}. Use the model, block_size and precondition_bias of the run that "
+                "was saved, or start without its curvature by deleting checkpoint['callbacks']['ThorCallback']."
+            )
+        for name, tensors in own.items():
+            for key, tensor in tensors.items():
+                tensor.copy_(layers[name][key])
+        self.stacks.failed_inversions.fill_(int(state["failed_inversions"]))
+        self.stacks.rejected_windows.fill_(int(state["rejected_windows"]))
+        self.step, self._schedule.next_step = int(state["step"]), int(state["next_refresh"])
+        self.discard()
+
+    def n_bytes(self, name: str) -> int:
+        """Memory that one layer's window sums, factors and inverses take, in bytes."""
+        return sum(self.stacks.n_bytes(factor) for factor in self._factors_of(name).values())
+
+    def _is_open(self, name: str) -> bool:
+        # The whole model's mode, not the layer's: a submodule kept in eval mode still trains.
+        return self.model.training and self.is_due()
+
+    def _damping_now(self) -> float:
+        if not callable(self.damping):
+            return self.damping
+        damping = float(self.damping(self.step))
+        if not (math.isfinite(damping) and damping > 0):
+            raise ValueError(f"The damping schedule gave {damping!r} at step {self.step}; it must stay above 0.")
+        return damping
+
+    def _factors_of(self, name: str) -> dict[str, int]:
+        index = self._index[name]
+        return {"G": 2 * index + 1} if self.layers[name].A is None else {"A": 2 * index, "G": 2 * index + 1}
+
+    def _inverses_of(self, name: str) -> tuple[Tensor | None, Tensor]:
+        views = {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors_of(name).items()}
+        return views.get("A"), views["G"]
+
+    def _check_that_layers_fire(self) -> None:
+        silent = [name for name in self.layers if name not in self._observed]
+        if self._checked or not silent:
+            return
+        self._checked = True
+        advice = (
+            "Their modules were not called, were called without gradients, or were compiled before the hooks were "
+            "there: call modules (not F.linear with their weight), build Curvature before torch.compile first runs the "
+            "model (or call torch._dynamo.reset()), and call optimizer.step() after a backward pass in training mode."
+        )
+        if len(silent) == len(self.layers):
+            raise RuntimeError(f"No layer was observed before the first step ({_some(silent)}). {advice}")
+        warnings.warn(
+            f"{len(silent)} of {len(self.layers)} layers with curvature were not observed before the first step and "
+            f"take their plain gradient until they are: {_some(silent)}. {advice}",
+            stacklevel=4,
+        )
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def _some(names: list[str], n: int = 5) -> str:
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return (", ".join(names[:n]) or "none") + more

@@ -1,0 +1,189 @@
+"""Which layers have curvature, and how: one table from module types to the cut, the rows and the matrix form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_thor import blocks, rows
+from lightning_thor.blocks import Blocks
+
+RowsOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], rows.Rows]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module whose gradient, as a matrix ``[groups, out, in]``, is preconditioned to ``G⁻¹ @ grad @ A⁻¹``."""
+
+    name: str
+    module: nn.Module
+    parameters: tuple[nn.Parameter, ...]
+    A: Blocks | None
+    """None: no input factor (the scale and shift of a norm have the diagonal of their own Fisher matrix as G)."""
+    G: Blocks
+    kind: Kind
+
+    @property
+    def with_bias(self) -> bool:
+        """True if the bias is the last column of the matrix: the homogeneous coordinate of A."""
+        return self.kind in (LINEAR, CONVOLUTION) and len(self.parameters) == 2
+
+    def observe(self, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> rows.Rows:
+        """One call of the module as rows, with a row of ones under the inputs if the bias belongs to A."""
+        seen = self.kind.rows(self.module, a, g, dtype, max_rows)
+        if not self.with_bias or seen.a is None:
+            return seen
+        ones = seen.a.new_ones(seen.a.shape[0], 1, seen.a.shape[2])
+        return seen._replace(a=torch.cat([seen.a, ones], dim=1))
+
+    def precondition(self, grads: Sequence[Tensor], A_inverse: Tensor | None, G_inverse: Tensor) -> list[Tensor]:
+        """``G⁻¹ @ grad @ A⁻¹``, in the shapes and dtypes of ``grads`` (one for each of `parameters`)."""
+        matrix = self.kind.to_matrix(self, [grad.to(G_inverse.dtype) for grad in grads])
+        matrix = blocks.left_product(G_inverse, matrix, self.G)
+        if self.A is not None and A_inverse is not None:
+            matrix = blocks.right_product(matrix, A_inverse, self.A)
+        return [
+            direction.reshape(grad.shape).to(grad.dtype)
+            for direction, grad in zip(self.kind.from_matrix(self, matrix), grads, strict=True)
+        ]
+
+
+class Kind(NamedTuple):
+    """One line of the table."""
+
+    rows: RowsOf
+    to_matrix: Callable[[Layer, Sequence[Tensor]], Tensor]
+    from_matrix: Callable[[Layer, Tensor], Sequence[Tensor]]
+
+
+def _weight_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+    weight = grads[0].reshape(layer.G.groups, layer.G.width, -1)
+    if not layer.with_bias:
+        return weight
+    return torch.cat([weight, grads[1].reshape(layer.G.groups, layer.G.width, 1)], dim=2)
+
+
+def _matrix_to_weight(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+    return [matrix[..., :-1], matrix[..., -1]] if layer.with_bias else [matrix]
+
+
+def _table_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+    return grads[0].T[None]
+
+
+def _matrix_to_table(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+    return [matrix[0].T]
+
+
+def _vectors_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+    return torch.cat([grad.flatten() for grad in grads])[None, :, None]
+
+
+def _matrix_to_vectors(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+    return matrix.flatten().chunk(len(layer.parameters))
+
+
+LINEAR = Kind(rows.linear_rows, _weight_to_matrix, _matrix_to_weight)
+CONVOLUTION = Kind(rows.conv_rows, _weight_to_matrix, _matrix_to_weight)
+EMBEDDING = Kind(rows.embedding_rows, _table_to_matrix, _matrix_to_table)
+LAYER_NORM = Kind(rows.layer_norm_rows, _vectors_to_matrix, _matrix_to_vectors)
+BATCH_NORM = Kind(rows.batch_norm_rows, _vectors_to_matrix, _matrix_to_vectors)
+
+# isinstance, not type: FSDP2, LoRA and torch's own Linear subclasses swap or extend classes.
+KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = (
+    (nn.Linear, LINEAR),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONVOLUTION),
+    (nn.Embedding, EMBEDDING),
+    (nn.LayerNorm, LAYER_NORM),
+    ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), BATCH_NORM),
+)
+
+
+def layers_of(
+    model: nn.Module,
+    *,
+    block_size: int | None,
+    precondition_bias: bool,
+    only: Set[nn.Parameter] | None = None,
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Every module of ``model`` that owns parameters: those with curvature, and why the others have none.
+
+    Args:
+        model: names are those of ``model.named_modules()``, without the ``_orig_mod.`` that `torch.compile` adds.
+        block_size: largest block; None for whole factors.
+        precondition_bias: take the biases of linear layers and convolutions into A, as its last coordinate.
+        only: leave out layers whose weight is not among these parameters.
+    """
+    layers: dict[str, Layer] = {}
+    left_out: dict[str, str] = {}
+    owners: dict[nn.Parameter, str] = {}
+    bypassed = {
+        child
+        for m in model.modules()
+        if isinstance(m, nn.MultiheadAttention)
+        for child in m.modules()
+        if child is not m
+    }
+    for full_name, module in model.named_modules():
+        name = full_name.replace("_orig_mod.", "").removesuffix("_orig_mod").rstrip(".")
+        own = dict(module.named_parameters(recurse=False))
+        if not own and "weight" not in getattr(module, "parametrizations", {}):
+            continue
+        kind = next((kind for types, kind in KINDS if isinstance(module, types)), None)
+        reason = _reason_against(module, kind, own, only)
+        weight = own.get("weight")
+        if module in bypassed:
+            reason = "inside nn.MultiheadAttention, which uses its parameters without calling it"
+        elif weight is not None and reason is None and weight in owners:
+            reason = f"shares its weight with {owners[weight]!r}, which is preconditioned"
+        if reason is not None or kind is None or weight is None:
+            left_out[name] = reason or "no curvature for this type of module"
+            continue
+        layers[name] = _layer(name, module, kind, block_size, precondition_bias)
+        owners[weight] = name
+    return layers, left_out
+
+
+def _reason_against(
+    module: nn.Module, kind: Kind | None, own: dict[str, nn.Parameter], only: Set[nn.Parameter] | None
+) -> str | None:
+    """Why this module takes plain momentum, or None if nothing speaks against its curvature."""
+    if kind is None:
+        return f"no curvature for {type(module).__name__}"
+    weight = own.get("weight")
+    if weight is None:
+        return "its weight is not a plain parameter (parametrized, or not affine)"
+    if isinstance(weight, nn.UninitializedParameter):
+        return "lazy and not initialised: run one forward pass before fit"
+    if not weight.requires_grad:
+        return "frozen"
+    if only is not None and weight not in only:
+        return "not in the optimizer"
+    if kind in (LAYER_NORM, BATCH_NORM) and not all(p.requires_grad for p in own.values()):
+        return "frozen in part"
+    if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
+        return "sparse or frequency-scaled gradient"
+    if not weight.is_floating_point():
+        return f"weight of dtype {weight.dtype}"
+    return None
+
+
+def _layer(name: str, module: Any, kind: Kind, block_size: int | None, precondition_bias: bool) -> Layer:
+    weight: nn.Parameter = module.weight
+    bias: nn.Parameter | None = getattr(module, "bias", None)
+    if kind in (LAYER_NORM, BATCH_NORM):
+        width = weight.numel() * (1 if bias is None else 2)
+        return Layer(name, module, tuple(module.parameters()), None, blocks.diagonal(width), kind)
+    if kind is EMBEDDING:
+        width = module.embedding_dim
+        return Layer(name, module, (weight,), blocks.diagonal(len(weight)), blocks.cut(width, block_size), kind)
+    with_bias = precondition_bias and bias is not None and bias.requires_grad
+    groups = module.groups if kind is CONVOLUTION else 1
+    width_A, width_G = weight.numel() // weight.shape[0] + with_bias, weight.shape[0] // groups
+    parameters = (weight, bias) if with_bias and bias is not None else (weight,)
+    A, G = blocks.cut(width_A, block_size, groups), blocks.cut(width_G, block_size, groups)
+    return Layer(name, module, parameters, A, G, kind)

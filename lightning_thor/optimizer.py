@@ -1,0 +1,203 @@
+"""Thor: momentum SGD on preconditioned gradients, with control of the update's scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+
+class Preconditioner(Protocol):
+    """What `Thor` asks of a curvature."""
+
+    def update(self) -> None:
+        """Once per applied step, after backward."""
+
+    def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Directions of descent, one for each gradient; must not change ``grads`` in place."""
+
+
+class Thor(Optimizer):
+    """Momentum on G⁻¹ grad A⁻¹ (THOR: Chen et al., AAAI 2021); parameters without curvature take plain momentum.
+
+    A step, per tensor: precondition, control the scale, add weight decay (unless decoupled), then momentum as in
+    `torch.optim.SGD`, to which it is bitwise equal with an identity preconditioner and no scale control.
+
+    Args:
+        params: parameters or parameter groups. Everything below can be set per group and by schedulers.
+        lr: learning rate. With ``match_rms`` AdamW's usual ones carry over.
+        momentum: in [0, 1).
+        nesterov: use Nesterov's momentum; needs ``momentum`` above 0.
+        weight_decay: factor of the weights that is taken off them.
+        decoupled_weight_decay: multiply weights by ``1 - lr * weight_decay`` (as AdamW does) instead of adding
+            ``weight_decay * weight`` to the preconditioned gradient (as THOR does).
+        match_rms: rescale each tensor's preconditioned gradient to this root mean square (0.2 is about AdamW's: Liu et
+            al. 2025, arXiv:2502.16982); None leaves its scale to the curvature.
+        kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` is at most this (Ba, Grosse &
+            Martens 2017, "Distributed second-order optimization using Kronecker-factored approximations", section
+            5; the sum is over the parameters of all groups that set it); None does not.
+        preconditioner: a `Curvature`; under a Trainer `ThorCallback` puts it in place when fit starts.
+
+    Raises:
+        ValueError: an argument out of its range, or both ``match_rms`` and ``kl_clip`` given.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 3e-3,
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
+        match_rms: float | None = 0.2,
+        kl_clip: float | None = None,
+        preconditioner: Preconditioner | None = None,
+    ) -> None:
+        self.preconditioner = preconditioner
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "match_rms": match_rms,
+            "kl_clip": kl_clip,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`; a ValueError if an option of the group is out of its range."""
+        unknown = param_group.keys() - self.defaults.keys() - {"params", "name", "param_names", "initial_lr"}
+        _check_group({**self.defaults, **param_group}, unknown)
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Unpickled or copied: torch keeps neither extra attributes nor options that an older version did not have.
+        super().__setstate__(state)
+        if "preconditioner" not in self.__dict__:
+            self.preconditioner = None
+        for group in self.param_groups:
+            for option, default in self.defaults.items():
+                group.setdefault(option, default)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update.
+
+        Args:
+            closure: forward and backward passes; run once, before anything else. If it leaves no gradients, nothing
+                happens (a ``training_step`` that returned None).
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: there is no preconditioner, or a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grads = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        if not grads:
+            return loss
+        if self.preconditioner is None:
+            raise RuntimeError(
+                "Thor has no curvature to precondition with. Add ThorCallback() to Trainer(callbacks=[...]), or, "
+                "outside Lightning, pass preconditioner=Curvature(model)."
+            )
+        if any(grad.is_sparse for grad in grads.values()):
+            raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
+        self.preconditioner.update()
+        directions = self.preconditioner.precondition(grads)
+        shrink = self._kl_shrink(grads, directions)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(group, params, [directions[p] for p in params], shrink)
+        return loss
+
+    def _kl_shrink(
+        self, grads: Mapping[nn.Parameter, Tensor], directions: Mapping[nn.Parameter, Tensor]
+    ) -> Tensor | None:
+        """``min(1, sqrt(kl_clip / sum lr² |direction · grad|))`` as a 0-dimensional tensor: no device sync."""
+        shares = [
+            group["lr"] ** 2 / group["kl_clip"] * (directions[p] * grads[p]).sum(dtype=torch.float32).abs()
+            for group in self.param_groups
+            if group["kl_clip"] is not None
+            for p in group["params"]
+            if p in grads
+        ]
+        return torch.stack(shares).sum().rsqrt().clamp_max(1.0) if shares else None
+
+    def _update(
+        self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor], shrink: Tensor | None
+    ) -> None:
+        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+        # Out of place until the momentum buffers: `updates` may hold the callers' gradients.
+        if group["match_rms"] is not None:
+            updates = list(torch._foreach_mul(updates, _rms_factors(updates, group["match_rms"])))
+        elif group["kl_clip"] is not None and shrink is not None:
+            updates = [update * shrink.to(update.dtype) for update in updates]
+        if weight_decay and group["decoupled_weight_decay"]:
+            torch._foreach_mul_(params, 1.0 - lr * weight_decay)
+        elif weight_decay:
+            updates = list(torch._foreach_add(updates, params, alpha=weight_decay))
+        if momentum:
+            fresh = [p not in self.state or "momentum_buffer" not in self.state[p] for p in params]
+            for p, update, is_fresh in zip(params, updates, fresh, strict=True):
+                if is_fresh:
+                    self.state[p]["momentum_buffer"] = torch.clone(update).contiguous()
+            old = [i for i, is_fresh in enumerate(fresh) if not is_fresh]
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            if old:
+                torch._foreach_mul_([buffers[i] for i in old], momentum)
+                torch._foreach_add_([buffers[i] for i in old], [updates[i] for i in old])
+            updates = list(torch._foreach_add(updates, buffers, alpha=momentum)) if group["nesterov"] else buffers
+        torch._foreach_add_(params, updates, alpha=-lr)
+
+
+def _rms_factors(updates: list[Tensor], rms: float) -> list[Tensor]:
+    """What brings each tensor to the root mean square ``rms``: one 0-dimensional tensor each, in its dtype.
+
+    >>> _rms_factors([torch.full((4,), 2.0), torch.zeros(2)], rms=0.2)[0]
+    tensor(0.1000)
+    """
+    # A norm in half precision would overflow or lose its digits.
+    dtype = reduce(torch.promote_types, (update.dtype for update in updates), torch.float32)
+    norms = torch._foreach_norm(updates, dtype=dtype)
+    return [
+        (rms * math.sqrt(update.numel()) / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(update.dtype)
+        for update, norm in zip(updates, norms, strict=True)
+    ]
+
+
+def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
+    if unknown:
+        raise ValueError(f"Thor does not know the option {', '.join(sorted(unknown))} of a parameter group.")
+    if isinstance(group["lr"], Tensor):
+        raise ValueError("lr must be a number, got a Tensor: Thor's step would have to wait for it.")
+    if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
+        raise ValueError(f"lr must be 0 or greater, got {group['lr']!r}.")
+    if not 0.0 <= group["momentum"] < 1.0:
+        raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']!r}.")
+    if group["nesterov"] and group["momentum"] == 0.0:
+        raise ValueError("nesterov needs a momentum above 0, got 0.")
+    if not (math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0):
+        raise ValueError(f"weight_decay must be 0 or greater, got {group['weight_decay']!r}.")
+    for option in ("match_rms", "kl_clip"):
+        if group[option] is not None and not (math.isfinite(group[option]) and group[option] > 0):
+            raise ValueError(f"{option} must be greater than 0, or None to turn it off, got {group[option]!r}.")
+    if group["match_rms"] is not None and group["kl_clip"] is not None:
+        raise ValueError(
+            "match_rms and kl_clip both set the scale of the update: set one of them to None "
+            f"(got match_rms={group['match_rms']!r}, kl_clip={group['kl_clip']!r})."
+        )

@@ -1,0 +1,370 @@
+"""Laws of the curvature: Fisher matrix, averages, batches in parts, failures, state."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_thor import Curvature, Thor
+from lightning_thor.schedules import Exponential
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10), nn.LayerNorm(10)
+    ).double()
+
+
+def batch(n: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def averages(curvature: Curvature) -> dict[int, Tensor]:
+    return {size: stack.average.clone() for size, stack in curvature.stacks.stacks.items()}
+
+
+def inverses(curvature: Curvature) -> dict[int, Tensor]:
+    return {size: stack.inverse.clone() for size, stack in curvature.stacks.stacks.items()}
+
+
+def observe(model: nn.Module, x: Tensor) -> None:
+    model(x).sin().mean(1).mean().backward()
+
+
+@pytest.mark.parametrize("precondition_bias", [False, True])
+def test_the_kronecker_product_of_a_linear_model_is_its_fisher(precondition_bias: bool) -> None:
+    """Squared error with independent residuals: G does not depend on the input, so A ⊗ G is the Fisher matrix exactly.
+
+    Each input is seen with residuals +e_i and -e_i for all outputs i: the mean over the batch is the expectation.
+    """
+    d_in, d_out, n = 4, 3, 6
+    layer = nn.Linear(d_in, d_out, bias=precondition_bias).double()
+    x = torch.randn(n, d_in, dtype=torch.float64).repeat_interleave(2 * d_out, 0)
+    residuals = torch.cat([torch.eye(d_out), -torch.eye(d_out)]).double().repeat(n, 1) * d_out**0.5
+    curvature = Curvature(layer, block_size=None, averaging=0.0, precondition_bias=precondition_bias)
+    y = layer(x)
+    (0.5 * (y - (y.detach() + residuals)).square().sum(1)).mean().backward()
+    curvature.update()
+    A, G = (curvature.stacks.blocks_of(factor, "average")[0, 0] for factor in (0, 1))
+    homogeneous = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1) if precondition_bias else x
+    per_sample = torch.einsum("ni,nj->nij", homogeneous, -residuals).flatten(1)
+    torch.testing.assert_close(torch.kron(A, G), per_sample.T @ per_sample / len(x))
+
+
+@pytest.mark.parametrize("precondition_bias", [False, True])
+def test_preconditioning_solves_with_the_damped_factors(precondition_bias: bool) -> None:
+    model = net()
+    options = {"damping_rule": "pi", "damping": 0.3, "block_size": None, "averaging": 0.0}
+    curvature = Curvature(model, precondition_bias=precondition_bias, **options)  # type: ignore[arg-type]
+    observe(model, batch(8))
+    curvature.update()
+    layer, module = curvature.layers["4"], model[4]
+    index = 2 * list(curvature.layers).index("4")
+    A, G = (curvature.stacks.blocks_of(factor, "average")[0, 0] for factor in (index, index + 1))
+    pi = (A.trace() / len(A) / (G.trace() / len(G))).sqrt()
+    A_damped = A + pi * 0.3**0.5 * torch.eye(len(A))
+    G_damped = G + 0.3**0.5 / pi * torch.eye(len(G))
+    grads: dict[nn.Parameter, Tensor] = {p: p.grad for p in model.parameters() if p.grad is not None}
+    grad = module.weight.grad
+    if precondition_bias:
+        grad = torch.cat([grad, module.bias.grad[:, None]], 1)
+    expected = torch.linalg.solve(G_damped, torch.linalg.solve(A_damped, grad.T).T)
+    directions = curvature.precondition(grads)
+    torch.testing.assert_close(directions[module.weight], expected[:, : module.in_features])
+    if precondition_bias:
+        torch.testing.assert_close(directions[module.bias], expected[:, -1])
+    else:
+        assert directions[module.bias] is module.bias.grad
+    assert layer.with_bias is precondition_bias
+
+
+def test_a_norm_divides_by_its_damped_diagonal() -> None:
+    model = net()
+    curvature = Curvature(model, averaging=0.0, damping=0.5)
+    observe(model, batch(8))
+    curvature.update()
+    index = 2 * list(curvature.layers).index("5") + 1
+    diagonal = curvature.stacks.blocks_of(index, "average").flatten()
+    grads: dict[nn.Parameter, Tensor] = {p: p.grad for p in model.parameters() if p.grad is not None}
+    expected = torch.cat([grads[model[5].weight], grads[model[5].bias]]) / (diagonal + 0.5 * diagonal.mean())
+    directions = curvature.precondition(grads)
+    torch.testing.assert_close(torch.cat([directions[model[5].weight], directions[model[5].bias]]), expected)
+
+
+def test_an_embedding_divides_by_its_damped_token_frequencies() -> None:
+    table = nn.Embedding(7, 4).double()
+    model = nn.ModuleDict({"table": table})
+    curvature = Curvature(model, averaging=0.0, damping=0.5)
+    tokens = torch.tensor([[0, 1, 1], [5, 1, 0]])
+    table(tokens).sin().mean().backward()
+    curvature.update()
+    frequency = tokens.flatten().bincount(minlength=7) / 6
+    G = curvature.stacks.blocks_of(1, "average")[0, 0]
+    G_inverse = torch.linalg.inv(G + 0.5 * G.trace() / 4 * torch.eye(4))
+    assert table.weight.grad is not None
+    expected = (table.weight.grad / (frequency + 0.5 / 7)[:, None]) @ G_inverse
+    torch.testing.assert_close(curvature.precondition({table.weight: table.weight.grad})[table.weight], expected)
+
+
+def test_blocks_are_the_whole_factors_masked() -> None:
+    whole, cut = (Curvature(net(), block_size=size, averaging=0.0) for size in (None, 16))
+    for curvature in (whole, cut):
+        observe(curvature.model, batch(8))
+        curvature.update()
+    A = whole.stacks.blocks_of(2 * 2, "average")[0, 0]
+    blocks = cut.stacks.blocks_of(2 * 2, "average")[0]
+    assert blocks.shape == (6, 16, 16)
+    for k, block in enumerate(blocks):
+        torch.testing.assert_close(block, A[16 * k : 16 * k + 16, 16 * k : 16 * k + 16])
+
+
+@pytest.mark.parametrize("parts", [[8, 8, 8, 8], [1, 30, 1], [10, 22]])
+def test_micro_batches_are_one_batch(parts: list[int]) -> None:
+    """Batch norm apart, which really sees other statistics in other batches."""
+    model = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10)).double()
+    once = Curvature(model)
+    observe(model, batch(32))
+    once.update()
+    once.close()
+    parted = Curvature(model, loss_multiplier=lambda: 1.0 / len(parts))
+    for x in batch(32).split(parts):
+        (model(x).sin().mean(1).mean() / len(parts)).backward()
+    parted.update()
+    torch.testing.assert_close(averages(parted), averages(once))
+
+
+@pytest.mark.parametrize("scale", [2.0**-10, 2.0**16])
+def test_a_loss_scale_changes_nothing(scale: float) -> None:
+    model = net().float()
+    runs = []
+    for s in (1.0, scale):
+        curvature = Curvature(model, loss_multiplier=lambda s=s: torch.tensor(s))
+        (s * model(batch(8).float()).sin().mean(1).mean()).backward()
+        curvature.update()
+        curvature.close()
+        runs.append(averages(curvature))
+    torch.testing.assert_close(*runs, rtol=1e-6, atol=0)
+
+
+def test_averaging_is_an_exponential_average_without_bias() -> None:
+    model = nn.Linear(3, 2, bias=False).double()
+    curvature = Curvature(model, averaging=0.8, update_every_n_steps=1)
+    seen = []
+    for seed in range(4):
+        x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        seen.append(x.T @ x / 5)
+        model(x).sin().mean().backward()
+        curvature.update()
+    weights = torch.tensor([0.8**3, 0.8**2, 0.8, 1.0], dtype=torch.float64)
+    expected = sum(w * A for w, A in zip(weights / weights.sum(), seen, strict=True))
+    torch.testing.assert_close(curvature.stacks.blocks_of(0, "average")[0, 0], expected)
+
+
+def test_without_averaging_only_the_last_batch_counts() -> None:
+    model = net()
+    curvature, fresh = Curvature(model, averaging=0.0, update_every_n_steps=1), Curvature(model, averaging=0.0)
+    observe(model, batch(8, seed=1))
+    fresh.discard()
+    curvature.update()
+    observe(model, batch(8, seed=2))
+    curvature.update()
+    fresh.update()
+    torch.testing.assert_close(averages(curvature), averages(fresh), rtol=0, atol=0)
+
+
+def test_the_damping_schedule_is_read_at_each_refresh() -> None:
+    model = net()
+    seen: list[int] = []
+
+    def damping(step: int) -> float:
+        seen.append(step)
+        return Exponential(1.0, 0.5, 10)(step)
+
+    curvature = Curvature(model, damping=damping, update_every_n_steps=lambda step: 2 if step < 4 else 5)
+    for _ in range(12):
+        observe(model, batch(4))
+        curvature.update()
+    assert seen == [0, 2, 4, 9]
+
+
+def test_a_batch_that_is_not_finite_is_left_out_and_counted() -> None:
+    model = net()
+    curvature = Curvature(model, update_every_n_steps=1)
+    observe(model, batch(8))
+    curvature.update()
+    before = averages(curvature), inverses(curvature)
+    x = batch(8)
+    x[0, 0, 0, 0] = float("inf")
+    observe(model, x)
+    curvature.update()
+    torch.testing.assert_close((averages(curvature), inverses(curvature)), before, rtol=0, atol=0)
+    assert curvature.stacks.rejected_windows == 4
+    observe(model, batch(8, seed=1))
+    curvature.update()
+    assert all(torch.isfinite(average).all() for average in averages(curvature).values())
+
+
+def test_one_bad_layer_does_not_keep_the_others() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    curvature = Curvature(model, averaging=0.0)
+    for name, rows in (("0", torch.full((4, 3), float("nan"))), ("1", torch.randn(4, 3))):
+        curvature.observe(name, rows, torch.randn(4, 3))
+    curvature.update()
+    assert curvature.stacks.updates.tolist() == [0, 1]
+    assert curvature.stacks.rejected_windows == 1
+    torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse")[0, 0], torch.eye(3))
+
+
+def test_a_failed_inversion_keeps_the_last_good_inverse_and_is_counted() -> None:
+    model = net()
+    curvature = Curvature(model, update_every_n_steps=1, averaging=0.5)
+    observe(model, batch(8))
+    curvature.update()
+    good = inverses(curvature)
+    curvature.stacks.blocks_of(0, "average")[0, 0, 0, 0] = -1e6  # no covariance could become indefinite by itself
+    curvature.stacks.invert("sqrt", 1e-3)
+    assert curvature.stacks.failed_inversions == 1
+    torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse"), good[18][:1][None], rtol=0, atol=0)
+
+
+def test_a_block_that_never_had_an_inverse_falls_back_to_its_mean_eigenvalue() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    curvature = Curvature(model)
+    model(torch.randn(8, 3)).sum().backward()
+    curvature.stacks.average_window(0.0)
+    A = curvature.stacks.blocks_of(0, "average")[0, 0]
+    A[0, 0] -= 100.0
+    A[1, 1] += 200.0
+    curvature.stacks.invert("trace", 0.2)
+    mean = A.trace() / 3
+    torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse")[0, 0], torch.eye(3) / (1.2 * mean))
+
+
+def test_a_dead_layer_gets_no_inverse_until_it_lives() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.constant_(model[0].bias, -100.0)
+    for damping_rule in ("trace", "pi", "sqrt"):
+        curvature = Curvature(model, damping_rule=damping_rule)  # type: ignore[arg-type]
+        model(torch.randn(5, 3)).sum().backward()
+        curvature.update()
+        grads = {p: torch.randn_like(p) for p in model.parameters()}
+        assert all(torch.isfinite(d).all() for d in curvature.precondition(grads).values())
+
+
+def test_a_layer_that_is_silent_in_a_window_keeps_its_curvature() -> None:
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    curvature = Curvature(model, update_every_n_steps=1, averaging=0.0)
+    model[1](model[0](torch.randn(4, 3))).sin().mean().backward()
+    curvature.update()
+    before = curvature.stacks.blocks_of(2, "inverse").clone()
+    model[0](torch.randn(4, 3)).sin().mean().backward()
+    curvature.update()
+    torch.testing.assert_close(curvature.stacks.blocks_of(2, "inverse"), before, rtol=0, atol=0)
+    assert curvature.stacks.updates.tolist() == [2, 1]
+
+
+def test_a_discarded_window_leaves_no_trace() -> None:
+    model = net()
+    curvature, other = Curvature(model), Curvature(model)
+    observe(model, batch(8, seed=1))
+    curvature.discard()
+    other.discard()
+    observe(model, batch(8, seed=2))
+    other.update()
+    curvature.update()
+    torch.testing.assert_close(averages(curvature), averages(other), rtol=0, atol=0)
+
+
+def test_layers_that_are_not_optimized_are_left_out() -> None:
+    model = net()
+    curvature = Curvature(model, parameters=model[4].parameters())
+    assert list(curvature.layers) == ["4"]
+    assert curvature.left_out["0"] == "not in the optimizer"
+
+
+def run(curvature: Curvature, optimizer: Thor, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        observe(curvature.model, batch(8, seed=step))
+        optimizer.step()
+
+
+def test_a_resumed_run_is_bitwise_the_unbroken_one() -> None:
+    def start() -> tuple[Curvature, Thor]:
+        model = net()
+        curvature = Curvature(model, update_every_n_steps=4)
+        return curvature, Thor(model.parameters(), lr=0.01, preconditioner=curvature)
+
+    unbroken, optimizer = start()
+    run(unbroken, optimizer, range(6))
+    file = io.BytesIO()
+    states = unbroken.model.state_dict(), optimizer.state_dict(), unbroken.state_dict()
+    torch.save(states, file)
+    run(unbroken, optimizer, range(6, 14))
+    file.seek(0)
+    resumed, resumed_optimizer = start()
+    for part, state in zip(
+        (resumed.model, resumed_optimizer, resumed), torch.load(file, weights_only=True), strict=True
+    ):
+        part.load_state_dict(state)
+    run(resumed, resumed_optimizer, range(6, 14))
+    torch.testing.assert_close(resumed.model.state_dict(), unbroken.model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(inverses(resumed), inverses(unbroken), rtol=0, atol=0)
+    assert resumed.step == unbroken.step == 14
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "message"),
+    [
+        (nn.Sequential(nn.Linear(3, 3)), {}, "Only in the checkpoint: 1"),
+        (nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))), {}, "Not in the checkpoint: 2"),
+        (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 4)), {}, r"1.G: \(1, 1, 3, 3\) in the checkpoint, \(1, 1, 4, 4\)"),
+        (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), {"block_size": 2}, "Other shapes: 0.A"),
+    ],
+)
+def test_a_state_of_another_architecture_is_refused(other: nn.Module, options: dict[str, Any], message: str) -> None:
+    state = copy.deepcopy(Curvature(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))).state_dict())
+    state["step"] = 7
+    curvature = Curvature(other, **options)
+    with pytest.raises(ValueError, match=message):
+        curvature.load_state_dict(state)
+    assert curvature.step == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "damping must be greater than 0.*got 0.0"),
+        ({"damping": float("inf")}, "damping must be greater than 0"),
+        ({"damping": -1}, "damping must be greater than 0"),
+        ({"damping_rule": "none"}, "one of trace, pi, sqrt, got 'none'"),
+        ({"block_size": 0}, "block_size must be"),
+        ({"block_size": 12.5}, "block_size must be"),
+        ({"update_every_n_steps": 0}, "update_every_n_steps must be"),
+        ({"averaging": 1.0}, r"averaging must lie in \[0, 1\)"),
+        ({"max_rows": 0}, "max_rows must be"),
+        ({"loss_reduction": "none"}, "loss_reduction must be 'mean' or 'sum', got 'none'"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Curvature(net(), **options)
+
+
+def test_a_schedule_that_gives_nonsense_is_told() -> None:
+    model = net()
+    for options, message in (
+        ({"damping": lambda step: 0.0}, "damping schedule gave 0.0 at step 0"),
+        ({"update_every_n_steps": lambda step: 0}, r"update_every_n_steps\(0\) gave 0"),
+    ):
+        curvature = Curvature(model, **options)  # type: ignore[arg-type]
+        observe(model, batch(4))
+        with pytest.raises(ValueError, match=message):
+            curvature.update()
+        curvature.close()

@@ -1,0 +1,213 @@
+"""Laws of observation: exactly the pairs that backward used, whatever the network does around a layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_thor import Curvature
+
+
+def curvature_of(model: nn.Module, backward: Callable[[nn.Module], None]) -> Curvature:
+    curvature = Curvature(model, block_size=None, averaging=0.0, max_rows=None)
+    backward(model)
+    curvature.update()
+    curvature.close()
+    return curvature
+
+
+def factors(curvature: Curvature) -> list[Tensor]:
+    return [stack.average for stack in curvature.stacks.stacks.values()]
+
+
+def assert_same_statistics(one: Curvature, other: Curvature) -> None:
+    torch.testing.assert_close(factors(one), factors(other), rtol=1e-9, atol=1e-12)
+    assert all(factor.abs().sum() > 0 for factor in factors(one))
+
+
+def mlp(activation: nn.Module) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 8), activation, nn.Linear(8, 8), activation, nn.Linear(8, 3)).double()
+
+
+X = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+def plain(model: nn.Module) -> None:
+    model(X).sin().mean().backward()
+
+
+@pytest.fixture
+def reference() -> Curvature:
+    return curvature_of(mlp(nn.ReLU()), plain)
+
+
+def test_in_place_relu(reference: Curvature) -> None:
+    assert_same_statistics(curvature_of(mlp(nn.ReLU(inplace=True)), plain), reference)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(reference: Curvature, use_reentrant: bool) -> None:
+    def backward(model: nn.Module) -> None:
+        x = X.clone().requires_grad_()
+        y = checkpoint(lambda x: model[3](model[2](model[1](x))), model[0](x), use_reentrant=use_reentrant)  # type: ignore[index]
+        model[4](y).sin().mean().backward()  # type: ignore[index]
+
+    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
+
+
+def test_an_unused_output_contributes_nothing(reference: Curvature) -> None:
+    def backward(model: nn.Module) -> None:
+        model(100 * X)
+        plain(model)
+
+    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
+
+
+def test_passes_without_gradients_and_in_eval_mode_contribute_nothing(reference: Curvature) -> None:
+    def backward(model: nn.Module) -> None:
+        with torch.no_grad():
+            model(100 * X)
+        model.eval()
+        model(100 * X).sum().backward()
+        model.train()
+        plain(model)
+
+    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
+
+
+def test_a_layer_called_by_keyword(reference: Curvature) -> None:
+    def backward(model: nn.Module) -> None:
+        y = model[0](input=X).relu()  # type: ignore[index]
+        model[4](model[2](input=y).relu()).sin().mean().backward()  # type: ignore[index]
+
+    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
+
+
+def test_a_layer_called_twice_sums_both_calls() -> None:
+    layer = nn.Linear(5, 5).double()
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def backward(model: nn.Module) -> None:
+        first = model(X)
+        second = model(first.tanh())
+        for x, y in ((X, first), (first.tanh(), second)):
+            y.register_hook(lambda g, x=x: seen.append((x.detach(), g)))
+        second.sin().mean().backward()
+
+    curvature = curvature_of(layer, backward)
+    A = sum(a.T @ a for a, _ in seen) / (2 * len(X))
+    G = sum((len(X) * g).T @ (len(X) * g) for _, g in seen) / (2 * len(X))
+    torch.testing.assert_close(curvature.stacks.blocks_of(0, "average")[0, 0], A)
+    torch.testing.assert_close(curvature.stacks.blocks_of(1, "average")[0, 0], G)
+
+
+def test_a_gradient_penalty_pass_contributes_nothing(reference: Curvature) -> None:
+    def backward(model: nn.Module) -> None:
+        x = X.clone().requires_grad_()
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        plain(model)
+
+    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
+
+
+def test_a_copy_of_the_model_contributes_nothing(reference: Curvature) -> None:
+    """SWA and EMA copy the model together with its hooks."""
+
+    def backward(model: nn.Module) -> None:
+        twin = copy.deepcopy(model)
+        twin(100 * X).sum().backward()
+        plain(model)
+
+    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
+
+
+def test_a_frozen_layer_contributes_nothing() -> None:
+    model = mlp(nn.ReLU())
+    model[2].requires_grad_(False)
+    curvature = curvature_of(model, plain)
+    assert list(curvature.layers) == ["0", "4"]
+    assert curvature.left_out["2"] == "frozen"
+
+
+def test_a_layer_frozen_later_contributes_nothing() -> None:
+    model = mlp(nn.ReLU())
+    curvature = Curvature(model)
+    model[2].requires_grad_(False)
+    plain(model)
+    with pytest.warns(UserWarning, match="not observed before the first step"):
+        curvature.update()
+    assert curvature.stacks.updates.tolist() == [1, 0, 1]
+
+
+def test_channels_last_gives_the_same_statistics() -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3, stride=2)
+    ).double()
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    assert_same_statistics(
+        curvature_of(last, lambda m: m(x.to(memory_format=torch.channels_last)).sin().mean().backward()),
+        curvature_of(net, lambda m: m(x).sin().mean().backward()),
+    )
+
+
+def test_a_compiled_model_is_observed(reference: Curvature) -> None:
+    def backward(model: nn.Module) -> None:
+        torch.compile(model, backend="eager")(X).sin().mean().backward()
+
+    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
+
+
+def test_a_compiled_part_has_the_name_it_had_before() -> None:
+    model = nn.ModuleDict({"net": torch.compile(mlp(nn.ReLU()), backend="eager")})
+    assert list(Curvature(model).layers) == ["net.0", "net.2", "net.4"]
+
+
+def test_a_model_compiled_and_run_before_is_told_loudly() -> None:
+    torch._dynamo.reset()
+    model = mlp(nn.ReLU())
+    compiled = torch.compile(model, backend="eager")
+    compiled(X)
+    curvature = Curvature(model)
+    compiled(X).sin().mean().backward()
+    with pytest.raises(RuntimeError, match=r"No layer was observed.*torch\._dynamo\.reset"):
+        curvature.update()
+
+
+def test_hooks_do_nothing_on_steps_where_no_layer_is_due() -> None:
+    model = mlp(nn.ReLU())
+    curvature = Curvature(model, update_every_n_steps=3)
+    plain(model)
+    curvature.update()
+    for _ in range(2):
+        plain(model)
+        assert curvature.stacks.flat_sums.abs().sum() == 0
+        curvature.update()
+    plain(model)
+    assert curvature.stacks.flat_sums.abs().sum() > 0
+
+
+def test_no_hook_is_left_after_close() -> None:
+    model = mlp(nn.ReLU())
+    Curvature(model).close()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_are_float32_under_autocast(dtype: torch.dtype) -> None:
+    model = mlp(nn.ReLU()).float()
+    curvature = Curvature(model, block_size=None, averaging=0.0)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(X.float()).float().sin().mean()
+    loss.backward()
+    curvature.update()
+    A = curvature.stacks.blocks_of(0, "average")[0, 0]
+    assert A.dtype == torch.float32
+    torch.testing.assert_close(A, (X.T @ X / len(X)).float(), rtol=1e-5, atol=1e-6)  # bfloat16 would be 1e-2 off

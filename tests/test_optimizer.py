@@ -1,0 +1,226 @@
+"""Laws of Thor, apart from any curvature."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_thor import Curvature, Thor
+
+
+class Identity:
+    """A preconditioner that changes nothing."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+
+    def update(self) -> None:
+        self.updates += 1
+
+    def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        return dict(grads)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 10) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(16, 6, generator=generator)).square().mean().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def thor(model: nn.Module, **options: Any) -> Thor:
+    plain = {"match_rms": None, "decoupled_weight_decay": False, "preconditioner": Identity()}
+    return Thor(model.parameters(), **{**plain, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.0},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "weight_decay": 0.1},
+        {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
+    ],
+)
+@pytest.mark.parametrize("foreach", [False, True])
+def test_with_an_identity_preconditioner_thor_is_sgd(options: dict[str, Any], foreach: bool) -> None:
+    ours, theirs = net(), net()
+    found = train(ours, thor(ours, lr=0.1, **options))
+    expected = train(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1, foreach=foreach, **options))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_decoupled_weight_decay_shrinks_weights_by_lr_times_decay() -> None:
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = thor(model, lr=0.1, weight_decay=0.5, decoupled_weight_decay=True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close([p.detach() for p in model.parameters()], [0.95 * p for p in before])
+
+
+def test_match_rms_gives_every_tensor_the_same_root_mean_square() -> None:
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    after = train(model, thor(model, lr=0.1, match_rms=0.2), steps=1)
+    for p, q in zip(before, after, strict=True):
+        assert (p - q).square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
+
+
+def test_match_rms_does_not_see_the_scale_of_the_loss() -> None:
+    runs = []
+    for scale in (1.0, 1024.0):
+        model = net()
+        optimizer = thor(model, lr=0.1, match_rms=0.2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (scale * model(torch.ones(4, 6)).square().mean()).backward()
+            optimizer.step()
+        runs.append([p.detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-7)
+
+
+def test_zero_gradients_stay_zero_under_match_rms() -> None:
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    thor(model, lr=0.1, match_rms=0.2).step()
+    torch.testing.assert_close([p.detach() for p in model.parameters()], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kl_clip", "lr"), [(1e-3, 0.5), (1e6, 0.5), (1e-8, 0.01)])
+def test_kl_clip_bounds_lr_squared_times_direction_times_gradient(kl_clip: float, lr: float) -> None:
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    after = train(model, thor(model, lr=lr, momentum=0.0, kl_clip=kl_clip), steps=1)
+    grads = [p.grad for p in model.parameters()]
+    unclipped = lr**2 * sum(g.square().sum() for g in grads if g is not None)
+    factor = min(1.0, (kl_clip / float(unclipped)) ** 0.5)
+    expected = [p - lr * factor * g for p, g in zip(before, grads, strict=True) if g is not None]
+    torch.testing.assert_close(after, expected)
+
+
+def test_a_zero_gradient_is_not_clipped() -> None:
+    model = net()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    thor(model, kl_clip=1e-3).step()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_gradients_are_left_as_they_were() -> None:
+    model = net()
+    optimizer = thor(model, lr=0.1, match_rms=0.2)
+    train(model, optimizer, 2)
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer.step()
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads, rtol=0, atol=0)
+
+
+def test_closure_runs_once_with_gradients_before_anything_else() -> None:
+    model, calls = net(), []
+    optimizer = thor(model)
+
+    def closure() -> Tensor:
+        calls.append((torch.is_grad_enabled(), optimizer.preconditioner.updates))  # type: ignore[union-attr]
+        optimizer.zero_grad()
+        loss: Tensor = model(torch.ones(4, 6)).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
+    assert calls == [(True, 0)]
+    assert optimizer.preconditioner.updates == 1  # type: ignore[union-attr]
+
+
+def test_a_step_without_gradients_does_nothing() -> None:
+    model = net()
+    optimizer = thor(model)
+    optimizer.step(lambda: None)
+    assert optimizer.preconditioner.updates == 0  # type: ignore[union-attr]
+    assert not optimizer.state
+
+
+def test_options_are_per_group_and_reach_schedulers() -> None:
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    groups = [{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.01}]
+    optimizer = Thor(groups, momentum=0.0, match_rms=None, preconditioner=Identity())
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1, 0.01], total_steps=10)
+    for group, lr in zip(optimizer.param_groups, (0.1, 0.01), strict=True):
+        group["lr"] = lr
+    a.grad, b.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    assert a[0].item() == pytest.approx(0.9)
+    assert b[0].item() == pytest.approx(0.99)
+
+
+def test_copies_and_old_states_get_what_torch_forgets() -> None:
+    model = net()
+    optimizer = thor(model, lr=0.1)
+    train(model, optimizer, 2)
+    for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        assert twin.preconditioner is None
+        assert twin.param_groups[0]["lr"] == 0.1
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["kl_clip"]
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["kl_clip"] is None
+    assert isinstance(optimizer.preconditioner, Identity)
+
+
+def test_without_a_curvature_the_error_says_what_to_add() -> None:
+    model = net()
+    with pytest.raises(RuntimeError, match=r"Add ThorCallback\(\) to Trainer.*preconditioner=Curvature\(model\)"):
+        train(model, Thor(model.parameters()), 1)
+
+
+def test_a_sparse_gradient_is_refused() -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        Thor(table.parameters(), preconditioner=Curvature(nn.Linear(1, 1))).step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be 0 or greater, got -1.0"),
+        ({"lr": float("nan")}, "lr must be 0 or greater, got nan"),
+        ({"lr": torch.tensor(0.1)}, "lr must be a number"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
+        ({"momentum": -0.1}, "momentum must lie in"),
+        ({"momentum": 0.0, "nesterov": True}, "nesterov needs a momentum"),
+        ({"weight_decay": -1e-4}, "weight_decay must be 0 or greater"),
+        ({"match_rms": 0.0}, "match_rms must be greater than 0"),
+        ({"match_rms": None, "kl_clip": -1.0}, "kl_clip must be greater than 0"),
+        ({"match_rms": 0.2, "kl_clip": 1e-3}, "set one of them to None"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Thor(net().parameters(), **options)
+    with pytest.raises(ValueError, match=message):
+        Thor([{"params": list(net().parameters()), **options}])
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(TypeError, match="dampening"):
+        Thor(net().parameters(), dampening=0.1)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="does not know the option weight_deacy"):
+        Thor([{"params": list(net().parameters()), "weight_deacy": 0.1}])
