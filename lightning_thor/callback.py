@@ -1,0 +1,251 @@
+"""ThorCallback: owns the curvature during fit, and decides when it listens; it computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_thor.curvature import Curvature, Schedule, check_options
+from lightning_thor.damping import DampingRule
+from lightning_thor.optimizer import Thor
+from lightning_thor.refresh import Interval
+from lightning_thor.report import print_curvature
+from lightning_thor.strategy import ThorDDPStrategy
+
+
+class ThorCallback(Callback):
+    """Gives the `Thor` optimizer of a fit its curvature; use it with ``return configure_thor(self)``.
+
+    Args:
+        damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, max_rows, loss_reduction:
+            as in `Curvature`.
+        summary: print a table of what is preconditioned when fit starts.
+
+    Raises:
+        ValueError: an option out of its range.
+
+    Logs, where there is a logger, at each epoch's end: ``thor/failed_inversions`` and ``thor/rejected_windows``, the
+    blocks that kept an old inverse and the layers' windows that were left out for not being finite, so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        damping: float | Callable[[int], float] = 0.2,
+        damping_rule: DampingRule = "trace",
+        block_size: int | None = 128,
+        update_every_n_steps: int | Callable[[int], int] = 10,
+        averaging: float = 0.8,
+        precondition_bias: bool = False,
+        max_rows: int | None = 4096,
+        loss_reduction: str = "mean",
+        summary: bool = True,
+    ) -> None:
+        super().__init__()
+        # Schedule and Interval are spelled out above for jsonargparse, which reads the signature for the YAML.
+        damping_option: Schedule = damping
+        interval: Interval = update_every_n_steps
+        check_options(
+            damping=damping_option,
+            damping_rule=damping_rule,
+            block_size=block_size,
+            update_every_n_steps=interval,
+            averaging=averaging,
+            max_rows=max_rows,
+            loss_reduction=loss_reduction,
+        )
+        self._options: dict[str, Any] = {
+            "damping": damping_option,
+            "damping_rule": damping_rule,
+            "block_size": block_size,
+            "update_every_n_steps": interval,
+            "averaging": averaging,
+            "precondition_bias": precondition_bias,
+            "max_rows": max_rows,
+            "loss_reduction": loss_reduction,
+        }
+        self.summary = summary
+        self.curvature: Curvature | None = None
+        """The curvature of the present or last fit."""
+        self._restored: dict[str, Any] | None = None
+        self._fitting = False
+        self._attached = False
+        self._applied = 0
+        self._called = 0
+        self._told = 0
+
+    @property
+    def state_key(self) -> str:
+        # Constant: the default is the class's name, and a subclass would lose the state.
+        return "ThorCallback"
+
+    # ── wiring ──
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._fitting = stage == "fit"
+        if not self._fitting:
+            return
+        _check_strategy(trainer)
+        # To the front: LearningRateFinder and BatchSizeFinder train inside their own on_fit_start, after ours then.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        self._restored = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        optimizer = _the_thor_of(trainer)
+        self._close()
+        self.curvature = Curvature(
+            pl_module,
+            loss_multiplier=_LossMultiplier(trainer, pl_module),
+            parameters=[p for group in optimizer.param_groups for p in group["params"]],
+            **self._options,
+        )
+        if isinstance(trainer.strategy, ThorDDPStrategy):
+            self.curvature.sum_across_ranks = trainer.strategy.sum_factors_
+        optimizer.preconditioner = self.curvature
+        self._attached = True
+        if self._restored is not None:
+            self.curvature.load_state_dict(self._restored)
+            self._restored = None
+        self._applied, self._called, self._told = self.curvature.step, trainer.global_step, 0
+        if not self.curvature.layers:
+            rank_zero_warn(
+                "ThorCallback found no layer to precondition: Thor is plain momentum SGD here. Its table of left-out "
+                "layers says why (summary=True)."
+            )
+        if self.summary and trainer.is_global_zero:
+            print_curvature(self.curvature)
+
+    # ── each step ──
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.curvature is None:
+            return
+        # A GradScaler that found an overflow calls no Optimizer.step and tells nobody: only the counters differ.
+        skipped = trainer.global_step != self._called and self.curvature.step == self._applied
+        if skipped and _scaler_of(trainer) is not None:
+            self.curvature.discard()
+        self._called, self._applied = trainer.global_step, self.curvature.step
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.curvature is None:
+            return
+        failed = int(self.curvature.stacks.failed_inversions)
+        rejected = int(self.curvature.stacks.rejected_windows)
+        if failed + rejected > self._told:
+            rank_zero_warn(
+                f"THOR kept old curvature {failed + rejected - self._told} times in epoch {trainer.current_epoch}: "
+                f"so far {failed} blocks could not be inverted and {rejected} layers' statistics were not finite. If "
+                "this goes on, raise damping, lower lr, or look for overflows in the loss."
+            )
+            self._told = failed + rejected
+        if trainer.logger is not None:
+            pl_module.log("thor/failed_inversions", float(failed), rank_zero_only=True)
+            pl_module.log("thor/rejected_windows", float(rejected), rank_zero_only=True)
+
+    # ── leaving ──
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # Lightning calls no teardown after an error.
+        self._close()
+
+    def _close(self) -> None:
+        self._attached = False
+        if self.curvature is not None:
+            self.curvature.close()
+
+    # ── checkpoints ──
+
+    def state_dict(self) -> dict[str, Any]:
+        # Never empty: Lightning neither stores nor restores an empty state.
+        return {"curvature": None if self.curvature is None else self.curvature.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning also calls this in validate and test; and before on_fit_start, but not on every strategy.
+        if not self._fitting:
+            return
+        state = state_dict["curvature"]
+        if state is None:
+            return
+        if self.curvature is not None and self._attached:
+            self.curvature.load_state_dict(state)
+        else:
+            self._restored = state
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._fitting and self.state_key not in checkpoint.get("callbacks", {}):
+            rank_zero_warn(
+                "This checkpoint was saved without ThorCallback: the weights go on, the curvature starts anew with a "
+                "refresh in the first step."
+            )
+
+
+@dataclass(frozen=True)
+class _LossMultiplier:
+    """What Lightning multiplied the loss by before backward: read where it lives, each time it is needed."""
+
+    trainer: pl.Trainer
+    pl_module: pl.LightningModule
+
+    def __call__(self) -> float | Tensor:
+        # Manual optimization divides by nothing; automatic divides by N, in a shorter last window too.
+        n = self.trainer.accumulate_grad_batches if self.pl_module.automatic_optimization else 1
+        scaler = _scaler_of(self.trainer)
+        if scaler is None:
+            return 1.0 / n
+        # Scaling a one instead of get_scale(), which waits for the device.
+        scale: Tensor = scaler.scale(torch.ones((), device=self.trainer.strategy.root_device))
+        return scale / n
+
+
+def _scaler_of(trainer: pl.Trainer) -> Any | None:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _check_strategy(trainer: pl.Trainer) -> None:
+    strategy = trainer.strategy
+    # DeepSpeed's and XLA's strategies are subclasses of the ones that work.
+    refused = isinstance(strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)
+    if refused or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            f"ThorCallback does not support {type(strategy).__name__} yet: it needs whole layers and their gradients "
+            'on each device. Use Trainer(strategy="thor_ddp"), "ddp", or a single device.'
+        )
+
+
+def _the_thor_of(trainer: pl.Trainer) -> Thor:
+    found = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Thor)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(
+            f"ThorCallback found {len(found)} Thor optimizers; it serves one. Put all parameters into one Thor, as "
+            "parameter groups."
+        )
+    names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
+    raise ValueError(
+        f"ThorCallback found no Thor optimizer (configure_optimizers returned: {names}). Return configure_thor(self, "
+        "lr=...) there (with LightningCLI: optimizer.class_path: lightning_thor.Thor), or remove the callback."
+    )

@@ -1,0 +1,64 @@
+"""What is preconditioned, as a rich table."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_thor.blocks import Blocks
+from lightning_thor.curvature import Curvature
+
+
+def curvature_table(curvature: Curvature) -> Table:
+    """One line per module that owns parameters: its factors, block sizes and memory, or why it has none."""
+    total = sum(curvature.n_bytes(name) for name in curvature.layers)
+    table = Table(
+        title="THOR curvature", caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all"
+    )
+    for column in ("layer", "type", "weight", "A", "G"):
+        table.add_column(column, overflow="fold")
+    table.add_column("memory", justify="right")
+    modules = {name.replace("_orig_mod.", ""): module for name, module in curvature.model.named_modules()}
+    for name in modules:
+        if name in curvature.layers:
+            layer = curvature.layers[name]
+            table.add_row(
+                name or "(root)",
+                type(layer.module).__name__,
+                "×".join(map(str, layer.parameters[0].shape)) + (" + bias" if layer.with_bias else ""),
+                _cut(layer.A),
+                _cut(layer.G),
+                _size(curvature.n_bytes(name)),
+            )
+        elif name in curvature.left_out:
+            reason = f"plain: {curvature.left_out[name]}"
+            table.add_row(name or "(root)", type(modules[name]).__name__, reason, style="dim")
+    return table
+
+
+def print_curvature(curvature: Curvature) -> None:
+    """Print `curvature_table` to standard output."""
+    Console().print(curvature_table(curvature))
+
+
+def _cut(blocks: Blocks | None) -> str:
+    """>>> _cut(Blocks(1, 256, 2, 128)), _cut(Blocks(1, 10, 10, 1)), _cut(Blocks(4, 9, 1, 9)), _cut(None)
+    ('2 × 128²', 'diagonal 10', '4 × 9²', '–')
+    """
+    if blocks is None:
+        return "–"
+    if blocks.size == 1 and blocks.width > 1:
+        return f"diagonal {blocks.width}"
+    return f"{blocks.groups * blocks.n_blocks} × {blocks.size}²"
+
+
+def _size(n_bytes: int) -> str:
+    """>>> _size(512), _size(3 * 2**20)
+    ('512 B', '3.0 MiB')
+    """
+    size = float(n_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
