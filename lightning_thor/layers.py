@@ -103,6 +103,15 @@ KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = 
 )
 
 
+def plain_name(name: str) -> str:
+    """A module's name without what `torch.compile` put into it.
+
+    >>> plain_name("net._orig_mod.0"), plain_name("net._orig_mod")
+    ('net.0', 'net')
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def layers_of(
     model: nn.Module,
     *,
@@ -129,7 +138,7 @@ def layers_of(
         if child is not m
     }
     for full_name, module in model.named_modules():
-        name = full_name.replace("_orig_mod.", "").removesuffix("_orig_mod").rstrip(".")
+        name = plain_name(full_name)
         own = dict(module.named_parameters(recurse=False))
         if not own and "weight" not in getattr(module, "parametrizations", {}):
             continue

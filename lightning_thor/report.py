@@ -7,6 +7,7 @@ from rich.table import Table
 
 from lightning_thor.blocks import Blocks
 from lightning_thor.curvature import Curvature
+from lightning_thor.layers import plain_name
 
 
 def curvature_table(curvature: Curvature) -> Table:
@@ -15,24 +16,19 @@ def curvature_table(curvature: Curvature) -> Table:
     table = Table(
         title="THOR curvature", caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all"
     )
-    for column in ("layer", "type", "weight", "A", "G"):
+    for column in ("layer", "type", "weight", "curvature"):
         table.add_column(column, overflow="fold")
-    table.add_column("memory", justify="right")
-    modules = {name.replace("_orig_mod.", ""): module for name, module in curvature.model.named_modules()}
-    for name in modules:
+    table.add_column("memory", justify="right", no_wrap=True)
+    modules = {plain_name(name): module for name, module in curvature.model.named_modules()}
+    for name, module in modules.items():
+        kind = type(module).__name__
         if name in curvature.layers:
             layer = curvature.layers[name]
-            table.add_row(
-                name or "(root)",
-                type(layer.module).__name__,
-                "×".join(map(str, layer.parameters[0].shape)) + (" + bias" if layer.with_bias else ""),
-                _cut(layer.A),
-                _cut(layer.G),
-                _size(curvature.n_bytes(name)),
-            )
+            shape = "×".join(map(str, layer.parameters[0].shape)) + (" + bias" if layer.with_bias else "")
+            factors = f"G {_cut(layer.G)}" if layer.A is None else f"A {_cut(layer.A)}, G {_cut(layer.G)}"
+            table.add_row(name or "(root)", kind, shape, factors, _size(curvature.n_bytes(name)))
         elif name in curvature.left_out:
-            reason = f"plain: {curvature.left_out[name]}"
-            table.add_row(name or "(root)", type(modules[name]).__name__, reason, style="dim")
+            table.add_row(name or "(root)", kind, "", f"plain: {curvature.left_out[name]}", style="dim")
     return table
 
 
@@ -41,12 +37,10 @@ def print_curvature(curvature: Curvature) -> None:
     Console().print(curvature_table(curvature))
 
 
-def _cut(blocks: Blocks | None) -> str:
-    """>>> _cut(Blocks(1, 256, 2, 128)), _cut(Blocks(1, 10, 10, 1)), _cut(Blocks(4, 9, 1, 9)), _cut(None)
-    ('2 × 128²', 'diagonal 10', '4 × 9²', '–')
+def _cut(blocks: Blocks) -> str:
+    """>>> _cut(Blocks(1, 256, 2, 128)), _cut(Blocks(1, 10, 10, 1)), _cut(Blocks(4, 9, 1, 9))
+    ('2 × 128²', 'diagonal 10', '4 × 9²')
     """
-    if blocks is None:
-        return "–"
     if blocks.size == 1 and blocks.width > 1:
         return f"diagonal {blocks.width}"
     return f"{blocks.groups * blocks.n_blocks} × {blocks.size}²"

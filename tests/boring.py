@@ -1,0 +1,106 @@
+"""A small model and its data for tests that run a real Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_thor import Thor, ThorCallback, configure_thor
+
+
+class Boring(L.LightningModule):
+    """Two convolutions, a norm and two linear layers on 8x8 images with 3 classes; THOR by `configure_thor`."""
+
+    def __init__(self, lr: float = 0.01, n: int = 32, batch_size: int = 8, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.lr, self.n, self.batch_size, self.options = lr, n, batch_size, options
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, 3, stride=2),
+            nn.Flatten(),
+            nn.Linear(36, 16),
+            nn.LayerNorm(16),
+            nn.Tanh(),
+            nn.Linear(16, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        x, y = batch
+        loss = self.loss(self(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy in at least float32, the mean over the batch."""
+        return nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", self.loss(self(x), y))
+
+    def configure_optimizers(self) -> Any:
+        optimizer: Thor = configure_thor(self, lr=self.lr, **self.options)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def data(self, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
+        generator = torch.Generator().manual_seed(12)
+        x = torch.randn(
+            self.n, 1, 8, 8, generator=generator, dtype=self.dtype if self.dtype.is_floating_point else None
+        )
+        y = torch.randint(3, (self.n,), generator=generator)
+        return DataLoader(TensorDataset(x, y), batch_size=self.batch_size, shuffle=shuffle)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self.data()
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self.data()
+
+
+def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """A quiet Trainer on the CPU with `ThorCallback` (every second step) unless ``callbacks`` bring their own."""
+    if not any(isinstance(callback, ThorCallback) for callback in callbacks):
+        callbacks = (ThorCallback(update_every_n_steps=2, summary=False), *callbacks)
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": folder,
+    }
+    return L.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+
+
+def callback_of(trainer: L.Trainer) -> ThorCallback:
+    (callback,) = (c for c in trainer.callbacks if isinstance(c, ThorCallback))  # type: ignore[attr-defined]
+    return callback
+
+
+def everything(trainer: L.Trainer) -> list[Tensor]:
+    """Weights, momentum, factors, inverses and learning rates of a finished fit."""
+    curvature = callback_of(trainer).curvature
+    assert curvature is not None
+    (optimizer,) = trainer.optimizers
+    module = trainer.lightning_module
+    tensors = [p.detach().clone() for p in module.parameters()]
+    tensors += [optimizer.state[p]["momentum_buffer"] for p in module.parameters() if p in optimizer.state]
+    for stack in curvature.stacks.stacks.values():
+        tensors += [stack.average, stack.inverse, stack.inverted.float()]
+    tensors += [torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64)]
+    tensors += [torch.tensor([curvature.step, trainer.global_step])]
+    return tensors

@@ -1,0 +1,98 @@
+"""Which layers have curvature, and what is said of the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from lightning_thor import Curvature, Thor
+from lightning_thor.layers import layers_of
+
+
+def found(model: nn.Module) -> tuple[list[str], dict[str, str]]:
+    layers, left_out = layers_of(model, block_size=128, precondition_bias=False)
+    return list(layers), left_out
+
+
+def frozen_scale() -> nn.Module:
+    norm = nn.LayerNorm(3)
+    norm.bias.requires_grad_(False)
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.GRU(2, 2), "no curvature for GRU"),
+        (nn.Bilinear(2, 2, 2), "no curvature for Bilinear"),
+        (nn.SyncBatchNorm(3), "no curvature for SyncBatchNorm"),
+        (nn.ConvTranspose2d(2, 2, 3), "no curvature for ConvTranspose2d"),
+        (nn.Embedding(3, 2, sparse=True), "sparse or frequency-scaled gradient"),
+        (nn.Embedding(3, 2, scale_grad_by_freq=True), "sparse or frequency-scaled gradient"),
+        (nn.LazyLinear(3), "lazy and not initialised: run one forward pass before fit"),
+        (weight_norm(nn.Linear(2, 2)), "its weight is not a plain parameter (parametrized, or not affine)"),
+        (nn.Linear(2, 2).requires_grad_(False), "frozen"),
+        (frozen_scale(), "frozen in part"),
+    ],
+)
+def test_what_has_no_curvature_is_named_with_its_reason(layer: nn.Module, reason: str) -> None:
+    names, left_out = found(nn.ModuleDict({"layer": layer, "other": nn.Linear(2, 2)}))
+    assert names == ["other"]
+    assert left_out["layer"] == reason
+
+
+def test_modules_without_parameters_are_not_mentioned() -> None:
+    assert found(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3, affine=False), nn.Dropout())) == ([], {})
+
+
+def test_a_subclass_of_a_supported_layer_is_supported() -> None:
+    class Mine(nn.Linear):
+        pass
+
+    assert found(nn.Sequential(Mine(2, 2)))[0] == ["0"]
+
+
+def test_the_model_itself_can_be_the_layer() -> None:
+    assert found(nn.Linear(2, 2))[0] == [""]
+
+
+def test_attention_is_left_out_as_a_whole() -> None:
+    """Its forward uses in_proj_weight and out_proj.weight without calling a module: hooks on them never fire."""
+    names, left_out = found(nn.TransformerEncoderLayer(8, 2, 16))
+    assert names == ["linear1", "linear2", "norm1", "norm2"]
+    assert left_out["self_attn"] == "no curvature for MultiheadAttention"
+    assert "without calling it" in left_out["self_attn.out_proj"]
+
+
+def test_tied_weights_are_registered_once() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["table"].weight
+    names, left_out = found(model)
+    assert names == ["table"]
+    assert left_out["head"] == "shares its weight with 'table', which is preconditioned"
+
+
+def test_everything_else_takes_plain_momentum_in_the_same_optimizer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4)).double()
+    curvature = Curvature(model)
+    optimizer = Thor(model.parameters(), lr=0.1, momentum=0.0, match_rms=None, preconditioner=curvature)
+    y = model[0](torch.randn(6, 4, dtype=torch.float64))
+    model[1](y, y).square().mean().backward()
+    before = model[1].weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(model[1].weight.detach(), before - 0.1 * model[1].weight.grad)  # type: ignore[operator]
+
+
+def test_blocks_of_grouped_convolutions() -> None:
+    layers, _ = layers_of(nn.Conv2d(8, 12, 3, groups=4), block_size=128, precondition_bias=True)
+    assert layers[""].A is not None
+    assert layers[""].A.shape == (4, 1, 19, 19)  # 2 channels x 3 x 3, and the bias
+    assert layers[""].G.shape == (4, 1, 3, 3)
+
+
+def test_layers_on_several_devices_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match=r"several devices.*cpu, meta"):
+        Curvature(model)
