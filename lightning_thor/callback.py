@@ -51,7 +51,7 @@ class ThorCallback(Callback):
         update_every_n_steps: int | Callable[[int], int] = 10,
         averaging: float = 0.8,
         precondition_bias: bool = False,
-        max_rows: int | None = 4096,
+        max_rows: int | None = 16384,
         loss_reduction: str = "mean",
         summary: bool = True,
     ) -> None:
@@ -157,8 +157,9 @@ class ThorCallback(Callback):
             )
             self._told = failed + rejected
         if trainer.logger is not None:
-            pl_module.log("thor/failed_inversions", float(failed), rank_zero_only=True)
-            pl_module.log("thor/rejected_windows", float(rejected), rank_zero_only=True)
+            # The same on all ranks; without sync_dist Lightning would warn that they might not be.
+            pl_module.log("thor/failed_inversions", float(failed), sync_dist=True)
+            pl_module.log("thor/rejected_windows", float(rejected), sync_dist=True)
 
     # ── leaving ──
 

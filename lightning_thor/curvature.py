@@ -100,7 +100,7 @@ class Curvature:
         update_every_n_steps: Interval = 10,
         averaging: float = 0.8,
         precondition_bias: bool = False,
-        max_rows: int | None = 4096,
+        max_rows: int | None = 16384,
         loss_reduction: str = "mean",
         loss_multiplier: Callable[[], float | Tensor] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,

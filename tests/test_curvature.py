@@ -84,15 +84,32 @@ def test_preconditioning_solves_with_the_damped_factors(precondition_bias: bool)
     assert layer.with_bias is precondition_bias
 
 
-def test_a_norm_divides_by_its_damped_diagonal() -> None:
+def test_the_sqrt_rule_on_a_convolution_is_nn_thors() -> None:
+    """Its A and G are means over all P output positions, damped by sqrt(damping / P), and the update carries 1 / P."""
+    model, positions = net(), 16
+    curvature = Curvature(model, damping_rule="sqrt", damping=0.02, block_size=None, averaging=0.0)
+    observe(model, batch(8))
+    curvature.update()
+    A, G = (curvature.stacks.blocks_of(factor, "average")[0, 0] for factor in (0, 1))
+    G_mean, damping = G / positions, (0.02 / positions) ** 0.5
+    grad = model[0].weight.grad
+    expected = torch.linalg.inv(G_mean + damping * torch.eye(6)) @ grad.view(6, 18)
+    expected = expected @ torch.linalg.inv(A + damping * torch.eye(18)) / positions
+    torch.testing.assert_close(curvature.precondition({model[0].weight: grad})[model[0].weight], expected.view_as(grad))
+
+
+@pytest.mark.parametrize("damping_rule", ["trace", "pi", "sqrt"])
+def test_a_norm_divides_by_its_damped_diagonal(damping_rule: Any) -> None:
+    """Its one factor carries all of the damping."""
     model = net()
-    curvature = Curvature(model, averaging=0.0, damping=0.5)
+    curvature = Curvature(model, averaging=0.0, damping=0.5, damping_rule=damping_rule)
     observe(model, batch(8))
     curvature.update()
     index = 2 * list(curvature.layers).index("5") + 1
     diagonal = curvature.stacks.blocks_of(index, "average").flatten()
     grads: dict[nn.Parameter, Tensor] = {p: p.grad for p in model.parameters() if p.grad is not None}
-    expected = torch.cat([grads[model[5].weight], grads[model[5].bias]]) / (diagonal + 0.5 * diagonal.mean())
+    damping = 0.5 * (diagonal.mean() if damping_rule == "trace" else 1.0)
+    expected = torch.cat([grads[model[5].weight], grads[model[5].bias]]) / (diagonal + damping)
     directions = curvature.precondition(grads)
     torch.testing.assert_close(torch.cat([directions[model[5].weight], directions[model[5].bias]]), expected)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature
+from lightning_thor.hooks import Hooks
 
 
 def curvature_of(model: nn.Module, backward: Callable[[nn.Module], None]) -> Curvature:
@@ -211,3 +212,17 @@ def test_statistics_are_float32_under_autocast(dtype: torch.dtype) -> None:
     A = curvature.stacks.blocks_of(0, "average")[0, 0]
     assert A.dtype == torch.float32
     torch.testing.assert_close(A, (X.T @ X / len(X)).float(), rtol=1e-5, atol=1e-6)  # bfloat16 would be 1e-2 off
+
+
+def test_the_listener_is_called_without_autocast_and_without_gradients() -> None:
+    """Backward inside the autocast context would otherwise compute statistics in bfloat16."""
+    layer, seen = nn.Linear(5, 3), []
+    hooks = Hooks(
+        {"layer": layer},
+        lambda name: True,
+        lambda name, a, g: seen.append((name, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled())),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(X.float()).sum().backward()
+    hooks.remove()
+    assert seen == [("layer", False, False)]

@@ -1,0 +1,235 @@
+"""A small GPT that predicts the next character of a text."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from examples.batches import Batch
+
+
+class CharData(L.LightningDataModule):
+    """Windows of a text, character by character: the first 90 % of it train, the next 5 % validate, the last 5 % test.
+
+    A batch is ``(characters [N, context], next characters [N, context])``, int64 numbers of the sorted symbols of the
+    text. Every epoch draws new training windows, decided by ``seed`` and the number of the epoch alone, so a resumed
+    run sees the windows that an unbroken one would. Validation windows are always the same, evenly spaced.
+
+    Args:
+        root: a text file (UTF-8), or a folder that holds ``input.txt``.
+        context: characters per window.
+        batch_size: windows per batch.
+        steps_per_epoch: training batches per epoch (on every rank).
+        val_windows: validation windows, and as many test windows.
+        seed: decides the training windows.
+
+    Raises:
+        FileNotFoundError: there is no such text.
+        ValueError: the text is too short for one window.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        context: int = 128,
+        batch_size: int = 16,
+        steps_per_epoch: int = 300,
+        val_windows: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root)
+        self.context = context
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.val_windows = val_windows
+        self.seed = seed
+
+    def setup(self, stage: str | None = None) -> None:
+        text = read_text(self.root)
+        self.symbols = sorted(set(text))
+        number = {symbol: i for i, symbol in enumerate(self.symbols)}
+        characters = torch.tensor([number[symbol] for symbol in text], dtype=torch.int64)
+        train, val = len(text) * 90 // 100, len(text) * 95 // 100
+        self.train = Windows(characters[:train], self.context)
+        self.val = Windows(characters[train:val], self.context)
+        self.test = Windows(characters[val:], self.context)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        ranks, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        sampler = RandomWindows(self.train, self.batch_size * self.steps_per_epoch, ranks, rank, self.seed)
+        return DataLoader(self.train, batch_size=self.batch_size, sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self.evenly_spaced(self.val)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self.evenly_spaced(self.test)
+
+    def evenly_spaced(self, windows: "Windows") -> DataLoader[Batch]:
+        """``val_windows`` of ``windows``, always the same ones."""
+        starts = torch.linspace(0, len(windows) - 1, min(self.val_windows, len(windows))).long().tolist()
+        return DataLoader(torch.utils.data.Subset(windows, starts), batch_size=self.batch_size)
+
+
+class Windows(Dataset[Batch]):
+    """Every window of ``context`` characters, with the window one character later."""
+
+    def __init__(self, characters: Tensor, context: int) -> None:
+        if len(characters) <= context:
+            raise ValueError(
+                f"A split of the text has {len(characters)} characters, a window takes context + 1 = {context + 1}. "
+                "Give a longer text, or a smaller context."
+            )
+        self.characters = characters
+        self.context = context
+
+    def __len__(self) -> int:
+        return len(self.characters) - self.context
+
+    def __getitem__(self, start: int) -> Batch:
+        window = self.characters[start : start + self.context + 1]
+        return window[:-1], window[1:]
+
+
+class RandomWindows(DistributedSampler[Batch]):
+    """``samples_per_rank`` random starts per epoch, decided by ``seed`` and the epoch.
+
+    A ``DistributedSampler`` even on one device: Lightning then tells it the epoch, and leaves it in place under DDP.
+    """
+
+    def __init__(self, windows: Windows, samples_per_rank: int, ranks: int, rank: int, seed: int) -> None:
+        super().__init__(windows, num_replicas=ranks, rank=rank, seed=seed)
+        self.number_of_windows = len(windows)
+        self.samples_per_rank = samples_per_rank
+
+    def __len__(self) -> int:
+        return self.samples_per_rank
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # torch declares the sample, and yields its index
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        starts = torch.randint(self.number_of_windows, (self.samples_per_rank, self.num_replicas), generator=generator)
+        return iter(starts[:, self.rank].tolist())
+
+
+def read_text(root: Path) -> str:
+    """The text of the file ``root``, or of ``input.txt`` in the folder ``root``."""
+    path = root / "input.txt" if root.is_dir() else root
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"CharData found no text at {path}. Give a text file (such as tiny Shakespeare), or a folder that holds "
+            "one named input.txt: --data.root PATH on the command line, CharData(root=PATH) in Python."
+        )
+    return path.read_text(encoding="utf-8")
+
+
+class Block(nn.Module):
+    """Causal self-attention, then a two-layer perceptron, each after a layer norm: ``[N, T, width]`` to the same."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.norm_attention(x))
+        out: Tensor = x + self.mlp(self.norm_mlp(x))
+        return out
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Mix the positions up to each one, ``[N, T, width]`` to the same."""
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each [N, heads, T, width/heads]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class CharGPT(L.LightningModule):
+    """A pre-norm GPT; logs ``train_loss``, ``val_loss`` and ``test_loss``, in nats per character.
+
+    It has no ``configure_optimizers``: LightningCLI adds one, and in Python a subclass has one (see
+    ``ImageClassifier``).
+
+    Args:
+        vocab_size: number of different symbols; the text may have fewer, not more. 65 is tiny Shakespeare's.
+        layers: transformer blocks.
+        width: of the residual stream; a multiple of ``heads``.
+        heads: attention heads per block.
+        context: longest window, in characters.
+
+    Raises:
+        ValueError: ``width`` is not a multiple of ``heads``; or, when training starts, the data has more symbols or
+            longer windows than the model.
+    """
+
+    def __init__(
+        self, vocab_size: int = 65, layers: int = 4, width: int = 128, heads: int = 4, context: int = 128
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"CharGPT: width must be a multiple of heads, got width={width} and heads={heads}.")
+        self.vocab_size = vocab_size
+        self.context = context
+        self.token = nn.Embedding(vocab_size, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.apply(initialise_)
+
+    def setup(self, stage: str) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, CharData):
+            return
+        if len(data.symbols) > self.vocab_size:
+            raise ValueError(
+                f"{data.root} has {len(data.symbols)} different symbols, the model only vocab_size={self.vocab_size}. "
+                f"Set --model.vocab_size {len(data.symbols)}, or CharGPT(vocab_size={len(data.symbols)})."
+            )
+        if data.context > self.context:
+            raise ValueError(
+                f"CharData gives windows of context={data.context} characters, but the model takes at most "
+                f"context={self.context}. Set both to one value: --data.context and --model.context."
+            )
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """Logits of every next character: int64 ``[N, T]``, T at most ``context``, to ``[N, T, vocab_size]``."""
+        positions = torch.arange(characters.shape[1], device=characters.device)
+        x = self.token(characters) + self.position(positions)
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy over all positions of all windows, nats per character."""
+        characters, next_characters = batch
+        return F.cross_entropy(self(characters).flatten(0, 1), next_characters.flatten())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), prog_bar=True, batch_size=len(batch[0]), sync_dist=True)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
+
+
+def initialise_(module: nn.Module) -> None:
+    """Small normal weights and zero biases, as GPT-2 has them: the first loss is then close to log(vocab_size)."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
