@@ -182,9 +182,7 @@ class ThorCallback(Callback):
         return {"curvature": None if self.curvature is None else self.curvature.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Lightning also calls this in validate and test; and before on_fit_start, but not on every strategy.
-        if not self._fitting:
-            return
+        # Before on_fit_start, but not on every strategy; and in validate and test, which setup of a fit forgets.
         state = state_dict["curvature"]
         if state is None:
             return

@@ -164,8 +164,6 @@ class Curvature:
             g: the gradient of the loss, as it was differentiated, with respect to its output.
         """
         self._observed.add(name)
-        if g.numel() == 0:
-            return
         layer, A, G = self.layers[name], 2 * self._index[name], 2 * self._index[name] + 1
         seen = layer.observe(a, g, self.stacks.dtype, self.max_rows)
         if layer.A is not None and seen.a is not None:

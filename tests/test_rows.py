@@ -190,8 +190,19 @@ def test_max_rows_of_a_convolution_counts_positions() -> None:
     assert layer.observe(a, g, torch.float32, 1).n_samples == 1
 
 
-def test_an_empty_batch_is_observed_as_nothing() -> None:
-    model = nn.Sequential(nn.Linear(4, 3))
-    curvature = Curvature(model)
-    model(torch.randn(0, 4)).sum().backward()
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(4, 3), torch.randn(0, 4)),
+        (nn.Conv2d(2, 3, 3), torch.randn(0, 2, 5, 5)),
+        (nn.Embedding(4, 3), torch.zeros(0, 7, dtype=torch.int64)),
+        (nn.LayerNorm(4), torch.randn(0, 4)),
+    ],
+)
+def test_an_empty_batch_is_observed_as_nothing(layer: nn.Module, x: Tensor) -> None:
+    curvature = Curvature(layer)
+    layer(x).sum().backward()
     assert curvature.stacks.flat_sums.abs().sum() == 0
+    curvature.update()
+    assert curvature.stacks.updates.sum() == 0
+    assert all(torch.isfinite(d).all() for d in curvature.precondition({layer.weight: layer.weight.grad}).values())
