@@ -37,7 +37,7 @@ from lightning_thor import ThorCallback, configure_thor
 
 TARGET = 0.97  # validation accuracy
 BATCH_SIZE = 128  # 9 steps per epoch, the last one with 53 images
-CHECKS_PER_EPOCH = 4  # validations; epochs are too coarse a measure here
+CHECKS_PER_EPOCH = 3  # validations, after every third step; epochs are too coarse a measure here
 WARMUP_SHARE = 0.1  # of all steps
 TUNING_SEEDS = (100, 101)
 TUNING_SPLIT_SEED = 1

@@ -194,24 +194,27 @@ class Curvature:
         if self.is_due():
             self._check_that_layers_fire()
             self.sum_across_ranks(self.stacks.flat_sums)
-            self.stacks.average_window(self.averaging)
-            self.stacks.invert(self.damping_rule, self._damping_now())
+            with self._full_precision():
+                self.stacks.average_window(self.averaging)
+                self.stacks.invert(self.damping_rule, self._damping_now())
             self._schedule.refreshed(self.step)
             self._observed.clear()
         self.step += 1
 
     @torch.no_grad()
     def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """The natural gradient G⁻¹ grad A⁻¹ of each layer; the gradients of other parameters as they are.
+        """The natural gradient G⁻¹ grad A⁻¹ of each layer, and copies of the gradients of other parameters.
 
         Args:
-            grads: dL/dW by parameter; nothing in it is changed, but what has no curvature is passed on, not copied.
+            grads: dL/dW by parameter; nothing in it is changed.
         """
-        directions = dict(grads)
-        for layer, (A_inverse, G_inverse) in zip(self.layers.values(), self._inverses, strict=True):
-            own = [grads[p] for p in layer.parameters if p in grads]
-            if len(own) == len(layer.parameters):
-                directions.update(zip(layer.parameters, layer.precondition(own, A_inverse, G_inverse), strict=True))
+        directions: dict[nn.Parameter, Tensor] = {}
+        with self._full_precision():
+            for layer, (A_inverse, G_inverse) in zip(self.layers.values(), self._inverses, strict=True):
+                own = [grads[p] for p in layer.parameters if p in grads]
+                if len(own) == len(layer.parameters):
+                    directions.update(zip(layer.parameters, layer.precondition(own, A_inverse, G_inverse), strict=True))
+        directions.update((p, grad.clone()) for p, grad in grads.items() if p not in directions)
         return directions
 
     def state_dict(self) -> dict[str, Any]:
@@ -273,6 +276,10 @@ class Curvature:
     def _is_open(self, name: str) -> bool:
         # The whole model's mode, not the layer's: a submodule kept in eval mode still trains.
         return self.model.training and self.is_due()
+
+    def _full_precision(self) -> torch.autocast:
+        # A plain loop may call optimizer.step() within autocast.
+        return torch.autocast(self.stacks.flat_sums.device.type, enabled=False)
 
     def _damping_now(self) -> float:
         if not callable(self.damping):

@@ -41,13 +41,13 @@ class Layer:
         return seen._replace(a=torch.cat([seen.a, ones], dim=1))
 
     def precondition(self, grads: Sequence[Tensor], A_inverse: Tensor | None, G_inverse: Tensor) -> list[Tensor]:
-        """``G⁻¹ @ grad @ A⁻¹``, in the shapes and dtypes of ``grads`` (one for each of `parameters`)."""
+        """``G⁻¹ @ grad @ A⁻¹``, new and contiguous, in the shapes and dtypes of ``grads`` (one for each parameter)."""
         matrix = self.kind.to_matrix(self, [grad.to(G_inverse.dtype) for grad in grads])
         matrix = blocks.left_product(G_inverse, matrix, self.G)
         if self.A is not None and A_inverse is not None:
             matrix = blocks.right_product(matrix, A_inverse, self.A)
         return [
-            direction.reshape(grad.shape).to(grad.dtype)
+            direction.reshape(grad.shape).to(grad.dtype).contiguous()
             for direction, grad in zip(self.kind.from_matrix(self, matrix), grads, strict=True)
         ]
 

@@ -20,7 +20,7 @@ class Preconditioner(Protocol):
         """Once per applied step, after backward."""
 
     def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Directions of descent, one for each gradient; must not change ``grads`` in place."""
+        """Directions of descent, one for each gradient: new tensors, the optimizer's to change; ``grads`` stay."""
 
 
 class Thor(Optimizer):
@@ -142,42 +142,45 @@ class Thor(Optimizer):
         self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor], shrink: Tensor | None
     ) -> None:
         lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-        # Out of place until the momentum buffers: `updates` may hold the callers' gradients.
         if group["match_rms"] is not None:
-            updates = list(torch._foreach_mul(updates, _rms_factors(updates, group["match_rms"])))
+            torch._foreach_mul_(updates, _rms_factors(updates, group["match_rms"]))
         elif group["kl_clip"] is not None and shrink is not None:
-            updates = [update * shrink.to(update.dtype) for update in updates]
+            for update in updates:
+                update.mul_(shrink)
         if weight_decay and group["decoupled_weight_decay"]:
             torch._foreach_mul_(params, 1.0 - lr * weight_decay)
         elif weight_decay:
-            updates = list(torch._foreach_add(updates, params, alpha=weight_decay))
+            torch._foreach_add_(updates, params, alpha=weight_decay)
         if momentum:
             fresh = [p not in self.state or "momentum_buffer" not in self.state[p] for p in params]
             for p, update, is_fresh in zip(params, updates, fresh, strict=True):
                 if is_fresh:
-                    self.state[p]["momentum_buffer"] = torch.clone(update).contiguous()
+                    self.state[p]["momentum_buffer"] = torch.clone(update)
             old = [i for i, is_fresh in enumerate(fresh) if not is_fresh]
             buffers = [self.state[p]["momentum_buffer"] for p in params]
             if old:
                 torch._foreach_mul_([buffers[i] for i in old], momentum)
                 torch._foreach_add_([buffers[i] for i in old], [updates[i] for i in old])
-            updates = list(torch._foreach_add(updates, buffers, alpha=momentum)) if group["nesterov"] else buffers
+            if group["nesterov"]:
+                torch._foreach_add_(updates, buffers, alpha=momentum)
+            else:
+                updates = buffers
         torch._foreach_add_(params, updates, alpha=-lr)
 
 
 def _rms_factors(updates: list[Tensor], rms: float) -> list[Tensor]:
-    """What brings each tensor to the root mean square ``rms``: one 0-dimensional tensor each, in its dtype.
+    """What brings each tensor to the root mean square ``rms``: one 0-dimensional tensor each, in at least float32.
 
     >>> _rms_factors([torch.full((4,), 2.0), torch.zeros(2)], rms=0.2)[0]
     tensor(0.1000)
     """
     # A norm in half precision would overflow or lose its digits.
     dtype = reduce(torch.promote_types, (update.dtype for update in updates), torch.float32)
-    norms = torch._foreach_norm(updates, dtype=dtype)
-    return [
-        (rms * math.sqrt(update.numel()) / norm.clamp_min(torch.finfo(torch.float32).tiny)).to(update.dtype)
-        for update, norm in zip(updates, norms, strict=True)
-    ]
+    factors = list(torch._foreach_norm(updates, dtype=dtype))
+    torch._foreach_clamp_min_(factors, torch.finfo(torch.float32).tiny)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(factors, [rms * math.sqrt(update.numel()) for update in updates])
+    return factors
 
 
 def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:

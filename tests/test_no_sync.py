@@ -77,7 +77,7 @@ class Plain:
         pass
 
     def precondition(self, grads: Any) -> dict[nn.Parameter, Tensor]:
-        return dict(grads)
+        return {p: grad.clone() for p, grad in grads.items()}
 
 
 def test_forward_and_backward_of_a_step_that_is_not_due_are_those_without_hooks() -> None:

@@ -24,7 +24,7 @@ class Identity:
         self.updates += 1
 
     def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        return dict(grads)
+        return {p: grad.clone() for p, grad in grads.items()}
 
 
 def net() -> nn.Sequential:

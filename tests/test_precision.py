@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
-from lightning_thor import ThorCallback
+from lightning_thor import Curvature, Thor, ThorCallback
 from tests.boring import Boring, callback_of, everything, trainer
 
 
@@ -105,3 +105,18 @@ def test_an_overflow_in_the_middle_of_a_window_discards_the_window(tmp_path: Pat
     assert (found.global_step, curvature.step) == (2, 1)
     assert curvature.stacks.rejected_windows == 0
     assert all(torch.isfinite(tensor).all() for tensor in everything(found))
+
+
+def test_a_step_within_autocast_is_the_step_without() -> None:
+    """A plain loop may call optimizer.step() there: its products would be in bfloat16."""
+    runs = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
+        curvature = Curvature(model)
+        optimizer = Thor(model.parameters(), preconditioner=curvature)
+        model(torch.randn(16, 8)).square().mean().backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            optimizer.step()
+        runs.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*runs, rtol=0, atol=0)

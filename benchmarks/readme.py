@@ -1,0 +1,143 @@
+"""Fills the measured figures into README.md, between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
+
+    python -m benchmarks.readme           # writes README.md
+    python -m benchmarks.readme --check   # writes nothing; exit status 1 if README.md is not what it would write
+
+The demo's figures are those that ``python -m examples.demo`` writes as ``figures.json``, kept as ``docs/demo.json``.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import examples, step_cost
+from examples import demo
+
+ROOT = Path(__file__).parents[1]
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """A Markdown table; the first ``words`` columns are words, the others are figures, aligned to the right.
+
+    >>> print(markdown_table(["who", "ms"], [["sgd", "1.0"]]))
+    | who | ms |
+    |---|--:|
+    | sgd | 1.0 |
+    """
+    rule = "|" + "---|" * words + "--:|" * (len(heads) - words)
+    return "\n".join([f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def measured_on(environment: dict[str, Any]) -> str:
+    """Where and when, in one line."""
+    device = "" if environment["device"] == "cpu" else f"{environment['device']}, "
+    malloc = f", {environment['malloc']}" if environment["malloc"] else ""
+    return (
+        f"{device}{environment['cpu']}, {environment['threads']} threads, torch {environment['torch']}{malloc}, "
+        f"{environment['date']}"
+    )
+
+
+def step_cost_block(results: dict[str, Any]) -> str:
+    """The cost of a step, from ``benchmarks/results/step_cost.json``."""
+    places = dict.fromkeys(measured_on(result["environment"]) for result in results.values())
+    rounds = sorted({len(result["refreshes"]) for result in results.values()})
+    return (
+        f"{markdown_table(step_cost.HEADS, step_cost.cells(results))}\n\n"
+        "Times of whole steps (forward, backward, optimizer) over those of momentum SGD, in one process, in rounds: "
+        f"median (first to third quartile) of {' and '.join(map(str, rounds))} rounds. State: bytes that a "
+        "checkpoint holds of it, over bytes of the parameters, SGD / AdamW / THOR. "
+        f"Measured on: {'; '.join(places)}."
+    )
+
+
+def examples_block(results: dict[str, Any]) -> str:
+    """Epochs and seconds to a target, from ``benchmarks/results/examples.json``."""
+    summary = results["summary"]
+    places = dict.fromkeys(measured_on(task["environment"]) for task in summary.values())
+    optimizers = [one for task in summary.values() for one in task["optimizers"].values()]
+    seeds = sorted({one["seeds"] for one in optimizers})
+    tried = sorted({len(rates) for task in summary.values() for rates in task["tuning"].values()})
+    return (
+        f"{markdown_table(examples.HEADS, examples.cells(summary), words=2)}\n\n"
+        f"Medians over {' and '.join(map(str, seeds))} seeds, after {' and '.join(map(str, tried))} learning rates for "
+        "each optimizer in a shorter training on another seed. Seconds are of training, with everything an optimizer "
+        f"costs, validation left out. Measured on: {'; '.join(places)}."
+    )
+
+
+def demo_block(figures: dict[str, Any]) -> str:
+    """What ``make demo`` prints, from ``docs/demo.json``."""
+    target = figures["target"]
+    rows = []
+    for name, contender in figures["optimizers"].items():
+        runs = contender["runs"]
+        rows.append(
+            (
+                f"{name}, lr {contender['lr']:g}",
+                demo.median_and_range((run["epochs_to_target"] for run in runs), ".0f"),
+                demo.median_and_range((run["seconds_to_target"] for run in runs), ".2f"),
+                demo.median_and_range((run["accuracy"][-1] for run in runs), ".1%"),
+                demo.median_and_range((1e3 * statistics.median(run["step_seconds"]) for run in runs), ".1f"),
+            )
+        )
+    heads = ("optimizer", f"epochs to {target:.0%}", f"seconds to {target:.0%}", "final accuracy", "ms per step")
+    seeds = len(next(iter(figures["optimizers"].values()))["runs"])
+    return (
+        f"{markdown_table(heads, rows)}\n\n"
+        f"Median over {seeds} seeds (smallest to largest) after {figures['epochs']} epochs; torch {figures['torch']}, "
+        f"{figures['threads']} threads."
+    )
+
+
+BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "step_cost": ("benchmarks/results/step_cost.json", step_cost_block),
+    "examples": ("benchmarks/results/examples.json", examples_block),
+    "demo": ("docs/demo.json", demo_block),
+}
+
+
+def filled(text: str, root: Path) -> str:
+    """``text`` with every block that it has markers for, made from the JSON files under ``root``.
+
+    Raises:
+        ValueError: a begin marker without its end marker.
+        FileNotFoundError: a block whose figures are not there.
+    """
+    for name, (file, block) in BLOCKS.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin not in text:
+            continue
+        if not (root / file).is_file():
+            raise FileNotFoundError(f"README.md has the marker {begin}, but there is no {file}: measure it first.")
+        content = block(json.loads((root / file).read_text(encoding="utf-8")))
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        # A function, since a string would have its backslashes read as groups.
+        text, count = pattern.subn(lambda _, new=f"{begin}\n{content}\n{end}": new, text)  # type: ignore[misc]
+        if count != 1:
+            raise ValueError(f"README.md has {begin}, and {count} times {end} after it: one of each is needed.")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Write, or with ``--check`` only compare; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if README.md differs")
+    options = parser.parse_args(arguments)
+    readme = root / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = filled(old, root)
+    if options.check and new != old:
+        print("README.md is not what its figures say. Run: python -m benchmarks.readme")
+        return 1
+    if not options.check:
+        readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,304 @@
+"""Trainings on two ranks for the tests: real processes, started by Lightning's own launcher, over gloo.
+
+``python distributed_workers.py FOLDER`` runs every training of `TRAININGS`; each rank saves what came out of it as
+``FOLDER/<name>-<rank>.pt``. `two_ranks` starts that program once for all tests and reads the files.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_thor import Curvature, ThorCallback, configure_thor
+from lightning_thor import collectives as factor_collectives
+
+# Generous, since the machine may be busy; a rank that waits for the other one for ever is what it is for.
+SECONDS = 150
+ROWS = 32
+STEPS_PER_EPOCH = 4
+HALVES = (16, 16)
+
+Result = dict[str, Any]
+
+
+def batch(number: int) -> tuple[Tensor, Tensor]:
+    """Always the same 32 images ``[32, 2, 4, 4]`` and classes ``[32]`` for one number."""
+    generator = torch.Generator().manual_seed(1000 + number)
+    return torch.randn(ROWS, 2, 4, 4, generator=generator), torch.randint(5, (ROWS,), generator=generator)
+
+
+class Net(nn.Module):
+    """Something of each kind of layer, but no batch norm: its statistics differ between one batch and two halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.norm = nn.LayerNorm(96)
+        self.hidden = nn.Linear(96, 12)
+        self.head = nn.Linear(12, 5)
+        self.extra = nn.Linear(12, 5)
+
+    def forward(self, images: Tensor, with_extra: bool) -> Tensor:
+        hidden = self.hidden(self.norm(F.relu(self.conv(images), inplace=True).flatten(1)))
+        logits: Tensor = self.head(hidden.tanh())
+        return logits + self.extra(hidden.tanh()) if with_extra else logits
+
+
+class Module(L.LightningModule):
+    """Trains `Net`; every step shares one batch of 32 out to the ranks and their micro-batches.
+
+    Args:
+        parts: rows of the batch that each rank takes, in its order.
+        micro_batches: equal pieces that a rank cuts its part into.
+        batches: numbers of the batches of an epoch.
+        overflow: the batch whose loss becomes infinite on the last rank, and nowhere else.
+        extra: the ranks that use the layer ``extra``.
+        dtype: of the weights.
+    """
+
+    def __init__(
+        self,
+        parts: tuple[int, ...],
+        micro_batches: int = 1,
+        batches: tuple[int, ...] = tuple(range(STEPS_PER_EPOCH)),
+        overflow: int | None = None,
+        extra: tuple[int, ...] = (0, 1),
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__()
+        assert sum(parts) == ROWS
+        # float64 from the beginning: with precision="64-true" alone, Lightning loads a checkpoint's weights into a new
+        # model of float32 and converts that afterwards, so a resumed run would begin with rounded weights.
+        self.net = Net().to(dtype)
+        self.parts, self.micro_batches, self.batches = parts, micro_batches, batches
+        self.overflow, self.extra = overflow, extra
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        rank = self.trainer.global_rank
+        pieces = []
+        for number in self.batches:
+            images, classes = (part.split(list(self.parts))[rank] for part in batch(number))
+            numbers = torch.full_like(classes, number)
+            pieces += list(zip(*(x.chunk(self.micro_batches) for x in (images, classes, numbers)), strict=True))
+        return DataLoader(pieces, batch_size=None)  # type: ignore[arg-type]
+
+    def training_step(self, piece: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
+        images, classes, numbers = piece
+        loss = F.cross_entropy(self.net(images, self.trainer.global_rank in self.extra), classes)
+        if int(numbers[0]) == self.overflow and self.trainer.global_rank == self.trainer.world_size - 1:
+            loss = loss * float("inf")
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = configure_thor(self, lr=0.02, weight_decay=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)]
+
+
+class StepLog(L.Callback):
+    """After every batch: how many all-reduces of factors there were so far, and how many applied steps."""
+
+    def __init__(self, all_reduces: list[Result]) -> None:
+        self.all_reduces = all_reduces
+        self.counts: list[int] = []
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.counts.append(len(self.all_reduces))
+        self.steps.append(curvature_of(trainer).step)
+
+
+def curvature_of(trainer: L.Trainer) -> Curvature:
+    callback = next(one for one in trainer.callbacks if isinstance(one, ThorCallback))  # type: ignore[attr-defined]
+    assert callback.curvature is not None
+    return callback.curvature
+
+
+@contextmanager
+def listed_all_reduces() -> Iterator[list[Result]]:
+    """Every all-reduce that lightning_thor makes: its size, and whether it used a group of its own."""
+    calls: list[Result] = []
+
+    def all_reduce(flat: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        calls.append({"numel": flat.numel(), "own_group": group not in (None, dist.group.WORLD)})
+        return dist.all_reduce(flat, *args, group=group, **kwargs)
+
+    factor_collectives.dist = SimpleNamespace(**{**vars(dist), "all_reduce": all_reduce})  # type: ignore[assignment]
+    try:
+        yield calls
+    finally:
+        factor_collectives.dist = dist
+
+
+def fit(
+    folder: Path,
+    module: Module,
+    *,
+    devices: int = 2,
+    strategy: str | None = None,
+    max_epochs: int = 2,
+    resume: Path | None = None,
+    checkpoints: str | None = None,
+    **trainer_options: Any,
+) -> Result:
+    """Train ``module``; everything that the laws compare, as plain types and tensors."""
+    saver = ModelCheckpoint(folder / (checkpoints or "none"), "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    if "plugins" not in trainer_options:
+        trainer_options.setdefault("precision", "64-true")
+    with listed_all_reduces() as all_reduces:
+        log = StepLog(all_reduces)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=devices,
+            strategy=strategy or ("thor_ddp" if devices > 1 else "auto"),
+            max_epochs=max_epochs,
+            callbacks=[ThorCallback(update_every_n_steps=3, block_size=8, summary=False), log]
+            + ([saver] if checkpoints else []),
+            accumulate_grad_batches=module.micro_batches,
+            default_root_dir=folder,
+            enable_checkpointing=checkpoints is not None,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            **trainer_options,
+        )
+        trainer.fit(module, ckpt_path=resume)
+    curvature = curvature_of(trainer)
+    optimizer = trainer.optimizers[0].state_dict()
+    for group in optimizer["param_groups"]:
+        group.pop("differentiable", None)  # torch's own load_state_dict adds it; Thor has no such option
+    return {
+        "strategy": type(trainer.strategy).__name__,
+        "world_size": trainer.world_size,
+        "weights": {name: weight.detach().clone() for name, weight in module.net.named_parameters()},
+        "optimizer": optimizer,
+        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "curvature": curvature.state_dict(),
+        "window": float(curvature.stacks.flat_sums.abs().sum()),
+        "numel": curvature.stacks.flat_sums.numel(),
+        "all_reduces": all_reduces,
+        "counts": log.counts,
+        "steps": log.steps,
+        "epochs": (trainer.current_epoch, trainer.global_step),
+    }
+
+
+def fit_with_loss_scaling(folder: Path, **options: Any) -> Result:
+    """One epoch in float16; on a CPU ``precision="16-mixed"`` alone would silently mean bfloat16."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))  # type: ignore[arg-type]
+    return fit(folder, Module(HALVES, dtype=torch.float32, **options), max_epochs=1, plugins=[plugin])
+
+
+def plain_loop(folder: Path) -> Result:
+    """No Trainer: `Curvature` and the collectives by themselves, in the process group that the Trainer left."""
+    rank = dist.get_rank()
+    flat = torch.tensor([1.0 + rank, 10.0])
+    same = flat
+    group = factor_collectives.new_factor_group()
+    factor_collectives.sum_across_ranks_(flat, group)
+    factor_collectives.sum_across_ranks_(flat)
+    net = Net().double()
+    curvature = Curvature(net, block_size=8)
+    images, classes = (part.split([10, 22])[rank] for part in batch(0))
+    F.cross_entropy(net(images.double(), True), classes).backward()
+    with listed_all_reduces() as all_reduces:
+        curvature.update()
+    return {
+        "is_distributed": factor_collectives.is_distributed(),
+        "group_size": dist.get_world_size(group),
+        "own_group": group not in (None, dist.group.WORLD),
+        "summed": flat,
+        "in_place": flat is same,
+        "curvature": curvature.state_dict(),
+        "all_reduces": all_reduces,
+    }
+
+
+TRAININGS: dict[str, Callable[[Path], Result]] = {
+    "halves": lambda folder: fit(folder, Module(HALVES), max_epochs=3, checkpoints="halves"),
+    "halves_ddp": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy="ddp"),
+    "resumed": lambda folder: fit(folder, Module(HALVES), max_epochs=3, resume=folder / "halves" / "epoch=0.ckpt"),
+    "quarters": lambda folder: fit(folder, Module(HALVES, micro_batches=2)),
+    "unequal": lambda folder: fit(folder, Module((10, 22)), max_steps=1),
+    # Batch 3 would be the fourth applied step, in which a refresh is due.
+    "overflow": lambda folder: fit_with_loss_scaling(folder, batches=(0, 1, 2, 3, 4, 5), overflow=3),
+    "overflow_left_out": lambda folder: fit_with_loss_scaling(folder, batches=(0, 1, 2, 4, 5)),
+    "unused": lambda folder: fit(
+        folder, Module(HALVES, extra=(0,)), strategy="thor_ddp_find_unused_parameters_true", max_epochs=1
+    ),
+    "unused_once": lambda folder: fit(
+        folder, Module(HALVES, extra=(0,)), strategy="thor_ddp_find_unused_parameters_true", max_steps=1
+    ),
+    "plain_loop": plain_loop,
+}
+
+
+@functools.lru_cache(maxsize=1)
+def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
+    """The folder with the results of all trainings (it goes with the cache), and what the two processes printed."""
+    folder = tempfile.TemporaryDirectory(prefix="lightning_thor_two_ranks_")
+    root = Path(__file__).parents[1]
+    # What a launcher left in this process would make the new one believe that it is a rank already.
+    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    env |= {"PYTHONPATH": os.pathsep.join([str(root), env.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, __file__, folder.name],
+        cwd=root,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that a hanging rank can be ended with the process that started it
+    )
+    try:
+        printed, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        printed = f"Ended after {SECONDS} seconds. {process.communicate()[0]}"
+    return folder, printed
+
+
+def results_folder() -> Path:
+    """Where the two ranks put their results and checkpoints."""
+    return Path(launched()[0].name)
+
+
+def two_ranks(name: str) -> list[Result]:
+    """What the training ``name`` gave on rank 0 and on rank 1."""
+    files = [results_folder() / f"{name}-{rank}.pt" for rank in (0, 1)]
+    if not all(file.is_file() for file in files):
+        raise AssertionError(
+            f"The training {name!r} did not end on both ranks. They printed: ...{launched()[1][-6000:]}"
+        )
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    for name, training in TRAININGS.items():
+        result = training(folder)
+        torch.save(result, folder / f"{name}-{dist.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main()
