@@ -49,6 +49,19 @@ def cut(width: int, block_size: int | None, groups: int = 1) -> Blocks:
     return Blocks(groups, width, n_blocks, -(-width // n_blocks))
 
 
+def cut_with_remainder(width: int, block_size: int | None, groups: int = 1) -> Blocks:
+    """Cut ``width`` as MindSpore's nn.thor does: blocks of ``block_size`` in order, a smaller one last.
+
+    The remainder is stored as a block of full size, padded with zeros, and gives the same numbers.
+
+    >>> cut_with_remainder(300, 128).n_blocks, cut_with_remainder(300, 128).padding
+    (3, 84)
+    """
+    if block_size is None or width <= block_size:
+        return Blocks(groups, width, 1, width)
+    return Blocks(groups, width, -(-width // block_size), block_size)
+
+
 def diagonal(width: int) -> Blocks:
     """A diagonal factor: blocks of size 1."""
     return Blocks(1, width, width, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -31,8 +31,8 @@ class ThorCallback(Callback):
     """Gives the `Thor` optimizer of a fit its curvature; use it with ``return configure_thor(self)``.
 
     Args:
-        damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, max_rows, loss_reduction:
-            as in `Curvature`.
+        damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, max_rows, statistics,
+            loss_reduction: as in `Curvature`.
         summary: print a table of what is preconditioned when fit starts.
 
     Raises:
@@ -52,6 +52,7 @@ class ThorCallback(Callback):
         averaging: float = 0.8,
         precondition_bias: bool = False,
         max_rows: int | None = 16384,
+        statistics: Literal["expand", "reduce"] = "expand",
         loss_reduction: str = "mean",
         summary: bool = True,
     ) -> None:
@@ -66,6 +67,7 @@ class ThorCallback(Callback):
             update_every_n_steps=interval,
             averaging=averaging,
             max_rows=max_rows,
+            statistics=statistics,
             loss_reduction=loss_reduction,
         )
         self._options: dict[str, Any] = {
@@ -76,6 +78,7 @@ class ThorCallback(Callback):
             "averaging": averaging,
             "precondition_bias": precondition_bias,
             "max_rows": max_rows,
+            "statistics": statistics,
             "loss_reduction": loss_reduction,
         }
         self.summary = summary
@@ -108,6 +111,11 @@ class ThorCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizer = _the_thor_of(trainer)
+        if optimizer.preconditioner is not None and optimizer.preconditioner is not self.curvature:
+            raise ValueError(
+                f"ThorCallback found a {type(optimizer).__name__} that has a preconditioner already. Remove the "
+                "callback, or build the optimizer without preconditioner=..."
+            )
         self._close()
         self.curvature = Curvature(
             pl_module,

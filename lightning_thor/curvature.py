@@ -14,9 +14,8 @@ from lightning_thor import collectives
 from lightning_thor.blocks import add_covariance_
 from lightning_thor.damping import RULES, DampingRule
 from lightning_thor.hooks import Hooks
-from lightning_thor.layers import layers_of
+from lightning_thor.layers import STATISTICS, Statistics, layers_of
 from lightning_thor.refresh import Interval, RefreshSchedule
-from lightning_thor.rows import loss_terms
 from lightning_thor.stacks import FactorStacks
 
 Schedule = float | Callable[[int], float]
@@ -30,6 +29,7 @@ def check_options(
     update_every_n_steps: Interval,
     averaging: float,
     max_rows: int | None,
+    statistics: str | Statistics,
     loss_reduction: str,
 ) -> None:
     """Refuse options of `Curvature` that cannot mean anything.
@@ -52,6 +52,8 @@ def check_options(
         raise ValueError(f"averaging must lie in [0, 1); 0 uses the last batch alone. Got {averaging!r}.")
     if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 1):
         raise ValueError(f"max_rows must be an int of at least 1, or None for all rows, got {max_rows!r}.")
+    if not isinstance(statistics, Statistics) and statistics not in STATISTICS:
+        raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}.")
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
 
@@ -78,8 +80,12 @@ class Curvature:
             take plain momentum.
         max_rows: use at most that many rows of a batch (positions of linear layers; for convolutions whole images of
             about that many positions) for the statistics of linear layers and convolutions; None uses all.
+        statistics: for layers that one sample uses at many positions (convolutions, sequences): ``"expand"`` takes
+            each position as a row, ``"reduce"`` averages inputs and sums gradients over them first, which suits losses
+            that have one term per sample (Eschenhagen et al. 2023, arXiv:2311.00636).
         loss_reduction: whether the loss is a ``"mean"`` or a ``"sum"`` over samples. A mean is taken to be one over
-            positions for layers on the last dimension, and over the batch for convolutions.
+            positions for layers on the last dimension, and over the batch for convolutions; over the batch for all
+            layers with ``statistics="reduce"``.
         loss_multiplier: gives what the loss was multiplied by before backward besides that: the loss scale over the
             number of accumulated micro-batches. Called once per observed pair; a 0-dimensional tensor avoids a sync.
         parameters: leave out layers whose weight is not among these; None for all.
@@ -101,6 +107,7 @@ class Curvature:
         averaging: float = 0.8,
         precondition_bias: bool = False,
         max_rows: int | None = 16384,
+        statistics: str | Statistics = "expand",
         loss_reduction: str = "mean",
         loss_multiplier: Callable[[], float | Tensor] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
@@ -112,6 +119,7 @@ class Curvature:
             update_every_n_steps=update_every_n_steps,
             averaging=averaging,
             max_rows=max_rows,
+            statistics=statistics,
             loss_reduction=loss_reduction,
         )
         self.model = model
@@ -119,6 +127,7 @@ class Curvature:
         self.damping_rule: DampingRule = damping_rule
         self.averaging = averaging
         self.max_rows = max_rows
+        self.statistics = statistics if isinstance(statistics, Statistics) else STATISTICS[statistics]
         self.loss_reduction = loss_reduction
         self.loss_multiplier = loss_multiplier
         self.sum_across_ranks: Callable[[Tensor], None] = collectives.sum_across_ranks_
@@ -127,6 +136,7 @@ class Curvature:
             block_size=block_size,
             precondition_bias=precondition_bias,
             only=None if parameters is None else set(parameters),
+            statistics=self.statistics,
         )
         weights = [layer.parameters[0] for layer in self.layers.values()]
         devices = {weight.device for weight in weights}
@@ -171,7 +181,7 @@ class Curvature:
         if seen.token_counts is not None:
             self.stacks.blocks_of(A, "sums").view(-1).add_(seen.token_counts)
         # To the gradient of the per-sample loss. Rows were converted first: a float16 gradient would overflow.
-        per_sample = loss_terms(layer.module, g) if self.loss_reduction == "mean" else 1
+        per_sample = self.statistics.loss_terms(layer.module, g) if self.loss_reduction == "mean" else 1
         scale = per_sample / (1.0 if self.loss_multiplier is None else self.loss_multiplier())
         add_covariance_(self.stacks.blocks_of(G, "sums"), seen.g * scale, layer.G)
         counts = self.stacks.counts[self._index[name]]
@@ -192,11 +202,11 @@ class Curvature:
             RuntimeError: at the first refresh, if no layer at all was observed.
         """
         if self.is_due():
-            self._check_that_layers_fire()
             self.sum_across_ranks(self.stacks.flat_sums)
+            self._check_that_layers_fire()
             with self._full_precision():
                 self.stacks.average_window(self.averaging)
-                self.stacks.invert(self.damping_rule, self._damping_now())
+                self.stacks.invert(self.damping_rule, self.damping_now())
             self._schedule.refreshed(self.step)
             self._observed.clear()
         self.step += 1
@@ -281,7 +291,8 @@ class Curvature:
         # A plain loop may call optimizer.step() within autocast.
         return torch.autocast(self.stacks.flat_sums.device.type, enabled=False)
 
-    def _damping_now(self) -> float:
+    def damping_now(self) -> float:
+        """The damping of the coming step; a ValueError if a schedule gives one that is not above 0."""
         if not callable(self.damping):
             return self.damping
         damping = float(self.damping(self.step))
@@ -307,11 +318,12 @@ class Curvature:
             "there: call modules (not F.linear with their weight), build Curvature before torch.compile first runs the "
             "model (or call torch._dynamo.reset()), and call optimizer.step() after a backward pass in training mode."
         )
-        if len(silent) == len(self.layers):
+        # After the sum over ranks, so that all of them raise, or none: a rank alone would leave the others waiting.
+        if len(silent) == len(self.layers) and not self.stacks.counts.any():
             raise RuntimeError(f"No layer was observed before the first step ({_some(silent)}). {advice}")
         warnings.warn(
-            f"{len(silent)} of {len(self.layers)} layers with curvature were not observed before the first step and "
-            f"take their plain gradient until they are: {_some(silent)}. {advice}",
+            f"{len(silent)} of {len(self.layers)} layers with curvature were not observed before the first step (in "
+            f"this process) and take their plain gradient until they are: {_some(silent)}. {advice}",
             stacklevel=4,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ class Layer:
     """None: no input factor (the scale and shift of a norm have the diagonal of their own Fisher matrix as G)."""
     G: Blocks
     kind: Kind
+    rows_of: RowsOf
 
     @property
     def with_bias(self) -> bool:
@@ -34,7 +35,7 @@ class Layer:
 
     def observe(self, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> rows.Rows:
         """One call of the module as rows, with a row of ones under the inputs if the bias belongs to A."""
-        seen = self.kind.rows(self.module, a, g, dtype, max_rows)
+        seen = self.rows_of(self.module, a, g, dtype, max_rows)
         if not self.with_bias or seen.a is None:
             return seen
         ones = seen.a.new_ones(seen.a.shape[0], 1, seen.a.shape[2])
@@ -55,7 +56,7 @@ class Layer:
 class Kind(NamedTuple):
     """One line of the table."""
 
-    rows: RowsOf
+    name: str
     to_matrix: Callable[[Layer, Sequence[Tensor]], Tensor]
     from_matrix: Callable[[Layer, Tensor], Sequence[Tensor]]
 
@@ -87,11 +88,11 @@ def _matrix_to_vectors(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
     return matrix.flatten().chunk(len(layer.parameters))
 
 
-LINEAR = Kind(rows.linear_rows, _weight_to_matrix, _matrix_to_weight)
-CONVOLUTION = Kind(rows.conv_rows, _weight_to_matrix, _matrix_to_weight)
-EMBEDDING = Kind(rows.embedding_rows, _table_to_matrix, _matrix_to_table)
-LAYER_NORM = Kind(rows.layer_norm_rows, _vectors_to_matrix, _matrix_to_vectors)
-BATCH_NORM = Kind(rows.batch_norm_rows, _vectors_to_matrix, _matrix_to_vectors)
+LINEAR = Kind("linear", _weight_to_matrix, _matrix_to_weight)
+CONVOLUTION = Kind("convolution", _weight_to_matrix, _matrix_to_weight)
+EMBEDDING = Kind("embedding", _table_to_matrix, _matrix_to_table)
+LAYER_NORM = Kind("layer norm", _vectors_to_matrix, _matrix_to_vectors)
+BATCH_NORM = Kind("batch norm", _vectors_to_matrix, _matrix_to_vectors)
 
 # isinstance, not type: FSDP2, LoRA and torch's own Linear subclasses swap or extend classes.
 KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = (
@@ -101,6 +102,33 @@ KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = 
     (nn.LayerNorm, LAYER_NORM),
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), BATCH_NORM),
 )
+
+
+class Statistics(NamedTuple):
+    """What is gathered from each kind of layer: a named choice of functions."""
+
+    rows: Mapping[str, RowsOf]
+    """By kind; a kind that is not here has no curvature."""
+    loss_terms: Callable[[nn.Module, Tensor], int] = rows.loss_terms
+    """Over how many terms the mean of the loss is taken to be, from a module and its output's gradient."""
+    cut: Callable[[int, int | None, int], Blocks] = blocks.cut
+    """``(width, block_size, groups)`` to blocks, for all factors but the diagonal ones."""
+    split_embedding_G: bool = True
+
+
+EXPAND = Statistics(
+    {
+        "linear": rows.linear_rows,
+        "convolution": rows.conv_rows,
+        "embedding": rows.embedding_rows,
+        "layer norm": rows.layer_norm_rows,
+        "batch norm": rows.batch_norm_rows,
+    }
+)
+REDUCE = Statistics(
+    {**EXPAND.rows, "linear": rows.reduced_linear_rows, "convolution": rows.reduced_conv_rows}, rows.batch_size
+)
+STATISTICS: Mapping[str, Statistics] = {"expand": EXPAND, "reduce": REDUCE}
 
 
 def plain_name(name: str) -> str:
@@ -118,6 +146,7 @@ def layers_of(
     block_size: int | None,
     precondition_bias: bool,
     only: Set[nn.Parameter] | None = None,
+    statistics: Statistics = EXPAND,
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """Every module of ``model`` that owns parameters: those with curvature, and why the others have none.
 
@@ -126,6 +155,7 @@ def layers_of(
         block_size: largest block; None for whole factors.
         precondition_bias: take the biases of linear layers and convolutions into A, as its last coordinate.
         only: leave out layers whose weight is not among these parameters.
+        statistics: what is gathered.
     """
     layers: dict[str, Layer] = {}
     left_out: dict[str, str] = {}
@@ -142,7 +172,7 @@ def layers_of(
         own = dict(module.named_parameters(recurse=False))
         if not own and "weight" not in getattr(module, "parametrizations", {}):
             continue
-        kind = next((kind for types, kind in KINDS if isinstance(module, types)), None)
+        kind = next((k for types, k in KINDS if isinstance(module, types) and k.name in statistics.rows), None)
         reason = _reason_against(module, kind, own, only)
         weight = own.get("weight")
         if module in bypassed:
@@ -152,7 +182,7 @@ def layers_of(
         if reason is not None or kind is None or weight is None:
             left_out[name] = reason or "no curvature for this type of module"
             continue
-        layers[name] = _layer(name, module, kind, block_size, precondition_bias)
+        layers[name] = _layer(name, module, kind, statistics, block_size, precondition_bias)
         owners[weight] = name
     return layers, left_out
 
@@ -181,18 +211,21 @@ def _reason_against(
     return None
 
 
-def _layer(name: str, module: Any, kind: Kind, block_size: int | None, precondition_bias: bool) -> Layer:
+def _layer(
+    name: str, module: Any, kind: Kind, statistics: Statistics, block_size: int | None, precondition_bias: bool
+) -> Layer:
+    rows_of, cut = statistics.rows[kind.name], statistics.cut
     weight: nn.Parameter = module.weight
     bias: nn.Parameter | None = getattr(module, "bias", None)
     if kind in (LAYER_NORM, BATCH_NORM):
         width = weight.numel() * (1 if bias is None else 2)
-        return Layer(name, module, tuple(module.parameters()), None, blocks.diagonal(width), kind)
+        return Layer(name, module, tuple(module.parameters()), None, blocks.diagonal(width), kind, rows_of)
     if kind is EMBEDDING:
-        width = module.embedding_dim
-        return Layer(name, module, (weight,), blocks.diagonal(len(weight)), blocks.cut(width, block_size), kind)
+        G = cut(module.embedding_dim, block_size if statistics.split_embedding_G else None, 1)
+        return Layer(name, module, (weight,), blocks.diagonal(len(weight)), G, kind, rows_of)
     with_bias = precondition_bias and bias is not None and bias.requires_grad
     groups = module.groups if kind is CONVOLUTION else 1
     width_A, width_G = weight.numel() // weight.shape[0] + with_bias, weight.shape[0] // groups
     parameters = (weight, bias) if with_bias and bias is not None else (weight,)
-    A, G = blocks.cut(width_A, block_size, groups), blocks.cut(width_G, block_size, groups)
-    return Layer(name, module, parameters, A, G, kind)
+    A, G = cut(width_A, block_size, groups), cut(width_G, block_size, groups)
+    return Layer(name, module, parameters, A, G, kind, rows_of)

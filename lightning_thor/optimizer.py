@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "decoupled_weight_decay", "match_rms", "kl_clip", "clip_norm")
+
 
 class Preconditioner(Protocol):
     """What `Thor` asks of a curvature."""
@@ -42,6 +44,8 @@ class Thor(Optimizer):
         kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` is at most this (Ba, Grosse &
             Martens 2017, "Distributed second-order optimization using Kronecker-factored approximations", section
             5; the sum is over the parameters of all groups that set it); None does not.
+        clip_norm: shrink each tensor's update, after weight decay and before momentum, to at most this L2 norm
+            (MindSpore's ``enable_clip_grad`` is 1); None does not.
         preconditioner: a `Curvature`; under a Trainer `ThorCallback` puts it in place when fit starts.
 
     Raises:
@@ -59,6 +63,7 @@ class Thor(Optimizer):
         decoupled_weight_decay: bool = True,
         match_rms: float | None = 0.2,
         kl_clip: float | None = None,
+        clip_norm: float | None = None,
         preconditioner: Preconditioner | None = None,
     ) -> None:
         self.preconditioner = preconditioner
@@ -70,12 +75,13 @@ class Thor(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "match_rms": match_rms,
             "kl_clip": kl_clip,
+            "clip_norm": clip_norm,
         }
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; a ValueError if an option of the group is out of its range."""
-        unknown = param_group.keys() - self.defaults.keys() - {"params", "name", "param_names", "initial_lr"}
+        unknown = param_group.keys() - {*OPTIONS, "params", "name", "param_names", "initial_lr"}
         _check_group({**self.defaults, **param_group}, unknown)
         super().add_param_group(param_group)
 
@@ -85,8 +91,8 @@ class Thor(Optimizer):
         if "preconditioner" not in self.__dict__:
             self.preconditioner = None
         for group in self.param_groups:
-            for option, default in self.defaults.items():
-                group.setdefault(option, default)
+            for option in OPTIONS:
+                group.setdefault(option, self.defaults[option])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -151,6 +157,8 @@ class Thor(Optimizer):
             torch._foreach_mul_(params, 1.0 - lr * weight_decay)
         elif weight_decay:
             torch._foreach_add_(updates, params, alpha=weight_decay)
+        if group["clip_norm"] is not None:
+            torch._foreach_mul_(updates, _clip_factors(updates, group["clip_norm"]))
         if momentum:
             fresh = [p not in self.state or "momentum_buffer" not in self.state[p] for p in params]
             for p, update, is_fresh in zip(params, updates, fresh, strict=True):
@@ -174,13 +182,30 @@ def _rms_factors(updates: list[Tensor], rms: float) -> list[Tensor]:
     >>> _rms_factors([torch.full((4,), 2.0), torch.zeros(2)], rms=0.2)[0]
     tensor(0.1000)
     """
-    # A norm in half precision would overflow or lose its digits.
-    dtype = reduce(torch.promote_types, (update.dtype for update in updates), torch.float32)
-    factors = list(torch._foreach_norm(updates, dtype=dtype))
+    factors = _norms(updates)
     torch._foreach_clamp_min_(factors, torch.finfo(torch.float32).tiny)
     torch._foreach_reciprocal_(factors)
     torch._foreach_mul_(factors, [rms * math.sqrt(update.numel()) for update in updates])
     return factors
+
+
+def _clip_factors(updates: list[Tensor], norm: float) -> list[Tensor]:
+    """What brings each tensor to at most the L2 norm ``norm``: one 0-dimensional tensor each.
+
+    >>> _clip_factors([torch.full((4,), 2.0), torch.ones(1)], norm=1.0)
+    [tensor(0.2500), tensor(1.)]
+    """
+    factors = _norms(updates)
+    torch._foreach_clamp_min_(factors, norm)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(factors, norm)
+    return factors
+
+
+def _norms(updates: list[Tensor]) -> list[Tensor]:
+    # A norm in half precision would overflow or lose its digits.
+    dtype = reduce(torch.promote_types, (update.dtype for update in updates), torch.float32)
+    return list(torch._foreach_norm(updates, dtype=dtype))
 
 
 def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
@@ -196,7 +221,7 @@ def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
         raise ValueError("nesterov needs a momentum above 0, got 0.")
     if not (math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0):
         raise ValueError(f"weight_decay must be 0 or greater, got {group['weight_decay']!r}.")
-    for option in ("match_rms", "kl_clip"):
+    for option in ("match_rms", "kl_clip", "clip_norm"):
         if group[option] is not None and not (math.isfinite(group[option]) and group[option] > 0):
             raise ValueError(f"{option} must be greater than 0, or None to turn it off, got {group[option]!r}.")
     if group["match_rms"] is not None and group["kl_clip"] is not None:

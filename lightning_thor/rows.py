@@ -44,6 +44,11 @@ def loss_terms(module: nn.Module, g: Tensor) -> int:
     return g.numel() // max(width, 1)
 
 
+def batch_size(module: nn.Module, g: Tensor) -> int:
+    """How many terms the mean of a loss has that is one per sample, whatever the layer."""
+    return g.shape[0]
+
+
 @lru_cache(maxsize=256)
 def spread(n: int, max_rows: int | None, device: torch.device) -> Tensor | None:
     """Indices of at most ``max_rows`` of ``n`` rows, spread evenly; None stands for all.
@@ -89,6 +94,23 @@ def conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max
     n_rows = g.shape[0] * positions
     gradients = g.movedim(0, 1).reshape(module.groups, module.out_channels // module.groups, n_rows)
     return Rows(patches(module, a), gradients, n_rows, g.shape[0])
+
+
+def reduced_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """One row per sample: inputs averaged and gradients summed over all dimensions between the first and the last
+    (K-FAC-reduce: Eschenhagen et al. 2023, arXiv:2311.00636)."""
+    if a.dim() > 2:
+        a, g = a.detach().flatten(1, -2).to(dtype).mean(1), g.flatten(1, -2).to(dtype).sum(1)
+    return linear_rows(module, a, g, dtype, max_rows)
+
+
+def reduced_conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """One row per image: patches averaged and gradients summed over the output positions (K-FAC-reduce)."""
+    rows = conv_rows(module, a, g, dtype, max_rows)
+    assert rows.a is not None
+    split = (rows.n_samples, -1)
+    a, g = rows.a.unflatten(-1, split).mean(-1), rows.g.unflatten(-1, split).sum(-1)
+    return Rows(a, g, rows.n_samples, rows.n_samples)
 
 
 def patches(module: Convolution, a: Tensor) -> Tensor:

@@ -181,6 +181,7 @@ def test_copies_and_old_states_get_what_torch_forgets() -> None:
     del state["param_groups"][0]["kl_clip"]
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["kl_clip"] is None
+    assert optimizer.state_dict()["param_groups"][0].keys() == state["param_groups"][0].keys() | {"kl_clip"}
     assert isinstance(optimizer.preconditioner, Identity)
 
 
