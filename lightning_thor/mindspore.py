@@ -99,7 +99,8 @@ def thor(
         loss_reduction="sum",
         loss_multiplier=lambda: loss_scale / batch_size,
     )
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in net.named_parameters():
         if p.requires_grad:
             (decayed if decay_filter(Named(name)) else others).append(p)
