@@ -31,8 +31,8 @@ class ThorCallback(Callback):
     """Gives the `Thor` optimizer of a fit its curvature; use it with ``return configure_thor(self)``.
 
     Args:
-        damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, max_rows, statistics,
-            loss_reduction: as in `Curvature`.
+        damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, stagger,
+            max_rows, statistics, loss_reduction: as in `Curvature`.
         summary: print a table of what is preconditioned when fit starts.
 
     Raises:
@@ -51,6 +51,7 @@ class ThorCallback(Callback):
         update_every_n_steps: int | Callable[[int], int] = 10,
         averaging: float = 0.8,
         precondition_bias: bool = False,
+        stagger: bool = False,
         max_rows: int | None = 16384,
         statistics: Literal["expand", "reduce"] = "expand",
         loss_reduction: str = "mean",
@@ -77,6 +78,7 @@ class ThorCallback(Callback):
             "update_every_n_steps": interval,
             "averaging": averaging,
             "precondition_bias": precondition_bias,
+            "stagger": stagger,
             "max_rows": max_rows,
             "statistics": statistics,
             "loss_reduction": loss_reduction,

@@ -74,6 +74,8 @@ class Curvature:
         block_size: the largest diagonal block of a factor; None keeps factors whole.
         update_every_n_steps: statistics are gathered and inverted in every n-th step; or a function of the step that
             gives the steps until the next time.
+        stagger: refresh each layer at a step of its own within the interval (all of them at the first step), balanced
+            by cost, so that no step takes much longer than another.
         averaging: weight of the past in the factors' moving average; 0 uses the last refresh's batch alone, as the
             paper does.
         precondition_bias: take biases of linear layers and convolutions into A, as its last coordinate; otherwise they
@@ -106,6 +108,7 @@ class Curvature:
         update_every_n_steps: Interval = 10,
         averaging: float = 0.8,
         precondition_bias: bool = False,
+        stagger: bool = False,
         max_rows: int | None = 16384,
         statistics: str | Statistics = "expand",
         loss_reduction: str = "mean",
@@ -149,7 +152,7 @@ class Curvature:
         cuts = [(layer.A, layer.G) for layer in self.layers.values()]
         self.stacks = FactorStacks(cuts, dtype, devices.pop() if devices else torch.device("cpu"))
         self._index = {name: index for index, name in enumerate(self.layers)}
-        self._schedule = RefreshSchedule(update_every_n_steps)
+        self._schedule = RefreshSchedule(update_every_n_steps, len(self.layers), stagger)
         self.step = 0
         self._inverses = [self._inverses_of(name) for name in self.layers]
         self._observed: set[str] = set()
@@ -157,8 +160,8 @@ class Curvature:
         self._hooks = Hooks({name: layer.module for name, layer in self.layers.items()}, self._is_open, self.observe)
 
     def is_due(self) -> bool:
-        """True if the coming step refreshes the curvature; its forward and backward passes are observed."""
-        return self._schedule.is_due(self.step)
+        """True if the coming step refreshes some layer; those layers' forward and backward passes are observed."""
+        return bool(self._schedule.due(self.step))
 
     def close(self) -> None:
         """Remove the hooks. The curvature keeps its state and can still be saved."""
@@ -201,13 +204,16 @@ class Curvature:
         Raises:
             RuntimeError: at the first refresh, if no layer at all was observed.
         """
-        if self.is_due():
-            self.sum_across_ranks(self.stacks.flat_sums)
-            self._check_that_layers_fire()
+        due = self._schedule.due(self.step)
+        if due:
+            selection = self.stacks.select(due)
+            self.stacks.sum_window(selection, self.sum_across_ranks)
+            self._check_that_layers_fire(due)
+            costs = self._refresh_costs() if self._schedule.stagger and self.step == 0 else None
             with self._full_precision():
-                self.stacks.average_window(self.averaging)
-                self.stacks.invert(self.damping_rule, self.damping_now())
-            self._schedule.refreshed(self.step)
+                self.stacks.average_window(selection, self.averaging)
+                self.stacks.invert(selection, self.damping_rule, self.damping_now())
+            self._schedule.refreshed(self.step, costs)
             self._observed.clear()
         self.step += 1
 
@@ -234,14 +240,17 @@ class Curvature:
         """
         layers: dict[str, dict[str, Tensor]] = {}
         for name, index in self._index.items():
-            layers[name] = {"updates": self.stacks.updates[index], "positions": self.stacks.positions[index]}
+            layers[name] = {
+                "updates": self.stacks.updates[index],
+                "positions": self.stacks.positions[index],
+                "next_refresh": torch.tensor(self._schedule.next_steps[index]),
+            }
             for side, factor in self._factors_of(name).items():
                 layers[name][side] = self.stacks.blocks_of(factor, "average")
                 layers[name][f"{side}_inverse"] = self.stacks.blocks_of(factor, "inverse")
                 layers[name][f"{side}_inverted"] = self.stacks.inverted_of(factor)
         return {
             "step": self.step,
-            "next_refresh": self._schedule.next_step,
             "failed_inversions": self.stacks.failed_inversions,
             "rejected_windows": self.stacks.rejected_windows,
             "layers": layers,
@@ -276,7 +285,8 @@ class Curvature:
                 tensor.copy_(layers[name][key])
         self.stacks.failed_inversions.fill_(int(state["failed_inversions"]))
         self.stacks.rejected_windows.fill_(int(state["rejected_windows"]))
-        self.step, self._schedule.next_step = int(state["step"]), int(state["next_refresh"])
+        self._schedule.next_steps = [int(layers[name]["next_refresh"]) for name in self.layers]
+        self.step = int(state["step"])
         self.discard()
 
     def n_bytes(self, name: str) -> int:
@@ -285,7 +295,11 @@ class Curvature:
 
     def _is_open(self, name: str) -> bool:
         # The whole model's mode, not the layer's: a submodule kept in eval mode still trains.
-        return self.model.training and self.is_due()
+        return self.model.training and self._schedule.is_due(self._index[name], self.step)
+
+    def _refresh_costs(self) -> list[float]:
+        # Waits for the device, once in a run: what a layer costs is known only when its rows have been seen.
+        return self.stacks.refresh_costs(self.stacks.counts[:, 0].tolist())
 
     def _full_precision(self) -> torch.autocast:
         # A plain loop may call optimizer.step() within autocast.
@@ -308,9 +322,11 @@ class Curvature:
         views = {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors_of(name).items()}
         return views.get("A"), views["G"]
 
-    def _check_that_layers_fire(self) -> None:
-        silent = [name for name in self.layers if name not in self._observed]
+    def _check_that_layers_fire(self, due: tuple[int, ...]) -> None:
+        names = list(self.layers)
+        silent = [names[index] for index in due if names[index] not in self._observed]
         if self._checked or not silent:
+            self._checked = True
             return
         self._checked = True
         advice = (
@@ -319,10 +335,10 @@ class Curvature:
             "model (or call torch._dynamo.reset()), and call optimizer.step() after a backward pass in training mode."
         )
         # After the sum over ranks, so that all of them raise, or none: a rank alone would leave the others waiting.
-        if len(silent) == len(self.layers) and not self.stacks.counts.any():
+        if len(silent) == len(due) and not self.stacks.counts.any():
             raise RuntimeError(f"No layer was observed before the first step ({_some(silent)}). {advice}")
         warnings.warn(
-            f"{len(silent)} of {len(self.layers)} layers with curvature were not observed before the first step (in "
+            f"{len(silent)} of {len(due)} layers with curvature were not observed before the first step (in "
             f"this process) and take their plain gradient until they are: {_some(silent)}. {advice}",
             stacklevel=4,
         )

@@ -6,7 +6,8 @@ slice of it, so that averaging and inversion are a few batched operations whatev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ class Stack:
         self.inverse = torch.eye(sums.shape[-1], dtype=sums.dtype, device=sums.device).repeat(len(sums), 1, 1)
         self.inverted = torch.zeros(len(sums), dtype=torch.bool, device=sums.device)
         """Which blocks have ever had an inverse; the others have the identity, or its multiple."""
+
+
+class Selection(NamedTuple):
+    """Some of the layers: where they and their blocks lie."""
+
+    layers: Tensor | slice
+    places: dict[int, Tensor | slice]
+    """By block size: which blocks of the stack."""
+    whole: bool
+    """All layers, in order."""
 
 
 class FactorStacks:
@@ -71,6 +82,7 @@ class FactorStacks:
         """Rows per sample of each layer, as last seen."""
         self.failed_inversions = torch.zeros((), dtype=torch.int64, device=device)
         self.rejected_windows = torch.zeros((), dtype=torch.int64, device=device)
+        self._selections: dict[tuple[int, ...], Selection] = {}
 
     def blocks_of(self, factor: int, kind: str) -> Tensor:
         """View of one factor's ``"sums"``, ``"average"`` or ``"inverse"``: ``[groups, n_blocks, size, size]``."""
@@ -85,8 +97,44 @@ class FactorStacks:
         size, place = self._slots[factor]
         return self.stacks[size].inverted[place]
 
-    def average_window(self, averaging: float) -> None:
-        """Take the window's sums into the averages, and clear them; no device sync.
+    def select(self, layers: tuple[int, ...]) -> Selection:
+        """Where ``layers`` lie; remembered, since the same layers come again and again."""
+        if layers not in self._selections:
+            places: dict[int, list[int]] = {}
+            for factor in (factor for layer in layers for factor in (2 * layer, 2 * layer + 1)):
+                if factor in self._slots:
+                    size, place = self._slots[factor]
+                    places.setdefault(size, []).extend(range(place.start, place.stop))
+            self._selections[layers] = Selection(
+                self._index(list(layers)),
+                {size: self._index(sorted(blocks)) for size, blocks in places.items()},
+                len(layers) == len(self.updates),
+            )
+        return self._selections[layers]
+
+    def _index(self, numbers: list[int]) -> Tensor | slice:
+        """A slice where that is possible: it copies nothing."""
+        start, stop = numbers[0], numbers[-1] + 1
+        if stop - start == len(numbers):
+            return slice(start, stop)
+        return torch.tensor(numbers, device=self.flat_sums.device)
+
+    def sum_window(self, selection: Selection, sum_across_ranks: Callable[[Tensor], None]) -> None:
+        """Sum the window of the selected layers over ranks: one flat all-reduce, without a copy if all are selected."""
+        if selection.whole:
+            sum_across_ranks(self.flat_sums)
+            return
+        counts = self.counts.view(-1, 2)
+        parts = [self.stacks[size].sums[place] for size, place in selection.places.items()] + [counts[selection.layers]]
+        flat = torch.cat([part.flatten() for part in parts])
+        sum_across_ranks(flat)
+        *summed, summed_counts = flat.split([part.numel() for part in parts])
+        for (size, place), part, values in zip(selection.places.items(), parts, summed, strict=False):
+            self.stacks[size].sums[place] = values.view(part.shape)
+        counts[selection.layers] = summed_counts.view(-1, 2)
+
+    def average_window(self, selection: Selection, averaging: float) -> None:
+        """Take the window's sums of the selected layers into their averages, and clear them; no device sync.
 
         A layer that was silent, or whose statistics are not finite, keeps its average (the latter is counted). The
         n-th window has the weight ``(1 - averaging) / (1 - averaging ** n)``: an exponential average without bias.
@@ -94,7 +142,7 @@ class FactorStacks:
         n_rows, n_samples = self.counts.unbind(1)
         # E over rows for A, E over samples of the sum over positions for G: then A (x) G is the Fisher matrix's scale.
         per_factor = torch.stack([n_rows, n_samples], dim=1).flatten().clamp_min(1.0)
-        sums = self._factor_traces("sums")
+        sums = self._factor_traces("sums", selection)
         # A covariance has a number that is not finite only if its diagonal has one, so its trace tells.
         finite = torch.isfinite(sums).view(-1, 2).all(1) & torch.isfinite(self.counts).all(1)
         taken = finite & (n_rows > 0)
@@ -104,20 +152,23 @@ class FactorStacks:
         self.positions.copy_(torch.where(taken, n_rows / n_samples.clamp_min(1.0), self.positions))
         self.updates.copy_(updates)
         weight, taken = weight.repeat_interleave(2), taken.repeat_interleave(2)
-        for stack in self.stacks.values():
-            batch = stack.sums / per_factor[stack.owners, None, None]
+        for size, place in selection.places.items():
+            stack = self.stacks[size]
+            owners, average = stack.owners[place], stack.average[place]
+            batch = stack.sums[place] / per_factor[owners, None, None]
             # where, not a weight of 0: what is left out may not be finite.
-            batch = torch.where(taken[stack.owners, None, None], batch, stack.average)
-            stack.average.lerp_(batch, weight[stack.owners, None, None])
-        self.flat_sums.zero_()
+            batch = torch.where(taken[owners, None, None], batch, average)
+            stack.average[place] = average.lerp(batch, weight[owners, None, None])
+            stack.sums[place] = 0.0
+        self.counts.zero_()
 
-    def invert(self, rule: DampingRule, damping: float) -> None:
-        """New inverses of all averages; no device sync.
+    def invert(self, selection: Selection, rule: DampingRule, damping: float) -> None:
+        """New inverses of the selected layers' averages; no device sync.
 
         A block that fails keeps its last inverse, or before it ever had one gets the identity over its mean damped
         eigenvalue; the failure is counted. Layers that were never observed keep the identity.
         """
-        mean_A, mean_G = (self._factor_traces("average") / self._widths).view(-1, 2).unbind(1)
+        mean_A, mean_G = (self._factor_traces("average", selection) / self._widths).view(-1, 2).unbind(1)
         damping_A, damping_G = split_damping(rule, damping, mean_A, mean_G, self.positions)
         if rule != "trace":
             damping_G = torch.where(self._has_A, damping_G, damping)
@@ -125,26 +176,42 @@ class FactorStacks:
         means = torch.stack([mean_A, mean_G], dim=1).flatten()
         # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too.
         observed = (self.updates > 0).repeat_interleave(2) & (dampings > 0)
-        for stack in self.stacks.values():
-            own, observable = dampings[stack.owners], observed[stack.owners]
-            inverse, succeeded = damped_inverses(stack.average, own)
+        for size, place in selection.places.items():
+            stack = self.stacks[size]
+            owners, inverted = stack.owners[place], stack.inverted[place]
+            own, observable = dampings[owners], observed[owners]
+            inverse, succeeded = damped_inverses(stack.average[place], own)
             self.failed_inversions += (observable & ~succeeded).sum()
             succeeded &= observable
-            last_resort = torch.where(observable, 1.0 / (means[stack.owners] + own), 1.0)
+            last_resort = torch.where(observable, 1.0 / (means[owners] + own), 1.0)
             identity = torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device)
-            kept = torch.where(stack.inverted[:, None, None], stack.inverse, identity * last_resort[:, None, None])
-            stack.inverse.copy_(torch.where(succeeded[:, None, None], inverse, kept))
-            stack.inverted |= succeeded
+            kept = torch.where(inverted[:, None, None], stack.inverse[place], identity * last_resort[:, None, None])
+            stack.inverse[place] = torch.where(succeeded[:, None, None], inverse, kept)
+            stack.inverted[place] = inverted | succeeded
+
+    def refresh_costs(self, n_rows: Sequence[float]) -> list[float]:
+        """About how many multiplications a refresh of each layer takes: covariance of its rows, and inversions.
+
+        Args:
+            n_rows: rows that each layer's covariance is taken of.
+        """
+        # A Cholesky factorisation and the inverse from it run at a fraction of a matrix product's rate: about a third.
+        costs = [
+            0.0 if blocks is None else _n_blocks(blocks) * (n_rows[index // 2] * blocks.size**2 + 3.0 * blocks.size**3)
+            for index, blocks in enumerate(self._factors)
+        ]
+        return [a + g for a, g in zip(costs[::2], costs[1::2], strict=True)]
 
     def n_bytes(self, factor: int) -> int:
         """Memory of one factor: window sums, average and inverse, in bytes."""
         blocks = self._factors[factor]
         return 0 if blocks is None else 3 * _n_blocks(blocks) * blocks.size**2 * self.flat_sums.element_size()
 
-    def _factor_traces(self, kind: str) -> Tensor:
+    def _factor_traces(self, kind: str, selection: Selection) -> Tensor:
         total = torch.zeros(len(self._factors), dtype=self.dtype, device=self.flat_sums.device)
-        for stack in self.stacks.values():
-            total.index_add_(0, stack.owners, traces(getattr(stack, kind)))
+        for size, place in selection.places.items():
+            stack = self.stacks[size]
+            total.index_add_(0, stack.owners[place], traces(getattr(stack, kind)[place]))
         return total
 
 

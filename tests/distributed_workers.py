@@ -157,6 +157,7 @@ def fit(
     max_epochs: int = 2,
     resume: Path | None = None,
     checkpoints: str | None = None,
+    stagger: bool = False,
     **trainer_options: Any,
 ) -> Result:
     """Train ``module``; everything that the laws compare, as plain types and tensors."""
@@ -170,7 +171,7 @@ def fit(
             devices=devices,
             strategy=strategy or ("thor_ddp" if devices > 1 else "auto"),
             max_epochs=max_epochs,
-            callbacks=[ThorCallback(update_every_n_steps=3, block_size=8, summary=False), log]
+            callbacks=[ThorCallback(update_every_n_steps=3, block_size=8, stagger=stagger, summary=False), log]
             + ([saver] if checkpoints else []),
             accumulate_grad_batches=module.micro_batches,
             default_root_dir=folder,
@@ -184,8 +185,6 @@ def fit(
         trainer.fit(module, ckpt_path=resume)
     curvature = curvature_of(trainer)
     optimizer = trainer.optimizers[0].state_dict()
-    for group in optimizer["param_groups"]:
-        group.pop("differentiable", None)  # torch's own load_state_dict adds it; Thor has no such option
     return {
         "strategy": type(trainer.strategy).__name__,
         "world_size": trainer.world_size,
@@ -237,6 +236,7 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "halves": lambda folder: fit(folder, Module(HALVES), max_epochs=3, checkpoints="halves"),
     "halves_ddp": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy="ddp"),
     "resumed": lambda folder: fit(folder, Module(HALVES), max_epochs=3, resume=folder / "halves" / "epoch=0.ckpt"),
+    "staggered": lambda folder: fit(folder, Module(HALVES), max_epochs=3, stagger=True),
     "quarters": lambda folder: fit(folder, Module(HALVES, micro_batches=2)),
     "unequal": lambda folder: fit(folder, Module((10, 22)), max_steps=1),
     # Batch 3 would be the fourth applied step, in which a refresh is due.

@@ -246,7 +246,7 @@ def test_a_failed_inversion_keeps_the_last_good_inverse_and_is_counted() -> None
     curvature.update()
     good = inverses(curvature)
     curvature.stacks.blocks_of(0, "average")[0, 0, 0, 0] = -1e6  # no covariance could become indefinite by itself
-    curvature.stacks.invert("sqrt", 1e-3)
+    curvature.stacks.invert(curvature.stacks.select(tuple(range(4))), "sqrt", 1e-3)
     assert curvature.stacks.failed_inversions == 1
     torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse"), good[18][:1][None], rtol=0, atol=0)
 
@@ -255,11 +255,12 @@ def test_a_block_that_never_had_an_inverse_falls_back_to_its_mean_eigenvalue() -
     model = nn.Linear(3, 2, bias=False)
     curvature = Curvature(model)
     model(torch.randn(8, 3)).sum().backward()
-    curvature.stacks.average_window(0.0)
+    whole = curvature.stacks.select((0,))
+    curvature.stacks.average_window(whole, 0.0)
     A = curvature.stacks.blocks_of(0, "average")[0, 0]
     A[0, 0] -= 100.0
     A[1, 1] += 200.0
-    curvature.stacks.invert("trace", 0.2)
+    curvature.stacks.invert(whole, "trace", 0.2)
     mean = A.trace() / 3
     torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse")[0, 0], torch.eye(3) / (1.2 * mean))
 
@@ -306,6 +307,53 @@ def test_layers_that_are_not_optimized_are_left_out() -> None:
     assert curvature.left_out["0"] == "not in the optimizer"
 
 
+def refreshed_in(curvature: Curvature, steps: int, x: Tensor) -> list[set[str]]:
+    """The layers that each of the next steps refreshes, by what changes."""
+    found = []
+    for _ in range(steps):
+        before = curvature.stacks.updates.clone()
+        observe(curvature.model, x)
+        curvature.update()
+        changed = (curvature.stacks.updates > before).tolist()
+        found.append({name for name, is_changed in zip(curvature.layers, changed, strict=True) if is_changed})
+    return found
+
+
+def test_staggered_each_layer_is_refreshed_once_in_each_interval() -> None:
+    curvature = Curvature(net(), update_every_n_steps=3, stagger=True)
+    first, *rest = refreshed_in(curvature, 7, batch(8))
+    assert first == set(curvature.layers)
+    for window in (rest[:3], rest[3:]):
+        assert sorted(name for step in window for name in step) == sorted(curvature.layers)
+        assert all(window)  # four layers on three steps: none is empty
+    assert rest[:3] == rest[3:]
+
+
+def test_staggered_the_costliest_layer_has_a_step_for_itself() -> None:
+    curvature = Curvature(net(), update_every_n_steps=2, stagger=True)
+    _, *rest = refreshed_in(curvature, 3, batch(8))
+    assert {"4"} in rest  # Linear(96, 10) is more than the others together
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_staggered_statistics_are_the_same_where_nothing_moves(stagger: bool) -> None:
+    """With the same batch and weights at every step, when a layer is refreshed makes no difference."""
+    once = Curvature(net(), averaging=0.5)
+    often = Curvature(net(), averaging=0.5, update_every_n_steps=3, stagger=stagger)
+    refreshed_in(once, 1, batch(8))
+    refreshed_in(often, 7, batch(8))
+    torch.testing.assert_close(averages(often), averages(once))
+    torch.testing.assert_close(inverses(often), inverses(once))
+
+
+def test_staggered_a_layer_that_is_not_due_is_not_observed() -> None:
+    curvature = Curvature(net(), update_every_n_steps=2, stagger=True)
+    refreshed_in(curvature, 1, batch(8))
+    observe(curvature.model, batch(8))
+    seen = curvature.stacks.counts[:, 0] > 0
+    assert 0 < int(seen.sum()) < len(seen)
+
+
 def run(curvature: Curvature, optimizer: Thor, steps: range) -> None:
     for step in steps:
         optimizer.zero_grad()
@@ -313,10 +361,11 @@ def run(curvature: Curvature, optimizer: Thor, steps: range) -> None:
         optimizer.step()
 
 
-def test_a_resumed_run_is_bitwise_the_unbroken_one() -> None:
+@pytest.mark.parametrize("stagger", [False, True])
+def test_a_resumed_run_is_bitwise_the_unbroken_one(stagger: bool) -> None:
     def start() -> tuple[Curvature, Thor]:
         model = net()
-        curvature = Curvature(model, update_every_n_steps=4)
+        curvature = Curvature(model, update_every_n_steps=4, stagger=stagger)
         return curvature, Thor(model.parameters(), lr=0.01, preconditioner=curvature)
 
     unbroken, optimizer = start()

@@ -76,6 +76,17 @@ def test_two_ranks_are_one_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_staggered_ranks_are_one_staggered_rank(tmp_path: Path) -> None:
+    """And each step that has layers due takes one all-reduce, of their factors alone."""
+    alone = one_rank(tmp_path, max_epochs=3, stagger=True)
+    for result in two_ranks("staggered"):
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
+        assert result["counts"] == list(range(1, 13))  # 5 layers on an interval of 3: every step has some
+        sizes = [call["numel"] for call in result["all_reduces"]]
+        assert sizes[0] == result["numel"] == sum(sizes[1:4]) == sum(sizes[4:7])
+
+
+@pytest.mark.slow
 def test_micro_batches_on_two_ranks_are_one_batch_on_one_rank(tmp_path: Path) -> None:
     alone = one_rank(tmp_path, max_epochs=2)
     for result in two_ranks("quarters"):
@@ -146,7 +157,7 @@ def test_an_overflow_on_one_rank_is_skipped_and_forgotten_on_both() -> None:
 @pytest.mark.slow
 def test_a_layer_that_only_one_rank_uses_has_its_curvature_on_both() -> None:
     net = Net().double()
-    curvature = Curvature(net, block_size=8)
+    curvature = Curvature(net, block_size=8, update_every_n_steps=3)
     images, classes = (part[:16] for part in batch(0))
     torch.nn.functional.cross_entropy(net(images.double(), True), classes).backward()
     curvature.update()
