@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# An independent K-FAC that tests compare with.
+REFERENCE := backpack-for-pytorch curvlinops-for-pytorch einconv linear_operator unfoldNd
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pip runs in one environment break it, two benchmarks at once measure each other
@@ -19,6 +22,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --constraint constraints.txt torch
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	# Without their needs: they ask for torchvision, which they run without, and which would bring another torch.
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps $(REFERENCE)
 	touch $@
 
 test: lint types unit  ## Lint, types, tests and doctests: what CI runs

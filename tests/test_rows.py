@@ -206,3 +206,30 @@ def test_an_empty_batch_is_observed_as_nothing(layer: nn.Module, x: Tensor) -> N
     curvature.update()
     assert curvature.stacks.updates.sum() == 0
     assert all(torch.isfinite(d).all() for d in curvature.precondition({layer.weight: layer.weight.grad}).values())
+
+
+@pytest.mark.parametrize("name", ["linear on a sequence", "conv2d, stride and padding", "conv2d, groups", "conv1d"])
+def test_reduced_factors_are_those_of_averaged_inputs_and_summed_gradients(name: str) -> None:
+    """By brute force, sample by sample, for a loss with one term per sample (Eschenhagen et al. 2023, section 3.2)."""
+    make, shape = CASES[name]
+    model = PerSample(make().double())
+    x = torch.randn(shape, dtype=torch.float64)
+    curvature = Curvature(model, block_size=None, averaging=0.0, max_rows=None, statistics="reduce")
+    model.losses(x).mean().backward()
+    curvature.update()
+    layer = curvature.layers["layer"]
+    assert layer.A is not None
+    A, G = torch.zeros(layer.A.shape, dtype=torch.float64), torch.zeros(layer.G.shape, dtype=torch.float64)
+    for sample in x:
+        y = model.layer(sample[None])
+        y.retain_grad()
+        (y[0] * torch.linspace(1.0, 2.0, y[0].numel(), dtype=y.dtype).view(y[0].shape)).sin().sum().backward()
+        if isinstance(layer.module, nn.Linear):
+            a, g = sample.T[None], y.grad[0].T[None]
+        else:
+            a, g = brute_force_patches(layer, sample, y), y.grad[0].reshape(layer.G.groups, layer.G.width, -1)
+        a, g = a.mean(-1, keepdim=True), g.sum(-1, keepdim=True)
+        A += (a @ a.mT)[:, None] / len(x)
+        G += (g @ g.mT)[:, None] / len(x)
+    torch.testing.assert_close(curvature.stacks.blocks_of(0, "average"), A, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(curvature.stacks.blocks_of(1, "average"), G, rtol=1e-10, atol=1e-12)
