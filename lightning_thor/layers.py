@@ -88,8 +88,18 @@ def _matrix_to_vectors(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
     return matrix.flatten().chunk(len(layer.parameters))
 
 
+def _transposed_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+    assert layer.A is not None
+    return grads[0].reshape(layer.A.groups, layer.A.width, -1).mT
+
+
+def _matrix_to_transposed(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+    return [matrix.mT]
+
+
 LINEAR = Kind("linear", _weight_to_matrix, _matrix_to_weight)
 CONVOLUTION = Kind("convolution", _weight_to_matrix, _matrix_to_weight)
+TRANSPOSED = Kind("transposed convolution", _transposed_to_matrix, _matrix_to_transposed)
 EMBEDDING = Kind("embedding", _table_to_matrix, _matrix_to_table)
 LAYER_NORM = Kind("layer norm", _vectors_to_matrix, _matrix_to_vectors)
 BATCH_NORM = Kind("batch norm", _vectors_to_matrix, _matrix_to_vectors)
@@ -98,6 +108,7 @@ BATCH_NORM = Kind("batch norm", _vectors_to_matrix, _matrix_to_vectors)
 KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = (
     (nn.Linear, LINEAR),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONVOLUTION),
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), TRANSPOSED),
     (nn.Embedding, EMBEDDING),
     (nn.LayerNorm, LAYER_NORM),
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), BATCH_NORM),
@@ -120,13 +131,19 @@ EXPAND = Statistics(
     {
         "linear": rows.linear_rows,
         "convolution": rows.conv_rows,
+        "transposed convolution": rows.transposed_conv_rows,
         "embedding": rows.embedding_rows,
         "layer norm": rows.layer_norm_rows,
         "batch norm": rows.batch_norm_rows,
     }
 )
 REDUCE = Statistics(
-    {**EXPAND.rows, "linear": rows.reduced_linear_rows, "convolution": rows.reduced_conv_rows}, rows.batch_size
+    {
+        **{name: rows_of for name, rows_of in EXPAND.rows.items() if name != "transposed convolution"},
+        "linear": rows.reduced_linear_rows,
+        "convolution": rows.reduced_conv_rows,
+    },
+    rows.batch_size,
 )
 STATISTICS: Mapping[str, Statistics] = {"expand": EXPAND, "reduce": REDUCE}
 
@@ -223,6 +240,10 @@ def _layer(
     if kind is EMBEDDING:
         G = cut(module.embedding_dim, block_size if statistics.split_embedding_G else None, 1)
         return Layer(name, module, (weight,), blocks.diagonal(len(weight)), G, kind, rows_of)
+    if kind is TRANSPOSED:  # its weight is [in, out / groups, *kernel]; a bias does not belong to the rows
+        width_A, width_G = len(weight) // module.groups, weight.numel() // len(weight)
+        A, G = cut(width_A, block_size, module.groups), cut(width_G, block_size, module.groups)
+        return Layer(name, module, (weight,), A, G, kind, rows_of)
     with_bias = precondition_bias and bias is not None and bias.requires_grad
     groups = module.groups if kind is CONVOLUTION else 1
     width_A, width_G = weight.numel() // weight.shape[0] + with_bias, weight.shape[0] // groups

@@ -14,7 +14,9 @@ def curvature_table(curvature: Curvature) -> Table:
     """One line per module that owns parameters: its factors, block sizes and memory, or why it has none."""
     total = sum(curvature.n_bytes(name) for name in curvature.layers)
     table = Table(
-        title="THOR curvature", caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all"
+        title="THOR curvature",
+        caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all; "
+        "other parameters, their biases too, take plain momentum",
     )
     for column in ("layer", "type", "weight", "curvature"):
         table.add_column(column, overflow="fold")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
@@ -36,7 +37,7 @@ class Rows(NamedTuple):
 def loss_terms(module: nn.Module, g: Tensor) -> int:
     """How many terms the mean of the loss is taken to have: the batch size for convolutions and batch norms, all
     leading dimensions for layers on the last dimension (a loss per token)."""
-    if isinstance(module, Convolution):
+    if isinstance(module, Convolution | TransposedConvolution):
         return g.shape[0] if g.dim() == len(module.kernel_size) + 2 else 1
     if isinstance(module, BatchNorm):
         return g.shape[0]
@@ -96,6 +97,21 @@ def conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max
     return Rows(patches(module, a), gradients, n_rows, g.shape[0])
 
 
+def transposed_conv_rows(
+    module: TransposedConvolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None
+) -> Rows:
+    """``a [batch, channels, *space]``, ``g [batch, out, *space]``: every *input* position is a row, since each is
+    multiplied by the whole kernel; the patch that it writes is its output."""
+    if a.dim() == len(module.kernel_size) + 1:
+        a, g = a[None], g[None]
+    space = a.shape[2:]
+    index = spread(a.shape[0], None if max_rows is None else max(1, max_rows // max(space.numel(), 1)), a.device)
+    a, g = _pick(a.detach(), index).to(dtype), _pick(g, index).to(dtype)
+    n_rows = a.shape[0] * space.numel()
+    inputs = a.movedim(0, 1).reshape(module.groups, module.in_channels // module.groups, n_rows)
+    return Rows(inputs, patches(module, g, space), n_rows, a.shape[0])
+
+
 def reduced_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """One row per sample: inputs averaged and gradients summed over all dimensions between the first and the last
     (K-FAC-reduce: Eschenhagen et al. 2023, arXiv:2311.00636)."""
@@ -113,21 +129,29 @@ def reduced_conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dt
     return Rows(a, g, rows.n_samples, rows.n_samples)
 
 
-def patches(module: Convolution, a: Tensor) -> Tensor:
-    """The input patch behind each output position: ``[batch, channels, *space]`` to ``[groups, in * kernel, rows]``."""
+def patches(module: Convolution | TransposedConvolution, a: Tensor, positions: torch.Size | None = None) -> Tensor:
+    """The patch behind each position: ``[batch, channels, *space]`` to ``[groups, channels / groups * kernel, rows]``.
+
+    Args:
+        module: whose kernel, stride, padding, dilation and groups.
+        a: what patches are taken of.
+        positions: how many positions each axis has, if there is room for more (``output_padding``).
+    """
     dims = len(module.kernel_size)
     windows = F.pad(a, _padding(module), mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
     for axis in range(dims):
         reach = (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
         windows = windows.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
+        if positions is not None:
+            windows = windows.narrow(2 + axis, 0, positions[axis])
     # [batch, channels, *out, *kernel] -> [channels, *kernel, batch, *out]: runs along the last axis stay whole.
     order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
-    width = module.in_channels // module.groups * torch.Size(module.kernel_size).numel()
+    width = a.shape[1] // module.groups * torch.Size(module.kernel_size).numel()
     n_rows = windows.shape[0] * windows.shape[2 : 2 + dims].numel()
     return windows.permute(order).reshape(module.groups, width, n_rows)
 
 
-def _padding(module: Convolution) -> list[int]:
+def _padding(module: Convolution | TransposedConvolution) -> list[int]:
     """Zeros or copies before and after each axis, last axis first as `F.pad` wants; "same" puts the odd one after."""
     pads: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):

@@ -28,7 +28,7 @@ def frozen_scale() -> nn.Module:
         (nn.GRU(2, 2), "no curvature for GRU"),
         (nn.Bilinear(2, 2, 2), "no curvature for Bilinear"),
         (nn.SyncBatchNorm(3), "no curvature for SyncBatchNorm"),
-        (nn.ConvTranspose2d(2, 2, 3), "no curvature for ConvTranspose2d"),
+        (nn.InstanceNorm2d(2, affine=True), "no curvature for InstanceNorm2d"),
         (nn.Embedding(3, 2, sparse=True), "sparse or frequency-scaled gradient"),
         (nn.Embedding(3, 2, scale_grad_by_freq=True), "sparse or frequency-scaled gradient"),
         (nn.LazyLinear(3), "lazy and not initialised: run one forward pass before fit"),

@@ -34,6 +34,14 @@ CASES: dict[str, Case] = {
     "conv2d, depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), (5, 4, 5, 5)),
     "conv2d, one image": (lambda: nn.Conv2d(3, 4, 3), (3, 6, 7)),
     "conv3d": (lambda: nn.Conv3d(2, 3, (2, 3, 1), stride=(1, 2, 1), padding=1), (2, 2, 4, 5, 3)),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1), (3, 4, 9)),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(3, 4, 3), (5, 3, 6, 7)),
+    "transposed conv2d, output padding": (
+        lambda: nn.ConvTranspose2d(3, 4, (3, 2), stride=(2, 3), padding=1, output_padding=(1, 2), dilation=(2, 1)),
+        (5, 3, 4, 3),
+    ),
+    "transposed conv2d, groups": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (5, 4, 3, 3)),
+    "transposed conv3d": (lambda: nn.ConvTranspose3d(2, 3, (2, 3, 1), stride=(1, 2, 1)), (2, 2, 3, 2, 3)),
     "layer norm": (lambda: nn.LayerNorm(5), (7, 5)),
     "layer norm, two dimensions": (lambda: nn.LayerNorm((4, 5)), (7, 4, 5)),
     "layer norm, no bias": (lambda: nn.LayerNorm(5, bias=False), (3, 4, 5)),
@@ -233,3 +241,19 @@ def test_reduced_factors_are_those_of_averaged_inputs_and_summed_gradients(name:
         G += (g @ g.mT)[:, None] / len(x)
     torch.testing.assert_close(curvature.stacks.blocks_of(0, "average"), A, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(curvature.stacks.blocks_of(1, "average"), G, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("precondition_bias", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_identity_inverses_give_the_gradient_back(name: str, precondition_bias: bool) -> None:
+    """The matrix form of every kind of weight, there and back."""
+    make, shape = CASES[name]
+    layer, _, _ = seen_by(make().double(), torch.randn(shape, dtype=torch.float64), precondition_bias)
+
+    def identity(size: int, n_blocks: int) -> Tensor:
+        return torch.eye(size, dtype=torch.float64).repeat(n_blocks, 1, 1)
+
+    A = None if layer.A is None else identity(layer.A.size, layer.A.groups * layer.A.n_blocks).view(layer.A.shape)
+    G = identity(layer.G.size, layer.G.groups * layer.G.n_blocks).view(layer.G.shape)
+    grads = [p.grad for p in layer.parameters if p.grad is not None]
+    torch.testing.assert_close(layer.precondition(grads, A, G), grads, rtol=0, atol=0)
