@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_thor.curvature import Curvature, Schedule, check_options
 from lightning_thor.damping import DampingRule
+from lightning_thor.layers import plain_name
 from lightning_thor.optimizer import Thor
 from lightning_thor.refresh import Interval
 from lightning_thor.report import print_curvature
@@ -88,7 +89,8 @@ class ThorCallback(Callback):
         """The curvature of the present or last fit."""
         self._restored: dict[str, Any] | None = None
         self._fitting = False
-        self._attached = False
+        self._optimizer: Thor | None = None
+        """The optimizer that has the curvature: None outside of fit."""
         self._applied = 0
         self._called = 0
         self._told = 0
@@ -113,7 +115,7 @@ class ThorCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizer = _the_thor_of(trainer)
-        if optimizer.preconditioner is not None and optimizer.preconditioner is not self.curvature:
+        if optimizer.preconditioner is not None:
             raise ValueError(
                 f"ThorCallback found a {type(optimizer).__name__} that has a preconditioner already. Remove the "
                 "callback, or build the optimizer without preconditioner=..."
@@ -127,12 +129,16 @@ class ThorCallback(Callback):
         )
         if isinstance(trainer.strategy, ThorDDPStrategy):
             self.curvature.sum_across_ranks = trainer.strategy.sum_factors_
+        # The trainer's stage, not the model's mode: fit trains a model that was left in eval mode too.
+        self.curvature.is_listening = lambda: trainer.training
         optimizer.preconditioner = self.curvature
-        self._attached = True
+        self._optimizer = optimizer
         if self._restored is not None:
             self.curvature.load_state_dict(self._restored)
             self._restored = None
-        self._applied, self._called, self._told = self.curvature.step, trainer.global_step, 0
+        self._applied, self._called = self.curvature.step, trainer.global_step
+        self._told = sum(self._troubles())
+        _warn_of_clipping(trainer, optimizer)
         if not self.curvature.layers:
             rank_zero_warn(
                 "ThorCallback found no layer to precondition: Thor is plain momentum SGD here. Its table of left-out "
@@ -150,15 +156,15 @@ class ThorCallback(Callback):
             return
         # A GradScaler that found an overflow calls no Optimizer.step and tells nobody: only the counters differ.
         skipped = trainer.global_step != self._called and self.curvature.step == self._applied
-        if skipped and _scaler_of(trainer) is not None:
+        # In manual optimization another optimizer may have stepped; what is not finite is left out all the same.
+        if skipped and pl_module.automatic_optimization and _scaler_of(trainer) is not None:
             self.curvature.discard()
         self._called, self._applied = trainer.global_step, self.curvature.step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.curvature is None:
             return
-        failed = int(self.curvature.stacks.failed_inversions)
-        rejected = int(self.curvature.stacks.rejected_windows)
+        failed, rejected = self._troubles()
         if failed + rejected > self._told:
             rank_zero_warn(
                 f"THOR kept old curvature {failed + rejected - self._told} times in epoch {trainer.current_epoch}: "
@@ -171,6 +177,22 @@ class ThorCallback(Callback):
             pl_module.log("thor/failed_inversions", float(failed), sync_dist=True)
             pl_module.log("thor/rejected_windows", float(rejected), sync_dist=True)
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.curvature is None:
+            return
+        for name, module in self.curvature.model.named_modules():
+            if self.curvature.left_out.get(plain_name(name)) == "frozen" and _weight_trains(module):
+                self.curvature.left_out[plain_name(name)] = "frozen when fit began"
+                rank_zero_warn(
+                    f"{plain_name(name)!r} was frozen when fit began and has no curvature: it takes plain momentum now "
+                    "that it trains. Start another fit from this one's weights to precondition it."
+                )
+
+    def _troubles(self) -> tuple[int, int]:
+        """Blocks that could not be inverted, and layers' windows that were not finite, so far. Waits for the device."""
+        assert self.curvature is not None
+        return int(self.curvature.stacks.failed_inversions), int(self.curvature.stacks.rejected_windows)
+
     # ── leaving ──
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -181,9 +203,11 @@ class ThorCallback(Callback):
         self._close()
 
     def _close(self) -> None:
-        self._attached = False
         if self.curvature is not None:
             self.curvature.close()
+        if self._optimizer is not None:
+            self._optimizer.preconditioner = None
+            self._optimizer = None
 
     # ── checkpoints ──
 
@@ -196,7 +220,7 @@ class ThorCallback(Callback):
         state = state_dict["curvature"]
         if state is None:
             return
-        if self.curvature is not None and self._attached:
+        if self.curvature is not None and self._optimizer is not None:
             self.curvature.load_state_dict(state)
         else:
             self._restored = state
@@ -204,10 +228,11 @@ class ThorCallback(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._fitting and self.state_key not in checkpoint.get("callbacks", {}):
+        own = checkpoint.get("callbacks", {}).get(self.state_key)
+        if self._fitting and (own is None or own["curvature"] is None):
             rank_zero_warn(
-                "This checkpoint was saved without ThorCallback: the weights go on, the curvature starts anew with a "
-                "refresh in the first step."
+                "This checkpoint was saved without ThorCallback's curvature: the weights go on, the curvature starts "
+                "anew with a refresh in the first step."
             )
 
 
@@ -231,6 +256,20 @@ class _LossMultiplier:
 
 def _scaler_of(trainer: pl.Trainer) -> Any | None:
     return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _weight_trains(module: torch.nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.requires_grad
+
+
+def _warn_of_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:
+    by_norm = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm")
+    if by_norm and all(group["match_rms"] is not None for group in optimizer.param_groups):
+        rank_zero_warn(
+            "gradient_clip_val clips the gradient's norm before it is preconditioned, and match_rms sets the scale "
+            "afterwards: the clipping changes nothing. Lower lr, or set match_rms=None."
+        )
 
 
 def _check_strategy(trainer: pl.Trainer) -> None:

@@ -8,6 +8,8 @@ from torch import nn
 
 from lightning_thor.optimizer import Thor
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+
 
 def configure_thor(module: nn.Module, lr: float = 3e-3, *, weight_decay: float = 0.0, **options: Any) -> Thor:
     """A `Thor` optimizer of everything in ``module`` that is trained, for ``return`` in ``configure_optimizers``.
@@ -32,6 +34,8 @@ def configure_thor(module: nn.Module, lr: float = 3e-3, *, weight_decay: float =
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True: nothing to train.")
-    decayed, plain = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
+    of_norms = {p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    decayed = [p for p in trained if p.dim() >= 2 and p not in of_norms]
+    plain = [p for p in trained if p.dim() < 2 or p in of_norms]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return Thor([group for group in groups if group["params"]], lr=lr, **options)

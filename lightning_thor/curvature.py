@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,25 +38,33 @@ def check_options(
     Raises:
         ValueError: what was given, what is allowed.
     """
-    if not callable(damping) and not (math.isfinite(damping) and damping > 0):
+    if not callable(damping) and not (_is_number(damping) and math.isfinite(damping) and damping > 0):
         raise ValueError(f"damping must be greater than 0 (or a function of the step), got {damping!r}.")
     if damping_rule not in RULES:
         raise ValueError(f"damping_rule must be one of {', '.join(RULES)}, got {damping_rule!r}.")
-    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+    if block_size is not None and not _is_count(block_size):
         raise ValueError(f"block_size must be an int of at least 1, or None for whole factors, got {block_size!r}.")
-    if not callable(update_every_n_steps) and (not isinstance(update_every_n_steps, int) or update_every_n_steps < 1):
+    if not callable(update_every_n_steps) and not _is_count(update_every_n_steps):
         raise ValueError(
             "update_every_n_steps must be an int of at least 1 (or a function of the step), "
             f"got {update_every_n_steps!r}."
         )
-    if not 0.0 <= averaging < 1.0:
+    if not _is_number(averaging) or not 0.0 <= averaging < 1.0:
         raise ValueError(f"averaging must lie in [0, 1); 0 uses the last batch alone. Got {averaging!r}.")
-    if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 1):
+    if max_rows is not None and not _is_count(max_rows):
         raise ValueError(f"max_rows must be an int of at least 1, or None for all rows, got {max_rows!r}.")
     if not isinstance(statistics, Statistics) and statistics not in STATISTICS:
         raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}.")
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class Curvature:
@@ -133,6 +142,9 @@ class Curvature:
         self.statistics = statistics if isinstance(statistics, Statistics) else STATISTICS[statistics]
         self.loss_reduction = loss_reduction
         self.loss_multiplier = loss_multiplier
+        # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
+        self.is_listening: Callable[[], bool] = lambda: model.training
+        self._paused = False
         self.sum_across_ranks: Callable[[Tensor], None] = collectives.sum_across_ranks_
         self.layers, self.left_out = layers_of(
             model,
@@ -166,6 +178,16 @@ class Curvature:
     def close(self) -> None:
         """Remove the hooks. The curvature keeps its state and can still be saved."""
         self._hooks.remove()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Listen to no forward pass in this context: for passes whose gradients are not those of the training loss,
+        such as an adversarial example's, or another optimizer's loss that flows through these layers."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     @torch.no_grad()
     def observe(self, name: str, a: Tensor, g: Tensor) -> None:
@@ -278,7 +300,8 @@ class Curvature:
                 "The checkpoint's curvature is of another architecture or of other block sizes. "
                 f"Not in the checkpoint: {_some(missing)}. Only in the checkpoint: {_some(unknown)}. "
                 f"Other shapes: {_some(differing)}. Use the model, block_size and precondition_bias of the run that "
-                "was saved, or start without its curvature by deleting checkpoint['callbacks']['ThorCallback']."
+                "was saved, with the same layers frozen; or start without its curvature by deleting "
+                "checkpoint['callbacks']['ThorCallback']."
             )
         for name, tensors in own.items():
             for key, tensor in tensors.items():
@@ -294,8 +317,7 @@ class Curvature:
         return sum(self.stacks.n_bytes(factor) for factor in self._factors_of(name).values())
 
     def _is_open(self, name: str) -> bool:
-        # The whole model's mode, not the layer's: a submodule kept in eval mode still trains.
-        return self.model.training and self._schedule.is_due(self._index[name], self.step)
+        return not self._paused and self.is_listening() and self._schedule.is_due(self._index[name], self.step)
 
     def _refresh_costs(self) -> list[float]:
         # Waits for the device, once in a run: what a layer costs is known only when its rows have been seen.
@@ -350,4 +372,4 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
 
 def _some(names: list[str], n: int = 5) -> str:
     more = f" and {len(names) - n} more" if len(names) > n else ""
-    return (", ".join(names[:n]) or "none") + more
+    return (", ".join(name or "(the model itself)" for name in names[:n]) or "none") + more

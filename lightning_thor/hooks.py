@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,13 +49,28 @@ def _forward_hook(
             return
         if not isinstance(output, Tensor) or not output.requires_grad or not module.weight.requires_grad:
             return
-        a: Tensor = args[0] if args else kwargs["input"]
+        a = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(a, Tensor) or a.layout is not torch.strided:
+            return
+        # Handed over once and let go of: autograd frees what it saved after backward, but never its hooks.
+        waiting, version = [a], a._version
+        del a
 
         def on_grad(g: Tensor) -> None:
             # Gradients are enabled here only in a create_graph pass (a gradient penalty), which is no training loss.
-            if not torch.is_grad_enabled():
-                with torch.autocast(g.device.type, enabled=False):
-                    listener(name, a, g)
+            if torch.is_grad_enabled() or not waiting:
+                return
+            a = waiting.pop()
+            if a._version != version:
+                # Autograd notices that itself, unless autocast let it save a copy in lower precision.
+                warnings.warn(
+                    f"The input of layer {name!r} was changed in place after the layer used it; its statistics are "
+                    "left out. Write x = x + layer(x) instead of x += layer(x).",
+                    stacklevel=2,
+                )
+                return
+            with torch.autocast(g.device.type, enabled=False):
+                listener(name, a, g)
 
         # A tensor hook, since a full backward hook fails if the next operation is in place (ReLU(inplace=True)).
         output.register_hook(on_grad)

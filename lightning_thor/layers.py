@@ -148,6 +148,9 @@ REDUCE = Statistics(
 STATISTICS: Mapping[str, Statistics] = {"expand": EXPAND, "reduce": REDUCE}
 
 
+_BASES = [base for types, _ in KINDS for base in (types if isinstance(types, tuple) else (types,))]
+
+
 def plain_name(name: str) -> str:
     """A module's name without what `torch.compile` put into it.
 
@@ -221,6 +224,12 @@ def _reason_against(
         return "not in the optimizer"
     if kind in (LAYER_NORM, BATCH_NORM) and not all(p.requires_grad for p in own.values()):
         return "frozen in part"
+    if weight.numel() == 0:
+        return "empty weight"
+    # A linear layer's own forward (LoRA, quantised training) still multiplies by its weight; others may do anything.
+    bases = [base for base in _BASES if isinstance(module, base)]
+    if kind is not LINEAR and not any(type(module).forward is base.forward for base in bases):
+        return f"{type(module).__name__} has a forward of its own, which may not be {bases[0].__name__}'s"
     if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
         return "sparse or frequency-scaled gradient"
     if not weight.is_floating_point():
@@ -236,7 +245,8 @@ def _layer(
     bias: nn.Parameter | None = getattr(module, "bias", None)
     if kind in (LAYER_NORM, BATCH_NORM):
         width = weight.numel() * (1 if bias is None else 2)
-        return Layer(name, module, tuple(module.parameters()), None, blocks.diagonal(width), kind, rows_of)
+        own = (weight,) if bias is None else (weight, bias)
+        return Layer(name, module, own, None, blocks.diagonal(width), kind, rows_of)
     if kind is EMBEDDING:
         G = cut(module.embedding_dim, block_size if statistics.split_embedding_G else None, 1)
         return Layer(name, module, (weight,), blocks.diagonal(len(weight)), G, kind, rows_of)

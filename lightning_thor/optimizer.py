@@ -183,7 +183,8 @@ def _rms_factors(updates: list[Tensor], rms: float) -> list[Tensor]:
     tensor(0.1000)
     """
     factors = _norms(updates)
-    torch._foreach_clamp_min_(factors, torch.finfo(torch.float32).tiny)
+    # Small enough to change no update, large enough that no tensor's factor overflows: 0 * inf would be NaN.
+    torch._foreach_clamp_min_(factors, 1e-30)
     torch._foreach_reciprocal_(factors)
     torch._foreach_mul_(factors, [rms * math.sqrt(update.numel()) for update in updates])
     return factors
@@ -204,8 +205,9 @@ def _clip_factors(updates: list[Tensor], norm: float) -> list[Tensor]:
 
 def _norms(updates: list[Tensor]) -> list[Tensor]:
     # A norm in half precision would overflow or lose its digits.
-    dtype = reduce(torch.promote_types, (update.dtype for update in updates), torch.float32)
-    return list(torch._foreach_norm(updates, dtype=dtype))
+    dtype = reduce(torch.promote_types, (update.dtype.to_real() for update in updates), torch.float32)
+    real = [torch.view_as_real(update) if update.is_complex() else update for update in updates]
+    return list(torch._foreach_norm(real, dtype=dtype))
 
 
 def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
@@ -213,6 +215,10 @@ def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
         raise ValueError(f"Thor does not know the option {', '.join(sorted(unknown))} of a parameter group.")
     if isinstance(group["lr"], Tensor):
         raise ValueError("lr must be a number, got a Tensor: Thor's step would have to wait for it.")
+    for option in ("lr", "momentum", "weight_decay", "match_rms", "kl_clip", "clip_norm"):
+        optional = option in ("match_rms", "kl_clip", "clip_norm") and group[option] is None
+        if not optional and (isinstance(group[option], bool) or not isinstance(group[option], int | float)):
+            raise ValueError(f"{option} must be a number, got {group[option]!r}.")
     if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
         raise ValueError(f"lr must be 0 or greater, got {group['lr']!r}.")
     if not 0.0 <= group["momentum"] < 1.0:

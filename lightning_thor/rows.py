@@ -65,7 +65,7 @@ def spread(n: int, max_rows: int | None, device: torch.device) -> Tensor | None:
     step = max(1, round(n * 0.6180339887498949)) | 1
     while math.gcd(step, n) != 1:
         step += 2
-    return (torch.arange(max_rows, dtype=torch.int64) * step % n).to(device)
+    return torch.arange(max_rows, dtype=torch.int64, device=device) * step % n
 
 
 def _pick(x: Tensor, index: Tensor | None) -> Tensor:

@@ -20,6 +20,9 @@ class Exponential:
     factor: float
     every_n_steps: int
 
+    def __post_init__(self) -> None:
+        _check_positive(start=self.start, factor=self.factor, every_n_steps=self.every_n_steps)
+
     def __call__(self, step: int) -> float:
         return float(self.start * self.factor ** (step / self.every_n_steps))
 
@@ -28,15 +31,18 @@ class Exponential:
 class Polynomial:
     """From ``start`` to ``end`` in ``n_steps``: ``end + (start - end) * (1 - step / n_steps) ** power``, then ``end``.
 
-    >>> decay = Polynomial(1.0, end=0.0, n_steps=10, power=2.0)
+    >>> decay = Polynomial(1.1, end=0.1, n_steps=10, power=2.0)
     >>> decay(0), decay(5), decay(20)
-    (1.0, 0.25, 0.0)
+    (1.1, 0.35, 0.1)
     """
 
     start: float
     end: float
     n_steps: int
     power: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(start=self.start, end=self.end, n_steps=self.n_steps, power=self.power)
 
     def __call__(self, step: int) -> float:
         left = max(0.0, 1.0 - step / self.n_steps)
@@ -57,5 +63,15 @@ class GrowingInterval:
     end: int
     growth: float = 0.1
 
+    def __post_init__(self) -> None:
+        _check_positive(start=self.start, end=self.end, growth=self.growth)
+
     def __call__(self, step: int) -> int:
         return min(self.end, max(self.start, int(self.growth * step)))
+
+
+def _check_positive(**values: float) -> None:
+    """A ValueError at once, rather than in the middle of a run: no damping and no interval may reach 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be greater than 0, got {value!r}.")

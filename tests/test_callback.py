@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, ThorCallback, configure_thor
@@ -250,7 +251,65 @@ def test_the_summary_names_every_layer_and_why_others_are_left_out(
     assert "layers preconditioned" in printed
 
 
+def test_a_model_left_in_eval_mode_trains_as_any(tmp_path: Path) -> None:
+    """Lightning keeps the modes of modules; no layer here depends on them."""
+    torch.testing.assert_close(everything(fit(tmp_path, Boring().eval())), everything(fit(tmp_path)), rtol=0, atol=0)
+
+
+def test_an_optimizer_kept_from_one_fit_to_the_next(tmp_path: Path) -> None:
+    class Keeping(Boring):
+        kept: Any = None
+
+        def configure_optimizers(self) -> Any:
+            self.kept = self.kept or super().configure_optimizers()
+            return self.kept
+
+    module = Keeping()
+    for _ in range(2):
+        fit(tmp_path, module)
+        assert module.kept["optimizer"].preconditioner is None
+
+
+def test_another_optimizer_between_two_steps_throws_no_window_away(tmp_path: Path) -> None:
+    """Manual optimization under a GradScaler: only the other optimizer steps in every second batch."""
+
+    class TwoOptimizers(Boring):
+        automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            thor, other = self.optimizers()  # type: ignore[misc]
+            self.manual_backward(self.loss(self(batch[0]), batch[1]))
+            other.step()
+            if batch_idx % 2:
+                assert callback_of(self.trainer).curvature.stacks.counts[0, 1] == 16  # type: ignore[union-attr]
+                thor.step()
+                thor.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            return [configure_thor(self.net[:4]), torch.optim.SGD(self.net[4:].parameters(), lr=0.0)]
+
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))  # type: ignore[arg-type]
+    fit(tmp_path, TwoOptimizers(), ThorCallback(update_every_n_steps=1, summary=False), max_epochs=1, plugins=[plugin])
+
+
+def test_a_layer_that_is_unfrozen_during_fit_is_told_once(tmp_path: Path) -> None:
+    class Unfreezing(Boring):
+        def on_train_epoch_start(self) -> None:
+            self.net[4].requires_grad_(self.trainer.current_epoch > 0)
+
+    module = Unfreezing()
+    module.net[4].requires_grad_(False)
+    with pytest.warns(UserWarning, match="'net.4' was frozen when fit began") as caught:
+        fit(tmp_path, module, max_epochs=4)
+    assert sum("was frozen" in str(w.message) for w in caught) == 1
+
+
 # ── errors ──
+
+
+def test_clipping_that_changes_nothing_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="match_rms sets the scale afterwards: the clipping changes nothing"):
+        fit(tmp_path, gradient_clip_val=1.0, max_steps=1)
 
 
 class WithOptimizers(Boring):

@@ -70,11 +70,31 @@ def test_a_checkpoint_without_curvature_is_told_and_starts_anew(tmp_path: Path) 
     del checkpoint["callbacks"]["ThorCallback"]
     torch.save(checkpoint, path)
     found = trainer(tmp_path)
-    with pytest.warns(UserWarning, match="saved without ThorCallback.*curvature starts anew"):
+    with pytest.warns(UserWarning, match="saved without ThorCallback's curvature.*curvature starts anew"):
         found.fit(Boring(nesterov=True, weight_decay=0.1), ckpt_path=path)
     curvature = callback_of(found).curvature
     assert curvature is not None
     assert curvature.step == 4  # of this fit alone: epoch 1
+
+
+def test_a_checkpoint_whose_curvature_is_none_is_told(tmp_path: Path) -> None:
+    """As the parent of spawned processes saves it, which never had one."""
+    _, path = saved(tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"]["ThorCallback"]["curvature"] = None
+    torch.save(checkpoint, path)
+    with pytest.warns(UserWarning, match="saved without ThorCallback's curvature"):
+        trainer(tmp_path).fit(Boring(nesterov=True, weight_decay=0.1), ckpt_path=path)
+
+
+def test_old_trouble_is_not_told_again(tmp_path: Path) -> None:
+    _, path = saved(tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"]["ThorCallback"]["curvature"]["failed_inversions"].fill_(7)
+    torch.save(checkpoint, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "THOR kept old curvature")
+        trainer(tmp_path).fit(Boring(nesterov=True, weight_decay=0.1), ckpt_path=path)
 
 
 def test_a_checkpoint_of_other_blocks_is_told(tmp_path: Path) -> None:

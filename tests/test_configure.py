@@ -18,6 +18,14 @@ def test_biases_and_norms_do_not_decay() -> None:
     assert {decayed["momentum"], plain["momentum"]} == {0.8}
 
 
+def test_a_norm_over_two_dimensions_does_not_decay_either() -> None:
+    model = nn.Sequential(nn.LayerNorm((4, 4)), nn.Linear(4, 4, bias=False))
+    decayed, plain = configure_thor(model, weight_decay=0.1).param_groups
+    assert [p.shape for p in decayed["params"]] == [(4, 4)]
+    assert decayed["params"][0] is model[1].weight
+    assert len(plain["params"]) == 2
+
+
 def test_frozen_parameters_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
     model[0].requires_grad_(False)

@@ -300,6 +300,22 @@ def test_a_discarded_window_leaves_no_trace() -> None:
     torch.testing.assert_close(averages(curvature), averages(other), rtol=0, atol=0)
 
 
+def test_a_paused_curvature_does_not_listen() -> None:
+    model = net()
+    curvature, other = Curvature(model), Curvature(model)
+    with curvature.paused(), other.paused():
+        observe(model, batch(8, seed=1))
+    observe(model, batch(8, seed=2))
+    with curvature.paused():
+        observe(model, batch(8, seed=3))
+    other.discard()
+    with curvature.paused():
+        observe(model, batch(8, seed=2))
+    curvature.update()
+    other.update()
+    torch.testing.assert_close(averages(curvature), averages(other), rtol=0, atol=0)
+
+
 def test_layers_that_are_not_optimized_are_left_out() -> None:
     model = net()
     curvature = Curvature(model, parameters=model[4].parameters())
@@ -410,6 +426,11 @@ def test_a_state_of_another_architecture_is_refused(other: nn.Module, options: d
         ({"damping": 0.0}, "damping must be greater than 0.*got 0.0"),
         ({"damping": float("inf")}, "damping must be greater than 0"),
         ({"damping": -1}, "damping must be greater than 0"),
+        ({"damping": "0.1"}, "damping must be greater than 0.*got '0.1'"),
+        ({"damping": True}, "damping must be greater than 0"),
+        ({"averaging": None}, "averaging must lie in"),
+        ({"block_size": True}, "block_size must be"),
+        ({"update_every_n_steps": True}, "update_every_n_steps must be"),
         ({"damping_rule": "none"}, "one of trace, pi, sqrt, got 'none'"),
         ({"block_size": 0}, "block_size must be"),
         ({"block_size": 12.5}, "block_size must be"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -226,3 +227,42 @@ def test_the_listener_is_called_without_autocast_and_without_gradients() -> None
         layer(X.float()).sum().backward()
     hooks.remove()
     assert seen == [("layer", False, False)]
+
+
+def test_inputs_are_let_go_of_after_backward() -> None:
+    """Even if something keeps the loss, and with it the graph that the hooks belong to."""
+    model, inputs, kept = mlp(nn.ReLU()), [], []
+    for layer in (0, 2, 4):
+        model[layer].register_forward_hook(lambda module, args, output: inputs.append(weakref.ref(args[0])))
+    curvature = Curvature(model, update_every_n_steps=1)
+    for _ in range(3):
+        loss = model(X.clone()).sin().mean()
+        loss.backward()
+        curvature.update()
+        kept.append(loss)
+    assert len(inputs) == 9
+    assert not any(a() is not None for a in inputs)
+
+
+def test_an_input_changed_in_place_afterwards_is_left_out_and_told() -> None:
+    """Under autocast autograd saves a copy in bfloat16, and so does not object."""
+    model = mlp(nn.ReLU()).float()
+    curvature = Curvature(model)
+    x = X.float().clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+        x += 1.0
+    with pytest.warns(UserWarning, match="input of layer '0' was changed in place"):
+        y.float().sin().mean().backward()
+    assert (curvature.stacks.counts[:, 0] > 0).tolist() == [False, True, True]
+
+
+def test_a_linear_layer_called_with_another_keyword() -> None:
+    class Mine(nn.Linear):
+        def forward(self, rows: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(rows)
+
+    layer = Mine(5, 3).double()
+    curvature = Curvature(layer)
+    layer(rows=X).sum().backward()
+    torch.testing.assert_close(curvature.stacks.blocks_of(0, "sums")[0, 0], X.T @ X)

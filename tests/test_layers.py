@@ -22,6 +22,13 @@ def frozen_scale() -> nn.Module:
     return norm
 
 
+class ChannelsFirst(nn.LayerNorm):
+    """As several vision libraries have it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
@@ -35,6 +42,8 @@ def frozen_scale() -> nn.Module:
         (weight_norm(nn.Linear(2, 2)), "its weight is not a plain parameter (parametrized, or not affine)"),
         (nn.Linear(2, 2).requires_grad_(False), "frozen"),
         (frozen_scale(), "frozen in part"),
+        (nn.Linear(2, 0), "empty weight"),
+        (ChannelsFirst(2), "ChannelsFirst has a forward of its own, which may not be LayerNorm's"),
     ],
 )
 def test_what_has_no_curvature_is_named_with_its_reason(layer: nn.Module, reason: str) -> None:

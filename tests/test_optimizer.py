@@ -104,6 +104,29 @@ def test_zero_gradients_stay_zero_under_match_rms() -> None:
     torch.testing.assert_close([p.detach() for p in model.parameters()], before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("numel", [1, 399, 400, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_a_tensor_without_gradient_moves_nowhere_whatever_its_size(numel: int, dtype: torch.dtype) -> None:
+    """0 times a factor that overflowed would be NaN."""
+    weight = nn.Parameter(torch.ones(numel, dtype=dtype))
+    weight.grad = torch.zeros_like(weight)
+    Thor([weight], lr=0.1, match_rms=0.2, preconditioner=Identity()).step()
+    torch.testing.assert_close(weight.detach(), torch.ones(numel, dtype=dtype), rtol=0, atol=0)
+
+
+def test_a_head_that_starts_at_zero_trains() -> None:
+    """Its zeros make every gradient below it exactly zero in the first step."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    nn.init.zeros_(model[2].weight)
+    optimizer = Thor(model.parameters(), lr=0.01, preconditioner=Curvature(model, update_every_n_steps=1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(torch.randn(16, 32)) - 1.0).square().mean().backward()
+        optimizer.step()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert model[2].weight.abs().sum() > 0
+
+
 @pytest.mark.parametrize(("kl_clip", "lr"), [(1e-3, 0.5), (1e6, 0.5), (1e-8, 0.01)])
 def test_kl_clip_bounds_lr_squared_times_direction_times_gradient(kl_clip: float, lr: float) -> None:
     model = net()
@@ -210,6 +233,10 @@ def test_a_sparse_gradient_is_refused() -> None:
         ({"weight_decay": -1e-4}, "weight_decay must be 0 or greater"),
         ({"match_rms": 0.0}, "match_rms must be greater than 0"),
         ({"match_rms": None, "kl_clip": -1.0}, "kl_clip must be greater than 0"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"momentum": "0.9"}, "momentum must be a number, got '0.9'"),
+        ({"weight_decay": True}, "weight_decay must be a number, got True"),
+        ({"clip_norm": 0.0}, "clip_norm must be greater than 0"),
         ({"match_rms": 0.2, "kl_clip": 1e-3}, "set one of them to None"),
     ],
 )
