@@ -167,6 +167,8 @@ class CharGPT(L.LightningModule):
         width: of the residual stream; a multiple of ``heads``.
         heads: attention heads per block.
         context: longest window, in characters.
+        warmup_steps: the learning rate rises linearly over so many first steps, whatever the optimizer; they must end
+            within the first epoch, since schedulers of LightningCLI act at its end. 0 for none.
 
     Raises:
         ValueError: ``width`` is not a multiple of ``heads``; or, when training starts, the data has more symbols or
@@ -174,13 +176,20 @@ class CharGPT(L.LightningModule):
     """
 
     def __init__(
-        self, vocab_size: int = 65, layers: int = 4, width: int = 128, heads: int = 4, context: int = 128
+        self,
+        vocab_size: int = 65,
+        layers: int = 4,
+        width: int = 128,
+        heads: int = 4,
+        context: int = 128,
+        warmup_steps: int = 0,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"CharGPT: width must be a multiple of heads, got width={width} and heads={heads}.")
         self.vocab_size = vocab_size
         self.context = context
+        self.warmup_steps = warmup_steps
         self.token = nn.Embedding(vocab_size, width)
         self.position = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
@@ -219,6 +228,13 @@ class CharGPT(L.LightningModule):
         loss = self.loss(batch)
         self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        step = self.trainer.global_step
+        if step < self.warmup_steps:
+            for optimizer in self.trainer.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * (step + 1) / self.warmup_steps
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch), prog_bar=True, batch_size=len(batch[0]), sync_dist=True)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -270,6 +271,31 @@ def test_a_model_that_does_not_fit_the_text_is_refused(tmp_path: Path, model: di
     data = CharData(root=text_file(tmp_path, "abcdefgh" * 30), context=8)
     with pytest.raises(ValueError, match=message):
         trainer.fit(Small(layers=1, width=8, heads=2, **model), datamodule=data)
+
+
+def test_the_learning_rate_warms_up_over_the_first_steps(tmp_path: Path) -> None:
+    rates: list[float] = []
+
+    class Small(CharGPT):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.4)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        max_steps=6,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    data = CharData(root=text_file(tmp_path, "abcdefgh" * 30), context=8, batch_size=2, steps_per_epoch=6)
+    trainer.fit(Small(vocab_size=8, layers=1, width=8, heads=2, context=8, warmup_steps=4), datamodule=data)
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
 def test_a_width_that_the_heads_cannot_share_is_refused() -> None:
