@@ -19,10 +19,11 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_thor.curvature import Curvature, Schedule, check_options
+from lightning_thor.curvature import Curvature
 from lightning_thor.damping import DampingRule
 from lightning_thor.layers import plain_name
 from lightning_thor.optimizer import Thor
+from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval
 from lightning_thor.report import print_curvature
 from lightning_thor.strategy import ThorDDPStrategy

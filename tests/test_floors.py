@@ -17,7 +17,7 @@ GROUND, FIRST, TOP = 0, 1, 2
 FLOOR_NAMES = ("ground floor", "first floor", "top floor")
 FLOORS = {
     GROUND: {"blocks", "inverse", "damping", "rows", "thor_rows", "schedules"},
-    FIRST: {"layers", "stacks", "refresh", "curvature", "hooks", "optimizer", "collectives"},
+    FIRST: {"layers", "options", "stacks", "refresh", "curvature", "hooks", "optimizer", "collectives"},
     TOP: {"__init__", "callback", "strategy", "configure", "mindspore", "report", "cli"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -32,7 +32,7 @@ class Watch(TorchDispatchMode):
         return WAITING & self.called.keys()
 
 
-def net() -> nn.Module:
+def net() -> nn.Sequential:
     return nn.Sequential(
         nn.Embedding(9, 8, padding_idx=0),
         nn.Linear(8, 12),
@@ -110,5 +110,7 @@ def test_a_refresh_takes_as_many_inversions_as_there_are_block_sizes(layers: int
 def test_thor_needs_no_curvature_of_ours() -> None:
     model = net()
     optimizer = Thor(model.parameters(), preconditioner=Plain())
-    model(torch.ones(6, dtype=torch.int64)).sum().backward()
+    before = model[1].weight.detach().clone()
+    model(torch.ones(6, dtype=torch.int64)).square().sum().backward()
     optimizer.step()
+    assert not torch.equal(model[1].weight, before)
