@@ -102,7 +102,10 @@ CONVOLUTION = Kind("convolution", _weight_to_matrix, _matrix_to_weight)
 TRANSPOSED = Kind("transposed convolution", _transposed_to_matrix, _matrix_to_transposed)
 EMBEDDING = Kind("embedding", _table_to_matrix, _matrix_to_table)
 LAYER_NORM = Kind("layer norm", _vectors_to_matrix, _matrix_to_vectors)
+RMS_NORM = Kind("rms norm", _vectors_to_matrix, _matrix_to_vectors)
+GROUP_NORM = Kind("group norm", _vectors_to_matrix, _matrix_to_vectors)
 BATCH_NORM = Kind("batch norm", _vectors_to_matrix, _matrix_to_vectors)
+NORMS = (LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM)
 
 # isinstance, not type: FSDP2, LoRA and torch's own Linear subclasses swap or extend classes.
 KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = (
@@ -111,6 +114,8 @@ KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Kind], ...] = 
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), TRANSPOSED),
     (nn.Embedding, EMBEDDING),
     (nn.LayerNorm, LAYER_NORM),
+    (nn.RMSNorm, RMS_NORM),
+    (nn.GroupNorm, GROUP_NORM),
     ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), BATCH_NORM),
 )
 
@@ -134,6 +139,8 @@ EXPAND = Statistics(
         "transposed convolution": rows.transposed_conv_rows,
         "embedding": rows.embedding_rows,
         "layer norm": rows.layer_norm_rows,
+        "rms norm": rows.rms_norm_rows,
+        "group norm": rows.group_norm_rows,
         "batch norm": rows.batch_norm_rows,
     }
 )
@@ -222,7 +229,7 @@ def _reason_against(
         return "frozen"
     if only is not None and weight not in only:
         return "not in the optimizer"
-    if kind in (LAYER_NORM, BATCH_NORM) and not all(p.requires_grad for p in own.values()):
+    if kind in NORMS and not all(p.requires_grad for p in own.values()):
         return "frozen in part"
     if weight.numel() == 0:
         return "empty weight"
@@ -243,7 +250,7 @@ def _layer(
     rows_of, cut = statistics.rows[kind.name], statistics.cut
     weight: nn.Parameter = module.weight
     bias: nn.Parameter | None = getattr(module, "bias", None)
-    if kind in (LAYER_NORM, BATCH_NORM):
+    if kind in NORMS:
         width = weight.numel() * (1 if bias is None else 2)
         own = (weight,) if bias is None else (weight, bias)
         return Layer(name, module, own, None, blocks.diagonal(width), kind, rows_of)

@@ -39,9 +39,9 @@ def loss_terms(module: nn.Module, g: Tensor) -> int:
     leading dimensions for layers on the last dimension (a loss per token)."""
     if isinstance(module, Convolution | TransposedConvolution):
         return g.shape[0] if g.dim() == len(module.kernel_size) + 2 else 1
-    if isinstance(module, BatchNorm):
+    if isinstance(module, BatchNorm | nn.GroupNorm):
         return g.shape[0]
-    width = module.weight.shape.numel() if isinstance(module, nn.LayerNorm) else g.shape[-1]
+    width = module.weight.shape.numel() if isinstance(module, nn.LayerNorm | nn.RMSNorm) else g.shape[-1]
     return g.numel() // max(width, 1)
 
 
@@ -187,6 +187,23 @@ def layer_norm_rows(module: nn.LayerNorm, a: Tensor, g: Tensor, dtype: torch.dty
     return _scale_and_shift(module, g * normal, g)
 
 
+def rms_norm_rows(module: nn.RMSNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """Gradients of the scale at each position: ``[1, width, rows]``."""
+    shape, width = list(module.normalized_shape), torch.Size(module.normalized_shape).numel()
+    # Its default eps is that of the input's dtype.
+    eps = torch.finfo(a.dtype).eps if module.eps is None else module.eps
+    normal = F.rms_norm(a.detach().to(dtype), shape, eps=eps).reshape(-1, width)
+    g = g.to(dtype).reshape(-1, width)
+    return _scale_and_shift(module, g * normal, g)
+
+
+def group_norm_rows(module: nn.GroupNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, batch]``."""
+    g, per_sample = g.to(dtype), (*g.shape[:2], -1)
+    normal = F.group_norm(a.detach().to(dtype), module.num_groups, eps=module.eps)
+    return _scale_and_shift(module, (g * normal).reshape(per_sample).sum(-1), g.reshape(per_sample).sum(-1))
+
+
 def batch_norm_rows(module: BatchNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, batch]``."""
     a, g = a.detach().to(dtype), g.to(dtype)
@@ -198,6 +215,6 @@ def batch_norm_rows(module: BatchNorm, a: Tensor, g: Tensor, dtype: torch.dtype,
     return _scale_and_shift(module, (g * normal).reshape(per_sample).sum(-1), g.reshape(per_sample).sum(-1))
 
 
-def _scale_and_shift(module: nn.LayerNorm | BatchNorm, scale: Tensor, shift: Tensor) -> Rows:
-    both = [scale] if module.bias is None else [scale, shift]
+def _scale_and_shift(module: nn.Module, scale: Tensor, shift: Tensor) -> Rows:
+    both = [scale] if getattr(module, "bias", None) is None else [scale, shift]
     return Rows(None, torch.cat(both, dim=1).T[None], scale.shape[0], scale.shape[0])

@@ -45,6 +45,9 @@ CASES: dict[str, Case] = {
     "layer norm": (lambda: nn.LayerNorm(5), (7, 5)),
     "layer norm, two dimensions": (lambda: nn.LayerNorm((4, 5)), (7, 4, 5)),
     "layer norm, no bias": (lambda: nn.LayerNorm(5, bias=False), (3, 4, 5)),
+    "rms norm": (lambda: nn.RMSNorm(5), (7, 5)),
+    "rms norm, two dimensions": (lambda: nn.RMSNorm((4, 5), eps=1e-3), (7, 4, 5)),
+    "group norm": (lambda: nn.GroupNorm(2, 6), (7, 6, 4, 4)),
     "batch norm 1d": (lambda: nn.BatchNorm1d(5), (7, 5)),
     "batch norm 2d": (lambda: nn.BatchNorm2d(3), (7, 3, 4, 4)),
     "batch norm, kept in eval mode": (lambda: nn.BatchNorm2d(3).eval(), (7, 3, 4, 4)),
@@ -69,7 +72,8 @@ def grad_matrix(layer: Layer) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "memory_format"),
     [(name, torch.contiguous_format) for name in CASES]
-    + [(name, torch.channels_last) for name, (_, shape) in CASES.items() if len(shape) == 4],
+    # Not group norm: torch 2.13's own backward crashes there on a CPU, with no hook of ours involved.
+    + [(n, torch.channels_last) for n, (_, shape) in CASES.items() if len(shape) == 4 and n != "group norm"],
 )
 def test_g_times_a_is_the_gradient(name: str, memory_format: torch.memory_format, precondition_bias: bool) -> None:
     make, shape = CASES[name]
@@ -117,7 +121,7 @@ PER_SAMPLE = [
 ]
 
 
-@pytest.mark.parametrize("name", [*PER_SAMPLE, "layer norm", "batch norm, kept in eval mode"])
+@pytest.mark.parametrize("name", [*PER_SAMPLE, "layer norm", "rms norm", "group norm", "batch norm, kept in eval mode"])
 @pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
 def test_factors_are_those_of_per_sample_gradients(name: str, loss_reduction: str) -> None:
     """Brute force: each sample alone through the layer, its patches by F.unfold's definition, its output gradient."""
