@@ -79,7 +79,7 @@ def demo_block(figures: dict[str, Any]) -> str:
         rows.append(
             (
                 f"{name}, lr {contender['lr']:g}",
-                demo.median_and_range((run["epochs_to_target"] for run in runs), ".0f"),
+                demo.median_and_range((run["epochs_to_target"] for run in runs), ".2f"),
                 demo.median_and_range((run["seconds_to_target"] for run in runs), ".2f"),
                 demo.median_and_range((run["accuracy"][-1] for run in runs), ".1%"),
                 demo.median_and_range((1e3 * statistics.median(run["step_seconds"]) for run in runs), ".1f"),
