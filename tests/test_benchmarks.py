@@ -162,7 +162,7 @@ def test_the_blocks_are_filled_and_all_else_stays(root: Path) -> None:
     assert text.startswith("# Title\n<!-- step_cost:begin -->\n| workload |")
     assert r"| a made-up \g<0> network | 10.0 | 1.10 (1.10–1.10) | 1.20 (1.20–1.20) | 2.00 (2.00–2.00) | 1.28 |" in text
     assert "A processor, 2 threads, torch 9.9, 2026-01-02" in text
-    assert "| THOR, lr 0.02 | 2 | 1.50 | 98.0% | 10.0 |" in text
+    assert "| THOR, lr 0.02 | 2.00 | 1.50 | 98.0% | 10.0 |" in text
     assert "| AdamW, lr 0.5 | not reached by 1 of 1 | not reached by 1 of 1 | 90.0% | 10.0 |" in text
     assert "\nbetween \\1\n" in text
     assert text.endswith("<!-- demo:end -->\nend\n")
