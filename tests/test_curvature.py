@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -360,6 +361,17 @@ def test_staggered_statistics_are_the_same_where_nothing_moves(stagger: bool) ->
     refreshed_in(often, 7, batch(8))
     torch.testing.assert_close(averages(often), averages(once))
     torch.testing.assert_close(inverses(often), inverses(once))
+
+
+def test_staggered_a_resumed_run_does_not_miss_layers_that_are_not_due() -> None:
+    """Its first refresh is of some layers only; the others were not to be observed."""
+    saved = Curvature(net(), update_every_n_steps=3, stagger=True)
+    refreshed_in(saved, 1, batch(8))
+    resumed = Curvature(net(), update_every_n_steps=3, stagger=True)
+    resumed.load_state_dict(saved.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refreshed_in(resumed, 1, batch(8))
 
 
 def test_staggered_a_layer_that_is_not_due_is_not_observed() -> None:

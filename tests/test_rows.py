@@ -40,6 +40,10 @@ CASES: dict[str, Case] = {
         lambda: nn.ConvTranspose2d(3, 4, (3, 2), stride=(2, 3), padding=1, output_padding=(1, 2), dilation=(2, 1)),
         (5, 3, 4, 3),
     ),
+    "transposed conv2d, output padding as large as the stride": (
+        lambda: nn.ConvTranspose2d(3, 4, 3, dilation=2, output_padding=1),
+        (5, 3, 4, 3),
+    ),
     "transposed conv2d, groups": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (5, 4, 3, 3)),
     "transposed conv3d": (lambda: nn.ConvTranspose3d(2, 3, (2, 3, 1), stride=(1, 2, 1)), (2, 2, 3, 2, 3)),
     "layer norm": (lambda: nn.LayerNorm(5), (7, 5)),
