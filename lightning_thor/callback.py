@@ -34,14 +34,15 @@ class ThorCallback(Callback):
 
     Args:
         damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, stagger,
-            max_rows, statistics, loss_reduction: as in `Curvature`.
+            trace_rule, max_rows, statistics, loss_reduction: as in `Curvature`.
         summary: print a table of what is preconditioned when fit starts.
 
     Raises:
         ValueError: an option out of its range.
 
     Logs, where there is a logger, at each epoch's end: ``thor/failed_inversions`` and ``thor/rejected_windows``, the
-    blocks that kept an old inverse and the layers' windows that were left out for not being finite, so far.
+    blocks that kept an old inverse and the layers' windows that were left out for not being finite, so far; with a
+    trace rule ``thor/refreshed_share``, the refreshes that were done over those that there would have been without it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ThorCallback(Callback):
         averaging: float = 0.8,
         precondition_bias: bool = False,
         stagger: bool = False,
+        trace_rule: Literal["THOR", "THOR_stop", "THOR_NT"] | tuple[float, float] | None = None,
         max_rows: int | None = 16384,
         statistics: Literal["expand", "reduce"] = "expand",
         loss_reduction: str = "mean",
@@ -68,6 +70,7 @@ class ThorCallback(Callback):
             damping_rule=damping_rule,
             block_size=block_size,
             update_every_n_steps=interval,
+            trace_rule=trace_rule,
             averaging=averaging,
             max_rows=max_rows,
             statistics=statistics,
@@ -81,6 +84,7 @@ class ThorCallback(Callback):
             "averaging": averaging,
             "precondition_bias": precondition_bias,
             "stagger": stagger,
+            "trace_rule": trace_rule,
             "max_rows": max_rows,
             "statistics": statistics,
             "loss_reduction": loss_reduction,
@@ -177,6 +181,9 @@ class ThorCallback(Callback):
             # The same on all ranks; without sync_dist Lightning would warn that they might not be.
             pl_module.log("thor/failed_inversions", float(failed), sync_dist=True)
             pl_module.log("thor/rejected_windows", float(rejected), sync_dist=True)
+            if self._options["trace_rule"] is not None:
+                done, turns = self.curvature.refreshes
+                pl_module.log("thor/refreshed_share", done / max(turns, 1), sync_dist=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.curvature is None:

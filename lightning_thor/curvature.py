@@ -19,6 +19,7 @@ from lightning_thor.layers import STATISTICS, Statistics, layers_of
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval, RefreshSchedule
 from lightning_thor.stacks import FactorStacks
+from lightning_thor.trace_rule import HostCopy, trace_rule_of, verdicts
 
 
 class Curvature:
@@ -39,6 +40,10 @@ class Curvature:
             gives the steps until the next time.
         stagger: refresh each layer at a step of its own within the interval (all of them at the first step), balanced
             by cost, so that no step takes much longer than another.
+        trace_rule: refresh a layer only when the trace of its curvature moved: ``"THOR"``, ``"THOR_stop"``,
+            ``"THOR_NT"`` (the paper's thresholds) or ``(update_above, stop_below)``, see `lightning_thor.trace_rule`.
+            When a layer's turn comes its traces are looked at first, which costs a pass over its rows; it is observed
+            and inverted two steps later, if at all. None refreshes every layer at its turn.
         averaging: weight of the past in the factors' moving average; 0 uses the last refresh's batch alone, as the
             paper does.
         precondition_bias: take biases of linear layers and convolutions into A, as its last coordinate; otherwise they
@@ -72,6 +77,7 @@ class Curvature:
         averaging: float = 0.8,
         precondition_bias: bool = False,
         stagger: bool = False,
+        trace_rule: str | tuple[float, float] | None = None,
         max_rows: int | None = 16384,
         statistics: str | Statistics = "expand",
         loss_reduction: str = "mean",
@@ -83,6 +89,7 @@ class Curvature:
             damping_rule=damping_rule,
             block_size=block_size,
             update_every_n_steps=update_every_n_steps,
+            trace_rule=trace_rule,
             averaging=averaging,
             max_rows=max_rows,
             statistics=statistics,
@@ -118,7 +125,10 @@ class Curvature:
         cuts = [(layer.A, layer.G) for layer in self.layers.values()]
         self.stacks = FactorStacks(cuts, dtype, devices.pop() if devices else torch.device("cpu"))
         self._index = {name: index for index, name in enumerate(self.layers)}
-        self._schedule = RefreshSchedule(update_every_n_steps, len(self.layers), stagger)
+        self._trace_rule = trace_rule_of(trace_rule)
+        self._schedule = RefreshSchedule(
+            update_every_n_steps, len(self.layers), stagger, probes=self._trace_rule is not None
+        )
         self.step = 0
         self._inverses = [self._inverses_of(name) for name in self.layers]
         self._observed: set[str] = set()
@@ -126,8 +136,17 @@ class Curvature:
         self._hooks = Hooks({name: layer.module for name, layer in self.layers.items()}, self._is_open, self.observe)
 
     def is_due(self) -> bool:
-        """True if the coming step refreshes some layer; those layers' forward and backward passes are observed."""
-        return bool(self._schedule.due(self.step))
+        """True if the coming step refreshes some layer; those layers' forward and backward passes are observed.
+
+        With a trace rule also if the step only looks at traces.
+        """
+        return bool(self._schedule.due(self.step) or self._schedule.probed(self.step))
+
+    @property
+    def refreshes(self) -> tuple[int, int]:
+        """Refreshes that were done, and that would have been without a trace rule, so far; counted by layer."""
+        self._schedule.settle()
+        return self._schedule.refreshes, self._schedule.turns(self.step)
 
     def close(self) -> None:
         """Remove the hooks. The curvature keeps its state and can still be saved."""
@@ -153,17 +172,24 @@ class Curvature:
             g: the gradient of the loss, as it was differentiated, with respect to its output.
         """
         self._observed.add(name)
-        layer, A, G = self.layers[name], 2 * self._index[name], 2 * self._index[name] + 1
+        index = self._index[name]
+        layer, A, G, counts = self.layers[name], 2 * index, 2 * index + 1, self.stacks.counts[index]
+        # To the gradient of the per-sample loss. Rows are converted first: a float16 gradient would overflow.
+        per_sample = self.statistics.loss_terms(layer.module, g) if self.loss_reduction == "mean" else 1
+        scale = per_sample / (1.0 if self.loss_multiplier is None else self.loss_multiplier())
+        if self._schedule.is_probe[index]:
+            squares = layer.squares(a, g, self.stacks.dtype, self.max_rows)
+            counts[0] += squares.n_rows
+            counts[1] += squares.n_samples
+            counts[2] += 0.0 if squares.a is None else squares.a
+            counts[3] += squares.g * scale**2
+            return
         seen = layer.observe(a, g, self.stacks.dtype, self.max_rows)
         if layer.A is not None and seen.a is not None:
             add_covariance_(self.stacks.blocks_of(A, "sums"), seen.a, layer.A)
         if seen.token_counts is not None:
             self.stacks.blocks_of(A, "sums").view(-1).add_(seen.token_counts)
-        # To the gradient of the per-sample loss. Rows were converted first: a float16 gradient would overflow.
-        per_sample = self.statistics.loss_terms(layer.module, g) if self.loss_reduction == "mean" else 1
-        scale = per_sample / (1.0 if self.loss_multiplier is None else self.loss_multiplier())
         add_covariance_(self.stacks.blocks_of(G, "sums"), seen.g * scale, layer.G)
-        counts = self.stacks.counts[self._index[name]]
         counts[0] += seen.n_rows
         counts[1] += seen.n_samples
 
@@ -180,18 +206,28 @@ class Curvature:
         Raises:
             RuntimeError: at the first refresh, if no layer at all was observed.
         """
-        due = self._schedule.due(self.step)
-        if due:
-            selection = self.stacks.select(due)
+        due, probed = self._schedule.due(self.step), self._schedule.probed(self.step)
+        if due or probed:
+            selection = self.stacks.select(due, probed)
             self.stacks.sum_window(selection, self.sum_across_ranks)
-            self._check_that_layers_fire(due)
+            if due:
+                self._check_that_layers_fire(due)
             costs = self._refresh_costs() if self._schedule.stagger and self.step == 0 else None
             with self._full_precision():
-                self.stacks.average_window(selection, self.averaging)
-                self.stacks.invert(selection, self.damping_rule, self.damping_now())
-            self._schedule.refreshed(self.step, costs)
+                found = self._probe(probed) if probed else None
+                if due:
+                    selection = self.stacks.select(due)
+                    self.stacks.average_window(selection, self.averaging)
+                    self.stacks.invert(selection, self.damping_rule, self.damping_now())
+            self._schedule.refreshed(self.step, costs, found)
             self._observed.clear()
         self.step += 1
+        self._schedule.settle(self.step)
+
+    def _probe(self, probed: tuple[int, ...]) -> HostCopy:
+        assert self._trace_rule is not None
+        old, new = self.stacks.probe(probed, self.averaging, self.damping_rule, self.damping_now())
+        return HostCopy(verdicts(self._trace_rule, old, new))
 
     @torch.no_grad()
     def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -214,12 +250,15 @@ class Curvature:
 
         The tensors are the curvature's own, not copies, as in a module's ``state_dict``.
         """
+        done, turns = self.refreshes
         layers: dict[str, dict[str, Tensor]] = {}
         for name, index in self._index.items():
             layers[name] = {
                 "updates": self.stacks.updates[index],
                 "positions": self.stacks.positions[index],
-                "next_refresh": torch.tensor(self._schedule.next_steps[index]),
+                "next_turn": torch.tensor(self._schedule.next_steps[index]),
+                "turn_is_probe": torch.tensor(self._schedule.is_probe[index]),
+                "has_stopped": torch.tensor(self._schedule.has_stopped[index]),
             }
             for side, factor in self._factors_of(name).items():
                 layers[name][side] = self.stacks.blocks_of(factor, "average")
@@ -227,6 +266,8 @@ class Curvature:
                 layers[name][f"{side}_inverted"] = self.stacks.inverted_of(factor)
         return {
             "step": self.step,
+            "refreshes": done,
+            "turns": turns,
             "failed_inversions": self.stacks.failed_inversions,
             "rejected_windows": self.stacks.rejected_windows,
             "layers": layers,
@@ -262,7 +303,14 @@ class Curvature:
                 tensor.copy_(layers[name][key])
         self.stacks.failed_inversions.fill_(int(state["failed_inversions"]))
         self.stacks.rejected_windows.fill_(int(state["rejected_windows"]))
-        self._schedule.next_steps = [int(layers[name]["next_refresh"]) for name in self.layers]
+        saved = [layers[name] for name in self.layers]
+        self._schedule.restore(
+            next_steps=[int(layer["next_turn"]) for layer in saved],
+            is_probe=[bool(layer["turn_is_probe"]) for layer in saved],
+            has_stopped=[bool(layer["has_stopped"]) for layer in saved],
+            refreshes=int(state["refreshes"]),
+            turns=int(state["turns"]),
+        )
         self.step = int(state["step"])
         self.discard()
 

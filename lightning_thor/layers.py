@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from lightning_thor import blocks, rows
 from lightning_thor.blocks import Blocks
 
 RowsOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], rows.Rows]
+SquaresOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], rows.Squares]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Layer:
     G: Blocks
     kind: Kind
     rows_of: RowsOf
+    squares_of: SquaresOf | None = None
+    """Of the same rows, where that is cheaper without making them."""
 
     @property
     def with_bias(self) -> bool:
@@ -40,6 +44,13 @@ class Layer:
             return seen
         ones = seen.a.new_ones(seen.a.shape[0], 1, seen.a.shape[2])
         return seen._replace(a=torch.cat([seen.a, ones], dim=1))
+
+    def squares(self, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> rows.Squares:
+        """The sums of squares of what `observe` would give."""
+        if self.squares_of is None:
+            return rows.squares_of(self.observe(a, g, dtype, max_rows))
+        seen = self.squares_of(self.module, a, g, dtype, max_rows)
+        return seen._replace(a=seen.a + self.G.groups * seen.n_rows) if self.with_bias and seen.a is not None else seen
 
     def precondition(self, grads: Sequence[Tensor], A_inverse: Tensor | None, G_inverse: Tensor) -> list[Tensor]:
         """``G⁻¹ @ grad @ A⁻¹``, new and contiguous, in the shapes and dtypes of ``grads`` (one for each parameter)."""
@@ -129,6 +140,8 @@ class Statistics(NamedTuple):
     """Over how many terms the mean of the loss is taken to be, from a module and its output's gradient."""
     cut: Callable[[int, int | None, int], Blocks] = blocks.cut
     """``(width, block_size, groups)`` to blocks, for all factors but the diagonal ones."""
+    squares: Mapping[str, SquaresOf] = MappingProxyType({})
+    """By kind: how the sums of squares of rows are found without making the rows, where that is cheaper."""
     split_embedding_G: bool = True
 
 
@@ -142,7 +155,8 @@ EXPAND = Statistics(
         "rms norm": rows.rms_norm_rows,
         "group norm": rows.group_norm_rows,
         "batch norm": rows.batch_norm_rows,
-    }
+    },
+    squares={"convolution": rows.conv_squares},
 )
 REDUCE = Statistics(
     {
@@ -266,4 +280,4 @@ def _layer(
     width_A, width_G = weight.numel() // weight.shape[0] + with_bias, weight.shape[0] // groups
     parameters = (weight, bias) if with_bias and bias is not None else (weight,)
     A, G = cut(width_A, block_size, groups), cut(width_G, block_size, groups)
-    return Layer(name, module, parameters, A, G, kind, rows_of)
+    return Layer(name, module, parameters, A, G, kind, rows_of, statistics.squares.get(kind.name))

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_thor.damping import RULES
 from lightning_thor.layers import STATISTICS, Statistics
 from lightning_thor.refresh import Interval
+from lightning_thor.trace_rule import trace_rule_of
 
 Schedule = float | Callable[[int], float]
 
@@ -19,6 +20,7 @@ def check_options(
     damping_rule: str,
     block_size: int | None,
     update_every_n_steps: Interval,
+    trace_rule: Any,
     averaging: float,
     max_rows: int | None,
     statistics: str | Statistics,
@@ -40,6 +42,7 @@ def check_options(
             "update_every_n_steps must be an int of at least 1 (or a function of the step), "
             f"got {update_every_n_steps!r}."
         )
+    trace_rule_of(trace_rule)
     if not _is_number(averaging) or not 0.0 <= averaging < 1.0:
         raise ValueError(f"averaging must lie in [0, 1); 0 uses the last batch alone. Got {averaging!r}.")
     if max_rows is not None and not _is_count(max_rows):

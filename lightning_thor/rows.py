@@ -34,6 +34,15 @@ class Rows(NamedTuple):
     """Embeddings: how often each token stood in the input, ``[vocabulary]``: the diagonal of A, summed."""
 
 
+class Squares(NamedTuple):
+    """The sums of squares of `Rows`: the traces of what they add to A and G."""
+
+    a: Tensor | None
+    g: Tensor
+    n_rows: int | Tensor
+    n_samples: int
+
+
 def loss_terms(module: nn.Module, g: Tensor) -> int:
     """How many terms the mean of the loss is taken to have: the batch size for convolutions and batch norms, all
     leading dimensions for layers on the last dimension (a loss per token)."""
@@ -72,6 +81,19 @@ def _pick(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(0, index)
 
 
+def _batched(module: Convolution | TransposedConvolution, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """A single image as a batch of one."""
+    return (a[None], g[None]) if a.dim() == len(module.kernel_size) + 1 else (a, g)
+
+
+def _some_samples(
+    a: Tensor, g: Tensor, positions: int, dtype: torch.dtype, max_rows: int | None
+) -> tuple[Tensor, Tensor]:
+    """Whole samples with ``positions`` rows each: at least one, and at most about ``max_rows`` rows."""
+    index = spread(a.shape[0], None if max_rows is None else max(1, max_rows // max(positions, 1)), a.device)
+    return _pick(a.detach(), index).to(dtype), _pick(g, index).to(dtype)
+
+
 def linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """``a [..., in]``, ``g [..., out]``: every position is a row."""
     # reshape, never view: gradients can come in any memory format.
@@ -86,13 +108,9 @@ def conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max
 
     With ``max_rows`` whole samples are left out, never single positions.
     """
-    kernel = module.kernel_size
-    if a.dim() == len(kernel) + 1:
-        a, g = a[None], g[None]
-    positions = g.shape[2:].numel()
-    index = spread(a.shape[0], None if max_rows is None else max(1, max_rows // max(positions, 1)), a.device)
-    a, g = _pick(a.detach(), index).to(dtype), _pick(g, index).to(dtype)
-    n_rows = g.shape[0] * positions
+    a, g = _batched(module, a, g)
+    a, g = _some_samples(a, g, g.shape[2:].numel(), dtype, max_rows)
+    n_rows = g.shape[0] * g.shape[2:].numel()
     gradients = g.movedim(0, 1).reshape(module.groups, module.out_channels // module.groups, n_rows)
     return Rows(patches(module, a), gradients, n_rows, g.shape[0])
 
@@ -102,14 +120,27 @@ def transposed_conv_rows(
 ) -> Rows:
     """``a [batch, channels, *space]``, ``g [batch, out, *space]``: every *input* position is a row, since each is
     multiplied by the whole kernel; the patch that it writes is its output."""
-    if a.dim() == len(module.kernel_size) + 1:
-        a, g = a[None], g[None]
+    a, g = _batched(module, a, g)
     space = a.shape[2:]
-    index = spread(a.shape[0], None if max_rows is None else max(1, max_rows // max(space.numel(), 1)), a.device)
-    a, g = _pick(a.detach(), index).to(dtype), _pick(g, index).to(dtype)
+    a, g = _some_samples(a, g, space.numel(), dtype, max_rows)
     n_rows = a.shape[0] * space.numel()
     inputs = a.movedim(0, 1).reshape(module.groups, module.in_channels // module.groups, n_rows)
     return Rows(inputs, patches(module, g, space), n_rows, a.shape[0])
+
+
+def conv_squares(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Squares:
+    """The squares of `conv_rows`, without its patches: those of the channels' summed squares have the same sum."""
+    a, g = _batched(module, a, g)
+    positions = g.shape[2:].numel()
+    a, g = _some_samples(a, g, positions, dtype, max_rows)
+    squares = a.square().unflatten(1, (module.groups, -1)).sum(2)
+    return Squares(patches(module, squares).sum(), g.square().sum(), g.shape[0] * positions, g.shape[0])
+
+
+def squares_of(rows: Rows) -> Squares:
+    """The squares of rows that are there."""
+    a = rows.token_counts if rows.a is None else rows.a.square()
+    return Squares(None if a is None else a.sum(), rows.g.square().sum(), rows.n_rows, rows.n_samples)
 
 
 def reduced_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:

@@ -30,7 +30,7 @@ class Stack:
 
 
 class Selection(NamedTuple):
-    """Some of the layers: where they and their blocks lie."""
+    """Some of the layers: where their counts and, unless they are only probed, their blocks lie."""
 
     layers: Tensor | slice
     places: dict[int, Tensor | slice]
@@ -59,10 +59,11 @@ class FactorStacks:
         }
         self.dtype = dtype
         self._factors = factors
-        self.flat_sums = torch.zeros(sum(lengths.values()) + 2 * len(cuts), dtype=dtype, device=device)
-        """What is summed over micro-batches and ranks: blocks by size, then rows and samples of each layer."""
-        *segments, counts = self.flat_sums.split([*lengths.values(), 2 * len(cuts)])
-        self.counts = counts.view(len(cuts), 2)
+        self.flat_sums = torch.zeros(sum(lengths.values()) + 4 * len(cuts), dtype=dtype, device=device)
+        """What is summed over micro-batches and ranks: blocks by size, then what is counted of each layer."""
+        *segments, counts = self.flat_sums.split([*lengths.values(), 4 * len(cuts)])
+        self.counts = counts.view(len(cuts), 4)
+        """Of each layer: rows, samples, and if it is only probed the traces of A and of G."""
         self.stacks: dict[int, Stack] = {}
         self._slots: dict[int, tuple[int, slice]] = {}
         for (size, members), segment in zip(by_size.items(), segments, strict=True):
@@ -82,7 +83,7 @@ class FactorStacks:
         """Rows per sample of each layer, as last seen."""
         self.failed_inversions = torch.zeros((), dtype=torch.int64, device=device)
         self.rejected_windows = torch.zeros((), dtype=torch.int64, device=device)
-        self._selections: dict[tuple[int, ...], Selection] = {}
+        self._selections: dict[tuple[tuple[int, ...], tuple[int, ...]], Selection] = {}
 
     def blocks_of(self, factor: int, kind: str) -> Tensor:
         """View of one factor's ``"sums"``, ``"average"`` or ``"inverse"``: ``[groups, n_blocks, size, size]``."""
@@ -97,20 +98,20 @@ class FactorStacks:
         size, place = self._slots[factor]
         return self.stacks[size].inverted[place]
 
-    def select(self, layers: tuple[int, ...]) -> Selection:
-        """Where ``layers`` lie; remembered, since the same layers come again and again."""
-        if layers not in self._selections:
+    def select(self, layers: tuple[int, ...], probed: tuple[int, ...] = ()) -> Selection:
+        """Where ``layers`` lie, and others that are only ``probed``; remembered, since the same ones come again."""
+        if (layers, probed) not in self._selections:
             places: dict[int, list[int]] = {}
             for factor in (factor for layer in layers for factor in (2 * layer, 2 * layer + 1)):
                 if factor in self._slots:
                     size, place = self._slots[factor]
                     places.setdefault(size, []).extend(range(place.start, place.stop))
-            self._selections[layers] = Selection(
-                self._index(list(layers)),
+            self._selections[layers, probed] = Selection(
+                self._index(sorted(layers + probed)),
                 {size: self._index(sorted(blocks)) for size, blocks in places.items()},
                 len(layers) == len(self.updates),
             )
-        return self._selections[layers]
+        return self._selections[layers, probed]
 
     def _index(self, numbers: list[int]) -> Tensor | slice:
         """A slice where that is possible: it copies nothing."""
@@ -124,14 +125,53 @@ class FactorStacks:
         if selection.whole:
             sum_across_ranks(self.flat_sums)
             return
-        counts = self.counts.view(-1, 2)
+        counts = self.counts
         parts = [self.stacks[size].sums[place] for size, place in selection.places.items()] + [counts[selection.layers]]
         flat = torch.cat([part.flatten() for part in parts])
         sum_across_ranks(flat)
         *summed, summed_counts = flat.split([part.numel() for part in parts])
         for (size, place), part, values in zip(selection.places.items(), parts, summed, strict=False):
             self.stacks[size].sums[place] = values.view(part.shape)
-        counts[selection.layers] = summed_counts.view(-1, 2)
+        counts[selection.layers] = summed_counts.view(-1, 4)
+
+    def probe(
+        self, probed: tuple[int, ...], averaging: float, rule: DampingRule, damping: float
+    ) -> tuple[Tensor, Tensor]:
+        """tr(F + λI) of the probed layers as it is, and as the open window would make it; their window is cleared.
+
+        As in the paper tr(A ⊗ G) = tr A · tr G; λ is the product of what is added to A and to G, which under the
+        absolute rules is the damping itself. No device sync.
+
+        Returns:
+            Two tensors ``[probed]``. The first is 0 for a layer that has no curvature yet, the second not finite where
+            the window is not, or where there is none.
+        """
+        selection = self.select(probed)
+        layers = selection.layers
+        n_rows, n_samples, squares_A, squares_G = self.counts[layers].unbind(1)
+        old = self._factor_traces("average", selection).view(-1, 2)[layers]
+        means = torch.stack([squares_A / n_rows.clamp_min(1.0), squares_G / n_samples.clamp_min(1.0)], dim=1)
+        self.rejected_windows += (~torch.isfinite(means).all(1)).sum()
+        new = old.lerp(means, _weight(averaging, self.updates[layers] + 1.0)[:, None])
+        none, silent = self.updates[layers] == 0, n_rows == 0
+        self.counts[layers] = 0.0
+        traces = [self._damped_trace(trace, layers, rule, damping) for trace in (old, new)]
+        return torch.where(none, 0.0, traces[0]), torch.where(silent, torch.nan, traces[1])
+
+    def _damped_trace(self, trace: Tensor, layers: Tensor | slice, rule: DampingRule, damping: float) -> Tensor:
+        """tr(F + λI) from the traces of A and of G, ``[n, 2]``."""
+        widths, has_A = self._widths.view(-1, 2)[layers], self._has_A[layers]
+        added = self._dampings(trace / widths, layers, rule, damping)
+        parts = torch.stack([trace, widths * added], dim=1)
+        # A layer without A has the diagonal of its own Fisher matrix as G.
+        return torch.where(has_A[:, None], parts[..., 0], 1.0).mul(parts[..., 1]).sum(1)
+
+    def _dampings(self, means: Tensor, layers: Tensor | slice, rule: DampingRule, damping: float) -> Tensor:
+        """What is added to the eigenvalues of A and of G whose means these are, both ``[n, 2]``."""
+        added_A, added_G = split_damping(rule, damping, means[:, 0], means[:, 1], self.positions[layers])
+        if rule != "trace":
+            added_G = torch.where(self._has_A[layers], added_G, damping)
+        return torch.stack([added_A, added_G], dim=1)
 
     def average_window(self, selection: Selection, averaging: float) -> None:
         """Take the window's sums of the selected layers into their averages, and clear them; no device sync.
@@ -139,7 +179,7 @@ class FactorStacks:
         A layer that was silent, or whose statistics are not finite, keeps its average (the latter is counted). The
         n-th window has the weight ``(1 - averaging) / (1 - averaging ** n)``: an exponential average without bias.
         """
-        n_rows, n_samples = self.counts.unbind(1)
+        n_rows, n_samples = self.counts[:, :2].unbind(1)
         # E over rows for A, E over samples of the sum over positions for G: then A (x) G is the Fisher matrix's scale.
         per_factor = torch.stack([n_rows, n_samples], dim=1).flatten().clamp_min(1.0)
         sums = self._factor_traces("sums", selection)
@@ -148,7 +188,7 @@ class FactorStacks:
         taken = finite & (n_rows > 0)
         self.rejected_windows += (~finite).sum()
         updates = self.updates + taken
-        weight = (1.0 - averaging) / (1.0 - averaging ** updates.clamp_min(1.0))
+        weight = _weight(averaging, updates.clamp_min(1.0))
         self.positions.copy_(torch.where(taken, n_rows / n_samples.clamp_min(1.0), self.positions))
         self.updates.copy_(updates)
         weight, taken = weight.repeat_interleave(2), taken.repeat_interleave(2)
@@ -168,12 +208,8 @@ class FactorStacks:
         A block that fails keeps its last inverse, or before it ever had one gets the identity over its mean damped
         eigenvalue; the failure is counted. Layers that were never observed keep the identity.
         """
-        mean_A, mean_G = (self._factor_traces("average", selection) / self._widths).view(-1, 2).unbind(1)
-        damping_A, damping_G = split_damping(rule, damping, mean_A, mean_G, self.positions)
-        if rule != "trace":
-            damping_G = torch.where(self._has_A, damping_G, damping)
-        dampings = torch.stack([damping_A, damping_G], dim=1).flatten()
-        means = torch.stack([mean_A, mean_G], dim=1).flatten()
+        means = self._factor_traces("average", selection) / self._widths
+        dampings = self._dampings(means.view(-1, 2), slice(None), rule, damping).flatten()
         # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too.
         observed = (self.updates > 0).repeat_interleave(2) & (dampings > 0)
         for size, place in selection.places.items():
@@ -213,6 +249,11 @@ class FactorStacks:
             stack = self.stacks[size]
             total.index_add_(0, stack.owners[place], traces(getattr(stack, kind)[place]))
         return total
+
+
+def _weight(averaging: float, n_windows: Tensor) -> Tensor:
+    """Of the n-th window in an exponential average without bias: Adam's correction (Kingma & Ba 2015)."""
+    return (1.0 - averaging) / (1.0 - averaging**n_windows)
 
 
 def _n_blocks(blocks: Blocks | None) -> int:

@@ -158,6 +158,7 @@ def fit(
     resume: Path | None = None,
     checkpoints: str | None = None,
     stagger: bool = False,
+    trace_rule: Any = None,
     **trainer_options: Any,
 ) -> Result:
     """Train ``module``; everything that the laws compare, as plain types and tensors."""
@@ -171,8 +172,13 @@ def fit(
             devices=devices,
             strategy=strategy or ("thor_ddp" if devices > 1 else "auto"),
             max_epochs=max_epochs,
-            callbacks=[ThorCallback(update_every_n_steps=3, block_size=8, stagger=stagger, summary=False), log]
-            + ([saver] if checkpoints else []),
+            callbacks=[
+                ThorCallback(
+                    update_every_n_steps=3, block_size=8, stagger=stagger, trace_rule=trace_rule, summary=False
+                ),
+                log,
+                *([saver] if checkpoints else []),
+            ],
             accumulate_grad_batches=module.micro_batches,
             default_root_dir=folder,
             enable_checkpointing=checkpoints is not None,
@@ -237,6 +243,7 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "halves_ddp": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy="ddp"),
     "resumed": lambda folder: fit(folder, Module(HALVES), max_epochs=3, resume=folder / "halves" / "epoch=0.ckpt"),
     "staggered": lambda folder: fit(folder, Module(HALVES), max_epochs=3, stagger=True),
+    "trace_rule": lambda folder: fit(folder, Module(HALVES), max_epochs=3, trace_rule=(0.2, 0.02)),
     "quarters": lambda folder: fit(folder, Module(HALVES, micro_batches=2)),
     "unequal": lambda folder: fit(folder, Module((10, 22)), max_steps=1),
     # Batch 3 would be the fourth applied step, in which a refresh is due.

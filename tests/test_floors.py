@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / PACKAGE
 GROUND, FIRST, TOP = 0, 1, 2
 FLOOR_NAMES = ("ground floor", "first floor", "top floor")
 FLOORS = {
-    GROUND: {"blocks", "inverse", "damping", "rows", "thor_rows", "schedules"},
+    GROUND: {"blocks", "inverse", "damping", "rows", "thor_rows", "schedules", "trace_rule"},
     FIRST: {"layers", "options", "stacks", "refresh", "curvature", "hooks", "optimizer", "collectives"},
     TOP: {"__init__", "callback", "strategy", "configure", "mindspore", "report", "cli"},
 }
