@@ -28,8 +28,8 @@ class Rows(NamedTuple):
     """Output gradients of the loss as it was summed or averaged, ``[groups, out, n]``."""
     n_rows: int | Tensor
     """How many rows A was summed over."""
-    n_samples: int
-    """How many samples these rows belong to: the terms of the loss that they saw."""
+    n_samples: float
+    """How many samples these rows belong to: the terms of the loss that they saw. Not whole where rows are left out."""
     token_counts: Tensor | None = None
     """Embeddings: how often each token stood in the input, ``[vocabulary]``: the diagonal of A, summed."""
 
@@ -40,7 +40,7 @@ class Squares(NamedTuple):
     a: Tensor | None
     g: Tensor
     n_rows: int | Tensor
-    n_samples: int
+    n_samples: float
 
 
 def loss_terms(module: nn.Module, g: Tensor) -> int:
@@ -86,14 +86,6 @@ def _batched(module: Convolution | TransposedConvolution, a: Tensor, g: Tensor) 
     return (a[None], g[None]) if a.dim() == len(module.kernel_size) + 1 else (a, g)
 
 
-def _some_samples(
-    a: Tensor, g: Tensor, positions: int, dtype: torch.dtype, max_rows: int | None
-) -> tuple[Tensor, Tensor]:
-    """Whole samples with ``positions`` rows each: at least one, and at most about ``max_rows`` rows."""
-    index = spread(a.shape[0], None if max_rows is None else max(1, max_rows // max(positions, 1)), a.device)
-    return _pick(a.detach(), index).to(dtype), _pick(g, index).to(dtype)
-
-
 def linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """``a [..., in]``, ``g [..., out]``: every position is a row."""
     # reshape, never view: gradients can come in any memory format.
@@ -106,35 +98,29 @@ def linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max
 def conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """``a [batch, channels, *space]``, ``g [batch, out, *space]``: every output position is a row, its patch the input.
 
-    With ``max_rows`` whole samples are left out, never single positions.
+    With ``max_rows`` the positions are those of whole lines (all behind one index of the first axis of space), spread
+    over all samples: a copy of a line is cheap, one of single positions is not, and a few whole samples say less.
     """
     a, g = _batched(module, a, g)
-    a, g = _some_samples(a, g, g.shape[2:].numel(), dtype, max_rows)
-    n_rows = g.shape[0] * g.shape[2:].numel()
-    gradients = g.movedim(0, 1).reshape(module.groups, module.out_channels // module.groups, n_rows)
-    return Rows(patches(module, a), gradients, n_rows, g.shape[0])
+    return Rows(*patches_and_values(module, a.detach(), g, dtype, max_rows))
 
 
 def transposed_conv_rows(
     module: TransposedConvolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None
 ) -> Rows:
     """``a [batch, channels, *space]``, ``g [batch, out, *space]``: every *input* position is a row, since each is
-    multiplied by the whole kernel; the patch that it writes is its output."""
+    multiplied by the whole kernel; the patch that it writes is its output. ``max_rows`` as in `conv_rows`."""
     a, g = _batched(module, a, g)
-    space = a.shape[2:]
-    a, g = _some_samples(a, g, space.numel(), dtype, max_rows)
-    n_rows = a.shape[0] * space.numel()
-    inputs = a.movedim(0, 1).reshape(module.groups, module.in_channels // module.groups, n_rows)
-    return Rows(inputs, patches(module, g, space), n_rows, a.shape[0])
+    outputs, inputs, n_rows, n_samples = patches_and_values(module, g, a.detach(), dtype, max_rows)
+    return Rows(inputs, outputs, n_rows, n_samples)
 
 
 def conv_squares(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Squares:
-    """The squares of `conv_rows`, without its patches: those of the channels' summed squares have the same sum."""
+    """The squares of `conv_rows`, with patches of one channel: the channels' summed squares have the same sum."""
     a, g = _batched(module, a, g)
-    positions = g.shape[2:].numel()
-    a, g = _some_samples(a, g, positions, dtype, max_rows)
-    squares = a.square().unflatten(1, (module.groups, -1)).sum(2)
-    return Squares(patches(module, squares).sum(), g.square().sum(), g.shape[0] * positions, g.shape[0])
+    squares = a.detach().to(dtype).square().unflatten(1, (module.groups, -1)).sum(2)
+    windows, gradients, n_rows, n_samples = patches_and_values(module, squares, g, dtype, max_rows)
+    return Squares(windows.sum(), gradients.square().sum(), n_rows, n_samples)
 
 
 def squares_of(rows: Rows) -> Squares:
@@ -152,34 +138,63 @@ def reduced_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dt
 
 
 def reduced_conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-    """One row per image: patches averaged and gradients summed over the output positions (K-FAC-reduce)."""
-    rows = conv_rows(module, a, g, dtype, max_rows)
-    assert rows.a is not None
-    split = (rows.n_samples, -1)
-    a, g = rows.a.unflatten(-1, split).mean(-1), rows.g.unflatten(-1, split).sum(-1)
-    return Rows(a, g, rows.n_samples, rows.n_samples)
+    """One row per image: patches averaged and gradients summed over the output positions (K-FAC-reduce).
+
+    With ``max_rows`` whole images are left out, so that there are about as many positions.
+    """
+    a, g = _batched(module, a, g)
+    positions = g.shape[2:].numel()
+    index = spread(a.shape[0], None if max_rows is None else max(1, max_rows // max(positions, 1)), a.device)
+    windows, gradients, _, _ = patches_and_values(module, _pick(a.detach(), index), _pick(g, index), dtype, None)
+    n_samples = gradients.shape[-1] // max(positions, 1)
+    split = (n_samples, positions)
+    return Rows(windows.unflatten(-1, split).mean(-1), gradients.unflatten(-1, split).sum(-1), n_samples, n_samples)
 
 
-def patches(module: Convolution | TransposedConvolution, a: Tensor, positions: torch.Size | None = None) -> Tensor:
-    """The patch behind each position: ``[batch, channels, *space]`` to ``[groups, channels / groups * kernel, rows]``.
+def patches_and_values(
+    module: Convolution | TransposedConvolution, patched: Tensor, valued: Tensor, dtype: torch.dtype,
+    max_rows: int | None,
+) -> tuple[Tensor, Tensor, int, float]:  # fmt: skip
+    """The patches of one tensor and the values of another at the same positions.
 
     Args:
         module: whose kernel, stride, padding, dilation and groups.
-        a: what patches are taken of.
-        positions: how many positions each axis has, if there is room for more (``output_padding``).
+        patched: what patches are taken of, ``[batch, channels, *space]``.
+        valued: ``[batch, width, *positions]``.
+        dtype: of what is returned.
+        max_rows: take about so many positions; None takes all.
+
+    Returns:
+        ``[groups, channels / groups * kernel, rows]``, ``[groups, width / groups, rows]``, the number of rows, and that
+        of the samples that so many rows make, which need not be whole.
     """
-    dims = len(module.kernel_size)
-    windows = F.pad(a, _padding(module), mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    positions, groups, dims = valued.shape[2:], module.groups, len(module.kernel_size)
+    per_line = max(positions[1:].numel(), 1)
+    n_lines = valued.shape[0] * positions[0]
+    index = spread(n_lines, None if max_rows is None else max(1, max_rows // per_line), valued.device)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    windows = F.pad(patched, _padding(module), mode=mode)
+    leading = 2
     for axis in range(dims):
         reach = (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
-        windows = windows.unfold(2 + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
-        if positions is not None:
-            windows = windows.narrow(2 + axis, 0, positions[axis])
-    # [batch, channels, *out, *kernel] -> [channels, *kernel, batch, *out]: runs along the last axis stay whole.
-    order = (1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
-    width = a.shape[1] // module.groups * torch.Size(module.kernel_size).numel()
-    n_rows = windows.shape[0] * windows.shape[2 : 2 + dims].numel()
-    return windows.permute(order).reshape(module.groups, width, n_rows)
+        windows = windows.unfold(leading + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
+        windows = windows.narrow(leading + axis, 0, positions[axis])
+        if axis == 0 and index is not None:
+            sample, line = index.div(positions[0], rounding_mode="floor"), index % positions[0]
+            windows, valued = windows[sample, :, line], valued[sample, :, line]
+            leading = 1
+    # [batch, channels, *positions, *kernel] -> [channels, *kernel, batch, *positions]: runs along the last axis stay
+    # whole. Lines are a batch whose first axis is gone.
+    kernel = windows.dim() - dims
+    order = (1, *range(kernel, windows.dim()), 0, *range(2, kernel))
+    n_rows = valued.shape[0] * valued.shape[2:].numel()
+    width = patched.shape[1] // groups * torch.Size(module.kernel_size).numel()
+    return (
+        windows.to(dtype).permute(order).reshape(groups, width, n_rows),
+        valued.to(dtype).movedim(0, 1).reshape(groups, valued.shape[1] // groups, n_rows),
+        n_rows,
+        n_rows / max(positions.numel(), 1),
+    )
 
 
 def _padding(module: Convolution | TransposedConvolution) -> list[int]:
@@ -210,21 +225,29 @@ def embedding_rows(module: nn.Embedding, a: Tensor, g: Tensor, dtype: torch.dtyp
     return Rows(None, g.T[None], counted.sum(), tokens.shape[0], counts)
 
 
+def _positions(
+    module: nn.LayerNorm | nn.RMSNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None
+) -> tuple[Tensor, Tensor]:
+    """Inputs and gradients at some positions, ``[rows, width]``."""
+    width = torch.Size(module.normalized_shape).numel()
+    a, g = a.detach().reshape(-1, width), g.reshape(-1, width)
+    index = spread(a.shape[0], max_rows, a.device)
+    return _pick(a, index).to(dtype), _pick(g, index).to(dtype)
+
+
 def layer_norm_rows(module: nn.LayerNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """Gradients of scale and shift at each position, one under the other: ``[1, 2 * width, rows]``."""
-    width = torch.Size(module.normalized_shape).numel()
-    normal = F.layer_norm(a.detach().to(dtype), module.normalized_shape, eps=module.eps).reshape(-1, width)
-    g = g.to(dtype).reshape(-1, width)
+    a, g = _positions(module, a, g, dtype, max_rows)
+    normal = F.layer_norm(a, a.shape[1:], eps=module.eps)
     return _scale_and_shift(module, g * normal, g)
 
 
 def rms_norm_rows(module: nn.RMSNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """Gradients of the scale at each position: ``[1, width, rows]``."""
-    shape, width = list(module.normalized_shape), torch.Size(module.normalized_shape).numel()
     # Its default eps is that of the input's dtype.
     eps = torch.finfo(a.dtype).eps if module.eps is None else module.eps
-    normal = F.rms_norm(a.detach().to(dtype), shape, eps=eps).reshape(-1, width)
-    g = g.to(dtype).reshape(-1, width)
+    a, g = _positions(module, a, g, dtype, max_rows)
+    normal = F.rms_norm(a, a.shape[1:], eps=eps)
     return _scale_and_shift(module, g * normal, g)
 
 
@@ -238,12 +261,17 @@ def group_norm_rows(module: nn.GroupNorm, a: Tensor, g: Tensor, dtype: torch.dty
 def batch_norm_rows(module: BatchNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, batch]``."""
     a, g = a.detach().to(dtype), g.to(dtype)
-    uses_batch = module.training or module.running_mean is None or module.running_var is None
-    mean = None if uses_batch else module.running_mean.to(dtype)  # type: ignore[union-attr]
-    var = None if uses_batch else module.running_var.to(dtype)  # type: ignore[union-attr]
-    normal = F.batch_norm(a, mean, var, training=uses_batch, eps=module.eps)
+    over = [0, *range(2, a.dim())]
+    shape = (1, -1, *[1] * (a.dim() - 2))
+    if module.training or module.running_mean is None or module.running_var is None:
+        # Centred before squaring, so that nothing cancels; torch.var_mean takes five times as long on a CPU.
+        a = a - a.mean(over, keepdim=True)
+        var = a.square().mean(over)
+    else:
+        a, var = a - module.running_mean.to(dtype).view(shape), module.running_var.to(dtype)
     per_sample = (*g.shape[:2], -1)
-    return _scale_and_shift(module, (g * normal).reshape(per_sample).sum(-1), g.reshape(per_sample).sum(-1))
+    scale = (g * a).reshape(per_sample).sum(-1) * (var + module.eps).rsqrt()
+    return _scale_and_shift(module, scale, g.reshape(per_sample).sum(-1))
 
 
 def _scale_and_shift(module: nn.Module, scale: Tensor, shift: Tensor) -> Rows:

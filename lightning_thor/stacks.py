@@ -150,7 +150,8 @@ class FactorStacks:
         layers = selection.layers
         n_rows, n_samples, squares_A, squares_G = self.counts[layers].unbind(1)
         old = self._factor_traces("average", selection).view(-1, 2)[layers]
-        means = torch.stack([squares_A / n_rows.clamp_min(1.0), squares_G / n_samples.clamp_min(1.0)], dim=1)
+        tiny = torch.finfo(self.dtype).tiny
+        means = torch.stack([squares_A / n_rows.clamp_min(tiny), squares_G / n_samples.clamp_min(tiny)], dim=1)
         self.rejected_windows += (~torch.isfinite(means).all(1)).sum()
         new = old.lerp(means, _weight(averaging, self.updates[layers] + 1.0)[:, None])
         none, silent = self.updates[layers] == 0, n_rows == 0
@@ -180,8 +181,11 @@ class FactorStacks:
         n-th window has the weight ``(1 - averaging) / (1 - averaging ** n)``: an exponential average without bias.
         """
         n_rows, n_samples = self.counts[:, :2].unbind(1)
+        tiny = torch.finfo(
+            self.dtype
+        ).tiny  # a silent layer has no rows; one of which few were taken less than a sample
         # E over rows for A, E over samples of the sum over positions for G: then A (x) G is the Fisher matrix's scale.
-        per_factor = torch.stack([n_rows, n_samples], dim=1).flatten().clamp_min(1.0)
+        per_factor = torch.stack([n_rows, n_samples], dim=1).flatten().clamp_min(tiny)
         sums = self._factor_traces("sums", selection)
         # A covariance has a number that is not finite only if its diagonal has one, so its trace tells.
         finite = torch.isfinite(sums).view(-1, 2).all(1) & torch.isfinite(self.counts).all(1)
@@ -189,7 +193,7 @@ class FactorStacks:
         self.rejected_windows += (~finite).sum()
         updates = self.updates + taken
         weight = _weight(averaging, updates.clamp_min(1.0))
-        self.positions.copy_(torch.where(taken, n_rows / n_samples.clamp_min(1.0), self.positions))
+        self.positions.copy_(torch.where(taken, n_rows / n_samples.clamp_min(tiny), self.positions))
         self.updates.copy_(updates)
         weight, taken = weight.repeat_interleave(2), taken.repeat_interleave(2)
         for size, place in selection.places.items():

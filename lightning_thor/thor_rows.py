@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.rows import Convolution, Rows, embedding_rows, linear_rows, patches
+from lightning_thor.rows import Convolution, Rows, embedding_rows, linear_rows, patches_and_values
 
 
 def gpu_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
@@ -23,9 +23,8 @@ def gpu_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype,
 
 def gpu_conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """Patches and gradients averaged over the batch first: one sample, whose rows are the output positions."""
-    mean_a, mean_g = a.detach().to(dtype).mean(0, keepdim=True), g.to(dtype).mean(0)
-    gradients = mean_g.reshape(module.groups, module.out_channels // module.groups, -1)
-    return Rows(patches(module, mean_a), gradients, gradients.shape[-1], 1)
+    mean_a, mean_g = a.detach().to(dtype).mean(0, keepdim=True), g.to(dtype).mean(0, keepdim=True)
+    return Rows(*patches_and_values(module, mean_a, mean_g, dtype, None))
 
 
 def embedding_rows_of(

@@ -199,11 +199,59 @@ def test_max_rows_takes_rows_evenly_and_keeps_their_scale() -> None:
         torch.testing.assert_close(part.stacks.blocks_of(factor, "average"), whole.stacks.blocks_of(factor, "average"))
 
 
-def test_max_rows_of_a_convolution_counts_positions() -> None:
-    module = nn.Conv2d(2, 3, 3, padding=1)
-    layer, a, g = seen_by(module, torch.randn(10, 2, 5, 5))
-    assert layer.observe(a, g, torch.float32, 75).n_samples == 3
-    assert layer.observe(a, g, torch.float32, 1).n_samples == 1
+LINES = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (7, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), dilation=(1, 2), padding=1), (7, 3, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, (2, 3, 1), stride=(1, 2, 1), padding=1), (4, 2, 4, 5, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2), (7, 4, 5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_max_rows_of_a_convolution_takes_lines_of_all_samples(name: str) -> None:
+    """Each row that is taken is one of the whole, with its own gradient; few lines come from many samples."""
+    make, shape = LINES[name]
+    module = make().double()
+    layer, a, g = seen_by(module, torch.randn(shape, dtype=torch.float64))
+    whole = layer.observe(a, g, torch.float64, None)
+    positions, first = whole.n_rows // shape[0], (a if name == "transposed" else g).shape[2]
+    part = layer.observe(a, g, torch.float64, 5 * positions // first)
+    assert part.n_rows == 5 * positions // first
+    assert part.n_samples == part.n_rows / positions
+    assert whole.a is not None
+    assert part.a is not None
+    both, some = torch.cat([whole.a, whole.g], 1).flatten(0, 1), torch.cat([part.a, part.g], 1).flatten(0, 1)
+    equal = (both[:, :, None] == some[:, None, :]).all(0)  # which of all rows each of the taken ones is
+    taken = equal.int().argmax(0)
+    assert equal.any(0).all()
+    assert len(set(taken.tolist())) == part.n_rows
+    assert len(set((taken // positions).tolist())) >= 4
+
+
+def test_max_rows_takes_at_least_one_line() -> None:
+    layer, a, g = seen_by(nn.Conv2d(2, 3, 3, padding=1), torch.randn(10, 2, 5, 5))
+    assert layer.observe(a, g, torch.float32, 1).n_rows == 5
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(6), nn.RMSNorm(6)])
+def test_max_rows_of_a_norm_takes_some_of_its_positions(module: nn.Module) -> None:
+    layer, a, g = seen_by(module, torch.randn(4, 9, 6))
+    whole, part = (layer.observe(a, g, torch.float32, rows) for rows in (None, 7))
+    assert (part.n_rows, part.n_samples) == (7, 7)
+    assert (whole.g[0].T[:, None] == part.g[0].T).all(-1).any(0).all()
+
+
+def test_rows_that_are_left_out_do_not_change_the_expectation() -> None:
+    """Images that look the same everywhere: their lines have the statistics of the whole."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 1)).double()
+    x = torch.randn(1, 2, 1, 1, dtype=torch.float64).expand(8, 2, 5, 5)
+    whole, part = (Curvature(model, averaging=0.0, max_rows=rows) for rows in (None, 15))
+    model(x).square().mean().backward()
+    for curvature in (whole, part):
+        curvature.update()
+    torch.testing.assert_close(part.stacks.positions, whole.stacks.positions)
+    for factor in (0, 1):
+        torch.testing.assert_close(part.stacks.blocks_of(factor, "average"), whole.stacks.blocks_of(factor, "average"))
 
 
 @pytest.mark.parametrize(
