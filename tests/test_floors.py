@@ -18,7 +18,17 @@ FLOOR_NAMES = ("ground floor", "first floor", "top floor")
 FLOORS = {
     GROUND: {"blocks", "inverse", "damping", "rows", "thor_rows", "schedules", "trace_rule"},
     FIRST: {"layers", "options", "stacks", "refresh", "curvature", "hooks", "optimizer", "collectives"},
-    TOP: {"__init__", "callback", "strategy", "configure", "mindspore", "report", "cli"},
+    TOP: {
+        "__init__",
+        "callback",
+        "strategy",
+        "configure",
+        "mindspore",
+        "mindspore_arguments",
+        "mindspore_groups",
+        "report",
+        "cli",
+    },
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_thor import ThorCallback
-from lightning_thor.mindspore import MindSporeThor, Named, thor
+from lightning_thor.mindspore import MindSporeThor, thor
 from tests.boring import Boring, trainer
 
 FOLDER = Path(__file__).parents[2] / "shared" / "oracle"  # outside the project: skipped where it is absent
@@ -210,60 +209,30 @@ def test_an_embedding_has_the_right_inverse() -> None:
     torch.testing.assert_close(table.detach(), expected)
 
 
-def test_settings_per_step_hold_their_last_value_with_one_warning() -> None:
+def test_a_state_of_another_optimizer_is_refused() -> None:
     net = nn.Linear(4, 3)
-    optimizer = thor(net, [0.3, 0.2], torch.tensor([0.1, 0.2, 0.3]), 0.9)
-    rates = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(4):
-            grad_of(net, torch.randn(8, 4))
-            optimizer.step()
-            rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == [0.3, 0.2, 0.2, 0.2]
-    told = [str(w.message) for w in caught]
-    assert sum("learning_rate has 2 values, and this is step 2" in words for words in told) == 1
-    assert sum("damping has 3 values, and this is step 3" in words for words in told) == 1
-
-
-def test_the_decay_filter_sees_names() -> None:
-    seen: list[Named] = []
-    net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
-    optimizer = thor(net, 0.1, 0.1, 0.9, weight_decay=0.5, decay_filter=lambda p: bool(seen.append(p)) or "0" in p.name)
-    assert {p.name for p in seen} == {"0.weight", "0.bias", "1.weight", "1.bias"}
-    assert [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] == [(2, 0.5), (2, 0.0)]
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"learning_rate": "0.1"}, TypeError, "learning_rate must be a number, a sequence or a Tensor"),
-        ({"damping": None}, TypeError, "damping must be"),
-        ({"momentum": 1}, TypeError, "momentum must be a float, got 1"),
-        ({"loss_scale": 128}, TypeError, "loss_scale must be a float, got 128"),
-        ({"weight_decay": "no"}, TypeError, "weight_decay must be a float or an int"),
-        ({"use_nesterov": 1}, TypeError, "use_nesterov must be a bool, got 1"),
-        ({"frequency": 10.0}, TypeError, "frequency must be an int, got 10.0"),
-        ({"split_indices": [0.5]}, TypeError, "split_indices must be a list of ints"),
-        ({"loss_scale": 0.0}, ValueError, "loss_scale must be greater than 0"),
-        ({"weight_decay": -1e-3}, ValueError, "weight_decay must be 0 or greater"),
-        ({"momentum": -0.5}, ValueError, "momentum must be 0 or greater"),
-        ({"frequency": 1}, ValueError, "frequency must be at least 2, as in nn.thor, got 1"),
-        ({"damping": [0.1, 0.0]}, ValueError, "damping must be greater than 0 at every step"),
-        ({"split_indices": [53, 26]}, ValueError, "split_indices must increase"),
-        ({"variant": "tpu"}, ValueError, "variant must be 'gpu' or 'ascend', got 'tpu'"),
-        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-    ],
-)
-def test_its_documented_errors_hold(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    good: dict[str, Any] = {"learning_rate": 0.1, "damping": 0.1, "momentum": 0.9}
-    with pytest.raises(error, match=message):
-        thor(nn.Linear(2, 2), **{**good, **options})
+    with pytest.raises(ValueError, match="holds no curvature"):
+        thor(net, 0.1, 0.1, 0.9).load_state_dict(torch.optim.SGD(net.parameters(), lr=0.1).state_dict())
 
 
 class Migrated(Boring):
+    """A parameter group of its own, settings that change with every step and end before the fit does."""
+
     def configure_optimizers(self) -> Any:
-        return thor(self.net, 0.01, 0.1, 0.9, batch_size=self.batch_size, frequency=2)
+        own = list(self.net.parameters())
+        params = [
+            {"params": own[:4], "lr": [0.01, 0.02, 0.03, 0.01, 0.02, 0.03, 0.01], "grad_centralization": True},
+            {"params": own[4:], "weight_decay": 0.1},
+        ]
+        return thor(
+            self.net,
+            0.01,
+            [0.1 / step for step in range(1, 9)],
+            0.9,
+            batch_size=self.batch_size,
+            frequency=3,
+            params=params,
+        )
 
 
 def plain_fit(folder: Path, module: L.LightningModule, epochs: int, **options: Any) -> L.Trainer:
@@ -273,14 +242,33 @@ def plain_fit(folder: Path, module: L.LightningModule, epochs: int, **options: A
     return found
 
 
-def test_it_trains_and_resumes_under_a_trainer(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.* the last one holds from here on")
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_it_trains_and_resumes_under_a_trainer(tmp_path: Path, epochs: int) -> None:
+    """Bitwise, in weights, momentum and curvature, with a checkpoint between two refreshes or behind the settings."""
     unbroken = plain_fit(tmp_path, Migrated(), 3)
-    first = plain_fit(tmp_path, Migrated(), 1)
+    first = plain_fit(tmp_path, Migrated(), epochs)
     first.save_checkpoint(tmp_path / "one.ckpt")
     resumed = plain_fit(tmp_path, Migrated(), 3, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     assert resumed.global_step == 12
     ours, theirs = (dict(t.lightning_module.named_parameters()) for t in (resumed, unbroken))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    ours, theirs = (t.optimizers[0].state_dict() for t in (resumed, unbroken))
+    assert ours.keys() == {"state", "param_groups", "curvature"}
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.* the last one holds from here on")
+def test_a_fit_is_the_plain_loop(tmp_path: Path) -> None:
+    fitted = plain_fit(tmp_path, Migrated(), 2).lightning_module
+    module = Migrated()
+    optimizer = module.configure_optimizers()
+    for _ in range(2):
+        for x, y in module.data():
+            module.loss(module(x), y).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(dict(module.named_parameters()), dict(fitted.named_parameters()), rtol=0, atol=0)
 
 
 def test_its_state_can_be_saved_without_a_trainer() -> None:
