@@ -40,7 +40,9 @@ def test_the_decay_filter_sees_names() -> None:
     about."""
     seen: list[Named] = []
     frozen = nn.Linear(3, 3).requires_grad_(False)
-    net = nn.Sequential(torch.compile(nn.Linear(4, 3)), nn.LayerNorm(3), frozen)
+    compiled = nn.Module()
+    compiled._orig_mod = nn.Linear(4, 3)
+    net = nn.Sequential(compiled, nn.LayerNorm(3), frozen)
     optimizer = thor(net, 0.1, 0.1, 0.9, weight_decay=0.5, decay_filter=lambda p: bool(seen.append(p)) or "0" in p.name)
     assert [p.name for p in seen] == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups] == [(2, 0.5), (2, 0.0)]

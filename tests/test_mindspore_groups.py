@@ -70,6 +70,7 @@ def test_each_group_has_its_own_learning_rate_per_step() -> None:
     net = make()
     groups = halves(net, {"lr": torch.tensor(schedule, dtype=torch.float64)}, {"lr": 0.07})
     optimizer = thor(net, 99.0, 0.1, 0.9, batch_size=8, params=groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.07], "before the first step, for monitors"
     used = []
     for _ in range(4):
         train(net, optimizer, steps=1)
