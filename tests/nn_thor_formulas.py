@@ -146,12 +146,13 @@ class NumpyThor:
 
 def patches(x: Array, module: nn.Conv2d) -> Array:
     """``[batch, channels, height, width]`` to ``[batch, channels * kernel, positions]``, one patch after another."""
-    (height, width), (down, right) = module.kernel_size, module.stride
+    (down, right), (step_i, step_j) = module.stride, module.dilation
+    height, width = ((k - 1) * step + 1 for k, step in zip(module.kernel_size, module.dilation, strict=True))
     assert isinstance(module.padding, tuple)
     above, left = (int(n) for n in module.padding)
     x = np.pad(x, ((0, 0), (0, 0), (above, above), (left, left)))
     columns = [
-        x[:, :, i : i + height, j : j + width].reshape(len(x), -1)
+        x[:, :, i : i + height : step_i, j : j + width : step_j].reshape(len(x), -1)
         for i in range(0, x.shape[2] - height + 1, down)
         for j in range(0, x.shape[3] - width + 1, right)
     ]

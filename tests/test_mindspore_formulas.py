@@ -37,10 +37,10 @@ def convolutions() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(16, 20, 3, padding=1),
         nn.ReLU(inplace=True),
-        nn.Conv2d(20, 130, 3, stride=2, padding=(1, 0), bias=False),
+        nn.Conv2d(20, 130, 3, stride=2, padding=(1, 0), dilation=(2, 1), bias=False),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(130 * 3 * 2, 4),
+        nn.Linear(130 * 2 * 2, 4),
     )
 
 
