@@ -24,7 +24,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], d
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")}
     env |= {"PYTHONPATH": os.pathsep.join([str(root), env.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, workers.__file__, str(folder)]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return {
         (variant, rank): torch.load(folder / f"{variant}-{rank}.pt", weights_only=True)
