@@ -57,7 +57,7 @@ class ThorCallback(Callback):
         stagger: bool = False,
         trace_rule: Literal["THOR", "THOR_stop", "THOR_NT"] | tuple[float, float] | None = None,
         max_rows: int | None = 16384,
-        statistics: Literal["expand", "reduce"] = "expand",
+        statistics: Literal["expand", "reduce", "thor"] = "expand",
         loss_reduction: str = "mean",
         summary: bool = True,
     ) -> None:

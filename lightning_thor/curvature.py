@@ -52,10 +52,12 @@ class Curvature:
             about that many positions) for the statistics of linear layers and convolutions; None uses all.
         statistics: for layers that one sample uses at many positions (convolutions, sequences): ``"expand"`` takes
             each position as a row, ``"reduce"`` averages inputs and sums gradients over them first, which suits losses
-            that have one term per sample (Eschenhagen et al. 2023, arXiv:2311.00636).
+            that have one term per sample (Eschenhagen et al. 2023, arXiv:2311.00636). ``"thor"`` takes each position
+            as a row, the loss as a mean over the batch, and leaves norms to plain momentum, as MindSpore's nn.thor does
+            on Ascend: for its published recipes, whose damping is in these units.
         loss_reduction: whether the loss is a ``"mean"`` or a ``"sum"`` over samples. A mean is taken to be one over
             positions for layers on the last dimension, and over the batch for convolutions; over the batch for all
-            layers with ``statistics="reduce"``.
+            layers with ``statistics="reduce"`` or ``"thor"``.
         loss_multiplier: gives what the loss was multiplied by before backward besides that: the loss scale over the
             number of accumulated micro-batches. Called once per observed pair; a 0-dimensional tensor avoids a sync.
         parameters: leave out layers whose weight is not among these; None for all.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_thor import blocks, rows
+from lightning_thor import blocks, rows, thor_rows
 from lightning_thor.blocks import Blocks
 
 RowsOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], rows.Rows]
@@ -166,7 +166,14 @@ REDUCE = Statistics(
     },
     rows.batch_size,
 )
-STATISTICS: Mapping[str, Statistics] = {"expand": EXPAND, "reduce": REDUCE}
+# As MindSpore's nn.thor has them on Ascend: norms take plain momentum, and the loss is a mean over the batch.
+THOR = Statistics(
+    {"linear": rows.linear_rows, "convolution": rows.conv_rows, "embedding": thor_rows.ascend_embedding_rows},
+    rows.batch_size,
+    blocks.cut_with_remainder,
+    split_embedding_G=False,
+)
+STATISTICS: Mapping[str, Statistics] = {"expand": EXPAND, "reduce": REDUCE, "thor": THOR}
 
 
 _BASES = [base for types, _ in KINDS for base in (types if isinstance(types, tuple) else (types,))]

@@ -38,3 +38,8 @@ def embedding_rows_of(
         return rows._replace(token_counts=rows.token_counts * (rows.n_rows / batch_size))
 
     return rows_of
+
+
+def ascend_embedding_rows(module: nn.Embedding, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """Token counts are divided by the batch's size."""
+    return embedding_rows_of(g.shape[0])(module, a, g, dtype, max_rows)

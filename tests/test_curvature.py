@@ -449,7 +449,7 @@ def test_a_state_of_another_architecture_is_refused(other: nn.Module, options: d
         ({"update_every_n_steps": 0}, "update_every_n_steps must be"),
         ({"averaging": 1.0}, r"averaging must lie in \[0, 1\)"),
         ({"max_rows": 0}, "max_rows must be"),
-        ({"statistics": "shrink"}, "statistics must be one of expand, reduce, got .shrink."),
+        ({"statistics": "shrink"}, "statistics must be one of expand, reduce, thor, got .shrink."),
         ({"loss_reduction": "none"}, "loss_reduction must be 'mean' or 'sum', got 'none'"),
     ],
 )
