@@ -26,6 +26,7 @@ from lightning_thor.optimizer import Thor
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval
 from lightning_thor.report import print_curvature
+from lightning_thor.schedules import PerStepLR
 from lightning_thor.strategy import ThorDDPStrategy
 
 
@@ -144,6 +145,7 @@ class ThorCallback(Callback):
         self._applied, self._called = self.curvature.step, trainer.global_step
         self._told = sum(self._troubles())
         _warn_of_clipping(trainer, optimizer)
+        _warn_of_intervals(trainer)
         if not self.curvature.layers:
             rank_zero_warn(
                 "ThorCallback found no layer to precondition: Thor is plain momentum SGD here. Its table of left-out "
@@ -277,6 +279,18 @@ def _warn_of_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:
         rank_zero_warn(
             "gradient_clip_val clips the gradient's norm before it is preconditioned, and match_rms sets the scale "
             "afterwards: the clipping changes nothing. Lower lr, or set match_rms=None."
+        )
+
+
+def _warn_of_intervals(trainer: pl.Trainer) -> None:
+    wrong = any(
+        isinstance(config.scheduler, PerStepLR) and config.interval != "step" for config in trainer.lr_scheduler_configs
+    )
+    if wrong and trainer.lightning_module.automatic_optimization:
+        rank_zero_warn(
+            "PerStepLR is stepped once an epoch here, but its schedule counts steps: the learning rate hardly moves. "
+            'Return {"optimizer": optimizer, "lr_scheduler": {"scheduler": PerStepLR(...), "interval": "step"}} from '
+            "configure_optimizers (the command lightning-thor does so by itself)."
         )
 
 

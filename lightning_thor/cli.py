@@ -5,10 +5,27 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningCLI, LRSchedulerTypeUnion
+from torch.optim import Optimizer
 
 import lightning_thor  # noqa: F401  registers "thor_ddp"
+
+
+class ThorCLI(LightningCLI):
+    """A LightningCLI that steps each epoch the schedulers that do not ask for another interval, as `PerStepLR` does."""
+
+    @staticmethod
+    def configure_optimizers(
+        lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
+    ) -> Any:
+        """What the model's ``configure_optimizers`` returns."""
+        interval = getattr(lr_scheduler, "interval", None)
+        if interval is None:
+            return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": interval}}
 
 
 def run(args: Sequence[str] | None = None) -> LightningCLI:
@@ -20,7 +37,7 @@ def run(args: Sequence[str] | None = None) -> LightningCLI:
     here = os.getcwd()  # not "": jsonargparse changes folder while it reads a configuration
     if here not in sys.path:
         sys.path.insert(0, here)
-    return LightningCLI(
+    return ThorCLI(
         save_config_kwargs={"overwrite": True},  # a second run in one folder is no error
         args=None if args is None else list(args),
         subclass_mode_model=True,

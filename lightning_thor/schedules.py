@@ -1,11 +1,16 @@
-"""Functions of the step (the number of applied updates) for damping and for the refresh interval.
+"""Functions of the step (the number of applied updates) for damping, the refresh interval and the learning rate.
 
 Each is a small class, so that a YAML file can name it by ``class_path`` and a callback that holds one can be pickled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Exponential:
     every_n_steps: int
 
     def __post_init__(self) -> None:
-        _check_positive(start=self.start, factor=self.factor, every_n_steps=self.every_n_steps)
+        check_positive(start=self.start, factor=self.factor, every_n_steps=self.every_n_steps)
 
     def __call__(self, step: int) -> float:
         return float(self.start * self.factor ** (step / self.every_n_steps))
@@ -42,7 +47,7 @@ class Polynomial:
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive(start=self.start, end=self.end, n_steps=self.n_steps, power=self.power)
+        check_positive(start=self.start, end=self.end, n_steps=self.n_steps, power=self.power)
 
     def __call__(self, step: int) -> float:
         left = max(0.0, 1.0 - step / self.n_steps)
@@ -51,8 +56,15 @@ class Polynomial:
 
 @dataclass(frozen=True)
 class GrowingInterval:
-    """An interval in steps that grows from ``start`` to ``end`` in proportion to the step (THOR, AAAI 2021: often at
-    first, about once an epoch at the end).
+    """Steps until the next refresh: ``growth * step``, but at least ``start`` and at most ``end``.
+
+    So a refresh comes about ``1 + growth`` times as late as the one before it. THOR's paper (AAAI 2021) refreshes often
+    at first and about once an epoch at the end: let ``end`` be the number of steps in an epoch.
+
+    Args:
+        start: the interval at first, in steps; an int of at least 1.
+        end: the longest interval, in steps; an int of at least ``start``.
+        growth: the interval over the steps so far; greater than 0.
 
     >>> every = GrowingInterval(start=1, end=100, growth=0.1)
     >>> every(0), every(200), every(10_000)
@@ -64,13 +76,53 @@ class GrowingInterval:
     growth: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_positive(start=self.start, end=self.end, growth=self.growth)
+        check_positive(start=self.start, end=self.end, growth=self.growth)
+        for name, value in (("start", self.start), ("end", self.end)):
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be an int, a number of steps, got {value!r}.")
+        if self.end < self.start:
+            raise ValueError(f"end must be at least start: the interval grows. Got start={self.start}, end={self.end}.")
 
     def __call__(self, step: int) -> int:
         return min(self.end, max(self.start, int(self.growth * step)))
 
 
-def _check_positive(**values: float) -> None:
+class PerStepLR(LRScheduler):
+    """A schedule as a torch scheduler of the learning rate: the optimizer's own ``lr`` times ``schedule(step)``.
+
+    It is made to be stepped after every optimizer step. ``lightning-thor`` does that by itself; in
+    ``configure_optimizers`` say so: ``{"scheduler": PerStepLR(optimizer, schedule), "interval": "step"}``. For a
+    schedule that gives whole learning rates, such as those of `lightning_thor.recipes`, the optimizer's ``lr`` is 1.
+
+    Args:
+        optimizer: any; each of its groups keeps its own ``lr`` as the factor.
+        schedule: a function of the step, counted from 0.
+        last_epoch: the step to go on after, as of any torch scheduler; -1 starts anew.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    >>> scheduler = PerStepLR(optimizer, Polynomial(0.4, end=0.2, n_steps=2))
+    >>> scheduler.get_last_lr()
+    [0.8]
+    """
+
+    interval = "step"
+    """How often it is to be stepped: what ``lightning-thor`` tells the Trainer."""
+
+    def __init__(self, optimizer: Optimizer, schedule: Callable[[int], float], last_epoch: int = -1) -> None:
+        self.schedule = schedule
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        """The learning rate of each group at this step."""
+        return [lr * self.schedule(self.last_epoch) for lr in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and rates; not the schedule, which is the configuration's, and may be anything."""
+        return {key: value for key, value in super().state_dict().items() if key != "schedule"}
+
+
+def check_positive(**values: float) -> None:
     """A ValueError at once, rather than in the middle of a run: no damping and no interval may reach 0."""
     for name, value in values.items():
         if not value > 0:
