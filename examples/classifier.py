@@ -1,5 +1,7 @@
 """An image classifier for any network, and for any optimizer."""
 
+from typing import Any
+
 import lightning as L
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,14 +25,27 @@ class ImageClassifier(L.LightningModule):
         num_classes: length of the logits.
         label_smoothing: share of the target spread evenly over all classes, 0..1, in training only: ``val_loss`` and
             ``test_loss`` are plain cross-entropy, so they can be compared between values.
+
+    Raises:
+        ValueError: when training starts, the data has more classes than ``num_classes``.
     """
 
     def __init__(self, network: nn.Module, num_classes: int = 10, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.network = network
+        self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+
+    def setup(self, stage: str) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        classes = getattr(data, "classes", ())
+        if len(classes) > self.num_classes:
+            raise ValueError(
+                f"The data has {len(classes)} classes, the classifier only num_classes={self.num_classes}. Set "
+                f"--model.num_classes {len(classes)}, and the network's num_classes too."
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(images)

@@ -26,6 +26,7 @@ FLOORS = {
         "mindspore",
         "mindspore_arguments",
         "mindspore_groups",
+        "recipes",
         "report",
         "cli",
     },
