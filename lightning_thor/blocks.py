@@ -67,6 +67,17 @@ def diagonal(width: int) -> Blocks:
     return Blocks(1, width, width, 1)
 
 
+def diagonal_as_blocks(diagonal: Tensor, blocks: Blocks) -> Tensor:
+    """A diagonal matrix in the blocks of another factor: ``[groups * width]`` to ``[groups, n_blocks, size, size]``.
+
+    >>> diagonal_as_blocks(torch.tensor([1.0, 2.0, 3.0]), cut(3, 2))[0, 1]
+    tensor([[3., 0.],
+            [0., 0.]])
+    """
+    padded = F.pad(diagonal.view(blocks.groups, blocks.width), (0, blocks.padding))
+    return padded.view(blocks.groups, blocks.n_blocks, blocks.size).diag_embed()
+
+
 def add_covariance_(into: Tensor, rows: Tensor, blocks: Blocks) -> None:
     """Add the diagonal blocks of ``rows @ rows.T`` to ``into``.
 

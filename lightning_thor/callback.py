@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ class ThorCallback(Callback):
 
     Args:
         damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, stagger,
-            trace_rule, max_rows, statistics, loss_reduction: as in `Curvature`.
+            trace_rule, max_rows, statistics, loss_reduction, fused: as in `Curvature`.
         summary: print a table of what is preconditioned when fit starts.
 
     Raises:
@@ -60,6 +60,7 @@ class ThorCallback(Callback):
         max_rows: int | None = 16384,
         statistics: Literal["expand", "reduce", "thor"] = "expand",
         loss_reduction: str = "mean",
+        fused: dict[str, int] | None = None,
         summary: bool = True,
     ) -> None:
         super().__init__()
@@ -76,6 +77,7 @@ class ThorCallback(Callback):
             max_rows=max_rows,
             statistics=statistics,
             loss_reduction=loss_reduction,
+            fused=fused,
         )
         self._options: dict[str, Any] = {
             "damping": damping_option,
@@ -89,6 +91,7 @@ class ThorCallback(Callback):
             "max_rows": max_rows,
             "statistics": statistics,
             "loss_reduction": loss_reduction,
+            "fused": fused,
         }
         self.summary = summary
         self.curvature: Curvature | None = None
@@ -190,11 +193,12 @@ class ThorCallback(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.curvature is None:
             return
-        for name, module in self.curvature.model.named_modules():
-            if self.curvature.left_out.get(plain_name(name)) == "frozen" and _weight_trains(module):
-                self.curvature.left_out[plain_name(name)] = "frozen when fit began"
+        modules = {plain_name(name): module for name, module in self.curvature.model.named_modules()}
+        for name, reason in self.curvature.left_out.items():
+            if reason == "frozen" and _weight_trains(name, modules):
+                self.curvature.left_out[name] = "frozen when fit began"
                 rank_zero_warn(
-                    f"{plain_name(name)!r} was frozen when fit began and has no curvature: it takes plain momentum now "
+                    f"{name!r} was frozen when fit began and has no curvature: it takes plain momentum now "
                     "that it trains. Start another fit from this one's weights to precondition it."
                 )
 
@@ -268,9 +272,12 @@ def _scaler_of(trainer: pl.Trainer) -> Any | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def _weight_trains(module: torch.nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.requires_grad
+def _weight_trains(name: str, modules: Mapping[str, torch.nn.Module]) -> bool:
+    # The projections of an attention are no modules, but parameters of one; perhaps all packed into one.
+    owner, _, role = name.rpartition(".")
+    places = ((name, "weight"), (owner, f"{role}_weight"), (owner, "in_proj_weight"))
+    found = (getattr(modules.get(module), weight, None) for module, weight in places)
+    return any(weight.requires_grad for weight in found if isinstance(weight, Tensor))
 
 
 def _warn_of_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:

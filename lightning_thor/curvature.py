@@ -15,7 +15,9 @@ from lightning_thor import collectives
 from lightning_thor.blocks import add_covariance_
 from lightning_thor.damping import DampingRule
 from lightning_thor.hooks import Hooks
-from lightning_thor.layers import STATISTICS, Statistics, layers_of
+from lightning_thor.kinds import STATISTICS, Statistics
+from lightning_thor.layer import attentions_of
+from lightning_thor.layers import layers_of
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval, RefreshSchedule
 from lightning_thor.stacks import FactorStacks
@@ -60,6 +62,9 @@ class Curvature:
             layers with ``statistics="reduce"`` or ``"thor"``.
         loss_multiplier: gives what the loss was multiplied by before backward besides that: the loss scale over the
             number of accumulated micro-batches. Called once per observed pair; a 0-dimensional tensor avoids a sync.
+        fused: linear layers whose outputs are a concatenation, such as queries, keys and values: of how many equal
+            parts, by pattern of the layer's name (``{"*.qkv": 3}``). Their G is cut at the borders, so that no block
+            mixes parts; None takes every linear layer as one. (Those of `nn.MultiheadAttention` are always three.)
         parameters: leave out layers whose weight is not among these; None for all.
 
     Attributes:
@@ -84,6 +89,7 @@ class Curvature:
         statistics: str | Statistics = "expand",
         loss_reduction: str = "mean",
         loss_multiplier: Callable[[], float | Tensor] | None = None,
+        fused: Mapping[str, int] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
         check_options(
@@ -96,6 +102,7 @@ class Curvature:
             max_rows=max_rows,
             statistics=statistics,
             loss_reduction=loss_reduction,
+            fused=fused,
         )
         self.model = model
         self.damping = damping
@@ -115,6 +122,7 @@ class Curvature:
             precondition_bias=precondition_bias,
             only=None if parameters is None else set(parameters),
             statistics=self.statistics,
+            fused=fused,
         )
         weights = [layer.parameters[0] for layer in self.layers.values()]
         devices = {weight.device for weight in weights}
@@ -125,8 +133,14 @@ class Curvature:
             )
         dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
         cuts = [(layer.A, layer.G) for layer in self.layers.values()]
-        self.stacks = FactorStacks(cuts, dtype, devices.pop() if devices else torch.device("cpu"))
         self._index = {name: index for index, name in enumerate(self.layers)}
+        folds = [
+            (self._index[name], self._index[layer.folded_into])
+            for name, layer in self.layers.items()
+            if layer.folded_into
+        ]
+        self.stacks = FactorStacks(cuts, dtype, devices.pop() if devices else torch.device("cpu"), folds)
+        self._uses = {use.name: (name, use) for name, layer in self.layers.items() for use in layer.uses}
         self._trace_rule = trace_rule_of(trace_rule)
         self._schedule = RefreshSchedule(
             update_every_n_steps, len(self.layers), stagger, probes=self._trace_rule is not None
@@ -134,8 +148,11 @@ class Curvature:
         self.step = 0
         self._inverses = [self._inverses_of(name) for name in self.layers]
         self._observed: set[str] = set()
+        self._backward: dict[str, tuple[int, float]] = {}
+        """The last backward pass that used a layer, and how many samples its first use in it had."""
         self._checked = False
-        self._hooks = Hooks({name: layer.module for name, layer in self.layers.items()}, self._is_open, self.observe)
+        called = {name: use.module for name, (_, use) in self._uses.items() if use.attention is None}
+        self._hooks = Hooks(called, self._is_open, self.observe, attentions_of(use for _, use in self._uses.values()))
 
     def is_due(self) -> bool:
         """True if the coming step refreshes some layer; those layers' forward and backward passes are observed.
@@ -169,31 +186,48 @@ class Curvature:
         """Add one call of a layer to the open window.
 
         Args:
-            name: of the layer.
+            name: of the layer, or of another module that is tied to it.
             a: its input.
             g: the gradient of the loss, as it was differentiated, with respect to its output.
         """
+        name, use = self._uses[name]
         self._observed.add(name)
         index = self._index[name]
         layer, A, G, counts = self.layers[name], 2 * index, 2 * index + 1, self.stacks.counts[index]
         # To the gradient of the per-sample loss. Rows are converted first: a float16 gradient would overflow.
-        per_sample = self.statistics.loss_terms(layer.module, g) if self.loss_reduction == "mean" else 1
+        per_sample = self.statistics.loss_terms(use.module, g) if self.loss_reduction == "mean" else 1
         scale = per_sample / (1.0 if self.loss_multiplier is None else self.loss_multiplier())
         if self._schedule.is_probe[index]:
-            squares = layer.squares(a, g, self.stacks.dtype, self.max_rows)
+            squares = layer.squares(a, g, self.stacks.dtype, self.max_rows, use.module)
+            weight, n_samples = self._share_of(name, squares.n_samples)
             counts[0] += squares.n_rows
-            counts[1] += squares.n_samples
+            counts[1] += n_samples
             counts[2] += 0.0 if squares.a is None else squares.a
-            counts[3] += squares.g * scale**2
+            counts[3] += squares.g * (scale * weight) ** 2
             return
-        seen = layer.observe(a, g, self.stacks.dtype, self.max_rows)
+        seen = layer.observe(a, g, self.stacks.dtype, self.max_rows, use.module)
         if layer.A is not None and seen.a is not None:
             add_covariance_(self.stacks.blocks_of(A, "sums"), seen.a, layer.A)
         if seen.token_counts is not None:
             self.stacks.blocks_of(A, "sums").view(-1).add_(seen.token_counts)
-        add_covariance_(self.stacks.blocks_of(G, "sums"), seen.g * scale, layer.G)
+        weight, n_samples = self._share_of(name, seen.n_samples)
+        add_covariance_(self.stacks.blocks_of(G, "sums"), seen.g * (scale * weight), layer.G)
         counts[0] += seen.n_rows
-        counts[1] += seen.n_samples
+        counts[1] += n_samples
+
+    def _share_of(self, name: str, n_samples: float) -> tuple[float, float]:
+        """What to multiply the gradients of one use of a layer by, and how many samples it adds.
+
+        G is an expectation over samples of a sum over uses, as it is of a sum over positions in a convolution: the
+        uses of one backward pass share their samples, which count once (a first use's; another that has more or less
+        is brought to as many). So A ⊗ G has the scale of E[Σ_uses gᵤgᵤᵀ ⊗ aᵤaᵤᵀ], whatever the number of uses.
+        """
+        # Reentrant checkpoints are backward passes of their own: uses in several of them count as other samples.
+        backward, first = torch._C._current_graph_task_id(), self._backward.get(name)
+        if backward < 0 or first is None or first[0] != backward or not first[1]:
+            self._backward[name] = backward, n_samples
+            return 1.0, n_samples
+        return math.sqrt(first[1] / max(n_samples, 1)), 0.0
 
     def discard(self) -> None:
         """Forget the open window: its step was skipped (a loss scale that overflowed)."""
@@ -241,9 +275,17 @@ class Curvature:
         directions: dict[nn.Parameter, Tensor] = {}
         with self._full_precision():
             for layer, (A_inverse, G_inverse) in zip(self.layers.values(), self._inverses, strict=True):
-                own = [grads[p] for p in layer.parameters if p in grads]
-                if len(own) == len(layer.parameters):
-                    directions.update(zip(layer.parameters, layer.precondition(own, A_inverse, G_inverse), strict=True))
+                own = [layer.own_part(grads[p]) for p in layer.parameters if p in grads]
+                if len(own) != len(layer.parameters) or layer.folded_into is not None:
+                    continue
+                found = zip(layer.parameters, layer.precondition(own, A_inverse, G_inverse), strict=True)
+                for p, direction in found:
+                    if layer.part is None:
+                        directions[p] = direction
+                        continue
+                    if p not in directions:
+                        directions[p] = grads[p].clone()
+                    layer.own_part(directions[p]).copy_(direction)
         directions.update((p, grad.clone()) for p, grad in grads.items() if p not in directions)
         return directions
 
@@ -321,7 +363,10 @@ class Curvature:
         return sum(self.stacks.n_bytes(factor) for factor in self._factors_of(name).values())
 
     def _is_open(self, name: str) -> bool:
-        return not self._paused and self.is_listening() and self._schedule.is_due(self._index[name], self.step)
+        layer, use = self._uses[name]
+        if self._paused or not self.is_listening() or not self._schedule.is_due(self._index[layer], self.step):
+            return False
+        return use.trains
 
     def _refresh_costs(self) -> list[float]:
         # Waits for the device, once in a run: what a layer costs is known only when its rows have been seen.

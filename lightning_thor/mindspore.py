@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_thor.blocks import cut_with_remainder
 from lightning_thor.curvature import Curvature
-from lightning_thor.layers import EXPAND, Statistics
+from lightning_thor.kinds import EXPAND, Statistics
 from lightning_thor.mindspore_arguments import PerStep, StepFunction, check_arguments
 from lightning_thor.mindspore_groups import Group, Named, Params, groups_of
 from lightning_thor.optimizer import Thor

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_thor.damping import RULES
-from lightning_thor.layers import STATISTICS, Statistics
+from lightning_thor.kinds import STATISTICS, Statistics
 from lightning_thor.refresh import Interval
 from lightning_thor.trace_rule import trace_rule_of
 
@@ -25,6 +25,7 @@ def check_options(
     max_rows: int | None,
     statistics: str | Statistics,
     loss_reduction: str,
+    fused: Mapping[str, int] | None = None,
 ) -> None:
     """Refuse options of `Curvature` that cannot mean anything.
 
@@ -51,6 +52,11 @@ def check_options(
         raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}.")
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
+    are_parts = isinstance(fused, Mapping) and all(isinstance(key, str) and _is_count(n) for key, n in fused.items())
+    if fused is not None and not are_parts:
+        raise ValueError(
+            f"fused must map patterns of layer names to numbers of parts, such as {{'*.qkv': 3}}, got {fused!r}."
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -11,7 +11,8 @@ from lightning_thor.layers import plain_name
 
 
 def curvature_table(curvature: Curvature) -> Table:
-    """One line per module that owns parameters: its factors, block sizes and memory, or why it has none."""
+    """One line per weight: its factors, block sizes and memory, or why it has none. Modules that are tied to a layer
+    before them have lines of their own."""
     total = sum(curvature.n_bytes(name) for name in curvature.layers)
     table = Table(
         title="THOR curvature",
@@ -22,15 +23,27 @@ def curvature_table(curvature: Curvature) -> Table:
         table.add_column(column, overflow="fold")
     table.add_column("memory", justify="right", no_wrap=True)
     modules = {plain_name(name): module for name, module in curvature.model.named_modules()}
-    for name, module in modules.items():
-        kind = type(module).__name__
-        if name in curvature.layers:
-            layer = curvature.layers[name]
-            shape = "×".join(map(str, layer.parameters[0].shape)) + (" + bias" if layer.with_bias else "")
-            factors = f"G {_cut(layer.G)}" if layer.A is None else f"A {_cut(layer.A)}, G {_cut(layer.G)}"
-            table.add_row(name or "(root)", kind, shape, factors, _size(curvature.n_bytes(name)))
-        elif name in curvature.left_out:
+    place = {name: index for index, name in enumerate(modules)}
+    used = {use.name: (name, use) for name, layer in curvature.layers.items() for use in layer.uses}
+
+    def owner(name: str) -> str:
+        # The projections of an attention are no modules: they are in one.
+        return name if name in modules else name.rpartition(".")[0]
+
+    for name in sorted([*used, *curvature.left_out], key=lambda name: place[owner(name)]):
+        kind = type(modules[owner(name)]).__name__
+        if name in curvature.left_out:
             table.add_row(name or "(root)", kind, "", f"plain: {curvature.left_out[name]}", style="dim")
+            continue
+        layer = curvature.layers[used[name][0]]
+        shape = "×".join(map(str, layer.own_part(layer.parameters[0]).shape)) + (" + bias" if layer.with_bias else "")
+        if name != layer.name:
+            table.add_row(name or "(root)", kind, shape, f"tied: its rows are added to {layer.name!r}")
+            continue
+        factors = f"G {_cut(layer.G)}" if layer.A is None else f"A {_cut(layer.A)}, G {_cut(layer.G)}"
+        if layer.folded_into is not None:
+            factors += f", tied: folded into {layer.folded_into!r}"
+        table.add_row(name or "(root)", kind, shape, factors, _size(curvature.n_bytes(name)))
     return table
 
 

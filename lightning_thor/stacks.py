@@ -6,13 +6,13 @@ slice of it, so that averaging and inversion are a few batched operations whatev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_thor.blocks import Blocks
+from lightning_thor.blocks import Blocks, diagonal_as_blocks
 from lightning_thor.damping import DampingRule, split_damping
 from lightning_thor.inverse import damped_inverses, traces
 
@@ -46,9 +46,17 @@ class FactorStacks:
         cuts: ``(A, G)`` of each layer; A is None where there is no input factor.
         dtype: of everything here, at least float32.
         device: of everything here.
+        folds: ``(table, output)``: layers whose weight is the same one ``[vocabulary, width]``, an embedding's and a
+            linear layer's; see `_folded`.
     """
 
-    def __init__(self, cuts: Sequence[tuple[Blocks | None, Blocks]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        cuts: Sequence[tuple[Blocks | None, Blocks]],
+        dtype: torch.dtype,
+        device: torch.device,
+        folds: Sequence[tuple[int, int]] = (),
+    ) -> None:
         factors = [factor for cut in cuts for factor in cut]
         by_size: dict[int, list[int]] = {}
         for index, blocks in enumerate(factors):
@@ -59,6 +67,7 @@ class FactorStacks:
         }
         self.dtype = dtype
         self._factors = factors
+        self._folds = folds
         self.flat_sums = torch.zeros(sum(lengths.values()) + 4 * len(cuts), dtype=dtype, device=device)
         """What is summed over micro-batches and ranks: blocks by size, then what is counted of each layer."""
         *segments, counts = self.flat_sums.split([*lengths.values(), 4 * len(cuts)])
@@ -149,7 +158,8 @@ class FactorStacks:
         selection = self.select(probed)
         layers = selection.layers
         n_rows, n_samples, squares_A, squares_G = self.counts[layers].unbind(1)
-        old = self._factor_traces("average", selection).view(-1, 2)[layers]
+        averages = {size: stack.average for size, stack in self.stacks.items()}
+        old = self._factor_traces(averages, selection).view(-1, 2)[layers]
         tiny = torch.finfo(self.dtype).tiny
         means = torch.stack([squares_A / n_rows.clamp_min(tiny), squares_G / n_samples.clamp_min(tiny)], dim=1)
         self.rejected_windows += (~torch.isfinite(means).all(1)).sum()
@@ -181,12 +191,11 @@ class FactorStacks:
         n-th window has the weight ``(1 - averaging) / (1 - averaging ** n)``: an exponential average without bias.
         """
         n_rows, n_samples = self.counts[:, :2].unbind(1)
-        tiny = torch.finfo(
-            self.dtype
-        ).tiny  # a silent layer has no rows; one of which few were taken less than a sample
+        # A silent layer has no rows, and one of which few were taken less than a sample.
+        tiny = torch.finfo(self.dtype).tiny
         # E over rows for A, E over samples of the sum over positions for G: then A (x) G is the Fisher matrix's scale.
         per_factor = torch.stack([n_rows, n_samples], dim=1).flatten().clamp_min(tiny)
-        sums = self._factor_traces("sums", selection)
+        sums = self._factor_traces({size: stack.sums for size, stack in self.stacks.items()}, selection)
         # A covariance has a number that is not finite only if its diagonal has one, so its trace tells.
         finite = torch.isfinite(sums).view(-1, 2).all(1) & torch.isfinite(self.counts).all(1)
         taken = finite & (n_rows > 0)
@@ -212,15 +221,16 @@ class FactorStacks:
         A block that fails keeps its last inverse, or before it ever had one gets the identity over its mean damped
         eigenvalue; the failure is counted. Layers that were never observed keep the identity.
         """
-        means = self._factor_traces("average", selection) / self._widths
+        averages, updates = self._folded()
+        means = self._factor_traces(averages, selection) / self._widths
         dampings = self._dampings(means.view(-1, 2), slice(None), rule, damping).flatten()
         # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too.
-        observed = (self.updates > 0).repeat_interleave(2) & (dampings > 0)
+        observed = (updates > 0).repeat_interleave(2) & (dampings > 0)
         for size, place in selection.places.items():
             stack = self.stacks[size]
             owners, inverted = stack.owners[place], stack.inverted[place]
             own, observable = dampings[owners], observed[owners]
-            inverse, succeeded = damped_inverses(stack.average[place], own)
+            inverse, succeeded = damped_inverses(averages[size][place], own)
             self.failed_inversions += (observable & ~succeeded).sum()
             succeeded &= observable
             last_resort = torch.where(observable, 1.0 / (means[owners] + own), 1.0)
@@ -247,11 +257,54 @@ class FactorStacks:
         blocks = self._factors[factor]
         return 0 if blocks is None else 3 * _n_blocks(blocks) * blocks.size**2 * self.flat_sums.element_size()
 
-    def _factor_traces(self, kind: str, selection: Selection) -> Tensor:
+    def _folded(self) -> tuple[dict[int, Tensor], Tensor]:
+        """What is inverted, by block size, and how many windows it is of: the averages, those of tables folded in.
+
+        A table ``W [vocabulary, width]`` that also is the weight of an output layer has two roles, whose Fisher
+        matrices add up: ``F ≈ D ⊗ Gₑ + Gₗ ⊗ Aₗ``, with ``D`` the (diagonal) frequencies of tokens and ``Gₑ`` the
+        covariance of the gradients of their vectors, and ``Gₗ``, ``Aₗ`` of the output layer. The sum of two Kronecker
+        products is none, so it is taken to be ``s (D + Gₗ) ⊗ (Gₑ + Aₗ)``, each product balanced first so that both of
+        its factors have the same trace (t for a product of trace t²), and s such that the trace is F's, tₑ² + tₗ².
+
+        Approximated: the cross terms ``D ⊗ Aₗ`` and ``Gₗ ⊗ Gₑ`` are none of F's, and what a sample's gradients in the
+        two roles have to do with each other is left out. Where one role says nothing it is the other's own product.
+        """
+        averages, updates = {size: stack.average for size, stack in self.stacks.items()}, self.updates
+        if not self._folds:
+            return averages, updates
+        sizes = {self._slots[2 * layer + side][0] for fold in self._folds for layer in fold for side in (0, 1)}
+        averages.update({size: averages[size].clone() for size in sizes})
+        updates, tiny = updates.clone(), torch.finfo(self.dtype).tiny
+
+        def view(factor: int) -> tuple[Tensor, Tensor]:
+            blocks, (size, place) = self._factors[factor], self._slots[factor]
+            assert blocks is not None
+            tensor = averages[size][place].view(blocks.shape)
+            return tensor, tensor.diagonal(dim1=-2, dim2=-1).sum()
+
+        for table, output in self._folds:
+            (D, trace_D), (G_table, trace_G_table) = view(2 * table), view(2 * table + 1)
+            (A, trace_A), (G, trace_G) = view(2 * output), view(2 * output + 1)
+            blocks = self._factors[2 * output + 1]
+            assert blocks is not None
+            t_table, t_output = (trace_D * trace_G_table).sqrt(), (trace_A * trace_G).sqrt()
+            # The square root of s, for each side.
+            scale = (t_table.square() + t_output.square()).sqrt() / (t_table + t_output).clamp_min(tiny)
+            weights = [
+                torch.where(trace > 0, t * scale / trace, 0.0)
+                for t, trace in ((t_table, trace_D), (t_table, trace_G_table), (t_output, trace_A), (t_output, trace_G))
+            ]
+            G.mul_(weights[3]).add_(diagonal_as_blocks(D.flatten(), blocks) * weights[0])
+            A.mul_(weights[2]).add_(G_table * weights[1])
+            updates[output] = torch.maximum(updates[output], updates[table])
+        return averages, updates
+
+    def _factor_traces(self, tensors: Mapping[int, Tensor], selection: Selection) -> Tensor:
+        """Traces of the selected layers' factors, zero for the others, from their blocks by size."""
         total = torch.zeros(len(self._factors), dtype=self.dtype, device=self.flat_sums.device)
         for size, place in selection.places.items():
             stack = self.stacks[size]
-            total.index_add_(0, stack.owners[place], traces(getattr(stack, kind)[place]))
+            total.index_add_(0, stack.owners[place], traces(tensors[size][place]))
         return total
 
 

@@ -17,7 +17,20 @@ GROUND, FIRST, TOP = 0, 1, 2
 FLOOR_NAMES = ("ground floor", "first floor", "top floor")
 FLOORS = {
     GROUND: {"blocks", "inverse", "damping", "rows", "thor_rows", "schedules", "trace_rule"},
-    FIRST: {"layers", "options", "stacks", "refresh", "curvature", "hooks", "optimizer", "collectives"},
+    FIRST: {
+        "attention",
+        "layer",
+        "kinds",
+        "user_layers",
+        "layers",
+        "options",
+        "stacks",
+        "refresh",
+        "curvature",
+        "hooks",
+        "optimizer",
+        "collectives",
+    },
     TOP: {
         "__init__",
         "callback",

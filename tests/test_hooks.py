@@ -92,6 +92,7 @@ def test_a_layer_called_by_keyword(reference: Curvature) -> None:
 
 
 def test_a_layer_called_twice_sums_both_calls() -> None:
+    """A over all rows; G over samples, of the sum over calls: as over the positions of a convolution."""
     layer = nn.Linear(5, 5).double()
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -104,7 +105,7 @@ def test_a_layer_called_twice_sums_both_calls() -> None:
 
     curvature = curvature_of(layer, backward)
     A = sum(a.T @ a for a, _ in seen) / (2 * len(X))
-    G = sum((len(X) * g).T @ (len(X) * g) for _, g in seen) / (2 * len(X))
+    G = sum((len(X) * g).T @ (len(X) * g) for _, g in seen) / len(X)
     torch.testing.assert_close(curvature.stacks.blocks_of(0, "average")[0, 0], A)
     torch.testing.assert_close(curvature.stacks.blocks_of(1, "average")[0, 0], G)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -32,8 +34,8 @@ class ChannelsFirst(nn.LayerNorm):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.GRU(2, 2), "no curvature for GRU"),
-        (nn.Bilinear(2, 2, 2), "no curvature for Bilinear"),
+        (nn.GRU(2, 2), "no curvature for GRU: all its steps and gates are one call, inside which no hook can see"),
+        (nn.Bilinear(2, 2, 2), "no curvature for Bilinear: its weight has two inputs"),
         (nn.SyncBatchNorm(3), "no curvature for SyncBatchNorm"),
         (nn.InstanceNorm2d(2, affine=True), "no curvature for InstanceNorm2d"),
         (nn.Embedding(3, 2, sparse=True), "sparse or frequency-scaled gradient"),
@@ -67,20 +69,45 @@ def test_the_model_itself_can_be_the_layer() -> None:
     assert found(nn.Linear(2, 2))[0] == [""]
 
 
-def test_attention_is_left_out_as_a_whole() -> None:
-    """Its forward uses in_proj_weight and out_proj.weight without calling a module: hooks on them never fire."""
-    names, left_out = found(nn.TransformerEncoderLayer(8, 2, 16))
-    assert names == ["linear1", "linear2", "norm1", "norm2"]
-    assert left_out["self_attn"] == "no curvature for MultiheadAttention"
-    assert "without calling it" in left_out["self_attn.out_proj"]
+def test_a_transformer_layer_has_no_matrix_without_curvature() -> None:
+    names, left_out = found(nn.TransformerDecoderLayer(8, 2, 16))
+    projections = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    attentions = [f"{attention}.{name}" for attention in ("self_attn", "multihead_attn") for name in projections]
+    assert names == [*attentions, "linear1", "linear2", "norm1", "norm2", "norm3"]
+    assert left_out == {}
 
 
-def test_tied_weights_are_registered_once() -> None:
-    model = nn.ModuleDict({"table": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
-    model["head"].weight = model["table"].weight
-    names, left_out = found(model)
-    assert names == ["table"]
-    assert left_out["head"] == "shares its weight with 'table', which is preconditioned"
+class Scaled(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def parametrized_attention() -> nn.Module:
+    attention = nn.MultiheadAttention(8, 2)
+    weight_norm(attention, "in_proj_weight")
+    return attention
+
+
+@pytest.mark.parametrize(
+    ("attention", "reason"),
+    [
+        (Scaled(8, 2), "Scaled has a forward that is not torch's, as it is known here"),
+        (nn.MultiheadAttention(8, 2).requires_grad_(False), "frozen"),
+        (parametrized_attention(), "its weight is not a plain parameter (parametrized, or not affine)"),
+    ],
+)
+def test_what_has_no_curvature_in_an_attention_is_named_weight_by_weight(attention: nn.Module, reason: str) -> None:
+    names, left_out = found(nn.ModuleDict({"attention": attention}))
+    projections = [f"attention.{name}_proj" for name in ("q", "k", "v")]
+    assert {left_out.get(name) for name in projections} == {reason}
+    assert not set(projections) & set(names)
+
+
+def test_attention_of_a_torch_that_is_written_otherwise_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_thor.attention.IS_SUPPORTED", False)
+    names, left_out = found(nn.MultiheadAttention(8, 2))
+    assert names == []
+    assert list(left_out) == ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def test_everything_else_takes_plain_momentum_in_the_same_optimizer() -> None:

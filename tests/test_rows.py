@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.layers import Layer, layers_of
+from lightning_thor.layer import Layer
+from lightning_thor.layers import layers_of
 
 Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
 CASES: dict[str, Case] = {

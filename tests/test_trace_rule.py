@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature, ThorCallback, configure_thor
 from lightning_thor.blocks import add_covariance_
-from lightning_thor.layers import EXPAND, REDUCE, Statistics, layers_of
+from lightning_thor.kinds import EXPAND, REDUCE, Statistics
+from lightning_thor.layers import layers_of
 from lightning_thor.refresh import LAG, RefreshSchedule
 from lightning_thor.stacks import FactorStacks
 from lightning_thor.trace_rule import KEEP, STOP, UPDATE

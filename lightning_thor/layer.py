@@ -1,0 +1,191 @@
+"""One layer with curvature: where its weight is used, and how its gradient is a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_thor import blocks, rows
+from lightning_thor.blocks import Blocks
+
+RowsOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], rows.Rows]
+SquaresOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], rows.Squares]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A module through which a weight is used; tied weights have several."""
+
+    name: str
+    module: nn.Module
+    weight_name: str = "weight"
+    part: slice | None = None
+    """Which rows of the parameter, where several weights are packed into one."""
+    attention: nn.MultiheadAttention | None = None
+    """What uses the weight without calling the module."""
+    role: str = ""
+    """In ``attention``: see `lightning_thor.attention.ROLES`."""
+
+    @property
+    def trains(self) -> bool:
+        # Read at each call: layers are frozen during training.
+        weight: Tensor = getattr(self.module, self.weight_name)
+        return weight.requires_grad
+
+
+def attentions_of(uses: Iterable[Use]) -> dict[nn.MultiheadAttention, dict[str, str]]:
+    """Of the uses inside attentions: their names, by attention and role."""
+    attentions: dict[nn.MultiheadAttention, dict[str, str]] = {}
+    for use in uses:
+        if use.attention is not None:
+            attentions.setdefault(use.attention, {})[use.role] = use.name
+    return attentions
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight whose gradient, as a matrix ``[groups, out, in]``, is preconditioned to ``G⁻¹ @ grad @ A⁻¹``.
+
+    A may have one group where G has several: a linear layer whose outputs are a concatenation.
+    """
+
+    uses: tuple[Use, ...]
+    parameters: tuple[nn.Parameter, ...]
+    A: Blocks | None
+    """None: no input factor (the scale and shift of a norm have the diagonal of their own Fisher matrix as G)."""
+    G: Blocks
+    kind: Kind
+    rows_of: RowsOf
+    squares_of: SquaresOf | None = None
+    """Of the same rows, where that is cheaper without making them."""
+    folded_into: str | None = None
+    """The layer that preconditions the weight with these statistics too: an embedding tied to an output layer."""
+
+    @property
+    def name(self) -> str:
+        return self.uses[0].name
+
+    @property
+    def module(self) -> nn.Module:
+        return self.uses[0].module
+
+    @property
+    def part(self) -> slice | None:
+        """Which rows of the parameters, where several layers are packed into one; None: all."""
+        return self.uses[0].part
+
+    @property
+    def with_bias(self) -> bool:
+        """True if the bias is the last column of the matrix: the homogeneous coordinate of A."""
+        return self.kind.takes_bias and len(self.parameters) == 2
+
+    def observe(
+        self, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None, module: nn.Module | None = None
+    ) -> rows.Rows:
+        """One call of ``module`` (None: of the first that uses the weight) as rows, in the groups of A and G, with a
+        row of ones under the inputs if the bias belongs to A."""
+        seen = self.rows_of(module or self.module, a, g, dtype, max_rows)
+        seen = seen._replace(g=seen.g.reshape(self.G.groups, self.G.width, seen.g.shape[-1]))
+        if not self.with_bias or seen.a is None:
+            return seen
+        ones = seen.a.new_ones(seen.a.shape[0], 1, seen.a.shape[2])
+        return seen._replace(a=torch.cat([seen.a, ones], dim=1))
+
+    def squares(
+        self, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None, module: nn.Module | None = None
+    ) -> rows.Squares:
+        """The sums of squares of what `observe` would give."""
+        if self.squares_of is None:
+            return rows.squares_of(self.observe(a, g, dtype, max_rows, module))
+        seen = self.squares_of(module or self.module, a, g, dtype, max_rows)
+        if not self.with_bias or seen.a is None or self.A is None:
+            return seen
+        return seen._replace(a=seen.a + self.A.groups * seen.n_rows)
+
+    def own_part(self, tensor: Tensor) -> Tensor:
+        """View of this layer's part of something in the shape of one of its parameters."""
+        return tensor if self.part is None else tensor[self.part]
+
+    def precondition(self, grads: Sequence[Tensor], A_inverse: Tensor | None, G_inverse: Tensor) -> list[Tensor]:
+        """``G⁻¹ @ grad @ A⁻¹``, new and contiguous, in the shapes and dtypes of ``grads`` (one for each parameter)."""
+        matrix = self.kind.to_matrix(self, [grad.to(G_inverse.dtype) for grad in grads])
+        matrix = blocks.left_product(G_inverse, matrix, self.G)
+        if self.A is not None and A_inverse is not None:
+            by_input = matrix.reshape(self.A.groups, -1, self.A.width)
+            matrix = blocks.right_product(by_input, A_inverse, self.A).reshape(matrix.shape)
+        return [
+            direction.reshape(grad.shape).to(grad.dtype).contiguous()
+            for direction, grad in zip(self.kind.from_matrix(self, matrix), grads, strict=True)
+        ]
+
+
+class Kind(NamedTuple):
+    """How the gradients of a layer's parameters are a matrix ``[groups, out, in]``, and back."""
+
+    name: str
+    to_matrix: Callable[[Layer, Sequence[Tensor]], Tensor]
+    from_matrix: Callable[[Layer, Tensor], Sequence[Tensor]]
+    takes_bias: bool = False
+    """Whether a bias can be the matrix's last column."""
+
+
+def _with_column(layer: Layer, weight: Tensor, grads: Sequence[Tensor]) -> Tensor:
+    if not layer.with_bias:
+        return weight
+    return torch.cat([weight, grads[1].reshape(layer.G.groups, layer.G.width, 1)], dim=2)
+
+
+def weight_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+    """``[out, in, ...]``, and perhaps a bias ``[out]``."""
+    return _with_column(layer, grads[0].reshape(layer.G.groups, layer.G.width, -1), grads)
+
+
+def matrix_to_weight(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+    """The way back of `weight_to_matrix`."""
+    return [matrix[..., :-1], matrix[..., -1]] if layer.with_bias else [matrix]
+
+
+def mirrored_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+    """``[in, out]``, and perhaps a bias ``[out]``."""
+    return _with_column(layer, grads[0].T.reshape(layer.G.groups, layer.G.width, -1), grads)
+
+
+def matrix_to_mirrored(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+    """The way back of `mirrored_to_matrix`."""
+    weight, *bias = matrix_to_weight(layer, matrix)
+    return [weight.flatten(0, 1).T, *bias]
+
+
+def table_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+    """``[vocabulary, width]``: the one-hot token is the input."""
+    return grads[0].T[None]
+
+
+def matrix_to_table(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+    """The way back of `table_to_matrix`."""
+    return [matrix[0].T]
+
+
+def vectors_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+    """Scale and shift, one under the other, as one column."""
+    return torch.cat([grad.flatten() for grad in grads])[None, :, None]
+
+
+def matrix_to_vectors(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+    """The way back of `vectors_to_matrix`."""
+    return matrix.flatten().chunk(len(layer.parameters))
+
+
+def transposed_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+    """``[in, out / groups, *kernel]``."""
+    assert layer.A is not None
+    return grads[0].reshape(layer.A.groups, layer.A.width, -1).mT
+
+
+def matrix_to_transposed(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+    """The way back of `transposed_to_matrix`."""
+    return [matrix.mT]
