@@ -70,7 +70,7 @@ def diagonal(width: int) -> Blocks:
 def diagonal_as_blocks(diagonal: Tensor, blocks: Blocks) -> Tensor:
     """A diagonal matrix in the blocks of another factor: ``[groups * width]`` to ``[groups, n_blocks, size, size]``.
 
-    >>> diagonal_as_blocks(torch.tensor([1.0, 2.0, 3.0]), cut(3, 2))[0, 1]
+    >>> diagonal_as_blocks(torch.tensor([1.0, 2.0, 3.0]), cut_with_remainder(3, 2))[0, 1]
     tensor([[3., 0.],
             [0., 0.]])
     """
