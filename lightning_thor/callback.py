@@ -25,9 +25,11 @@ from lightning_thor.layers import plain_name
 from lightning_thor.optimizer import Thor
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval
-from lightning_thor.report import print_curvature
+from lightning_thor.report import print_curvature, report_split
 from lightning_thor.schedules import PerStepLR
+from lightning_thor.split import BlockSplit
 from lightning_thor.strategy import ThorDDPStrategy
+from lightning_thor.trial import try_block_sizes
 
 
 class ThorCallback(Callback):
@@ -35,8 +37,11 @@ class ThorCallback(Callback):
 
     Args:
         damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, stagger,
-            trace_rule, max_rows, statistics, loss_reduction, fused: as in `Curvature`.
-        summary: print a table of what is preconditioned when fit starts.
+            trace_rule, max_rows, statistics, loss_reduction, fused: as in `Curvature`. With ``block_size="auto"`` it is
+            chosen when fit starts, on the first training batch, by `lightning_thor.split.choose_block_size`; a resumed
+            run goes on with its checkpoint's.
+        summary: print a table of what is preconditioned when fit starts, and how a block size was chosen; the latter is
+            also saved, as ``thor_split.json`` and, where matplotlib is, ``thor_split.png``, beside the logger's files.
 
     Raises:
         ValueError: an option out of its range.
@@ -51,7 +56,7 @@ class ThorCallback(Callback):
         *,
         damping: float | Callable[[int], float] = 0.2,
         damping_rule: DampingRule = "trace",
-        block_size: int | None = 128,
+        block_size: int | Literal["auto"] | None = 128,
         update_every_n_steps: int | Callable[[int], int] = 10,
         averaging: float = 0.8,
         precondition_bias: bool = False,
@@ -70,7 +75,7 @@ class ThorCallback(Callback):
         check_options(
             damping=damping_option,
             damping_rule=damping_rule,
-            block_size=block_size,
+            block_size=None if block_size == "auto" else block_size,
             update_every_n_steps=interval,
             trace_rule=trace_rule,
             averaging=averaging,
@@ -96,6 +101,10 @@ class ThorCallback(Callback):
         self.summary = summary
         self.curvature: Curvature | None = None
         """The curvature of the present or last fit."""
+        self.block_size: int | None = None
+        """Of that curvature."""
+        self.split: BlockSplit | None = None
+        """How it was chosen, if this fit did."""
         self._restored: dict[str, Any] | None = None
         self._fitting = False
         self._optimizer: Thor | None = None
@@ -108,6 +117,11 @@ class ThorCallback(Callback):
     def state_key(self) -> str:
         # Constant: the default is the class's name, and a subclass would lose the state.
         return "ThorCallback"
+
+    def measure_block_size(self) -> None:
+        """From now on choose the block size when a fit starts, whatever was given, and report it."""
+        self._options["block_size"] = "auto"
+        self.summary = True
 
     # ── wiring ──
 
@@ -130,11 +144,13 @@ class ThorCallback(Callback):
                 "callback, or build the optimizer without preconditioner=..."
             )
         self._close()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
         self.curvature = Curvature(
             pl_module,
             loss_multiplier=_LossMultiplier(trainer, pl_module),
-            parameters=[p for group in optimizer.param_groups for p in group["params"]],
-            **self._options,
+            parameters=parameters,
+            **{**self._options, "block_size": self.block_size},
         )
         if isinstance(trainer.strategy, ThorDDPStrategy):
             self.curvature.sum_across_ranks = trainer.strategy.sum_factors_
@@ -143,7 +159,7 @@ class ThorCallback(Callback):
         optimizer.preconditioner = self.curvature
         self._optimizer = optimizer
         if self._restored is not None:
-            self.curvature.load_state_dict(self._restored)
+            self.curvature.load_state_dict(self._restored["curvature"])
             self._restored = None
         self._applied, self._called = self.curvature.step, trainer.global_step
         self._told = sum(self._troubles())
@@ -154,8 +170,29 @@ class ThorCallback(Callback):
                 "ThorCallback found no layer to precondition: Thor is plain momentum SGD here. Its table of left-out "
                 "layers says why (summary=True)."
             )
+        if self.summary and self.split is not None:
+            folder = trainer.log_dir or trainer.default_root_dir  # on all ranks: it is a broadcast
+            if trainer.is_global_zero:
+                report_split(self.split, folder)
         if self.summary and trainer.is_global_zero:
             print_curvature(self.curvature)
+
+    def _decide_block_size(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[torch.nn.Parameter]
+    ) -> tuple[int | None, BlockSplit | None]:
+        block_size = self._options["block_size"]
+        if block_size != "auto":
+            return block_size, None
+        if self._restored is not None:
+            if "block_size" not in self._restored:
+                raise ValueError(
+                    'The checkpoint is of a version that did not note its block size, so block_size="auto" cannot go '
+                    "on with it. Give ThorCallback the block_size of the run that was saved."
+                )
+            return self._restored["block_size"], None
+        options = {name: self._options[name] for name in ("precondition_bias", "max_rows", "statistics")}
+        split = try_block_sizes(trainer, pl_module, parameters, **options)
+        return split.block_size, split
 
     # ── each step ──
 
@@ -227,7 +264,8 @@ class ThorCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         # Never empty: Lightning neither stores nor restores an empty state.
-        return {"curvature": None if self.curvature is None else self.curvature.state_dict()}
+        curvature = None if self.curvature is None else self.curvature.state_dict()
+        return {"curvature": curvature, "block_size": self.block_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Before on_fit_start, but not on every strategy; and in validate and test, which setup of a fit forgets.
@@ -237,7 +275,7 @@ class ThorCallback(Callback):
         if self.curvature is not None and self._optimizer is not None:
             self.curvature.load_state_dict(state)
         else:
-            self._restored = state
+            self._restored = state_dict
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -18,7 +18,7 @@ def check_options(
     *,
     damping: Schedule,
     damping_rule: str,
-    block_size: int | None,
+    block_size: int | str | None,
     update_every_n_steps: Interval,
     trace_rule: Any,
     averaging: float,
@@ -36,6 +36,11 @@ def check_options(
         raise ValueError(f"damping must be greater than 0 (or a function of the step), got {damping!r}.")
     if damping_rule not in RULES:
         raise ValueError(f"damping_rule must be one of {', '.join(RULES)}, got {damping_rule!r}.")
+    if block_size == "auto":
+        raise ValueError(
+            'block_size="auto" needs a batch of data to measure with: under a Trainer give it to ThorCallback; '
+            "outside, call lightning_thor.split.choose_block_size(model, loss_of_a_batch) and give its block_size here."
+        )
     if block_size is not None and not _is_count(block_size):
         raise ValueError(f"block_size must be an int of at least 1, or None for whole factors, got {block_size!r}.")
     if not callable(update_every_n_steps) and not _is_count(update_every_n_steps):

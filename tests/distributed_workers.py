@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_thor import Curvature, ThorCallback, configure_thor
+from lightning_thor import Curvature, ThorCallback, configure_thor, split
 from lightning_thor import collectives as factor_collectives
 
 # Generous, since the machine may be busy; a rank that waits for the other one for ever is what it is for.
@@ -159,6 +159,7 @@ def fit(
     checkpoints: str | None = None,
     stagger: bool = False,
     trace_rule: Any = None,
+    block_size: int | Literal["auto"] = 8,
     **trainer_options: Any,
 ) -> Result:
     """Train ``module``; everything that the laws compare, as plain types and tensors."""
@@ -174,7 +175,7 @@ def fit(
             max_epochs=max_epochs,
             callbacks=[
                 ThorCallback(
-                    update_every_n_steps=3, block_size=8, stagger=stagger, trace_rule=trace_rule, summary=False
+                    update_every_n_steps=3, block_size=block_size, stagger=stagger, trace_rule=trace_rule, summary=False
                 ),
                 log,
                 *([saver] if checkpoints else []),
@@ -211,6 +212,18 @@ def fit_with_loss_scaling(folder: Path, **options: Any) -> Result:
     """One epoch in float16; on a CPU ``precision="16-mixed"`` alone would silently mean bfloat16."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))  # type: ignore[arg-type]
     return fit(folder, Module(HALVES, dtype=torch.float32, **options), max_epochs=1, plugins=[plugin])
+
+
+def fit_with_a_block_size_that_each_rank_would_choose_differently(folder: Path) -> Result:
+    def seconds(factors: Any, block_size: int, *_: Any) -> float:
+        # Rank 0 finds that large blocks cost nothing, rank 1 that they cost everything.
+        return 1.0 if dist.get_rank() == 0 else float(block_size) ** 9
+
+    original, split._inversion_seconds = split._inversion_seconds, seconds  # type: ignore[assignment]
+    try:
+        return fit(folder, Module(HALVES), max_epochs=1, block_size="auto")
+    finally:
+        split._inversion_seconds = original  # type: ignore[assignment]
 
 
 def plain_loop(folder: Path) -> Result:
@@ -255,6 +268,7 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "unused_once": lambda folder: fit(
         folder, Module(HALVES, extra=(0,)), strategy="thor_ddp_find_unused_parameters_true", max_steps=1
     ),
+    "auto": fit_with_a_block_size_that_each_rank_would_choose_differently,
     "plain_loop": plain_loop,
 }
 

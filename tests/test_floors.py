@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / PACKAGE
 GROUND, FIRST, TOP = 0, 1, 2
 FLOOR_NAMES = ("ground floor", "first floor", "top floor")
 FLOORS = {
-    GROUND: {"blocks", "inverse", "damping", "rows", "thor_rows", "schedules", "trace_rule"},
+    GROUND: {"blocks", "inverse", "damping", "rows", "thor_rows", "schedules", "spectrum", "trace_rule"},
     FIRST: {
         "attention",
         "layer",
@@ -30,6 +30,7 @@ FLOORS = {
         "hooks",
         "optimizer",
         "collectives",
+        "split",
     },
     TOP: {
         "__init__",
@@ -41,6 +42,7 @@ FLOORS = {
         "mindspore_groups",
         "recipes",
         "report",
+        "trial",
         "cli",
     },
 }

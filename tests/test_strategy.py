@@ -94,7 +94,9 @@ def test_micro_batches_on_two_ranks_are_one_batch_on_one_rank(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", ["halves", "halves_ddp", "quarters", "unequal", "overflow", "unused", "resumed"])
+@pytest.mark.parametrize(
+    "training", ["halves", "halves_ddp", "quarters", "unequal", "overflow", "unused", "resumed", "auto"]
+)
 def test_both_ranks_hold_bitwise_the_same(training: str) -> None:
     first, second = two_ranks(training)
     assert_bitwise(state(first), state(second))
@@ -113,6 +115,13 @@ def test_unequal_parts_of_a_batch_have_the_factors_of_the_batch(tmp_path: Path) 
     alone = one_rank(tmp_path, max_steps=1)
     for result in two_ranks("unequal"):
         torch.testing.assert_close(result["curvature"], alone["curvature"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_all_ranks_take_the_block_size_that_rank_0_chose() -> None:
+    for result in two_ranks("auto"):
+        sizes = {tuple(layer["A"].shape) for layer in result["curvature"]["layers"].values() if "A" in layer}
+        assert (1, 1, 96, 96) in sizes  # the widest factor, whole
 
 
 # ── checkpoints ──
