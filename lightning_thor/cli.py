@@ -7,15 +7,42 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, LRSchedulerTypeUnion
 from torch.optim import Optimizer
 
-import lightning_thor  # noqa: F401  registers "thor_ddp"
+import lightning_thor  # also registers "thor_ddp"
+
+
+class _NothingToTrain(Callback):
+    """Ends a fit where training would begin, when everything is set up as for training."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.limit_train_batches = 0
+        trainer.num_sanity_val_steps = 0
+
+
+class SplitTrainer(Trainer):
+    """A Trainer with one more command."""
+
+    def split(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Measures which block size suits this network on this device; trains nothing."""
+        given = [callback for callback in self.callbacks if isinstance(callback, lightning_thor.ThorCallback)]
+        callback = given[0] if given else lightning_thor.ThorCallback()
+        callback.measure_block_size()
+        # Other callbacks have nothing to do here, and some (LearningRateFinder) would train.
+        self.callbacks: list[Callback] = [callback, _NothingToTrain()]
+        self.fit(model, datamodule=datamodule)
 
 
 class ThorCLI(LightningCLI):
-    """A LightningCLI that steps each epoch the schedulers that do not ask for another interval, as `PerStepLR` does."""
+    """A LightningCLI with ``split``, which steps each epoch the schedulers that do not ask for another interval, as
+    `PerStepLR` does."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and which of their arguments are no options."""
+        return LightningCLI.subcommands() | {"split": {"model", "datamodule"}}
 
     @staticmethod
     def configure_optimizers(
@@ -39,6 +66,7 @@ def run(args: Sequence[str] | None = None) -> LightningCLI:
         sys.path.insert(0, here)
     return ThorCLI(
         save_config_kwargs={"overwrite": True},  # a second run in one folder is no error
+        trainer_class=SplitTrainer,
         args=None if args is None else list(args),
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import subprocess
 import sys
@@ -155,6 +156,18 @@ def test_thor_callback_beside_sgd_says_what_to_do(tmp_path: Path) -> None:
     printed = command("fit", *TINY_DIGITS, "--trainer.max_epochs=1", *options, folder=tmp_path, status=1)
     assert "ThorCallback found no Thor optimizer (configure_optimizers returned: SGD)" in printed
     assert "optimizer.class_path: lightning_thor.Thor" in printed
+
+
+@pytest.mark.slow
+def test_split_measures_the_block_size_and_trains_nothing(tmp_path: Path) -> None:
+    printed = command("split", *TINY_DIGITS, folder=tmp_path)
+    figures = json.loads(next(tmp_path.rglob("thor_split.json")).read_text(encoding="utf-8"))
+    assert figures["candidates"] == [1, 16, 32, 64, 72]  # the last layer but one has 8 channels and a 3×3 kernel
+    assert f"THOR block size: {figures['block_size']}" in printed
+    assert f"the curves cross at {figures['crossing']:.0f}" in printed
+    assert "THOR curvature" in printed
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not list(tmp_path.rglob("metrics.csv"))
 
 
 # ── the same, in this process ──
@@ -335,6 +348,39 @@ def test_classes_of_the_current_folder_are_found(tmp_path: Path, monkeypatch: py
     assert applied_steps(ran) == 2
     # ... and a second run, whose configuration is saved into the same folder, is no error.
     assert applied_steps(run(monkeypatch, tmp_path, "fit", "--config=config.yaml", root=project)) == 2
+
+
+@pytest.mark.parametrize(("given", "found"), [("auto", None), ("64", 64), ("null", None)])
+def test_the_block_size_of_a_configuration_is_auto_a_number_or_null(
+    given: str, found: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--trainer.callbacks=lightning_thor.ThorCallback", f"--trainer.callbacks.block_size={given}")
+    ran = run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, "--trainer.max_epochs=1", *options)
+    assert applied_steps(ran) == 3
+    callback = ran.trainer.callbacks[0]
+    assert isinstance(callback, ThorCallback)
+    assert (callback.split is not None) == (given == "auto")
+    assert callback.block_size == (callback.split.block_size if callback.split else found)
+    written = yaml.safe_load(next(tmp_path.rglob("config.yaml")).read_text(encoding="utf-8"))
+    (init_args,) = (one["init_args"] for one in written["trainer"]["callbacks"])
+    assert str(init_args["block_size"]) == {"null": "None"}.get(given, given)
+
+
+def test_split_needs_no_callback_in_the_configuration_and_runs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finder = "--trainer.callbacks=lightning.pytorch.callbacks.LearningRateFinder"
+    ran = run(monkeypatch, tmp_path, "split", *TINY_DIGITS, finder)
+    assert (ran.trainer.global_step, applied_steps(ran)) == (0, 0)
+    assert ran.trainer.callbacks[0].split.block_size in (1, 16, 32, 64, 72)
+
+
+def test_split_goes_by_the_options_of_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--trainer.callbacks=lightning_thor.ThorCallback", "--trainer.callbacks.precondition_bias=true")
+    ran = run(monkeypatch, tmp_path, "split", *TINY_DIGITS, *options, "--trainer.callbacks.block_size=64")
+    curvature = ran.trainer.callbacks[0].curvature
+    assert curvature.layers["network.head"].with_bias
+    assert ran.trainer.callbacks[0].split.n_factors == 8
 
 
 def test_an_option_out_of_its_range_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
