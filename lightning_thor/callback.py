@@ -190,7 +190,7 @@ class ThorCallback(Callback):
                     "on with it. Give ThorCallback the block_size of the run that was saved."
                 )
             return self._restored["block_size"], None
-        options = {name: self._options[name] for name in ("precondition_bias", "max_rows", "statistics")}
+        options = {name: self._options[name] for name in ("precondition_bias", "max_rows", "statistics", "fused")}
         split = try_block_sizes(trainer, pl_module, parameters, **options)
         return split.block_size, split
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from lightning_thor.blocks import Blocks, add_covariance_
 from lightning_thor.hooks import Hooks
 from lightning_thor.inverse import damped_inverses
-from lightning_thor.layers import STATISTICS, Layer, Statistics, layers_of
+from lightning_thor.kinds import STATISTICS, Statistics
+from lightning_thor.layer import Layer, Use, attentions_of
+from lightning_thor.layers import layers_of
 from lightning_thor.spectrum import Cut, spectral_losses
 
 TOLERABLE_LOSS = 0.01
@@ -70,6 +72,7 @@ def choose_block_size(
     precondition_bias: bool = False,
     max_rows: int | None = 16384,
     statistics: str | Statistics = "expand",
+    fused: Mapping[str, int] | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
 ) -> BlockSplit:
     """Measure on this device and network which ``block_size`` a `Curvature` should have (about a second to a minute).
@@ -80,7 +83,7 @@ def choose_block_size(
         model: on the device that will train it, in training mode.
         loss_of_a_batch: runs the model on one batch of real training data and gives the loss; no backward pass. A
             network whose whole factors need more than a GiB has it called several times.
-        precondition_bias, max_rows, statistics, parameters: as in `Curvature`.
+        precondition_bias, max_rows, statistics, fused, parameters: as in `Curvature`.
 
     Raises:
         ValueError: no factor could be looked at, with the reasons.
@@ -98,6 +101,7 @@ def choose_block_size(
         precondition_bias=precondition_bias,
         only=None if parameters is None else set(parameters),
         statistics=statistics,
+        fused=fused,
     )
     factors = {f"{name}.{side}": whole for name, layer in layers.items() for side, whole in _cuttable(layer).items()}
     left_out = {
@@ -172,8 +176,15 @@ def _observed(
     for keys in _passes(wanted):
         sums: dict[str, Tensor] = {}
 
-        def observe(name: str, a: Tensor, g: Tensor, keys: set[str] = keys, sums: dict[str, Tensor] = sums) -> None:
-            seen = layers[name].observe(a, g, dtype, max_rows)
+        names = {key.rpartition(".")[0] for key in keys}
+        uses = {use.name: (name, use) for name in names for use in layers[name].uses}
+
+        def observe(
+            use_name: str, a: Tensor, g: Tensor, keys: set[str] = keys, sums: dict[str, Tensor] = sums,
+            uses: Mapping[str, tuple[str, Use]] = uses,
+        ) -> None:  # fmt: skip
+            name, use = uses[use_name]
+            seen = layers[name].observe(a, g, dtype, max_rows, use.module)
             # The scale of a factor does not matter here.
             for side, rows in (("A", seen.a), ("G", seen.g)):
                 key = f"{name}.{side}"
@@ -181,8 +192,8 @@ def _observed(
                     into = sums.setdefault(key, rows.new_zeros(wanted[key].shape))
                     add_covariance_(into, rows, wanted[key])
 
-        names = {key.rpartition(".")[0] for key in keys}
-        hooks = Hooks({name: layers[name].module for name in names}, lambda name: True, observe)
+        called = {name: use.module for name, (_, use) in uses.items() if use.attention is None}
+        hooks = Hooks(called, lambda name: True, observe, attentions_of(use for _, use in uses.values()))
         try:
             with torch.enable_grad():
                 loss_of_a_batch().backward()

@@ -577,3 +577,15 @@ def test_the_second_fit_of_a_callback_measures_anew(tmp_path: Path) -> None:
     assert own.split is not None
     assert first is not None
     assert (first.candidates[-1], own.split.candidates[-1]) == (36, 64)
+
+
+def test_attention_and_tied_weights_are_looked_at_too() -> None:
+    """Their hooks are not those of a module that is called once."""
+    torch.manual_seed(0)
+    attention, linear = nn.MultiheadAttention(24, 2, batch_first=True), nn.Linear(24, 24)
+    tied = nn.Linear(24, 24)
+    tied.weight = linear.weight
+    model = nn.ModuleList([attention, linear, tied])
+    x = torch.randn(4, 6, 24)
+    split = choose_block_size(model, lambda: tied(linear(attention(x, x, x)[0]).tanh()).square().mean())
+    assert (split.n_factors, split.left_out) == (2 * 5, {})
