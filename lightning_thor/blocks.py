@@ -105,7 +105,7 @@ def left_product(factor: Tensor, matrix: Tensor, blocks: Blocks) -> Tensor:
     """``blockdiag(factor) @ matrix``.
 
     Args:
-        factor: ``[groups, n_blocks, size, size]``, contiguous.
+        factor: ``[groups, n_blocks, size, size]``, contiguous or the transpose of what is.
         matrix: ``[groups, width, n]``.
 
     Returns:
@@ -117,7 +117,7 @@ def left_product(factor: Tensor, matrix: Tensor, blocks: Blocks) -> Tensor:
     if blocks.padding:
         matrix = F.pad(matrix, (0, 0, 0, blocks.padding))
     if _pays_as_convolution(matrix, blocks):
-        kernel = factor.view(-1, blocks.size, 1)
+        kernel = factor.reshape(-1, blocks.size, 1)
         product = F.conv1d(matrix.reshape(1, -1, n), kernel, groups=groups * blocks.n_blocks)
     else:
         split = matrix.reshape(groups * blocks.n_blocks, blocks.size, n)
@@ -130,7 +130,7 @@ def right_product(matrix: Tensor, factor: Tensor, blocks: Blocks) -> Tensor:
 
     Args:
         matrix: ``[groups, m, width]``.
-        factor: symmetric blocks, ``[groups, n_blocks, size, size]``, contiguous.
+        factor: ``[groups, n_blocks, size, size]``, contiguous or the transpose of what is.
 
     Returns:
         ``[groups, m, width]``.
@@ -142,7 +142,7 @@ def right_product(matrix: Tensor, factor: Tensor, blocks: Blocks) -> Tensor:
         matrix = F.pad(matrix, (0, blocks.padding))
     if groups == 1 and _pays_as_convolution(matrix, blocks):
         # Rows of the matrix are positions, its columns channels (last): no copy before, none after.
-        image, kernel = matrix.view(1, 1, m, -1).permute(0, 3, 1, 2), factor.view(-1, blocks.size, 1, 1)
+        image, kernel = matrix.view(1, 1, m, -1).permute(0, 3, 1, 2), factor.mT.reshape(-1, blocks.size, 1, 1)
         return F.conv2d(image, kernel, groups=blocks.n_blocks).permute(0, 2, 3, 1).reshape(1, m, -1)[..., :width]
     split = matrix.reshape(groups, m, blocks.n_blocks, blocks.size).transpose(1, 2)
     product = torch.matmul(split, factor)

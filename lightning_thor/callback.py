@@ -148,6 +148,7 @@ class ThorCallback(Callback):
         self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
         self.curvature = Curvature(
             pl_module,
+            mode="polar" if any(group["mode"] == "polar" for group in optimizer.param_groups) else "natural",
             loss_multiplier=_LossMultiplier(trainer, pl_module),
             parameters=parameters,
             **{**self._options, "block_size": self.block_size},
@@ -320,7 +321,8 @@ def _weight_trains(name: str, modules: Mapping[str, torch.nn.Module]) -> bool:
 
 def _warn_of_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:
     by_norm = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm")
-    if by_norm and all(group["match_rms"] is not None for group in optimizer.param_groups):
+    matched = (group["match_rms"] is not None and group["mode"] == "natural" for group in optimizer.param_groups)
+    if by_norm and all(matched):
         rank_zero_warn(
             "gradient_clip_val clips the gradient's norm before it is preconditioned, and match_rms sets the scale "
             "afterwards: the clipping changes nothing. Lower lr, or set match_rms=None."

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lightning_thor import collectives
 from lightning_thor.blocks import add_covariance_
 from lightning_thor.damping import DampingRule
+from lightning_thor.directions import Mode, natural, polar
 from lightning_thor.hooks import Hooks
 from lightning_thor.kinds import STATISTICS, Statistics
 from lightning_thor.layer import attentions_of
-from lightning_thor.layers import layers_of
+from lightning_thor.layers import hidden_matrices_of, layers_of
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval, RefreshSchedule
 from lightning_thor.stacks import FactorStacks
@@ -34,6 +35,9 @@ class Curvature:
 
     Args:
         model: its parameters must be on their device already.
+        mode: ``"polar"`` for a `Thor` that has ``mode="polar"`` in any of its groups: roots of the inverses are kept
+            then, which the natural direction of its other groups can be made of too. Under a Trainer `ThorCallback`
+            sees to it.
         damping: greater than 0, or a function of the step. For ``damping_rule="trace"`` relative to the factors' mean
             eigenvalue, else in the units of the Fisher matrix.
         damping_rule: ``"trace"``, ``"pi"`` or ``"sqrt"``, see `lightning_thor.damping.split_damping`.
@@ -71,6 +75,7 @@ class Curvature:
     Attributes:
         layers: the layers with curvature, by name.
         left_out: why the others have none, by name.
+        polar_layers: those that have polar directions: in polar mode linear layers and convolutions but for the last.
         step: applied steps so far.
     """
 
@@ -78,6 +83,7 @@ class Curvature:
         self,
         model: nn.Module,
         *,
+        mode: Mode = "natural",
         damping: Schedule = 0.2,
         damping_rule: DampingRule = "trace",
         block_size: int | None = 128,
@@ -94,6 +100,7 @@ class Curvature:
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
         check_options(
+            mode=mode,
             damping=damping,
             damping_rule=damping_rule,
             block_size=block_size,
@@ -106,6 +113,7 @@ class Curvature:
             fused=fused,
         )
         self.model = model
+        self.mode: Mode = mode
         self.damping = damping
         self.damping_rule: DampingRule = damping_rule
         self.averaging = averaging
@@ -125,6 +133,8 @@ class Curvature:
             statistics=self.statistics,
             fused=fused,
         )
+        hidden = hidden_matrices_of(model) if mode == "polar" else []
+        self.polar_layers = {name for name in hidden if name in self.layers}
         weights = [layer.parameters[0] for layer in self.layers.values()]
         devices = {weight.device for weight in weights}
         if len(devices) > 1:
@@ -133,6 +143,7 @@ class Curvature:
                 "needs them on one. Build it after the model was moved, or give `parameters` of one device."
             )
         dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
+        device = devices.pop() if devices else torch.device("cpu")
         cuts = [(layer.A, layer.G) for layer in self.layers.values()]
         self._index = {name: index for index, name in enumerate(self.layers)}
         folds = [
@@ -140,7 +151,7 @@ class Curvature:
             for name, layer in self.layers.items()
             if layer.folded_into
         ]
-        self.stacks = FactorStacks(cuts, dtype, devices.pop() if devices else torch.device("cpu"), folds)
+        self.stacks = FactorStacks(cuts, dtype, device, folds, roots=mode == "polar")
         self._uses = {use.name: (name, use) for name, layer in self.layers.items() for use in layer.uses}
         self._trace_rule = trace_rule_of(trace_rule)
         self._schedule = RefreshSchedule(
@@ -273,22 +284,26 @@ class Curvature:
         Args:
             grads: dL/dW by parameter; nothing in it is changed.
         """
-        directions: dict[nn.Parameter, Tensor] = {}
         with self._full_precision():
-            for layer, (A_inverse, G_inverse) in zip(self.layers.values(), self._inverses, strict=True):
-                own = [layer.own_part(grads[p]) for p in layer.parameters if p in grads]
-                if len(own) != len(layer.parameters) or layer.folded_into is not None:
-                    continue
-                found = zip(layer.parameters, layer.precondition(own, A_inverse, G_inverse), strict=True)
-                for p, direction in found:
-                    if layer.part is None:
-                        directions[p] = direction
-                        continue
-                    if p not in directions:
-                        directions[p] = grads[p].clone()
-                    layer.own_part(directions[p]).copy_(direction)
-        directions.update((p, grad.clone()) for p, grad in grads.items() if p not in directions)
-        return directions
+            return natural(self.layers.values(), self._inverses, grads, roots=self.stacks.roots)
+
+    @torch.no_grad()
+    def precondition_polar(self, momenta: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The whitened polar direction of each linear layer and convolution, see `lightning_thor.directions.polar`.
+
+        Args:
+            momenta: by parameter; nothing in it is changed.
+
+        Raises:
+            RuntimeError: this curvature keeps no roots.
+        """
+        if not self.stacks.roots:
+            raise RuntimeError(
+                'Thor(mode="polar") got a curvature of mode="natural", which keeps inverses, not their roots. Build it '
+                'by Curvature(model, mode="polar"); under a Trainer leave it to ThorCallback.'
+            )
+        with self._full_precision():
+            return polar(self.layers.values(), self._inverses, momenta, names=self.polar_layers)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, factors and inverses by layer name: plain types and tensors only.
@@ -307,12 +322,15 @@ class Curvature:
             }
             for side, factor in self._factors_of(name).items():
                 layers[name][side] = self.stacks.blocks_of(factor, "average")
-                layers[name][f"{side}_inverse"] = self.stacks.blocks_of(factor, "inverse")
+                layers[name][f"{side}_{'root' if self.stacks.roots else 'inverse'}"] = self.stacks.blocks_of(
+                    factor, "inverse"
+                )
                 layers[name][f"{side}_inverted"] = self.stacks.inverted_of(factor)
         return {
             "step": self.step,
             "refreshes": done,
             "turns": turns,
+            "mode": self.mode,
             "failed_inversions": self.stacks.failed_inversions,
             "rejected_windows": self.stacks.rejected_windows,
             "layers": layers,
@@ -323,8 +341,15 @@ class Curvature:
         """Take over what `state_dict` gave; a following step is bitwise the one that would have followed there.
 
         Raises:
-            ValueError: the state is of other layers, or of other block sizes; nothing was changed.
+            ValueError: the state is of another mode, other layers, or of other block sizes; nothing was changed.
         """
+        mode = state.get("mode", "natural")  # there was no other before there were modes
+        if mode != self.mode:
+            raise ValueError(
+                f"The checkpoint's curvature is of mode={mode!r}, this one of mode={self.mode!r}: they keep different "
+                f"tensors, and so does the momentum. Resume with Thor(mode={mode!r}), or start a new fit from the "
+                "checkpoint's weights alone."
+            )
         layers = state["layers"]
         missing, unknown = sorted(self.layers.keys() - layers.keys()), sorted(layers.keys() - self.layers.keys())
         own = self.state_dict()["layers"]

@@ -1,4 +1,4 @@
-"""Damped inverses of a batch of symmetric blocks, which never raise from inside linear algebra."""
+"""Damped inverses of a batch of symmetric blocks, and their roots, which never raise from inside linear algebra."""
 
 from __future__ import annotations
 
@@ -29,16 +29,45 @@ def damped_inverses(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     >>> inverses[0].diagonal(), succeeded
     (tensor([0.2500, 0.5000]), tensor([True]))
     """
-    rounding = torch.finfo(blocks.dtype).eps * traces(blocks)
-    damping = torch.maximum(damping, rounding)
+    damped = _damped(blocks, damping)
     if blocks.shape[-1] == 1:
-        inverses = (blocks + damping[:, None, None]).reciprocal()
+        inverses = damped.reciprocal()
         return inverses, torch.isfinite(inverses.flatten()) & (inverses.flatten() > 0)
-    damped = blocks.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
-    factors, info = torch.linalg.cholesky_ex(damped)
-    # cholesky_inverse raises where a factor is singular: it gets the identity there, and `succeeded` tells.
-    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    usable = (info == 0) & torch.isfinite(traces(factors))
-    inverses = torch.cholesky_inverse(torch.where(usable[:, None, None], factors, identity))
+    factors, usable = _cholesky(damped)
+    inverses = torch.cholesky_inverse(factors)
     return inverses, usable & torch.isfinite(traces(inverses))
+
+
+def damped_inverse_roots(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """A root W of each inverse that `damped_inverses` gives, ``WᵀW = (blocks + damping * I)⁻¹``.
+
+    W is the inverse of the lower Cholesky factor, and costs about what the inverse costs: no eigenvalues are needed.
+    All other roots are ``Q W`` with an orthogonal Q. Arguments and values are those of `damped_inverses`.
+
+    >>> roots, succeeded = damped_inverse_roots(torch.diag(torch.tensor([3.0, 0.0]))[None], torch.tensor([1.0]))
+    >>> roots[0], succeeded
+    (tensor([[0.5000, 0.0000], [0.0000, 1.0000]]), tensor([True]))
+    """
+    damped = _damped(blocks, damping)
+    if blocks.shape[-1] == 1:
+        roots = damped.rsqrt()
+        return roots, torch.isfinite(roots.flatten()) & (roots.flatten() > 0)
+    factors, usable = _cholesky(damped)
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    roots = torch.linalg.solve_triangular(factors, identity.expand_as(factors), upper=False)
+    return roots, usable & torch.isfinite(traces(roots))
+
+
+def _damped(blocks: Tensor, damping: Tensor) -> Tensor:
+    rounding = torch.finfo(blocks.dtype).eps * traces(blocks)
+    damped = blocks.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(torch.maximum(damping, rounding)[:, None])
+    return damped
+
+
+def _cholesky(damped: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factors, with the identity in place of those that are not ``usable``: what follows may raise on them."""
+    factors, info = torch.linalg.cholesky_ex(damped)
+    identity = torch.eye(damped.shape[-1], dtype=damped.dtype, device=damped.device)
+    usable = (info == 0) & torch.isfinite(traces(factors))
+    return torch.where(usable[:, None, None], factors, identity), usable

@@ -112,11 +112,23 @@ class Layer:
 
     def precondition(self, grads: Sequence[Tensor], A_inverse: Tensor | None, G_inverse: Tensor) -> list[Tensor]:
         """``G⁻¹ @ grad @ A⁻¹``, new and contiguous, in the shapes and dtypes of ``grads`` (one for each parameter)."""
-        matrix = self.kind.to_matrix(self, [grad.to(G_inverse.dtype) for grad in grads])
-        matrix = blocks.left_product(G_inverse, matrix, self.G)
-        if self.A is not None and A_inverse is not None:
-            by_input = matrix.reshape(self.A.groups, -1, self.A.width)
-            matrix = blocks.right_product(by_input, A_inverse, self.A).reshape(matrix.shape)
+        matrix = self.to_matrix(grads, G_inverse.dtype)
+        return self.from_matrix(self.product(G_inverse, matrix, A_inverse), grads)
+
+    def to_matrix(self, grads: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Gradients (one for each parameter) as one matrix ``[groups, out, in]``; not a copy where none is needed."""
+        return self.kind.to_matrix(self, [grad.to(dtype) for grad in grads])
+
+    def product(self, left: Tensor, matrix: Tensor, right: Tensor | None) -> Tensor:
+        """``left @ matrix @ right`` with block-diagonal ``left``, cut as G, and ``right``, cut as A; new."""
+        matrix = blocks.left_product(left, matrix, self.G)
+        if self.A is None or right is None:
+            return matrix
+        by_input = matrix.reshape(self.A.groups, -1, self.A.width)
+        return blocks.right_product(by_input, right, self.A).reshape(matrix.shape)
+
+    def from_matrix(self, matrix: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
+        """A matrix as directions, contiguous, in the shapes and dtypes of ``grads``."""
         return [
             direction.reshape(grad.shape).to(grad.dtype).contiguous()
             for direction, grad in zip(self.kind.from_matrix(self, matrix), grads, strict=True)
@@ -131,6 +143,8 @@ class Kind(NamedTuple):
     from_matrix: Callable[[Layer, Tensor], Sequence[Tensor]]
     takes_bias: bool = False
     """Whether a bias can be the matrix's last column."""
+    is_matrix: bool = False
+    """Whether it maps vectors to vectors, so that its singular values mean something."""
 
 
 def _with_column(layer: Layer, weight: Tensor, grads: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_thor import attention, blocks
 from lightning_thor.kinds import (
@@ -35,6 +35,21 @@ def plain_name(name: str) -> str:
     ('net.0', 'net')
     """
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def hidden_matrices_of(model: nn.Module) -> list[str]:
+    """The names of the linear layers, projections and convolutions that train, but for the last: the output layer.
+
+    Each row of that one is a class or a token, and a direction with equal singular values would move the rarest as far
+    as the most frequent. Embeddings are no matrices in this sense either.
+
+    >>> hidden_matrices_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 5), nn.Linear(5, 9)))
+    ['0', '2']
+    """
+    kinds = ((use, kind_of(use.module)) for use in _uses(model))
+    matrices = [use for use, found in kinds if found is not None and found[0].is_matrix]
+    weights = [(use.name, getattr(use.module, use.weight_name)) for use in matrices]
+    return [name for name, weight in weights if isinstance(weight, Tensor) and weight.requires_grad][:-1]
 
 
 def layers_of(

@@ -1,18 +1,30 @@
-"""Thor: momentum SGD on preconditioned gradients, with control of the update's scale."""
+"""Thor: momentum and preconditioning, in the order of its mode, with control of the update's scale."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-OPTIONS = ("lr", "momentum", "nesterov", "weight_decay", "decoupled_weight_decay", "match_rms", "kl_clip", "clip_norm")
+from lightning_thor.directions import MODES, Mode
+
+OPTIONS = (
+    "mode",
+    "lr",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "match_rms",
+    "kl_clip",
+    "clip_norm",
+)
 
 
 class Preconditioner(Protocol):
@@ -25,14 +37,27 @@ class Preconditioner(Protocol):
         """Directions of descent, one for each gradient: new tensors, the optimizer's to change; ``grads`` stay."""
 
 
+@runtime_checkable
+class PolarPreconditioner(Preconditioner, Protocol):
+    """What `Thor` asks of a curvature besides, where a group has ``mode="polar"``."""
+
+    def precondition_polar(self, momenta: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Polar directions of descent, one for each momentum: new tensors, as of ``precondition``."""
+
+
 class Thor(Optimizer):
     """Momentum on G⁻¹ grad A⁻¹ (THOR: Chen et al., AAAI 2021); parameters without curvature take plain momentum.
 
     A step, per tensor: precondition, control the scale, add weight decay (unless decoupled), then momentum as in
-    `torch.optim.SGD`, to which it is bitwise equal with an identity preconditioner and no scale control.
+    `torch.optim.SGD`, to which it is bitwise equal with an identity preconditioner and no scale control. In the polar
+    mode momentum comes first; with an identity preconditioner a matrix then takes the steps of `torch.optim.Muon`.
 
     Args:
         params: parameters or parameter groups. Everything below can be set per group and by schedulers.
+        mode: ``"natural"``, or ``"polar"`` for G^-½ msign(G^-½ M A^-½) A^-½ of the momentum M in linear layers and
+            convolutions, msign(U S Vᵀ) being U Vᵀ: Muon's step in the coordinates that the curvature whitens.
+            Embeddings, norms and the output layer (the last linear layer or convolution of the model) take the natural
+            direction of the momentum, other parameters plain momentum.
         lr: learning rate. With ``match_rms`` AdamW's usual ones carry over.
         momentum: in [0, 1).
         nesterov: use Nesterov's momentum; needs ``momentum`` above 0.
@@ -43,13 +68,13 @@ class Thor(Optimizer):
             al. 2025, arXiv:2502.16982); None leaves its scale to the curvature.
         kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` is at most this (Ba, Grosse &
             Martens 2017, "Distributed second-order optimization using Kronecker-factored approximations", section
-            5; the sum is over the parameters of all groups that set it); None does not.
-        clip_norm: shrink each tensor's update, after weight decay and before momentum, to at most this L2 norm
-            (MindSpore's ``enable_clip_grad`` is 1); None does not.
+            5; the sum is over the parameters of all groups that set it); None does not. Natural mode only.
+        clip_norm: shrink each tensor's update, after weight decay and before momentum (natural mode), to at most this
+            L2 norm (MindSpore's ``enable_clip_grad`` is 1); None does not.
         preconditioner: a `Curvature`; under a Trainer `ThorCallback` puts it in place when fit starts.
 
     Raises:
-        ValueError: an argument out of its range, or both ``match_rms`` and ``kl_clip`` given.
+        ValueError: an argument out of its range, both ``match_rms`` and ``kl_clip`` given, or a polar ``kl_clip``.
     """
 
     def __init__(
@@ -57,6 +82,7 @@ class Thor(Optimizer):
         params: ParamsT,
         lr: float = 3e-3,
         *,
+        mode: Mode = "natural",
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
@@ -68,6 +94,7 @@ class Thor(Optimizer):
     ) -> None:
         self.preconditioner = preconditioner
         defaults = {
+            "mode": mode,
             "lr": lr,
             "momentum": momentum,
             "nesterov": nesterov,
@@ -106,7 +133,7 @@ class Thor(Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: there is no preconditioner, or a gradient is sparse.
+            RuntimeError: there is no preconditioner, it cannot serve the mode, or a gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -123,13 +150,32 @@ class Thor(Optimizer):
         if any(grad.is_sparse for grad in grads.values()):
             raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
         self.preconditioner.update()
-        directions = self.preconditioner.precondition(grads)
+        directions = self._directions(self.preconditioner, grads)
         shrink = self._kl_shrink(grads, directions)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 self._update(group, params, [directions[p] for p in params], shrink)
         return loss
+
+    def _directions(
+        self, preconditioner: Preconditioner, grads: Mapping[nn.Parameter, Tensor]
+    ) -> dict[nn.Parameter, Tensor]:
+        """Natural ones of the gradients, polar ones of their momentum."""
+        momenta: dict[nn.Parameter, Tensor] = {}
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in grads and group["mode"] == "polar"]
+            momenta.update(zip(params, self._with_momentum(group, params, [grads[p] for p in params]), strict=True))
+        if not momenta:
+            return preconditioner.precondition(grads)
+        if not isinstance(preconditioner, PolarPreconditioner):
+            raise RuntimeError(
+                f'Thor(mode="polar") got a {type(preconditioner).__name__} without precondition_polar. Pass '
+                'preconditioner=Curvature(model, mode="polar").'
+            )
+        directions = preconditioner.precondition_polar(momenta)
+        rest = {p: grad for p, grad in grads.items() if p not in momenta}
+        return directions | preconditioner.precondition(rest) if rest else directions
 
     def _kl_shrink(
         self, grads: Mapping[nn.Parameter, Tensor], directions: Mapping[nn.Parameter, Tensor]
@@ -147,7 +193,7 @@ class Thor(Optimizer):
     def _update(
         self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor], shrink: Tensor | None
     ) -> None:
-        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+        lr, weight_decay = group["lr"], group["weight_decay"]
         if group["match_rms"] is not None:
             torch._foreach_mul_(updates, _rms_factors(updates, group["match_rms"]))
         elif group["kl_clip"] is not None and shrink is not None:
@@ -159,21 +205,25 @@ class Thor(Optimizer):
             torch._foreach_add_(updates, params, alpha=weight_decay)
         if group["clip_norm"] is not None:
             torch._foreach_mul_(updates, _clip_factors(updates, group["clip_norm"]))
-        if momentum:
-            fresh = [p not in self.state or "momentum_buffer" not in self.state[p] for p in params]
-            for p, update, is_fresh in zip(params, updates, fresh, strict=True):
-                if is_fresh:
-                    self.state[p]["momentum_buffer"] = torch.clone(update)
-            old = [i for i, is_fresh in enumerate(fresh) if not is_fresh]
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            if old:
-                torch._foreach_mul_([buffers[i] for i in old], momentum)
-                torch._foreach_add_([buffers[i] for i in old], [updates[i] for i in old])
-            if group["nesterov"]:
-                torch._foreach_add_(updates, buffers, alpha=momentum)
-            else:
-                updates = buffers
+        if group["mode"] == "natural":
+            updates = self._with_momentum(group, params, updates)
         torch._foreach_add_(params, updates, alpha=-lr)
+
+    def _with_momentum(self, group: dict[str, Any], params: list[Any], updates: list[Tensor]) -> list[Tensor]:
+        """The momentum of ``params`` after ``updates``, which stay as they are; not to be changed either."""
+        momentum = group["momentum"]
+        if not momentum or not params:
+            return updates
+        fresh = [p not in self.state or "momentum_buffer" not in self.state[p] for p in params]
+        for p, update, is_fresh in zip(params, updates, fresh, strict=True):
+            if is_fresh:
+                self.state[p]["momentum_buffer"] = torch.clone(update)
+        old = [i for i, is_fresh in enumerate(fresh) if not is_fresh]
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        if old:
+            torch._foreach_mul_([buffers[i] for i in old], momentum)
+            torch._foreach_add_([buffers[i] for i in old], [updates[i] for i in old])
+        return list(torch._foreach_add(updates, buffers, alpha=momentum)) if group["nesterov"] else buffers
 
 
 def _rms_factors(updates: list[Tensor], rms: float) -> list[Tensor]:
@@ -213,6 +263,8 @@ def _norms(updates: list[Tensor]) -> list[Tensor]:
 def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
     if unknown:
         raise ValueError(f"Thor does not know the option {', '.join(sorted(unknown))} of a parameter group.")
+    if group["mode"] not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {group['mode']!r}.")
     if isinstance(group["lr"], Tensor):
         raise ValueError("lr must be a number, got a Tensor: Thor's step would have to wait for it.")
     for option in ("lr", "momentum", "weight_decay", "match_rms", "kl_clip", "clip_norm"):
@@ -230,6 +282,10 @@ def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
     for option in ("match_rms", "kl_clip", "clip_norm"):
         if group[option] is not None and not (math.isfinite(group[option]) and group[option] > 0):
             raise ValueError(f"{option} must be greater than 0, or None to turn it off, got {group[option]!r}.")
+    if group["mode"] == "polar" and group["kl_clip"] is not None:
+        raise ValueError(
+            f"kl_clip is for natural directions, got {group['kl_clip']!r} with mode='polar': set it to None."
+        )
     if group["match_rms"] is not None and group["kl_clip"] is not None:
         raise ValueError(
             "match_rms and kl_clip both set the scale of the update: set one of them to None "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_thor.damping import RULES
+from lightning_thor.directions import MODES
 from lightning_thor.kinds import STATISTICS, Statistics
 from lightning_thor.refresh import Interval
 from lightning_thor.trace_rule import trace_rule_of
@@ -16,6 +17,7 @@ Schedule = float | Callable[[int], float]
 
 def check_options(
     *,
+    mode: str = "natural",
     damping: Schedule,
     damping_rule: str,
     block_size: int | str | None,
@@ -32,6 +34,8 @@ def check_options(
     Raises:
         ValueError: what was given, what is allowed.
     """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
     if not callable(damping) and not (_is_number(damping) and math.isfinite(damping) and damping > 0):
         raise ValueError(f"damping must be greater than 0 (or a function of the step), got {damping!r}.")
     if damping_rule not in RULES:

@@ -46,6 +46,7 @@ def curvature_table(curvature: Curvature) -> Table:
             table.add_row(name or "(root)", kind, shape, f"tied: its rows are added to {layer.name!r}")
             continue
         factors = f"G {_cut(layer.G)}" if layer.A is None else f"A {_cut(layer.A)}, G {_cut(layer.G)}"
+        factors += ", polar" if name in curvature.polar_layers else ""
         if layer.folded_into is not None:
             factors += f", tied: folded into {layer.folded_into!r}"
         table.add_row(name or "(root)", kind, shape, factors, _size(curvature.n_bytes(name)))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_thor.blocks import Blocks, diagonal_as_blocks
 from lightning_thor.damping import DampingRule, split_damping
-from lightning_thor.inverse import damped_inverses, traces
+from lightning_thor.inverse import damped_inverse_roots, damped_inverses, traces
 
 
 class Stack:
@@ -48,6 +48,7 @@ class FactorStacks:
         device: of everything here.
         folds: ``(table, output)``: layers whose weight is the same one ``[vocabulary, width]``, an embedding's and a
             linear layer's; see `_folded`.
+        roots: keep a root W, with ``WᵀW`` the inverse, wherever an inverse is spoken of here.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class FactorStacks:
         dtype: torch.dtype,
         device: torch.device,
         folds: Sequence[tuple[int, int]] = (),
+        *,
+        roots: bool = False,
     ) -> None:
         factors = [factor for cut in cuts for factor in cut]
         by_size: dict[int, list[int]] = {}
@@ -66,6 +69,7 @@ class FactorStacks:
             size: sum(_n_blocks(factors[index]) for index in members) * size * size for size, members in by_size.items()
         }
         self.dtype = dtype
+        self.roots = roots
         self._factors = factors
         self._folds = folds
         self.flat_sums = torch.zeros(sum(lengths.values()) + 4 * len(cuts), dtype=dtype, device=device)
@@ -230,10 +234,11 @@ class FactorStacks:
             stack = self.stacks[size]
             owners, inverted = stack.owners[place], stack.inverted[place]
             own, observable = dampings[owners], observed[owners]
-            inverse, succeeded = damped_inverses(averages[size][place], own)
+            invert = damped_inverse_roots if self.roots else damped_inverses
+            inverse, succeeded = invert(averages[size][place], own)
             self.failed_inversions += (observable & ~succeeded).sum()
             succeeded &= observable
-            last_resort = torch.where(observable, 1.0 / (means[owners] + own), 1.0)
+            last_resort = torch.where(observable, (means[owners] + own) ** (-0.5 if self.roots else -1.0), 1.0)
             identity = torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device)
             kept = torch.where(inverted[:, None, None], stack.inverse[place], identity * last_resort[:, None, None])
             stack.inverse[place] = torch.where(succeeded[:, None, None], inverse, kept)

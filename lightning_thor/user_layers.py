@@ -92,7 +92,9 @@ def register_layer(
         raise ValueError(
             f"{module_type.__name__} has curvature already. To overrule it, register a subclass and use that."
         )
-    kind = Kind(f"{module_type.__module__}.{module_type.__qualname__}", _user_to_matrix, _matrix_to_user)
+    kind = Kind(
+        f"{module_type.__module__}.{module_type.__qualname__}", _user_to_matrix, _matrix_to_user, is_matrix=True
+    )
     _TOLD[module_type] = _Told(matrix, weight)
     register(module_type, kind, _user_rows(rows_of, reduce=False), _user_rows(rows_of, reduce=True))
 

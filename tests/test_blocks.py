@@ -46,9 +46,10 @@ def test_covariance_takes_rows_of_any_strides() -> None:
 @pytest.mark.parametrize("layout", CUTS, ids=str)
 def test_products_are_the_dense_ones(layout: Blocks) -> None:
     factor = torch.randn(layout.shape, dtype=torch.float64)
-    factor = factor + factor.mT
     full = dense(factor, layout)
     matrix = torch.randn(layout.groups, layout.width, 5, dtype=torch.float64)
+    torch.testing.assert_close(left_product(factor.mT, matrix, layout), full.mT @ matrix)
+    torch.testing.assert_close(right_product(matrix.mT, factor.mT, layout), matrix.mT @ full.mT)
     torch.testing.assert_close(left_product(factor, matrix, layout), full @ matrix)
     torch.testing.assert_close(right_product(matrix.mT, factor, layout), matrix.mT @ full)
 
@@ -57,12 +58,14 @@ def test_products_are_the_dense_ones(layout: Blocks) -> None:
 def test_large_products_in_float32_are_the_dense_ones(layout: Blocks) -> None:
     """Another algorithm, on a CPU."""
     factor = torch.randn(layout.shape)
-    factor = factor + factor.mT
     full = dense(factor, layout)
     matrix = torch.randn(layout.groups, layout.width, 1111)
+    torch.testing.assert_close(left_product(factor.mT, matrix, layout), full.mT @ matrix, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(left_product(factor, matrix, layout), full @ matrix, rtol=1e-4, atol=1e-3)
     transposed = matrix.mT.contiguous()
     torch.testing.assert_close(right_product(transposed, factor, layout), transposed @ full, rtol=1e-4, atol=1e-3)
+    found = right_product(transposed, factor.mT, layout)
+    torch.testing.assert_close(found, transposed @ full.mT, rtol=1e-4, atol=1e-3)
 
 
 def test_a_divisor_of_the_width_needs_no_padding() -> None:

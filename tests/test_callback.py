@@ -312,6 +312,13 @@ def test_clipping_that_changes_nothing_is_told(tmp_path: Path) -> None:
         fit(tmp_path, gradient_clip_val=1.0, max_steps=1)
 
 
+def test_clipping_counts_in_the_polar_mode(tmp_path: Path) -> None:
+    """It comes before momentum there."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the clipping changes nothing")
+        fit(tmp_path, Boring(mode="polar"), gradient_clip_val=1.0, max_steps=1)
+
+
 class WithOptimizers(Boring):
     def __init__(self, make: Any) -> None:
         super().__init__()

@@ -383,6 +383,22 @@ def test_split_goes_by_the_options_of_the_configuration(tmp_path: Path, monkeypa
     assert ran.trainer.callbacks[0].split.n_factors == 8
 
 
+def test_the_polar_mode_is_one_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, "--optimizer.mode=polar", "--trainer.max_epochs=1")
+    callback = ran.trainer.callbacks[0]  # type: ignore[attr-defined]
+    assert len(callback.curvature.polar_layers) == 3
+    assert "network.head" not in callback.curvature.polar_layers
+    checkpoint = torch.load(checkpoint_in(tmp_path), weights_only=True)
+    assert checkpoint["callbacks"]["ThorCallback"]["curvature"]["mode"] == "polar"
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["mode"] == "polar"
+
+
+def test_a_mode_that_does_not_exist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, "--optimizer.mode=muon")
+    assert ended.value.code == 2
+
+
 def test_an_option_out_of_its_range_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--trainer.callbacks=lightning_thor.ThorCallback", "--trainer.callbacks.update_every_n_steps=0")
     with pytest.raises(ValueError, match=r"update_every_n_steps must be an int of at least 1 .*got 0"):

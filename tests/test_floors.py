@@ -16,13 +16,14 @@ FOLDER = Path(__file__).parents[1] / PACKAGE
 GROUND, FIRST, TOP = 0, 1, 2
 FLOOR_NAMES = ("ground floor", "first floor", "top floor")
 FLOORS = {
-    GROUND: {"blocks", "inverse", "damping", "rows", "thor_rows", "schedules", "spectrum", "trace_rule"},
+    GROUND: {"blocks", "inverse", "damping", "polar", "rows", "thor_rows", "schedules", "spectrum", "trace_rule"},
     FIRST: {
         "attention",
         "layer",
         "kinds",
         "user_layers",
         "layers",
+        "directions",
         "options",
         "stacks",
         "refresh",

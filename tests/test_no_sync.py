@@ -46,13 +46,24 @@ def net() -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"match_rms": None, "kl_clip": 1e-3}, {"nesterov": True, "weight_decay": 0.1}, {"match_rms": None}]
+    "options",
+    [
+        {},
+        {"match_rms": None, "kl_clip": 1e-3},
+        {"nesterov": True, "weight_decay": 0.1},
+        {"match_rms": None},
+        {"mode": "polar", "nesterov": True},
+    ],
 )
 @pytest.mark.parametrize("damping_rule", ["trace", "pi", "sqrt"])
 def test_no_step_waits_for_the_device(options: dict[str, Any], damping_rule: Any) -> None:
     model = net()
     curvature = Curvature(
-        model, update_every_n_steps=2, damping_rule=damping_rule, loss_multiplier=lambda: torch.tensor(2.0)
+        model,
+        mode=options.get("mode", "natural"),
+        update_every_n_steps=2,
+        damping_rule=damping_rule,
+        loss_multiplier=lambda: torch.tensor(2.0),
     )
     optimizer = configure_thor(model, preconditioner=curvature, **options)
     tokens = torch.randint(9, (6,))

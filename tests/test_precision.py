@@ -27,9 +27,10 @@ def fit(folder: Path, module: Boring, *callbacks: L.Callback, **options: Any) ->
     return found
 
 
+@pytest.mark.parametrize("mode", ["natural", "polar"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true", "bf16-true", "16-true"])
-def test_every_precision_trains_with_factors_of_at_least_float32(tmp_path: Path, precision: Any) -> None:
-    module = Boring(n=16)
+def test_every_precision_trains_with_factors_of_at_least_float32(tmp_path: Path, precision: Any, mode: str) -> None:
+    module = Boring(n=16, mode=mode)
     if precision == "64-true":
         module = module.double()
     elif precision.endswith("16-true"):
@@ -51,12 +52,12 @@ class Full(Boring):
             return super().forward(x)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**12])
+@pytest.mark.parametrize(("scale", "mode"), [(1.0, "natural"), (2.0**12, "natural"), (2.0**12, "polar")])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_loss_scale_changes_nothing(tmp_path: Path, scale: float, accumulate: int) -> None:
+def test_a_loss_scale_changes_nothing(tmp_path: Path, scale: float, mode: str, accumulate: int) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
-    found = fit(tmp_path, Full(), **scaled(init_scale=scale), **options)
-    plain = fit(tmp_path, Full(), **options)
+    found = fit(tmp_path, Full(mode=mode), **scaled(init_scale=scale), **options)
+    plain = fit(tmp_path, Full(mode=mode), **options)
     torch.testing.assert_close(everything(found), everything(plain), rtol=1e-5, atol=1e-7)
 
 

@@ -1,0 +1,80 @@
+"""Laws of the polar factor: against the singular value decomposition, for every shape, scale and dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_thor.polar import POLYNOMIALS, msign
+
+
+def exact(matrices: Tensor) -> Tensor:
+    U, _, Vh = torch.linalg.svd(matrices, full_matrices=False)
+    return U @ Vh
+
+
+def matrices(shape: tuple[int, ...], smallest: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random ones whose singular values lie evenly, on a logarithmic scale, between ``smallest`` and 1."""
+    n, p, q = shape
+    k = min(p, q)
+    U, V = torch.linalg.qr(torch.randn(n, p, k, dtype=torch.float64))[0], torch.randn(n, q, k, dtype=torch.float64)
+    values = torch.logspace(float(torch.tensor(smallest).log10()), 0, k, dtype=torch.float64)
+    return (U * values @ torch.linalg.qr(V)[0].mT).to(dtype)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 5), (2, 4, 9), (2, 9, 4), (4, 1, 6), (4, 6, 1), (1, 1, 1), (0, 3, 2)], ids=str
+)
+def test_many_polynomials_give_the_polar_factor(shape: tuple[int, ...]) -> None:
+    x = matrices(shape, 0.05)
+    torch.testing.assert_close(msign(x, steps=9), exact(x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "error"), [(5, 3e-3, 0.13), (5, 1e-3, 0.15), (6, 1e-3, 5e-3), (7, 1e-3, 2e-5)]
+)
+def test_singular_values_come_as_close_to_one_as_is_promised(steps: int, share: float, error: float) -> None:
+    x = matrices((4, 40, 60), share)
+    U, before, Vh = torch.linalg.svd(x, full_matrices=False)
+    after = (U.mT @ msign(x, steps) @ Vh.mT).diagonal(dim1=-2, dim2=-1)
+    promised = before >= share * torch.linalg.matrix_norm(x)[:, None]
+    assert promised.sum() > 100
+    assert (after - 1)[promised].abs().max() < error
+    assert after.max() < 1 + error
+
+
+def test_each_polynomial_is_level_on_its_interval() -> None:
+    """The best polynomial leaves the smallest and the largest value equally far from 1."""
+    x = torch.logspace(-3, 0, 100001, dtype=torch.float64)
+    for a, b, c in POLYNOMIALS[:6]:
+        x = a * x + b * x**3 + c * x**5
+        assert 1 - x.min().item() == pytest.approx(x.max().item() - 1, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-3, 1e3, 1e30, 1e38])
+def test_the_scale_does_not_matter_however_extreme(scale: float) -> None:
+    x = torch.sign(matrices((2, 6, 8), 0.1, torch.float32))
+    torch.testing.assert_close(msign(x * scale), msign(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_matrix_of_zeros_stays_zero_and_hurts_no_other() -> None:
+    x = matrices((3, 6, 8), 0.1, torch.float32)
+    x[1] = 0.0
+    assert not msign(x)[1].any()
+    torch.testing.assert_close(msign(x)[::2], msign(x[::2]))
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_does_not_blow_up_where_singular_values_are_equal(rank: int, dtype: torch.dtype) -> None:
+    """Those of a matrix of rank one are at the end of the interval, beyond which the polynomials explode."""
+    x = (torch.randn(16, 24, rank) @ torch.randn(16, rank, 32)).to(dtype)
+    values = torch.linalg.svdvals(msign(x).float())
+    assert (values[:, :rank] - 1).abs().max() < 0.2
+    assert values.max() < 1.2
+
+
+def test_it_is_the_same_for_each_matrix_alone() -> None:
+    x = matrices((5, 12, 7), 0.02, torch.float32)
+    torch.testing.assert_close(msign(x), torch.cat([msign(x[i : i + 1]) for i in range(5)]), rtol=1e-5, atol=1e-5)
