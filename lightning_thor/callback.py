@@ -62,7 +62,7 @@ class ThorCallback(Callback):
         precondition_bias: bool = False,
         stagger: bool = False,
         trace_rule: Literal["THOR", "THOR_stop", "THOR_NT"] | tuple[float, float] | None = None,
-        max_rows: int | None = 16384,
+        max_rows: int | None = 1024,
         statistics: Literal["expand", "reduce", "thor"] = "expand",
         loss_reduction: str = "mean",
         fused: dict[str, int] | None = None,

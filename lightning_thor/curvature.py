@@ -55,8 +55,9 @@ class Curvature:
             paper does.
         precondition_bias: take biases of linear layers and convolutions into A, as its last coordinate; otherwise they
             take plain momentum.
-        max_rows: use at most that many rows of a batch (positions of linear layers; for convolutions whole images of
-            about that many positions) for the statistics of linear layers and convolutions; None uses all.
+        max_rows: take statistics from at most about that many rows of a batch, spread over it: positions of linear
+            layers, of layer and RMS norms, and of convolutions (in whole lines). None takes all. Embeddings, batch and
+            group norms always take all.
         statistics: for layers that one sample uses at many positions (convolutions, sequences): ``"expand"`` takes
             each position as a row, ``"reduce"`` averages inputs and sums gradients over them first, which suits losses
             that have one term per sample (Eschenhagen et al. 2023, arXiv:2311.00636). ``"thor"`` takes each position
@@ -92,7 +93,7 @@ class Curvature:
         precondition_bias: bool = False,
         stagger: bool = False,
         trace_rule: str | tuple[float, float] | None = None,
-        max_rows: int | None = 16384,
+        max_rows: int | None = 1024,
         statistics: str | Statistics = "expand",
         loss_reduction: str = "mean",
         loss_multiplier: Callable[[], float | Tensor] | None = None,

@@ -70,7 +70,7 @@ def choose_block_size(
     loss_of_a_batch: Callable[[], Tensor],
     *,
     precondition_bias: bool = False,
-    max_rows: int | None = 16384,
+    max_rows: int | None = 1024,
     statistics: str | Statistics = "expand",
     fused: Mapping[str, int] | None = None,
     parameters: Iterable[nn.Parameter] | None = None,

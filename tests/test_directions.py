@@ -127,7 +127,7 @@ def test_the_table_says_which_layers_are_polar() -> None:
     assert [line.split()[1] for line in lines if ", polar" in line] == ["1", "3", "4", "5"]
 
 
-@pytest.mark.parametrize("size", [1, 2, 17])
+@pytest.mark.parametrize("size", [1, 2, 17, 33, 100, 128])
 def test_a_root_is_a_root_of_the_inverse(size: int) -> None:
     rows = torch.randn(5, size, 3, dtype=torch.float64)
     blocks, damping = rows @ rows.mT, torch.tensor([0.1, 1.0, 10.0, 0.5, 2.0], dtype=torch.float64)

@@ -8,7 +8,7 @@ import torch
 from lightning_thor.inverse import damped_inverses
 
 
-@pytest.mark.parametrize("size", [1, 2, 17])
+@pytest.mark.parametrize("size", [1, 2, 17, 33, 100, 128])
 def test_inverse_times_damped_block_is_the_identity(size: int) -> None:
     rows = torch.randn(5, size, 3, dtype=torch.float64)
     damping = torch.tensor([0.1, 1.0, 10.0, 0.5, 2.0], dtype=torch.float64)
