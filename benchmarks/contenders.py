@@ -1,0 +1,214 @@
+"""The optimizers that are compared: how each is built, and the learning rates that are tried for it. One table.
+
+Every optimizer stands at its documented defaults but for what the table says. None decays weights by itself: the loop
+does that, alike for all. Each gets the same number of learning rates, half decades over two decades around the place
+where its rates usually lie; the one called untuned has to do with its default.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from lightning_thor import Curvature, Thor
+
+TRIALS = 5
+
+
+class Stepper(Protocol):
+    """What the training loop asks of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> Any:
+        """Change the parameters by their gradients."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+
+class Together:
+    """Several optimizers that share out the parameters of one model, as one."""
+
+    def __init__(self, *optimizers: Stepper) -> None:
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        """One step of each."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+class FlatMuon(torch.optim.Muon):
+    """`torch.optim.Muon`, which takes matrices only, on kernels too: as matrices ``[out, in * kernel]``, the custom.
+
+    On a CPU its Newton-Schulz iteration is done in float32: torch's is in bfloat16, which there takes up to 50 times as
+    long, and would let Muon lose for a reason of its own to this machine.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], **options: Any) -> None:
+        self.originals = list(params)
+        # Views: what the step changes in them is changed in the model.
+        self.matrices = [nn.Parameter(p.detach().view(len(p), -1)) for p in self.originals]
+        super().__init__(self.matrices, **options)
+
+    def step(self, closure: Any = None) -> Any:
+        """As of any optimizer."""
+        for p, matrix in zip(self.originals, self.matrices, strict=True):
+            matrix.grad = None if p.grad is None else p.grad.reshape(matrix.shape)
+        if self.originals[0].device.type != "cpu":
+            return super().step(closure)  # type: ignore[no-untyped-call]
+        with patch("torch.optim._muon._zeropower_via_newtonschulz", newton_schulz):
+            return super().step(closure)  # type: ignore[no-untyped-call]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any optimizer."""
+        for p in (*self.originals, *self.matrices):
+            p.grad = None
+
+
+def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """About the polar factor of ``matrix``, in its own precision: ``X <- a X + (b X Xᵀ + c (X Xᵀ)²) X``, from
+    ``matrix`` over its Frobenius norm (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+
+    Args:
+        matrix: ``[m, n]``.
+        coefficients: a, b and c.
+        steps: how many iterations.
+        eps: the least norm that is divided by.
+    """
+    a, b, c = coefficients
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp_min(eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+Build = Callable[[nn.Module, float, Mapping[str, Any], bool], Stepper]
+"""From the model, the learning rate, options, and whether the loss is a mean over positions as well as samples."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One optimizer."""
+
+    words: str
+    build: Build
+    rates: tuple[float, ...]
+    """The learning rates to try; a single one is not tuned."""
+    colour: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Handed to ``build``; plain values, which also tell one version of a contender from another in the results."""
+
+
+def thor(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
+    """`Thor` with its curvature; ``options`` are ``"curvature"``'s and ``"optimizer"``'s."""
+    curvature = Curvature(model, **options.get("curvature", {}))
+    return Thor(model.parameters(), lr=lr, preconditioner=curvature, **options.get("optimizer", {}))
+
+
+def sgd(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
+    """Momentum SGD."""
+    return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+
+def adamw(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
+    """AdamW."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, **options)
+
+
+def muon(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
+    """Muon for hidden matrices and kernels; AdamW, at the same rate, for embeddings, the head and vectors."""
+    hidden = hidden_weights(model)
+    others = [p for p in model.parameters() if all(p is not one for one in hidden)]
+    return Together(
+        FlatMuon(hidden, lr=lr, weight_decay=0.0, **options),
+        torch.optim.AdamW(others, lr=lr, weight_decay=0.0),
+    )
+
+
+def hidden_weights(model: nn.Module) -> list[Any]:
+    """Weights of linear layers and convolutions, without the last one, the head."""
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return weights[:-1]
+
+
+def soap(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
+    """SOAP (pytorch_optimizer)."""
+    import pytorch_optimizer
+
+    return pytorch_optimizer.SOAP(model.parameters(), lr=lr, weight_decay=0.0, **options)
+
+
+def shampoo(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
+    """Distributed Shampoo (pytorch_optimizer)."""
+    import pytorch_optimizer
+
+    return pytorch_optimizer.ScalableShampoo(model.parameters(), lr=lr, **options)
+
+
+def singd(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
+    """SINGD, an inverse-free K-FAC (singd), for linear layers and convolutions; AdamW at its default for the rest."""
+    from singd.optim.optimizer import SINGD
+
+    kinds = nn.Linear | nn.Conv2d
+    own = [p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)]
+    others = [p for p in model.parameters() if all(p is not one for one in own)]
+    kfac = SINGD(model, own, lr=lr, loss_average="batch+sequence" if per_position else "batch", **options)
+    return Together(kfac, torch.optim.AdamW(others, weight_decay=0.0)) if others else kfac
+
+
+def half_decades(first: float) -> tuple[float, ...]:
+    """``TRIALS`` learning rates from ``first`` on, two to a decade: 1, 3, 10, ...
+
+    >>> half_decades(3e-4)
+    (0.0003, 0.001, 0.003, 0.01, 0.03)
+    """
+    series = [float(f"{digit}e{exponent}") for exponent in range(-6, 3) for digit in (1, 3)]
+    start = series.index(first)
+    return tuple(series[start : start + TRIALS])
+
+
+NATURAL = {"curvature": {"damping_rule": "pi", "damping": 0.03}, "optimizer": {"match_rms": None, "kl_clip": 1e-3}}
+PLAIN = {
+    "curvature": {"damping_rule": "sqrt", "damping": 0.03, "averaging": 0.0},
+    "optimizer": {"match_rms": None},
+}
+
+CONTENDERS = {
+    "thor": Contender("THOR", thor, half_decades(1e-3), "tab:red"),
+    "thor_untuned": Contender("THOR, lr 0.003 untuned", thor, (3e-3,), "lightcoral"),
+    # KL clip at kfac-pytorch's value; damping as in the trial of the design.
+    "thor_natural": Contender("THOR, KL clip and π", thor, half_decades(3e-2), "tab:orange", NATURAL),
+    # Damping of the size that nn.thor's published recipes begin with.
+    "thor_plain": Contender("THOR, as nn.thor", thor, half_decades(1e-3), "gold", PLAIN),
+    "sgd": Contender("momentum SGD", sgd, half_decades(1e-2), "tab:gray", {"momentum": 0.9}),
+    "adamw": Contender("AdamW", adamw, half_decades(3e-4), "tab:blue"),
+    # The rule for its rate that torch documents for rates known from AdamW, so that one rate serves both halves.
+    "muon": Contender("Muon", muon, half_decades(1e-3), "tab:green", {"adjust_lr_fn": "match_rms_adamw"}),
+    "soap": Contender("SOAP", soap, half_decades(3e-4), "tab:purple"),
+    # Not the defaults: those would precondition first at step 1000, and graft SGD's norm, which suits no transformer.
+    "shampoo": Contender(
+        "Shampoo", shampoo, half_decades(3e-4), "tab:brown",
+        # 3 is its RMSPROP. Roots by SVD take a fifth of the time of its iteration, on a CPU.
+        {"preconditioning_compute_steps": 20, "graft_type": 3, "moving_average_for_momentum": True, "use_svd": True},
+    ),
+    # Its authors advise normalised rates of the factors where they are not scheduled.
+    "singd": Contender("SINGD (K-FAC)", singd, half_decades(3e-3), "tab:cyan", {"normalize_lr_cov": True}),
+}  # fmt: skip
+
+
+def decayed(model: nn.Module) -> list[Tensor]:
+    """The weights that decay: all of two or more dimensions."""
+    return [p for p in model.parameters() if p.dim() >= 2]

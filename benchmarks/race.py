@@ -1,0 +1,145 @@
+"""What the trainings of ``time_to_target`` say: steps and seconds to the target, with intervals, and in words."""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks.tasks import Task
+from benchmarks.training import check_steps
+
+REFERENCE = "adamw"
+HEADS = (
+    "workload and target",
+    "optimizer",
+    "lr",
+    "steps to target",
+    "seconds to target",
+    "of AdamW's",
+    "ms per step",
+    "final",
+)
+
+# The 97.5 % point of Student's t, by degrees of freedom; beyond, the last serves (a little too wide).
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """The mean and half the width of its 95 % confidence interval (Student's t; inf for a single value).
+
+    >>> interval([1.0, 2.0, 3.0])
+    [2.0, 2.484]
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return [mean, math.inf]
+    t = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
+    return [mean, t * statistics.stdev(values) / math.sqrt(len(values))]
+
+
+def first_reached(task: Task, run: Mapping[str, Any]) -> int | None:
+    """At which check a training first reached the target; None if it never did."""
+    return next((check for check, value in enumerate(run["values"]) if task.reached(value)), None)
+
+
+def summarise(
+    task: Task,
+    runs: Mapping[str, list[dict[str, Any]]],
+    rates: Mapping[str, float],
+    contenders: Mapping[str, Contender],
+) -> dict[str, Any]:
+    """The figures of each optimizer; ``runs`` are those of its seeds, the same seeds for all.
+
+    ``[mean, half width]`` are 95 % intervals over seeds. Steps and seconds to the target are None unless every seed got
+    there; ``reached`` says how many did. ``seconds_ratio`` is to AdamW's seconds on the same seed: the geometric mean
+    and its interval ``[mean, low, high]``. ``final`` is None if some seed ended in a value that is not finite.
+    ``curve`` and ``seconds`` are the runs themselves, for the picture.
+    """
+    steps = check_steps(task.steps, task.checks)
+    checks = {name: [first_reached(task, run) for run in own] for name, own in runs.items()}
+    to_target = {
+        name: [run["seconds"][check] for run, check in zip(runs[name], own, strict=True) if check is not None]
+        for name, own in checks.items()
+    }
+    seeds = len(next(iter(runs.values())))
+    whole = {name for name, seconds in to_target.items() if len(seconds) == seeds}
+    out: dict[str, Any] = {}
+    for name, own in runs.items():
+        got = [steps[check] for check in checks[name] if check is not None]
+        finals = [run["values"][-1] for run in own]
+        out[name] = {
+            "lr": rates[name],
+            "lr_is_at_an_end_of_its_grid": len(contenders[name].rates) > 1
+            and rates[name] in (contenders[name].rates[0], contenders[name].rates[-1]),
+            "seeds": seeds,
+            "reached": len(got),
+            "steps_to_target": _rounded(interval(got)) if name in whole else None,
+            "seconds_to_target": _rounded(interval(to_target[name])) if name in whole else None,
+            "seconds_ratio": _ratio(to_target[name], to_target[REFERENCE]) if {name, REFERENCE} <= whole else None,
+            "milliseconds_per_step": _rounded(
+                interval([1e3 * run["seconds"][-1] / steps[len(run["seconds"]) - 1] for run in own])
+            ),
+            "final": None if None in finals else _rounded(interval(finals)),
+            "curve": [run["values"] for run in own],
+            "seconds": [run["seconds"] for run in own],
+        }
+    return out
+
+
+def _ratio(own: Sequence[float], others: Sequence[float]) -> list[float]:
+    mean, half = interval([math.log(mine / other) for mine, other in zip(own, others, strict=True)])
+    return _rounded([math.exp(mean), math.exp(mean - half), math.exp(mean + half)])
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    # JSON has no infinity.
+    return [float(f"{value:.4g}") if math.isfinite(value) else 1e9 for value in values]
+
+
+def cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One row of ``HEADS`` for each workload and optimizer, in words; the terminal and the README show the same."""
+    for task in summary.values():
+        words = f"{task['words']}: {task['metric']} {'≥' if task['higher_is_better'] else '≤'} {task['target']:g}"
+        for i, (name, one) in enumerate(task["optimizers"].items()):
+            ratio = one["seconds_ratio"]
+            yield (
+                words if i == 0 else "",
+                CONTENDERS[name].words if name in CONTENDERS else name,
+                f"{one['lr']:g}" + (" (end of its grid)" if one["lr_is_at_an_end_of_its_grid"] else ""),
+                missed(one) or with_interval(one["steps_to_target"], ".0f"),
+                "–" if missed(one) else with_interval(one["seconds_to_target"], ".1f"),
+                "–" if ratio is None or name == REFERENCE else f"{ratio[0]:.2f} ({ratio[1]:.2f}–{ratio[2]:.2f})",
+                with_interval(one["milliseconds_per_step"], ".0f"),
+                "not finite" if one["final"] is None else with_interval(one["final"], ".3f"),
+            )
+
+
+def missed(one: Mapping[str, Any]) -> str:
+    """How many seeds reached the target, where not all did; else nothing."""
+    if one["reached"] == one["seeds"]:
+        return ""
+    return f"{one['reached'] or 'none'} of {one['seeds']} got there"
+
+
+def with_interval(pair: Sequence[float], form: str) -> str:
+    """``mean ± half width``; without the second where there is a single value.
+
+    >>> with_interval([1.5, 0.25], ".2f"), with_interval([1.5, 1e9], ".2f")
+    ('1.50 ± 0.25', '1.50')
+    """
+    return f"{pair[0]:{form}}" + (f" ± {pair[1]:{form}}" if pair[1] < 1e9 else "")
+
+
+def table(summary: Mapping[str, Any]) -> Table:
+    """The summary of the measured workloads, for a terminal."""
+    out = Table(
+        title="To the target: means over seeds with 95 % intervals; all that an optimizer costs is in the seconds"
+    )
+    for i, head in enumerate(HEADS):
+        out.add_column(head, justify="left" if i < 2 else "right")
+    for row in cells(summary):
+        out.add_row(*row)
+    return out
