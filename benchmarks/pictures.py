@@ -57,8 +57,8 @@ def save_robustness(summary: Mapping[str, Any], path: Path) -> None:
             y = [clipped(value, worst, summary["higher_is_better"]) for value in rates.values()]
             axes.plot(x, y, marker=".", color=CONTENDERS[name].colour, label=CONTENDERS[name].words)
     axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel(f"{summary['metric']} after the tuning trainings; the edge: this or worse")
+    axes.set_xlabel("learning rate of a tuning training")
+    axes.set_ylabel(f"{summary['metric']} (at the edge: or worse)")
     axes.legend(fontsize="x-small")
     finish(figure, summary["words"], path)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import examples, step_cost
+from benchmarks import race, step_figures
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
@@ -45,28 +45,31 @@ def measured_on(environment: dict[str, Any]) -> str:
 def step_cost_block(results: dict[str, Any]) -> str:
     """The cost of a step, from ``benchmarks/results/step_cost.json``."""
     places = dict.fromkeys(measured_on(result["environment"]) for result in results.values())
-    rounds = sorted({len(result["refreshes"]) for result in results.values()})
+    rounds = sorted({result["summary"]["rounds"] for result in results.values()})
     return (
-        f"{markdown_table(step_cost.HEADS, step_cost.cells(results))}\n\n"
+        f"{markdown_table(step_figures.HEADS, step_figures.cells(results))}\n\n"
         "Times of whole steps (forward, backward, optimizer) over those of momentum SGD, in one process, in rounds: "
-        f"median (first to third quartile) of {' and '.join(map(str, rounds))} rounds. State: bytes that a "
-        "checkpoint holds of it, over bytes of the parameters, SGD / AdamW / THOR. "
-        f"Measured on: {'; '.join(places)}."
+        f"median (first to third quartile) of {' and '.join(map(str, rounds))} rounds. p99 / p50: SGD / THOR / staggered "
+        "THOR, at the interval 10. State: bytes that a checkpoint holds of it, over bytes of the parameters, SGD / AdamW "
+        "/ THOR. Memory: growth of the process's peak over AdamW's.\n\n"
+        f"{markdown_table(step_figures.PARTS_HEADS, step_figures.parts_cells(results))}\n\n"
+        "What a refresh step adds to SGD's step, as shares of it, and (≥) what its arithmetic alone would take at the "
+        f"rate of a large matrix product. Measured on: {'; '.join(places)}."
     )
 
 
-def examples_block(results: dict[str, Any]) -> str:
-    """Epochs and seconds to a target, from ``benchmarks/results/examples.json``."""
-    summary = results["summary"]
+def time_to_target_block(results: dict[str, Any]) -> str:
+    """Steps and seconds to a target, from ``benchmarks/results/time_to_target.json``."""
+    summary = {name: task for name, task in results["summary"].items() if task["optimizers"]}
     places = dict.fromkeys(measured_on(task["environment"]) for task in summary.values())
-    optimizers = [one for task in summary.values() for one in task["optimizers"].values()]
-    seeds = sorted({one["seeds"] for one in optimizers})
-    tried = sorted({len(rates) for task in summary.values() for rates in task["tuning"].values()})
+    seeds = sorted({one["seeds"] for task in summary.values() for one in task["optimizers"].values()})
+    tried = max(len(rates) for task in summary.values() for rates in task["tuning"].values())
     return (
-        f"{markdown_table(examples.HEADS, examples.cells(summary), words=2)}\n\n"
-        f"Medians over {' and '.join(map(str, seeds))} seeds, after {' and '.join(map(str, tried))} learning rates for "
-        "each optimizer in a shorter training on another seed. Seconds are of training, with everything an optimizer "
-        f"costs, validation left out. Measured on: {'; '.join(places)}."
+        f"{markdown_table(race.HEADS, race.cells(summary), words=2)}\n\n"
+        f"Means over {' and '.join(map(str, seeds))} seeds with 95 % intervals, after {tried} learning rates for each "
+        "optimizer (but the untuned one) in a shorter training on another seed and other held-out data. Seconds are of "
+        "training, with everything an optimizer costs, validation left out. "
+        f"Measured on: {'; '.join(places)}."
     )
 
 
@@ -96,7 +99,7 @@ def demo_block(figures: dict[str, Any]) -> str:
 
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("benchmarks/results/step_cost.json", step_cost_block),
-    "examples": ("benchmarks/results/examples.json", examples_block),
+    "time_to_target": ("benchmarks/results/time_to_target.json", time_to_target_block),
     "demo": ("docs/demo.json", demo_block),
 }
 
