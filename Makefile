@@ -46,5 +46,5 @@ demo: $(INSTALLED)  ## THOR beside AdamW and momentum SGD
 	$(BIN)/python -m examples.demo
 
 bench: $(INSTALLED)  ## Measure the cost of a step (minutes) and put the figures into README.md
-	$(BIN)/python -m benchmarks.step_cost
+	$(BIN)/python -m benchmarks.step_cost --peers --memory
 	$(BIN)/python -m benchmarks.readme

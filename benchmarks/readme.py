@@ -49,9 +49,9 @@ def step_cost_block(results: dict[str, Any]) -> str:
     return (
         f"{markdown_table(step_figures.HEADS, step_figures.cells(results))}\n\n"
         "Times of whole steps (forward, backward, optimizer) over those of momentum SGD, in one process, in rounds: "
-        f"median (first to third quartile) of {' and '.join(map(str, rounds))} rounds. p99 / p50: SGD / THOR / staggered "
-        "THOR, at the interval 10. State: bytes that a checkpoint holds of it, over bytes of the parameters, SGD / AdamW "
-        "/ THOR. Memory: growth of the process's peak over AdamW's.\n\n"
+        f"median (first to third quartile) of {' and '.join(map(str, rounds))} rounds. p99 / p50: SGD / THOR / "
+        "staggered THOR, at the interval 10. State: bytes that a checkpoint holds of it, over bytes of the parameters, "
+        "SGD / AdamW / THOR. Memory: growth of the process's peak over AdamW's.\n\n"
         f"{markdown_table(step_figures.PARTS_HEADS, step_figures.parts_cells(results))}\n\n"
         "What a refresh step adds to SGD's step, as shares of it, and (≥) what its arithmetic alone would take at the "
         f"rate of a large matrix product. Measured on: {'; '.join(places)}."

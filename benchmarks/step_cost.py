@@ -7,7 +7,7 @@ precondition, *refresh* ones also observe and invert. Staggered THOR refreshes s
 Afterwards, apart from these steps: what a refresh goes into and its floor (``step_parts.py``), and memory
 (``memory.py``).
 
-    python -m benchmarks.step_cost --workload gpt --rounds 60 --peers      # --peers: a K-FAC of the package index too
+    python -m benchmarks.step_cost --workload gpt --rounds 60 --peers --memory
 """
 
 import argparse
@@ -30,6 +30,7 @@ from benchmarks.step_workloads import MEASURED_INTERVAL, WORKLOADS, Runner, Work
 BATCHES = 8
 OPTIMIZERS = ("sgd", "adamw", "thor", "thor_staggered")
 PEERS = ("singd",)
+OF_MEMORY = ("adamw", "thor")
 OF_TWO_KINDS = ("thor", *PEERS)
 
 
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=WORKLOADS, default="cpu", help="sizes for two cores, or for a GPU")
     parser.add_argument("--rounds", type=int, default=60, help="timed rounds per workload; half of them are refreshes")
     parser.add_argument("--peers", action="store_true", help="time SINGD (a K-FAC, of the package index) as well")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory, in processes of their own")
     parser.add_argument("--threads", type=int, help="torch threads (default: as torch has it)")
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
     said = parser.parse_args(arguments)
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with console.status(f"{name}: {said.rounds} rounds"):
             measured = measure(workload, said.rounds, device, OPTIMIZERS + (PEERS if said.peers else ()))
             parts = measure_parts(workload, make_batches(workload, device), max(2, said.rounds // 4), device)
-            memory = {one: growth(name, one, said.scale, said.threads) for one in ("sgd", "adamw", "thor")}
+            memory = {one: growth(name, one, said.scale, said.threads) for one in OF_MEMORY if said.memory}
         result = {"summary": summarise(measured), "parts": parts, "memory": memory}
         results[name] = {"words": workload.words, "environment": environment(device), **rounded(result)}
         out.parent.mkdir(parents=True, exist_ok=True)

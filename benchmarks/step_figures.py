@@ -112,7 +112,7 @@ def cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             *(f"{summary['amortised'][key]:.2f}" for key in ("10", "100", "staggered")),
             " / ".join(f"{summary['p99_over_p50'][name]:.2f}" for name in ("sgd", "thor", "thor_staggered")),
             " / ".join(f"{summary['state_over_parameters'][name]:.1f}" for name in ("sgd", "adamw", "thor")),
-            "–" if None in memory.values() else f"{memory['thor'] / memory['adamw']:.2f}",
+            f"{memory['thor'] / memory['adamw']:.2f}" if memory.get("thor") and memory.get("adamw") else "–",
         )
 
 

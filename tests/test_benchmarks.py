@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import readme, step_cost
+from benchmarks import memory, readme, step_cost, step_figures, step_parts, step_workloads
+from lightning_thor import Curvature
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 120
+SECONDS = 300
 ENVIRONMENT = {"device": "cpu", "cpu": "A processor", "threads": 2, "torch": "9.9", "malloc": "", "date": "2026-01-02"}
 
 
@@ -41,72 +42,155 @@ def test_the_step_cost_is_printed_and_merged_into_its_file(tmp_path: Path) -> No
     out = tmp_path / "results" / "step_cost.json"
     out.parent.mkdir()
     out.write_text(json.dumps({"gpt": made_up_step_cost()["mlp"]}), encoding="utf-8")
-    options = ("--workload", "mlp", "--rounds", "4", "--threads", "1", "--out", str(out))
+    options = ("--workload", "mlp", "--rounds", "4", "--threads", "1", "--peers", "--out", str(out))
     ended = python_module("benchmarks.step_cost", *options)
     assert ended.returncode == 0, ended.stderr
     assert "MLP 784-512-512-512-10, batch 128" in ended.stdout
     results = json.loads(out.read_text(encoding="utf-8"))
     assert list(results) == ["gpt", "mlp"]  # what was measured before stays
-    measured = results["mlp"]
+    measured, summary = results["mlp"], results["mlp"]["summary"]
     assert measured["environment"]["threads"] == 1
     assert measured["environment"]["torch"] == torch.__version__
-    # Every second step is a refresh, half of the four rounds.
-    assert sum(measured["refreshes"]) == 2
-    assert all(len(values) == 4 and min(values) > 0 for values in measured["seconds"].values())
-    n_parameters = 784 * 512 + 512 + 2 * (512 * 512 + 512) + 512 * 10 + 10
-    assert measured["parameter_bytes"] == 4 * n_parameters
-    assert measured["state_bytes"]["sgd"] == 4 * n_parameters
-    assert measured["state_bytes"]["adamw"] > 8 * n_parameters
-    assert measured["state_bytes"]["thor"] > 4 * n_parameters
-    # The table of the terminal and the README's come from this file and agree.
-    assert step_cost_row(results, "mlp")[1] in ended.stdout
+    assert summary["rounds"] == 4
+    assert {"adamw", "thor_plain", "thor_refresh", "thor_staggered", "singd_plain", "singd_refresh"} <= summary.keys()
+    state = summary["state_over_parameters"]
+    assert (state["sgd"], round(state["adamw"], 2)) == (1.0, 2.0)
+    assert state["thor"] > 1.0
+    # The tables of the terminal and the README's come from this file and agree.
+    for cells in (step_figures.cells, step_figures.parts_cells):
+        (row,) = cells({"mlp": measured})
+        assert all(cell in ended.stdout for cell in row)
 
 
-def step_cost_row(results: dict[str, Any], name: str) -> tuple[str, ...]:
-    (row,) = step_cost.cells({name: results[name]})
-    return row
+def small_workload() -> step_workloads.Workload:
+    return step_workloads.Workload(
+        lambda: nn.Sequential(nn.Linear(4, 3)), lambda: (torch.randn(8, 4), torch.randint(3, (8,))), "small"
+    )
 
 
 def test_a_refresh_and_a_plain_step_are_told_apart() -> None:
     """Exactly the steps in which the curvature was inverted count as refreshes."""
-    small = step_cost.Workload(
-        lambda: nn.Sequential(nn.Linear(4, 3)), lambda: (torch.randn(8, 4), torch.randint(3, (8,))), "small"
-    )
-    measured = step_cost.measure(small, rounds=6, device=torch.device("cpu"))
-    assert measured["refreshes"] == [True, False] * 3
+    measured = step_cost.measure(small_workload(), rounds=6, device=torch.device("cpu"))
+    assert measured["refreshes"] == {"thor": [True, False] * 3}
     assert {len(values) for values in measured["seconds"].values()} == {6}
 
 
-def test_ratios_are_taken_within_a_round_and_weighed_by_the_interval() -> None:
+def made_up_measurement() -> dict[str, Any]:
     # A machine that is ten times slower in the second half: the ratios do not see it.
     slow = [1.0, 1.0, 10.0, 10.0]
-    measured = {
+    return {
         "seconds": {
             "sgd": slow,
             "adamw": [1.5 * s for s in slow],
             "thor": [4.0 * slow[0], 2.0 * slow[1], 4.0 * slow[2], 2.0 * slow[3]],
+            "thor_staggered": [2.5 * s for s in slow],
         },
-        "refreshes": [True, False, True, False],
+        "refreshes": {"thor": [True, False, True, False]},
         "state_bytes": {"sgd": 10, "adamw": 20, "thor": 35},
         "parameter_bytes": 10,
     }
-    summary = step_cost.summarise(measured, interval=10)
+
+
+def test_ratios_are_taken_within_a_round_and_weighed_by_the_interval() -> None:
+    summary = step_figures.summarise(made_up_measurement())
     assert summary["adamw"] == [1.5, 1.5, 1.5]
     assert summary["thor_plain"] == [2.0, 2.0, 2.0]
     assert summary["thor_refresh"] == [4.0, 4.0, 4.0]
-    assert summary["amortised"] == pytest.approx((9 * 2.0 + 4.0) / 10)
+    expected = {"1": 4.0, "10": (9 * 2.0 + 4.0) / 10, "100": (99 * 2.0 + 4.0) / 100, "staggered": 2.5}
+    assert summary["amortised"] == pytest.approx(expected)
     assert summary["state_over_parameters"] == {"sgd": 1.0, "adamw": 2.0, "thor": 3.5}
+
+
+def test_the_unevenness_of_thor_weighs_its_two_kinds_of_step_as_the_interval_does() -> None:
+    """In one step of ten at the interval 10 lies a refresh: the 99th percentile is one, the median is none."""
+    measured = made_up_measurement()
+    measured["seconds"]["sgd"] = [1.0] * 4
+    measured["seconds"]["thor"] = [3.0, 2.0, 3.0, 2.0]
+    summary = step_figures.summarise(measured)
+    assert summary["p99_over_p50"]["thor"] == 1.5
+    assert summary["p99_over_p50"]["sgd"] == 1.0
 
 
 def test_too_few_rounds_are_refused() -> None:
     measured = {
         "seconds": {name: [1.0] for name in step_cost.OPTIMIZERS},
-        "refreshes": [True],
+        "refreshes": {"thor": [True]},
         "state_bytes": {},
         "parameter_bytes": 1,
     }
     with pytest.raises(ValueError, match=r"thor_plain.*take more rounds than 1"):
-        step_cost.summarise(measured)
+        step_figures.summarise(measured)
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_both_scales_have_the_same_workloads(scale: str) -> None:
+    assert step_workloads.WORKLOADS[scale].keys() == step_workloads.WORKLOADS["cpu"].keys()
+
+
+def test_the_clocks_in_the_curvature_change_no_number() -> None:
+    directions = []
+    for kind in (Curvature, step_parts.TimedCurvature):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
+        curvature = kind(model, update_every_n_steps=1)
+        if isinstance(curvature, step_parts.TimedCurvature):
+            curvature.reset()
+        model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        curvature.update()
+        grads = {p: p.grad for p in model.parameters() if p.grad is not None}
+        directions.append(list(curvature.precondition(grads).values()))
+    torch.testing.assert_close(*directions, rtol=0, atol=0)
+
+
+def test_the_floor_counts_the_multiplications_of_each_part() -> None:
+    """By hand, for one linear layer from 6 to 4 on 10 rows in blocks of 3 and 2."""
+    model = nn.Linear(6, 4, bias=False)
+    curvature = step_parts.TimedCurvature(model, update_every_n_steps=1, block_size=3)
+    curvature.reset()
+    loss = model(torch.randn(10, 6)).square().sum()
+    loss.backward()
+    curvature.update()
+    assert model.weight.grad is not None
+    curvature.precondition({model.weight: model.weight.grad})
+    assert curvature.flops == {
+        "statistics": 2 * 10 * (6 * 3 + 4 * 2),
+        "inversion": 2 * 3**3 + 2 * 2**3,
+        "preconditioning": 2 * 24 * (3 + 2),
+    }
+    assert all(seconds > 0 for seconds in curvature.seconds.values())
+
+
+def test_the_floor_of_a_convolution_counts_its_positions_up_to_max_rows() -> None:
+    model = nn.Conv2d(2, 3, 3, bias=False)  # A of width 18, G of width 3
+    for max_rows, rows in ((None, 2 * 6 * 6), (36, 36)):
+        curvature = step_parts.TimedCurvature(model, max_rows=max_rows)
+        assert curvature.statistics_flops("", torch.zeros(2, 3, 6, 6)) == 2 * rows * (18 * 18 + 3 * 3)
+        curvature.close()
+
+
+def test_the_parts_are_shares_of_a_step_of_sgd() -> None:
+    device = torch.device("cpu")
+    batches = step_cost.make_batches(small_workload(), device)
+    measured = step_parts.measure_parts(small_workload(), batches, 2, device)
+    assert measured["parts"].keys() == measured["floor"].keys() == set(step_parts.PARTS)
+    assert all(measured["parts"][part] > measured["floor"][part] > 0 for part in step_parts.PARTS[:3])
+    assert measured["gflops"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's own peak")
+def test_the_memory_of_adamw_holds_gradients_and_two_moments() -> None:
+    n_bytes = memory.growth("mlp", "adamw", "cpu", threads=1)
+    assert n_bytes is not None
+    parameters = 4 * (784 * 512 + 512 + 2 * (512 * 512 + 512) + 512 * 10 + 10)
+    assert 3 * parameters < n_bytes < 3 * parameters + 50 * 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's own peak")
+def test_the_peak_of_memory_is_seen_after_it_is_gone() -> None:
+    now = memory.resident("VmRSS")
+    torch.ones(64 * 2**20 // 4)
+    assert memory.resident("VmHWM") - now > 50 * 2**20
 
 
 # ── readme ──
@@ -114,16 +198,23 @@ def test_too_few_rounds_are_refused() -> None:
 
 def made_up_step_cost() -> dict[str, Any]:
     measured: dict[str, Any] = {
-        "seconds": {"sgd": [0.01] * 4, "adamw": [0.011] * 4, "thor": [0.02, 0.012] * 2},
-        "refreshes": [True, False] * 2,
+        "seconds": {
+            "sgd": [0.01] * 4,
+            "adamw": [0.011] * 4,
+            "thor": [0.02, 0.012] * 2,
+            "thor_staggered": [0.013] * 4,
+        },
+        "refreshes": {"thor": [True, False] * 2},
         "state_bytes": {"sgd": 10, "adamw": 20, "thor": 35},
         "parameter_bytes": 10,
     }
+    shares = dict.fromkeys(step_parts.PARTS, 0.2)
     result = {
         "words": "a made-up \\g<0> network",
         "environment": ENVIRONMENT,
-        "summary": step_cost.summarise(measured),
-        **measured,
+        "summary": step_figures.summarise(measured),
+        "parts": {"parts": shares, "floor": dict.fromkeys(step_parts.PARTS, 0.1), "gflops": 10.0},
+        "memory": {"adamw": 20, "thor": 30},
     }
     return {"mlp": result}
 
@@ -160,7 +251,13 @@ def test_the_blocks_are_filled_and_all_else_stays(root: Path) -> None:
     assert readme.main([], root=root) == 0
     text = (root / "README.md").read_text(encoding="utf-8")
     assert text.startswith("# Title\n<!-- step_cost:begin -->\n| workload |")
-    assert r"| a made-up \g<0> network | 10.0 | 1.10 (1.10–1.10) | 1.20 (1.20–1.20) | 2.00 (2.00–2.00) | 1.28 |" in text
+    assert (
+        r"| a made-up \g<0> network | 10.0 | 1.10 (1.10–1.10) | 1.20 (1.20–1.20) | 2.00 (2.00–2.00) "
+        "| 1.28 | 1.21 | 1.30 | 1.00 / 1.67 / 1.00 | 1.0 / 2.0 / 3.5 | 1.50 |"
+    ) in text
+    # The floor at the interval 10: 1 + 0.1 for each step, and a tenth of 0.1 + 0.1.
+    shares = "0.200 (≥ 0.100) | " * 4
+    assert rf"| a made-up \g<0> network | {shares}1.28 | 1.12 | – |" in text
     assert "A processor, 2 threads, torch 9.9, 2026-01-02" in text
     assert "| THOR, lr 0.02 | 2.00 | 1.50 | 98.0% | 10.0 |" in text
     assert "| AdamW, lr 0.5 | not reached by 1 of 1 | not reached by 1 of 1 | 90.0% | 10.0 |" in text
