@@ -180,6 +180,7 @@ def half_decades(first: float) -> tuple[float, ...]:
     return tuple(series[start : start + TRIALS])
 
 
+POLAR = {"curvature": {"mode": "polar"}, "optimizer": {"mode": "polar"}}
 NATURAL = {"curvature": {"damping_rule": "pi", "damping": 0.03}, "optimizer": {"match_rms": None, "kl_clip": 1e-3}}
 PLAIN = {
     "curvature": {"damping_rule": "sqrt", "damping": 0.03, "averaging": 0.0},
@@ -189,6 +190,8 @@ PLAIN = {
 CONTENDERS = {
     "thor": Contender("THOR", thor, half_decades(1e-3), "tab:red"),
     "thor_untuned": Contender("THOR, lr 0.003 untuned", thor, (3e-3,), "lightcoral"),
+    # The rates of Muon, whose steps are of the same size.
+    "thor_polar": Contender("THOR, polar", thor, half_decades(1e-3), "tab:pink", POLAR),
     # KL clip at kfac-pytorch's value; damping as in the trial of the design.
     "thor_natural": Contender("THOR, KL clip and π", thor, half_decades(3e-2), "tab:orange", NATURAL),
     # Damping of the size that nn.thor's published recipes begin with.

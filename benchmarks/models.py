@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.char_gpt import Block
-from examples.resnet import BasicBlock, conv3x3
+from examples.resnet import ResNet, basic_block, bottleneck, convolution, four_stages
 
 
 def mlp(widths: Sequence[int], activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -21,57 +21,20 @@ def mlp(widths: Sequence[int], activation: type[nn.Module] = nn.ReLU) -> nn.Sequ
     return nn.Sequential(*parts[:-1])
 
 
-class Pool(nn.Module):
-    """The mean over the positions of an image: ``[N, C, H, W]`` to ``[N, C]``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(dim=(2, 3))
+def stem(width: int) -> nn.Sequential:
+    """What ResNets begin with on 32x32 images."""
+    return nn.Sequential(convolution(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
 
 
-def small_resnet(width: int, blocks_per_stage: int = 1) -> nn.Sequential:
-    """Three stages of `BasicBlock`, as He et al. (2016, arXiv:1512.03385, section 4.2) have them for 32x32 images;
+def small_resnet(width: int, blocks_per_stage: int = 1) -> ResNet:
+    """Three stages of basic blocks, as He et al. (2016, arXiv:1512.03385, section 4.2) have them for 32x32 images;
     ``6 * blocks_per_stage + 2`` layers."""
-    blocks: list[nn.Module] = []
-    channels = width
-    for stage in range(3):
-        for number in range(blocks_per_stage):
-            out, stride = width * 2**stage, 2 if stage > 0 and number == 0 else 1
-            blocks.append(BasicBlock(channels, out, stride))
-            channels = out
-    stem = (conv3x3(3, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-    return nn.Sequential(*stem, *blocks, Pool(), nn.Linear(channels, 10))
+    return ResNet(stem(width), four_stages(basic_block, width, width, 3 * (blocks_per_stage,)), 4 * width, 10)
 
 
-class Bottleneck(nn.Module):
-    """Convolutions 1x1, 3x3 and 1x1 beside a shortcut: ``[N, channels_in, H, W]`` to ``[N, 4 width, H/s, W/s]``."""
-
-    def __init__(self, channels_in: int, width: int, stride: int) -> None:
-        super().__init__()
-        out = 4 * width
-        self.residual = nn.Sequential(
-            nn.Conv2d(channels_in, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-            conv3x3(width, width, stride), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-            nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out),
-        )  # fmt: skip
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.residual(x) + self.shortcut(x), inplace=True)
-
-
-def resnet50(width: int) -> nn.Sequential:
+def resnet50(width: int) -> ResNet:
     """The stages of ResNet-50 behind a 3x3 stem, for 32x32 images; ``width`` is 64 in ResNet-50 itself."""
-    blocks, channels = [], width
-    for stage, count in enumerate((3, 4, 6, 3)):
-        for number in range(count):
-            blocks.append(Bottleneck(channels, width * 2**stage, 2 if stage > 0 and number == 0 else 1))
-            channels = 4 * width * 2**stage
-    stem = (conv3x3(3, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-    return nn.Sequential(*stem, *blocks, Pool(), nn.Linear(channels, 10))
+    return ResNet(stem(width), four_stages(bottleneck, width, 4 * width, (3, 4, 6, 3)), 32 * width, 10)
 
 
 class OpenBlock(Block):

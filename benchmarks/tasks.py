@@ -178,12 +178,12 @@ CPU = {
         500, 170, 128, 0.0, grey_cifar10, lambda: mlp(AUTOENCODER, nn.Tanh), squared_error, squared_error,
     ),
     "gpt": Task(
-        "tiny Shakespeare, GPT, 3 layers, width 96, 16 windows of 64", "loss", 1.9, False, 800, 260, 16, 1e-4,
+        "tiny Shakespeare, GPT, 3 layers, width 96, 16 windows of 64", "loss", 2.0, False, 600, 200, 16, 1e-4,
         shakespeare(64, 128), lambda: CharGPT(layers=3, width=96, context=64), cross_entropy, cross_entropy,
         per_position=True,
     ),
     "cifar10": Task(
-        "10,000 images of CIFAR-10, ResNet-8, batch 64", "accuracy", 0.5, True, 320, 110, 64, 1e-4,
+        "10,000 images of CIFAR-10, ResNet-8, batch 64", "accuracy", 0.5, True, 240, 80, 64, 1e-4,
         cifar10(10_000, 1000), lambda: small_resnet(16), cross_entropy, accuracy, checks=16,
     ),
 }  # fmt: skip
