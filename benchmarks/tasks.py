@@ -166,7 +166,7 @@ def needed(folder: Path | None, name: str) -> Path:
     return folder / name
 
 
-AUTOENCODER = (1024, 512, 256, 64, 256, 512, 1024)
+AUTOENCODER = (1024, 256, 128, 32, 128, 256, 1024)
 
 CPU = {
     "digits": Task(
@@ -174,8 +174,9 @@ CPU = {
         digits, DigitsNet, cross_entropy, accuracy,
     ),
     "autoencoder": Task(
-        "CIFAR-10 in grey, tanh autoencoder 1024-512-256-64-256-512-1024, batch 128", "squared error", 6.0, False,
-        500, 170, 128, 0.0, grey_cifar10, lambda: mlp(AUTOENCODER, nn.Tanh), squared_error, squared_error,
+        # The target is what AdamW reached in 290 steps, in a trial before any other optimizer but SGD had run.
+        "CIFAR-10 in grey, tanh autoencoder 1024-256-128-32-128-256-1024, batch 128", "squared error", 5.5, False,
+        400, 130, 128, 0.0, grey_cifar10, lambda: mlp(AUTOENCODER, nn.Tanh), squared_error, squared_error,
     ),
     "gpt": Task(
         "tiny Shakespeare, GPT, 3 layers, width 96, 16 windows of 64", "loss", 2.0, False, 600, 200, 16, 1e-4,
