@@ -154,7 +154,7 @@ class ThorCallback(Callback):
             **{**self._options, "block_size": self.block_size},
         )
         if isinstance(trainer.strategy, ThorDDPStrategy):
-            self.curvature.sum_across_ranks = trainer.strategy.sum_factors_
+            trainer.strategy.connect_curvature(self.curvature)
         # The trainer's stage, not the model's mode: fit trains a model that was left in eval mode too.
         self.curvature.is_listening = lambda: trainer.training
         optimizer.preconditioner = self.curvature

@@ -1,9 +1,14 @@
-"""The one file that knows ranks: sums over the processes of a data-parallel run."""
+"""The one file that knows ranks: sums and gatherings over the processes of a data-parallel run."""
 
 from __future__ import annotations
 
+from datetime import timedelta
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightning_thor.exchange import Wait
 
 
 def is_distributed() -> bool:
@@ -11,15 +16,78 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def new_factor_group() -> dist.ProcessGroup | None:
+def new_factor_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
     """A process group of all ranks for factors alone, so that their all-reduce never queues behind a gradient's.
 
     Every rank must call it, at the same place; None where there is only one process.
+
+    Args:
+        timeout: how long a collective of the group may take before it is an error; None for the backend's own.
     """
-    return dist.new_group() if is_distributed() else None
+    return dist.new_group(timeout=timeout) if is_distributed() else None
 
 
-def sum_across_ranks_(flat: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Add up ``flat`` over all ranks, in place, by one all-reduce; nothing happens on a single process."""
-    if is_distributed():
-        dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=group)
+class Ranks:
+    """The ranks of a process group as what curvature asks for (`lightning_thor.exchange.Exchange`).
+
+    Args:
+        group: None for the group of all ranks.
+        bf16: send what is summed in bfloat16. The sums themselves are taken in the precision of what is summed, and
+            rounded to bfloat16 once more on their way back.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, bf16: bool = False) -> None:
+        self._group = group
+        self._bf16 = bf16
+
+    @property
+    def n_shares(self) -> int:
+        return dist.get_world_size(self._group) if is_distributed() else 1
+
+    @property
+    def own_share(self) -> int:
+        return dist.get_rank(self._group) if is_distributed() else 0
+
+    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Wait:
+        if self._bf16 and n_exact < len(flat):
+            return self._start_rounded_sum(flat, n_exact)
+        work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
+        return lambda: _wait(work)
+
+    def gather(self, own: Tensor) -> Tensor:
+        gathered = own.new_empty(self.n_shares * len(own))
+        # The newer name of the same collective, and the warning of the older one, came with torch 2.13.
+        newer = hasattr(dist, "all_gather_single")
+        (dist.all_gather_single if newer else dist.all_gather_into_tensor)(gathered, own, group=self._group)
+        return gathered
+
+    def _start_rounded_sum(self, flat: Tensor, n_exact: int) -> Wait:
+        """Every rank sums one part of all ranks' numbers; then all gather the parts: half of an all-reduce's bytes.
+
+        Both messages travel as bytes: no backend adds up, so none needs to know bfloat16.
+        """
+        n_rounded, n_shares = len(flat) - n_exact, self.n_shares
+        length = -(-n_rounded // n_shares)
+        rounded = flat.new_zeros(n_shares * length, dtype=torch.bfloat16)
+        rounded[:n_rounded] = flat[:n_rounded]
+        exact = flat[n_rounded:].expand(n_shares, -1).contiguous()
+        sent = torch.cat([_bytes(rounded.view(n_shares, length)), _bytes(exact)], dim=1)
+        received = torch.empty_like(sent)
+        work = dist.all_to_all_single(received, sent, group=self._group, async_op=True)
+
+        def finish() -> None:
+            _wait(work)
+            parts = received[:, : 2 * length].contiguous().view(torch.bfloat16)
+            flat[n_rounded:] = received[:, 2 * length :].contiguous().view(flat.dtype).sum(0)
+            part = parts.to(flat.dtype).sum(0).to(torch.bfloat16)
+            flat[:n_rounded] = self.gather(part.view(torch.uint8)).view(torch.bfloat16)[:n_rounded]
+
+        return finish
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    return rows.view(torch.uint8) if rows.shape[1] else rows.new_empty(len(rows), 0, dtype=torch.uint8)
+
+
+def _wait(work: dist.Work) -> None:
+    work.wait()

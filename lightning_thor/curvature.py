@@ -13,16 +13,21 @@ from torch import Tensor, nn
 
 from lightning_thor import collectives
 from lightning_thor.blocks import add_covariance_
+from lightning_thor.buckets import Cut, one_bucket
 from lightning_thor.damping import DampingRule
 from lightning_thor.directions import Mode, natural, polar
+from lightning_thor.exchange import Exchange
 from lightning_thor.hooks import Hooks
+from lightning_thor.inverse import damped_inverse_roots, damped_inverses
 from lightning_thor.kinds import STATISTICS, Statistics
 from lightning_thor.layer import attentions_of
 from lightning_thor.layers import hidden_matrices_of, layers_of
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval, RefreshSchedule
-from lightning_thor.stacks import FactorStacks
+from lightning_thor.shares import SharedInversions
+from lightning_thor.stacks import FactorStacks, Solve
 from lightning_thor.trace_rule import HostCopy, trace_rule_of, verdicts
+from lightning_thor.window import Turn, Window
 
 
 class Curvature:
@@ -125,7 +130,6 @@ class Curvature:
         # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
         self.is_listening: Callable[[], bool] = lambda: model.training
         self._paused = False
-        self.sum_across_ranks: Callable[[Tensor], None] = collectives.sum_across_ranks_
         self.layers, self.left_out = layers_of(
             model,
             block_size=block_size,
@@ -163,16 +167,44 @@ class Curvature:
         self._observed: set[str] = set()
         self._backward: dict[str, tuple[int, float]] = {}
         """The last backward pass that used a layer, and how many samples its first use in it had."""
+        self._told_late = False
         self._checked = False
+        self.connect(collectives.Ranks())
         called = {name: use.module for name, (_, use) in self._uses.items() if use.attention is None}
-        self._hooks = Hooks(called, self._is_open, self.observe, attentions_of(use for _, use in self._uses.values()))
+        attentions = attentions_of(use for _, use in self._uses.values())
+        self._hooks = Hooks(called, self._is_open, self.observe, attentions, self._announce)
+
+    def connect(
+        self,
+        exchange: Exchange,
+        *,
+        cut: Cut = one_bucket,
+        may_start: Callable[[], bool] | None = None,
+    ) -> None:
+        """Say how processes that train together are to be reached; from the beginning all ranks of the default group.
+
+        Args:
+            exchange: what sums and gathers.
+            cut: which layers' factors travel together, see `lightning_thor.buckets`.
+            may_start: whether a backward is the last before the step, so that sums may start in it; None: in `update`.
+        """
+        self._window = Window(self.stacks, exchange, self._turn, cut, may_start)
+        self.solve: Solve = (
+            SharedInversions(exchange, damped_inverse_roots, "lower")
+            if self.stacks.roots
+            else SharedInversions(exchange, damped_inverses, "symmetric")
+        )
 
     def is_due(self) -> bool:
         """True if the coming step refreshes some layer; those layers' forward and backward passes are observed.
 
         With a trace rule also if the step only looks at traces.
         """
-        return bool(self._schedule.due(self.step) or self._schedule.probed(self.step))
+        return any(self._turn())
+
+    def _turn(self) -> Turn:
+        """The layers to refresh and those to probe at this step."""
+        return self._schedule.due(self.step), self._schedule.probed(self.step)
 
     @property
     def refreshes(self) -> tuple[int, int]:
@@ -206,6 +238,9 @@ class Curvature:
         name, use = self._uses[name]
         self._observed.add(name)
         index = self._index[name]
+        if self._window.is_late(index):
+            self._warn_of_late_pair(name)
+            return
         layer, A, G, counts = self.layers[name], 2 * index, 2 * index + 1, self.stacks.counts[index]
         # To the gradient of the per-sample loss. Rows are converted first: a float16 gradient would overflow.
         per_sample = self.statistics.loss_terms(use.module, g) if self.loss_reduction == "mean" else 1
@@ -217,6 +252,7 @@ class Curvature:
             counts[1] += n_samples
             counts[2] += 0.0 if squares.a is None else squares.a
             counts[3] += squares.g * (scale * weight) ** 2
+            self._window.given(index)
             return
         seen = layer.observe(a, g, self.stacks.dtype, self.max_rows, use.module)
         if layer.A is not None and seen.a is not None:
@@ -227,6 +263,7 @@ class Curvature:
         add_covariance_(self.stacks.blocks_of(G, "sums"), seen.g * (scale * weight), layer.G)
         counts[0] += seen.n_rows
         counts[1] += n_samples
+        self._window.given(index)
 
     def _share_of(self, name: str, n_samples: float) -> tuple[float, float]:
         """What to multiply the gradients of one use of a layer by, and how many samples it adds.
@@ -243,7 +280,13 @@ class Curvature:
         return math.sqrt(first[1] / max(n_samples, 1)), 0.0
 
     def discard(self) -> None:
-        """Forget the open window: its step was skipped (a loss scale that overflowed)."""
+        """Forget the open window: its step was skipped (a loss scale that overflowed), on all processes alike."""
+        if self.is_due():
+            self._window.drop()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._window.forget()
         if self._observed:
             self.stacks.flat_sums.zero_()
             self._observed.clear()
@@ -255,10 +298,9 @@ class Curvature:
         Raises:
             RuntimeError: at the first refresh, if no layer at all was observed.
         """
-        due, probed = self._schedule.due(self.step), self._schedule.probed(self.step)
+        due, probed = self._turn()
         if due or probed:
-            selection = self.stacks.select(due, probed)
-            self.stacks.sum_window(selection, self.sum_across_ranks)
+            self._window.sum()
             if due:
                 self._check_that_layers_fire(due)
             costs = self._refresh_costs() if self._schedule.stagger and self.step == 0 else None
@@ -267,7 +309,7 @@ class Curvature:
                 if due:
                     selection = self.stacks.select(due)
                     self.stacks.average_window(selection, self.averaging)
-                    self.stacks.invert(selection, self.damping_rule, self.damping_now())
+                    self.stacks.invert(selection, self.damping_rule, self.damping_now(), self.solve)
             self._schedule.refreshed(self.step, costs, found)
             self._observed.clear()
         self.step += 1
@@ -383,11 +425,14 @@ class Curvature:
             turns=int(state["turns"]),
         )
         self.step = int(state["step"])
-        self.discard()
+        self._forget()
 
     def n_bytes(self, name: str) -> int:
         """Memory that one layer's window sums, factors and inverses take, in bytes."""
         return sum(self.stacks.n_bytes(factor) for factor in self._factors_of(name).values())
+
+    def _announce(self, name: str) -> None:
+        self._window.announce(self._index[self._uses[name][0]])
 
     def _is_open(self, name: str) -> bool:
         layer, use = self._uses[name]
@@ -440,6 +485,16 @@ class Curvature:
             f"this process) and take their plain gradient until they are: {_some(silent)}. {advice}",
             stacklevel=4,
         )
+
+    def _warn_of_late_pair(self, name: str) -> None:
+        if not self._told_late:
+            self._told_late = True
+            warnings.warn(
+                f"Layer {name!r} was used again after its factors were on their way to the other processes: what came "
+                "late is left out of this refresh, and from now on they wait for optimizer.step(). It has several "
+                'backward passes in one step, or more of them than before; strategy="ddp" never sends before the step.',
+                stacklevel=2,
+            )
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:

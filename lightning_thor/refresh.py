@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -146,10 +147,9 @@ def spread(costs: Sequence[float], n_steps: int) -> list[int]:
     >>> spread([4.0, 1.0, 3.0, 2.0], 2)
     [1, 1, 2, 2]
     """
-    loads = [0.0] * n_steps
+    loads = [(0.0, step) for step in range(1, n_steps + 1)]  # a heap: the least, and of equal ones the first, on top
     steps = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        least = min(range(n_steps), key=loads.__getitem__)
-        loads[least] += costs[index]
-        steps[index] = least + 1
+        load, steps[index] = loads[0]
+        heapq.heapreplace(loads, (load + costs[index], steps[index]))
     return steps

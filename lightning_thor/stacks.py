@@ -1,7 +1,7 @@
 """The factors of all layers as stacks: all blocks of one size, of all layers, in one tensor.
 
-The sums of an open window lie in one flat buffer, so that one all-reduce carries them; the blocks of one size are one
-slice of it, so that averaging and inversion are a few batched operations whatever the number of layers.
+The sums of an open window lie in one flat buffer; the blocks of one size are one slice of it, so that averaging and
+inversion, and packing for the way to other processes, are a few batched operations whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from torch import Tensor
 
 from lightning_thor.blocks import Blocks, diagonal_as_blocks
 from lightning_thor.damping import DampingRule, split_damping
-from lightning_thor.inverse import damped_inverse_roots, damped_inverses, traces
+from lightning_thor.inverse import traces
+from lightning_thor.triangles import n_packed, pack, unpack
+
+Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tensor, Tensor]]]
+"""By block size: ``(blocks, damping)`` to ``(inverses, succeeded)``."""
 
 
 class Stack:
@@ -35,8 +39,6 @@ class Selection(NamedTuple):
     layers: Tensor | slice
     places: dict[int, Tensor | slice]
     """By block size: which blocks of the stack."""
-    whole: bool
-    """All layers, in order."""
 
 
 class FactorStacks:
@@ -73,7 +75,7 @@ class FactorStacks:
         self._factors = factors
         self._folds = folds
         self.flat_sums = torch.zeros(sum(lengths.values()) + 4 * len(cuts), dtype=dtype, device=device)
-        """What is summed over micro-batches and ranks: blocks by size, then what is counted of each layer."""
+        """What is summed over micro-batches and processes: blocks by size, then what is counted of each layer."""
         *segments, counts = self.flat_sums.split([*lengths.values(), 4 * len(cuts)])
         self.counts = counts.view(len(cuts), 4)
         """Of each layer: rows, samples, and if it is only probed the traces of A and of G."""
@@ -122,7 +124,6 @@ class FactorStacks:
             self._selections[layers, probed] = Selection(
                 self._index(sorted(layers + probed)),
                 {size: self._index(sorted(blocks)) for size, blocks in places.items()},
-                len(layers) == len(self.updates),
             )
         return self._selections[layers, probed]
 
@@ -133,19 +134,25 @@ class FactorStacks:
             return slice(start, stop)
         return torch.tensor(numbers, device=self.flat_sums.device)
 
-    def sum_window(self, selection: Selection, sum_across_ranks: Callable[[Tensor], None]) -> None:
-        """Sum the window of the selected layers over ranks: one flat all-reduce, without a copy if all are selected."""
-        if selection.whole:
-            sum_across_ranks(self.flat_sums)
-            return
-        counts = self.counts
-        parts = [self.stacks[size].sums[place] for size, place in selection.places.items()] + [counts[selection.layers]]
-        flat = torch.cat([part.flatten() for part in parts])
-        sum_across_ranks(flat)
-        *summed, summed_counts = flat.split([part.numel() for part in parts])
-        for (size, place), part, values in zip(selection.places.items(), parts, summed, strict=False):
-            self.stacks[size].sums[place] = values.view(part.shape)
-        counts[selection.layers] = summed_counts.view(-1, 4)
+    def window_of(self, selection: Selection) -> Tensor:
+        """The open window of some layers as one flat tensor that may travel: a triangle of each block, then counts."""
+        blocks = [pack(self.stacks[size].sums[place]).flatten() for size, place in selection.places.items()]
+        return torch.cat([*blocks, self.counts[selection.layers].flatten()])
+
+    def set_window_(self, selection: Selection, flat: Tensor) -> None:
+        """Put what `window_of` gave, after it was summed, in the place of those layers' window."""
+        counts = self.counts[selection.layers]
+        lengths = [len(self.stacks[size].owners[place]) * n_packed(size) for size, place in selection.places.items()]
+        *parts, summed = flat.split([*lengths, counts.numel()])
+        for (size, place), part in zip(selection.places.items(), parts, strict=True):
+            self.stacks[size].sums[place] = unpack(part.view(-1, n_packed(size)), size)
+        self.counts[selection.layers] = summed.view(counts.shape)
+
+    def n_travelling_bytes(self, layer: int) -> int:
+        """How many bytes `window_of` takes for one layer."""
+        both = [blocks for blocks in self._factors[2 * layer : 2 * layer + 2] if blocks is not None]
+        numbers = sum(_n_blocks(blocks) * n_packed(blocks.size) for blocks in both) + len(self.counts[layer])
+        return numbers * self.flat_sums.element_size()
 
     def probe(
         self, probed: tuple[int, ...], averaging: float, rule: DampingRule, damping: float
@@ -219,25 +226,33 @@ class FactorStacks:
             stack.sums[place] = 0.0
         self.counts.zero_()
 
-    def invert(self, selection: Selection, rule: DampingRule, damping: float) -> None:
+    def invert(self, selection: Selection, rule: DampingRule, damping: float, solve: Solve) -> None:
         """New inverses of the selected layers' averages; no device sync.
 
         A block that fails keeps its last inverse, or before it ever had one gets the identity over its mean damped
         eigenvalue; the failure is counted. Layers that were never observed keep the identity.
+
+        Args:
+            selection: the layers.
+            rule, damping: what is added to eigenvalues, see `split_damping`.
+            solve: what inverts: `damped_inverses` for each size, or `lightning_thor.shares.SharedInversions`.
         """
         averages, updates = self._folded()
         means = self._factor_traces(averages, selection) / self._widths
         dampings = self._dampings(means.view(-1, 2), slice(None), rule, damping).flatten()
         # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too.
         observed = (updates > 0).repeat_interleave(2) & (dampings > 0)
+        problems = {
+            size: (averages[size][place], dampings[self.stacks[size].owners[place]])
+            for size, place in selection.places.items()
+        }
+        solutions = solve(problems)
         for size, place in selection.places.items():
-            stack = self.stacks[size]
+            stack, (inverse, succeeded) = self.stacks[size], solutions[size]
             owners, inverted = stack.owners[place], stack.inverted[place]
             own, observable = dampings[owners], observed[owners]
-            invert = damped_inverse_roots if self.roots else damped_inverses
-            inverse, succeeded = invert(averages[size][place], own)
             self.failed_inversions += (observable & ~succeeded).sum()
-            succeeded &= observable
+            succeeded = succeeded & observable
             last_resort = torch.where(observable, (means[owners] + own) ** (-0.5 if self.roots else -1.0), 1.0)
             identity = torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device)
             kept = torch.where(inverted[:, None, None], stack.inverse[place], identity * last_resort[:, None, None])

@@ -2,42 +2,116 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from torch import Tensor
 
-from lightning_thor import collectives
+from lightning_thor import buckets, collectives
+from lightning_thor.curvature import Curvature
+
+# A bucket leaves when backward has the first of its layers: with DDP's 25 for gradients, all factors of a ResNet-50,
+# 20 MB as triangles, would be one bucket that leaves when backward is over. A few megabytes still outweigh the latency.
+DEFAULT_BUCKET_MB = 4.0
 
 
 class ThorDDPStrategy(DDPStrategy):
-    """Distributed data parallel, registered as ``"thor_ddp"``, with a process group of its own for the factors.
+    """Distributed data parallel, registered as ``"thor_ddp"``, that hides the sums of a refresh behind backward.
 
-    The results are those of ``"ddp"``. All factors of a refresh travel in one flat all-reduce; in their own group it
-    does not queue behind the all-reduces of gradients.
+    The factors of a refresh travel in buckets, a triangle of each block, in a process group of their own; a bucket's
+    all-reduce starts in backward, when its layers have their gradients, and is waited for in the optimizer's step.
+    (With plain ``"ddp"`` they travel all at once, in the step.) Then, with both, each rank inverts its share of the
+    blocks, and one collective brings the inverses to all. The results are those of ``"ddp"``.
+
+    Args:
+        *args, **kwargs: as of `lightning.pytorch.strategies.DDPStrategy`.
+        factor_bucket_mb: megabytes (2²⁰ bytes) after which a bucket is closed; 4 if neither this nor
+            ``split_indices`` is given.
+        split_indices: instead, the last layer of each bucket, as ``nn.thor`` counts: of the layers that have A and G,
+            [26, 53] makes the buckets 0 to 26 and 27 to 53.
+        bf16_factors: send factors in bfloat16; sums are taken in float32 and rounded once more on their way back.
+            It pays on few ranks or a slow network: each rank sends a message to every other one (docs/scaling.md).
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: an argument out of its range, or both ways of making buckets.
     """
 
     strategy_name = "thor_ddp"
 
+    def __init__(
+        self,
+        *args: Any,
+        factor_bucket_mb: float | None = None,
+        split_indices: Sequence[int] | None = None,
+        bf16_factors: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        _check_bucket_mb(factor_bucket_mb)
+        buckets.check_split_indices(split_indices)
+        if factor_bucket_mb is not None and split_indices is not None:
+            raise ValueError(
+                f"factor_bucket_mb={factor_bucket_mb!r} and split_indices={split_indices!r} both say which layers' "
+                "factors travel together: give one of them."
+            )
+        if not isinstance(bf16_factors, bool):
+            raise TypeError(f"bf16_factors must be True or False, got {bf16_factors!r}.")
+        self._bucket_bytes = (DEFAULT_BUCKET_MB if factor_bucket_mb is None else factor_bucket_mb) * 2**20
+        self._split_indices = split_indices
+        self._bf16_factors = bf16_factors
+        self._factor_group: Any = None
+
     def setup_environment(self) -> None:
         super().setup_environment()
-        self._factor_group = collectives.new_factor_group()
+        # Once, though fit, validate and test of one Trainer all come here.
+        if self._factor_group is None:
+            self._factor_group = collectives.new_factor_group(self._timeout)
 
-    def sum_factors_(self, flat: Tensor) -> None:
-        """Add up ``flat`` over all ranks, in place."""
-        collectives.sum_across_ranks_(flat, self._factor_group)
+    def connect_curvature(self, curvature: Curvature) -> None:
+        """Let ``curvature`` reach the other ranks through this strategy.
+
+        Raises:
+            ValueError: ``split_indices`` names a layer that the model does not have.
+        """
+        has_A = [layer.A is not None for layer in curvature.layers.values()]
+        cut = buckets.by_size(self._bucket_bytes)
+        if self._split_indices is not None:
+            cut = buckets.by_layer(self._split_indices, has_A)
+        curvature.connect(
+            collectives.Ranks(self._factor_group, self._bf16_factors),
+            cut=cut,
+            may_start=self._is_last_backward,
+        )
+
+    def _is_last_backward(self) -> bool:
+        """False in a micro-batch whose gradients DDP only accumulates."""
+        return bool(getattr(self.model, "require_backward_grad_sync", False))
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        strategy_registry.register(
-            cls.strategy_name, cls, description="DDP with its own process group for THOR's factors"
-        )
-        strategy_registry.register(
-            f"{cls.strategy_name}_find_unused_parameters_true",
-            cls,
-            description="thor_ddp with find_unused_parameters=True",
-            find_unused_parameters=True,
-        )
+        """Every form that Lightning registers for ``"ddp"``, under ``"thor_ddp"``."""
+        for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+            name = cls.strategy_name + suffix
+            description = f"DDP with THOR's factors in buckets and inversions shared out, started by {start_method}"
+            strategy_registry.register(name, cls, description=description, start_method=start_method)
+            for unused in (False, True):
+                strategy_registry.register(
+                    f"{name}_find_unused_parameters_{str(unused).lower()}",
+                    cls,
+                    description=f"{description}, find_unused_parameters={unused}",
+                    find_unused_parameters=unused,
+                    start_method=start_method,
+                )
+
+
+def _check_bucket_mb(factor_bucket_mb: Any) -> None:
+    if factor_bucket_mb is None:
+        return
+    number = isinstance(factor_bucket_mb, int | float) and not isinstance(factor_bucket_mb, bool)
+    if not number or not (math.isfinite(factor_bucket_mb) and factor_bucket_mb > 0):
+        raise ValueError(f"factor_bucket_mb must be a number of megabytes greater than 0, got {factor_bucket_mb!r}.")
 
 
 if ThorDDPStrategy.strategy_name not in StrategyRegistry:

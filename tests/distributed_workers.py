@@ -1,7 +1,8 @@
-"""Trainings on two ranks for the tests: real processes, started by Lightning's own launcher, over gloo.
+"""Trainings on several ranks for the tests: real processes over gloo, started by Lightning's launcher or torchrun.
 
-``python distributed_workers.py FOLDER`` runs every training of `TRAININGS`; each rank saves what came out of it as
-``FOLDER/<name>-<rank>.pt``. `two_ranks` starts that program once for all tests and reads the files.
+``python distributed_workers.py FOLDER [NAME ...]`` runs every training of `TRAININGS`, or those that are named; each
+rank saves what came out of it as ``FOLDER/<name>-<rank>.pt``. `two_ranks` starts that program once for all tests and
+reads the files.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_thor import Curvature, ThorCallback, configure_thor, split
+from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, configure_thor, split
 from lightning_thor import collectives as factor_collectives
 
 # Generous, since the machine may be busy; a rank that waits for the other one for ever is what it is for.
 SECONDS = 150
 ROWS = 32
 STEPS_PER_EPOCH = 4
+ROOT = Path(__file__).parents[1]
 HALVES = (16, 16)
 
 Result = dict[str, Any]
@@ -57,10 +59,20 @@ class Net(nn.Module):
         self.head = nn.Linear(12, 5)
         self.extra = nn.Linear(12, 5)
 
-    def forward(self, images: Tensor, with_extra: bool) -> Tensor:
+    def forward(self, images: Tensor, extra: int) -> Tensor:
         hidden = self.hidden(self.norm(F.relu(self.conv(images), inplace=True).flatten(1)))
         logits: Tensor = self.head(hidden.tanh())
-        return logits + self.extra(hidden.tanh()) if with_extra else logits
+        for times in range(extra):
+            logits = logits + self.extra((hidden * (1 + times)).tanh())
+        return logits
+
+
+def always_once(rank: int, number: int) -> int:
+    return 1
+
+
+def fail_not(rank: int, number: int) -> None:
+    pass
 
 
 class Module(L.LightningModule):
@@ -71,8 +83,10 @@ class Module(L.LightningModule):
         micro_batches: equal pieces that a rank cuts its part into.
         batches: numbers of the batches of an epoch.
         overflow: the batch whose loss becomes infinite on the last rank, and nowhere else.
-        extra: the ranks that use the layer ``extra``.
+        extra: how often each rank uses the layer ``extra``, by batch.
+        fail: called with the rank and the batch before its forward pass.
         dtype: of the weights.
+        mode: of the optimizer.
     """
 
     def __init__(
@@ -81,16 +95,19 @@ class Module(L.LightningModule):
         micro_batches: int = 1,
         batches: tuple[int, ...] = tuple(range(STEPS_PER_EPOCH)),
         overflow: int | None = None,
-        extra: tuple[int, ...] = (0, 1),
+        extra: Callable[[int, int], int] = always_once,
+        fail: Callable[[int, int], None] = fail_not,
         dtype: torch.dtype = torch.float64,
+        mode: str = "natural",
     ) -> None:
         super().__init__()
         assert sum(parts) == ROWS
         # float64 from the beginning: with precision="64-true" alone, Lightning loads a checkpoint's weights into a new
         # model of float32 and converts that afterwards, so a resumed run would begin with rounded weights.
         self.net = Net().to(dtype)
+        self.mode = mode
         self.parts, self.micro_batches, self.batches = parts, micro_batches, batches
-        self.overflow, self.extra = overflow, extra
+        self.overflow, self.extra, self.fail = overflow, extra, fail
 
     def train_dataloader(self) -> DataLoader[Any]:
         rank = self.trainer.global_rank
@@ -103,26 +120,28 @@ class Module(L.LightningModule):
 
     def training_step(self, piece: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         images, classes, numbers = piece
-        loss = F.cross_entropy(self.net(images, self.trainer.global_rank in self.extra), classes)
-        if int(numbers[0]) == self.overflow and self.trainer.global_rank == self.trainer.world_size - 1:
+        number = int(numbers[0])
+        self.fail(self.trainer.global_rank, number)
+        loss = F.cross_entropy(self.net(images, self.extra(self.trainer.global_rank, number)), classes)
+        if number == self.overflow and self.trainer.global_rank == self.trainer.world_size - 1:
             loss = loss * float("inf")
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = configure_thor(self, lr=0.02, weight_decay=0.1)
+        optimizer = configure_thor(self, lr=0.02, weight_decay=0.1, mode=self.mode)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)]
 
 
 class StepLog(L.Callback):
     """After every batch: how many all-reduces of factors there were so far, and how many applied steps."""
 
-    def __init__(self, all_reduces: list[Result]) -> None:
-        self.all_reduces = all_reduces
+    def __init__(self, calls: list[Result]) -> None:
+        self.calls = calls
         self.counts: list[int] = []
         self.steps: list[int] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.counts.append(len(self.all_reduces))
+        self.counts.append(len(only("all_reduce", self.calls)))
         self.steps.append(curvature_of(trainer).step)
 
 
@@ -132,16 +151,33 @@ def curvature_of(trainer: L.Trainer) -> Curvature:
     return callback.curvature
 
 
+def only(op: str, calls: list[Result]) -> list[Result]:
+    return [call for call in calls if call["op"] == op]
+
+
 @contextmanager
-def listed_all_reduces() -> Iterator[list[Result]]:
-    """Every all-reduce that lightning_thor makes: its size, and whether it used a group of its own."""
+def listed_collectives() -> Iterator[list[Result]]:
+    """Every collective that lightning_thor makes: what this rank gives to it, in which group, and from where."""
     calls: list[Result] = []
 
-    def all_reduce(flat: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
-        calls.append({"numel": flat.numel(), "own_group": group not in (None, dist.group.WORLD)})
-        return dist.all_reduce(flat, *args, group=group, **kwargs)
+    def listed(op: str) -> Callable[..., Any]:
+        def call(*tensors: Tensor, group: Any = None, **kwargs: Any) -> Any:
+            calls.append(
+                {
+                    "op": op.removesuffix("_into_tensor").removesuffix("_single"),
+                    "numel": tensors[-1].numel(),
+                    "bytes": tensors[-1].numel() * tensors[-1].element_size(),
+                    "own_group": group not in (None, dist.group.WORLD),
+                    "in_backward": torch._C._current_graph_task_id() != -1,
+                }
+            )
+            return getattr(dist, op)(*tensors, group=group, **kwargs)
 
-    factor_collectives.dist = SimpleNamespace(**{**vars(dist), "all_reduce": all_reduce})  # type: ignore[assignment]
+        return call
+
+    names = ("all_reduce", "all_gather_into_tensor", "all_gather_single", "all_to_all_single")
+    ops = {name: listed(name) for name in names if hasattr(dist, name)}
+    factor_collectives.dist = SimpleNamespace(**{**vars(dist), **ops})  # type: ignore[assignment]
     try:
         yield calls
     finally:
@@ -153,7 +189,7 @@ def fit(
     module: Module,
     *,
     devices: int = 2,
-    strategy: str | None = None,
+    strategy: Any = None,
     max_epochs: int = 2,
     resume: Path | None = None,
     checkpoints: str | None = None,
@@ -166,8 +202,8 @@ def fit(
     saver = ModelCheckpoint(folder / (checkpoints or "none"), "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     if "plugins" not in trainer_options:
         trainer_options.setdefault("precision", "64-true")
-    with listed_all_reduces() as all_reduces:
-        log = StepLog(all_reduces)
+    with listed_collectives() as calls:
+        log = StepLog(calls)
         trainer = L.Trainer(
             accelerator="cpu",
             devices=devices,
@@ -200,8 +236,9 @@ def fit(
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "curvature": curvature.state_dict(),
         "window": float(curvature.stacks.flat_sums.abs().sum()),
-        "numel": curvature.stacks.flat_sums.numel(),
-        "all_reduces": all_reduces,
+        "travelling": sum(map(curvature.stacks.n_travelling_bytes, range(5))) // curvature.stacks.dtype.itemsize,
+        "collectives": calls,
+        "all_reduces": only("all_reduce", calls),
         "counts": log.counts,
         "steps": log.steps,
         "epochs": (trainer.current_epoch, trainer.global_step),
@@ -232,13 +269,13 @@ def plain_loop(folder: Path) -> Result:
     flat = torch.tensor([1.0 + rank, 10.0])
     same = flat
     group = factor_collectives.new_factor_group()
-    factor_collectives.sum_across_ranks_(flat, group)
-    factor_collectives.sum_across_ranks_(flat)
+    factor_collectives.Ranks(group).start_sum(flat)()
+    factor_collectives.Ranks().start_sum(flat)()
     net = Net().double()
     curvature = Curvature(net, block_size=8)
     images, classes = (part.split([10, 22])[rank] for part in batch(0))
-    F.cross_entropy(net(images.double(), True), classes).backward()
-    with listed_all_reduces() as all_reduces:
+    F.cross_entropy(net(images.double(), 1), classes).backward()
+    with listed_collectives() as calls:
         curvature.update()
     return {
         "is_distributed": factor_collectives.is_distributed(),
@@ -247,8 +284,38 @@ def plain_loop(folder: Path) -> Result:
         "summed": flat,
         "in_place": flat is same,
         "curvature": curvature.state_dict(),
-        "all_reduces": all_reduces,
+        "all_reduces": only("all_reduce", calls),
+        "n_collectives": len(calls),
     }
+
+
+def on_the_first_rank(rank: int, number: int) -> int:
+    return int(rank == 0)
+
+
+def irregular(rank: int, number: int) -> int:
+    """From batch to batch and rank to rank another number of uses, among them more than before, and none."""
+    return ((2, 0, 3, 1), (1, 2, 0, 3))[rank][number]
+
+
+def raises(rank: int, number: int) -> None:
+    """On the last rank, in a step that refreshes, while the first one goes on to backward and sends its factors."""
+    if rank and number == 3:
+        raise RuntimeError("a rank of the test raised")
+
+
+def dies(rank: int, number: int) -> None:
+    """Without a word, on the rank that the others look up to."""
+    if rank == 0 and number == 3:
+        os._exit(13)
+
+
+QUARTERS = (8, 8, 8, 8)
+UNUSED = "thor_ddp_find_unused_parameters_true"
+
+
+def in_buckets(**options: Any) -> ThorDDPStrategy:
+    return ThorDDPStrategy(factor_bucket_mb=1e-3, **options)
 
 
 TRAININGS: dict[str, Callable[[Path], Result]] = {
@@ -256,35 +323,52 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "halves_ddp": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy="ddp"),
     "resumed": lambda folder: fit(folder, Module(HALVES), max_epochs=3, resume=folder / "halves" / "epoch=0.ckpt"),
     "staggered": lambda folder: fit(folder, Module(HALVES), max_epochs=3, stagger=True),
+    "polar": lambda folder: fit(folder, Module(HALVES, mode="polar"), max_epochs=2, strategy=in_buckets()),
     "trace_rule": lambda folder: fit(folder, Module(HALVES), max_epochs=3, trace_rule=(0.2, 0.02)),
     "quarters": lambda folder: fit(folder, Module(HALVES, micro_batches=2)),
     "unequal": lambda folder: fit(folder, Module((10, 22)), max_steps=1),
     # Batch 3 would be the fourth applied step, in which a refresh is due.
     "overflow": lambda folder: fit_with_loss_scaling(folder, batches=(0, 1, 2, 3, 4, 5), overflow=3),
     "overflow_left_out": lambda folder: fit_with_loss_scaling(folder, batches=(0, 1, 2, 4, 5)),
-    "unused": lambda folder: fit(
-        folder, Module(HALVES, extra=(0,)), strategy="thor_ddp_find_unused_parameters_true", max_epochs=1
+    "unused": lambda folder: fit(folder, Module(HALVES, extra=on_the_first_rank), strategy=UNUSED, max_epochs=1),
+    "unused_once": lambda folder: fit(folder, Module(HALVES, extra=on_the_first_rank), strategy=UNUSED, max_steps=1),
+    # A refresh is due at batches 0, 3, 2, 1 of three epochs.
+    "buckets": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=in_buckets()),
+    "split": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=ThorDDPStrategy(split_indices=[0, 2])),
+    "static": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=in_buckets(static_graph=True)),
+    "rounded": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=ThorDDPStrategy(bf16_factors=True)),
+    "irregular": lambda folder: fit(
+        folder, Module(HALVES, extra=irregular), max_epochs=3, strategy=in_buckets(find_unused_parameters=True)
     ),
-    "unused_once": lambda folder: fit(
-        folder, Module(HALVES, extra=(0,)), strategy="thor_ddp_find_unused_parameters_true", max_steps=1
+    "irregular_ddp": lambda folder: fit(
+        folder, Module(HALVES, extra=irregular), max_epochs=3, strategy="ddp_find_unused_parameters_true"
     ),
     "auto": fit_with_a_block_size_that_each_rank_would_choose_differently,
+    "micro_batches_in_buckets": lambda folder: fit(folder, Module(HALVES, micro_batches=2), strategy=in_buckets()),
     "plain_loop": plain_loop,
+}
+NAMED_ONLY: dict[str, Callable[[Path], Result]] = {
+    "four": lambda folder: fit(folder, Module(QUARTERS), devices=4, max_epochs=3, strategy=in_buckets()),
+    "four_resumed": lambda folder: fit(
+        folder, Module(QUARTERS), devices=4, max_epochs=3, resume=Path(os.environ["TWO_RANKS"]) / "halves/epoch=0.ckpt"
+    ),
+    "dies": lambda folder: fit(folder, Module(HALVES, fail=dies), strategy=in_buckets()),
 }
 
 
-@functools.lru_cache(maxsize=1)
-def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
-    """The folder with the results of all trainings (it goes with the cache), and what the two processes printed."""
-    folder = tempfile.TemporaryDirectory(prefix="lightning_thor_two_ranks_")
-    root = Path(__file__).parents[1]
-    # What a launcher left in this process would make the new one believe that it is a rank already.
+def environment() -> dict[str, str]:
+    """What a launcher left in this process would make a new one believe that it is a rank already."""
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    env |= {"PYTHONPATH": os.pathsep.join([str(root), env.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    return env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def run(command: list[str], **env: str) -> tuple[int, str]:
+    """Exit status and output of a command with all processes that it starts; ended after `SECONDS`."""
     process = subprocess.Popen(
-        [sys.executable, __file__, folder.name],
-        cwd=root,
-        env=env,
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment() | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -295,7 +379,14 @@ def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         printed = f"Ended after {SECONDS} seconds. {process.communicate()[0]}"
-    return folder, printed
+    return process.returncode, printed
+
+
+@functools.lru_cache(maxsize=1)
+def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
+    """The folder with the results of all trainings (it goes with the cache), and what the two processes printed."""
+    folder = tempfile.TemporaryDirectory(prefix="lightning_thor_two_ranks_")
+    return folder, run([__file__, folder.name])[1]
 
 
 def results_folder() -> Path:
@@ -316,8 +407,8 @@ def two_ranks(name: str) -> list[Result]:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    for name, training in TRAININGS.items():
-        result = training(folder)
+    for name in sys.argv[2:] or TRAININGS:
+        result = (TRAININGS | NAMED_ONLY)[name](folder)
         torch.save(result, folder / f"{name}-{dist.get_rank()}.pt")
 
 

@@ -13,7 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import memory, readme, step_cost, step_figures, step_parts, step_workloads
+from benchmarks import (
+    communication,
+    memory,
+    messages,
+    readme,
+    scaling,
+    step_cost,
+    step_figures,
+    step_parts,
+    step_workloads,
+)
 from lightning_thor import Curvature
 
 ROOT = Path(__file__).parents[1]
@@ -297,3 +307,63 @@ def test_a_marker_without_its_end_is_an_error(root: Path) -> None:
 def test_the_readme_of_this_repository_holds_what_was_measured() -> None:
     ended = python_module("benchmarks.readme", "--check")
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+# ── communication ──
+
+
+@pytest.mark.slow
+def test_the_messages_that_are_counted_are_those_that_two_processes_send(tmp_path: Path) -> None:
+    out = tmp_path / "communication.json"
+    options = ("--workload", "tiny", "--measure", "2", "--rounds", "1", "--out", str(out))
+    ended = python_module("benchmarks.communication", *options)
+    assert ended.returncode == 0, ended.stderr
+    assert "what each rank says" in ended.stdout
+    result = json.loads(out.read_text(encoding="utf-8"))["tiny"]
+    for way, timed in result["times"].items():
+        counted = result["counts"][way]["2"]
+        assert sorted(timed["2"]["messages"]) == sorted(counted["factors"] + counted["inverses"])
+        assert len(timed["2"]["invert"]) == 2
+        assert {what for what, _, _ in timed["2"]["timeline"]} >= {"backward", "sum", "wait", "invert", "update"}
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("workload", ["resnet18", "gpt"])
+def test_a_refresh_takes_few_messages_and_little_more_than_half_of_the_bytes_of_whole_blocks(workload: str) -> None:
+    model = communication.WORKLOADS[workload].model()
+    for way in ("at once", "buckets", "buckets, bf16"):
+        counted = messages.counts(model, messages.WAYS[way], n_ranks=4)
+        # One bucket is 4 MB and at most one layer more.
+        n_buckets = 1 if way == "at once" else -(-counted["travelling_bytes"] // (4 * 2**20))
+        assert len(counted["factors"]) <= 2 * n_buckets
+        assert len(counted["inverses"]) == 1
+        assert counted["travelling_bytes"] <= 0.55 * counted["whole_bytes"]
+        inverse_bytes = sum(n_bytes for _, n_bytes in counted["inverses"]) * 4
+        assert inverse_bytes <= 0.6 * counted["whole_bytes"]
+    whole = messages.moved(messages.counts(model, messages.WAYS["buckets"], 4)["factors"], 4)
+    assert messages.moved(counted["factors"], 4) <= 0.52 * whole
+
+
+# ── scaling ──
+
+
+def test_the_page_on_scaling_holds_what_the_cost_model_gives() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert f"<!-- scaling:begin -->\n{scaling.markdown()}\n<!-- scaling:end -->" in page
+
+
+def test_the_cost_model_counts_bytes_and_messages_as_its_sources_do() -> None:
+    rates = scaling.Rates(latency=1.0, bandwidth=1.0, inversion=1.0)
+    # 2 log2(4) messages of a microsecond, and twice three quarters of a gigabyte at one a second.
+    assert rates.all_reduce(1e9, 4) == pytest.approx(4e-3 + 1500)
+    assert rates.all_gather(1e9, 4) == pytest.approx(2e-3 + 3000)
+    assert rates.all_to_all(1e9, 4) == pytest.approx(3e-3 + 750)
+    assert rates.inverting(1e9) == pytest.approx(1000)
+
+
+def test_in_the_cost_model_shared_work_falls_as_one_over_the_ranks_and_that_of_nn_thor_stays() -> None:
+    curvature = Curvature(communication.WORKLOADS["resnet18"].model())
+    work = {n: scaling.ours(curvature, n, scaling.ASSUMED).work for n in (1, 2, 4, 8)}
+    assert scaling.nn_thor(curvature, 8, scaling.ASSUMED).work == work[1]
+    for n in (2, 4, 8):
+        assert work[1] / n <= work[n] <= 1.05 * work[1] / n

@@ -247,7 +247,7 @@ def test_a_failed_inversion_keeps_the_last_good_inverse_and_is_counted() -> None
     curvature.update()
     good = inverses(curvature)
     curvature.stacks.blocks_of(0, "average")[0, 0, 0, 0] = -1e6  # no covariance could become indefinite by itself
-    curvature.stacks.invert(curvature.stacks.select(tuple(range(4))), "sqrt", 1e-3)
+    curvature.stacks.invert(curvature.stacks.select(tuple(range(4))), "sqrt", 1e-3, curvature.solve)
     assert curvature.stacks.failed_inversions == 1
     torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse"), good[18][:1][None], rtol=0, atol=0)
 
@@ -261,7 +261,7 @@ def test_a_block_that_never_had_an_inverse_falls_back_to_its_mean_eigenvalue() -
     A = curvature.stacks.blocks_of(0, "average")[0, 0]
     A[0, 0] -= 100.0
     A[1, 1] += 200.0
-    curvature.stacks.invert(whole, "trace", 0.2)
+    curvature.stacks.invert(whole, "trace", 0.2, curvature.solve)
     mean = A.trace() / 3
     torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse")[0, 0], torch.eye(3) / (1.2 * mean))
 

@@ -155,7 +155,9 @@ def test_a_block_that_fails_has_a_root_of_what_natural_mode_has() -> None:
         stack.average[:2, 0, 1] += 10.0
         stack.average[:2, 1, 0] += 10.0
         stack.inverted[1] = False
-        curvature.stacks.invert(curvature.stacks.select(tuple(range(len(curvature.layers)))), "sqrt", 1e-4)
+        curvature.stacks.invert(
+            curvature.stacks.select(tuple(range(len(curvature.layers)))), "sqrt", 1e-4, curvature.solve
+        )
         assert int(curvature.stacks.failed_inversions) == 2
         kept.append(stack.inverse)
     torch.testing.assert_close(kept[1].mT @ kept[1], kept[0], rtol=1e-8, atol=1e-8)

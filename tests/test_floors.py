@@ -16,7 +16,18 @@ FOLDER = Path(__file__).parents[1] / PACKAGE
 GROUND, FIRST, TOP = 0, 1, 2
 FLOOR_NAMES = ("ground floor", "first floor", "top floor")
 FLOORS = {
-    GROUND: {"blocks", "inverse", "damping", "polar", "rows", "thor_rows", "schedules", "spectrum", "trace_rule"},
+    GROUND: {
+        "blocks",
+        "inverse",
+        "damping",
+        "polar",
+        "rows",
+        "thor_rows",
+        "schedules",
+        "spectrum",
+        "trace_rule",
+        "triangles",
+    },
     FIRST: {
         "attention",
         "layer",
@@ -32,6 +43,10 @@ FLOORS = {
         "optimizer",
         "collectives",
         "split",
+        "exchange",
+        "buckets",
+        "window",
+        "shares",
     },
     TOP: {
         "__init__",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,33 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from torch.multiprocessing import ProcessRaisedException
 
-from lightning_thor import Curvature, ThorDDPStrategy
+from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy
 from tests.boring import without_words
-from tests.distributed_workers import ROWS, Module, Net, Result, batch, fit, results_folder, two_ranks
+from tests.distributed_workers import (
+    HALVES,
+    ROWS,
+    Module,
+    Net,
+    Result,
+    batch,
+    fit,
+    in_buckets,
+    raises,
+    results_folder,
+    two_ranks,
+)
 
 STATE = ("weights", "optimizer", "curvature", "schedulers", "epochs")
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The strategies set these for processes that they start; monkeypatch takes them away again."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
 
 
 def one_rank(folder: Path, **options: Any) -> Result:
@@ -33,14 +56,79 @@ def assert_bitwise(actual: Any, expected: Any) -> None:
 # ── registration ──
 
 
-def test_the_strategies_are_found_by_name() -> None:
-    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="thor_ddp", logger=False)
-    assert isinstance(trainer.strategy, ThorDDPStrategy)
-    assert trainer.world_size == 2
-    assert "thor_ddp" in StrategyRegistry
+def test_every_form_of_ddp_that_lightning_registers_is_there_for_thor_ddp() -> None:
+    forms = [name for name in StrategyRegistry if name == "ddp" or name.startswith("ddp_")]
+    assert len(forms) >= 12
+    for form in forms:
+        assert StrategyRegistry[f"thor_{form}"]["strategy"] is ThorDDPStrategy
+        assert StrategyRegistry[f"thor_{form}"]["init_params"] == StrategyRegistry[form]["init_params"]
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="thor_ddp_find_unused_parameters_true", logger=False)
     assert isinstance(trainer.strategy, ThorDDPStrategy)
+    assert trainer.world_size == 2
     assert trainer.strategy._ddp_kwargs == {"find_unused_parameters": True}
+
+
+def forked(folder: Path, module: Module, strategy: Any) -> None:
+    """Two ranks, forked from here."""
+    L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=3,
+        precision="64-true",
+        callbacks=[ThorCallback(update_every_n_steps=3, block_size=8, summary=False)],
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    ).fit(module)
+
+
+@pytest.mark.slow
+def test_ranks_that_are_forked_train_as_those_that_are_launched(tmp_path: Path, clean_environment: None) -> None:
+    module = Module(HALVES)
+    forked(tmp_path, module, "thor_ddp_fork")
+    assert_bitwise(dict(module.net.named_parameters()), two_ranks("halves")[0]["weights"])
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_ends_the_other_with_an_error_in_bounded_time(
+    tmp_path: Path, clean_environment: None
+) -> None:
+    """In a step that refreshes, while the other one goes on to backward and sends its factors."""
+    start = time.monotonic()
+    with pytest.raises(ProcessRaisedException, match="RuntimeError: a rank of the test raised"):
+        forked(tmp_path, Module(HALVES, fail=raises), in_buckets(start_method="fork"))
+    assert time.monotonic() - start < 60
+
+
+def test_what_is_handed_to_spawned_ranks_can_be_pickled() -> None:
+    strategy = pickle.loads(pickle.dumps(ThorDDPStrategy(split_indices=[1, 3], start_method="spawn")))
+    assert isinstance(strategy, ThorDDPStrategy)
+    assert pickle.loads(pickle.dumps(ThorCallback(damping=0.3)))._options["damping"] == 0.3
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), True, "25"])
+def test_a_bucket_size_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="factor_bucket_mb must be a number of megabytes greater than 0"):
+        ThorDDPStrategy(factor_bucket_mb=value)
+
+
+def test_two_ways_of_making_buckets_at_once_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"factor_bucket_mb=1 and split_indices=\[3\] both say"):
+        ThorDDPStrategy(factor_bucket_mb=1, split_indices=[3])
+
+
+def test_bf16_factors_must_be_a_bool() -> None:
+    with pytest.raises(TypeError, match="bf16_factors must be True or False, got 'bf16'"):
+        ThorDDPStrategy(bf16_factors="bf16")  # type: ignore[arg-type]
+
+
+def test_split_indices_of_another_model_are_refused_when_fit_starts() -> None:
+    with pytest.raises(ValueError, match="names layer 4, but this model has 4 layers"):
+        ThorDDPStrategy(split_indices=[1, 4]).connect_curvature(Curvature(Net()))
 
 
 def test_thor_ddp_takes_the_options_of_ddp() -> None:
@@ -49,10 +137,7 @@ def test_thor_ddp_takes_the_options_of_ddp() -> None:
     assert strategy._ddp_kwargs == {"gradient_as_bucket_view": True}
 
 
-def test_thor_ddp_on_one_process_is_bitwise_a_single_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)  # the strategy sets them; monkeypatch takes them away again
+def test_thor_ddp_on_one_process_is_bitwise_a_single_device(tmp_path: Path, clean_environment: None) -> None:
     alone = one_rank(tmp_path)
     try:
         ddp = one_rank(tmp_path, strategy="thor_ddp")
@@ -84,7 +169,17 @@ def test_two_staggered_ranks_are_one_staggered_rank(tmp_path: Path) -> None:
         torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
         assert result["counts"] == list(range(1, 13))  # 5 layers on an interval of 3: every step has some
         sizes = [call["numel"] for call in result["all_reduces"]]
-        assert sizes[0] == result["numel"] == sum(sizes[1:4]) == sum(sizes[4:7])
+        assert sizes[0] == result["travelling"] == sum(sizes[1:4]) == sum(sizes[4:7])
+
+
+@pytest.mark.slow
+def test_two_ranks_in_polar_mode_are_one_rank(tmp_path: Path) -> None:
+    """The roots of the inverses are shared out too, and travel as triangles."""
+    module = Module((ROWS,), mode="polar")
+    alone = fit(tmp_path, module, devices=1, max_epochs=2)
+    first, second = two_ranks("polar")
+    assert_bitwise(state(first), state(second))
+    torch.testing.assert_close(state(first), state(alone), rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.slow
@@ -96,7 +191,8 @@ def test_micro_batches_on_two_ranks_are_one_batch_on_one_rank(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "training", ["halves", "halves_ddp", "quarters", "unequal", "overflow", "unused", "resumed", "auto"]
+    "training",
+    ["halves", "halves_ddp", "quarters", "unequal", "overflow", "unused", "resumed", "rounded", "irregular", "auto"],
 )
 def test_both_ranks_hold_bitwise_the_same(training: str) -> None:
     first, second = two_ranks(training)
@@ -127,6 +223,76 @@ def test_all_ranks_take_the_block_size_that_rank_0_chose() -> None:
         assert (1, 1, 96, 96) in sizes  # the widest factor, whole
 
 
+# ── buckets that start in backward ──
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ("buckets", "halves_ddp"),
+        ("split", "halves_ddp"),
+        ("static", "halves_ddp"),
+        ("irregular", "irregular_ddp"),
+        ("micro_batches_in_buckets", "quarters"),
+    ],
+)
+def test_how_factors_travel_changes_no_number(training: str, expected: str) -> None:
+    """In buckets or at once, from backward or from the step; layers that are used 0 to 3 times, other on each rank."""
+    for result, plain in zip(two_ranks(training), two_ranks(expected), strict=True):
+        assert_bitwise(state(result), state(plain))
+
+
+@pytest.mark.slow
+def test_buckets_are_runs_of_layers_the_last_one_first_and_start_in_backward_from_the_second_refresh_on() -> None:
+    for result in two_ranks("split"):
+        # conv and its norm | hidden, head | extra
+        first = [call["numel"] for call in result["all_reduces"][:3]]
+        assert first == [61, 539, 284]
+        started = [call["in_backward"] for call in result["all_reduces"]]
+        assert started == [False] * 3 + [True] * 9
+
+
+@pytest.mark.slow
+def test_micro_batches_that_only_accumulate_start_nothing() -> None:
+    for result in two_ranks("micro_batches_in_buckets"):
+        n_buckets = result["counts"][1]
+        assert result["counts"][:8] == [0, *[n_buckets] * 6, 2 * n_buckets]
+        assert all(call["in_backward"] for call in result["all_reduces"][n_buckets:])
+
+
+@pytest.mark.slow
+def test_a_layer_that_was_not_used_holds_its_bucket_back_until_the_step() -> None:
+    for result in two_ranks("irregular"):
+        assert {call["in_backward"] for call in result["all_reduces"]} == {True, False}
+
+
+@pytest.mark.slow
+def test_factors_in_bfloat16_take_two_messages_of_a_quarter_and_are_off_by_its_rounding() -> None:
+    for rounded, exact in zip(two_ranks("rounded"), two_ranks("halves"), strict=True):
+        assert not rounded["all_reduces"]
+        refreshes = len(exact["all_reduces"])
+        (there,) = {call["bytes"] for call in rounded["collectives"] if call["op"] == "all_to_all"}
+        assert len([call for call in rounded["collectives"] if call["op"] == "all_to_all"]) == refreshes
+        assert len(rounded["collectives"]) == 3 * refreshes  # there, back, and the inverses
+        # float64 to bfloat16, and what is counted of five layers, 160 bytes, twice.
+        assert there == pytest.approx(exact["travelling"] * 2 + 2 * 160, abs=100)
+        for name, layer in exact["curvature"]["layers"].items():
+            other = rounded["curvature"]["layers"][name]
+            assert_bitwise((other["updates"], other["positions"]), (layer["updates"], layer["positions"]))
+
+
+# ── inversions shared out ──
+
+
+@pytest.mark.slow
+def test_a_refresh_of_thor_ddp_brings_the_inverses_to_all_by_one_collective() -> None:
+    for training, own_group in (("halves", True), ("halves_ddp", False)):
+        for result in two_ranks(training):
+            assert [call["op"] for call in result["collectives"]] == ["all_reduce", "all_gather"] * 4
+            assert {call["own_group"] for call in result["collectives"]} == {own_group}
+
+
 # ── checkpoints ──
 
 
@@ -155,7 +321,8 @@ def test_an_overflow_on_one_rank_is_skipped_and_forgotten_on_both() -> None:
     """Batch 3, whose step would refresh, overflows on rank 1 alone: as if it had not been there."""
     for overflow, left_out in zip(two_ranks("overflow"), two_ranks("overflow_left_out"), strict=True):
         assert overflow["steps"] == [1, 2, 3, 3, 4, 5]
-        assert overflow["counts"] == [1, 1, 1, 1, 2, 2]  # the refresh comes one batch later
+        # The refresh comes one batch later; what the skipped step had on its way comes to its end on both ranks.
+        assert overflow["counts"] == [1, 1, 1, 2, 3, 3]
         assert overflow["window"] == 0.0
         assert int(overflow["curvature"]["rejected_windows"]) == 0
         assert all(weight.isfinite().all() for weight in overflow["weights"].values())
@@ -171,7 +338,7 @@ def test_a_layer_that_only_one_rank_uses_has_its_curvature_on_both() -> None:
     net = Net().double()
     curvature = Curvature(net, block_size=8, update_every_n_steps=3)
     images, classes = (part[:16] for part in batch(0))
-    torch.nn.functional.cross_entropy(net(images.double(), True), classes).backward()
+    torch.nn.functional.cross_entropy(net(images.double(), 1), classes).backward()
     curvature.update()
     for result in two_ranks("unused"):
         layer = result["curvature"]["layers"]["net.extra"]

@@ -1,0 +1,87 @@
+"""Ways in which factors travel to other ranks, and the messages that each takes: these follow from a model's shapes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_thor import Curvature
+from lightning_thor.buckets import Cut, by_size, one_bucket
+from lightning_thor.exchange import Wait
+from lightning_thor.shares import SharedInversions
+from lightning_thor.strategy import DEFAULT_BUCKET_MB
+from lightning_thor.window import Window
+
+
+@dataclass
+class Way:
+    """One way in which factors travel."""
+
+    cut: Cut
+    from_backward: bool = False
+    bf16: bool = False
+
+
+def each_alone(layers: Sequence[int], n_bytes: Sequence[int]) -> list[list[int]]:
+    """A bucket for each layer: no fusion."""
+    return [[layer] for layer in layers]
+
+
+WAYS = {
+    "layer by layer": Way(each_alone),
+    "at once": Way(one_bucket),
+    "buckets": Way(by_size(DEFAULT_BUCKET_MB * 2**20), from_backward=True),
+    "buckets, bf16": Way(by_size(DEFAULT_BUCKET_MB * 2**20), from_backward=True, bf16=True),
+}
+
+
+class Counting:
+    """An exchange with nobody: notes each message as ``(collective, bytes that a rank gives to it)``."""
+
+    own_share = 0
+
+    def __init__(self, n_shares: int, bf16: bool) -> None:
+        self.n_shares, self.bf16 = n_shares, bf16
+        self.messages: list[tuple[str, int]] = []
+
+    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Wait:
+        if self.bf16 and n_exact < len(flat):
+            part = 2 * -(-(len(flat) - n_exact) // self.n_shares)
+            self.messages.append(("all_to_all", self.n_shares * (part + n_exact * flat.element_size())))
+            self.messages.append(("all_gather", part))
+        else:
+            self.messages.append(("all_reduce", flat.numel() * flat.element_size()))
+        return lambda: None
+
+    def gather(self, own: Tensor) -> Tensor:
+        self.messages.append(("all_gather", own.numel() * own.element_size()))
+        return own.repeat(self.n_shares)
+
+
+def moved(messages: Sequence[Sequence[Any]], n_ranks: int) -> float:
+    """Bytes that each rank sends, by the algorithms that move fewest (rings).
+
+    >>> moved([("all_reduce", 100), ("all_gather", 100), ("all_to_all", 100)], n_ranks=4)
+    525.0
+    """
+    times = {"all_reduce": 2 * (n_ranks - 1) / n_ranks, "all_gather": n_ranks - 1, "all_to_all": 1 - 1 / n_ranks}
+    return float(sum(times[kind] * n_bytes for kind, n_bytes in messages))
+
+
+def counts(model: nn.Module, way: Way, n_ranks: int) -> dict[str, Any]:
+    """What a refresh of all layers says: messages for factors, those for inverses, and what whole blocks would take."""
+    curvature = Curvature(model)
+    stacks, n_layers = curvature.stacks, len(curvature.layers)
+    factors, inverses = Counting(n_ranks, way.bf16), Counting(n_ranks, way.bf16)
+    Window(stacks, factors, lambda: (tuple(range(n_layers)), ()), way.cut).sum()
+    problems = {
+        size: (stack.average, stack.average.new_ones(len(stack.average))) for size, stack in stacks.stacks.items()
+    }
+    SharedInversions(inverses, lambda blocks, damping: (blocks, damping > 0))(problems)
+    return {
+        "factors": factors.messages,
+        "inverses": inverses.messages,
+        "whole_bytes": stacks.flat_sums.numel() * stacks.flat_sums.element_size(),
+        "travelling_bytes": sum(map(stacks.n_travelling_bytes, range(n_layers))),
+    }

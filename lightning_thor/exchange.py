@@ -1,0 +1,33 @@
+"""What curvature asks of the processes that train together; it knows neither ranks nor how they are connected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+Wait = Callable[[], None]
+
+
+class Exchange(Protocol):
+    """All processes call the same methods in the same order, with tensors of the same length."""
+
+    @property
+    def n_shares(self) -> int:
+        """How many processes there are; with 1, nothing below is called."""
+
+    @property
+    def own_share(self) -> int:
+        """Which of them this one is, counted from 0."""
+
+    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Wait:
+        """Begin to add up ``flat`` over the processes, in place; what is returned waits for it.
+
+        Args:
+            flat: one-dimensional; not to be touched before the wait.
+            n_exact: of how many numbers at the end the sum must not be rounded to fewer digits.
+        """
+
+    def gather(self, own: Tensor) -> Tensor:
+        """``own`` of every process, one after the other: ``[n]`` to ``[n_shares * n]``."""

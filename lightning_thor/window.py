@@ -1,0 +1,149 @@
+"""The open window's way over the processes: bucket by bucket, begun while backward still runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_thor.buckets import Cut, one_bucket
+from lightning_thor.exchange import Exchange, Wait
+from lightning_thor.stacks import FactorStacks, Selection
+
+Turn = tuple[tuple[int, ...], tuple[int, ...]]
+"""The layers to refresh and those to probe at a step."""
+
+
+class Bucket(NamedTuple):
+    """What is summed in one go."""
+
+    layers: list[int]
+    selection: Selection
+
+
+class Window:
+    """Sums the layers' windows over processes.
+
+    Every process sums the same buckets in the same order, those of the last layers first; only *when* a bucket starts
+    is each process's own affair. It starts from backward if it is its turn, each of its layers has handed over all
+    pairs that its forward passes announced, and no fewer than in any earlier window. What has not started by then
+    starts in `sum`, zeros for layers that were silent here; so a layer that is used several times, late or never holds
+    its bucket back, and nobody waits for it.
+
+    Args:
+        stacks: where the windows lie.
+        exchange: the processes.
+        turn: the layers of the present step, which must be the same on all processes.
+        cut: how they are shared out to buckets.
+        may_start: whether this backward is the last before the step; None never starts from backward.
+    """
+
+    def __init__(
+        self,
+        stacks: FactorStacks,
+        exchange: Exchange,
+        turn: Callable[[], Turn],
+        cut: Cut = one_bucket,
+        may_start: Callable[[], bool] | None = None,
+    ) -> None:
+        self._stacks, self._exchange, self._turn, self._cut, self._may_start = stacks, exchange, turn, cut, may_start
+        n_layers = len(stacks.updates)
+        self._announced = [0] * n_layers
+        """Pairs that forward passes promised and backward has not given yet."""
+        self._given = [0] * n_layers
+        self._most: list[float] = [0] * n_layers
+        """The most pairs that a window ever had here; 0 for a layer of which nothing is known."""
+        self._plans: dict[Turn, list[Bucket]] = {}
+        self._buckets: list[Bucket] | None = None
+        """Those of the open window, once they are asked for."""
+        self._started: list[tuple[Tensor, Wait]] = []
+
+    def announce(self, layer: int) -> None:
+        """A forward pass of a layer, whose pair is to come."""
+        self._announced[layer] += 1
+
+    def is_late(self, layer: int) -> bool:
+        """True if a layer's bucket is on its way: a further pair of it cannot be taken any more.
+
+        From then on that layer's bucket does not start from backward.
+        """
+        late = any(layer in bucket.layers for bucket in (self._buckets or [])[: len(self._started)])
+        if late:
+            self._most[layer] = math.inf
+        return late
+
+    def given(self, layer: int) -> None:
+        """A layer's pair was added to its window; start what is whole now."""
+        self._announced[layer] -= 1
+        self._given[layer] += 1
+        if self._may_start is None or self._exchange.n_shares == 1 or not self._may_start():
+            return
+        buckets = self._opened()
+        while len(self._started) < len(buckets) and self._is_whole(buckets[len(self._started)]):
+            self._start_next()
+
+    def sum(self) -> None:
+        """Have the windows of the step's layers summed over all processes: start what has not, and wait."""
+        if self._exchange.n_shares > 1:
+            buckets = self._opened()
+            self._start_all()
+            for bucket, (flat, wait) in zip(buckets, self._started, strict=True):
+                wait()
+                self._stacks.set_window_(bucket.selection, flat)
+        self._most = [max(most, given) for most, given in zip(self._most, self._given, strict=True)]
+        self.forget()
+
+    def drop(self) -> None:
+        """The step is skipped, on all processes: let what was started anywhere come to its end, for nothing."""
+        # Others may have started buckets that were not whole here: all take part in all of them, or in none.
+        if self._exchange.n_shares > 1 and self._may_start is not None:
+            self._start_all()
+            for _, wait in self._started:
+                wait()
+        self.forget()
+
+    def forget(self) -> None:
+        """Go back to an empty window, without a word to the other processes."""
+        self._announced = [0] * len(self._announced)
+        self._given = [0] * len(self._given)
+        self._buckets = None
+        self._started = []
+
+    def _is_whole(self, bucket: Bucket) -> bool:
+        # The last of a bucket's layers first: it is the last that backward comes to.
+        return all(
+            self._announced[layer] <= 0 and 0 < self._most[layer] <= self._given[layer]
+            for layer in reversed(bucket.layers)
+        )
+
+    def _start_all(self) -> None:
+        for _ in self._opened()[len(self._started) :]:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        selection = self._opened()[len(self._started)].selection
+        flat = self._stacks.window_of(selection)
+        n_exact = self._stacks.counts[selection.layers].numel()
+        self._started.append((flat, self._exchange.start_sum(flat, n_exact)))
+
+    def _opened(self) -> list[Bucket]:
+        if self._buckets is None:
+            turn = self._turn()
+            if turn not in self._plans:
+                self._plans[turn] = self._plan(*turn)
+            self._buckets = self._plans[turn]
+        return self._buckets
+
+    def _plan(self, due: tuple[int, ...], probed: tuple[int, ...]) -> list[Bucket]:
+        layers = sorted(due + probed, reverse=True)
+        n_bytes = [0 if layer in probed else self._stacks.n_travelling_bytes(layer) for layer in layers]
+        buckets = self._cut(layers, n_bytes) if layers else []
+        return [
+            Bucket(
+                bucket,
+                self._stacks.select(tuple(sorted(set(bucket) & set(due))), tuple(sorted(set(bucket) & set(probed)))),
+            )
+            for bucket in buckets
+        ]

@@ -1,0 +1,61 @@
+"""Processes that are not there: an `Exchange` for tests in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Twins:
+    """Several processes that do the same at the same time: a sum is a multiple."""
+
+    def __init__(self, n_shares: int = 2) -> None:
+        self.n_shares = n_shares
+        self.own_share = 0
+        self.log: list[str] = []
+        """What happened to sums: ``start N`` and ``wait N``, N numbers long."""
+        self.in_backward: list[bool] = []
+        """Of each sum, whether it started in backward."""
+
+    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Callable[[], None]:
+        self.log.append(f"start {len(flat)}")
+        self.in_backward.append(torch._C._current_graph_task_id() != -1)
+        summed = flat * self.n_shares
+
+        def wait() -> None:
+            self.log.append(f"wait {len(flat)}")
+            flat.copy_(summed)
+
+        return wait
+
+    def gather(self, own: Tensor) -> Tensor:
+        raise AssertionError("twins would have to share, and then they would not do the same")
+
+
+class Recorded:
+    """One of several processes, which run one after the other: what they send is recorded, then replayed."""
+
+    def __init__(self, n_shares: int, own_share: int, sent: list[list[Tensor]], replay: bool = False) -> None:
+        self.n_shares, self.own_share, self.replay = n_shares, own_share, replay
+        self._sent, self._calls = sent, 0
+
+    def _all(self, own: Tensor) -> list[Tensor]:
+        if not self.replay:
+            self._sent[self.own_share].append(own.clone())
+            return [own] * self.n_shares
+        torch.testing.assert_close(own, self._sent[self.own_share][self._calls], equal_nan=True)
+        self._calls += 1
+        return [sent[self._calls - 1] for sent in self._sent]
+
+    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Callable[[], None]:
+        summed = torch.stack(self._all(flat)).sum(0)
+
+        def wait() -> None:
+            flat.copy_(summed)
+
+        return wait
+
+    def gather(self, own: Tensor) -> Tensor:
+        return torch.cat(self._all(own))

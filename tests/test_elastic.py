@@ -1,0 +1,72 @@
+"""Other launchers, other numbers of ranks, and ranks that fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_thor import Curvature
+from lightning_thor.buckets import by_size
+from tests.distributed_workers import Result, results_folder, run, two_ranks
+from tests.fakes import Twins
+from tests.test_strategy import assert_bitwise, one_rank, state
+
+WORKERS = str(Path(__file__).with_name("distributed_workers.py"))
+
+
+def torchrun(n_ranks: int, folder: Path, *names: str) -> tuple[int, str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+    return run([*launcher, WORKERS, str(folder), *names], TWO_RANKS=str(results_folder()))
+
+
+def results(folder: Path, name: str, n_ranks: int, printed: str) -> list[Result]:
+    files = [folder / f"{name}-{rank}.pt" for rank in range(n_ranks)]
+    assert all(file.is_file() for file in files), printed[-6000:]
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+@pytest.mark.slow
+def test_four_ranks_under_torchrun_are_one_and_go_on_from_a_checkpoint_of_two(tmp_path: Path) -> None:
+    status, printed = torchrun(4, tmp_path, "four", "four_resumed")
+    assert status == 0, printed[-6000:]
+    alone = one_rank(tmp_path, max_epochs=3)
+    for name, first_step in (("four", 1), ("four_resumed", 5)):
+        for result in (ranks := results(tmp_path, name, 4, printed)):
+            assert (result["world_size"], result["steps"][0]) == (4, first_step)
+            torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
+            assert_bitwise(state(result), state(ranks[0]))
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun_are_those_of_lightnings_launcher_and_one_that_dies_ends_the_other(
+    tmp_path: Path,
+) -> None:
+    status, printed = torchrun(2, tmp_path, "halves", "dies")
+    for result, launched in zip(results(tmp_path, "halves", 2, printed), two_ranks("halves"), strict=True):
+        assert_bitwise(state(result), state(launched))
+    assert status not in (0, None)
+    assert "Ended after" not in printed
+    assert "exitcode  : 13" in printed
+    assert not list(tmp_path.glob("dies-*.pt"))
+
+
+def test_leaving_saving_and_restoring_say_nothing_to_other_ranks() -> None:
+    """In the middle of a window, whose sums are on their way: another rank may have died."""
+    exchange: Any = Twins()
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    curvature = Curvature(model, update_every_n_steps=1)
+    curvature.connect(exchange, cut=by_size(1), may_start=lambda: True)
+    curvature.solve = lambda problems: {size: (blocks, damping > 0) for size, (blocks, damping) in problems.items()}
+    model(torch.randn(4, 3)).sum().backward()
+    curvature.update()
+    model(torch.randn(4, 3)).sum().backward()
+    said = list(exchange.log)
+    assert said[-1].startswith("start")
+    saved = curvature.state_dict()
+    curvature.load_state_dict(saved)
+    curvature.close()
+    assert exchange.log == said

@@ -1,0 +1,225 @@
+"""Buckets that start in backward: not too early, not twice, in one order, and without a trace in the numbers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_thor import Curvature
+from lightning_thor.buckets import by_layer, by_size, check_split_indices
+from lightning_thor.shares import SharedInversions
+from tests.boring import without_words
+from tests.fakes import Recorded, Twins
+from tests.test_no_sync import Watch
+
+Forward = Callable[[nn.ModuleList, Tensor, int], Tensor]
+
+
+def layers() -> nn.ModuleList:
+    torch.manual_seed(4)
+    return nn.ModuleList([nn.Linear(6, 6, bias=False) for _ in range(4)]).double()
+
+
+def chain(model: nn.ModuleList, x: Tensor, step: int) -> Tensor:
+    for layer in model:
+        x = layer(x).tanh()
+    return x
+
+
+def twice(model: nn.ModuleList, x: Tensor, step: int) -> Tensor:
+    return chain(model, chain(model, x, step), step)
+
+
+def growing(model: nn.ModuleList, x: Tensor, step: int) -> Tensor:
+    for _ in range(1 + step):
+        x = chain(model, x, step)
+    return x
+
+
+def segments(use_reentrant: bool) -> Forward:
+    def forward(model: nn.ModuleList, x: Tensor, step: int) -> Tensor:
+        for _ in range(2):
+            x = checkpoint(lambda x: chain(model, x, step), x, use_reentrant=use_reentrant)
+        return x
+
+    return forward
+
+
+def unused_head(model: nn.ModuleList, x: Tensor, step: int) -> Tensor:
+    model[0](x)
+    return chain(model, x, step)
+
+
+def sometimes(model: nn.ModuleList, x: Tensor, step: int) -> Tensor:
+    return chain(model, x, step) if step % 2 == 0 else chain(model[1:], x, step)  # type: ignore[arg-type]
+
+
+def train(forward: Forward, exchange: Any = None, steps: int = 4, may_start: Any = lambda: True) -> Curvature:
+    model = layers()
+    curvature = Curvature(model, update_every_n_steps=1, block_size=3)
+    if exchange is not None:
+        curvature.connect(exchange, cut=by_size(1), may_start=may_start)
+        curvature.solve = SharedInversions(Recorded(1, 0, []))  # twins invert everything
+    for step in range(steps):
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64, requires_grad=True)
+        forward(model, x, step).square().mean().backward()
+        curvature.update()
+    return curvature
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [chain, twice, growing, unused_head, sometimes, segments(False), segments(True)],
+    ids=lambda f: f.__name__,
+)
+def test_twins_that_start_their_sums_in_backward_are_one_process(forward: Forward) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        actual, expected = train(forward, Twins()), train(forward)
+    torch.testing.assert_close(
+        without_words(actual.state_dict()), without_words(expected.state_dict()), rtol=1e-14, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "early"),
+    [
+        # By refresh; 4 buckets of one layer each, last layer first.
+        (chain, [0, 4, 4]),
+        (twice, [0, 4, 4]),
+        (growing, [0, 4, 4]),
+        (unused_head, [0, 3, 3]),  # one pair of the first layer is promised and never comes
+        (sometimes, [0, 3, 4]),
+        (segments(True), [0, 4, 4]),
+        (segments(False), [0, 0, 0]),  # what is recomputed promises pairs that never come
+    ],
+)
+def test_a_bucket_starts_in_backward_when_its_layers_have_given_all_they_promised(
+    forward: Forward, early: list[int]
+) -> None:
+    exchange = Twins()
+    train(forward, exchange, steps=3)
+    assert [sum(exchange.in_backward[4 * step :][:4]) for step in range(3)] == early
+
+
+def test_all_sums_start_before_the_first_wait_and_each_is_waited_for_once() -> None:
+    exchange = Twins()
+    train(chain, exchange, steps=2)
+    # A and G of one layer, 6 x 6 in blocks of 3: 2 x 2 x 6 numbers, and 4 that are counted.
+    assert exchange.log == (["start 28"] * 4 + ["wait 28"] * 4) * 2
+
+
+def test_nothing_starts_in_a_backward_that_only_accumulates() -> None:
+    exchange = Twins()
+    train(chain, exchange, may_start=lambda: False)
+    assert not any(exchange.in_backward)
+    assert len(exchange.in_backward) == 16
+
+
+def test_a_pair_that_comes_late_is_left_out_with_a_warning_and_never_again() -> None:
+    """A second backward in one step, where there was one before: A and the rows of the first count, of both later."""
+
+    def passes(curvature: Curvature, model: nn.ModuleList, n: int) -> None:
+        for seed in range(n):
+            x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            chain(model, x, 0).square().mean().backward()
+        curvature.update()
+
+    late, exact = layers(), layers()
+    curvature = Curvature(late, update_every_n_steps=1, averaging=0.0)
+    curvature.connect(Twins(), cut=by_size(1), may_start=lambda: True)
+    curvature.solve = SharedInversions(Recorded(1, 0, []))
+    expected = Curvature(exact, update_every_n_steps=1, averaging=0.0)
+    passes(curvature, late, 1)
+    with pytest.warns(UserWarning, match=r"Layer '3' was used again after its factors were on their way") as told:
+        passes(curvature, late, 2)
+    assert len(told) == 1
+    passes(expected, exact, 1)
+    expected.step = 2
+    for factor in range(8):
+        torch.testing.assert_close(
+            curvature.stacks.blocks_of(factor, "average"), expected.stacks.blocks_of(factor, "average")
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        passes(curvature, late, 2)
+    passes(expected, exact, 2)
+    for factor in range(8):
+        torch.testing.assert_close(
+            curvature.stacks.blocks_of(factor, "average"), expected.stacks.blocks_of(factor, "average")
+        )
+
+
+def test_a_skipped_step_ends_what_is_on_its_way_and_leaves_no_trace() -> None:
+    exchange = Twins()
+    curvature = train(chain, exchange, steps=2)
+    before = {name: tensor.clone() for name, tensor in curvature.state_dict()["layers"]["1"].items()}
+    chain(curvature.model, torch.randn(5, 6, dtype=torch.float64), 0).mean().backward()  # type: ignore[arg-type]
+    curvature.discard()
+    assert exchange.log[-8:] == ["start 28"] * 4 + ["wait 28"] * 4
+    assert curvature.stacks.flat_sums.abs().sum() == 0
+    torch.testing.assert_close(curvature.state_dict()["layers"]["1"], before, rtol=0, atol=0)
+
+
+def test_a_skipped_step_ends_sums_that_only_others_have_started() -> None:
+    exchange = Twins()
+    curvature = train(chain, exchange, steps=1)
+    curvature.discard()
+    assert exchange.log[8:] == ["start 28"] * 4 + ["wait 28"] * 4
+
+
+def test_without_early_starts_a_skipped_step_says_nothing_to_others() -> None:
+    exchange = Twins()
+    curvature = train(chain, exchange, steps=1, may_start=None)
+    curvature.discard()
+    assert len(exchange.log) == 8
+
+
+def test_no_step_with_other_processes_waits_for_the_device() -> None:
+    class Echo(Twins):
+        def gather(self, own: Tensor) -> Tensor:
+            return own.repeat(self.n_shares)
+
+    model, exchange = layers(), Echo()
+    curvature = Curvature(model, update_every_n_steps=1, block_size=3)
+    curvature.connect(exchange, cut=by_size(1), may_start=lambda: True)
+    for step in range(3):
+        with Watch() as watch:
+            chain(model, torch.randn(5, 6, dtype=torch.float64), step).square().mean().backward()
+            curvature.update()
+        assert not watch.waiting, f"step {step} waits by {watch.waiting}"
+    assert any(exchange.in_backward)
+
+
+# ── buckets ──
+
+
+def test_split_indices_count_as_nn_thor_does() -> None:
+    """54 layers with A and G, each followed by a norm but the last: [26, 53] makes 0 to 26 and 27 to 53."""
+    has_A = [True, False] * 53 + [True]
+    first, second = by_layer([26, 53], has_A)(range(106, -1, -1), [1] * 107)
+    assert sum(has_A[layer] for layer in first) == sum(has_A[layer] for layer in second) == 27
+    assert (first, second) == (list(range(106, 53, -1)), list(range(53, -1, -1)))
+
+
+@pytest.mark.parametrize("split", [[], [3, 3], [5, 2], [-1, 4]])
+def test_split_indices_that_do_not_increase_are_refused(split: list[int]) -> None:
+    with pytest.raises(ValueError, match="split_indices must not be empty and increase"):
+        check_split_indices(split)
+
+
+@pytest.mark.parametrize("split", ["26", 26, [1.0], [True]])
+def test_split_indices_of_another_type_are_refused(split: Any) -> None:
+    with pytest.raises(TypeError, match="must be a list of ints"):
+        check_split_indices(split)
+
+
+def test_an_index_that_no_layer_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="names layer 5, but this model has 3 layers"):
+        by_layer([1, 5], [True, True, False, True])
