@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import race, step_figures
+from benchmarks import race, step_figures, trace_rule
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +73,15 @@ def time_to_target_block(results: dict[str, Any]) -> str:
     )
 
 
+def trace_rule_block(results: dict[str, Any]) -> str:
+    """What the trace rule saves, from ``benchmarks/results/trace_rule.json``."""
+    return (
+        f"{markdown_table(trace_rule.HEADS, trace_rule.cells(results), words=2)}\n\n"
+        f"{results['words']}, {results['steps']} steps at a learning rate of {results['lr']:g}; means over seeds with "
+        f"95 % intervals. Measured on: {measured_on(results['environment'])}."
+    )
+
+
 def demo_block(figures: dict[str, Any]) -> str:
     """What ``make demo`` prints, from ``docs/demo.json``."""
     target = figures["target"]
@@ -100,6 +109,7 @@ def demo_block(figures: dict[str, Any]) -> str:
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("benchmarks/results/step_cost.json", step_cost_block),
     "time_to_target": ("benchmarks/results/time_to_target.json", time_to_target_block),
+    "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
     "demo": ("docs/demo.json", demo_block),
 }
 

@@ -1,0 +1,103 @@
+"""What the paper's trace rule saves, and what it costs in accuracy, on the CIFAR-10 workload of ``time_to_target``.
+
+THOR at one learning rate, with each rule at each interval, on the same seeds; the seeds are the outer loop. Figures are
+of the test split. Trainings that are in the JSON file already are not repeated.
+
+    python -m benchmarks.trace_rule --data DIR      # DIR holds cifar10/
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from benchmarks.contenders import Contender, Stepper
+from benchmarks.environment import RESULTS, environment
+from benchmarks.race import interval, with_interval
+from benchmarks.tasks import TASKS, Task
+from benchmarks.training import train
+from lightning_thor import Curvature, Thor
+
+RULES: Mapping[str, Any] = {
+    "none": None,
+    "THOR (0.01, 0)": "THOR",
+    "THOR_stop (0.01, 0.001)": "THOR_stop",
+    "(0.1, 0.01)": (0.1, 0.01),
+}
+INTERVALS = (10, 2)
+HEADS = ("interval", "trace rule", "refreshes done of possible", "accuracy", "ms per step")
+
+
+def one(task: Task, data: Any, rule: Any, every: int, lr: float, seed: int) -> dict[str, Any]:
+    """One training: the final metric, the seconds, and the refreshes, counted by layer."""
+    built: list[Curvature] = []
+
+    def build(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
+        built.append(Curvature(model, trace_rule=rule, update_every_n_steps=every))
+        return Thor(model.parameters(), lr=lr, preconditioner=built[0])
+
+    contender = Contender("THOR", build, (lr,), "tab:red")
+    ran = train(task, data, contender, lr, seed=seed, tuning=False, device=torch.device("cpu"))
+    done, possible = built[0].refreshes
+    return {"final": ran["values"][-1], "seconds": ran["seconds"][-1], "done": done, "possible": possible}
+
+
+def cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One row of ``HEADS`` for each interval and rule: means over seeds with 95 % intervals."""
+    for key in dict.fromkeys(key.rpartition(" ")[0] for key in results["runs"]):
+        runs = [run for name, run in results["runs"].items() if name.rpartition(" ")[0] == key]
+        every, _, rule = key.partition(" ")
+        yield (
+            every,
+            rule,
+            f"{100 * sum(run['done'] for run in runs) / sum(run['possible'] for run in runs):.0f} %",
+            with_interval(interval([run["final"] for run in runs]), ".3f"),
+            with_interval(interval([1e3 * run["seconds"] / results["steps"] for run in runs]), ".0f"),
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is not in the JSON file yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder that holds cifar10/")
+    parser.add_argument("--workload", choices=TASKS["cpu"], default="cifar10")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="to try this file out")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "trace_rule.json")
+    said = parser.parse_args(arguments)
+    torch.set_num_threads(said.threads)
+    device = torch.device("cpu")
+    task = TASKS["cpu"][said.workload]
+    if said.steps is not None:
+        task = Task(**{**vars(task), "steps": said.steps})
+    data = task.data(said.data, task.batch_size, device)
+    facts = {"words": task.words, "lr": said.lr, "steps": task.steps, "environment": environment(device)}
+    runs = json.loads(said.out.read_text(encoding="utf-8"))["runs"] if said.out.is_file() else {}
+    results: dict[str, Any] = {**facts, "runs": runs}
+    console = Console()
+    for seed in range(said.seeds):
+        for every in INTERVALS:
+            for name, rule in RULES.items():
+                key = f"{every} {name} seed={seed}"
+                if key in runs:
+                    continue
+                console.print(key)
+                runs[key] = one(task, data, rule, every, said.lr, seed)
+                said.out.parent.mkdir(parents=True, exist_ok=True)
+                said.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    table = Table(*HEADS, title=f"The trace rule on {task.words}, lr {said.lr:g}")
+    for row in cells(results):
+        table.add_row(*row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
