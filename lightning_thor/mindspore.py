@@ -61,8 +61,8 @@ def thor(
         batch_size: samples per batch (of each process, where there are several): nn.thor does not measure it.
         use_nesterov: Nesterov's momentum.
         decay_filter: called with an object whose ``.name`` is a parameter's name; whether it decays.
-        split_indices: there, the layers after which a new all-reduce begins. It is checked; here all factors travel in
-            one, and the numbers do not depend on it.
+        split_indices: there, the layers after which a new all-reduce begins. It is checked, and changes no number;
+            for several processes see `ThorDDPStrategy`.
         enable_clip_grad: clip each tensor's update, before momentum, to an L2 norm of 1.
         frequency: steps from one update of the curvature to the next; at least 2.
         variant: ``"gpu"`` or ``"ascend"``, whose statistics differ.
