@@ -18,6 +18,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_thor import ThorCallback, cli
+from tests.boring import callback_of
 
 # jsonargparse, about how LightningCLI calls it.
 pytestmark = pytest.mark.filterwarnings(r"ignore:(.|\n)*(deprecated in v4|JsonargparseDeprecationWarning)")
@@ -364,6 +365,19 @@ def test_the_block_size_of_a_configuration_is_auto_a_number_or_null(
     written = yaml.safe_load(next(tmp_path.rglob("config.yaml")).read_text(encoding="utf-8"))
     (init_args,) = (one["init_args"] for one in written["trainer"]["callbacks"])
     assert str(init_args["block_size"]) == {"null": "None"}.get(given, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [("THOR_stop", (0.01, 0.001)), ("[0.1,0.01]", (0.1, 0.01)), ("null", None)]
+)
+def test_the_trace_rule_of_a_configuration_is_a_name_two_thresholds_or_null(
+    given: str, found: tuple[float, float] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--trainer.callbacks=lightning_thor.ThorCallback", f"--trainer.callbacks.trace_rule={given}")
+    ran = run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, "--trainer.max_epochs=1", *options)
+    callback = callback_of(ran.trainer)
+    assert callback.curvature is not None
+    assert callback.curvature._trace_rule == found
 
 
 def test_split_needs_no_callback_in_the_configuration_and_runs_none(
