@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,20 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import collectives
-from lightning_thor.blocks import add_covariance_
 from lightning_thor.buckets import Cut, one_bucket
 from lightning_thor.damping import DampingRule
 from lightning_thor.directions import Mode, natural, polar
 from lightning_thor.exchange import Exchange
+from lightning_thor.factors import factors_of, stacks_of
 from lightning_thor.hooks import Hooks
 from lightning_thor.inverse import damped_inverse_roots, damped_inverses
 from lightning_thor.kinds import STATISTICS, Statistics
 from lightning_thor.layer import attentions_of
 from lightning_thor.layers import hidden_matrices_of, layers_of
+from lightning_thor.observer import Observer
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval, RefreshSchedule
 from lightning_thor.shares import SharedInversions
-from lightning_thor.stacks import FactorStacks, Solve
+from lightning_thor.snapshot import snapshot_of, take_over
+from lightning_thor.stacks import Solve
 from lightning_thor.trace_rule import HostCopy, trace_rule_of, verdicts
 from lightning_thor.window import Turn, Window
 
@@ -140,39 +141,19 @@ class Curvature:
         )
         hidden = hidden_matrices_of(model) if mode == "polar" else []
         self.polar_layers = {name for name in hidden if name in self.layers}
-        weights = [layer.parameters[0] for layer in self.layers.values()]
-        devices = {weight.device for weight in weights}
-        if len(devices) > 1:
-            raise ValueError(
-                f"The layers of one model lie on several devices ({', '.join(sorted(map(str, devices)))}); Curvature "
-                "needs them on one. Build it after the model was moved, or give `parameters` of one device."
-            )
-        dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-        device = devices.pop() if devices else torch.device("cpu")
-        cuts = [(layer.A, layer.G) for layer in self.layers.values()]
-        self._index = {name: index for index, name in enumerate(self.layers)}
-        folds = [
-            (self._index[name], self._index[layer.folded_into])
-            for name, layer in self.layers.items()
-            if layer.folded_into
-        ]
-        self.stacks = FactorStacks(cuts, dtype, device, folds, roots=mode == "polar")
-        self._uses = {use.name: (name, use) for name, layer in self.layers.items() for use in layer.uses}
+        self._factors = factors_of(self.layers)
+        self.stacks = stacks_of(self.layers, roots=mode == "polar")
         self._trace_rule = trace_rule_of(trace_rule)
         self._schedule = RefreshSchedule(
             update_every_n_steps, len(self.layers), stagger, probes=self._trace_rule is not None
         )
+        self._observer = Observer(self.layers, self.stacks, self._schedule)
         self.step = 0
         self._inverses = [self._inverses_of(name) for name in self.layers]
-        self._observed: set[str] = set()
-        self._backward: dict[str, tuple[int, float]] = {}
-        """The last backward pass that used a layer, and how many samples its first use in it had."""
-        self._told_late = False
-        self._checked = False
         self.connect(collectives.Ranks())
-        called = {name: use.module for name, (_, use) in self._uses.items() if use.attention is None}
-        attentions = attentions_of(use for _, use in self._uses.values())
-        self._hooks = Hooks(called, self._is_open, self.observe, attentions, self._announce)
+        uses = [use for layer in self.layers.values() for use in layer.uses]
+        called = {use.name: use.module for use in uses if use.attention is None}
+        self._hooks = Hooks(called, self._is_open, self.observe, attentions_of(uses), self._announce)
 
     def connect(
         self,
@@ -235,49 +216,16 @@ class Curvature:
             a: its input.
             g: the gradient of the loss, as it was differentiated, with respect to its output.
         """
-        name, use = self._uses[name]
-        self._observed.add(name)
-        index = self._index[name]
-        if self._window.is_late(index):
-            self._warn_of_late_pair(name)
-            return
-        layer, A, G, counts = self.layers[name], 2 * index, 2 * index + 1, self.stacks.counts[index]
-        # To the gradient of the per-sample loss. Rows are converted first: a float16 gradient would overflow.
-        per_sample = self.statistics.loss_terms(use.module, g) if self.loss_reduction == "mean" else 1
-        scale = per_sample / (1.0 if self.loss_multiplier is None else self.loss_multiplier())
-        if self._schedule.is_probe[index]:
-            squares = layer.squares(a, g, self.stacks.dtype, self.max_rows, use.module)
-            weight, n_samples = self._share_of(name, squares.n_samples)
-            counts[0] += squares.n_rows
-            counts[1] += n_samples
-            counts[2] += 0.0 if squares.a is None else squares.a
-            counts[3] += squares.g * (scale * weight) ** 2
-            self._window.given(index)
-            return
-        seen = layer.observe(a, g, self.stacks.dtype, self.max_rows, use.module)
-        if layer.A is not None and seen.a is not None:
-            add_covariance_(self.stacks.blocks_of(A, "sums"), seen.a, layer.A)
-        if seen.token_counts is not None:
-            self.stacks.blocks_of(A, "sums").view(-1).add_(seen.token_counts)
-        weight, n_samples = self._share_of(name, seen.n_samples)
-        add_covariance_(self.stacks.blocks_of(G, "sums"), seen.g * (scale * weight), layer.G)
-        counts[0] += seen.n_rows
-        counts[1] += n_samples
-        self._window.given(index)
-
-    def _share_of(self, name: str, n_samples: float) -> tuple[float, float]:
-        """What to multiply the gradients of one use of a layer by, and how many samples it adds.
-
-        G is an expectation over samples of a sum over uses, as it is of a sum over positions in a convolution: the
-        uses of one backward pass share their samples, which count once (a first use's; another that has more or less
-        is brought to as many). So A ⊗ G has the scale of E[Σ_uses gᵤgᵤᵀ ⊗ aᵤaᵤᵀ], whatever the number of uses.
-        """
-        # Reentrant checkpoints are backward passes of their own: uses in several of them count as other samples.
-        backward, first = torch._C._current_graph_task_id(), self._backward.get(name)
-        if backward < 0 or first is None or first[0] != backward or not first[1]:
-            self._backward[name] = backward, n_samples
-            return 1.0, n_samples
-        return math.sqrt(first[1] / max(n_samples, 1)), 0.0
+        self._observer.observe(
+            name,
+            a,
+            g,
+            self._window,
+            statistics=self.statistics,
+            max_rows=self.max_rows,
+            loss_reduction=self.loss_reduction,
+            loss_multiplier=self.loss_multiplier,
+        )
 
     def discard(self) -> None:
         """Forget the open window: its step was skipped (a loss scale that overflowed), on all processes alike."""
@@ -287,9 +235,7 @@ class Curvature:
 
     def _forget(self) -> None:
         self._window.forget()
-        if self._observed:
-            self.stacks.flat_sums.zero_()
-            self._observed.clear()
+        self._observer.forget()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -302,7 +248,7 @@ class Curvature:
         if due or probed:
             self._window.sum()
             if due:
-                self._check_that_layers_fire(due)
+                self._observer.check_that_layers_fire(due)
             costs = self._refresh_costs() if self._schedule.stagger and self.step == 0 else None
             with self._full_precision():
                 found = self._probe(probed) if probed else None
@@ -311,7 +257,7 @@ class Curvature:
                     self.stacks.average_window(selection, self.averaging)
                     self.stacks.invert(selection, self.damping_rule, self.damping_now(), self.solve)
             self._schedule.refreshed(self.step, costs, found)
-            self._observed.clear()
+            self._observer.next_window()
         self.step += 1
         self._schedule.settle(self.step)
 
@@ -353,31 +299,7 @@ class Curvature:
 
         The tensors are the curvature's own, not copies, as in a module's ``state_dict``.
         """
-        done, turns = self.refreshes
-        layers: dict[str, dict[str, Tensor]] = {}
-        for name, index in self._index.items():
-            layers[name] = {
-                "updates": self.stacks.updates[index],
-                "positions": self.stacks.positions[index],
-                "next_turn": torch.tensor(self._schedule.next_steps[index]),
-                "turn_is_probe": torch.tensor(self._schedule.is_probe[index]),
-                "has_stopped": torch.tensor(self._schedule.has_stopped[index]),
-            }
-            for side, factor in self._factors_of(name).items():
-                layers[name][side] = self.stacks.blocks_of(factor, "average")
-                layers[name][f"{side}_{'root' if self.stacks.roots else 'inverse'}"] = self.stacks.blocks_of(
-                    factor, "inverse"
-                )
-                layers[name][f"{side}_inverted"] = self.stacks.inverted_of(factor)
-        return {
-            "step": self.step,
-            "refreshes": done,
-            "turns": turns,
-            "mode": self.mode,
-            "failed_inversions": self.stacks.failed_inversions,
-            "rejected_windows": self.stacks.rejected_windows,
-            "layers": layers,
-        }
+        return snapshot_of(self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -386,45 +308,7 @@ class Curvature:
         Raises:
             ValueError: the state is of another mode, other layers, or of other block sizes; nothing was changed.
         """
-        mode = state.get("mode", "natural")  # there was no other before there were modes
-        if mode != self.mode:
-            raise ValueError(
-                f"The checkpoint's curvature is of mode={mode!r}, this one of mode={self.mode!r}: they keep different "
-                f"tensors, and so does the momentum. Resume with Thor(mode={mode!r}), or start a new fit from the "
-                "checkpoint's weights alone."
-            )
-        layers = state["layers"]
-        missing, unknown = sorted(self.layers.keys() - layers.keys()), sorted(layers.keys() - self.layers.keys())
-        own = self.state_dict()["layers"]
-        differing = [
-            f"{name}.{key}: {_shape(layers[name].get(key))} in the checkpoint, {_shape(tensor)} here"
-            for name in own
-            if name in layers
-            for key, tensor in own[name].items()
-            if _shape(layers[name].get(key)) != _shape(tensor)
-        ]
-        if missing or unknown or differing:
-            raise ValueError(
-                "The checkpoint's curvature is of another architecture or of other block sizes. "
-                f"Not in the checkpoint: {_some(missing)}. Only in the checkpoint: {_some(unknown)}. "
-                f"Other shapes: {_some(differing)}. Use the model, block_size and precondition_bias of the run that "
-                "was saved, with the same layers frozen; or start without its curvature by deleting "
-                "checkpoint['callbacks']['ThorCallback']."
-            )
-        for name, tensors in own.items():
-            for key, tensor in tensors.items():
-                tensor.copy_(layers[name][key])
-        self.stacks.failed_inversions.fill_(int(state["failed_inversions"]))
-        self.stacks.rejected_windows.fill_(int(state["rejected_windows"]))
-        saved = [layers[name] for name in self.layers]
-        self._schedule.restore(
-            next_steps=[int(layer["next_turn"]) for layer in saved],
-            is_probe=[bool(layer["turn_is_probe"]) for layer in saved],
-            has_stopped=[bool(layer["has_stopped"]) for layer in saved],
-            refreshes=int(state["refreshes"]),
-            turns=int(state["turns"]),
-        )
-        self.step = int(state["step"])
+        self.step = take_over(state, self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
         self._forget()
 
     def n_bytes(self, name: str) -> int:
@@ -432,11 +316,11 @@ class Curvature:
         return sum(self.stacks.n_bytes(factor) for factor in self._factors_of(name).values())
 
     def _announce(self, name: str) -> None:
-        self._window.announce(self._index[self._uses[name][0]])
+        self._window.announce(self._observer.uses[name][0])
 
     def _is_open(self, name: str) -> bool:
-        layer, use = self._uses[name]
-        if self._paused or not self.is_listening() or not self._schedule.is_due(self._index[layer], self.step):
+        index, use = self._observer.uses[name]
+        if self._paused or not self.is_listening() or not self._schedule.is_due(index, self.step):
             return False
         return use.trains
 
@@ -457,50 +341,9 @@ class Curvature:
             raise ValueError(f"The damping schedule gave {damping!r} at step {self.step}; it must stay above 0.")
         return damping
 
-    def _factors_of(self, name: str) -> dict[str, int]:
-        index = self._index[name]
-        return {"G": 2 * index + 1} if self.layers[name].A is None else {"A": 2 * index, "G": 2 * index + 1}
+    def _factors_of(self, name: str) -> Mapping[str, int]:
+        return self._factors[name]
 
     def _inverses_of(self, name: str) -> tuple[Tensor | None, Tensor]:
         views = {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors_of(name).items()}
         return views.get("A"), views["G"]
-
-    def _check_that_layers_fire(self, due: tuple[int, ...]) -> None:
-        names = list(self.layers)
-        silent = [names[index] for index in due if names[index] not in self._observed]
-        if self._checked or not silent:
-            self._checked = True
-            return
-        self._checked = True
-        advice = (
-            "Their modules were not called, were called without gradients, or were compiled before the hooks were "
-            "there: call modules (not F.linear with their weight), build Curvature before torch.compile first runs the "
-            "model (or call torch._dynamo.reset()), and call optimizer.step() after a backward pass in training mode."
-        )
-        # After the sum over ranks, so that all of them raise, or none: a rank alone would leave the others waiting.
-        if len(silent) == len(due) and not self.stacks.counts.any():
-            raise RuntimeError(f"No layer was observed before the first step ({_some(silent)}). {advice}")
-        warnings.warn(
-            f"{len(silent)} of {len(due)} layers with curvature were not observed before the first step (in "
-            f"this process) and take their plain gradient until they are: {_some(silent)}. {advice}",
-            stacklevel=4,
-        )
-
-    def _warn_of_late_pair(self, name: str) -> None:
-        if not self._told_late:
-            self._told_late = True
-            warnings.warn(
-                f"Layer {name!r} was used again after its factors were on their way to the other processes: what came "
-                "late is left out of this refresh, and from now on they wait for optimizer.step(). It has several "
-                'backward passes in one step, or more of them than before; strategy="ddp" never sends before the step.',
-                stacklevel=2,
-            )
-
-
-def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tuple(tensor.shape)
-
-
-def _some(names: list[str], n: int = 5) -> str:
-    more = f" and {len(names) - n} more" if len(names) > n else ""
-    return (", ".join(name or "(the model itself)" for name in names[:n]) or "none") + more

@@ -37,6 +37,16 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
+def some_of(names: list[str], n: int = 5) -> str:
+    """The first of some names of modules, as the part of a sentence.
+
+    >>> some_of(["", "a", "b"], n=2), some_of([])
+    ('(the model itself), a and 1 more', 'none')
+    """
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return (", ".join(name or "(the model itself)" for name in names[:n]) or "none") + more
+
+
 def hidden_matrices_of(model: nn.Module) -> list[str]:
     """The names of the linear layers, projections and convolutions that train, but for the last: the output layer.
 

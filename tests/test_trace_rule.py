@@ -197,7 +197,7 @@ def test_a_probe_makes_no_covariance_no_patches_and_no_inverse(monkeypatch: pyte
         covariances.append(args)
         add_covariance_(*args)
 
-    monkeypatch.setattr("lightning_thor.curvature.add_covariance_", listed)
+    monkeypatch.setattr("lightning_thor.observer.add_covariance_", listed)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 9, 3), nn.Flatten(), nn.Linear(9 * 36, 3))
     curvature = Curvature(model, trace_rule=(1e9, 0.0), update_every_n_steps=3)

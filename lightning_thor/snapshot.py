@@ -1,0 +1,126 @@
+"""The state of a curvature as plain types and tensors, and taking it over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_thor.directions import Mode
+from lightning_thor.factors import Factors
+from lightning_thor.layers import some_of
+from lightning_thor.refresh import RefreshSchedule
+from lightning_thor.stacks import FactorStacks
+
+
+def snapshot_of(
+    factors: Factors, stacks: FactorStacks, schedule: RefreshSchedule, *, step: int, mode: Mode
+) -> dict[str, Any]:
+    """Steps, factors and inverses by layer name; the tensors are those of ``stacks``, not copies.
+
+    Args:
+        factors: of each layer.
+        stacks: where they lie.
+        schedule: which layers are due when; verdicts that are under way are waited for.
+        step: applied steps so far.
+        mode: of the curvature.
+    """
+    schedule.settle()
+    done, turns = schedule.refreshes, schedule.turns(step)
+    kept = "root" if stacks.roots else "inverse"
+    layers: dict[str, dict[str, Tensor]] = {}
+    for index, (name, sides) in enumerate(factors.items()):
+        layers[name] = {
+            "updates": stacks.updates[index],
+            "positions": stacks.positions[index],
+            "next_turn": torch.tensor(schedule.next_steps[index]),
+            "turn_is_probe": torch.tensor(schedule.is_probe[index]),
+            "has_stopped": torch.tensor(schedule.has_stopped[index]),
+        }
+        for side, factor in sides.items():
+            layers[name][side] = stacks.blocks_of(factor, "average")
+            layers[name][f"{side}_{kept}"] = stacks.blocks_of(factor, "inverse")
+            layers[name][f"{side}_inverted"] = stacks.inverted_of(factor)
+    return {
+        "step": step,
+        "refreshes": done,
+        "turns": turns,
+        "mode": mode,
+        "failed_inversions": stacks.failed_inversions,
+        "rejected_windows": stacks.rejected_windows,
+        "layers": layers,
+    }
+
+
+def take_over(
+    state: Mapping[str, Any],
+    factors: Factors,
+    stacks: FactorStacks,
+    schedule: RefreshSchedule,
+    *,
+    step: int,
+    mode: Mode,
+) -> int:
+    """Bring ``stacks`` and ``schedule`` to what `snapshot_of` gave.
+
+    Args:
+        state: the snapshot.
+        factors, stacks, schedule, step, mode: of the curvature as it is, see `snapshot_of`.
+
+    Returns:
+        The snapshot's step.
+
+    Raises:
+        ValueError: the snapshot is of another mode, other layers, or of other block sizes; nothing was changed.
+    """
+    its_mode = state.get("mode", "natural")  # there was no other before there were modes
+    if its_mode != mode:
+        raise ValueError(
+            f"The checkpoint's curvature is of mode={its_mode!r}, this one of mode={mode!r}: they keep different "
+            f"tensors, and so does the momentum. Resume with Thor(mode={its_mode!r}), or start a new fit from the "
+            "checkpoint's weights alone."
+        )
+    layers = state["layers"]
+    own = snapshot_of(factors, stacks, schedule, step=step, mode=mode)["layers"]
+    _check_that_layers_are_the_same(layers, own)
+    for name, tensors in own.items():
+        for key, tensor in tensors.items():
+            tensor.copy_(layers[name][key])
+    stacks.failed_inversions.fill_(int(state["failed_inversions"]))
+    stacks.rejected_windows.fill_(int(state["rejected_windows"]))
+    saved = [layers[name] for name in own]
+    schedule.restore(
+        next_steps=[int(layer["next_turn"]) for layer in saved],
+        is_probe=[bool(layer["turn_is_probe"]) for layer in saved],
+        has_stopped=[bool(layer["has_stopped"]) for layer in saved],
+        refreshes=int(state["refreshes"]),
+        turns=int(state["turns"]),
+    )
+    return int(state["step"])
+
+
+def _check_that_layers_are_the_same(
+    layers: Mapping[str, Mapping[str, Tensor]], own: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    missing, unknown = sorted(own.keys() - layers.keys()), sorted(layers.keys() - own.keys())
+    differing = [
+        f"{name}.{key}: {_shape(layers[name].get(key))} in the checkpoint, {_shape(tensor)} here"
+        for name in own
+        if name in layers
+        for key, tensor in own[name].items()
+        if _shape(layers[name].get(key)) != _shape(tensor)
+    ]
+    if missing or unknown or differing:
+        raise ValueError(
+            "The checkpoint's curvature is of another architecture or of other block sizes. "
+            f"Not in the checkpoint: {some_of(missing)}. Only in the checkpoint: {some_of(unknown)}. "
+            f"Other shapes: {some_of(differing)}. Use the model, block_size and precondition_bias of the run that "
+            "was saved, with the same layers frozen; or start without its curvature by deleting "
+            "checkpoint['callbacks']['ThorCallback']."
+        )
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
