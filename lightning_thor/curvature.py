@@ -326,7 +326,8 @@ class Curvature:
 
     def _refresh_costs(self) -> list[float]:
         # Waits for the device, once in a run: what a layer costs is known only when its rows have been seen.
-        return self.stacks.refresh_costs(self.stacks.counts[:, 0].tolist())
+        n_rows, _, n_numbers, _ = self.stacks.counts.T.tolist()
+        return self.stacks.refresh_costs(n_rows, n_numbers)
 
     def _full_precision(self) -> torch.autocast:
         # A plain loop may call optimizer.step() within autocast.

@@ -89,6 +89,8 @@ class Observer:
         add_covariance_(stacks.blocks_of(G, "sums"), seen.g * (scale * weight), layer.G)
         counts[0] += seen.n_rows
         counts[1] += n_samples
+        if self._schedule.stagger:
+            counts[2] += a.numel() + g.numel()
         window.given(index)
 
     def _share_of(self, index: int, n_samples: float) -> tuple[float, float]:

@@ -21,6 +21,10 @@ Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tenso
 """By block size: ``(blocks, damping)`` to ``(inverses, succeeded)``."""
 
 
+MULTIPLICATIONS_PER_NUMBER = 30.0
+"""How many of them, in a matrix product, take the time of reading a number a few times over (a core of an AMD EPYC)."""
+
+
 class Stack:
     """All blocks of one size: their window sums, averages and inverses, each ``[n, size, size]``."""
 
@@ -78,7 +82,8 @@ class FactorStacks:
         """What is summed over micro-batches and processes: blocks by size, then what is counted of each layer."""
         *segments, counts = self.flat_sums.split([*lengths.values(), 4 * len(cuts)])
         self.counts = counts.view(len(cuts), 4)
-        """Of each layer: rows, samples, and if it is only probed the traces of A and of G."""
+        """Of each layer: rows, samples, and the traces of A and of G if it is only probed; else how many numbers its
+        inputs and gradients had."""
         self.stacks: dict[int, Stack] = {}
         self._slots: dict[int, tuple[int, slice]] = {}
         for (size, members), segment in zip(by_size.items(), segments, strict=True):
@@ -259,18 +264,21 @@ class FactorStacks:
             stack.inverse[place] = torch.where(succeeded[:, None, None], inverse, kept)
             stack.inverted[place] = inverted | succeeded
 
-    def refresh_costs(self, n_rows: Sequence[float]) -> list[float]:
-        """About how many multiplications a refresh of each layer takes: covariance of its rows, and inversions.
+    def refresh_costs(self, n_rows: Sequence[float], n_numbers: Sequence[float]) -> list[float]:
+        """About how many multiplications a refresh of each layer takes: covariance of its rows, inversions, and passes
+        over what they are taken from, by which alone a norm has its price.
 
         Args:
             n_rows: rows that each layer's covariance is taken of.
+            n_numbers: how many numbers its inputs and gradients had.
         """
         # A Cholesky factorisation and the inverse from it run at a fraction of a matrix product's rate: about a third.
         costs = [
             0.0 if blocks is None else _n_blocks(blocks) * (n_rows[index // 2] * blocks.size**2 + 3.0 * blocks.size**3)
             for index, blocks in enumerate(self._factors)
         ]
-        return [a + g for a, g in zip(costs[::2], costs[1::2], strict=True)]
+        passes = [MULTIPLICATIONS_PER_NUMBER * n for n in n_numbers]
+        return [a + g + p for a, g, p in zip(costs[::2], costs[1::2], passes, strict=True)]
 
     def n_bytes(self, factor: int) -> int:
         """Memory of one factor: window sums, average and inverse, in bytes."""

@@ -352,6 +352,19 @@ def test_staggered_the_costliest_layer_has_a_step_for_itself() -> None:
     assert {"4"} in rest  # Linear(96, 10) is more than the others together
 
 
+def test_staggered_norms_are_shared_out_by_what_they_read() -> None:
+    """Their factors cost nothing, so all would fall into the emptiest step; the passes over large images do not."""
+    model = nn.Sequential(*(nn.BatchNorm2d(1) for _ in range(4)), nn.Flatten(), nn.Linear(400, 20))
+    curvature = Curvature(model, update_every_n_steps=2, stagger=True)
+    _, *rest = refreshed_in(curvature, 3, torch.randn(30, 1, 20, 20))
+    # 4 x 30 x 24,000 for the norms, 400 x 100² and 3 x 4 x 100³ or so for the linear layer: the latter stands alone.
+    assert sorted(map(len, rest)) == [1, 4]
+    model = nn.Sequential(*(nn.BatchNorm2d(1) for _ in range(4)), nn.Flatten(), nn.Linear(400, 2))
+    curvature = Curvature(model, update_every_n_steps=2, stagger=True, block_size=10)
+    _, *rest = refreshed_in(curvature, 3, torch.randn(30, 1, 20, 20))
+    assert sorted(map(len, rest)) == [2, 3]
+
+
 @pytest.mark.parametrize("stagger", [False, True])
 def test_staggered_statistics_are_the_same_where_nothing_moves(stagger: bool) -> None:
     """With the same batch and weights at every step, when a layer is refreshed makes no difference."""
