@@ -26,10 +26,9 @@ def save_curves(summary: Mapping[str, Any], path: Path) -> None:
         axes.axhline(summary["target"], color="black", linestyle=":", linewidth=1)
         axes.set_xlabel(label)
         axes.set_ylim(*limits(summary))
-    # The slow ones would squeeze the others: a logarithm shows all.
-    by_second.set_xscale("log")
     by_step.set_ylabel(summary["metric"])
-    by_second.legend(fontsize="x-small")
+    handles, labels = by_second.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
     finish(figure, summary["words"], path)
 
 
@@ -59,7 +58,8 @@ def save_robustness(summary: Mapping[str, Any], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("learning rate of a tuning training")
     axes.set_ylabel(f"{summary['metric']} (at the edge: or worse)")
-    axes.legend(fontsize="x-small")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
     finish(figure, summary["words"], path)
 
 
@@ -81,7 +81,7 @@ def axes_in_a_row(count: int) -> tuple[Any, Sequence[Any]]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, count, figsize=(5.2 * count, 4), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(1, count, figsize=(4.6 * count + 2.2, 4), squeeze=False, layout="constrained")
     return figure, list(axes[0])
 
 

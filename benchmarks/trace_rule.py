@@ -30,7 +30,7 @@ RULES: Mapping[str, Any] = {
     "THOR_stop (0.01, 0.001)": "THOR_stop",
     "(0.1, 0.01)": (0.1, 0.01),
 }
-INTERVALS = (10, 2)
+INTERVALS = (5,)
 HEADS = ("interval", "trace rule", "refreshes done of possible", "accuracy", "ms per step")
 
 
