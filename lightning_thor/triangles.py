@@ -1,9 +1,11 @@
-"""Square blocks as one triangle each, folded into a rectangle: what travels is little more than half of the numbers."""
+"""Square blocks as one triangle each: what travels is little more than half of the numbers."""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Form = Literal["symmetric", "lower", "full"]
@@ -20,43 +22,35 @@ def n_packed(size: int, form: Form = "symmetric") -> int:
 
 
 def pack(blocks: Tensor, form: Form = "symmetric") -> Tensor:
-    """The lower triangle of each block, without a table of indices: ``[n, size, size]`` to ``[n, n_packed]``.
+    """The lower triangle of each block, row by row: ``[n, size, size]`` to ``[n, n_packed]``.
 
-    The left half of the columns has the lower triangle of the right half, transposed, in the place of its own upper
-    one (rectangular full packed format: Gustavson et al. 2010, ACM Trans. Math. Softw. 37(2)).
-
-    >>> import torch
     >>> pack(torch.tensor([[[1.0, 9.0, 9.0], [2.0, 3.0, 9.0], [4.0, 5.0, 6.0]]]))
-    tensor([[1., 6., 2., 3., 4., 5.]])
+    tensor([[1., 2., 3., 4., 5., 6.]])
     """
     n, size, _ = blocks.shape
-    if form == "full":
-        return blocks.reshape(n, size * size)
-    left, right = (size + 1) // 2, size // 2
-    above = 1 - size % 2  # an even size takes one row more than the block has
-    packed = blocks.new_empty(n, size + above, left)
-    packed[:, above:] = blocks[:, :, :left]
-    corner = packed[:, :right, left - right :]
-    # tril and triu copy, so that a number that is not finite stays in its place.
-    corner.copy_(blocks[:, left:, left:].mT.triu() + corner.tril(-1))
-    return packed.view(n, -1)
+    numbers = blocks.reshape(n, size * size)
+    return numbers if form == "full" else numbers.index_select(1, _tables(size, blocks.device)[0])
 
 
 def unpack(packed: Tensor, size: int, form: Form = "symmetric") -> Tensor:
     """What `pack` took: ``[n, n_packed]`` to ``[n, size, size]``.
 
-    >>> import torch
     >>> unpack(pack(torch.tensor([[[2.0, 1.0], [1.0, 3.0]]])), 2)
     tensor([[[2., 1.],
              [1., 3.]]])
     """
-    n = len(packed)
-    if form == "full":
-        return packed.view(n, size, size)
-    left, right = (size + 1) // 2, size // 2
-    folded = packed.view(n, -1, left)
-    blocks = packed.new_zeros(n, size, size)
-    blocks[:, :, :left] = folded[:, -size:]
-    blocks[:, left:, left:] = folded[:, :right, left - right :].mT
-    lower = blocks.tril()
-    return lower if form == "lower" else lower + lower.tril(-1).mT
+    if form != "full":
+        packed = packed.index_select(1, _tables(size, packed.device)[1])
+    blocks = packed.view(-1, size, size)
+    return blocks.tril_() if form == "lower" else blocks
+
+
+# As many as a model has block sizes; a table is no larger than two blocks. One look-up, since transposing each block
+# takes several times as long on a CPU.
+@lru_cache(maxsize=64)
+def _tables(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where in a block each number of its triangle lies, and where in the triangle each number of a block."""
+    rows, columns = torch.tril_indices(size, size, device="cpu")
+    table = torch.empty(size, size, dtype=torch.int64, device="cpu")
+    table[rows, columns] = table[columns, rows] = torch.arange(len(rows), device="cpu")
+    return (rows * size + columns).to(device), table.flatten().to(device)
