@@ -9,34 +9,17 @@ machine. Times are measured on real processes over gloo, all on this machine: ea
 
 import argparse
 import json
-import os
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
-from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.environment import RESULTS, environment
-from benchmarks.messages import WAYS, Way, counts, moved
-from examples.char_gpt import CharGPT
-from examples.resnet import ResNet18, ResNet50
-from lightning_thor import Curvature
-from lightning_thor.collectives import Ranks
-from lightning_thor.exchange import Wait
-from lightning_thor.inverse import damped_inverses
-from lightning_thor.shares import SharedInversions
+from benchmarks.messages import WAYS, counts, moved
+from benchmarks.rank_times import WORKLOADS, measure
 
 COUNTED_RANKS = (2, 4, 8, 64)
 COUNT_HEADS = ("workload", "way", "ranks", "collectives", "factors, MB", "of whole blocks", "moved per rank, MB")
@@ -47,139 +30,23 @@ TIME_HEADS = (
     "backward, ms",
     "update, ms",
     "waiting for sums, ms",
+    "gathering, ms",
     "hidden",
     "inverting, ms",
 )
-
-
-@dataclass
-class Workload:
-    """A model, and a rank's batch ``(inputs, targets)``; the model gives logits with the classes last."""
-
-    model: Callable[[], nn.Module]
-    batch: Callable[[], tuple[Tensor, Tensor]]
-    words: str
-
-
-WORKLOADS = {
-    "resnet18": Workload(
-        ResNet18, lambda: (torch.randn(32, 3, 32, 32), torch.randint(10, (32,))), "ResNet-18, 32 images of 32×32"
-    ),
-    "resnet50": Workload(
-        ResNet50, lambda: (torch.randn(32, 3, 64, 64), torch.randint(1000, (32,))), "ResNet-50, 32 images of 64×64"
-    ),
-    "gpt": Workload(
-        CharGPT, lambda: (torch.randint(65, (16, 128)), torch.randint(65, (16, 128))), "GPT, 4 layers, 2,048 tokens"
-    ),
-    "tiny": Workload(
-        lambda: nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 10)),
-        lambda: (torch.randn(8, 40), torch.randint(10, (8,))),
-        "MLP 40-300-10, to try this program",
-    ),
-}
-# ── times ──
-
-
-class Traced(Ranks):
-    """The ranks, with a clock: ``events`` are ``(what, start, stop)`` in seconds, ``messages`` as of `Counting`."""
-
-    def __init__(self, bf16: bool) -> None:
-        super().__init__(dist.new_group(), bf16)
-        self.events: list[tuple[str, float, float]] = []
-        self.messages: list[tuple[str, int]] = []
-
-    @contextmanager
-    def clock(self, what: str) -> Iterator[None]:
-        """Note how long the context takes."""
-        start = time.perf_counter()
-        yield
-        self.events.append((what, start, time.perf_counter()))
-
-    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Wait:
-        began = time.perf_counter()
-        wait = super().start_sum(flat, n_exact)
-        rounded = self._bf16 and n_exact < len(flat)
-        if not rounded:
-            self.messages.append(("all_reduce", flat.numel() * flat.element_size()))
-        else:
-            part = 2 * -(-(len(flat) - n_exact) // self.n_shares)
-            self.messages.append(("all_to_all", self.n_shares * (part + n_exact * flat.element_size())))
-
-        def timed() -> None:
-            with self.clock("wait"):
-                wait()
-            self.events.append(("sum", began, time.perf_counter()))
-
-        return timed
-
-    def gather(self, own: Tensor) -> Tensor:
-        self.messages.append(("all_gather", own.numel() * own.element_size()))
-        with self.clock("gather"):
-            return super().gather(own)
-
-
-def run_rank(rank: int, n_ranks: int, name: str, rounds: int, folder: str) -> None:
-    """One rank's trainings; writes ``<rank>.json`` into ``folder``: by way the events of each round, and messages."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=n_ranks)
-    result = {way: train(WORKLOADS[name], one, rank, rounds) for way, one in WAYS.items()}
-    Path(folder, f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
-    dist.destroy_process_group()
-
-
-def train(workload: Workload, way: Way, rank: int, rounds: int) -> dict[str, Any]:
-    """Refresh in every step; the events of each round, and the messages of the last."""
-    torch.manual_seed(rank)
-    model = DistributedDataParallel(workload.model().train())
-    curvature = Curvature(model.module, update_every_n_steps=1)
-    exchange = Traced(way.bf16)
-    curvature.connect(exchange, cut=way.cut, may_start=(lambda: True) if way.from_backward else None)
-
-    def invert(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-        with exchange.clock("invert"):
-            return damped_inverses(blocks, damping)
-
-    curvature.solve = SharedInversions(exchange, invert)
-    inputs, targets = workload.batch()
-    events = []
-    for _ in range(2 + rounds):  # the first refresh sends nothing from backward, the second one warms up
-        model.zero_grad()
-        exchange.events, exchange.messages = [], []
-        loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
-        dist.barrier()
-        with exchange.clock("backward"):
-            loss.backward()
-        with exchange.clock("update"):
-            curvature.update()
-        events.append(exchange.events)
-    return {"events": events[2:], "messages": exchange.messages}
-
-
-def measure(name: str, n_ranks: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """By way: medians over rounds in ms, of rank 0 but for ``invert``, which is of each; messages; a timeline."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        spawn(run_rank, (n_ranks, name, rounds, folder), nprocs=n_ranks)
-        ranks = [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(n_ranks)]
-    return {way: summarise([rank[way] for rank in ranks]) for way in WAYS}
-
-
-def summarise(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """One way's figures from what each rank noted."""
-
-    def median(rank: dict[str, Any], what: str) -> float:
-        sums = [sum(float(stop - start) for name, start, stop in one if name == what) for one in rank["events"]]
-        return round(1e3 * statistics.median(sums), 3)
-
-    last = ranks[0]["events"][-1]
-    origin = min(start for _, start, _ in last)
-    return {
-        **{what: median(ranks[0], what) for what in ("backward", "update", "wait", "gather")},
-        "invert": [median(rank, "invert") for rank in ranks],
-        "messages": ranks[0]["messages"],
-        "timeline": [(what, round(start - origin, 6), round(stop - origin, 6)) for what, start, stop in last],
-        "rounds": len(ranks[0]["events"]),
-    }
+SHARE_HEADS = (
+    "workload",
+    "ranks",
+    "sums hidden",
+    "inverting, ms",
+    "times ranks, over one rank's",
+    "SGD's step, ms",
+    "THOR's over it, %",
+    "without refreshes, %",
+    "refreshes, %",
+)
+TIMELINE_RANKS = "2"
+PICTURED = ("at once", "buckets")
 
 
 # ── words and pictures ──
@@ -202,26 +69,57 @@ def count_cells(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 )
 
 
+def hidden_of(one: dict[str, Any]) -> str:
+    """What buckets save of the waiting that sums at once have."""
+    at_once = one["ways"]["at once"]["wait"]
+    return f"{1 - one['ways']['buckets']['wait'] / at_once:.0%}" if at_once else "–"
+
+
 def time_cells(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Rows under ``TIME_HEADS``; hidden is what buckets save of the waiting that sums at once have."""
+    """Rows under ``TIME_HEADS``."""
     for name, result in results.items():
-        for way, by_ranks in result.get("times", {}).items():
-            for n_ranks, one in by_ranks.items():
-                at_once = result["times"].get("at once", {}).get(n_ranks)
-                hidden = f"{1 - one['wait'] / at_once['wait']:.0%}" if at_once and at_once["wait"] else "–"
-                figures = (f"{one[what]:.1f}" for what in ("backward", "update", "wait"))
-                yield name, way, n_ranks, *figures, hidden, " ".join(f"{ms:.1f}" for ms in one["invert"])
+        for n_ranks, one in result.get("times", {}).items():
+            for way, took in one["ways"].items():
+                hidden = hidden_of(one) if way == "buckets" else "–"
+                figures = (f"{took[what]:.1f}" for what in ("backward", "update", "wait", "gather"))
+                yield name, way, n_ranks, *figures, hidden, f"{max(took['inverting']):.1f}"
+
+
+def share_cells(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Rows under ``SHARE_HEADS``."""
+    for name, result in results.items():
+        alone = {n: max(one["ways"]["buckets"]["inverting"]) for n, one in result.get("times", {}).items()}
+        for n_ranks, one in result.get("times", {}).items():
+            steps = one["steps"]
+            # 1 is a fall as one over the ranks.
+            kept = f"{alone[n_ranks] * int(n_ranks) / alone['1']:.2f}" if "1" in alone else "–"
+            percents = (f"{100 * (steps[what] - 1):+.1f}" for what in ("every_10", "plain"))
+            yield (
+                name,
+                n_ranks,
+                f"{alone[n_ranks]:.1f}",
+                kept,
+                f"{steps['sgd_ms']:.0f}",
+                *percents,
+                (f"{100 * steps['refreshing']:+.1f}"),
+            )
 
 
 def save_timeline(results: dict[str, Any], path: Path) -> None:
-    """The last measured refresh of each way with the most ranks: what rank 0 did when."""
+    """The last measured refresh with ``TIMELINE_RANKS`` ranks: what rank 0 did when."""
+    timed = [
+        (name, way, ranks, result["times"][ranks]["ways"][way])
+        for name, result in results.items()
+        if (ranks := TIMELINE_RANKS) in result.get("times", {})
+        for way in PICTURED
+    ]
+    if not timed:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = [(name, way, *max(ranks.items(), key=lambda item: int(item[0]))) for name, result in results.items()
-             for way, ranks in result.get("times", {}).items()]  # fmt: skip
     lanes = ("backward", "sum", "wait", "invert", "gather", "update")
     colours = ("tab:gray", "tab:blue", "tab:red", "tab:green", "tab:purple", "lightgray")
     figure, axes = pyplot.subplots(len(timed), 1, figsize=(9, 1.9 * len(timed)), squeeze=False, layout="constrained")
@@ -265,8 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["counts"] = {way: {str(n): counts(model, one, n) for n in COUNTED_RANKS} for way, one in WAYS.items()}
         if options.measure:
             result["environment"] = environment(torch.device("cpu"))
-            by_ranks = {str(n): measure(name, n, options.rounds) for n in options.measure}
-            result["times"] = {way: {n: by_way[way] for n, by_way in by_ranks.items()} for way in WAYS}
+            result["times"] = {str(n): measure(name, n, options.rounds) for n in options.measure}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     # By way of text, so that what is printed is what another reader of the file sees: lists for tuples.
     text = json.dumps(results, ensure_ascii=False)
@@ -276,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(table("A refresh of all layers: what each rank says", COUNT_HEADS, count_cells(results)))
     if any("times" in result for result in results.values()):
         console.print(table("A refresh of all layers: what it takes", TIME_HEADS, time_cells(results)))
+        console.print(table("What is shared out, and what a step takes", SHARE_HEADS, share_cells(results)))
         save_timeline(results, options.out.with_suffix(".png"))
 
 

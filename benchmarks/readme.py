@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import race, step_figures, trace_rule
+from benchmarks import communication, race, step_figures, trace_rule
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +82,20 @@ def trace_rule_block(results: dict[str, Any]) -> str:
     )
 
 
+def communication_block(results: dict[str, Any]) -> str:
+    """What several processes hide and share, from ``benchmarks/results/communication.json``."""
+    timed = {name: result for name, result in results.items() if "times" in result}
+    places = dict.fromkeys(measured_on(result["environment"]) for result in timed.values())
+    words = "; ".join(f"{name}: {result['words']} a rank" for name, result in timed.items())
+    return (
+        f"{markdown_table(communication.SHARE_HEADS, communication.share_cells(timed))}\n\n"
+        f"{words}. Processes of one thread each over gloo, all on one machine, so that with more of them than its "
+        "cores everything but the inversions (processor time of the busiest rank) waits for a core. Sums hidden: what "
+        "buckets that start in backward save of the waiting for sums at once. THOR's over SGD's step, at the interval "
+        f"10, and of that what its refreshes take, network included. Measured on: {'; '.join(places)}."
+    )
+
+
 def demo_block(figures: dict[str, Any]) -> str:
     """What ``make demo`` prints, from ``docs/demo.json``."""
     target = figures["target"]
@@ -110,6 +124,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("benchmarks/results/step_cost.json", step_cost_block),
     "time_to_target": ("benchmarks/results/time_to_target.json", time_to_target_block),
     "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
+    "communication": ("benchmarks/results/communication.json", communication_block),
     "demo": ("docs/demo.json", demo_block),
 }
 

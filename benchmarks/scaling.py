@@ -1,19 +1,22 @@
 """A cost model of a refresh on many ranks: exact bytes and work, times by assumed rates (words: docs/scaling.md).
 
-python -m benchmarks.scaling                          # the table of docs/scaling.md
+python -m benchmarks.scaling                          # the tables of docs/scaling.md
 python -m benchmarks.scaling --bandwidth 50 --latency 5
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from benchmarks.environment import RESULTS
 from benchmarks.messages import WAYS, counts
+from benchmarks.rank_times import LARGE, SMALL, WORKLOADS
 from benchmarks.readme import markdown_table
 from examples.char_gpt import CharGPT
 from examples.resnet import ResNet50
@@ -32,6 +35,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "GPT-2 small": lambda: CharGPT(vocab_size=50257, context=1024, width=768, layers=12, heads=12),
 }
 HEADS = ("model", "way", *(f"{n} ranks, ms" for n in RANKS), f"MB sent at {RANKS[1]}", f"work at {RANKS[1]}, %")
+CHECK_HEADS = (
+    "model",
+    "ranks",
+    "latency, µs",
+    "GB/s",
+    "10⁹ multiplications/s",
+    "sums, ms: model / measured",
+    "gathering, ms",
+    "inverting, ms",
+)
+MESSAGES = {"small": SMALL, "large": LARGE}
 
 
 class Rates(NamedTuple):
@@ -172,6 +186,45 @@ def markdown(rates: Rates = ASSUMED) -> str:
     return markdown_table(HEADS, rows, words=2)
 
 
+def measured() -> dict[str, Any]:
+    """What ``python -m benchmarks.communication --measure`` wrote."""
+    results: dict[str, Any] = json.loads((RESULTS / "communication.json").read_text(encoding="utf-8"))
+    return results
+
+
+def rates_of(one: dict[str, Any], n_ranks: int) -> Rates:
+    """The rates of the machine of a measurement, from two messages and some inversions on so many of its processes."""
+    small, large = ({"bytes": 4.0 * length, "ms": one["message_ms"][what]} for what, length in MESSAGES.items())
+    shape = 2 * (1 - 1 / n_ranks)
+    bandwidth = shape * (large["bytes"] - small["bytes"]) / (large["ms"] - small["ms"]) / 1e6
+    latency = 1e3 * (small["ms"] - shape * small["bytes"] / bandwidth / 1e6) / (2 * math.log2(n_ranks))
+    return Rates(latency, bandwidth, one["inversion"])
+
+
+def check(results: dict[str, Any]) -> str:
+    """What the model says of the measured refreshes, at rates measured beside them, and what they took."""
+    rows = []
+    for name, result in results.items():
+        curvature = Curvature(WORKLOADS[name].model())
+        for n_ranks, one in result.get("times", {}).items():
+            n = int(n_ranks)
+            rates = rates_of(one, n) if n > 1 else Rates(0.0, 1.0, one["inversion"])
+            counted = counts(curvature.model, WAYS["at once"], n)
+            predicted = [
+                sum(getattr(rates, kind)(n_bytes, n) for kind, n_bytes in counted[what]) if n > 1 else 0.0
+                for what in ("factors", "inverses")
+            ]
+            alone = rates._replace(inversion=result["times"].get("1", one)["inversion"])
+            predicted.append(alone.inverting(ours(curvature, n, alone).work))
+            took = one["ways"]["at once"]
+            measured = (took["wait"], took["gather"], max(took["inverting"]))
+            pairs = (f"{a:.1f} / {b:.1f}" for a, b in zip(predicted, measured, strict=True))
+            rows.append(
+                (name, n_ranks, f"{rates.latency:.0f}", f"{rates.bandwidth:.2f}", f"{alone.inversion:.1f}", *pairs)
+            )
+    return markdown_table(CHECK_HEADS, rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, at the rates that are given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -180,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--inversion", type=float, default=ASSUMED.inversion, help="10⁹ multiplications a second")
     options = parser.parse_args(arguments)
     print(markdown(Rates(options.latency, options.bandwidth, options.inversion)))
+    print(f"\n{check(measured())}")
 
 
 if __name__ == "__main__":

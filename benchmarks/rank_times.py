@@ -1,0 +1,266 @@
+"""Real processes over gloo, one thread each: what a refresh takes on several ranks, and steps beside momentum SGD's.
+
+Each rank is a process of this machine: with more ranks than cores they wait for each other's cores too. So inversions,
+which talk to nobody, are timed by the processor time of their own process; all else by the clock on the wall.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.messages import WAYS, Way
+from examples.char_gpt import CharGPT
+from examples.resnet import ResNet18, ResNet50
+from lightning_thor import Curvature, Thor
+from lightning_thor.collectives import Ranks
+from lightning_thor.exchange import Wait
+from lightning_thor.inverse import damped_inverses
+from lightning_thor.shares import SharedInversions
+
+INTERVAL = 10
+SMALL, LARGE = 2**8, 2**20
+"""Numbers in the messages that latency and bandwidth are measured by."""
+
+
+@dataclass
+class Workload:
+    """A model, and a rank's batch ``(inputs, targets)``; the model gives logits with the classes last."""
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[], tuple[Tensor, Tensor]]
+    words: str
+
+
+WORKLOADS = {
+    "resnet18": Workload(
+        ResNet18, lambda: (torch.randn(32, 3, 32, 32), torch.randint(10, (32,))), "ResNet-18, 32 images of 32×32"
+    ),
+    "resnet50": Workload(
+        ResNet50, lambda: (torch.randn(32, 3, 64, 64), torch.randint(1000, (32,))), "ResNet-50, 32 images of 64×64"
+    ),
+    "gpt": Workload(
+        CharGPT, lambda: (torch.randint(65, (16, 128)), torch.randint(65, (16, 128))), "GPT, 4 layers, 2,048 tokens"
+    ),
+    "tiny": Workload(
+        lambda: nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 10)),
+        lambda: (torch.randn(8, 40), torch.randint(10, (8,))),
+        "MLP 40-300-10, to try this program",
+    ),
+}
+
+
+class Traced(Ranks):
+    """The ranks, with a clock: ``events`` are ``(what, start, stop)`` in seconds, ``messages`` as of `Counting`."""
+
+    def __init__(self, bf16: bool) -> None:
+        super().__init__(dist.new_group(), bf16)
+        self.events: list[tuple[str, float, float]] = []
+        self.messages: list[tuple[str, int]] = []
+        self.inverting = 0.0
+        """Seconds of processor time, since it was last set to 0."""
+
+    @contextmanager
+    def clock(self, what: str) -> Iterator[None]:
+        """Note how long the context takes."""
+        start = time.perf_counter()
+        yield
+        self.events.append((what, start, time.perf_counter()))
+
+    def invert(self, blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+        """`damped_inverses`, timed."""
+        began = time.thread_time()
+        with self.clock("invert"):
+            inverses = damped_inverses(blocks, damping)
+        self.inverting += time.thread_time() - began
+        return inverses
+
+    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Wait:
+        began = time.perf_counter()
+        wait = super().start_sum(flat, n_exact)
+        rounded = self._bf16 and n_exact < len(flat)
+        if not rounded:
+            self.messages.append(("all_reduce", flat.numel() * flat.element_size()))
+        else:
+            part = 2 * -(-(len(flat) - n_exact) // self.n_shares)
+            self.messages.append(("all_to_all", self.n_shares * (part + n_exact * flat.element_size())))
+
+        def timed() -> None:
+            with self.clock("wait"):
+                wait()
+            self.events.append(("sum", began, time.perf_counter()))
+
+        return timed
+
+    def gather(self, own: Tensor) -> Tensor:
+        self.messages.append(("all_gather", own.numel() * own.element_size()))
+        with self.clock("gather"):
+            return super().gather(own)
+
+
+def run_rank(rank: int, n_ranks: int, name: str, rounds: int, folder: str) -> None:
+    """One rank's trainings; writes ``<rank>.json`` into ``folder``."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=n_ranks)
+    workload = WORKLOADS[name]
+    result = {
+        "ways": {way: train(workload, one, rank, rounds) for way, one in WAYS.items()},
+        "steps": steps(workload, rank, rounds),
+        "messages": message_seconds(10 * rounds) if n_ranks > 1 else {},
+        "inversion": inversion_rate(),
+    }
+    Path(folder, f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def train(workload: Workload, way: Way, rank: int, rounds: int) -> dict[str, Any]:
+    """Refresh in every step; the events of each round, and the messages of the last."""
+    torch.manual_seed(rank)
+    model = DistributedDataParallel(workload.model().train())
+    curvature = Curvature(model.module, update_every_n_steps=1)
+    exchange = Traced(way.bf16)
+    curvature.connect(exchange, cut=way.cut, may_start=(lambda: True) if way.from_backward else None)
+    curvature.solve = SharedInversions(exchange, exchange.invert)
+    inputs, targets = workload.batch()
+    events, inverting = [], []
+    for _ in range(2 + rounds):  # the first refresh sends nothing from backward, the second one warms up
+        model.zero_grad()
+        exchange.events, exchange.messages, exchange.inverting = [], [], 0.0
+        loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+        dist.barrier()
+        with exchange.clock("backward"):
+            loss.backward()
+        with exchange.clock("update"):
+            curvature.update()
+        events.append(exchange.events)
+        inverting.append(exchange.inverting)
+    return {"events": events[2:], "inverting": inverting[2:], "messages": exchange.messages}
+
+
+def steps(workload: Workload, rank: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step of momentum SGD and of THOR, ``INTERVAL`` steps of the one after as many of the other."""
+    inputs, targets = workload.batch()
+    models: dict[str, nn.Module] = {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for name in ("sgd", "thor"):
+        torch.manual_seed(0)
+        models[name] = DistributedDataParallel(workload.model().train())
+        optimizers[name] = torch.optim.SGD(models[name].parameters(), lr=1e-4, momentum=0.9)
+        if name == "thor":
+            curvature = Curvature(cast(nn.Module, models[name].module), update_every_n_steps=INTERVAL)
+            way = WAYS["buckets"]
+            curvature.connect(Ranks(dist.new_group()), cut=way.cut, may_start=lambda: True)
+            optimizers[name] = Thor(models[name].parameters(), lr=1e-4, preconditioner=curvature)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(1 + rounds):
+        for name, model in models.items():
+            for _ in range(INTERVAL):
+                dist.barrier()
+                began = time.perf_counter()
+                optimizers[name].zero_grad()
+                F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten()).backward()
+                optimizers[name].step()
+                # What the slowest rank takes is what a step takes.
+                dist.barrier()
+                seconds[name].append(time.perf_counter() - began)
+    return {name: every[INTERVAL:] for name, every in seconds.items()}
+
+
+def message_seconds(times: int) -> dict[str, float]:
+    """Seconds of an all-reduce of few and of many numbers, medians."""
+    group = dist.new_group()
+    medians = {}
+    for what, length in (("small", SMALL), ("large", LARGE)):
+        numbers, seconds = torch.zeros(length), []
+        for _ in range(times):
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_reduce(numbers, group=group)
+            seconds.append(time.perf_counter() - began)
+        medians[what] = statistics.median(seconds)
+    return medians
+
+
+def inversion_rate(size: int = 128, n_blocks: int = 32) -> float:
+    """10⁹ multiplications a second of processor time, at size³ for each inverse."""
+    blocks = torch.randn(n_blocks, size, 2 * size)
+    blocks = blocks @ blocks.mT / size
+    damping = torch.full((n_blocks,), 0.1)
+    seconds: list[float] = []
+    for _ in range(5):
+        began = time.thread_time()
+        damped_inverses(blocks, damping)
+        seconds.append(time.thread_time() - began)
+    return n_blocks * size * size * size / statistics.median(seconds) / 1e9
+
+
+def measure(name: str, n_ranks: int, rounds: int) -> dict[str, Any]:
+    """Summaries of every way, and of the steps, and the machine's own rates."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        spawn(run_rank, (n_ranks, name, rounds, folder), nprocs=n_ranks)
+        ranks = [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(n_ranks)]
+    return {
+        "ways": {way: summarise([rank["ways"][way] for rank in ranks]) for way in WAYS},
+        "steps": compare(ranks[0]["steps"]),
+        "message_ms": {what: round(1e3 * seconds, 4) for what, seconds in ranks[0]["messages"].items()},
+        "inversion": round(statistics.median(rank["inversion"] for rank in ranks), 3),
+    }
+
+
+def summarise(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One way's figures: medians over rounds in ms of the rank that waits least, ``inverting`` of each rank."""
+
+    def sums(rank: dict[str, Any], what: str) -> list[float]:
+        return [sum(float(stop - start) for name, start, stop in one if name == what) for one in rank["events"]]
+
+    def least(what: str) -> float:
+        # Who comes last waits for the network alone, the others for it too.
+        rounds = zip(*(sums(rank, what) for rank in ranks), strict=True)
+        return round(1e3 * statistics.median(min(one) for one in rounds), 3)
+
+    last = ranks[0]["events"][-1]
+    origin = min(start for _, start, _ in last)
+    return {
+        **{what: least(what) for what in ("backward", "update", "wait", "gather")},
+        "inverting": [round(1e3 * statistics.median(rank["inverting"]), 3) for rank in ranks],
+        "messages": ranks[0]["messages"],
+        "timeline": [(what, round(start - origin, 6), round(stop - origin, 6)) for what, start, stop in last],
+        "rounds": len(ranks[0]["events"]),
+    }
+
+
+def compare(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Steps of momentum SGD in ms, and what THOR's take over them: all, those without a refresh, and what one adds.
+
+    >>> times = {"sgd": [1.0] * 10, "thor": [2.0] + [1.1] * 9}
+    >>> compare(times)
+    {'sgd_ms': 1000.0, 'every_10': 1.19, 'plain': 1.1, 'refreshing': 0.09}
+    """
+    sgd, thor = (
+        [seconds[name][start : start + INTERVAL] for start in range(0, len(seconds[name]), INTERVAL)]
+        for name in ("sgd", "thor")
+    )
+    one = [statistics.median(step) for step in sgd]
+    plain = [statistics.median(step[1:]) for step in thor]
+    every = [sum(ours) / sum(theirs) for ours, theirs in zip(thor, sgd, strict=True)]
+    adds = [(ours[0] - rest) / INTERVAL / base for ours, rest, base in zip(thor, plain, one, strict=True)]
+    return {
+        "sgd_ms": round(1e3 * statistics.median(one), 3),
+        "every_10": round(statistics.median(every), 4),
+        "plain": round(statistics.median(a / b for a, b in zip(plain, one, strict=True)), 4),
+        "refreshing": round(statistics.median(adds), 4),
+    }
