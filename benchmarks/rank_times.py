@@ -230,7 +230,7 @@ def summarise(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     def least(what: str) -> float:
         # Who comes last waits for the network alone, the others for it too.
         rounds = zip(*(sums(rank, what) for rank in ranks), strict=True)
-        return round(1e3 * statistics.median(min(one) for one in rounds), 3)
+        return float(round(1e3 * statistics.median(min(one) for one in rounds), 3))
 
     last = ranks[0]["events"][-1]
     origin = min(start for _, start, _ in last)
