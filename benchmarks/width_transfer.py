@@ -1,0 +1,121 @@
+"""Whether the best learning rate of a narrow network is that of a wide one: the GPT of ``time_to_target`` at 3 widths.
+
+Each optimizer is trained at each width with each of its learning rates, as when ``time_to_target`` tunes it: one seed,
+and the loss at the end on held-out data. Trainings that are in the JSON file already are not repeated.
+
+    python -m benchmarks.width_transfer --data DIR      # DIR holds tinyshakespeare/
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contenders import CONTENDERS
+from benchmarks.environment import RESULTS, environment
+from benchmarks.pictures import axes_in_a_row, clipped, finish
+from benchmarks.tasks import TASKS, Task
+from benchmarks.time_to_target import Measurement, Results, tune
+from examples.char_gpt import CharGPT
+
+WIDTHS = (64, 128, 256)
+COMPARED = ("thor", "thor_polar", "adamw", "muon")
+HEADS = ("optimizer", "width", "best lr", "loss", "at its best lr of the narrowest")
+
+
+def task_of(width: int, steps: int | None) -> Task:
+    """The GPT's task at another width."""
+    task = TASKS["cpu"]["gpt"]
+    return replace(
+        task,
+        words=f"tiny Shakespeare, GPT, 3 layers, width {width}, 16 windows of 64",
+        tuning_steps=task.tuning_steps if steps is None else steps,
+        model=lambda: CharGPT(layers=3, width=width, context=64),
+    )
+
+
+def best_of(losses: Mapping[str, float | None]) -> str:
+    """The learning rate with the smallest loss that is finite.
+
+    >>> best_of({"0.1": 2.0, "0.3": 1.5, "1": None})
+    '0.3'
+    """
+    return min((lr for lr, loss in losses.items() if loss is not None), key=lambda lr: losses[lr] or 0.0)
+
+
+def cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One row of ``HEADS`` for each optimizer and width."""
+    tuning: Mapping[str, Mapping[str, Mapping[str, float | None]]] = results["summary"]["widths"]["tuning"]
+    for name, by_width in tuning.items():
+        first = best_of(next(iter(by_width.values())))
+        for width, losses in by_width.items():
+            best, transferred = best_of(losses), losses[first]
+            yield (
+                CONTENDERS[name].words,
+                width,
+                best,
+                f"{losses[best]:.3f}",
+                "not finite" if transferred is None else f"{transferred:.3f}",
+            )
+
+
+def save_picture(results: Mapping[str, Any], path: Path) -> None:
+    """The loss against the learning rate, one line for each width, one picture for each optimizer."""
+    tuning = results["summary"]["widths"]["tuning"]
+    figure, axes = axes_in_a_row(len(tuning))
+    values = sorted(v for one in tuning.values() for losses in one.values() for v in losses.values() if v is not None)
+    worst = values[int(0.8 * (len(values) - 1))]
+    for axis, (name, by_width) in zip(axes, tuning.items(), strict=True):
+        for width, losses in by_width.items():
+            y = [clipped(loss, worst, higher_is_better=False) for loss in losses.values()]
+            axis.plot([float(lr) for lr in losses], y, marker=".", label=f"width {width}")
+        axis.set_xscale("log")
+        axis.set_xlabel("learning rate")
+        axis.set_ylim(values[0] - 0.03 * (worst - values[0]), worst)
+        axis.set_title(CONTENDERS[name].words, fontsize="small")
+    axes[0].set_ylabel("loss (at the edge: or worse)")
+    axes[-1].legend(fontsize="small")
+    finish(figure, results["summary"]["widths"]["words"], path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is not in the JSON file yet, then write it, the picture and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder that holds tinyshakespeare/")
+    parser.add_argument("--optimizer", choices=CONTENDERS, nargs="+", default=list(COMPARED))
+    parser.add_argument("--width", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--steps", type=int, help="of each training")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "width_transfer.json")
+    said = parser.parse_args(arguments)
+    torch.set_num_threads(said.threads)
+    device, console = torch.device("cpu"), Console()
+    results = Results(said.out, environment(device))
+    contenders = {name: CONTENDERS[name] for name in said.optimizer}
+    tuning: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in contenders}
+    for width in said.width:
+        task = task_of(width, said.steps)
+        data = task.data(said.data, task.batch_size, device)
+        one = Measurement(f"width{width}", "cpu", task, data, device, results, console.print)
+        for name, losses in tune(one, contenders).items():
+            tuning[name][str(width)] = {f"{lr:g}": loss for lr, loss in losses.items()}
+    results.content["summary"]["widths"] = {
+        "words": f"tiny Shakespeare, GPT, 3 layers, {task.tuning_steps} steps of 16 windows of 64",
+        "environment": results.here,
+        "tuning": tuning,
+    }
+    results.save()
+    save_picture(results.content, said.out.with_suffix(".png"))
+    table = Table(*HEADS, title="The best learning rate at each width")
+    for row in cells(results.content):
+        table.add_row(*row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
