@@ -116,12 +116,8 @@ def left_product(factor: Tensor, matrix: Tensor, blocks: Blocks) -> Tensor:
         return factor.reshape(groups, blocks.n_blocks, 1) * matrix
     if blocks.padding:
         matrix = F.pad(matrix, (0, 0, 0, blocks.padding))
-    if _pays_as_convolution(matrix, blocks):
-        kernel = factor.reshape(-1, blocks.size, 1)
-        product = F.conv1d(matrix.reshape(1, -1, n), kernel, groups=groups * blocks.n_blocks)
-    else:
-        split = matrix.reshape(groups * blocks.n_blocks, blocks.size, n)
-        product = torch.bmm(factor.view(-1, blocks.size, blocks.size), split)
+    split = matrix.reshape(groups * blocks.n_blocks, blocks.size, n)
+    product = torch.bmm(factor.view(-1, blocks.size, blocks.size), split)
     return product.view(groups, blocks.n_blocks * blocks.size, n)[:, :width]
 
 
@@ -140,20 +136,10 @@ def right_product(matrix: Tensor, factor: Tensor, blocks: Blocks) -> Tensor:
         return matrix * factor.reshape(groups, 1, blocks.n_blocks)
     if blocks.padding:
         matrix = F.pad(matrix, (0, blocks.padding))
-    if groups == 1 and _pays_as_convolution(matrix, blocks):
-        # Rows of the matrix are positions, its columns channels (last): no copy before, none after.
-        image, kernel = matrix.view(1, 1, m, -1).permute(0, 3, 1, 2), factor.mT.reshape(-1, blocks.size, 1, 1)
-        return F.conv2d(image, kernel, groups=blocks.n_blocks).permute(0, 2, 3, 1).reshape(1, m, -1)[..., :width]
     split = matrix.reshape(groups, m, blocks.n_blocks, blocks.size).transpose(1, 2)
-    product = torch.matmul(split, factor)
-    return product.transpose(1, 2).reshape(groups, m, -1)[..., :width]
-
-
-def _pays_as_convolution(matrix: Tensor, blocks: Blocks) -> bool:
-    """Whether a product with large blocks is to be a grouped 1x1 convolution, which it is mathematically.
-
-    On a CPU torch gives those to oneDNN and batched products to MKL. Measured on an AMD EPYC (Zen 4, 2 cores, float32,
-    torch 2.13): 256x2304 with blocks of 128 takes 0.45 ms, not 0.82; below about 2^24 multiplications it is slower.
-    """
-    large = matrix.numel() * blocks.size >= 2**24
-    return large and matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.is_contiguous()
+    if groups > 1:
+        return torch.matmul(split, factor).transpose(1, 2).reshape(groups, m, -1)[..., :width]
+    # Each block's product goes straight to its columns: to bring them together later would take another pass.
+    product = matrix.new_empty(1, m, blocks.n_blocks, blocks.size)
+    torch.bmm(split[0], factor[0], out=product[0].transpose(0, 1))
+    return product.view(1, m, -1)[..., :width]
