@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_thor.inverse import damped_inverses
+from lightning_thor.inverse import damped_inverse_roots, damped_inverses
 
 
 @pytest.mark.parametrize("size", [1, 2, 17, 33, 100, 128])
@@ -18,6 +21,57 @@ def test_inverse_times_damped_block_is_the_identity(size: int) -> None:
     damped = rows @ rows.mT + damping[:, None, None] * identity
     torch.testing.assert_close(inverses @ damped, identity.expand(5, size, size))
     torch.testing.assert_close(inverses, inverses.mT, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [2, 33, 100, 128, 129])
+def test_inverses_are_symmetric_to_the_last_bit_in_float32_too(size: int) -> None:
+    rows = torch.randn(5, size, 3)
+    inverses, succeeded = damped_inverses(rows @ rows.mT, torch.full((5,), 0.1))
+    assert succeeded.all()
+    torch.testing.assert_close(inverses, inverses.mT, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-5])
+def test_a_float32_inverse_is_about_as_exact_as_lapacks(damping: float) -> None:
+    orthogonal, _ = torch.linalg.qr(torch.randn(8, 128, 128, dtype=torch.float64))
+    blocks = ((orthogonal * torch.logspace(-9, 0, 128, dtype=torch.float64)) @ orthogonal.mT).float()
+    damped = blocks + damping * torch.eye(128)
+    inverses, succeeded = damped_inverses(blocks, torch.full((8,), damping))
+    lapack = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    exact = torch.linalg.inv(damped.double())
+    error, lapacks = ((found - exact).norm(dim=(1, 2)) for found in (inverses, lapack))
+    assert succeeded.all()
+    assert (error < 3 * lapacks).all()
+
+
+@pytest.mark.parametrize("invert", [damped_inverses, damped_inverse_roots])
+@pytest.mark.parametrize("newer", [False, True], ids=["set_float32_matmul_precision", "fp32_precision"])
+def test_inverses_are_of_full_precision_where_the_program_allows_less(invert: Any, newer: bool) -> None:
+    """Products in TF32 would make Schur complements indefinite. What was chosen is chosen again afterwards."""
+    matmul, seen = torch.backends.cuda.matmul, set()
+    if newer and not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 or newer")
+
+    def allows_less() -> bool:
+        return matmul.fp32_precision == "tf32" if newer else torch.get_float32_matmul_precision() != "highest"
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "bmm" in func.overloadpacket.__name__:
+                seen.add(allows_less())
+            return func(*args, **(kwargs or {}))
+
+    try:
+        if newer:
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        with Watch():
+            invert(torch.eye(64).repeat(2, 1, 1), torch.ones(2))
+        assert allows_less()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {False}
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])

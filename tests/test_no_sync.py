@@ -13,7 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_thor import Curvature, Thor, configure_thor
 
 # What copies a number to the host, or makes a tensor whose shape depends on data.
-WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "bincount"}
+# cholesky_inverse looks at LAPACK's info, inside the operator.
+WAITING = {
+    "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "bincount", "cholesky_inverse",
+}  # fmt: skip
 
 
 class Watch(TorchDispatchMode):
@@ -115,7 +118,7 @@ def test_a_refresh_takes_as_many_inversions_as_there_are_block_sizes(layers: int
     with Watch() as watch:
         curvature.update()
     assert watch.called["linalg_cholesky_ex"] == 1
-    assert watch.called["cholesky_inverse"] == 1
+    assert watch.called["linalg_solve_triangular"] == 1
 
 
 def test_thor_needs_no_curvature_of_ours() -> None:
