@@ -223,11 +223,13 @@ class FactorStacks:
         weight, taken = weight.repeat_interleave(2), taken.repeat_interleave(2)
         for size, place in selection.places.items():
             stack = self.stacks[size]
-            owners, average = stack.owners[place], stack.average[place]
-            batch = stack.sums[place] / per_factor[owners, None, None]
+            # Views where the place is a slice: their own memory takes all that follows.
+            owners, average, batch = stack.owners[place], stack.average[place], stack.sums[place]
+            batch.div_(per_factor[owners, None, None])
             # where, not a weight of 0: what is left out may not be finite.
-            batch = torch.where(taken[owners, None, None], batch, average)
-            stack.average[place] = average.lerp(batch, weight[owners, None, None])
+            torch.where(taken[owners, None, None], batch, average, out=batch)
+            average.lerp_(batch, weight[owners, None, None])
+            _put(stack.average, place, average)
             stack.sums[place] = 0.0
         self.counts.zero_()
 
@@ -259,9 +261,12 @@ class FactorStacks:
             self.failed_inversions += (observable & ~succeeded).sum()
             succeeded = succeeded & observable
             last_resort = torch.where(observable, (means[owners] + own) ** (-0.5 if self.roots else -1.0), 1.0)
-            identity = torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device)
-            kept = torch.where(inverted[:, None, None], stack.inverse[place], identity * last_resort[:, None, None])
-            stack.inverse[place] = torch.where(succeeded[:, None, None], inverse, kept)
+            kept = stack.inverse[place]
+            # A block that never had an inverse has zeros beside its diagonal.
+            diagonal = kept.diagonal(dim1=-2, dim2=-1)
+            torch.where(inverted[:, None], diagonal, last_resort[:, None], out=diagonal)
+            torch.where(succeeded[:, None, None], inverse, kept, out=kept)
+            _put(stack.inverse, place, kept)
             stack.inverted[place] = inverted | succeeded
 
     def refresh_costs(self, n_rows: Sequence[float], n_numbers: Sequence[float]) -> list[float]:
@@ -334,6 +339,12 @@ class FactorStacks:
             stack = self.stacks[size]
             total.index_add_(0, stack.owners[place], traces(tensors[size][place]))
         return total
+
+
+def _put(into: Tensor, place: Tensor | slice, part: Tensor) -> None:
+    """``into[place] = part`` where ``part`` is what lay there, changed: a view of a slice still does."""
+    if not isinstance(place, slice):
+        into[place] = part
 
 
 def _weight(averaging: float, n_windows: Tensor) -> Tensor:
