@@ -61,8 +61,9 @@ def by_layer(split_indices: Sequence[int], has_A: Sequence[bool]) -> Cut:
     groups = [sum(number > index for index in split_indices) for number in numbers]
 
     def cut(layers: Sequence[int], n_bytes: Sequence[int]) -> list[list[int]]:
-        own = {groups[layer] for layer in layers}
-        return [[layer for layer in layers if groups[layer] == group] for group in sorted(own, reverse=True)]
+        # In the order in which they are whole: that of each group's last layer.
+        own = list(dict.fromkeys(groups[layer] for layer in reversed(layers)))
+        return [[layer for layer in layers if groups[layer] == group] for group in reversed(own)]
 
     return cut
 

@@ -83,7 +83,7 @@ class FactorStacks:
         *segments, counts = self.flat_sums.split([*lengths.values(), 4 * len(cuts)])
         self.counts = counts.view(len(cuts), 4)
         """Of each layer: rows, samples, and the traces of A and of G if it is only probed; else how many numbers its
-        inputs and gradients had."""
+        inputs and gradients had, and where in backward it came (see `lightning_thor.window`)."""
         self.stacks: dict[int, Stack] = {}
         self._slots: dict[int, tuple[int, slice]] = {}
         for (size, members), segment in zip(by_size.items(), segments, strict=True):

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_thor.buckets import Cut, one_bucket
 from lightning_thor.exchange import Exchange, Wait
 from lightning_thor.stacks import FactorStacks, Selection
+from lightning_thor.trace_rule import HostCopy
 
 Turn = tuple[tuple[int, ...], tuple[int, ...]]
 """The layers to refresh and those to probe at a step."""
@@ -26,11 +27,12 @@ class Bucket(NamedTuple):
 class Window:
     """Sums the layers' windows over processes.
 
-    Every process sums the same buckets in the same order, those of the last layers first; only *when* a bucket starts
-    is each process's own affair. It starts from backward if it is its turn, each of its layers has handed over all
-    pairs that its forward passes announced, and no fewer than in any earlier window. What has not started by then
-    starts in `sum`, zeros for layers that were silent here; so a layer that is used several times, late or never holds
-    its bucket back, and nobody waits for it.
+    Every process sums the same buckets in the same order, in that of backward: the last layers first, until a layer's
+    first window has shown where it comes; a model may run in another order than its modules were registered in. Only
+    *when* a bucket starts is each process's own affair. It starts from backward if it is its turn, each of its layers
+    has handed over all pairs that its forward passes announced, and no fewer than in any earlier window. What has not
+    started by then starts in `sum`, zeros for layers that were silent here; so a layer that is used several times, late
+    or never holds its bucket back, and nobody waits for it.
 
     Args:
         stacks: where the windows lie.
@@ -55,6 +57,13 @@ class Window:
         self._given = [0] * n_layers
         self._most: list[float] = [0] * n_layers
         """The most pairs that a window ever had here; 0 for a layer of which nothing is known."""
+        self._arrived: dict[int, None] = {}
+        """The layers of the open window, in the order of their last pairs."""
+        self._places: list[float] = [-layer for layer in range(n_layers)]
+        """Where in backward each layer comes; the same on all processes, as are those that are not known yet:"""
+        self._unplaced = set(range(n_layers))
+        self._found: tuple[list[int], HostCopy] | None = None
+        """Layers whose places are on their way to the host."""
         self._plans: dict[Turn, list[Bucket]] = {}
         self._buckets: list[Bucket] | None = None
         """Those of the open window, once they are asked for."""
@@ -78,6 +87,8 @@ class Window:
         """A layer's pair was added to its window; start what is whole now."""
         self._announced[layer] -= 1
         self._given[layer] += 1
+        self._arrived.pop(layer, None)
+        self._arrived[layer] = None
         if self._may_start is None or self._exchange.n_shares == 1 or not self._may_start():
             return
         buckets = self._opened()
@@ -88,10 +99,13 @@ class Window:
         """Have the windows of the step's layers summed over all processes: start what has not, and wait."""
         if self._exchange.n_shares > 1:
             buckets = self._opened()
+            unplaced = self._note_places()
             self._start_all()
             for bucket, (flat, wait) in zip(buckets, self._started, strict=True):
                 wait()
                 self._stacks.set_window_(bucket.selection, flat)
+            if unplaced:
+                self._found = unplaced, HostCopy(self._stacks.counts[unplaced, 3])
         self._most = [max(most, given) for most, given in zip(self._most, self._given, strict=True)]
         self.forget()
 
@@ -108,8 +122,24 @@ class Window:
         """Go back to an empty window, without a word to the other processes."""
         self._announced = [0] * len(self._announced)
         self._given = [0] * len(self._given)
+        self._arrived = {}
         self._buckets = None
         self._started = []
+
+    def _note_places(self) -> list[int]:
+        """Let the sums tell where in backward the layers come that had no window before, and which those are.
+
+        Added up over processes, a place is the same on all of them, whatever each has seen; it counts from the next
+        window on. A layer that was silent here comes last. Once for each layer this waits for the device.
+        """
+        # Nothing of them has started: buckets with a layer of which nothing is known start in `sum`.
+        unplaced = [] if self._may_start is None else sorted(self._unplaced.intersection(self._turn()[0]))
+        if unplaced:
+            self._unplaced.difference_update(unplaced)
+            places = {layer: place for place, layer in enumerate(self._arrived)}
+            own = [places.get(layer, len(self._most)) for layer in unplaced]
+            self._stacks.counts[unplaced, 3] = self._stacks.counts.new_tensor(own)
+        return unplaced
 
     def _is_whole(self, bucket: Bucket) -> bool:
         # The last of a bucket's layers first: it is the last that backward comes to.
@@ -131,13 +161,18 @@ class Window:
     def _opened(self) -> list[Bucket]:
         if self._buckets is None:
             turn = self._turn()
+            if self._found is not None:
+                for layer, place in zip(self._found[0], self._found[1].read(), strict=True):
+                    self._places[layer] = place
+                self._found = None
+                self._plans.clear()
             if turn not in self._plans:
                 self._plans[turn] = self._plan(*turn)
             self._buckets = self._plans[turn]
         return self._buckets
 
     def _plan(self, due: tuple[int, ...], probed: tuple[int, ...]) -> list[Bucket]:
-        layers = sorted(due + probed, reverse=True)
+        layers = sorted(due + probed, key=lambda layer: (self._places[layer], -layer))
         n_bytes = [0 if layer in probed else self._stacks.n_travelling_bytes(layer) for layer in layers]
         buckets = self._cut(layers, n_bytes) if layers else []
         return [

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_thor import Curvature
 from lightning_thor.buckets import by_layer, by_size, check_split_indices
 from lightning_thor.shares import SharedInversions
+from lightning_thor.window import Window
 from tests.boring import without_words
 from tests.fakes import Recorded, Twins
 from tests.test_no_sync import Watch
@@ -195,6 +196,94 @@ def test_no_step_with_other_processes_waits_for_the_device() -> None:
             curvature.update()
         assert not watch.waiting, f"step {step} waits by {watch.waiting}"
     assert any(exchange.in_backward)
+
+
+# ── the order of backward ──
+
+
+ORDER = (2, 0, 3, 1)
+"""In which modules run that were registered as 0, 1, 2, 3."""
+
+
+def misordered(model: nn.ModuleList, exchange: Twins, seed: int) -> None:
+    """Forward and backward; the log tells of each gradient too, after what happened when it came."""
+
+    def told(layer: int) -> Callable[[Tensor], None]:
+        return lambda g: exchange.log.append(f"gradient {layer}")
+
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for layer in ORDER:
+        x = model[layer](x)
+        x.register_hook(told(layer))
+        x = x.tanh()
+    x.square().mean().backward()
+
+
+def in_twins(model: nn.ModuleList, exchange: Any, cut: Any = None, **options: Any) -> Curvature:
+    curvature = Curvature(model, block_size=3, **options)
+    curvature.connect(exchange, cut=cut or by_size(1), may_start=lambda: True)
+    curvature.solve = SharedInversions(Recorded(1, 0, []))
+    return curvature
+
+
+AT_THE_END = ["gradient 1", "gradient 3", "gradient 0", "gradient 2", *["start 28"] * 4]
+AS_IT_RUNS = ["start 28", "gradient 1", "start 28", "gradient 3", "start 28", "gradient 0", "start 28", "gradient 2"]
+
+
+def test_from_the_second_refresh_on_buckets_start_in_the_order_in_which_modules_run() -> None:
+    model, exchange = layers(), Twins()
+    curvature = in_twins(model, exchange, update_every_n_steps=1)
+    for step, expected in enumerate((AT_THE_END, AS_IT_RUNS, AS_IT_RUNS)):
+        exchange.log.clear()
+        misordered(model, exchange, step)
+        curvature.update()
+        assert exchange.log == [*expected, *["wait 28"] * 4]
+
+
+def test_staggered_and_resumed_each_turn_learns_its_own_order() -> None:
+    model, exchange = layers(), Twins()
+    curvature = in_twins(model, exchange, update_every_n_steps=2, stagger=True)
+    misordered(model, exchange, 0)
+    curvature.update()
+    resumed = in_twins(model, exchange, update_every_n_steps=2, stagger=True)
+    resumed.load_state_dict(curvature.state_dict())
+    curvature.close()
+    for step in range(1, 5):
+        exchange.log.clear()
+        due = resumed._schedule.due(resumed.step)
+        assert len(due) == 2
+        misordered(model, exchange, step)
+        resumed.update()
+        early = [line for line in exchange.log if not line.startswith("wait")]
+        if step <= 2:
+            assert early == [*AT_THE_END[:4], "start 28", "start 28"]
+        else:
+            expected = [f"gradient {layer}" for layer in reversed(ORDER)]
+            for layer in due:
+                expected.insert(expected.index(f"gradient {layer}"), "start 28")
+            assert early == expected
+
+
+def test_groups_of_split_indices_stay_together_in_the_order_in_which_they_are_whole() -> None:
+    cut = by_layer([1, 3], [True] * 6)
+    assert cut([0, 5, 2, 1, 4, 3], [1] * 6) == [[0, 1], [5, 4], [2, 3]]
+
+
+def test_processes_that_saw_other_orders_agree_on_one() -> None:
+    """That of the sums of places, 4 2 6 7 here: a layer that was silent on one of the three is the last there."""
+    orders = ([0, 1, 2, 3], [0, 1, 3, 2], [1, 2, 3])
+    sent: list[list[Tensor]] = [[] for _ in orders]
+    for replay in (False, True):
+        for share, order in enumerate(orders):
+            exchange: Any = Recorded(3, share, sent, replay)
+            stacks = Curvature(layers(), block_size=3).stacks
+            window = Window(stacks, exchange, lambda: ((0, 1, 2, 3), ()), by_size(1), lambda: False)
+            for layer in order:
+                window.announce(layer)
+                window.given(layer)
+            window.sum()
+            found = [bucket.layers for bucket in window._opened()]
+            assert not replay or found == [[1], [0], [2], [3]]
 
 
 # ── buckets ──
