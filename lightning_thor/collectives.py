@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 from datetime import timedelta
 
 import torch
@@ -25,6 +27,28 @@ def new_factor_group(timeout: timedelta | None = None) -> dist.ProcessGroup | No
         timeout: how long a collective of the group may take before it is an error; None for the backend's own.
     """
     return dist.new_group(timeout=timeout) if is_distributed() else None
+
+
+def leave_without_others(exception: BaseException, group: dist.ProcessGroup | None) -> None:
+    """See to it that this process can end, and that the others notice, though collectives are on their way.
+
+    A gloo group that is destroyed waits for what it has begun, for half an hour by default, while the ranks that have
+    not begun it wait for this one. A group that is never destroyed ends with its process, and its connections too.
+
+    Args:
+        exception: what ends the process; if it is a collective's, its message gets a sentence that says what to do.
+        group: of factors; the same is done for the group of all ranks.
+    """
+    if not is_distributed():
+        return
+    for one in (group, dist.group.WORLD):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+    if isinstance(exception, RuntimeError) and re.search("gloo|NCCL|ProcessGroup", str(exception)):
+        exception.args = (
+            f"{exception}\nRank {dist.get_rank()} waited for another one of the {dist.get_world_size()} in vain: that "
+            "one raised, died or hung, and its own output says why. (How long is waited for one that hangs: "
+            "ThorDDPStrategy(timeout=timedelta(...)).)",
+        )
 
 
 class Ranks:

@@ -85,6 +85,10 @@ class ThorDDPStrategy(DDPStrategy):
             may_start=self._is_last_backward,
         )
 
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        collectives.leave_without_others(exception, self._factor_group)
+
     def _is_last_backward(self) -> bool:
         """False in a micro-batch whose gradients DDP only accumulates."""
         return bool(getattr(self.model, "require_backward_grad_sync", False))

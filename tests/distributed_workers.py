@@ -1,8 +1,8 @@
 """Trainings on several ranks for the tests: real processes over gloo, started by Lightning's launcher or torchrun.
 
-``python distributed_workers.py FOLDER [NAME ...]`` runs every training of `TRAININGS`, or those that are named; each
-rank saves what came out of it as ``FOLDER/<name>-<rank>.pt``. `two_ranks` starts that program once for all tests and
-reads the files.
+``python distributed_workers.py FOLDER [NAME ...]`` runs every training of `TRAININGS` here and in the files beside, or
+those that are named; each rank saves what came out of it as ``FOLDER/<name>-<rank>.pt``. `two_ranks` starts that
+program once for all tests and reads the files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, configure_t
 from lightning_thor import collectives as factor_collectives
 
 # Generous, since the machine may be busy; a rank that waits for the other one for ever is what it is for.
-SECONDS = 150
+SECONDS = 300
 ROWS = 32
 STEPS_PER_EPOCH = 4
 ROOT = Path(__file__).parents[1]
@@ -87,6 +87,7 @@ class Module(L.LightningModule):
         fail: called with the rank and the batch before its forward pass.
         dtype: of the weights.
         mode: of the optimizer.
+        net: a model, for a subclass that has its own `batch` and `loss`; otherwise a `Net`.
     """
 
     def __init__(
@@ -99,12 +100,13 @@ class Module(L.LightningModule):
         fail: Callable[[int, int], None] = fail_not,
         dtype: torch.dtype = torch.float64,
         mode: str = "natural",
+        net: nn.Module | None = None,
     ) -> None:
         super().__init__()
         assert sum(parts) == ROWS
         # float64 from the beginning: with precision="64-true" alone, Lightning loads a checkpoint's weights into a new
         # model of float32 and converts that afterwards, so a resumed run would begin with rounded weights.
-        self.net = Net().to(dtype)
+        self.net = (Net() if net is None else net).to(dtype)
         self.mode = mode
         self.parts, self.micro_batches, self.batches = parts, micro_batches, batches
         self.overflow, self.extra, self.fail = overflow, extra, fail
@@ -113,19 +115,25 @@ class Module(L.LightningModule):
         rank = self.trainer.global_rank
         pieces = []
         for number in self.batches:
-            images, classes = (part.split(list(self.parts))[rank] for part in batch(number))
-            numbers = torch.full_like(classes, number)
-            pieces += list(zip(*(x.chunk(self.micro_batches) for x in (images, classes, numbers)), strict=True))
+            inputs, targets = (part.split(list(self.parts))[rank] for part in self.batch(number))
+            numbers = torch.full((len(targets),), number)
+            pieces += list(zip(*(x.chunk(self.micro_batches) for x in (inputs, targets, numbers)), strict=True))
         return DataLoader(pieces, batch_size=None)  # type: ignore[arg-type]
 
     def training_step(self, piece: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
-        images, classes, numbers = piece
+        inputs, targets, numbers = piece
         number = int(numbers[0])
         self.fail(self.trainer.global_rank, number)
-        loss = F.cross_entropy(self.net(images, self.extra(self.trainer.global_rank, number)), classes)
+        loss = self.loss(inputs, targets, number)
         if number == self.overflow and self.trainer.global_rank == self.trainer.world_size - 1:
             loss = loss * float("inf")
         return loss
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        return batch(number)
+
+    def loss(self, inputs: Tensor, targets: Tensor, number: int) -> Tensor:
+        return F.cross_entropy(self.net(inputs, self.extra(self.trainer.global_rank, number)), targets)
 
     def configure_optimizers(self) -> Any:
         optimizer = configure_thor(self, lr=0.02, weight_decay=0.1, mode=self.mode)
@@ -196,6 +204,8 @@ def fit(
     stagger: bool = False,
     trace_rule: Any = None,
     block_size: int | Literal["auto"] = 8,
+    loss_reduction: str = "mean",
+    accumulate: int | None = None,
     **trainer_options: Any,
 ) -> Result:
     """Train ``module``; everything that the laws compare, as plain types and tensors."""
@@ -211,12 +221,17 @@ def fit(
             max_epochs=max_epochs,
             callbacks=[
                 ThorCallback(
-                    update_every_n_steps=3, block_size=block_size, stagger=stagger, trace_rule=trace_rule, summary=False
+                    update_every_n_steps=3,
+                    block_size=block_size,
+                    stagger=stagger,
+                    trace_rule=trace_rule,
+                    loss_reduction=loss_reduction,
+                    summary=False,
                 ),
                 log,
                 *([saver] if checkpoints else []),
             ],
-            accumulate_grad_batches=module.micro_batches,
+            accumulate_grad_batches=accumulate or module.micro_batches,
             default_root_dir=folder,
             enable_checkpointing=checkpoints is not None,
             logger=False,
@@ -230,13 +245,15 @@ def fit(
     optimizer = trainer.optimizers[0].state_dict()
     return {
         "strategy": type(trainer.strategy).__name__,
+        "environment": type(getattr(trainer.strategy, "cluster_environment", None)).__name__,
         "world_size": trainer.world_size,
         "weights": {name: weight.detach().clone() for name, weight in module.net.named_parameters()},
         "optimizer": optimizer,
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "curvature": curvature.state_dict(),
         "window": float(curvature.stacks.flat_sums.abs().sum()),
-        "travelling": sum(map(curvature.stacks.n_travelling_bytes, range(5))) // curvature.stacks.dtype.itemsize,
+        "travelling": sum(map(curvature.stacks.n_travelling_bytes, range(len(curvature.layers))))
+        // curvature.stacks.dtype.itemsize,
         "collectives": calls,
         "all_reduces": only("all_reduce", calls),
         "counts": log.counts,
@@ -245,10 +262,11 @@ def fit(
     }
 
 
-def fit_with_loss_scaling(folder: Path, **options: Any) -> Result:
+def fit_with_loss_scaling(folder: Path, strategy: Any = None, **options: Any) -> Result:
     """One epoch in float16; on a CPU ``precision="16-mixed"`` alone would silently mean bfloat16."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))  # type: ignore[arg-type]
-    return fit(folder, Module(HALVES, dtype=torch.float32, **options), max_epochs=1, plugins=[plugin])
+    module = Module(HALVES, dtype=torch.float32, **options)
+    return fit(folder, module, strategy=strategy, max_epochs=1, plugins=[plugin])
 
 
 def fit_with_a_block_size_that_each_rank_would_choose_differently(folder: Path) -> Result:
@@ -404,13 +422,18 @@ def two_ranks(name: str) -> list[Result]:
     return [torch.load(file, weights_only=True) for file in files]
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    for name in sys.argv[2:] or TRAININGS:
-        result = (TRAININGS | NAMED_ONLY)[name](folder)
+def train(folder: Path, *names: str) -> None:
+    """Run these trainings, or all that `two_ranks` may be asked for, and save what came out of each."""
+    # These are made of what is in this file.
+    from tests import endings, option_trainings, text_trainings
+
+    trainings = TRAININGS | option_trainings.TRAININGS | text_trainings.TRAININGS
+    named_only = NAMED_ONLY | option_trainings.NAMED_ONLY | text_trainings.NAMED_ONLY | endings.NAMED_ONLY
+    for name in names or trainings:
+        result = (trainings | named_only)[name](folder)
         torch.save(result, folder / f"{name}-{dist.get_rank()}.pt")
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]), *sys.argv[2:])
