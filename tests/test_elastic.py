@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ from torch import nn
 
 from lightning_thor import Curvature
 from lightning_thor.buckets import by_size
-from tests.distributed_workers import Result, results_folder, run, two_ranks
+from tests.distributed_workers import ROWS, Result, results_folder, run, two_ranks
 from tests.fakes import Twins
+from tests.lone_ranks import lone_ranks
+from tests.option_trainings import fit_all_at_once
 from tests.test_strategy import assert_bitwise, one_rank, state
+from tests.text_trainings import Text, train
 
 WORKERS = str(Path(__file__).with_name("distributed_workers.py"))
 
@@ -29,16 +34,74 @@ def results(folder: Path, name: str, n_ranks: int, printed: str) -> list[Result]
     return [torch.load(file, weights_only=True) for file in files]
 
 
-@pytest.mark.slow
-def test_four_ranks_under_torchrun_are_one_and_go_on_from_a_checkpoint_of_two(tmp_path: Path) -> None:
-    status, printed = torchrun(4, tmp_path, "four", "four_resumed")
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Result]]:
+    """What each of four ranks under torchrun had of a training."""
+    folder = tmp_path_factory.mktemp("four")
+    status, printed = torchrun(4, folder, "four", "four_resumed", "four_texts", "four_all_at_once_resumed")
     assert status == 0, printed[-6000:]
+    return lambda name: results(folder, name, 4, printed)
+
+
+@pytest.mark.slow
+def test_four_ranks_under_torchrun_are_one_and_go_on_from_a_checkpoint_of_two(
+    tmp_path: Path, four_ranks: Callable[[str], list[Result]]
+) -> None:
     alone = one_rank(tmp_path, max_epochs=3)
     for name, first_step in (("four", 1), ("four_resumed", 5)):
-        for result in (ranks := results(tmp_path, name, 4, printed)):
+        for result in (ranks := four_ranks(name)):
             assert (result["world_size"], result["steps"][0]) == (4, first_step)
             torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
             assert_bitwise(state(result), state(ranks[0]))
+
+
+@pytest.mark.slow
+def test_four_ranks_of_a_language_model_with_parts_of_four_sizes_are_one(
+    tmp_path: Path, four_ranks: Callable[[str], list[Result]]
+) -> None:
+    alone = train(tmp_path, Text(), (ROWS,), summed=True)
+    for result in (ranks := four_ranks("four_texts")):
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-8, atol=1e-9)
+        assert_bitwise(state(result), state(ranks[0]))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_with_all_options_goes_on_with_one_two_and_four(
+    tmp_path: Path, four_ranks: Callable[[str], list[Result]]
+) -> None:
+    """Polar, staggered, with a trace rule that keeps some layers as they are."""
+    alone = fit_all_at_once(tmp_path, (ROWS,))
+    done, turns = (int(alone["curvature"][key]) for key in ("refreshes", "turns"))
+    assert 0 < done < turns
+    saved = results_folder() / "all_at_once" / "epoch=0.ckpt"
+    resumed = [
+        fit_all_at_once(tmp_path, (ROWS,), resume=saved),
+        *two_ranks("all_at_once_resumed"),
+        *four_ranks("four_all_at_once_resumed"),
+    ]
+    assert [result["world_size"] for result in resumed] == [1, 2, 2, 4, 4, 4, 4]
+    for result in resumed:
+        assert result["steps"][0] == 5
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-8, atol=1e-8)
+    for result, unbroken in zip(resumed[1:3], two_ranks("all_at_once"), strict=True):
+        assert_bitwise(state(result), state(unbroken))
+
+
+@pytest.mark.slow
+def test_two_ranks_under_slurm_are_those_of_lightnings_launcher_also_when_the_job_is_requeued(tmp_path: Path) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/told\n")
+    scontrol.chmod(0o755)
+    ended = lone_ranks(tmp_path, "slurm", "halves", "requeued", PATH=f"{scontrol.parent}:{os.environ['PATH']}")
+    for name, first_step in (("halves", 1), ("requeued", 5)):
+        printed = "".join(one.printed for one in ended[name])
+        assert [one.status for one in ended[name]] == [0, 0], printed[-6000:]
+        for result, launched in zip(results(tmp_path, name, 2, printed), two_ranks("halves"), strict=True):
+            assert (result["environment"], result["world_size"]) == ("SLURMEnvironment", 2)
+            assert result["steps"][0] == first_step
+            assert_bitwise(state(result), state(launched))
+    assert (tmp_path / "told").read_text() == "requeue 4321\n"
 
 
 @pytest.mark.slow
