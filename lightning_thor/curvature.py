@@ -332,8 +332,8 @@ class Curvature:
 
         Inverses that it lacks, since another process kept them, are computed again from the averages and from what was
         added to their eigenvalues then. Those are the same numbers, but batched otherwise, so where a batch changes the
-        rounding of its members they agree to rounding. One thing cannot come back: of a block whose last inversion had
-        failed, the older inverse that was kept instead (a warning says so).
+        rounding of its members they agree to rounding. One thing cannot come back: the older inverse that was kept
+        there of a block whose last inversion failed (a warning says so), or whose factor had become zero.
 
         Raises:
             ValueError: the state is of another mode, other layers, or of other block sizes; nothing was changed.

@@ -48,7 +48,7 @@ class Stack:
         """Put new inverses in their place; no device sync.
 
         A block that failed keeps its last inverse, or before it ever had one gets the identity over its mean damped
-        eigenvalue. One to whose eigenvalues nothing was added was never observed, and keeps the identity.
+        eigenvalue. One to whose eigenvalues nothing is added was not observed, and keeps what it has.
 
         Args:
             place: the blocks.

@@ -94,7 +94,7 @@ class FactorStacks:
         self.failed_inversions = torch.zeros((), dtype=torch.int64, device=device)
         self.rejected_windows = torch.zeros((), dtype=torch.int64, device=device)
         self.added = torch.zeros(len(factors), dtype=dtype, device=device)
-        """What was added to each factor's eigenvalues when it was last inverted; 0: it had not been observed then."""
+        """What was added to each factor's eigenvalues when it was last inverted; 0: it never was."""
         self.folded = {
             output: [self.blocks_of(2 * table + side, "average").clone() for side in (0, 1)]
             for output, table in self._tables.items()
@@ -272,17 +272,20 @@ class FactorStacks:
         dampings = self._dampings(means.view(-1, 2), slice(None), rule, damping)
         # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too.
         observed = (updates > 0)[:, None] & (dampings > 0)
-        self.added.view(-1, 2)[selection.layers] = torch.where(observed, dampings, 0.0)[selection.layers]
-        self.failed_inversions += self._solve(selection, averages, means, solve)
+        added = self.added.view(-1, 2)
+        added[selection.layers] = torch.where(observed, dampings, added)[selection.layers]
+        now = torch.where(observed, dampings, 0.0).flatten()
+        self.failed_inversions += self._solve(selection, averages, now, means, solve)
 
     def invert_again(self, layers: Sequence[int]) -> Tensor:
         """The inverses of layers that had them elsewhere, from their averages and what was added to them there.
 
-        They are those that `invert` made then: averages change in no step in which a layer is not inverted.
+        They are those that `invert` made then, since averages change only in steps in which the layer is inverted. But
+        where it kept an older inverse, that is lost: a block that fails again gets the identity over its mean damped
+        eigenvalue, one of a factor of zeros the identity over what was last added.
 
         Returns:
-            How many blocks failed: as they did then, so that an older inverse was kept there, if there was one. Here
-            they get the identity over their mean damped eigenvalue.
+            How many blocks failed.
         """
         selection = self.select(tuple(layers))
         for size, (_, inverses) in selection.kept.items():
@@ -294,25 +297,21 @@ class FactorStacks:
         def solve(problems: Mapping[int, tuple[Tensor, Tensor]]) -> Mapping[int, tuple[Tensor, Tensor]]:
             return {size: invert(*problem) for size, problem in problems.items()}
 
-        return self._solve(selection, averages, means, solve)
+        return self._solve(selection, averages, self.added, means, solve)
 
-    def _solve(self, selection: Selection, averages: Mapping[int, Tensor], means: Tensor, solve: Solve) -> Tensor:
-        """Inverses of ``averages`` with what is `added`, of those selected layers whose inverses are kept.
-
-        Returns:
-            How many blocks failed.
-        """
-        owners = {size: stack.owners for size, stack in self.stacks.items()}
-        solutions = solve(
-            {
-                size: (averages[size][place], self.added[owners[size][place]])
-                for size, (place, _) in selection.kept.items()
-            }
-        )
+    def _solve(
+        self, selection: Selection, averages: Mapping[int, Tensor], added: Tensor, means: Tensor, solve: Solve
+    ) -> Tensor:
+        """Inverses of ``averages``, of those selected layers whose inverses are kept; how many blocks failed."""
+        problems = {
+            size: (averages[size][place], added[self.stacks[size].owners[place]])
+            for size, (place, _) in selection.kept.items()
+        }
+        solutions = solve(problems)
         failed = torch.zeros_like(self.failed_inversions)
         for size, (place, kept) in selection.kept.items():
-            stack, solution = self.stacks[size], solutions[size]
-            failed += stack.take_inverses(place, kept, solution, self.added, means, roots=self.roots)
+            stack = self.stacks[size]
+            failed += stack.take_inverses(place, kept, solutions[size], added, means, roots=self.roots)
         return failed
 
     def n_bytes(self, layer: int) -> int:

@@ -1,0 +1,403 @@
+"""Laws of `inverse_workers`: whoever keeps the inverses, the numbers are those of everyone keeping all."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.messages import Counting
+from lightning_thor import Curvature, Thor, configure_thor
+from lightning_thor.exchange import Alone, Workers
+from lightning_thor.workers import SharedDirections
+from tests.boring import without_words
+from tests.fakes import Member, Place, on_ranks
+from tests.test_no_sync import Watch
+
+N, WIDTH, VOCABULARY = 12, 8, 7
+LAYOUTS = [(2, 1), (3, 1), (4, 2), (4, 4)]
+
+
+class Net(nn.Module):
+    """A packed attention, a norm, a convolution, a bias, and a table that is the output layer's weight too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.table = nn.Embedding(VOCABULARY, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.body = nn.Linear(WIDTH, 3 * WIDTH)
+        self.back = nn.Linear(3 * WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.table.weight
+        self.skipped = nn.Linear(WIDTH, WIDTH)
+        self.double()
+
+    def forward(self, tokens: Tensor, skip: bool = False) -> Tensor:
+        x = self.table(tokens)
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        x = x + self.conv(x.mT).mT
+        x = x + self.back(self.body(x).tanh())
+        logits: Tensor = self.head(x if skip else x + self.skipped(x))
+        return logits
+
+
+NET = Net()
+TOKENS = torch.randint(VOCABULARY, (N, 6), generator=torch.Generator().manual_seed(6))
+
+
+class Trained(NamedTuple):
+    """What came out of a training on one process."""
+
+    net: Net
+    optimizer: Thor
+    curvature: Curvature
+    place: Place
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.net.named_parameters())
+
+    @property
+    def receivers(self) -> Member:
+        assert self.place.workers is not None
+        member: Any = self.place.workers.directions
+        return member
+
+
+def fresh(place: Place, **options: Any) -> Trained:
+    net = copy.deepcopy(NET).to(options.pop("dtype", torch.float64))
+    mode = options.setdefault("mode", "natural")
+    options = {"update_every_n_steps": 3, "block_size": 4, "precondition_bias": True, **options}
+    curvature = Curvature(net, **options)
+    curvature.connect(place.world, workers=place.workers)
+    return Trained(net, configure_thor(net, lr=0.01, mode=mode, preconditioner=curvature), curvature, place)
+
+
+def go_on(trained: Trained, steps: range, skip_at: int = -1) -> None:
+    """Steps on each process's part of the batch, and the gradients' mean, as DDP takes it."""
+    net, optimizer, _, place = trained
+    for step in steps:
+        own = TOKENS.roll(step, 1).chunk(place.world.n_shares)[place.rank]
+        F.cross_entropy(net(own, skip=step == skip_at).flatten(0, 1), own.roll(1, 1).flatten()).backward()
+        for p in net.parameters():
+            if p.grad is not None and place.world.n_shares > 1:
+                mean = p.grad.flatten() / place.world.n_shares
+                place.world.start_sum(mean)()
+                p.grad.copy_(mean.view_as(p.grad))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train(n_ranks: int, n_workers: int | None, n_steps: int = 8, skip_at: int = -1, **options: Any) -> list[Trained]:
+    def work(place: Place) -> Trained:
+        trained = fresh(place, **options)
+        go_on(trained, range(n_steps), skip_at)
+        return trained
+
+    return on_ranks(n_ranks, n_workers, work)
+
+
+def alone(**options: Any) -> Trained:
+    return fresh(Place(0, Alone(), None), **options)  # type: ignore[arg-type]
+
+
+def state(trained: Trained) -> dict[str, Any]:
+    return without_words(trained.curvature.state_dict())  # type: ignore[no-any-return]
+
+
+def common(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    keys = sorted(one.keys() & other.keys())
+    return {key: one[key] for key in keys}, {key: other[key] for key in keys}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "natural": {},
+    "polar": {"mode": "polar"},
+    "staggered": {"stagger": True, "update_every_n_steps": 4},
+    "trace rule": {"trace_rule": (0.05, 0.001), "update_every_n_steps": 2},
+    "polar, staggered, pi": {"mode": "polar", "stagger": True, "damping_rule": "pi", "damping": 1e-3},
+}
+
+
+@pytest.mark.parametrize(("n_ranks", "n_workers"), LAYOUTS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_whoever_keeps_the_inverses_the_numbers_are_the_same(n_ranks: int, n_workers: int, options: str) -> None:
+    expected = train(n_ranks, None, **OPTIONS[options])[0]
+    found = train(n_ranks, n_workers, **OPTIONS[options])
+    for trained in found:
+        torch.testing.assert_close(trained.weights(), expected.weights(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(trained.weights(), found[0].weights(), rtol=0, atol=0)
+        theirs, ours = state(expected), state(trained)
+        for name, layer in ours.pop("layers").items():
+            torch.testing.assert_close(*common(layer, theirs["layers"][name]), rtol=1e-8, atol=1e-10)
+        theirs.pop("layers")
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(("n_ranks", "n_workers"), LAYOUTS)
+def test_each_layer_has_its_inverses_on_as_many_processes_as_were_said(n_ranks: int, n_workers: int) -> None:
+    trained = train(n_ranks, n_workers, n_steps=1)
+    keepers = [
+        sum(any(key.endswith("_inverse") for key in one.curvature.state_dict()["layers"][name]) for one in trained)
+        for name in trained[0].curvature.layers
+    ]
+    assert keepers == [n_workers] * len(keepers)
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+def test_inverses_of_others_take_no_memory(mode: str) -> None:
+    """All tensors that a curvature holds, by their storages, are what it says; and its share falls as 1 / groups."""
+
+    def storages(curvature: Curvature) -> int:
+        stacks = curvature.stacks
+        held = [stacks.flat_sums, *(copy for copies in stacks.folded.values() for copy in copies)]
+        for stack in stacks.stacks.values():
+            assert all(tensor is not None for tensor in vars(stack).values())
+            held += [tensor for name, tensor in vars(stack).items() if name in ("average", "inverse")]
+        n_counts = stacks.counts.numel() * stacks.counts.element_size()
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values()) - n_counts
+
+    def said(curvature: Curvature) -> int:
+        return sum(map(curvature.n_bytes, curvature.layers))
+
+    whole = train(2, None, n_steps=1, mode=mode)[0].curvature
+    parts = [one.curvature for one in train(4, 1, n_steps=1, mode=mode)]
+    inverses = sum(stack.inverse.nbytes for stack in whole.stacks.stacks.values())
+    assert storages(whole) == said(whole)
+    assert [storages(part) for part in parts] == [said(part) for part in parts]
+    assert sum(said(whole) - said(part) for part in parts) == 3 * inverses
+    assert all(said(whole) - said(part) > inverses / 2 for part in parts)
+
+
+def test_nothing_is_allocated_for_inverses_before_it_is_said_who_keeps_them() -> None:
+    curvature = Curvature(Net())
+    assert not any("inverse" in vars(stack) for stack in curvature.stacks.stacks.values())
+
+
+# ── messages ──
+
+
+def test_a_step_takes_one_message_of_all_directions_and_a_refresh_one_number_more() -> None:
+    n_parameters = sum(p.numel() for p in NET.parameters())
+    plain = {p for name, p in NET.named_parameters() if name in ("attention.in_proj_bias", "attention.out_proj.bias")}
+    for trained in train(4, 2, n_steps=5):
+        log = trained.receivers.log
+        number = ("sum", 1, torch.int64)
+        assert [entry == number for entry in log] == [True, False, False, False, True, False, False]
+        lengths = {entry[:2] for entry in log if entry != number}
+        assert len(lengths) == 1
+        ((name, length),) = lengths
+        travelling = n_parameters - sum(p.numel() for p in plain if p not in trained.curvature.layers)
+        assert name == "sum" or 2 * length < 2 * travelling
+        assert length <= travelling
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "travels"),
+    [((torch.bfloat16, torch.bfloat16), torch.bfloat16), ((torch.bfloat16, torch.float32), torch.float32)],
+)
+def test_directions_travel_in_the_widest_dtype_of_the_gradients(
+    dtypes: tuple[torch.dtype, ...], travels: torch.dtype
+) -> None:
+    net = nn.Sequential(*(nn.Linear(4, 4, bias=False).to(dtype) for dtype in dtypes))
+    layers = Curvature(net).layers
+    exchange = Counting(2, bf16=False)
+    shared = SharedDirections(exchange, layers, roots=False, polar=())
+    grads = {p: torch.randn_like(p) for p in net.parameters()}
+    found = shared.bring_to_all({p: grad.clone() for p, grad in shared.own_part(grads).items()}, grads)
+    assert exchange.messages == [("all_gather", 16 * travels.itemsize)]
+    assert {p: direction.dtype for p, direction in found.items()} == {p: p.dtype for p in net.parameters()}
+    (own,) = shared.own_part(grads)
+    torch.testing.assert_close(found[own], grads[own], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+def test_layers_without_a_gradient_are_left_out_on_all_processes(mode: str) -> None:
+    """A step in which no process uses a layer: its parameters have no gradient, as under DDP."""
+    expected = train(4, None, skip_at=5, mode=mode)[0]
+    for trained in train(4, 1, skip_at=5, mode=mode):
+        torch.testing.assert_close(trained.weights(), expected.weights(), rtol=1e-10, atol=1e-12)
+
+
+def test_parameter_groups_of_both_modes_get_the_directions_of_each() -> None:
+    def work(place: Place) -> Trained:
+        trained = fresh(place, mode="polar")
+        trained.optimizer.param_groups[1]["mode"] = "natural"
+        go_on(trained, range(4))
+        return trained
+
+    (expected, *_), found = (on_ranks(2, n_workers, work) for n_workers in (None, 1))
+    for trained in found:
+        torch.testing.assert_close(trained.weights(), expected.weights(), rtol=1e-10, atol=1e-12)
+
+
+def test_no_step_waits_for_the_device() -> None:
+    net = Net()
+    curvature = Curvature(net, mode="polar", update_every_n_steps=2, block_size=4)
+    exchange = Counting(2, bf16=False)
+    curvature.connect(exchange, workers=Workers(exchange, exchange))
+    optimizer = configure_thor(net, mode="polar", preconditioner=curvature)
+    for step in range(3):
+        with Watch() as watch:
+            net(TOKENS).square().mean().backward()
+            optimizer.step()
+        assert not watch.waiting, f"step {step} waits by {watch.waiting}"
+
+
+def test_the_work_of_a_step_is_shared_out_evenly() -> None:
+    """Twelve equal layers on four groups: three each; layers with a parameter in common are together."""
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(12)))
+    layers = Curvature(model).layers
+    found = []
+    for group in range(4):
+        exchange = Counting(4, bf16=False)
+        exchange.own_share = group
+        found.append(SharedDirections(exchange, layers, roots=True, polar=layers).own)
+    assert sorted(layer for own in found for layer in own) == list(range(12))
+    assert [len(own) for own in found] == [3] * 4
+    for trained in train(4, 1, n_steps=0):
+        own = {name for index, name in enumerate(trained.curvature.layers) if index in trained.curvature.stacks.kept}
+        for together in ({"table", "head"}, {f"attention.{role}_proj" for role in "qkv"}):
+            assert together <= trained.curvature.layers.keys()
+            assert together <= own or not together & own
+
+
+# ── failures ──
+
+
+def spoil(curvature: Curvature, name: str) -> None:
+    """Make a block of a layer's A indefinite, which no covariance becomes by itself."""
+    curvature.stacks.blocks_of(curvature._factors[name]["A"], "average")[0, 0, 0, 0] = -1e6
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_a_failure_is_counted_once_on_all_processes_and_keeps_the_older_inverse(n_workers: int) -> None:
+    def work(place: Place) -> Trained:
+        trained = fresh(place, damping_rule="sqrt", damping=1e-3)
+        go_on(trained, range(2))
+        for name in ("body", "conv"):
+            spoil(trained.curvature, name)
+        go_on(trained, range(2, 5))
+        return trained
+
+    (expected, *_), found = (on_ranks(4, n, work) for n in (None, n_workers))
+    assert int(expected.curvature.stacks.failed_inversions) == 2
+    for trained in found:
+        assert int(trained.curvature.stacks.failed_inversions) == 2
+        torch.testing.assert_close(trained.weights(), expected.weights(), rtol=1e-10, atol=1e-12)
+
+
+def test_connecting_after_a_step_is_refused() -> None:
+    (trained,) = on_ranks(1, None, lambda place: fresh(place))
+    go_on(trained, range(1))
+    exchange = Counting(2, bf16=False)
+    trained.curvature.connect(exchange)  # as before: everyone keeps all
+    with pytest.raises(RuntimeError, match=r"came after 1 steps.*Connect before the first"):
+        trained.curvature.connect(exchange, workers=Workers(Alone(), exchange))
+
+
+# ── checkpoints ──
+
+
+CHECKPOINTS = {
+    "natural": {},
+    "polar": {"mode": "polar"},
+    # The table and its output layer are refreshed at steps of their own.
+    "staggered": {"stagger": True, "update_every_n_steps": 4},
+    "trace rule": {"trace_rule": (0.05, 0.001), "update_every_n_steps": 2},
+    "a schedule": {"damping": lambda step: 0.3 / (1 + step), "stagger": True, "update_every_n_steps": 4},
+}
+
+
+@pytest.mark.parametrize("options", CHECKPOINTS)
+@pytest.mark.parametrize(
+    ("before", "after"), [((4, 1), (1, None)), ((2, 1), (4, 2)), ((2, None), (2, 1)), ((4, 2), (4, 2))]
+)
+@pytest.mark.parametrize("n_steps", [6, 7])
+def test_a_checkpoint_of_the_first_process_goes_on_with_any_number_of_processes_and_workers(
+    options: str, before: tuple[int, int | None], after: tuple[int, int | None], n_steps: int
+) -> None:
+    unbroken = train(1, None, n_steps=11, **CHECKPOINTS[options])[0]
+    saved = train(*before, n_steps=n_steps, **CHECKPOINTS[options])[0]
+    states = copy.deepcopy((saved.curvature.state_dict(), saved.optimizer.state_dict(), saved.net.state_dict()))
+
+    def work(place: Place) -> Trained:
+        resumed = fresh(place, **CHECKPOINTS[options])
+        parts = (resumed.curvature, resumed.optimizer, resumed.net)
+        for part, its in zip(parts, copy.deepcopy(states), strict=True):
+            part.load_state_dict(its)  # type: ignore[arg-type]
+        go_on(resumed, range(n_steps, 11))
+        return resumed
+
+    for resumed in on_ranks(*after, work):
+        torch.testing.assert_close(resumed.weights(), unbroken.weights(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+@pytest.mark.parametrize("n_steps", range(1, 8))
+def test_inverses_that_a_checkpoint_lacks_come_back(n_steps: int, mode: str) -> None:
+    """After each step, with a table and its output layer that are refreshed apart: those that the others have.
+
+    Bitwise on a CPU; roots to rounding, since they are made of batched products, where the batch may decide of it.
+    """
+    states = [state(one) for one in train(4, 1, n_steps, mode=mode, stagger=True, update_every_n_steps=4)]
+    everywhere: dict[str, dict[str, Tensor]] = {}
+    for one in states:
+        for name, layer in one["layers"].items():
+            everywhere.setdefault(name, {}).update(layer)
+    lacking = [name for name, layer in states[0]["layers"].items() if layer.keys() < everywhere[name].keys()]
+    assert 0 < len(lacking) < len(everywhere)
+    restored = alone(mode=mode)
+    restored.curvature.load_state_dict({**states[0], "mode": mode})
+    tolerance = 0 if mode == "natural" else 1e-12
+    torch.testing.assert_close(state(restored)["layers"], everywhere, rtol=tolerance, atol=tolerance)
+
+
+def test_a_silent_layer_has_the_identity_after_a_checkpoint_too() -> None:
+    def silent(place: Place) -> Trained:
+        trained = fresh(place)
+        trained.curvature.is_listening = lambda: False
+        trained.curvature._observer._checked = True
+        go_on(trained, range(1))
+        return trained
+
+    for saved in on_ranks(2, 1, silent):
+        restored = alone()
+        restored.curvature.load_state_dict(saved.curvature.state_dict())
+        for name, layer in restored.curvature.state_dict()["layers"].items():
+            identity = torch.eye(layer["G"].shape[-1], dtype=torch.float64).expand_as(layer["G"])
+            torch.testing.assert_close(layer["G_inverse"], identity, rtol=0, atol=0)
+            assert not layer["G_inverted"].any(), name
+
+
+def test_a_block_whose_inversion_failed_has_lost_its_older_inverse_and_that_is_told() -> None:
+    def work(place: Place) -> Trained:
+        trained = fresh(place, damping_rule="sqrt", damping=1e-3)
+        go_on(trained, range(2))
+        for name in trained.curvature.layers:
+            if name in ("body", "conv", "back"):
+                spoil(trained.curvature, name)
+        go_on(trained, range(2, 5))
+        return trained
+
+    first = on_ranks(4, 1, work)[0].curvature
+    kept = [name for index, name in enumerate(first.layers) if index in first.stacks.kept]
+    lost = [name for name in ("body", "conv", "back") if name not in kept]
+    assert lost
+    restored = alone().curvature
+    with pytest.warns(UserWarning, match=rf"and {len(lost)} blocks of them cannot be inverted.*raise damping"):
+        restored.load_state_dict(first.state_dict())
+    assert int(restored.stacks.failed_inversions) == 3  # counted before, not again
+    for name in lost:
+        own = restored.state_dict()["layers"][name]
+        trace = own["A"].diagonal(dim1=-2, dim2=-1).sum()
+        mean = trace / restored.layers[name].A.width  # type: ignore[union-attr]
+        block = torch.eye(own["A"].shape[-1], dtype=torch.float64) / (mean + own["A_added"])
+        torch.testing.assert_close(own["A_inverse"][0, 0], block)
+        assert own["A_inverted"].tolist()[0] is False
