@@ -11,31 +11,18 @@ from torch import nn
 
 from lightning_thor import Curvature
 from lightning_thor.buckets import by_size
-from tests.distributed_workers import Result, results_folder, run, two_ranks
+from tests.distributed_workers import four_ranks, launched_four, results, torchrun, two_ranks
 from tests.fakes import Twins
 from tests.test_strategy import assert_bitwise, one_rank, state
-
-WORKERS = str(Path(__file__).with_name("distributed_workers.py"))
-
-
-def torchrun(n_ranks: int, folder: Path, *names: str) -> tuple[int, str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
-    return run([*launcher, WORKERS, str(folder), *names], TWO_RANKS=str(results_folder()))
-
-
-def results(folder: Path, name: str, n_ranks: int, printed: str) -> list[Result]:
-    files = [folder / f"{name}-{rank}.pt" for rank in range(n_ranks)]
-    assert all(file.is_file() for file in files), printed[-6000:]
-    return [torch.load(file, weights_only=True) for file in files]
 
 
 @pytest.mark.slow
 def test_four_ranks_under_torchrun_are_one_and_go_on_from_a_checkpoint_of_two(tmp_path: Path) -> None:
-    status, printed = torchrun(4, tmp_path, "four", "four_resumed")
+    _, status, printed = launched_four()
     assert status == 0, printed[-6000:]
     alone = one_rank(tmp_path, max_epochs=3)
     for name, first_step in (("four", 1), ("four_resumed", 5)):
-        for result in (ranks := results(tmp_path, name, 4, printed)):
+        for result in (ranks := four_ranks(name)):
             assert (result["world_size"], result["steps"][0]) == (4, first_step)
             torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
             assert_bitwise(state(result), state(ranks[0]))

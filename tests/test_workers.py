@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.messages import Counting
-from lightning_thor import Curvature, Thor, configure_thor
+from lightning_thor import Curvature, Thor, ThorDDPStrategy, configure_thor
 from lightning_thor.exchange import Alone, Workers
 from lightning_thor.workers import SharedDirections
 from tests.boring import without_words
+from tests.distributed_workers import ROWS, Module, fit, four_ranks, results_folder, two_ranks
 from tests.fakes import Member, Place, on_ranks
 from tests.test_no_sync import Watch
+from tests.test_strategy import assert_bitwise, clean_environment
+from tests.test_strategy import state as strategy_state
+
+__all__ = ["clean_environment"]  # a fixture
 
 N, WIDTH, VOCABULARY = 12, 8, 7
-LAYOUTS = [(2, 1), (3, 1), (4, 2), (4, 4)]
+LAYOUTS = [(2, 1), (3, 1), (4, 2)]
 
 
 class Net(nn.Module):
@@ -119,25 +129,30 @@ def common(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[dict[str, 
 OPTIONS: dict[str, dict[str, Any]] = {
     "natural": {},
     "polar": {"mode": "polar"},
-    "staggered": {"stagger": True, "update_every_n_steps": 4},
+    # A table and its output layer are refreshed at steps of their own then.
+    "staggered": {"stagger": True, "update_every_n_steps": 4, "damping": lambda step: 0.3 / (1 + step)},
     "trace rule": {"trace_rule": (0.05, 0.001), "update_every_n_steps": 2},
     "polar, staggered, pi": {"mode": "polar", "stagger": True, "damping_rule": "pi", "damping": 1e-3},
 }
 
 
+@functools.cache
+def one_process(options: str, n_steps: int = 8) -> Trained:
+    """The training on one process, which keeps everything."""
+    return train(1, None, n_steps, **OPTIONS[options])[0]
+
+
 @pytest.mark.parametrize(("n_ranks", "n_workers"), LAYOUTS)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_whoever_keeps_the_inverses_the_numbers_are_the_same(n_ranks: int, n_workers: int, options: str) -> None:
-    expected = train(n_ranks, None, **OPTIONS[options])[0]
-    found = train(n_ranks, n_workers, **OPTIONS[options])
+    expected, found = one_process(options), train(n_ranks, n_workers, **OPTIONS[options])
     for trained in found:
         torch.testing.assert_close(trained.weights(), expected.weights(), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(trained.weights(), found[0].weights(), rtol=0, atol=0)
         theirs, ours = state(expected), state(trained)
         for name, layer in ours.pop("layers").items():
             torch.testing.assert_close(*common(layer, theirs["layers"][name]), rtol=1e-8, atol=1e-10)
-        theirs.pop("layers")
-        assert ours == theirs
+        assert ours == {key: value for key, value in theirs.items() if key != "layers"}
 
 
 @pytest.mark.parametrize(("n_ranks", "n_workers"), LAYOUTS)
@@ -184,18 +199,16 @@ def test_nothing_is_allocated_for_inverses_before_it_is_said_who_keeps_them() ->
 
 
 def test_a_step_takes_one_message_of_all_directions_and_a_refresh_one_number_more() -> None:
-    n_parameters = sum(p.numel() for p in NET.parameters())
-    plain = {p for name, p in NET.named_parameters() if name in ("attention.in_proj_bias", "attention.out_proj.bias")}
-    for trained in train(4, 2, n_steps=5):
-        log = trained.receivers.log
-        number = ("sum", 1, torch.int64)
-        assert [entry == number for entry in log] == [True, False, False, False, True, False, False]
-        lengths = {entry[:2] for entry in log if entry != number}
-        assert len(lengths) == 1
-        ((name, length),) = lengths
-        travelling = n_parameters - sum(p.numel() for p in plain if p not in trained.curvature.layers)
-        assert name == "sum" or 2 * length < 2 * travelling
-        assert length <= travelling
+    found = train(4, 2, n_steps=5)
+    lengths = []
+    for trained in found[:2]:  # one of each group
+        layers = list(trained.curvature.layers.values())
+        own = {p for index in trained.curvature.stacks.kept for p in layers[index].parameters}
+        lengths.append(sum(p.numel() for p in own))
+    number, directions = ("sum", 1, torch.int64), ("gather", max(lengths), torch.float64)
+    assert max(lengths) < sum(lengths) == sum(p.numel() for p in NET.parameters())
+    for trained in found:
+        assert trained.receivers.log == [number, directions, directions, directions, number, directions, directions]
 
 
 @pytest.mark.parametrize(
@@ -305,30 +318,20 @@ def test_connecting_after_a_step_is_refused() -> None:
 # ── checkpoints ──
 
 
-CHECKPOINTS = {
-    "natural": {},
-    "polar": {"mode": "polar"},
-    # The table and its output layer are refreshed at steps of their own.
-    "staggered": {"stagger": True, "update_every_n_steps": 4},
-    "trace rule": {"trace_rule": (0.05, 0.001), "update_every_n_steps": 2},
-    "a schedule": {"damping": lambda step: 0.3 / (1 + step), "stagger": True, "update_every_n_steps": 4},
-}
-
-
-@pytest.mark.parametrize("options", CHECKPOINTS)
+@pytest.mark.parametrize("options", ["natural", "polar", "staggered", "trace rule"])
 @pytest.mark.parametrize(
     ("before", "after"), [((4, 1), (1, None)), ((2, 1), (4, 2)), ((2, None), (2, 1)), ((4, 2), (4, 2))]
 )
-@pytest.mark.parametrize("n_steps", [6, 7])
 def test_a_checkpoint_of_the_first_process_goes_on_with_any_number_of_processes_and_workers(
-    options: str, before: tuple[int, int | None], after: tuple[int, int | None], n_steps: int
+    options: str, before: tuple[int, int | None], after: tuple[int, int | None]
 ) -> None:
-    unbroken = train(1, None, n_steps=11, **CHECKPOINTS[options])[0]
-    saved = train(*before, n_steps=n_steps, **CHECKPOINTS[options])[0]
+    n_steps = 7  # staggered, some layers were refreshed in the first step alone, others since
+    unbroken = one_process(options, 11)
+    saved = train(*before, n_steps=n_steps, **OPTIONS[options])[0]
     states = copy.deepcopy((saved.curvature.state_dict(), saved.optimizer.state_dict(), saved.net.state_dict()))
 
     def work(place: Place) -> Trained:
-        resumed = fresh(place, **CHECKPOINTS[options])
+        resumed = fresh(place, **OPTIONS[options])
         parts = (resumed.curvature, resumed.optimizer, resumed.net)
         for part, its in zip(parts, copy.deepcopy(states), strict=True):
             part.load_state_dict(its)  # type: ignore[arg-type]
@@ -401,3 +404,132 @@ def test_a_block_whose_inversion_failed_has_lost_its_older_inverse_and_that_is_t
         block = torch.eye(own["A"].shape[-1], dtype=torch.float64) / (mean + own["A_added"])
         torch.testing.assert_close(own["A_inverse"][0, 0], block)
         assert own["A_inverted"].tolist()[0] is False
+
+
+# ── real processes ──
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ("one", "halves"),
+        ("one_resumed", "halves"),
+        ("one_from_all", "halves"),
+        ("all_from_one", "halves"),
+        ("one_polar", "polar"),
+        ("one_staggered", "staggered"),
+        ("one_trace_rule", "trace_rule"),
+        ("one_quarters", "quarters"),
+        ("one_nobody", "all_nobody"),
+    ],
+)
+def test_two_ranks_that_keep_half_of_the_inverses_each_train_as_two_that_keep_all(training: str, expected: str) -> None:
+    """Resumed ones too, from checkpoints that lack half of them, or have all; with layers that no rank uses."""
+    first, second = two_ranks(training)
+    assert_bitwise(strategy_state(first, "curvature"), strategy_state(second, "curvature"))
+    whole = two_ranks(expected)[0]
+    torch.testing.assert_close(
+        strategy_state(first, "curvature"), strategy_state(whole, "curvature"), rtol=1e-8, atol=1e-8
+    )
+    for result in (first, second):
+        for name, layer in result["curvature"]["layers"].items():
+            torch.testing.assert_close(*common(layer, whole["curvature"]["layers"][name]), rtol=1e-8, atol=1e-8)
+    if training != "all_from_one":
+        assert first["inverse_bytes"] + second["inverse_bytes"] == whole["inverse_bytes"]
+        assert whole["said_bytes"] - first["said_bytes"] == second["inverse_bytes"]
+
+
+@pytest.mark.slow
+def test_an_overflow_is_skipped_by_ranks_that_keep_half_of_the_inverses_each() -> None:
+    whole = two_ranks("overflow")[0]
+    for result in two_ranks("one_overflow"):
+        assert result["steps"] == whole["steps"] == [1, 2, 3, 3, 4, 5]
+        torch.testing.assert_close(result["weights"], whole["weights"], rtol=1e-4, atol=1e-5)  # in float16
+
+
+@pytest.mark.slow
+def test_as_many_workers_as_ranks_are_bitwise_the_way_of_none() -> None:
+    for training, expected, ranks in (("two", "halves", two_ranks), ("four_four", "four", four_ranks)):
+        for result, whole in zip(ranks(training), ranks(expected), strict=True):
+            assert_bitwise(strategy_state(result), strategy_state(whole))
+            assert len(result["collectives"]) <= len(whole["collectives"])
+
+
+@pytest.mark.slow
+def test_each_step_sends_one_message_in_a_group_of_its_own() -> None:
+    for result in two_ranks("one"):
+        n_refreshes, n_steps = 4, len(result["steps"])
+        directions = [call for call in result["collectives"] if call["op"] == "all_gather"]
+        assert len(result["collectives"]) == n_steps + 2 * n_refreshes  # factors, and the number of failures
+        assert len(directions) == n_steps
+        assert all(call["own_group"] and not call["in_backward"] for call in directions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["four_one", "four_two", "four_two_polar", "four_two_resumed"])
+def test_four_ranks_train_as_one_whoever_keeps_the_inverses(training: str, tmp_path: Path) -> None:
+    mode = "polar" if training.endswith("polar") else "natural"
+    epochs = 3 if training.endswith("resumed") else 2
+    alone = fit(tmp_path, Module((ROWS,), mode=mode), devices=1, max_epochs=epochs)
+    ranks = four_ranks(training)
+    for result in ranks:
+        torch.testing.assert_close(result["weights"], alone["weights"], rtol=1e-8, atol=1e-8)
+        assert_bitwise(strategy_state(result, "curvature"), strategy_state(ranks[0], "curvature"))
+    assert ranks[0]["steps"][0] == (5 if training.endswith("resumed") else 1)
+    n_workers = 1 if training == "four_one" else 2
+    assert sum(result["inverse_bytes"] for result in ranks) == n_workers * alone["inverse_bytes"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_ranks_that_keep_half_of_the_inverses_goes_on_with_one(tmp_path: Path) -> None:
+    saved = torch.load(results_folder() / "one" / "epoch=0.ckpt", weights_only=True)
+    layers = saved["callbacks"]["ThorCallback"]["curvature"]["layers"].values()
+    assert 0 < sum("G_inverse" in layer for layer in layers) < len(layers)
+    unbroken = fit(tmp_path, Module((ROWS,)), devices=1, max_epochs=3)
+    resumed = fit(tmp_path, Module((ROWS,)), devices=1, max_epochs=3, resume=results_folder() / "one" / "epoch=0.ckpt")
+    assert resumed["steps"][0] == 5
+    torch.testing.assert_close(strategy_state(resumed), strategy_state(unbroken), rtol=1e-9, atol=1e-9)
+
+
+# ── the argument ──
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", [1]])
+def test_inverse_workers_must_be_an_int(value: Any) -> None:
+    with pytest.raises(TypeError, match="inverse_workers must be an int, or None for all processes, got "):
+        ThorDDPStrategy(inverse_workers=value)
+
+
+@pytest.mark.parametrize("value", [0, -2])
+def test_inverse_workers_must_be_at_least_one(value: int) -> None:
+    with pytest.raises(ValueError, match=f"inverse_workers must be at least 1, got {value}: give a divisor"):
+        ThorDDPStrategy(inverse_workers=value)
+
+
+def test_inverse_workers_that_do_not_divide_the_ranks_are_refused() -> None:
+    strategy = ThorDDPStrategy(inverse_workers=4)
+    strategy.cluster_environment = LightningEnvironment()
+    strategy.cluster_environment.set_world_size(6)
+    with pytest.raises(
+        ValueError, match=r"inverse_workers=4 does not divide the 6 processes.*give 1, 2, 3, 6, or None"
+    ):
+        strategy._new_workers()
+    strategy.cluster_environment.set_world_size(4)
+    assert strategy._new_workers() is None
+
+
+def test_one_worker_on_one_process_is_bitwise_a_single_device(tmp_path: Path, clean_environment: None) -> None:
+    try:
+        found = fit(tmp_path, Module((ROWS,)), devices=1, max_epochs=1, strategy=ThorDDPStrategy(inverse_workers=1))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert found["strategy"] == "ThorDDPStrategy"
+    assert found["collectives"] == []
+    assert_bitwise(strategy_state(found), strategy_state(fit(tmp_path, Module((ROWS,)), devices=1, max_epochs=1)))
+
+
+def test_strategies_with_workers_can_be_handed_to_spawned_ranks() -> None:
+    strategy = pickle.loads(pickle.dumps(ThorDDPStrategy(inverse_workers=2, start_method="spawn")))
+    assert strategy._inverse_workers == 2
