@@ -177,17 +177,17 @@ class Curvature:
             RuntimeError: a step was made, and the inverses were to be kept elsewhere from now on.
         """
         roots, (inverters, receivers) = self.stacks.roots, workers or Workers(exchange, Alone())
-        self._shared = SharedDirections(receivers, self.layers, roots=roots, polar=self.polar_layers)
-        layers = list(self.layers.values())
-        self._own_layers = [layers[index] for index in self._shared.own]
-        if self.stacks.kept != set(self._shared.own):
+        shared = SharedDirections(receivers, self.layers, roots=roots, polar=self.polar_layers)
+        if self.stacks.kept != set(shared.own):
             if self.step:
                 raise RuntimeError(
                     f"Curvature.connect(workers=...) came after {self.step} steps, and the inverses are kept by other "
                     "processes by now. Connect before the first step, and before load_state_dict."
                 )
-            self.stacks.keep(self._shared.own)
+            self.stacks.keep(shared.own)
             self.__dict__.pop("_inverses", None)
+        self._shared, layers = shared, list(self.layers.values())
+        self._own_layers = [layers[index] for index in shared.own]
         self._window = Window(self.stacks, exchange, self._turn, cut, may_start)
         self.solve: Solve = (
             SharedInversions(inverters, damped_inverse_roots, "lower")
@@ -331,9 +331,9 @@ class Curvature:
         """Take over what `state_dict` gave; a following step is bitwise the one that would have followed there.
 
         Inverses that it lacks, since another process kept them, are computed again from the averages and from what was
-        added to their eigenvalues then. Those are the same numbers, but batched otherwise, so where a batch changes the
-        rounding of its members they agree to rounding. One thing cannot come back: the older inverse that was kept
-        there of a block whose last inversion failed (a warning says so), or whose factor had become zero.
+        added to their eigenvalues then: the same on all processes, and the lost ones to rounding, which depends on the
+        batch that a block is in and where it lies there. One thing cannot come back: the older inverse that was kept
+        of a block whose last inversion failed (a warning says so), or whose factor had become zero.
 
         Raises:
             ValueError: the state is of another mode, other layers, or of other block sizes; nothing was changed.
