@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_thor.exchange import Wait
+from lightning_thor.exchange import Alone, Exchange, Wait, Workers
 
 
 def is_distributed() -> bool:
@@ -49,6 +49,32 @@ def leave_without_others(exception: BaseException, group: dist.ProcessGroup | No
             "one raised, died or hung, and its own output says why. (How long is waited for one that hangs: "
             "ThorDDPStrategy(timeout=timedelta(...)).)",
         )
+
+
+def new_workers(n_workers: int, timeout: timedelta | None = None) -> Workers:
+    """All ranks as a grid, in which the inverses of a layer are kept by ``n_workers`` of them (KAISA: Pauloski et al.
+    2021, arXiv:2107.01739); several process groups, so every rank must call it, at the same place.
+
+    Receivers, who exchange messages at every step, are neighbours (on one node, if they fit there); a group of workers,
+    who do at refreshes, has a rank of each set of receivers.
+
+    Args:
+        n_workers: a divisor of the number of ranks.
+        timeout: see `new_factor_group`.
+    """
+    n_ranks, rank = (dist.get_world_size(), dist.get_rank()) if is_distributed() else (1, 0)
+    n_groups = n_ranks // n_workers
+    workers = [list(range(first, n_ranks, n_groups)) for first in range(n_groups)]
+    receivers = [list(range(first, first + n_groups)) for first in range(0, n_ranks, n_groups)]
+
+    def own_of(parts: list[list[int]]) -> Exchange:
+        if len(parts[0]) == 1:
+            return Alone()
+        # Every rank makes every group, and is in one of them.
+        groups = [dist.new_group(ranks, timeout=timeout) for ranks in parts]
+        return next(Ranks(group) for ranks, group in zip(parts, groups, strict=True) if rank in ranks)
+
+    return Workers(own_of(workers), own_of(receivers))
 
 
 class Ranks:

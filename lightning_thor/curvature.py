@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from lightning_thor import collectives
 from lightning_thor.buckets import Cut, one_bucket
+from lightning_thor.costs import refresh_costs
 from lightning_thor.damping import DampingRule
-from lightning_thor.directions import Mode, natural, polar
-from lightning_thor.exchange import Exchange
+from lightning_thor.directions import Kept, Mode, natural, polar
+from lightning_thor.exchange import Alone, Exchange, Workers
 from lightning_thor.factors import factors_of, stacks_of
 from lightning_thor.hooks import Hooks
 from lightning_thor.inverse import damped_inverse_roots, damped_inverses
@@ -29,6 +31,7 @@ from lightning_thor.snapshot import snapshot_of, take_over
 from lightning_thor.stacks import Solve
 from lightning_thor.trace_rule import HostCopy, trace_rule_of, verdicts
 from lightning_thor.window import Turn, Window
+from lightning_thor.workers import SharedDirections
 
 
 class Curvature:
@@ -149,7 +152,6 @@ class Curvature:
         )
         self._observer = Observer(self.layers, self.stacks, self._schedule)
         self.step = 0
-        self._inverses = [self._inverses_of(name) for name in self.layers]
         self.connect(collectives.Ranks())
         uses = [use for layer in self.layers.values() for use in layer.uses]
         called = {use.name: use.module for use in uses if use.attention is None}
@@ -161,6 +163,7 @@ class Curvature:
         *,
         cut: Cut = one_bucket,
         may_start: Callable[[], bool] | None = None,
+        workers: Workers | None = None,
     ) -> None:
         """Say how processes that train together are to be reached; from the beginning all ranks of the default group.
 
@@ -168,12 +171,28 @@ class Curvature:
             exchange: what sums and gathers.
             cut: which layers' factors travel together, see `lightning_thor.buckets`.
             may_start: whether a backward is the last before the step, so that sums may start in it; None: in `update`.
+            workers: who keeps the inverses of which layers and makes their directions; None: everyone those of all.
+
+        Raises:
+            RuntimeError: a step was made, and the inverses were to be kept elsewhere from now on.
         """
+        roots, (inverters, receivers) = self.stacks.roots, workers or Workers(exchange, Alone())
+        shared = SharedDirections(receivers, self.layers, roots=roots, polar=self.polar_layers)
+        if self.stacks.kept != set(shared.own):
+            if self.step:
+                raise RuntimeError(
+                    f"Curvature.connect(workers=...) came after {self.step} steps, and the inverses are kept by other "
+                    "processes by now. Connect before the first step, and before load_state_dict."
+                )
+            self.stacks.keep(shared.own)
+            self.__dict__.pop("_inverses", None)
+        self._shared, layers = shared, list(self.layers.values())
+        self._own_layers = [layers[index] for index in shared.own]
         self._window = Window(self.stacks, exchange, self._turn, cut, may_start)
         self.solve: Solve = (
-            SharedInversions(exchange, damped_inverse_roots, "lower")
-            if self.stacks.roots
-            else SharedInversions(exchange, damped_inverses, "symmetric")
+            SharedInversions(inverters, damped_inverse_roots, "lower")
+            if roots
+            else SharedInversions(inverters, damped_inverses, "symmetric")
         )
 
     def is_due(self) -> bool:
@@ -255,7 +274,9 @@ class Curvature:
                 if due:
                     selection = self.stacks.select(due)
                     self.stacks.average_window(selection, self.averaging)
+                    failed = self.stacks.failed_inversions.clone()
                     self.stacks.invert(selection, self.damping_rule, self.damping_now(), self.solve)
+                    self._shared.add_up_(self.stacks.failed_inversions, before=failed)
             self._schedule.refreshed(self.step, costs, found)
             self._observer.next_window()
         self.step += 1
@@ -274,7 +295,9 @@ class Curvature:
             grads: dL/dW by parameter; nothing in it is changed.
         """
         with self._full_precision():
-            return natural(self.layers.values(), self._inverses, grads, roots=self.stacks.roots)
+            own = self._shared.own_part(grads)
+            directions = natural(self._own_layers, self._inverses, own, roots=self.stacks.roots)
+            return self._shared.bring_to_all(directions, grads)
 
     @torch.no_grad()
     def precondition_polar(self, momenta: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -292,10 +315,12 @@ class Curvature:
                 'by Curvature(model, mode="polar"); under a Trainer leave it to ThorCallback.'
             )
         with self._full_precision():
-            return polar(self.layers.values(), self._inverses, momenta, names=self.polar_layers)
+            own = self._shared.own_part(momenta)
+            directions = polar(self._own_layers, self._inverses, own, names=self.polar_layers)
+            return self._shared.bring_to_all(directions, momenta)
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, factors and inverses by layer name: plain types and tensors only.
+        """Steps, factors and the inverses that are kept here, by layer name: plain types and tensors only.
 
         The tensors are the curvature's own, not copies, as in a module's ``state_dict``.
         """
@@ -305,6 +330,11 @@ class Curvature:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave; a following step is bitwise the one that would have followed there.
 
+        Inverses that it lacks, since another process kept them, are computed again from the averages and from what was
+        added to their eigenvalues then: the same on all processes, and the lost ones to rounding, which depends on the
+        batch that a block is in and where it lies there. One thing cannot come back: the older inverse that was kept
+        of a block whose last inversion failed (a warning says so), or whose factor had become zero.
+
         Raises:
             ValueError: the state is of another mode, other layers, or of other block sizes; nothing was changed.
         """
@@ -312,8 +342,8 @@ class Curvature:
         self._forget()
 
     def n_bytes(self, name: str) -> int:
-        """Memory that one layer's window sums, factors and inverses take, in bytes."""
-        return sum(self.stacks.n_bytes(factor) for factor in self._factors_of(name).values())
+        """Memory that one layer's window sums, factors and, if they are kept here, inverses take, in bytes."""
+        return self.stacks.n_bytes(self._factors[name]["G"] // 2)
 
     def _announce(self, name: str) -> None:
         self._window.announce(self._observer.uses[name][0])
@@ -327,7 +357,7 @@ class Curvature:
     def _refresh_costs(self) -> list[float]:
         # Waits for the device, once in a run: what a layer costs is known only when its rows have been seen.
         n_rows, _, n_numbers, _ = self.stacks.counts.T.tolist()
-        return self.stacks.refresh_costs(n_rows, n_numbers)
+        return refresh_costs([(layer.A, layer.G) for layer in self.layers.values()], n_rows, n_numbers)
 
     def _full_precision(self) -> torch.autocast:
         # A plain loop may call optimizer.step() within autocast.
@@ -342,9 +372,11 @@ class Curvature:
             raise ValueError(f"The damping schedule gave {damping!r} at step {self.step}; it must stay above 0.")
         return damping
 
-    def _factors_of(self, name: str) -> Mapping[str, int]:
-        return self._factors[name]
-
-    def _inverses_of(self, name: str) -> tuple[Tensor | None, Tensor]:
-        views = {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors_of(name).items()}
-        return views.get("A"), views["G"]
+    @cached_property
+    def _inverses(self) -> list[Kept]:
+        """Of the layers whose directions are made here."""
+        views = [
+            {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors[layer.name].items()}
+            for layer in self._own_layers
+        ]
+        return [(sides.get("A"), sides["G"]) for sides in views]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -31,3 +31,30 @@ class Exchange(Protocol):
 
     def gather(self, own: Tensor) -> Tensor:
         """``own`` of every process, one after the other: ``[n]`` to ``[n_shares * n]``."""
+
+
+class Alone:
+    """One process."""
+
+    n_shares = 1
+    own_share = 0
+
+    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Wait:
+        """Nothing is to be added."""
+        return lambda: None
+
+    def gather(self, own: Tensor) -> Tensor:
+        """``own``."""
+        return own
+
+
+class Workers(NamedTuple):
+    """The places of one process in a grid of them, for keeping a layer's inverses on some processes alone.
+
+    The processes of a group keep the inverses of the same layers. Each group has one process in every set of receivers.
+    """
+
+    inversions: Exchange
+    """Its group, which shares the inversions of its layers out."""
+    directions: Exchange
+    """Its receivers, one of each group, which give each other the directions of their layers."""

@@ -21,7 +21,7 @@ def curvature_table(curvature: Curvature) -> Table:
     total = sum(curvature.n_bytes(name) for name in curvature.layers)
     table = Table(
         title="THOR curvature",
-        caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all; "
+        caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all{_elsewhere(curvature)}; "
         "other parameters, their biases too, take plain momentum",
     )
     for column in ("layer", "type", "weight", "curvature"):
@@ -129,6 +129,11 @@ def draw_split(split: BlockSplit, path: Path) -> None:
         fontsize=11,
     )
     figure.savefig(path)
+
+
+def _elsewhere(curvature: Curvature) -> str:
+    n = len(curvature.layers) - len(curvature.stacks.kept)
+    return f" on this rank (others keep the inverses of {n})" if n else ""
 
 
 def _bar(share: float, width: int = 12) -> str:

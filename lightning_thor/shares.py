@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_thor.exchange import Exchange
 from lightning_thor.inverse import damped_inverses
+from lightning_thor.parts import Parts, bring_to_all, parts_of
 from lightning_thor.refresh import spread
 from lightning_thor.triangles import Form, n_packed, pack, unpack
 
@@ -27,12 +28,8 @@ class Plan(NamedTuple):
     """By size: the blocks that are this process's."""
     starts: dict[int, list[int]]
     """By size: where each block's numbers begin in what is brought to all."""
-    offset: int
-    """Where this process's numbers begin there."""
-    length: int
-    """How many numbers are brought to all."""
-    gathers: bool
-    """Whether all shares are gathered at one length, or summed into zeros: whatever takes fewer bytes."""
+    parts: Parts
+    """How the shares of all processes lie there."""
 
 
 def plan(n_blocks: Mapping[int, int], n_shares: int, own_share: int, form: Form = "symmetric") -> Plan:
@@ -59,12 +56,8 @@ def plan(n_blocks: Mapping[int, int], n_shares: int, own_share: int, form: Form 
             lengths[share] += n_packed(size, form) + 1
             if share == own_share:
                 own[size].append(block)
-    # On a ring an all-gather moves what it gives once, an all-reduce moves it twice.
-    gathers = n_shares * max(lengths) <= 2 * sum(lengths)
-    offsets = [share * max(lengths) if gathers else sum(lengths[:share]) for share in range(n_shares)]
-    starts = {size: [offsets[share] + start for share, start in places[size]] for size in sizes}
-    length = n_shares * max(lengths) if gathers else sum(lengths)
-    return Plan(own, starts, offsets[own_share], length, gathers)
+    parts = parts_of(lengths)
+    return Plan(own, {size: [parts.starts[share] + start for share, start in places[size]] for size in sizes}, parts)
 
 
 class SharedInversions:
@@ -104,15 +97,7 @@ class SharedInversions:
                 blocks, damping = problems[size]
                 inverses, succeeded = self._invert(blocks[mine], damping[mine])
                 records.append(torch.cat([pack(inverses, self._form), succeeded[:, None].to(dtype)], dim=1).flatten())
-        inverted = torch.cat(records)
-        length = plan.length // self._exchange.n_shares if plan.gathers else plan.length
-        flat = torch.zeros(length, dtype=dtype, device=device)
-        offset = 0 if plan.gathers else plan.offset
-        flat[offset : offset + len(inverted)] = inverted
-        if plan.gathers:
-            return self._exchange.gather(flat)
-        self._exchange.start_sum(flat, n_exact=length)()
-        return flat
+        return bring_to_all(torch.cat(records), plan.parts, self._exchange)
 
     def _plan_of(self, problems: Problems) -> tuple[Plan, dict[int, Tensor], dict[int, Tensor]]:
         """Remembered with its numbers on the device, since the same selections of layers come again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,14 @@ from lightning_thor.layers import some_of
 from lightning_thor.refresh import RefreshSchedule
 from lightning_thor.stacks import FactorStacks
 
+KEPT = ("_inverse", "_root", "_inverted")
+"""How the names of those tensors end that only the processes have which keep a layer's inverses."""
+
 
 def snapshot_of(
     factors: Factors, stacks: FactorStacks, schedule: RefreshSchedule, *, step: int, mode: Mode
 ) -> dict[str, Any]:
-    """Steps, factors and inverses by layer name; the tensors are those of ``stacks``, not copies.
+    """Steps, factors and the inverses that are kept, by layer name; the tensors are those of ``stacks``, not copies.
 
     Args:
         factors: of each layer.
@@ -41,8 +45,12 @@ def snapshot_of(
         }
         for side, factor in sides.items():
             layers[name][side] = stacks.blocks_of(factor, "average")
-            layers[name][f"{side}_{kept}"] = stacks.blocks_of(factor, "inverse")
-            layers[name][f"{side}_inverted"] = stacks.inverted_of(factor)
+            layers[name][f"{side}_added"] = stacks.added[factor]
+            if index in stacks.kept:
+                layers[name][f"{side}_{kept}"] = stacks.blocks_of(factor, "inverse")
+                layers[name][f"{side}_inverted"] = stacks.inverted_of(factor)
+        if index in stacks.folded:
+            layers[name]["table_A"], layers[name]["table_G"] = stacks.folded[index]
     return {
         "step": step,
         "refreshes": done,
@@ -63,7 +71,7 @@ def take_over(
     step: int,
     mode: Mode,
 ) -> int:
-    """Bring ``stacks`` and ``schedule`` to what `snapshot_of` gave.
+    """Bring ``stacks`` and ``schedule`` to what `snapshot_of` gave; inverses that it lacks are computed again.
 
     Args:
         state: the snapshot.
@@ -86,8 +94,17 @@ def take_over(
     own = snapshot_of(factors, stacks, schedule, step=step, mode=mode)["layers"]
     _check_that_layers_are_the_same(layers, own)
     for name, tensors in own.items():
-        for key, tensor in tensors.items():
-            tensor.copy_(layers[name][key])
+        for key in tensors.keys() & layers[name].keys():
+            tensors[key].copy_(layers[name][key])
+    elsewhere = [index for index, name in enumerate(own) if own[name].keys() - layers[name].keys()]
+    failed = int(stacks.invert_again(elsewhere)) if elsewhere else 0
+    if failed:
+        warnings.warn(
+            f"The checkpoint holds no inverses of some layers, which other processes kept, and {failed} blocks of them "
+            "cannot be inverted from their averages, as they could not when it was saved: they take the identity over "
+            "their mean eigenvalue until their next refresh. If this goes on, raise damping.",
+            stacklevel=4,
+        )
     stacks.failed_inversions.fill_(int(state["failed_inversions"]))
     stacks.rejected_windows.fill_(int(state["rejected_windows"]))
     saved = [layers[name] for name in own]
@@ -110,6 +127,7 @@ def _check_that_layers_are_the_same(
         for name in own
         if name in layers
         for key, tensor in own[name].items()
+        if key in layers[name] or not key.endswith(KEPT)
         if _shape(layers[name].get(key)) != _shape(tensor)
     ]
     if missing or unknown or differing:

@@ -6,43 +6,33 @@ inversion, and packing for the way to other processes, are a few batched operati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_thor.blocks import Blocks, diagonal_as_blocks
+from lightning_thor.blocks import Blocks
 from lightning_thor.damping import DampingRule, split_damping
-from lightning_thor.inverse import traces
+from lightning_thor.folds import fold_in_
+from lightning_thor.inverse import damped_inverse_roots, damped_inverses, traces
+from lightning_thor.stack import Places, Stack, put
 from lightning_thor.triangles import n_packed, pack, unpack
 
 Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tensor, Tensor]]]
 """By block size: ``(blocks, damping)`` to ``(inverses, succeeded)``."""
 
 
-MULTIPLICATIONS_PER_NUMBER = 30.0
-"""How many of them, in a matrix product, take the time of reading a number a few times over (a core of an AMD EPYC)."""
-
-
-class Stack:
-    """All blocks of one size: their window sums, averages and inverses, each ``[n, size, size]``."""
-
-    def __init__(self, sums: Tensor, owners: Tensor) -> None:
-        self.sums = sums
-        self.owners = owners
-        self.average = torch.zeros_like(sums)
-        self.inverse = torch.eye(sums.shape[-1], dtype=sums.dtype, device=sums.device).repeat(len(sums), 1, 1)
-        self.inverted = torch.zeros(len(sums), dtype=torch.bool, device=sums.device)
-        """Which blocks have ever had an inverse; the others have the identity, or its multiple."""
-
-
 class Selection(NamedTuple):
     """Some of the layers: where their counts and, unless they are only probed, their blocks lie."""
 
-    layers: Tensor | slice
-    places: dict[int, Tensor | slice]
+    layers: Places
+    places: dict[int, Places]
     """By block size: which blocks of the stack."""
+    kept: dict[int, tuple[Places, Places]]
+    """Those of them whose inverses are kept: which blocks of the stack, and which inverses."""
+    outputs: list[int]
+    """Output layers among them that a table is folded into."""
 
 
 class FactorStacks:
@@ -53,7 +43,7 @@ class FactorStacks:
         dtype: of everything here, at least float32.
         device: of everything here.
         folds: ``(table, output)``: layers whose weight is the same one ``[vocabulary, width]``, an embedding's and a
-            linear layer's; see `_folded`.
+            linear layer's; see `lightning_thor.folds`.
         roots: keep a root W, with ``WᵀW`` the inverse, wherever an inverse is spoken of here.
     """
 
@@ -77,7 +67,7 @@ class FactorStacks:
         self.dtype = dtype
         self.roots = roots
         self._factors = factors
-        self._folds = folds
+        self._tables = {output: table for table, output in folds}
         self.flat_sums = torch.zeros(sum(lengths.values()) + 4 * len(cuts), dtype=dtype, device=device)
         """What is summed over micro-batches and processes: blocks by size, then what is counted of each layer."""
         *segments, counts = self.flat_sums.split([*lengths.values(), 4 * len(cuts)])
@@ -103,11 +93,32 @@ class FactorStacks:
         """Rows per sample of each layer, as last seen."""
         self.failed_inversions = torch.zeros((), dtype=torch.int64, device=device)
         self.rejected_windows = torch.zeros((), dtype=torch.int64, device=device)
+        self.added = torch.zeros(len(factors), dtype=dtype, device=device)
+        """What was added to each factor's eigenvalues when it was last inverted; 0: it never was."""
+        self.folded = {
+            output: [self.blocks_of(2 * table + side, "average").clone() for side in (0, 1)]
+            for output, table in self._tables.items()
+        }
+        """By output layer: the averages of its table, A and G, when it was last inverted."""
+        self.keep(range(len(cuts)))
+
+    def keep(self, layers: Iterable[int]) -> None:
+        """Keep the inverses of these layers alone; the identity until they are inverted."""
+        self.kept = set(layers)
         self._selections: dict[tuple[tuple[int, ...], tuple[int, ...]], Selection] = {}
+        self._kept_slots: dict[int, tuple[int, slice]] = {}
+        n_kept = dict.fromkeys(self.stacks, 0)
+        for factor, (size, place) in self._slots.items():
+            if factor // 2 in self.kept:
+                start = n_kept[size]
+                n_kept[size] += place.stop - place.start
+                self._kept_slots[factor] = size, slice(start, n_kept[size])
+        for size, stack in self.stacks.items():
+            stack.keep(n_kept[size])
 
     def blocks_of(self, factor: int, kind: str) -> Tensor:
         """View of one factor's ``"sums"``, ``"average"`` or ``"inverse"``: ``[groups, n_blocks, size, size]``."""
-        size, place = self._slots[factor]
+        size, place = (self._kept_slots if kind == "inverse" else self._slots)[factor]
         tensor: Tensor = getattr(self.stacks[size], kind)
         blocks = self._factors[factor]
         assert blocks is not None
@@ -115,24 +126,32 @@ class FactorStacks:
 
     def inverted_of(self, factor: int) -> Tensor:
         """View of which blocks of a factor have ever been inverted: ``[groups * n_blocks]``."""
-        size, place = self._slots[factor]
+        size, place = self._kept_slots[factor]
         return self.stacks[size].inverted[place]
 
     def select(self, layers: tuple[int, ...], probed: tuple[int, ...] = ()) -> Selection:
         """Where ``layers`` lie, and others that are only ``probed``; remembered, since the same ones come again."""
         if (layers, probed) not in self._selections:
-            places: dict[int, list[int]] = {}
-            for factor in (factor for layer in layers for factor in (2 * layer, 2 * layer + 1)):
-                if factor in self._slots:
-                    size, place = self._slots[factor]
-                    places.setdefault(size, []).extend(range(place.start, place.stop))
+            places = self._places(layers, self._slots)
+            kept = [layer for layer in layers if layer in self.kept]
+            blocks, inverses = self._places(kept, self._slots), self._places(kept, self._kept_slots)
             self._selections[layers, probed] = Selection(
                 self._index(sorted(layers + probed)),
-                {size: self._index(sorted(blocks)) for size, blocks in places.items()},
+                places,
+                {size: (blocks[size], inverses[size]) for size in blocks},
+                [layer for layer in layers if layer in self._tables],
             )
         return self._selections[layers, probed]
 
-    def _index(self, numbers: list[int]) -> Tensor | slice:
+    def _places(self, layers: Sequence[int], slots: Mapping[int, tuple[int, slice]]) -> dict[int, Places]:
+        """By block size: which places of ``slots`` the factors of some layers have."""
+        places: dict[int, list[int]] = {}
+        for factor in (factor for layer in layers for factor in (2 * layer, 2 * layer + 1) if factor in slots):
+            size, place = slots[factor]
+            places.setdefault(size, []).extend(range(place.start, place.stop))
+        return {size: self._index(sorted(blocks)) for size, blocks in places.items()}
+
+    def _index(self, numbers: list[int]) -> Places:
         """A slice where that is possible: it copies nothing."""
         start, stop = numbers[0], numbers[-1] + 1
         if stop - start == len(numbers):
@@ -155,8 +174,8 @@ class FactorStacks:
 
     def n_travelling_bytes(self, layer: int) -> int:
         """How many bytes `window_of` takes for one layer."""
-        both = [blocks for blocks in self._factors[2 * layer : 2 * layer + 2] if blocks is not None]
-        numbers = sum(_n_blocks(blocks) * n_packed(blocks.size) for blocks in both) + len(self.counts[layer])
+        numbers = sum(_n_blocks(blocks) * n_packed(blocks.size) for blocks in self._cut(layer))
+        numbers += len(self.counts[layer])
         return numbers * self.flat_sums.element_size()
 
     def probe(
@@ -185,7 +204,7 @@ class FactorStacks:
         traces = [self._damped_trace(trace, layers, rule, damping) for trace in (old, new)]
         return torch.where(none, 0.0, traces[0]), torch.where(silent, torch.nan, traces[1])
 
-    def _damped_trace(self, trace: Tensor, layers: Tensor | slice, rule: DampingRule, damping: float) -> Tensor:
+    def _damped_trace(self, trace: Tensor, layers: Places, rule: DampingRule, damping: float) -> Tensor:
         """tr(F + λI) from the traces of A and of G, ``[n, 2]``."""
         widths, has_A = self._widths.view(-1, 2)[layers], self._has_A[layers]
         added = self._dampings(trace / widths, layers, rule, damping)
@@ -193,7 +212,7 @@ class FactorStacks:
         # A layer without A has the diagonal of its own Fisher matrix as G.
         return torch.where(has_A[:, None], parts[..., 0], 1.0).mul(parts[..., 1]).sum(1)
 
-    def _dampings(self, means: Tensor, layers: Tensor | slice, rule: DampingRule, damping: float) -> Tensor:
+    def _dampings(self, means: Tensor, layers: Places, rule: DampingRule, damping: float) -> Tensor:
         """What is added to the eigenvalues of A and of G whose means these are, both ``[n, 2]``."""
         added_A, added_G = split_damping(rule, damping, means[:, 0], means[:, 1], self.positions[layers])
         if rule != "trace":
@@ -229,108 +248,102 @@ class FactorStacks:
             # where, not a weight of 0: what is left out may not be finite.
             torch.where(taken[owners, None, None], batch, average, out=batch)
             average.lerp_(batch, weight[owners, None, None])
-            _put(stack.average, place, average)
+            put(stack.average, place, average)
             stack.sums[place] = 0.0
         self.counts.zero_()
 
     def invert(self, selection: Selection, rule: DampingRule, damping: float, solve: Solve) -> None:
         """New inverses of the selected layers' averages; no device sync.
 
-        A block that fails keeps its last inverse, or before it ever had one gets the identity over its mean damped
-        eigenvalue; the failure is counted. Layers that were never observed keep the identity.
+        What becomes of a block that fails: `Stack.take_inverses`; it is counted.
 
         Args:
-            selection: the layers.
+            selection: the layers; of those whose inverses are not kept it is only noted what would be added.
             rule, damping: what is added to eigenvalues, see `split_damping`.
             solve: what inverts: `damped_inverses` for each size, or `lightning_thor.shares.SharedInversions`.
         """
-        averages, updates = self._folded()
+        for output in selection.outputs:
+            for side, copy in enumerate(self.folded[output]):
+                copy.copy_(self.blocks_of(2 * self._tables[output] + side, "average"))
+        averages, updates = self._folded(), self.updates
+        if self._tables:
+            updates = updates.clone()
+            for output, table in self._tables.items():
+                updates[output] = torch.maximum(updates[output], updates[table])
         means = self._factor_traces(averages, selection) / self._widths
-        dampings = self._dampings(means.view(-1, 2), slice(None), rule, damping).flatten()
+        dampings = self._dampings(means.view(-1, 2), slice(None), rule, damping)
         # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too.
-        observed = (updates > 0).repeat_interleave(2) & (dampings > 0)
+        observed = (updates > 0)[:, None] & (dampings > 0)
+        added = self.added.view(-1, 2)
+        added[selection.layers] = torch.where(observed, dampings, added)[selection.layers]
+        now = torch.where(observed, dampings, 0.0).flatten()
+        self.failed_inversions += self._solve(selection, averages, now, means, solve)
+
+    def invert_again(self, layers: Sequence[int]) -> Tensor:
+        """The inverses of layers that had them elsewhere, from their averages and what was added to them there.
+
+        They are those that `invert` made then, since averages change only in steps in which the layer is inverted. But
+        where it kept an older inverse, that is lost: a block that fails again gets the identity over its mean damped
+        eigenvalue, one of a factor of zeros the identity over what was last added.
+
+        Returns:
+            How many blocks failed.
+        """
+        selection = self.select(tuple(layers))
+        for size, (_, inverses) in selection.kept.items():
+            self.stacks[size].inverted[inverses] = False
+            self.stacks[size].inverse[inverses] = 0.0
+        averages = self._folded()
+        means = self._factor_traces(averages, selection) / self._widths
+        invert = damped_inverse_roots if self.roots else damped_inverses
+
+        def solve(problems: Mapping[int, tuple[Tensor, Tensor]]) -> Mapping[int, tuple[Tensor, Tensor]]:
+            return {size: invert(*problem) for size, problem in problems.items()}
+
+        return self._solve(selection, averages, self.added, means, solve)
+
+    def _solve(
+        self, selection: Selection, averages: Mapping[int, Tensor], added: Tensor, means: Tensor, solve: Solve
+    ) -> Tensor:
+        """Inverses of ``averages``, of those selected layers whose inverses are kept; how many blocks failed."""
         problems = {
-            size: (averages[size][place], dampings[self.stacks[size].owners[place]])
-            for size, place in selection.places.items()
+            size: (averages[size][place], added[self.stacks[size].owners[place]])
+            for size, (place, _) in selection.kept.items()
         }
         solutions = solve(problems)
-        for size, place in selection.places.items():
-            stack, (inverse, succeeded) = self.stacks[size], solutions[size]
-            owners, inverted = stack.owners[place], stack.inverted[place]
-            own, observable = dampings[owners], observed[owners]
-            self.failed_inversions += (observable & ~succeeded).sum()
-            succeeded = succeeded & observable
-            last_resort = torch.where(observable, (means[owners] + own) ** (-0.5 if self.roots else -1.0), 1.0)
-            kept = stack.inverse[place]
-            # A block that never had an inverse has zeros beside its diagonal.
-            diagonal = kept.diagonal(dim1=-2, dim2=-1)
-            torch.where(inverted[:, None], diagonal, last_resort[:, None], out=diagonal)
-            torch.where(succeeded[:, None, None], inverse, kept, out=kept)
-            _put(stack.inverse, place, kept)
-            stack.inverted[place] = inverted | succeeded
+        failed = torch.zeros_like(self.failed_inversions)
+        for size, (place, kept) in selection.kept.items():
+            stack = self.stacks[size]
+            failed += stack.take_inverses(place, kept, solutions[size], added, means, roots=self.roots)
+        return failed
 
-    def refresh_costs(self, n_rows: Sequence[float], n_numbers: Sequence[float]) -> list[float]:
-        """About how many multiplications a refresh of each layer takes: covariance of its rows, inversions, and passes
-        over what they are taken from, by which alone a norm has its price.
+    def n_bytes(self, layer: int) -> int:
+        """Memory of one layer: window sums, averages, and inverses if they are kept, in bytes."""
+        numbers = [_n_blocks(blocks) * blocks.size**2 for blocks in self._cut(layer)]
+        copies = sum(copy.numel() for copy in self.folded.get(layer, []))
+        return ((3 if layer in self.kept else 2) * sum(numbers) + copies) * self.flat_sums.element_size()
 
-        Args:
-            n_rows: rows that each layer's covariance is taken of.
-            n_numbers: how many numbers its inputs and gradients had.
-        """
-        # A Cholesky factorisation and the inverse from it run at a fraction of a matrix product's rate: about a third.
-        costs = [
-            0.0 if blocks is None else _n_blocks(blocks) * (n_rows[index // 2] * blocks.size**2 + 3.0 * blocks.size**3)
-            for index, blocks in enumerate(self._factors)
-        ]
-        passes = [MULTIPLICATIONS_PER_NUMBER * n for n in n_numbers]
-        return [a + g + p for a, g, p in zip(costs[::2], costs[1::2], passes, strict=True)]
+    def _cut(self, layer: int) -> list[Blocks]:
+        """How the factors of a layer are cut."""
+        return [blocks for blocks in self._factors[2 * layer : 2 * layer + 2] if blocks is not None]
 
-    def n_bytes(self, factor: int) -> int:
-        """Memory of one factor: window sums, average and inverse, in bytes."""
-        blocks = self._factors[factor]
-        return 0 if blocks is None else 3 * _n_blocks(blocks) * blocks.size**2 * self.flat_sums.element_size()
+    def _folded(self) -> dict[int, Tensor]:
+        """What is inverted, by block size: the averages, those of `folded` tables in them."""
+        averages = {size: stack.average for size, stack in self.stacks.items()}
+        for size in {self._slots[2 * output + side][0] for output in self._tables for side in (0, 1)}:
+            averages[size] = averages[size].clone()
+        for output, (D, G_table) in self.folded.items():
+            A, G = (self._view(averages, 2 * output + side) for side in (0, 1))
+            cut = self._factors[2 * output + 1]
+            assert cut is not None
+            fold_in_(A, G, D, G_table, cut)
+        return averages
 
-    def _folded(self) -> tuple[dict[int, Tensor], Tensor]:
-        """What is inverted, by block size, and how many windows it is of: the averages, those of tables folded in.
-
-        A table ``W [vocabulary, width]`` that also is the weight of an output layer has two roles, whose Fisher
-        matrices add up: ``F ≈ D ⊗ Gₑ + Gₗ ⊗ Aₗ``, with ``D`` the (diagonal) frequencies of tokens and ``Gₑ`` the
-        covariance of the gradients of their vectors, and ``Gₗ``, ``Aₗ`` of the output layer. The sum of two Kronecker
-        products is none, so it is taken to be ``s (D + Gₗ) ⊗ (Gₑ + Aₗ)``, each product balanced first so that both of
-        its factors have the same trace (t for a product of trace t²), and s such that the trace is F's, tₑ² + tₗ².
-
-        Approximated: the cross terms ``D ⊗ Aₗ`` and ``Gₗ ⊗ Gₑ`` are none of F's, and what a sample's gradients in the
-        two roles have to do with each other is left out. Where one role says nothing it is the other's own product.
-        """
-        averages, updates = {size: stack.average for size, stack in self.stacks.items()}, self.updates
-        if not self._folds:
-            return averages, updates
-        sizes = {self._slots[2 * layer + side][0] for fold in self._folds for layer in fold for side in (0, 1)}
-        averages.update({size: averages[size].clone() for size in sizes})
-        updates, tiny = updates.clone(), torch.finfo(self.dtype).tiny
-
-        def view(factor: int) -> tuple[Tensor, Tensor]:
-            blocks, (size, place) = self._factors[factor], self._slots[factor]
-            assert blocks is not None
-            tensor = averages[size][place].view(blocks.shape)
-            return tensor, tensor.diagonal(dim1=-2, dim2=-1).sum()
-
-        for table, output in self._folds:
-            (D, trace_D), (G_table, trace_G_table) = view(2 * table), view(2 * table + 1)
-            (A, trace_A), (G, trace_G) = view(2 * output), view(2 * output + 1)
-            blocks = self._factors[2 * output + 1]
-            assert blocks is not None
-            t_table, t_output = (trace_D * trace_G_table).sqrt(), (trace_A * trace_G).sqrt()
-            # The square root of s, for each side.
-            scale = (t_table.square() + t_output.square()).sqrt() / (t_table + t_output).clamp_min(tiny)
-            weights = [
-                torch.where(trace > 0, t * scale / trace, 0.0)
-                for t, trace in ((t_table, trace_D), (t_table, trace_G_table), (t_output, trace_A), (t_output, trace_G))
-            ]
-            G.mul_(weights[3]).add_(diagonal_as_blocks(D.flatten(), blocks) * weights[0])
-            A.mul_(weights[2]).add_(G_table * weights[1])
-            updates[output] = torch.maximum(updates[output], updates[table])
-        return averages, updates
+    def _view(self, tensors: Mapping[int, Tensor], factor: int) -> Tensor:
+        """One factor's blocks among all of them by size: ``[groups, n_blocks, size, size]``."""
+        (size, place), blocks = self._slots[factor], self._factors[factor]
+        assert blocks is not None
+        return tensors[size][place].view(blocks.shape)
 
     def _factor_traces(self, tensors: Mapping[int, Tensor], selection: Selection) -> Tensor:
         """Traces of the selected layers' factors, zero for the others, from their blocks by size."""
@@ -339,12 +352,6 @@ class FactorStacks:
             stack = self.stacks[size]
             total.index_add_(0, stack.owners[place], traces(tensors[size][place]))
         return total
-
-
-def _put(into: Tensor, place: Tensor | slice, part: Tensor) -> None:
-    """``into[place] = part`` where ``part`` is what lay there, changed: a view of a slice still does."""
-    if not isinstance(place, slice):
-        into[place] = part
 
 
 def _weight(averaging: float, n_windows: Tensor) -> Tensor:

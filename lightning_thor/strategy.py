@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from lightning_thor import buckets, collectives
 from lightning_thor.curvature import Curvature
+from lightning_thor.exchange import Workers
 
 # A bucket leaves when backward has the first of its layers: with DDP's 25 for gradients, all factors of a ResNet-50,
 # 20 MB as triangles, would be one bucket that leaves when backward is over. A few megabytes still outweigh the latency.
@@ -32,10 +33,18 @@ class ThorDDPStrategy(DDPStrategy):
             [26, 53] makes the buckets 0 to 26 and 27 to 53.
         bf16_factors: send factors in bfloat16; sums are taken in float32 and rounded once more on their way back.
             It pays on few ranks or a slow network: each rank sends a message to every other one (docs/scaling.md).
+        inverse_workers: on how many ranks each layer's inverses are kept, a divisor of the number of ranks; None: on
+            all. Those ranks alone make the layer's direction, at every step, and send it to the others: less memory,
+            and the products of a step are shared out, for one more message a step, of the size of the weights. That
+            pays in polar mode, whose Newton-Schulz products are most of a step's work (distributed Muon shares them
+            out in the same way), and where the inverses do not fit. 1 takes least memory, the number of ranks is None.
+            The dial of KAISA (Pauloski et al. 2021, arXiv:2107.01739). Checkpoints then lack the inverses of layers
+            that rank 0 does not keep; they are computed again on load, see `Curvature.load_state_dict`.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: an argument out of its range, or both ways of making buckets.
+        ValueError: an argument out of its range, or both ways of making buckets; when a fit starts,
+            ``inverse_workers`` that do not divide the number of ranks.
     """
 
     strategy_name = "thor_ddp"
@@ -46,6 +55,7 @@ class ThorDDPStrategy(DDPStrategy):
         factor_bucket_mb: float | None = None,
         split_indices: Sequence[int] | None = None,
         bf16_factors: bool = False,
+        inverse_workers: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -58,16 +68,20 @@ class ThorDDPStrategy(DDPStrategy):
             )
         if not isinstance(bf16_factors, bool):
             raise TypeError(f"bf16_factors must be True or False, got {bf16_factors!r}.")
+        _check_inverse_workers(inverse_workers)
         self._bucket_bytes = (DEFAULT_BUCKET_MB if factor_bucket_mb is None else factor_bucket_mb) * 2**20
         self._split_indices = split_indices
         self._bf16_factors = bf16_factors
         self._factor_group: Any = None
+        self._inverse_workers = inverse_workers
+        self._workers: Workers | None = None
 
     def setup_environment(self) -> None:
         super().setup_environment()
         # Once, though fit, validate and test of one Trainer all come here.
         if self._factor_group is None:
             self._factor_group = collectives.new_factor_group(self._timeout)
+            self._workers = self._new_workers()
 
     def connect_curvature(self, curvature: Curvature) -> None:
         """Let ``curvature`` reach the other ranks through this strategy.
@@ -83,11 +97,23 @@ class ThorDDPStrategy(DDPStrategy):
             collectives.Ranks(self._factor_group, self._bf16_factors),
             cut=cut,
             may_start=self._is_last_backward,
+            workers=self._workers,
         )
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         collectives.leave_without_others(exception, self._factor_group)
+
+    def _new_workers(self) -> Workers | None:
+        if self._inverse_workers in (None, self.world_size):
+            return None
+        if self.world_size % self._inverse_workers:
+            divisors = [str(n) for n in range(1, self.world_size + 1) if self.world_size % n == 0]
+            raise ValueError(
+                f"inverse_workers={self._inverse_workers} does not divide the {self.world_size} processes of this run "
+                f"into equal groups: give {', '.join(divisors)}, or None to keep all inverses everywhere."
+            )
+        return collectives.new_workers(self._inverse_workers, self._timeout)
 
     def _is_last_backward(self) -> bool:
         """False in a micro-batch whose gradients DDP only accumulates."""
@@ -116,6 +142,18 @@ def _check_bucket_mb(factor_bucket_mb: Any) -> None:
     number = isinstance(factor_bucket_mb, int | float) and not isinstance(factor_bucket_mb, bool)
     if not number or not (math.isfinite(factor_bucket_mb) and factor_bucket_mb > 0):
         raise ValueError(f"factor_bucket_mb must be a number of megabytes greater than 0, got {factor_bucket_mb!r}.")
+
+
+def _check_inverse_workers(inverse_workers: Any) -> None:
+    if inverse_workers is None:
+        return
+    if isinstance(inverse_workers, bool) or not isinstance(inverse_workers, int):
+        raise TypeError(f"inverse_workers must be an int, or None for all processes, got {inverse_workers!r}.")
+    if inverse_workers < 1:
+        raise ValueError(
+            f"inverse_workers must be at least 1, got {inverse_workers}: give a divisor of the number of processes, or "
+            "None for all of them."
+        )
 
 
 if ThorDDPStrategy.strategy_name not in StrategyRegistry:

@@ -252,6 +252,8 @@ def fit(
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "curvature": curvature.state_dict(),
         "window": float(curvature.stacks.flat_sums.abs().sum()),
+        "inverse_bytes": sum(stack.inverse.nbytes for stack in curvature.stacks.stacks.values()),
+        "said_bytes": sum(map(curvature.n_bytes, curvature.layers)),
         "travelling": sum(map(curvature.stacks.n_travelling_bytes, range(len(curvature.layers))))
         // curvature.stacks.dtype.itemsize,
         "collectives": calls,
@@ -316,6 +318,11 @@ def irregular(rank: int, number: int) -> int:
     return ((2, 0, 3, 1), (1, 2, 0, 3))[rank][number]
 
 
+def nobody_at_times(rank: int, number: int) -> int:
+    """As `irregular`, but in batch 2, for which no rank uses the layer."""
+    return ((2, 0, 0, 1), (1, 2, 0, 3))[rank][number]
+
+
 def raises(rank: int, number: int) -> None:
     """On the last rank, in a step that refreshes, while the first one goes on to backward and sends its factors."""
     if rank and number == 3:
@@ -330,6 +337,10 @@ def dies(rank: int, number: int) -> None:
 
 QUARTERS = (8, 8, 8, 8)
 UNUSED = "thor_ddp_find_unused_parameters_true"
+
+
+def keeping(n_workers: int, **options: Any) -> ThorDDPStrategy:
+    return ThorDDPStrategy(inverse_workers=n_workers, **options)
 
 
 def in_buckets(**options: Any) -> ThorDDPStrategy:
@@ -364,12 +375,47 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "auto": fit_with_a_block_size_that_each_rank_would_choose_differently,
     "micro_batches_in_buckets": lambda folder: fit(folder, Module(HALVES, micro_batches=2), strategy=in_buckets()),
     "plain_loop": plain_loop,
+    "all_nobody": lambda folder: fit(folder, Module(HALVES, extra=nobody_at_times), strategy=UNUSED),
+    "one": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=keeping(1), checkpoints="one"),
+    "one_polar": lambda folder: fit(folder, Module(HALVES, mode="polar"), strategy=keeping(1)),
+    "one_staggered": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=keeping(1), stagger=True),
+    "one_trace_rule": lambda folder: fit(
+        folder, Module(HALVES), max_epochs=3, strategy=keeping(1), trace_rule=(0.2, 0.02)
+    ),
+    "one_quarters": lambda folder: fit(folder, Module(HALVES, micro_batches=2), strategy=keeping(1)),
+    "one_overflow": lambda folder: fit_with_loss_scaling(folder, keeping(1), batches=(0, 1, 2, 3, 4, 5), overflow=3),
+    "one_nobody": lambda folder: fit(
+        folder, Module(HALVES, extra=nobody_at_times), strategy=keeping(1, find_unused_parameters=True)
+    ),
+    "one_resumed": lambda folder: fit(
+        folder, Module(HALVES), max_epochs=3, strategy=keeping(1), resume=folder / "one" / "epoch=0.ckpt"
+    ),
+    "one_from_all": lambda folder: fit(
+        folder, Module(HALVES), max_epochs=3, strategy=keeping(1), resume=folder / "halves" / "epoch=0.ckpt"
+    ),
+    "all_from_one": lambda folder: fit(folder, Module(HALVES), max_epochs=3, resume=folder / "one" / "epoch=0.ckpt"),
+    "two": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=keeping(2)),
 }
 NAMED_ONLY: dict[str, Callable[[Path], Result]] = {
     "four": lambda folder: fit(folder, Module(QUARTERS), devices=4, max_epochs=3, strategy=in_buckets()),
     "four_resumed": lambda folder: fit(
         folder, Module(QUARTERS), devices=4, max_epochs=3, resume=Path(os.environ["TWO_RANKS"]) / "halves/epoch=0.ckpt"
     ),
+    "four_one": lambda folder: fit(folder, Module(QUARTERS), devices=4, strategy=keeping(1)),
+    "four_two": lambda folder: fit(folder, Module(QUARTERS), devices=4, strategy=keeping(2)),
+    "four_two_polar": lambda folder: fit(folder, Module(QUARTERS, mode="polar"), devices=4, strategy=keeping(2)),
+    "four_four": lambda folder: fit(
+        folder, Module(QUARTERS), devices=4, max_epochs=3, strategy=in_buckets(inverse_workers=4)
+    ),
+    "four_two_resumed": lambda folder: fit(
+        folder,
+        Module(QUARTERS),
+        devices=4,
+        max_epochs=3,
+        strategy=keeping(2),
+        resume=Path(os.environ["TWO_RANKS"]) / "one/epoch=0.ckpt",
+    ),
+    "three_of_four": lambda folder: fit(folder, Module(QUARTERS), devices=4, strategy=keeping(3)),
     "dies": lambda folder: fit(folder, Module(HALVES, fail=dies), strategy=in_buckets()),
 }
 
@@ -407,6 +453,46 @@ def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
     return folder, run([__file__, folder.name])[1]
 
 
+def torchrun(n_ranks: int, folder: Path, *names: str) -> tuple[int, str]:
+    """Run trainings under torchrun, which may go on from those of `two_ranks`; exit status and output."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+    return run([*launcher, __file__, str(folder), *names], TWO_RANKS=str(results_folder()))
+
+
+FOUR = (
+    "four",
+    "four_resumed",
+    "four_one",
+    "four_two",
+    "four_two_polar",
+    "four_four",
+    "four_two_resumed",
+    "four_texts",
+    "four_all_at_once_resumed",
+)
+
+
+@functools.lru_cache(maxsize=1)
+def launched_four() -> tuple[tempfile.TemporaryDirectory[str], int, str]:
+    """As `launched`, for the trainings of `FOUR` on four ranks; with the exit status."""
+    folder = tempfile.TemporaryDirectory(prefix="lightning_thor_four_ranks_")
+    return folder, *torchrun(4, Path(folder.name), *FOUR)
+
+
+def four_ranks(name: str) -> list[Result]:
+    """What the training ``name`` of `FOUR` gave on each of four ranks."""
+    folder, _, printed = launched_four()
+    return results(Path(folder.name), name, 4, printed)
+
+
+def results(folder: Path, name: str, n_ranks: int, printed: str) -> list[Result]:
+    """What a training left in ``folder``; an AssertionError with what it ``printed`` if it did not end."""
+    files = [folder / f"{name}-{rank}.pt" for rank in range(n_ranks)]
+    if not all(file.is_file() for file in files):
+        raise AssertionError(f"The training {name!r} did not end on all ranks. They printed: ...{printed[-6000:]}")
+    return [torch.load(file, weights_only=True) for file in files]
+
+
 def results_folder() -> Path:
     """Where the two ranks put their results and checkpoints."""
     return Path(launched()[0].name)
@@ -414,12 +500,7 @@ def results_folder() -> Path:
 
 def two_ranks(name: str) -> list[Result]:
     """What the training ``name`` gave on rank 0 and on rank 1."""
-    files = [results_folder() / f"{name}-{rank}.pt" for rank in (0, 1)]
-    if not all(file.is_file() for file in files):
-        raise AssertionError(
-            f"The training {name!r} did not end on both ranks. They printed: ...{launched()[1][-6000:]}"
-        )
-    return [torch.load(file, weights_only=True) for file in files]
+    return results(results_folder(), name, 2, launched()[1])
 
 
 def train(folder: Path, *names: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_thor.exchange import Workers
 
 
 class Twins:
@@ -59,3 +63,79 @@ class Recorded:
 
     def gather(self, own: Tensor) -> Tensor:
         return torch.cat(self._all(own))
+
+
+class Room:
+    """Some of several processes, which are threads here: what they give to each other is really exchanged."""
+
+    def __init__(self, n: int) -> None:
+        self.given: list[Tensor | None] = [None] * n
+        self.barrier = threading.Barrier(n, timeout=60)
+
+
+class Member:
+    """One of them."""
+
+    def __init__(self, room: Room, own_share: int) -> None:
+        self.n_shares, self.own_share = len(room.given), own_share
+        self.log: list[tuple[str, int, torch.dtype]] = []
+        """What it gave: the name of the collective, how many numbers, and of which dtype."""
+        self._room = room
+
+    def _all(self, name: str, own: Tensor) -> list[Tensor]:
+        self.log.append((name, len(own), own.dtype))
+        self._room.given[self.own_share] = own.clone()
+        self._room.barrier.wait()
+        given = [tensor for tensor in self._room.given if tensor is not None]
+        self._room.barrier.wait()
+        assert len({(len(tensor), tensor.dtype) for tensor in given}) == 1
+        return given
+
+    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Callable[[], None]:
+        summed = torch.stack(self._all("sum", flat)).sum(0)
+
+        def wait() -> None:
+            flat.copy_(summed)
+
+        return wait
+
+    def gather(self, own: Tensor) -> Tensor:
+        return torch.cat(self._all("gather", own))
+
+
+class Place(NamedTuple):
+    """Where one of several processes is."""
+
+    rank: int
+    world: Member
+    workers: Workers | None
+
+
+def on_ranks(n_ranks: int, n_workers: int | None, work: Callable[[Place], Any]) -> list[Any]:
+    """What ``work`` gives on each of several processes, as threads; ``n_workers`` of them keep a layer's inverses."""
+    n_groups = n_ranks // (n_workers or n_ranks)
+    world = Room(n_ranks)
+    groups = [Room(n_ranks // n_groups) for _ in range(n_groups)]
+    receivers = [Room(n_groups) for _ in range(n_ranks // n_groups)]
+    results: list[Any] = [None] * n_ranks
+
+    def run(rank: int) -> None:
+        place, group = divmod(rank, n_groups)
+        workers = Workers(Member(groups[group], place), Member(receivers[place], group))
+        try:
+            results[rank] = work(Place(rank, Member(world, rank), None if n_workers is None else workers))
+        except BaseException as error:
+            results[rank] = error
+            for room in (world, *groups, *receivers):
+                room.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(n_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    errors = [result for result in results if isinstance(result, BaseException)]
+    # The others only say that the barrier was broken.
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return results

@@ -62,7 +62,7 @@ def dense(curvature: Curvature, name: str, side: str) -> Tensor:
     layer = curvature.layers[name]
     blocks = layer.A if side == "A" else layer.G
     assert blocks is not None
-    average = curvature.stacks.blocks_of(curvature._factors_of(name)[side], "average")
+    average = curvature.stacks.blocks_of(curvature._factors[name][side], "average")
     full = torch.stack([torch.block_diag(*group)[: blocks.width, : blocks.width] for group in average])
     mean = full.diagonal(dim1=-2, dim2=-1).sum() / (blocks.groups * blocks.width)
     return full + 0.1 * mean * torch.eye(blocks.width, dtype=full.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +12,18 @@ from torch import nn
 
 from lightning_thor import Curvature
 from lightning_thor.buckets import by_size
-from tests.distributed_workers import ROWS, Result, results_folder, run, two_ranks
+from tests.distributed_workers import ROWS, four_ranks, launched_four, results, results_folder, torchrun, two_ranks
 from tests.fakes import Twins
 from tests.lone_ranks import lone_ranks
 from tests.option_trainings import fit_all_at_once
 from tests.test_strategy import assert_bitwise, one_rank, state
 from tests.text_trainings import Text, train
 
-WORKERS = str(Path(__file__).with_name("distributed_workers.py"))
-
-
-def torchrun(n_ranks: int, folder: Path, *names: str) -> tuple[int, str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
-    return run([*launcher, WORKERS, str(folder), *names], TWO_RANKS=str(results_folder()))
-
-
-def results(folder: Path, name: str, n_ranks: int, printed: str) -> list[Result]:
-    files = [folder / f"{name}-{rank}.pt" for rank in range(n_ranks)]
-    assert all(file.is_file() for file in files), printed[-6000:]
-    return [torch.load(file, weights_only=True) for file in files]
-
-
-@pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Result]]:
-    """What each of four ranks under torchrun had of a training."""
-    folder = tmp_path_factory.mktemp("four")
-    status, printed = torchrun(4, folder, "four", "four_resumed", "four_texts", "four_all_at_once_resumed")
-    assert status == 0, printed[-6000:]
-    return lambda name: results(folder, name, 4, printed)
-
 
 @pytest.mark.slow
-def test_four_ranks_under_torchrun_are_one_and_go_on_from_a_checkpoint_of_two(
-    tmp_path: Path, four_ranks: Callable[[str], list[Result]]
-) -> None:
+def test_four_ranks_under_torchrun_are_one_and_go_on_from_a_checkpoint_of_two(tmp_path: Path) -> None:
+    _, status, printed = launched_four()
+    assert status == 0, printed[-6000:]
     alone = one_rank(tmp_path, max_epochs=3)
     for name, first_step in (("four", 1), ("four_resumed", 5)):
         for result in (ranks := four_ranks(name)):
@@ -56,9 +33,7 @@ def test_four_ranks_under_torchrun_are_one_and_go_on_from_a_checkpoint_of_two(
 
 
 @pytest.mark.slow
-def test_four_ranks_of_a_language_model_with_parts_of_four_sizes_are_one(
-    tmp_path: Path, four_ranks: Callable[[str], list[Result]]
-) -> None:
+def test_four_ranks_of_a_language_model_with_parts_of_four_sizes_are_one(tmp_path: Path) -> None:
     alone = train(tmp_path, Text(), (ROWS,), summed=True)
     for result in (ranks := four_ranks("four_texts")):
         torch.testing.assert_close(state(result), state(alone), rtol=1e-8, atol=1e-9)
@@ -66,9 +41,7 @@ def test_four_ranks_of_a_language_model_with_parts_of_four_sizes_are_one(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_ranks_with_all_options_goes_on_with_one_two_and_four(
-    tmp_path: Path, four_ranks: Callable[[str], list[Result]]
-) -> None:
+def test_a_checkpoint_of_two_ranks_with_all_options_goes_on_with_one_two_and_four(tmp_path: Path) -> None:
     """Polar, staggered, with a trace rule that keeps some layers as they are."""
     alone = fit_all_at_once(tmp_path, (ROWS,))
     done, turns = (int(alone["curvature"][key]) for key in ("refreshes", "turns"))

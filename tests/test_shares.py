@@ -83,7 +83,7 @@ def test_each_block_is_inverted_by_one_process() -> None:
 
 
 def test_what_is_brought_to_all_takes_whatever_is_fewer_bytes() -> None:
-    even, lone = plan({8: 8}, 4, 0), plan({64: 1, 2: 3}, 4, 0)
+    even, lone = plan({8: 8}, 4, 0).parts, plan({64: 1, 2: 3}, 4, 0).parts
     assert (even.gathers, even.length) == (True, 8 * (n_packed(8) + 1))
     # Gathered, each of four processes would send as much as the one with the large block.
     assert (lone.gathers, lone.length) == (False, n_packed(64) + 1 + 3 * (n_packed(2) + 1))

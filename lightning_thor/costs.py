@@ -1,0 +1,67 @@
+"""About how many multiplications something takes, for sharing it out evenly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_thor.blocks import Blocks
+
+Cut = tuple[Blocks | None, Blocks]
+"""How A and G of a layer are cut; A is None where there is no input factor."""
+
+MULTIPLICATIONS_PER_NUMBER = 30.0
+"""How many of them, in a matrix product, take the time of reading a number a few times over (a core of an AMD EPYC)."""
+
+STEPS_PER_REFRESH = 10.0
+"""How many steps an inverse serves: the default interval. Of another one only the balance suffers."""
+
+MSIGN_STEPS = 5
+
+
+def inversion_cost(blocks: Blocks | None) -> float:
+    """Of inverting the blocks of a factor.
+
+    A Cholesky factorisation and the inverse from it run at a fraction of a matrix product's rate: about a third.
+    """
+    return 0.0 if blocks is None else 3.0 * blocks.groups * blocks.n_blocks * blocks.size**3
+
+
+def refresh_costs(cuts: Sequence[Cut], n_rows: Sequence[float], n_numbers: Sequence[float]) -> list[float]:
+    """Of refreshing each layer: covariance of its rows, inversions, and passes over what the rows are taken from, by
+    which alone a norm has its price.
+
+    Args:
+        cuts: of each layer.
+        n_rows: rows that each layer's covariance is taken of.
+        n_numbers: how many numbers its inputs and gradients had.
+    """
+    return [
+        sum(_covariance_cost(blocks, rows) + inversion_cost(blocks) for blocks in cut)
+        + MULTIPLICATIONS_PER_NUMBER * numbers
+        for cut, rows, numbers in zip(cuts, n_rows, n_numbers, strict=True)
+    ]
+
+
+def _covariance_cost(blocks: Blocks | None, n_rows: float) -> float:
+    return 0.0 if blocks is None else blocks.groups * blocks.n_blocks * n_rows * blocks.size**2
+
+
+def direction_cost(cut: Cut, *, roots: bool, polar: bool) -> float:
+    """Of one step's direction of a layer, and of its part of a refresh.
+
+    Args:
+        cut: of the layer.
+        roots: whether products are with roots of inverses, which are two for each.
+        polar: whether the layer is made polar between them.
+
+    >>> layer = Blocks(1, 8, 2, 4), Blocks(1, 6, 1, 6)
+    >>> direction_cost(layer, roots=False, polar=False) == 6 * 8 * (4 + 6) + 3 * (2 * 4**3 + 6**3) / 10
+    True
+    """
+    A, G = cut
+    width = 1 if A is None else A.width
+    products = G.groups * G.width * width * (G.size + (0 if A is None else A.size)) * (2 if roots else 1)
+    small, large = sorted((G.width, width))
+    # Each polynomial has two products of the small side's square matrix with the whole one, and its square.
+    signs = G.groups * MSIGN_STEPS * small**2 * (2 * large + small) if polar else 0
+    return products + signs + (inversion_cost(A) + inversion_cost(G)) / STEPS_PER_REFRESH

@@ -1,0 +1,96 @@
+"""Directions shared out: each group of processes makes those of its layers, and one message brings all to all."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from lightning_thor.costs import direction_cost
+from lightning_thor.exchange import Exchange
+from lightning_thor.layer import Layer
+from lightning_thor.parts import bring_to_all, parts_of
+from lightning_thor.refresh import spread
+
+Directions = dict[nn.Parameter, Tensor]
+
+
+class SharedDirections:
+    """Which layers' inverses a process keeps, and how it gets the directions that others make with theirs.
+
+    Layers go to groups by cost, the largest first; those that have a parameter in common (parts of a packed one, a
+    table and the output layer tied to it) go together. All processes must be given gradients of the same parameters,
+    as they are under DDP.
+
+    Args:
+        exchange: one process of each group; alone, this process makes all directions.
+        layers: those with curvature, by name.
+        roots: whether roots of the inverses are kept.
+        polar: names of the layers that are to be polar.
+
+    Attributes:
+        own: the numbers of the layers of this process's group, in order.
+    """
+
+    def __init__(self, exchange: Exchange, layers: Mapping[str, Layer], *, roots: bool, polar: Container[str]) -> None:
+        self._exchange = exchange
+        costs = [direction_cost((layer.A, layer.G), roots=roots, polar=name in polar) for name, layer in layers.items()]
+        units = _units(list(layers.values()))
+        groups = spread([sum(costs[layer] for layer in unit) for unit in units], exchange.n_shares)
+        members: list[list[int]] = [[] for _ in range(exchange.n_shares)]
+        for unit, group in zip(units, groups, strict=True):
+            members[group - 1] += unit
+        self.own = sorted(members[exchange.own_share])
+        # Ordered, unlike sets.
+        parameters = [layer.parameters for layer in layers.values()]
+        self._parameters = [dict.fromkeys(p for layer in group for p in parameters[layer]) for group in members]
+        self._elsewhere = set().union(*self._parameters) - self._parameters[exchange.own_share].keys()
+
+    def own_part(self, grads: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Parameter, Tensor]:
+        """Those of ``grads`` whose directions this process makes: its layers', and of parameters without curvature."""
+        return {p: grad for p, grad in grads.items() if p not in self._elsewhere} if self._elsewhere else grads
+
+    def bring_to_all(self, directions: Directions, grads: Mapping[nn.Parameter, Tensor]) -> Directions:
+        """``directions``, made of `own_part`, with those that the others made; bitwise the same on all processes.
+
+        One message, in the widest dtype of the gradients; none if this process is alone.
+        """
+        if self._exchange.n_shares == 1:
+            return directions
+        given = [[p for p in parameters if p in grads] for parameters in self._parameters]
+        travelling = [grads[p].dtype for group in given for p in group]
+        if not travelling:
+            return directions
+        dtype = reduce(torch.promote_types, travelling)
+        own = [directions[p].flatten().to(dtype) for p in given[self._exchange.own_share]]
+        parts = parts_of([sum(p.numel() for p in group) for group in given])
+        device = next(iter(grads.values())).device
+        flat = bring_to_all(torch.cat(own or [torch.empty(0, dtype=dtype, device=device)]), parts, self._exchange)
+        for start, group in zip(parts.starts, given, strict=True):
+            for p in group:
+                directions[p] = flat[start : start + p.numel()].view(p.shape).to(grads[p].dtype)
+                start += p.numel()
+        return directions
+
+    def add_up_(self, count: Tensor, before: Tensor) -> None:
+        """Let ``count``, which rose from ``before`` by what happened to own layers, rise by what did to all layers."""
+        if self._exchange.n_shares > 1:
+            risen = (count - before).view(1)
+            self._exchange.start_sum(risen, n_exact=1)()
+            count.copy_(before + risen[0])
+
+
+def _units(layers: Sequence[Layer]) -> list[list[int]]:
+    """The layers, together where they have a parameter in common."""
+    units: list[tuple[list[int], set[nn.Parameter]]] = []
+    for index, layer in enumerate(layers):
+        members, parameters, apart = [index], set(layer.parameters), []
+        for unit in units:
+            if parameters.isdisjoint(unit[1]):
+                apart.append(unit)
+            else:
+                members, parameters = unit[0] + members, parameters | unit[1]
+        units = [*apart, (members, parameters)]
+    return [members for members, _ in units]
