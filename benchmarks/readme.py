@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import communication, race, step_figures, trace_rule
+from benchmarks import communication, race, step_figures, trace_rule, width_transfer
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +96,15 @@ def communication_block(results: dict[str, Any]) -> str:
     )
 
 
+def width_transfer_block(results: dict[str, Any]) -> str:
+    """The best learning rate at each width, from ``benchmarks/results/width_transfer.json``."""
+    return (
+        f"{markdown_table(width_transfer.HEADS, width_transfer.cells(results))}\n\n"
+        f"{results['summary']['widths']['words']}. Measured on: "
+        f"{measured_on(results['summary']['widths']['environment'])}."
+    )
+
+
 def demo_block(figures: dict[str, Any]) -> str:
     """What ``make demo`` prints, from ``docs/demo.json``."""
     target = figures["target"]
@@ -125,6 +134,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "time_to_target": ("benchmarks/results/time_to_target.json", time_to_target_block),
     "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
     "communication": ("benchmarks/results/communication.json", communication_block),
+    "width_transfer": ("benchmarks/results/width_transfer.json", width_transfer_block),
     "demo": ("docs/demo.json", demo_block),
 }
 

@@ -351,6 +351,7 @@ def test_a_refresh_takes_few_messages_and_little_more_than_half_of_the_bytes_of_
 def test_the_page_on_scaling_holds_what_the_cost_model_gives() -> None:
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert f"<!-- scaling:begin -->\n{scaling.markdown()}\n<!-- scaling:end -->" in page
+    assert f"<!-- check:begin -->\n{scaling.check(scaling.measured())}\n<!-- check:end -->" in page
 
 
 def test_the_cost_model_counts_bytes_and_messages_as_its_sources_do() -> None:
