@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
     SingleDeviceStrategy,
 )
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
@@ -22,7 +24,8 @@ from torch import Tensor
 from lightning_thor.curvature import Curvature
 from lightning_thor.damping import DampingRule
 from lightning_thor.layers import plain_name
-from lightning_thor.optimizer import Thor
+from lightning_thor.model_parallel import ThorModelParallelStrategy
+from lightning_thor.optimizer import Preconditioner, Thor
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval
 from lightning_thor.report import print_curvature, report_split
@@ -153,17 +156,20 @@ class ThorCallback(Callback):
             parameters=parameters,
             **{**self._options, "block_size": self.block_size},
         )
+        preconditioner: Preconditioner = self.curvature
         if isinstance(trainer.strategy, ThorDDPStrategy):
             trainer.strategy.connect_curvature(self.curvature)
+        elif isinstance(trainer.strategy, ThorModelParallelStrategy):
+            own = set(parameters)
+            named = {name: p for name, p in pl_module.named_parameters() if p in own}
+            preconditioner = trainer.strategy.connect_curvature(self.curvature, named)
         # The trainer's stage, not the model's mode: fit trains a model that was left in eval mode too.
         self.curvature.is_listening = lambda: trainer.training
-        optimizer.preconditioner = self.curvature
+        optimizer.preconditioner = preconditioner
         self._optimizer = optimizer
         if self._restored is not None:
             self.curvature.load_state_dict(self._restored["curvature"])
             self._restored = None
-        self._applied, self._called = self.curvature.step, trainer.global_step
-        self._told = sum(self._troubles())
         _warn_of_clipping(trainer, optimizer)
         _warn_of_intervals(trainer)
         if not self.curvature.layers:
@@ -196,6 +202,12 @@ class ThorCallback(Callback):
         return split.block_size, split
 
     # ── each step ──
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not when fit starts: some strategies restore a checkpoint after that.
+        if self.curvature is not None:
+            self._applied, self._called = self.curvature.step, trainer.global_step
+            self._told = sum(self._troubles())
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -344,12 +356,29 @@ def _warn_of_intervals(trainer: pl.Trainer) -> None:
 def _check_strategy(trainer: pl.Trainer) -> None:
     strategy = trainer.strategy
     # DeepSpeed's and XLA's strategies are subclasses of the ones that work.
-    refused = isinstance(strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)
-    if refused or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    for refused, advice in _REFUSED:
+        if isinstance(strategy, refused) and not isinstance(strategy, ThorModelParallelStrategy):
+            raise ValueError(f"ThorCallback does not support {type(strategy).__name__}: {advice}")
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ThorModelParallelStrategy):
         raise ValueError(
-            f"ThorCallback does not support {type(strategy).__name__} yet: it needs whole layers and their gradients "
-            'on each device. Use Trainer(strategy="thor_ddp"), "ddp", or a single device.'
+            f"ThorCallback does not support {type(strategy).__name__}: it knows how layers and gradients lie with "
+            '"thor_ddp", "ddp", "thor_fsdp2" and on a single device. Use Trainer(strategy=...) with one of them.'
         )
+
+
+_SHARD = (
+    'Use Trainer(strategy="thor_fsdp2"), and shard the model in configure_model by '
+    'fully_shard(self.net, mesh=self.device_mesh["data_parallel"])'
+)
+_REFUSED: tuple[tuple[Any, str], ...] = (
+    (FSDPStrategy, f"FSDP1 flattens weights, and layers have none of their own any more. {_SHARD}."),
+    (DeepSpeedStrategy, f'its engine keeps gradients to itself. {_SHARD}, or "thor_ddp" for a model that fits.'),
+    (ModelParallelStrategy, f"it would have whole gradients on no rank. {_SHARD}, as you do already."),
+    (
+        XLAStrategy | SingleDeviceXLAStrategy,
+        'it has not been tried on XLA devices. Use GPUs or CPUs with "thor_ddp", "thor_fsdp2" or a single device.',
+    ),
+)
 
 
 def _the_thor_of(trainer: pl.Trainer) -> Thor:

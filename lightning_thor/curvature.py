@@ -149,7 +149,7 @@ class Curvature:
         )
         self._observer = Observer(self.layers, self.stacks, self._schedule)
         self.step = 0
-        self._inverses = [self._inverses_of(name) for name in self.layers]
+        self._inverses = [self.inverses_of(name) for name in self.layers]
         self.connect(collectives.Ranks())
         uses = [use for layer in self.layers.values() for use in layer.uses]
         called = {use.name: use.module for use in uses if use.attention is None}
@@ -286,13 +286,17 @@ class Curvature:
         Raises:
             RuntimeError: this curvature keeps no roots.
         """
+        self.check_that_roots_are_kept()
+        with self._full_precision():
+            return polar(self.layers.values(), self._inverses, momenta, names=self.polar_layers)
+
+    def check_that_roots_are_kept(self) -> None:
+        """Raise a RuntimeError where there is nothing to make polar directions with."""
         if not self.stacks.roots:
             raise RuntimeError(
                 'Thor(mode="polar") got a curvature of mode="natural", which keeps inverses, not their roots. Build it '
                 'by Curvature(model, mode="polar"); under a Trainer leave it to ThorCallback.'
             )
-        with self._full_precision():
-            return polar(self.layers.values(), self._inverses, momenta, names=self.polar_layers)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, factors and inverses by layer name: plain types and tensors only.
@@ -345,6 +349,7 @@ class Curvature:
     def _factors_of(self, name: str) -> Mapping[str, int]:
         return self._factors[name]
 
-    def _inverses_of(self, name: str) -> tuple[Tensor | None, Tensor]:
+    def inverses_of(self, name: str) -> tuple[Tensor | None, Tensor]:
+        """Views of a layer's ``(A⁻¹, G⁻¹)``, in their blocks; of their roots in polar mode."""
         views = {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors_of(name).items()}
         return views.get("A"), views["G"]
