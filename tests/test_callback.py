@@ -357,7 +357,6 @@ def test_two_thors_are_told(tmp_path: Path) -> None:
         ("XLAStrategy", '"thor_ddp", "thor_fsdp2" or a single device'),
         ("SingleDeviceXLAStrategy", '"thor_ddp", "thor_fsdp2" or a single device'),
         ("ModelParallelStrategy", 'strategy="thor_fsdp2"'),
-        ("ParallelStrategy", '"thor_ddp", "ddp", "thor_fsdp2" and on a single device'),
     ],
 )
 def test_a_strategy_that_is_not_supported_is_told(tmp_path: Path, name: str, advice: str) -> None:
