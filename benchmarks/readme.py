@@ -82,6 +82,16 @@ def trace_rule_block(results: dict[str, Any]) -> str:
     )
 
 
+def sharded_updates_block(results: dict[str, Any]) -> str:
+    """What a step of thor_fsdp2 sends, from ``benchmarks/results/sharded_updates.json``."""
+    natural, polar = (results["GPT-2 small"][mode]["8"] for mode in ("natural", "polar"))
+    return (
+        f"(Of a GPT-2 small on 8 ranks each sends {natural['sent'] / 1e6:.0f} MB a step for that, "
+        f"{polar['sent'] / 1e6:.0f} MB in polar mode; gathering all gradients would send "
+        f"{natural['gathered'] / 1e6:.0f}.)"
+    )
+
+
 def demo_block(figures: dict[str, Any]) -> str:
     """What ``make demo`` prints, from ``docs/demo.json``."""
     target = figures["target"]
@@ -110,6 +120,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("benchmarks/results/step_cost.json", step_cost_block),
     "time_to_target": ("benchmarks/results/time_to_target.json", time_to_target_block),
     "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
+    "sharded_updates": ("benchmarks/results/sharded_updates.json", sharded_updates_block),
     "demo": ("docs/demo.json", demo_block),
 }
 

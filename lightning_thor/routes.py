@@ -22,6 +22,15 @@ class Run(NamedTuple):
     stop: int
     owner: int
 
+    @property
+    def cost(self) -> float:
+        """Multiplications, about."""
+        own, weight = self.of.layer, self.of.layer.parameters[0]
+        if self.of.side is not None or own.A is None:
+            return (self.stop - self.start) * self.of.cost_of_a_row
+        small = min(own.G.width, own.A.width)
+        return self.of.n_rows * (2 * self.of.cost_of_a_row + MSIGN_PRODUCTS * small * weight.numel() / weight.shape[0])
+
 
 class Piece(NamedTuple):
     """Rows of one parameter that lie on one process and belong to a run of another one, or of its own."""
@@ -49,14 +58,14 @@ def share_out(layers: Sequence[Cuttable], n_processes: int) -> list[Run]:
     """
     loads = [0.0] * n_processes
     runs: list[Run] = []
-    whole = [layer for layer in layers if layer.side is None]
     for layer in layers:
         if layer.side is not None:
             runs += _runs_of(layer, n_processes, loads)
-    for layer in sorted(whole, key=_cost_of_a_whole, reverse=True):
+    whole = [Run(layer, 0, layer.n_rows, 0) for layer in layers if layer.side is None]
+    for run in sorted(whole, key=lambda run: run.cost, reverse=True):
         owner = loads.index(min(loads))
-        loads[owner] += _cost_of_a_whole(layer)
-        runs.append(Run(layer, 0, layer.n_rows, owner))
+        loads[owner] += run.cost
+        runs.append(run._replace(owner=owner))
     return runs
 
 
@@ -76,12 +85,6 @@ def _runs_of(layer: Cuttable, n_processes: int, loads: list[float]) -> list[Run]
         else:
             runs.append(Run(layer, start, stop, owner))
     return runs
-
-
-def _cost_of_a_whole(layer: Cuttable) -> float:
-    own, weight = layer.layer, layer.layer.parameters[0]
-    small = min(own.G.width, own.G.width if own.A is None else own.A.width)
-    return layer.n_rows * (2 * layer.cost_of_a_row + MSIGN_PRODUCTS * small * weight.numel() / weight.shape[0])
 
 
 def pieces_of(runs: Sequence[Run], n_processes: int) -> list[Piece]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from lightning_thor.directions import Kept, natural, polar
 from lightning_thor.exchange import Exchange
 from lightning_thor.layer import Layer
 from lightning_thor.routes import Piece, n_numbers, pieces_of, rows_of_a_process, share_out
-from lightning_thor.runs import cuttable, run_of
+from lightning_thor.runs import Cuttable, cuttable, run_of
 
 
 class Parcel(NamedTuple):
@@ -26,6 +26,7 @@ class Parcel(NamedTuple):
     name: nn.Parameter | None
     """Of the rows' run, if it is this process's."""
     length: int
+    dtype: torch.dtype
 
 
 class Plan(NamedTuple):
@@ -119,8 +120,7 @@ class ShardedCurvature:
         received = self._exchange.swap(flat, *(reversed(lengths) if back else lengths))
         parts = received.split([one.length for one in expected])
         return [
-            part.view(-1, *one.parameter.shape[1:]).to(one.parameter.dtype)
-            for one, part in zip(expected, parts, strict=True)
+            part.view(-1, *one.parameter.shape[1:]).to(one.dtype) for one, part in zip(expected, parts, strict=True)
         ]
 
     def _shards_of(
@@ -141,12 +141,7 @@ class ShardedCurvature:
 
     def _plan(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> Plan:
         n, own = self._exchange.n_shares, self._exchange.own_share
-        complete = [
-            (layer, self.curvature.inverses_of(name), is_polar and name in self.curvature.polar_layers)
-            for name, layer in self.curvature.layers.items()
-            if layer.folded_into is None and all(p in shards for p in layer.parameters)
-        ]
-        runs = share_out([part for layer, kept, whole in complete for part in cuttable(layer, kept, whole=whole)], n)
+        runs = share_out(parts_of(self.curvature, shards, is_polar=is_polar), n)
         own_runs = {index: run_of(run.of, run.start, run.stop) for index, run in enumerate(runs) if run.owner == own}
         starts: dict[nn.Parameter, int] = {}
         parcels: list[Parcel] = []
@@ -158,7 +153,7 @@ class ShardedCurvature:
                 travelling.add(shards[p].dtype)
             if own in (piece.holder, piece.owner):
                 name = own_runs[piece.run][0].parameters[piece.parameter] if piece.owner == own else None
-                parcels.append(Parcel(p, piece, name, n_numbers(piece, p)))
+                parcels.append(Parcel(p, piece, name, n_numbers(piece, p), shards[p].dtype))
                 if name is not None:
                     starts[name] = run.of.rows_in(p, run.start, run.stop)[0]
         leaving = sorted((one for one in parcels if one.piece.owner != own), key=lambda one: one.piece.owner)
@@ -174,6 +169,22 @@ class ShardedCurvature:
             [sum(one.length for one in arriving if one.piece.holder == other) for other in range(n)],
             reduce(torch.promote_types, travelling) if travelling else None,
         )
+
+
+def parts_of(curvature: Curvature, parameters: Container[nn.Parameter], *, is_polar: bool) -> list[Cuttable]:
+    """What is to be shared out: of all layers whose parameters are there.
+
+    Args:
+        curvature: of the model.
+        parameters: those of which there are gradients.
+        is_polar: for polar directions, of the layers that have them.
+    """
+    parts: list[Cuttable] = []
+    for name, layer in curvature.layers.items():
+        if layer.folded_into is None and all(p in parameters for p in layer.parameters):
+            whole = is_polar and name in curvature.polar_layers
+            parts += cuttable(layer, curvature.inverses_of(name), whole=whole)
+    return parts
 
 
 def _put_together(parcels: Sequence[Parcel], rows: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -95,6 +96,12 @@ def never(rank: int, number: int) -> int:
     return 0
 
 
+def with_loss_scaling(folder: Path, **options: Any) -> Any:
+    """As `tests.distributed_workers.fit_with_loss_scaling`."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))  # type: ignore[arg-type]
+    return train(folder, Sharded(HALVES, dtype=torch.float32, **options), max_epochs=1, plugins=[plugin])
+
+
 KL = {"match_rms": None, "kl_clip": 1e-3, "weight_decay": 0.1, "decoupled_weight_decay": False, "clip_norm": 0.3}
 BF16 = {"dtype": torch.float32}
 
@@ -111,6 +118,8 @@ TWO: dict[str, Callable[[Path], Result]] = {
     "unused_resumed": lambda folder: train(
         folder, Sharded(HALVES, extra=never), resume=folder / "unused" / "epoch=0.ckpt"
     ),
+    "overflow": lambda folder: with_loss_scaling(folder, batches=(0, 1, 2, 3, 4, 5), overflow=3),
+    "overflow_left_out": lambda folder: with_loss_scaling(folder, batches=(0, 1, 2, 4, 5)),
     "bf16": lambda folder: train(folder, Sharded(HALVES, **BF16), max_epochs=1, precision="bf16-mixed"),
 }
 FOUR: dict[str, Callable[[Path], Result]] = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -16,9 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_thor import Curvature, Thor, ThorModelParallelStrategy, collectives
-from tests.distributed_workers import ROWS, Result, fit
-from tests.sharded_workers import BF16, KL, Sharded, consolidated, ranks, results_folder, train
+from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrategy, collectives
+from lightning_thor.sharded import ShardedCurvature
+from tests.boring import Boring
+from tests.distributed_workers import ROOT, ROWS, Result, batch, fit, whole
+from tests.sharded_workers import BF16, KL, Sharded, Words, consolidated, fully_shard, ranks, results_folder, train
 from tests.test_strategy import assert_bitwise, clean_environment, state
 
 __all__ = ["clean_environment"]
@@ -117,6 +122,15 @@ def test_in_mixed_precision_factors_are_float32_and_the_training_is_that_of_one_
         assert {weight.dtype for weight in result["weights"].values()} == {torch.float32}
         # Halves of a batch round otherwise than the whole.
         torch.testing.assert_close(result["weights"], alone["weights"], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.slow
+def test_an_overflow_on_one_rank_is_skipped_and_forgotten_on_both() -> None:
+    """In float16 with a loss scale; batch 3, whose step would refresh, overflows on rank 1 alone."""
+    for overflow, left_out in zip(ranks("overflow"), ranks("overflow_left_out"), strict=True):
+        assert overflow["steps"] == [1, 2, 3, 3, 4, 5]
+        assert (overflow["window"], int(overflow["curvature"]["rejected_windows"])) == (0.0, 0)
+        assert_bitwise(state(overflow, "epochs"), state(left_out, "epochs"))
 
 
 # ── checkpoints ──
@@ -218,3 +232,58 @@ def test_a_shard_without_the_sharded_curvature_is_told(four_processes: None) -> 
     assert collectives.local(model.weight.data).shape == (2, 8)
     with pytest.raises(ValueError, match=r"\[2, 8\], a shard of its weight \[8, 8\].*ShardedCurvature\(curvature\)"):
         curvature.precondition({model.weight: collectives.local(model.weight.data)})
+
+
+# ── what the documentation shows ──
+
+
+@pytest.mark.slow
+def test_the_readmes_sharded_model_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: None) -> None:
+    (snippet,) = re.findall(r"```python\n([^`]*fully_shard[^`]*)```", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+    class Model(Boring):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.blocks = nn.Sequential()  # empty: the net's own layers are sharded with it
+
+    monkeypatch.chdir(tmp_path)
+    quiet = partial(
+        L.Trainer, accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    names: dict[str, Any] = {
+        "Model": Model,
+        "L": SimpleNamespace(Trainer=quiet),
+        "ThorCallback": partial(ThorCallback, summary=False),
+        "train_dataloader": Boring().data(),
+    }
+    exec(snippet, names)
+    trainer = names["trainer"]
+    assert trainer.global_step == 4
+    assert all(collectives.is_sharded(p) for p in trainer.lightning_module.parameters())
+    assert (tmp_path / "checkpoints").is_dir()
+
+
+@pytest.mark.slow
+def test_a_block_size_that_would_need_a_copy_of_the_module_is_refused(tmp_path: Path, one_process: None) -> None:
+    with pytest.raises(ValueError, match=r'block_size="auto" tries a copy of Sharded.*Give block_size a number'):
+        train(tmp_path, Sharded((ROWS,)), block_size="auto")
+
+
+@pytest.mark.slow
+def test_without_lightning_shards_train_as_the_whole_model(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    models = [Words().double() for _ in range(2)]
+    fully_shard(models[0], mesh=init_device_mesh("cpu", (1,)))
+    curvatures = [Curvature(model, block_size=8) for model in models]
+    preconditioners: list[Any] = [ShardedCurvature(curvatures[0]), curvatures[1]]
+    for model, preconditioner in zip(models, preconditioners, strict=True):
+        optimizer = Thor(model.parameters(), preconditioner=preconditioner)
+        for number in range(3):
+            images, classes = batch(number)
+            nn.functional.cross_entropy(model(images, 1), classes).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_bitwise(whole(dict(models[0].named_parameters())), dict(models[1].named_parameters()))

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_thor import Curvature
+from benchmarks import sharded_updates
+from lightning_thor import Curvature, kinds, register_layer
 from lightning_thor.directions import Mode
-from lightning_thor.sharded import ShardedCurvature
+from lightning_thor.routes import pieces_of, share_out
+from lightning_thor.sharded import ShardedCurvature, parts_of
 from tests.fakes import Threads, run_in_threads
 
 
@@ -94,3 +96,81 @@ def test_the_directions_of_all_kinds_of_layers_are_those_of_one_process(
         assert_the_same(found, curvature.precondition_polar(grads))
     for p, grad in grads.items():
         assert torch.equal(grad, before[p])
+
+
+@pytest.mark.parametrize("n", [2, 3, 16])
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+def test_what_travels_is_what_the_benchmark_counts(mode: Mode, n: int) -> None:
+    curvature = curvature_of(mode)
+    grads = {p: p.grad for p in curvature.model.parameters() if p.grad is not None}
+    _, threads = directions_together(curvature, grads, n, is_polar=mode == "polar")
+    sent = [sum(one.n_sent) * 8 / 2 for one in threads]  # of float64, twice
+    counted = sharded_updates.counted(curvature, n)
+    assert (sum(sent) / n, max(sent)) == pytest.approx((counted["sent"], counted["busiest"]))
+
+
+def test_nothing_travels_where_no_block_lies_on_two_processes() -> None:
+    model = nn.Sequential(nn.Embedding(8, 6), nn.LayerNorm(6), nn.Linear(6, 16), nn.Linear(16, 8))
+    curvature = Curvature(model, block_size=4)
+    grads = {p: torch.randn_like(p) for p in model.parameters()}
+    _, threads = directions_together(curvature, grads, 2)
+    assert [one.n_sent for one in threads] == [[], []]
+    _, threads = directions_together(curvature, grads, 4)
+    assert {len(one.n_sent) for one in threads} == {4}  # of 8 rows each has 2, and a block has 4
+
+
+def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
+    model = nn.Linear(3, 10, bias=False)  # 4, 4 and 2 rows; blocks of 0 to 5 and of 5 to 10
+    curvature = Curvature(model, block_size=5)
+    runs = share_out(parts_of(curvature, set(model.parameters()), is_polar=False), 3)
+    assert [(run.start, run.stop, run.owner) for run in runs] == [(0, 5, 0), (5, 10, 1)]
+    pieces = pieces_of(runs, 3)
+    assert [(one.start, one.stop, one.holder, one.owner) for one in pieces] == [
+        (0, 4, 0, 0),
+        (4, 5, 1, 0),
+        (5, 8, 1, 1),
+        (8, 10, 2, 1),
+    ]
+
+
+def test_polar_layers_are_shared_out_whole_by_their_work() -> None:
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for width in (64, 32, 32, 32, 8)))
+    curvature = Curvature(model, mode="polar", block_size=8)
+    runs = share_out(parts_of(curvature, set(model.parameters()), is_polar=True), 2)
+    owners = {run.of.layer.name: run.owner for run in runs if run.of.side is None}
+    assert set(owners) == {"0", "1", "2", "3"}
+    assert owners["0"] not in {owners["1"], owners["2"], owners["3"]}
+
+
+def test_rows_of_several_dtypes_keep_theirs() -> None:
+    curvature = curvature_of("natural")
+    grads = {p: p.grad.to(torch.float32 if p.dim() > 1 else torch.float64) for p in curvature.model.parameters()}
+    alone = curvature.precondition(grads)
+    for found in directions_together(curvature, grads, 3)[0]:
+        for p, direction in found.items():
+            assert direction.dtype == alone[p].dtype == grads[p].dtype
+    for p, direction in alone.items():
+        together = torch.cat([found[p] for found in directions_together(curvature, grads, 3)[0]])
+        torch.testing.assert_close(together, direction)
+
+
+def test_polar_directions_of_a_natural_curvature_are_refused() -> None:
+    with pytest.raises(RuntimeError, match='got a curvature of mode="natural"'):
+        ShardedCurvature(curvature_of("natural")).precondition_polar({})
+
+
+def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "REGISTERED", {})
+
+    class Columns(nn.Linear):
+        """Its rows are the same as a linear layer's; nobody knows where they may be cut."""
+
+    register_layer(
+        Columns, lambda module, a, g: (a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])),
+        matrix=lambda module, weight: weight,
+    )  # fmt: skip
+    curvature = Curvature(Columns(3, 10, bias=False).double(), block_size=2)
+    grads = {p: torch.randn_like(p) for p in curvature.model.parameters()}
+    assert_the_same(directions_together(curvature, grads, 3)[0], curvature.precondition(grads))
+    (run,) = share_out(parts_of(curvature, grads, is_polar=False), 3)
+    assert (run.start, run.stop) == (0, 10)
