@@ -96,10 +96,12 @@ def never(rank: int, number: int) -> int:
     return 0
 
 
-def with_loss_scaling(folder: Path, **options: Any) -> Any:
+def with_loss_scaling(folder: Path, max_epochs: int = 1, resume: Path | None = None, **options: Any) -> Any:
     """As `tests.distributed_workers.fit_with_loss_scaling`."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))  # type: ignore[arg-type]
-    return train(folder, Sharded(HALVES, dtype=torch.float32, **options), max_epochs=1, plugins=[plugin])
+    checkpoints = options.pop("checkpoints", None)
+    module = Sharded(HALVES, dtype=torch.float32, **options)
+    return train(folder, module, max_epochs=max_epochs, resume=resume, checkpoints=checkpoints, plugins=[plugin])
 
 
 KL = {"match_rms": None, "kl_clip": 1e-3, "weight_decay": 0.1, "decoupled_weight_decay": False, "clip_norm": 0.3}
@@ -120,6 +122,10 @@ TWO: dict[str, Callable[[Path], Result]] = {
     ),
     "overflow": lambda folder: with_loss_scaling(folder, batches=(0, 1, 2, 3, 4, 5), overflow=3),
     "overflow_left_out": lambda folder: with_loss_scaling(folder, batches=(0, 1, 2, 4, 5)),
+    "scaled": lambda folder: with_loss_scaling(folder, batches=(0, 1, 2), checkpoints="scaled"),
+    "overflow_resumed": lambda folder: with_loss_scaling(
+        folder, 2, folder / "scaled" / "epoch=0.ckpt", batches=(0, 1, 2), overflow=0
+    ),
     "bf16": lambda folder: train(folder, Sharded(HALVES, **BF16), max_epochs=1, precision="bf16-mixed"),
 }
 FOUR: dict[str, Callable[[Path], Result]] = {

@@ -133,6 +133,14 @@ def test_an_overflow_on_one_rank_is_skipped_and_forgotten_on_both() -> None:
         assert_bitwise(state(overflow, "epochs"), state(left_out, "epochs"))
 
 
+@pytest.mark.slow
+def test_an_overflow_in_the_first_step_after_a_resume_is_forgotten_too() -> None:
+    """Step 3, in which a refresh is due."""
+    for result in ranks("overflow_resumed"):
+        assert result["steps"] == [3, 4, 5]
+        assert int(result["curvature"]["rejected_windows"]) == 0
+
+
 # ── checkpoints ──
 
 

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from benchmarks import sharded_updates
 from lightning_thor import Curvature, kinds, register_layer
 from lightning_thor.directions import Mode
-from lightning_thor.routes import pieces_of, share_out
+from lightning_thor.routes import pieces_of, rows_of_a_process, share_out
 from lightning_thor.sharded import ShardedCurvature, parts_of
 from tests.fakes import Threads, run_in_threads
+from tests.test_no_sync import Watch
 
 
 class Everything(nn.Module):
@@ -120,17 +121,37 @@ def test_nothing_travels_where_no_block_lies_on_two_processes() -> None:
 
 
 def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
-    model = nn.Linear(3, 10, bias=False)  # 4, 4 and 2 rows; blocks of 0 to 5 and of 5 to 10
-    curvature = Curvature(model, block_size=5)
+    model = nn.Linear(3, 12, bias=False)  # 4, 4 and 4 rows; blocks of 0 to 6 and of 6 to 12
+    curvature = Curvature(model, block_size=6)
     runs = share_out(parts_of(curvature, set(model.parameters()), is_polar=False), 3)
-    assert [(run.start, run.stop, run.owner) for run in runs] == [(0, 5, 0), (5, 10, 1)]
+    assert [(run.start, run.stop, run.owner) for run in runs] == [(0, 6, 0), (6, 12, 2)]
     pieces = pieces_of(runs, 3)
     assert [(one.start, one.stop, one.holder, one.owner) for one in pieces] == [
         (0, 4, 0, 0),
-        (4, 5, 1, 0),
-        (5, 8, 1, 1),
-        (8, 10, 2, 1),
+        (4, 6, 1, 0),
+        (6, 8, 1, 2),
+        (8, 12, 2, 2),
     ]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 16])
+def test_only_rows_of_blocks_that_lie_on_two_processes_travel(n: int) -> None:
+    curvature = curvature_of("natural", block_size=3)
+    runs = share_out(parts_of(curvature, set(curvature.model.parameters()), is_polar=False), n)
+    for piece in pieces_of(runs, n):
+        cut = runs[piece.run].of
+        p = cut.layer.parameters[piece.parameter]
+        first = cut.rows_in(p, 0, 0)[0]
+        unit = (piece.start - first) // cut.unit * cut.unit + first
+        held = rows_of_a_process(p.shape[0], n)
+        straddles = unit // held != (min(unit + cut.unit, cut.rows_in(p, 0, cut.n_rows)[1]) - 1) // held
+        assert piece.holder == piece.owner or straddles
+
+
+def test_a_block_that_lies_on_two_processes_alike_goes_to_the_one_that_has_less_to_do() -> None:
+    curvature = Curvature(model := nn.Sequential(*(nn.Linear(3, 8, bias=False) for _ in range(4))), block_size=8)
+    runs = share_out(parts_of(curvature, set(model.parameters()), is_polar=False), 2)
+    assert [run.owner for run in runs] == [0, 1, 0, 1]
 
 
 def test_polar_layers_are_shared_out_whole_by_their_work() -> None:
@@ -142,16 +163,37 @@ def test_polar_layers_are_shared_out_whole_by_their_work() -> None:
     assert owners["0"] not in {owners["1"], owners["2"], owners["3"]}
 
 
-def test_rows_of_several_dtypes_keep_theirs() -> None:
-    curvature = curvature_of("natural")
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+def test_rows_of_several_dtypes_keep_theirs(mode: Mode) -> None:
+    curvature, is_polar = curvature_of(mode), mode == "polar"
     grads = {p: p.grad.to(torch.float32 if p.dim() > 1 else torch.float64) for p in curvature.model.parameters()}
-    alone = curvature.precondition(grads)
-    for found in directions_together(curvature, grads, 3)[0]:
-        for p, direction in found.items():
-            assert direction.dtype == alone[p].dtype == grads[p].dtype
+    alone = curvature.precondition_polar(grads) if is_polar else curvature.precondition(grads)
+    together, _ = directions_together(curvature, grads, 3, is_polar)
     for p, direction in alone.items():
-        together = torch.cat([found[p] for found in directions_together(curvature, grads, 3)[0]])
-        torch.testing.assert_close(together, direction)
+        assert {found[p].dtype for found in together} == {direction.dtype} == {grads[p].dtype}
+        torch.testing.assert_close(torch.cat([found[p] for found in together]), direction, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precondition_bias", [False, True])
+def test_a_weight_that_lies_the_other_way_round_is_cut_unless_its_bias_crosses_it(precondition_bias: bool) -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(10, 7)), nn.Parameter(torch.zeros(7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight + self.bias
+
+    Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+    curvature = Curvature(
+        (model := Conv1D().double()), block_size=4, precondition_bias=precondition_bias, update_every_n_steps=1
+    )
+    model(torch.randn(30, 10).double()).pow(3).mean().backward()
+    curvature.update()
+    grads = {p: p.grad for p in model.parameters() if p.grad is not None}
+    assert_the_same(directions_together(curvature, grads, 3)[0], curvature.precondition(grads))
+    runs = share_out(parts_of(curvature, grads, is_polar=False), 3)
+    assert len(runs) == (1 if precondition_bias else 3)
 
 
 def test_polar_directions_of_a_natural_curvature_are_refused() -> None:
@@ -174,3 +216,21 @@ def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -
     assert_the_same(directions_together(curvature, grads, 3)[0], curvature.precondition(grads))
     (run,) = share_out(parts_of(curvature, grads, is_polar=False), 3)
     assert (run.start, run.stop) == (0, 10)
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+def test_no_directions_wait_for_the_device(mode: Mode) -> None:
+    curvature = curvature_of(mode)
+    grads = {p: p.grad for p in curvature.model.parameters() if p.grad is not None}
+    waiting: set[str] = set()
+
+    def work(exchange: Threads) -> None:
+        own = {p: shards_of(grad, 3)[exchange.own_share] for p, grad in grads.items()}
+        sharded = ShardedCurvature(curvature, exchange)
+        with Watch() as watch:
+            (sharded.precondition_polar if mode == "polar" else sharded.precondition)(own)
+        assert watch.called
+        waiting.update(watch.waiting)
+
+    run_in_threads(3, work)
+    assert not waiting
