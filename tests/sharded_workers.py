@@ -104,7 +104,7 @@ def with_loss_scaling(folder: Path, max_epochs: int = 1, resume: Path | None = N
     return train(folder, module, max_epochs=max_epochs, resume=resume, checkpoints=checkpoints, plugins=[plugin])
 
 
-KL = {"match_rms": None, "kl_clip": 1e-3, "weight_decay": 0.1, "decoupled_weight_decay": False, "clip_norm": 0.3}
+KL = {"match_rms": None, "kl_clip": 1e-7, "weight_decay": 0.1, "decoupled_weight_decay": False, "clip_norm": 0.02}
 BF16 = {"dtype": torch.float32}
 
 TWO: dict[str, Callable[[Path], Result]] = {

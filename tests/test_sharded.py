@@ -166,7 +166,8 @@ def test_polar_layers_are_shared_out_whole_by_their_work() -> None:
 @pytest.mark.parametrize("mode", ["natural", "polar"])
 def test_rows_of_several_dtypes_keep_theirs(mode: Mode) -> None:
     curvature, is_polar = curvature_of(mode), mode == "polar"
-    grads = {p: p.grad.to(torch.float32 if p.dim() > 1 else torch.float64) for p in curvature.model.parameters()}
+    dtypes = [torch.float32, torch.float64]
+    grads = {p: p.grad.to(dtypes[len(p) % 4 // 2]) for p in curvature.model.parameters()}
     alone = curvature.precondition_polar(grads) if is_polar else curvature.precondition(grads)
     together, _ = directions_together(curvature, grads, 3, is_polar)
     for p, direction in alone.items():
