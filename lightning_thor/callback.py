@@ -9,15 +9,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
-from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
-from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -32,6 +23,7 @@ from lightning_thor.report import print_curvature, report_split
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.split import BlockSplit
 from lightning_thor.strategy import ThorDDPStrategy
+from lightning_thor.supported import check_strategy
 from lightning_thor.trial import try_block_sizes
 
 
@@ -132,7 +124,7 @@ class ThorCallback(Callback):
         self._fitting = stage == "fit"
         if not self._fitting:
             return
-        _check_strategy(trainer)
+        check_strategy(trainer.strategy)
         # To the front: LearningRateFinder and BatchSizeFinder train inside their own on_fit_start, after ours then.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.remove(self)
@@ -351,34 +343,6 @@ def _warn_of_intervals(trainer: pl.Trainer) -> None:
             'Return {"optimizer": optimizer, "lr_scheduler": {"scheduler": PerStepLR(...), "interval": "step"}} from '
             "configure_optimizers (the command lightning-thor does so by itself)."
         )
-
-
-def _check_strategy(trainer: pl.Trainer) -> None:
-    strategy = trainer.strategy
-    # DeepSpeed's and XLA's strategies are subclasses of the ones that work.
-    for refused, advice in _REFUSED:
-        if isinstance(strategy, refused) and not isinstance(strategy, ThorModelParallelStrategy):
-            raise ValueError(f"ThorCallback does not support {type(strategy).__name__}: {advice}")
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ThorModelParallelStrategy):
-        raise ValueError(
-            f"ThorCallback does not support {type(strategy).__name__}: it knows how layers and gradients lie with "
-            '"thor_ddp", "ddp", "thor_fsdp2" and on a single device. Use Trainer(strategy=...) with one of them.'
-        )
-
-
-_SHARD = (
-    'Use Trainer(strategy="thor_fsdp2"), and shard the model in configure_model by '
-    'fully_shard(self.net, mesh=self.device_mesh["data_parallel"])'
-)
-_REFUSED: tuple[tuple[Any, str], ...] = (
-    (FSDPStrategy, f"FSDP1 flattens weights, and layers have none of their own any more. {_SHARD}."),
-    (DeepSpeedStrategy, f'its engine keeps gradients to itself. {_SHARD}, or "thor_ddp" for a model that fits.'),
-    (ModelParallelStrategy, f"it would have whole gradients on no rank. {_SHARD}, as you do already."),
-    (
-        XLAStrategy | SingleDeviceXLAStrategy,
-        'it has not been tried on XLA devices. Use GPUs or CPUs with "thor_ddp", "thor_fsdp2" or a single device.',
-    ),
-)
 
 
 def _the_thor_of(trainer: pl.Trainer) -> Thor:

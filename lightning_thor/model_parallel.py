@@ -80,7 +80,7 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
         wrong = [name for name, fault in faults.items() if fault is not None]
         if wrong:
             raise ValueError(
-                f"ThorModelParallelStrategy: {wrong[0]!r} {faults[wrong[0]]} (and so on: {some_of(wrong)}). Shard all "
+                f"ThorModelParallelStrategy: {wrong[0]!r} {faults[wrong[0]]} (all such: {some_of(wrong)}). Shard all "
                 "that is trained over the data-parallel ranks, along its first dimension, in configure_model: "
                 'fully_shard(self.net, mesh=self.device_mesh["data_parallel"]), for modules inside first if you like.'
             )

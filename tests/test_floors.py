@@ -59,6 +59,7 @@ FLOORS = {
         "callback",
         "strategy",
         "model_parallel",
+        "supported",
         "configure",
         "mindspore",
         "mindspore_arguments",
