@@ -58,6 +58,10 @@ class Counting:
         self.messages.append(("all_gather", own.numel() * own.element_size()))
         return own.repeat(self.n_shares)
 
+    def swap(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
+        self.messages.append(("all_to_all", sent.numel() * sent.element_size()))
+        return sent.new_zeros(sum(received_lengths))
+
 
 def moved(messages: Sequence[Sequence[Any]], n_ranks: int) -> float:
     """Bytes that each rank sends, by the algorithms that move fewest (rings).

@@ -105,6 +105,16 @@ def width_transfer_block(results: dict[str, Any]) -> str:
     )
 
 
+def sharded_updates_block(results: dict[str, Any]) -> str:
+    """What a step of thor_fsdp2 sends, from ``benchmarks/results/sharded_updates.json``."""
+    natural, polar = (results["GPT-2 small"][mode]["8"] for mode in ("natural", "polar"))
+    return (
+        f"(Of a GPT-2 small on 8 ranks each sends {natural['sent'] / 1e6:.0f} MB a step for that, "
+        f"{polar['sent'] / 1e6:.0f} MB in polar mode; gathering all gradients would send "
+        f"{natural['gathered'] / 1e6:.0f}.)"
+    )
+
+
 def demo_block(figures: dict[str, Any]) -> str:
     """What ``make demo`` prints, from ``docs/demo.json``."""
     target = figures["target"]
@@ -135,6 +145,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
     "communication": ("benchmarks/results/communication.json", communication_block),
     "width_transfer": ("benchmarks/results/width_transfer.json", width_transfer_block),
+    "sharded_updates": ("benchmarks/results/sharded_updates.json", sharded_updates_block),
     "demo": ("docs/demo.json", demo_block),
 }
 

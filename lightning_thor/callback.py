@@ -9,26 +9,21 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    SingleDeviceStrategy,
-)
-from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
-from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_thor.curvature import Curvature
 from lightning_thor.damping import DampingRule
 from lightning_thor.layers import plain_name
-from lightning_thor.optimizer import Thor
+from lightning_thor.model_parallel import ThorModelParallelStrategy
+from lightning_thor.optimizer import Preconditioner, Thor
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval
 from lightning_thor.report import print_curvature, report_split
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.split import BlockSplit
 from lightning_thor.strategy import ThorDDPStrategy
+from lightning_thor.supported import check_strategy
 from lightning_thor.trial import try_block_sizes
 
 
@@ -129,7 +124,7 @@ class ThorCallback(Callback):
         self._fitting = stage == "fit"
         if not self._fitting:
             return
-        _check_strategy(trainer)
+        check_strategy(trainer.strategy)
         # To the front: LearningRateFinder and BatchSizeFinder train inside their own on_fit_start, after ours then.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.remove(self)
@@ -153,17 +148,20 @@ class ThorCallback(Callback):
             parameters=parameters,
             **{**self._options, "block_size": self.block_size},
         )
+        preconditioner: Preconditioner = self.curvature
         if isinstance(trainer.strategy, ThorDDPStrategy):
             trainer.strategy.connect_curvature(self.curvature)
+        elif isinstance(trainer.strategy, ThorModelParallelStrategy):
+            own = set(parameters)
+            named = {name: p for name, p in pl_module.named_parameters() if p in own}
+            preconditioner = trainer.strategy.connect_curvature(self.curvature, named)
         # The trainer's stage, not the model's mode: fit trains a model that was left in eval mode too.
         self.curvature.is_listening = lambda: trainer.training
-        optimizer.preconditioner = self.curvature
+        optimizer.preconditioner = preconditioner
         self._optimizer = optimizer
         if self._restored is not None:
             self.curvature.load_state_dict(self._restored["curvature"])
             self._restored = None
-        self._applied, self._called = self.curvature.step, trainer.global_step
-        self._told = sum(self._troubles())
         _warn_of_clipping(trainer, optimizer)
         _warn_of_intervals(trainer)
         if not self.curvature.layers:
@@ -196,6 +194,12 @@ class ThorCallback(Callback):
         return split.block_size, split
 
     # ── each step ──
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not when fit starts: some strategies restore a checkpoint after that.
+        if self.curvature is not None:
+            self._applied, self._called = self.curvature.step, trainer.global_step
+            self._told = sum(self._troubles())
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -338,17 +342,6 @@ def _warn_of_intervals(trainer: pl.Trainer) -> None:
             "PerStepLR is stepped once an epoch here, but its schedule counts steps: the learning rate hardly moves. "
             'Return {"optimizer": optimizer, "lr_scheduler": {"scheduler": PerStepLR(...), "interval": "step"}} from '
             "configure_optimizers (the command lightning-thor does so by itself)."
-        )
-
-
-def _check_strategy(trainer: pl.Trainer) -> None:
-    strategy = trainer.strategy
-    # DeepSpeed's and XLA's strategies are subclasses of the ones that work.
-    refused = isinstance(strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)
-    if refused or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ValueError(
-            f"ThorCallback does not support {type(strategy).__name__} yet: it needs whole layers and their gradients "
-            'on each device. Use Trainer(strategy="thor_ddp"), "ddp", or a single device.'
         )
 
 

@@ -1,9 +1,10 @@
-"""The one file that knows ranks: sums and gatherings over the processes of a data-parallel run."""
+"""The one file that knows ranks: sums and gatherings over the processes of a data-parallel run, and sharded tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_thor.exchange import Alone, Exchange, Wait, Workers
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, Shard
 
 
 def is_distributed() -> bool:
@@ -111,6 +115,17 @@ class Ranks:
         (dist.all_gather_single if newer else dist.all_gather_into_tensor)(gathered, own, group=self._group)
         return gathered
 
+    def swap(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
+        received = sent.new_empty(sum(received_lengths))
+        dist.all_to_all_single(
+            received,
+            sent,
+            output_split_sizes=list(received_lengths),
+            input_split_sizes=list(sent_lengths),
+            group=self._group,
+        )
+        return received
+
     def _start_rounded_sum(self, flat: Tensor, n_exact: int) -> Wait:
         """Every rank sums one part of all ranks' numbers; then all gather the parts: half of an all-reduce's bytes.
 
@@ -141,3 +156,64 @@ def _bytes(rows: Tensor) -> Tensor:
 
 def _wait(work: dist.Work) -> None:
     work.wait()
+
+
+# ── sharded tensors ──
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a DTensor, such as ``fully_shard`` (FSDP2) makes of parameters; on a single rank too."""
+    return dist.is_available() and isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank, not a copy: all of it unless it is sharded. Without autograd."""
+    if not is_sharded(tensor):
+        return tensor
+    own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return own
+
+
+def sharded_as(parameter: Tensor, own: Tensor) -> Tensor:
+    """The way back of `local`: a tensor in the shape of ``parameter`` of which ``own`` lies on this rank."""
+    if not is_sharded(parameter):
+        return own
+    assert isinstance(parameter, DTensor)
+    return DTensor.from_local(
+        own,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def sum_over_shards(partial: list[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over whole tensors from the sums over what of each lies on this rank: one small all-reduce for all.
+
+    Args:
+        partial: of each tensor, 0-dimensional and of one dtype.
+        of: the tensors; all of them sharded over the same ranks, or none.
+    """
+    if not is_sharded(of[0]) or of[0].device_mesh.size() == 1:  # type: ignore[attr-defined]
+        return partial
+    summed = torch.stack(partial)
+    dist.all_reduce(summed, group=of[0].device_mesh.get_group())  # type: ignore[attr-defined]
+    return list(summed.unbind())
+
+
+def why_not_by_rows(tensor: Tensor, n_ranks: int) -> str | None:
+    """What keeps each of ``n_ranks`` ranks from holding its run of rows of ``tensor``; None if nothing does."""
+    if n_ranks == 1:
+        return None
+    if not is_sharded(tensor):
+        return "is not sharded"
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if mesh.ndim != 1:
+        return f"is sharded over a mesh of {mesh.ndim} dimensions"
+    if mesh.size() != n_ranks:
+        return f"is sharded over {mesh.size()} of {n_ranks} processes"
+    if type(placements[0]) is not Shard or placements[0].dim != 0:
+        return f"is placed as {placements[0]}, not as Shard(dim=0)"
+    return None

@@ -309,15 +309,19 @@ class Curvature:
         Raises:
             RuntimeError: this curvature keeps no roots.
         """
+        self.check_that_roots_are_kept()
+        with self._full_precision():
+            own = self._shared.own_part(momenta)
+            directions = polar(self._own_layers, self._inverses, own, names=self.polar_layers)
+            return self._shared.bring_to_all(directions, momenta)
+
+    def check_that_roots_are_kept(self) -> None:
+        """Raise a RuntimeError where there is nothing to make polar directions with."""
         if not self.stacks.roots:
             raise RuntimeError(
                 'Thor(mode="polar") got a curvature of mode="natural", which keeps inverses, not their roots. Build it '
                 'by Curvature(model, mode="polar"); under a Trainer leave it to ThorCallback.'
             )
-        with self._full_precision():
-            own = self._shared.own_part(momenta)
-            directions = polar(self._own_layers, self._inverses, own, names=self.polar_layers)
-            return self._shared.bring_to_all(directions, momenta)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, factors and the inverses that are kept here, by layer name: plain types and tensors only.
@@ -375,8 +379,9 @@ class Curvature:
     @cached_property
     def _inverses(self) -> list[Kept]:
         """Of the layers whose directions are made here."""
-        views = [
-            {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors[layer.name].items()}
-            for layer in self._own_layers
-        ]
-        return [(sides.get("A"), sides["G"]) for sides in views]
+        return [self.inverses_of(layer.name) for layer in self._own_layers]
+
+    def inverses_of(self, name: str) -> Kept:
+        """Views of a layer's ``(A⁻¹, G⁻¹)``, in their blocks; of their roots in polar mode."""
+        views = {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors[name].items()}
+        return views.get("A"), views["G"]

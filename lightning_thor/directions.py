@@ -94,10 +94,20 @@ def _whiten_again(layer: Layer, matrix: Tensor, own: Sequence[Tensor], roots: Ke
 def _complete(
     layers: Iterable[Layer], kept: Iterable[Kept], grads: Mapping[nn.Parameter, Tensor]
 ) -> Iterator[tuple[Layer, list[Tensor], Kept]]:
-    """The layers of which all gradients are there, with their parts of them; not those that others precondition."""
+    """The layers of which all gradients are there, with their parts of them; not those that others precondition.
+
+    Raises:
+        ValueError: a gradient is not whole.
+    """
     for layer, factors in zip(layers, kept, strict=True):
         own = [layer.own_part(grads[p]) for p in layer.parameters if p in grads]
         if len(own) == len(layer.parameters) and layer.folded_into is None:
+            if layer.part is None and any(grad.shape != p.shape for grad, p in zip(own, layer.parameters, strict=True)):
+                raise ValueError(
+                    f"The gradient of {layer.name!r} is {list(own[0].shape)}, a shard of its weight "
+                    f"{list(layer.parameters[0].shape)}. Give Thor preconditioner=ShardedCurvature(curvature), of "
+                    'lightning_thor.sharded; under a Trainer strategy="thor_fsdp2" does so.'
+                )
             yield layer, own, factors
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -32,6 +32,18 @@ class Exchange(Protocol):
     def gather(self, own: Tensor) -> Tensor:
         """``own`` of every process, one after the other: ``[n]`` to ``[n_shares * n]``."""
 
+    def swap(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
+        """Give each process its part of ``sent``, and get what each of them has for this one.
+
+        Args:
+            sent: one-dimensional, the parts in the order of the processes.
+            sent_lengths: how many numbers each process gets.
+            received_lengths: how many each gives to this one.
+
+        Returns:
+            What they give, in the order of the processes.
+        """
+
 
 class Alone:
     """One process."""
@@ -46,6 +58,10 @@ class Alone:
     def gather(self, own: Tensor) -> Tensor:
         """``own``."""
         return own
+
+    def swap(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
+        """``sent``."""
+        return sent
 
 
 class Workers(NamedTuple):

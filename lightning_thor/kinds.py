@@ -12,12 +12,18 @@ from lightning_thor import blocks, layer, rows, thor_rows
 from lightning_thor.blocks import Blocks
 from lightning_thor.layer import Kind, RowsOf, SquaresOf
 
-LINEAR = Kind("linear", layer.weight_to_matrix, layer.matrix_to_weight, takes_bias=True, is_matrix=True)
-MIRRORED = Kind("mirrored linear", layer.mirrored_to_matrix, layer.matrix_to_mirrored, takes_bias=True, is_matrix=True)
-ATTENTION = Kind("attention", layer.weight_to_matrix, layer.matrix_to_weight, takes_bias=True, is_matrix=True)
-CONVOLUTION = Kind("convolution", layer.weight_to_matrix, layer.matrix_to_weight, takes_bias=True, is_matrix=True)
-TRANSPOSED = Kind("transposed convolution", layer.transposed_to_matrix, layer.matrix_to_transposed, is_matrix=True)
-EMBEDDING = Kind("embedding", layer.table_to_matrix, layer.matrix_to_table)
+LINEAR = Kind("linear", layer.weight_to_matrix, layer.matrix_to_weight, takes_bias=True, is_matrix=True, rows="G")
+MIRRORED = Kind(
+    "mirrored linear", layer.mirrored_to_matrix, layer.matrix_to_mirrored, takes_bias=True, is_matrix=True, rows="A"
+)
+ATTENTION = Kind("attention", layer.weight_to_matrix, layer.matrix_to_weight, takes_bias=True, is_matrix=True, rows="G")
+CONVOLUTION = Kind(
+    "convolution", layer.weight_to_matrix, layer.matrix_to_weight, takes_bias=True, is_matrix=True, rows="G"
+)
+TRANSPOSED = Kind(
+    "transposed convolution", layer.transposed_to_matrix, layer.matrix_to_transposed, is_matrix=True, rows="A"
+)
+EMBEDDING = Kind("embedding", layer.table_to_matrix, layer.matrix_to_table, rows="A")
 LAYER_NORM = Kind("layer norm", layer.vectors_to_matrix, layer.matrix_to_vectors)
 RMS_NORM = Kind("rms norm", layer.vectors_to_matrix, layer.matrix_to_vectors)
 GROUP_NORM = Kind("group norm", layer.vectors_to_matrix, layer.matrix_to_vectors)

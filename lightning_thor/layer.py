@@ -145,6 +145,8 @@ class Kind(NamedTuple):
     """Whether a bias can be the matrix's last column."""
     is_matrix: bool = False
     """Whether it maps vectors to vectors, so that its singular values mean something."""
+    rows: str | None = None
+    """The factor, ``"A"`` or ``"G"``, that lies along the first dimension of the parameters; None: neither, or both."""
 
 
 def _with_column(layer: Layer, weight: Tensor, grads: Sequence[Tensor]) -> Tensor:

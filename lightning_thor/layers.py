@@ -7,6 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_thor import attention, blocks
@@ -236,14 +237,15 @@ def _layer(
         return Layer(uses, (weight,), blocks.diagonal(len(weight)), G, kind, rows_of)
     groups: int = module.groups if kind in (CONVOLUTION, TRANSPOSED) else 1
     if kind in REGISTERED.values():
-        groups, width_G, width_A = user_matrix(module, weight.detach()).shape
+        # Not the weight itself, which may be sharded.
+        groups, width_G, width_A = user_matrix(module, torch.empty(weight.shape, device=weight.device)).shape
     elif kind is TRANSPOSED:  # its weight is [in, out / groups, *kernel]; a bias does not belong to the rows
         width_A, width_G = len(weight) // groups, weight.numel() // len(weight)
     elif kind is MIRRORED:
         width_A, width_G = weight.shape
     else:
-        own_part = weight if use.part is None else weight[use.part]
-        width_A, width_G = own_part[0].numel(), len(own_part) // groups
+        n_rows = len(weight) if use.part is None else use.part.stop - use.part.start
+        width_A, width_G = weight.numel() // len(weight), n_rows // groups
     with_bias = precondition_bias and kind.takes_bias and bias is not None and bias.requires_grad
     parameters = (weight, bias) if with_bias and bias is not None else (weight,)
     A, G = cut(width_A + with_bias, block_size, groups), cut(width_G // parts, block_size, groups * parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_thor.collectives import is_sharded, local, sharded_as, sum_over_shards
 from lightning_thor.directions import MODES, Mode
 
 OPTIONS = (
@@ -27,6 +28,12 @@ OPTIONS = (
 )
 
 
+Steps = Sequence[tuple[dict[str, Any], list[nn.Parameter]]]
+"""Each group of parameters with those of its parameters that have a gradient."""
+Updates = Mapping[nn.Parameter, Tensor]
+"""By parameter, what of it lies in this process; changed in place."""
+
+
 class Preconditioner(Protocol):
     """What `Thor` asks of a curvature."""
 
@@ -34,7 +41,10 @@ class Preconditioner(Protocol):
         """Once per applied step, after backward."""
 
     def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Directions of descent, one for each gradient: new tensors, the optimizer's to change; ``grads`` stay."""
+        """Directions of descent, one for each gradient: new tensors, the optimizer's to change; ``grads`` stay.
+
+        Of a sharded parameter (a DTensor) both are what lies in this process.
+        """
 
 
 @runtime_checkable
@@ -51,6 +61,8 @@ class Thor(Optimizer):
     A step, per tensor: precondition, control the scale, add weight decay (unless decoupled), then momentum as in
     `torch.optim.SGD`, to which it is bitwise equal with an identity preconditioner and no scale control. In the polar
     mode momentum comes first; with an identity preconditioner a matrix then takes the steps of `torch.optim.Muon`.
+    Parameters may be sharded by ``fully_shard`` (FSDP2): momentum is sharded as they are, and the scale is that of the
+    whole tensor.
 
     Args:
         params: parameters or parameter groups. Everything below can be set per group and by schedulers.
@@ -139,7 +151,7 @@ class Thor(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        grads = {p: local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None}
         if not grads:
             return loss
         if self.preconditioner is None:
@@ -150,13 +162,31 @@ class Thor(Optimizer):
         if any(grad.is_sparse for grad in grads.values()):
             raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
         self.preconditioner.update()
-        directions = self._directions(self.preconditioner, grads)
-        shrink = self._kl_shrink(grads, directions)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+        updates = self._directions(self.preconditioner, grads)
+        steps = [(group, [p for p in group["params"] if p in grads]) for group in self.param_groups]
+        self._bring_to_scale(steps, grads, updates)
+        self._decay(steps, updates)
+        self._clip(steps, updates)
+        for group, params in steps:
+            own = [updates[p] for p in params]
+            if group["mode"] == "natural":
+                own = self._with_momentum(group, params, own)
             if params:
-                self._update(group, params, [directions[p] for p in params], shrink)
+                torch._foreach_add_([local(p) for p in params], own, alpha=-group["lr"])
         return loss
+
+    @torch.no_grad()
+    def make_state(self) -> None:
+        """Momentum of zeros for the parameters that have none, as after a step with gradients of zero.
+
+        What saves or restores an optimizer's state before its first step (torch.distributed.checkpoint) would
+        otherwise take such a step, and the curvature would count it.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if group["momentum"] and "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def _directions(
         self, preconditioner: Preconditioner, grads: Mapping[nn.Parameter, Tensor]
@@ -177,37 +207,33 @@ class Thor(Optimizer):
         rest = {p: grad for p, grad in grads.items() if p not in momenta}
         return directions | preconditioner.precondition(rest) if rest else directions
 
-    def _kl_shrink(
-        self, grads: Mapping[nn.Parameter, Tensor], directions: Mapping[nn.Parameter, Tensor]
-    ) -> Tensor | None:
-        """``min(1, sqrt(kl_clip / sum lr² |direction · grad|))`` as a 0-dimensional tensor: no device sync."""
-        shares = [
-            group["lr"] ** 2 / group["kl_clip"] * (directions[p] * grads[p]).sum(dtype=torch.float32).abs()
-            for group in self.param_groups
-            if group["kl_clip"] is not None
-            for p in group["params"]
-            if p in grads
-        ]
-        return torch.stack(shares).sum().rsqrt().clamp_max(1.0) if shares else None
+    def _bring_to_scale(self, steps: Steps, grads: Mapping[nn.Parameter, Tensor], updates: Updates) -> None:
+        """``match_rms`` and ``kl_clip``, in place."""
+        matched = {p: group["match_rms"] for group, params in steps if group["match_rms"] is not None for p in params}
+        if matched:
+            own = [updates[p] for p in matched]
+            torch._foreach_mul_(own, _rms_factors(own, list(matched), list(matched.values())))
+        clipped = [(p, group) for group, params in steps if group["kl_clip"] is not None for p in params]
+        if clipped:
+            shrink = _kl_shrink(clipped, grads, updates)
+            for p, _ in clipped:
+                updates[p].mul_(shrink)
 
-    def _update(
-        self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor], shrink: Tensor | None
-    ) -> None:
-        lr, weight_decay = group["lr"], group["weight_decay"]
-        if group["match_rms"] is not None:
-            torch._foreach_mul_(updates, _rms_factors(updates, group["match_rms"]))
-        elif group["kl_clip"] is not None and shrink is not None:
-            for update in updates:
-                update.mul_(shrink)
-        if weight_decay and group["decoupled_weight_decay"]:
-            torch._foreach_mul_(params, 1.0 - lr * weight_decay)
-        elif weight_decay:
-            torch._foreach_add_(updates, params, alpha=weight_decay)
-        if group["clip_norm"] is not None:
-            torch._foreach_mul_(updates, _clip_factors(updates, group["clip_norm"]))
-        if group["mode"] == "natural":
-            updates = self._with_momentum(group, params, updates)
-        torch._foreach_add_(params, updates, alpha=-lr)
+    def _decay(self, steps: Steps, updates: Updates) -> None:
+        """Weight decay, of the weights or added to the updates."""
+        for group, params in steps:
+            weights, weight_decay = [local(p) for p in params], group["weight_decay"]
+            if weights and weight_decay and group["decoupled_weight_decay"]:
+                torch._foreach_mul_(weights, 1.0 - group["lr"] * weight_decay)
+            elif weights and weight_decay:
+                torch._foreach_add_([updates[p] for p in params], weights, alpha=weight_decay)
+
+    def _clip(self, steps: Steps, updates: Updates) -> None:
+        """``clip_norm``, in place."""
+        clipped = {p: group["clip_norm"] for group, params in steps if group["clip_norm"] is not None for p in params}
+        if clipped:
+            own = [updates[p] for p in clipped]
+            torch._foreach_mul_(own, _clip_factors(own, list(clipped), list(clipped.values())))
 
     def _with_momentum(self, group: dict[str, Any], params: list[Any], updates: list[Tensor]) -> list[Tensor]:
         """The momentum of ``params`` after ``updates``, which stay as they are; not to be changed either."""
@@ -217,47 +243,72 @@ class Thor(Optimizer):
         fresh = [p not in self.state or "momentum_buffer" not in self.state[p] for p in params]
         for p, update, is_fresh in zip(params, updates, fresh, strict=True):
             if is_fresh:
-                self.state[p]["momentum_buffer"] = torch.clone(update)
+                self.state[p]["momentum_buffer"] = sharded_as(p, torch.clone(update))
         old = [i for i, is_fresh in enumerate(fresh) if not is_fresh]
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
         if old:
             torch._foreach_mul_([buffers[i] for i in old], momentum)
             torch._foreach_add_([buffers[i] for i in old], [updates[i] for i in old])
         return list(torch._foreach_add(updates, buffers, alpha=momentum)) if group["nesterov"] else buffers
 
 
-def _rms_factors(updates: list[Tensor], rms: float) -> list[Tensor]:
-    """What brings each tensor to the root mean square ``rms``: one 0-dimensional tensor each, in at least float32.
+def _kl_shrink(
+    clipped: Sequence[tuple[nn.Parameter, dict[str, Any]]], grads: Mapping[nn.Parameter, Tensor], updates: Updates
+) -> Tensor:
+    """``min(1, sqrt(kl_clip / sum lr² |direction · grad|))`` as a 0-dimensional tensor: no device sync."""
+    products = [(updates[p] * grads[p]).sum(dtype=torch.float32) for p, _ in clipped]
+    products = sum_over_shards(products, [p for p, _ in clipped])
+    shares = [
+        group["lr"] ** 2 / group["kl_clip"] * product.abs()
+        for (_, group), product in zip(clipped, products, strict=True)
+    ]
+    return torch.stack(shares).sum().rsqrt().clamp_max(1.0)
 
-    >>> _rms_factors([torch.full((4,), 2.0), torch.zeros(2)], rms=0.2)[0]
+
+def _rms_factors(updates: list[Tensor], of: Sequence[Tensor], rms: Sequence[float]) -> list[Tensor]:
+    """What brings each tensor to its root mean square ``rms``: one 0-dimensional tensor each, in at least float32.
+
+    Args:
+        updates: what of each tensor lies in this process.
+        of: the parameters, whole or sharded.
+        rms: of each.
+
+    >>> both = [torch.full((4,), 2.0), torch.zeros(2)]
+    >>> _rms_factors(both, both, [0.2, 0.2])[0]
     tensor(0.1000)
     """
-    factors = _norms(updates)
+    factors = _norms(updates, of)
     # Small enough to change no update, large enough that no tensor's factor overflows: 0 * inf would be NaN.
     torch._foreach_clamp_min_(factors, 1e-30)
     torch._foreach_reciprocal_(factors)
-    torch._foreach_mul_(factors, [rms * math.sqrt(update.numel()) for update in updates])
+    torch._foreach_mul_(factors, [own * math.sqrt(whole.numel()) for own, whole in zip(rms, of, strict=True)])
     return factors
 
 
-def _clip_factors(updates: list[Tensor], norm: float) -> list[Tensor]:
-    """What brings each tensor to at most the L2 norm ``norm``: one 0-dimensional tensor each.
+def _clip_factors(updates: list[Tensor], of: Sequence[Tensor], norms: Sequence[float]) -> list[Tensor]:
+    """What brings each tensor to at most its L2 norm ``norms``: one 0-dimensional tensor each, see `_rms_factors`.
 
-    >>> _clip_factors([torch.full((4,), 2.0), torch.ones(1)], norm=1.0)
+    >>> both = [torch.full((4,), 2.0), torch.ones(1)]
+    >>> _clip_factors(both, both, [1.0, 1.0])
     [tensor(0.2500), tensor(1.)]
     """
-    factors = _norms(updates)
-    torch._foreach_clamp_min_(factors, norm)
+    factors = _norms(updates, of)
+    torch._foreach_clamp_min_(factors, list(norms))
     torch._foreach_reciprocal_(factors)
-    torch._foreach_mul_(factors, norm)
+    torch._foreach_mul_(factors, list(norms))
     return factors
 
 
-def _norms(updates: list[Tensor]) -> list[Tensor]:
+def _norms(updates: list[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
     # A norm in half precision would overflow or lose its digits.
     dtype = reduce(torch.promote_types, (update.dtype.to_real() for update in updates), torch.float32)
     real = [torch.view_as_real(update) if update.is_complex() else update for update in updates]
-    return list(torch._foreach_norm(real, dtype=dtype))
+    norms = list(torch._foreach_norm(real, dtype=dtype))
+    if not is_sharded(of[0]):
+        return norms
+    # In float64, or squares would leave the range.
+    squares = sum_over_shards([norm.double().square() for norm in norms], of)
+    return [square.sqrt().to(dtype) for square in squares]
 
 
 def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:

@@ -25,7 +25,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, configure_thor, split
@@ -159,6 +161,11 @@ def curvature_of(trainer: L.Trainer) -> Curvature:
     return callback.curvature
 
 
+def whole(state: Any) -> Any:
+    """Nested dicts and lists with whole tensors in the place of sharded ones."""
+    return tree_map(lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf, state)
+
+
 def only(op: str, calls: list[Result]) -> list[Result]:
     return [call for call in calls if call["op"] == op]
 
@@ -247,8 +254,8 @@ def fit(
         "strategy": type(trainer.strategy).__name__,
         "environment": type(getattr(trainer.strategy, "cluster_environment", None)).__name__,
         "world_size": trainer.world_size,
-        "weights": {name: weight.detach().clone() for name, weight in module.net.named_parameters()},
-        "optimizer": optimizer,
+        "weights": whole({name: weight.detach().clone() for name, weight in module.net.named_parameters()}),
+        "optimizer": whole(optimizer),
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "curvature": curvature.state_dict(),
         "window": float(curvature.stacks.flat_sums.abs().sum()),

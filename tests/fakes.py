@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +102,9 @@ class Member:
     def gather(self, own: Tensor) -> Tensor:
         return torch.cat(self._all("gather", own))
 
+    def swap(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
+        raise AssertionError("these do not swap")
+
 
 class Place(NamedTuple):
     """Where one of several processes is."""
@@ -139,3 +142,52 @@ def on_ranks(n_ranks: int, n_workers: int | None, work: Callable[[Place], Any]) 
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error
     return results
+
+
+class Threads:
+    """One of several threads of this process, which swap; `run_in_threads` starts them."""
+
+    def __init__(self, n_shares: int, own_share: int, swapped: list[list[Tensor]], barrier: threading.Barrier) -> None:
+        self.n_shares, self.own_share = n_shares, own_share
+        self._swapped, self._barrier = swapped, barrier
+        self.n_sent: list[int] = []
+        """How many numbers went to others, of each swap."""
+
+    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Callable[[], None]:
+        raise AssertionError("these only swap")
+
+    def gather(self, own: Tensor) -> Tensor:
+        raise AssertionError("these only swap")
+
+    def swap(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
+        assert sent_lengths[self.own_share] == 0
+        self.n_sent.append(len(sent))
+        self._swapped[self.own_share] = list(sent.split(list(sent_lengths)))
+        self._barrier.wait()
+        received = [parts[self.own_share] for parts in self._swapped]
+        assert [len(part) for part in received] == list(received_lengths)
+        self._barrier.wait()
+        return torch.cat(received)
+
+
+def run_in_threads(n: int, work: Callable[[Threads], None]) -> list[Threads]:
+    """``work`` of each of ``n`` threads, to its end; an error in one of them ends all."""
+    swapped: list[list[Tensor]] = [[] for _ in range(n)]
+    barrier, errors = threading.Barrier(n, timeout=60), []
+    threads = [Threads(n, own, swapped, barrier) for own in range(n)]
+
+    def guarded(one: Threads) -> None:
+        try:
+            work(one)
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    running = [threading.Thread(target=guarded, args=(one,)) for one in threads]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    if errors:
+        raise next((one for one in errors if not isinstance(one, threading.BrokenBarrierError)), errors[0])
+    return threads

@@ -19,6 +19,7 @@ from benchmarks import (
     messages,
     readme,
     scaling,
+    sharded_updates,
     step_cost,
     step_figures,
     step_parts,
@@ -27,6 +28,7 @@ from benchmarks import (
 from lightning_thor import Curvature
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 300
 ENVIRONMENT = {"device": "cpu", "cpu": "A processor", "threads": 2, "torch": "9.9", "malloc": "", "date": "2026-01-02"}
 
@@ -369,3 +371,26 @@ def test_in_the_cost_model_shared_work_falls_as_one_over_the_ranks_and_that_of_n
     assert scaling.nn_thor(curvature, 8, scaling.ASSUMED).work == work[1]
     for n in (2, 4, 8):
         assert work[1] / n <= work[n] <= 1.05 * work[1] / n
+
+
+# ── sharded updates ──
+
+
+def test_the_page_on_scaling_holds_what_sharded_models_send() -> None:
+    results = json.loads((RESULTS / "sharded_updates.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert f"begin -->\n{sharded_updates.markdown(results)}\n<!-- sharded_updates:end -->" in page
+    curvature = Curvature(scaling.MODELS["ResNet-50"]())
+    for n, counted in results["ResNet-50"]["natural"].items():
+        assert sharded_updates.counted(curvature, int(n)) == counted
+
+
+def test_sharded_updates_send_a_few_percent_of_what_gathering_sends_and_polar_ones_two_shares_of_each_rank() -> None:
+    results = json.loads((RESULTS / "sharded_updates.json").read_text(encoding="utf-8"))
+    for modes in results.values():
+        for n, one in modes["natural"].items():
+            assert one["sent"] < 0.12 * one["gathered"]
+            assert one["busiest"] <= 2 * modes["polar"][n]["busiest"]
+        for n, one in modes["polar"].items():
+            # Whole layers: each rank's share to others and back, 2 (n - 1) / n² of all; less for the rest of them.
+            assert one["sent"] <= one["gathered"] * 2 / int(n)

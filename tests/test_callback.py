@@ -349,12 +349,21 @@ def test_two_thors_are_told(tmp_path: Path) -> None:
         fit(tmp_path, Two(lambda m: [Thor(m.net[0].parameters()), Thor(m.net[4].parameters())]))
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "ModelParallelStrategy"])
-def test_a_strategy_that_is_not_supported_is_told(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("FSDPStrategy", r'strategy="thor_fsdp2".*fully_shard\(self.net, mesh=self.device_mesh\["data_parallel"\]\)'),
+        ("DeepSpeedStrategy", 'strategy="thor_fsdp2".*, or "thor_ddp" for a model that fits'),
+        ("XLAStrategy", '"thor_ddp", "thor_fsdp2" or a single device'),
+        ("SingleDeviceXLAStrategy", '"thor_ddp", "thor_fsdp2" or a single device'),
+        ("ModelParallelStrategy", 'strategy="thor_fsdp2"'),
+    ],
+)
+def test_a_strategy_that_is_not_supported_is_told(tmp_path: Path, name: str, advice: str) -> None:
     strategy = object.__new__(getattr(L.pytorch.strategies, name))
     found = trainer(tmp_path)
     found._accelerator_connector.strategy = strategy
-    with pytest.raises(ValueError, match=f'does not support {name} yet.*strategy="thor_ddp"'):
+    with pytest.raises(ValueError, match=f"does not support {name}: .*{advice}"):
         callback_of(found).setup(found, Boring(), "fit")
 
 

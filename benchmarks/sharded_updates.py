@@ -1,0 +1,93 @@
+"""What a step of a sharded model (thor_fsdp2) sends from gradients to directions, against gathering all gradients.
+
+Bytes and work follow from the shapes of a model, so they are counted without other processes and hold on any machine.
+"All gathered" is ``full_tensor()``: each rank gathers all gradients and computes all directions.
+
+    python -m benchmarks.sharded_updates     # benchmarks/results/sharded_updates.json, and the table of docs/scaling.md
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import RESULTS
+from benchmarks.readme import markdown_table
+from benchmarks.scaling import MODELS
+from lightning_thor import Curvature
+from lightning_thor.directions import MODES
+from lightning_thor.routes import n_numbers, pieces_of, share_out
+from lightning_thor.sharded import parts_of
+
+RANKS = (2, 4, 8, 64)
+HEADS = ("model", "mode", "ranks", "all gathered, MB", "sent, MB", "of that", "busiest, MB", "its work, %")
+
+
+def counted(curvature: Curvature, n_ranks: int) -> dict[str, float]:
+    """What each rank sends in a step, in bytes, and how much of all work the busiest has.
+
+    Rows go to the rank that computes their direction, and the directions back; gathering sends each rank's shard to all
+    others (rings), and leaves all of the work to all.
+    """
+    everything = {p for layer in curvature.layers.values() for p in layer.parameters}
+    runs = share_out(parts_of(curvature, everything, is_polar=curvature.mode == "polar"), n_ranks)
+    sent, work = [0.0] * n_ranks, [0.0] * n_ranks
+    for run in runs:
+        work[run.owner] += run.cost
+    for piece in pieces_of(runs, n_ranks):
+        p = runs[piece.run].of.layer.parameters[piece.parameter]
+        if piece.holder != piece.owner:
+            for rank in (piece.holder, piece.owner):
+                sent[rank] += n_numbers(piece, p) * p.element_size()
+    n_bytes = sum(p.numel() * p.element_size() for p in everything)
+    return {
+        "gathered": n_bytes * (n_ranks - 1) / n_ranks,
+        "sent": statistics.fmean(sent),
+        "busiest": max(sent),
+        "work": max(work) / sum(work),
+    }
+
+
+def cells(results: dict[str, Any]) -> list[list[str]]:
+    """The rows of the table."""
+    return [
+        [
+            model,
+            mode,
+            n_ranks,
+            f"{one['gathered'] / 1e6:.0f}",
+            f"{one['sent'] / 1e6:.1f}",
+            f"{one['sent'] / one['gathered']:.0%}",
+            f"{one['busiest'] / 1e6:.1f}",
+            f"{one['work']:.1%}".removesuffix("%"),
+        ]
+        for model, modes in results.items()
+        for mode, by_ranks in modes.items()
+        for n_ranks, one in by_ranks.items()
+    ]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of docs/scaling.md."""
+    return markdown_table(HEADS, cells(results), words=2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Count, write the JSON, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "sharded_updates.json")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    options = parser.parse_args(arguments)
+    results: dict[str, Any] = {}
+    for name in options.models:
+        model = MODELS[name]()
+        curvatures = {mode: Curvature(model, mode=mode) for mode in MODES}  # type: ignore[arg-type]
+        results[name] = {mode: {str(n): counted(one, n) for n in RANKS} for mode, one in curvatures.items()}
+    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Lightning's strategy for models that ``fully_shard`` (FSDP2) shards, with THOR's directions shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+
+from lightning_thor import collectives
+from lightning_thor.curvature import Curvature
+from lightning_thor.layers import some_of
+from lightning_thor.optimizer import Thor
+from lightning_thor.sharded import ShardedCurvature
+
+
+class ThorModelParallelStrategy(ModelParallelStrategy):
+    """Fully sharded data parallel (FSDP2), registered as ``"thor_fsdp2"``: weights, gradients, momentum are sharded.
+
+    As with `lightning.pytorch.strategies.ModelParallelStrategy` the module shards itself, in ``configure_model``, by
+    ``fully_shard(..., mesh=self.device_mesh["data_parallel"])``; all that is trained must be sharded, along its first
+    dimension. Factors and inverses are whole on each rank; each direction is computed once, see `ShardedCurvature`. The
+    results are those of ``"thor_ddp"``.
+
+    Args:
+        data_parallel_size: how many ranks share the weights and the batch; ``"auto"`` is all of them (of Lightning's
+            strategy, the number of nodes).
+        tensor_parallel_size: 1 or ``"auto"``, which is 1 too.
+        **kwargs: as of Lightning's strategy; ``save_distributed_checkpoint`` among them.
+
+    Raises:
+        ValueError: another ``tensor_parallel_size``.
+    """
+
+    strategy_name = "thor_fsdp2"
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: Literal["auto"] | int = 1,
+        **kwargs: Any,
+    ) -> None:
+        if tensor_parallel_size not in ("auto", 1):
+            raise ValueError(
+                f"ThorModelParallelStrategy got tensor_parallel_size={tensor_parallel_size!r}, but it needs each "
+                "layer's inputs whole: shard over data_parallel alone (tensor_parallel_size=1)."
+            )
+        super().__init__(data_parallel_size, 1, **kwargs)
+        self._factor_group: Any = None
+
+    def setup_environment(self) -> None:
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+        # Once, though fit, validate and test of one Trainer all come here.
+        if self._factor_group is None:
+            self._factor_group = collectives.new_factor_group(self._timeout)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        # Or torch's distributed checkpoints would make the state by a step with gradients of zero.
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Thor):
+                optimizer.make_state()
+
+    def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> ShardedCurvature:
+        """What `Thor` is to precondition with, reaching the other ranks through this strategy.
+
+        Args:
+            curvature: of the sharded model.
+            parameters: all that the optimizer has, by name.
+
+        Raises:
+            ValueError: one of them is not sharded as it must be.
+        """
+        ranks = collectives.Ranks(self._factor_group)
+        faults = {name: collectives.why_not_by_rows(p, ranks.n_shares) for name, p in parameters.items()}
+        wrong = [name for name, fault in faults.items() if fault is not None]
+        if wrong:
+            raise ValueError(
+                f"ThorModelParallelStrategy: {wrong[0]!r} {faults[wrong[0]]} (all such: {some_of(wrong)}). Shard all "
+                "that is trained over the data-parallel ranks, along its first dimension, in configure_model: "
+                'fully_shard(self.net, mesh=self.device_mesh["data_parallel"]), for modules inside first if you like.'
+            )
+        curvature.connect(ranks)
+        return ShardedCurvature(curvature, ranks)
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Under ``"thor_fsdp2"``."""
+        strategy_registry.register(
+            cls.strategy_name, cls, description="FSDP2 with THOR's inversions and directions shared out"
+        )
+
+
+if ThorModelParallelStrategy.strategy_name not in StrategyRegistry:
+    ThorModelParallelStrategy.register_strategies(StrategyRegistry)
