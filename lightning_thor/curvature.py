@@ -22,7 +22,7 @@ from lightning_thor.hooks import Hooks
 from lightning_thor.inverse import damped_inverse_roots, damped_inverses
 from lightning_thor.kinds import STATISTICS, Statistics
 from lightning_thor.layer import attentions_of
-from lightning_thor.layers import hidden_matrices_of, layers_of
+from lightning_thor.layers import layers_of, matrices_of
 from lightning_thor.observer import Observer
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval, RefreshSchedule
@@ -45,8 +45,10 @@ class Curvature:
     Args:
         model: its parameters must be on their device already.
         mode: ``"polar"`` for a `Thor` that has ``mode="polar"`` in any of its groups: roots of the inverses are kept
-            then, which the natural direction of its other groups can be made of too. Under a Trainer `ThorCallback`
-            sees to it.
+            then, which the natural direction of its other groups can be made of too. Of the output layer (the last
+            linear layer or convolution) G is its diagonal alone: its g are the errors, and the inverse of their
+            covariance takes what all have in common, which is what is to be learned, out of the direction. Under a
+            Trainer `ThorCallback` sees to it.
         damping: greater than 0, or a function of the step. For ``damping_rule="trace"`` relative to the factors' mean
             eigenvalue, else in the units of the Fisher matrix.
         damping_rule: ``"trace"``, ``"pi"`` or ``"sqrt"``, see `lightning_thor.damping.split_damping`.
@@ -134,6 +136,7 @@ class Curvature:
         # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
         self.is_listening: Callable[[], bool] = lambda: model.training
         self._paused = False
+        matrices = matrices_of(model) if mode == "polar" else []
         self.layers, self.left_out = layers_of(
             model,
             block_size=block_size,
@@ -141,9 +144,9 @@ class Curvature:
             only=None if parameters is None else set(parameters),
             statistics=self.statistics,
             fused=fused,
+            diagonal_G=matrices[-1:],
         )
-        hidden = hidden_matrices_of(model) if mode == "polar" else []
-        self.polar_layers = {name for name in hidden if name in self.layers}
+        self.polar_layers = {name for name in matrices[:-1] if name in self.layers}
         self._factors = factors_of(self.layers)
         self.stacks = stacks_of(self.layers, roots=mode == "polar")
         self._trace_rule = trace_rule_of(trace_rule)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Container, Iterator, Mapping, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -48,19 +48,19 @@ def some_of(names: list[str], n: int = 5) -> str:
     return (", ".join(name or "(the model itself)" for name in names[:n]) or "none") + more
 
 
-def hidden_matrices_of(model: nn.Module) -> list[str]:
-    """The names of the linear layers, projections and convolutions that train, but for the last: the output layer.
+def matrices_of(model: nn.Module) -> list[str]:
+    """The names of the linear layers, projections and convolutions that train; the last is taken as the output layer.
 
-    Each row of that one is a class or a token, and a direction with equal singular values would move the rarest as far
-    as the most frequent. Embeddings are no matrices in this sense either.
+    Each row of that one is a class, a token or a number to predict, and a direction with equal singular values would
+    move the rarest as far as the most frequent. Embeddings are no matrices in this sense either.
 
-    >>> hidden_matrices_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 5), nn.Linear(5, 9)))
-    ['0', '2']
+    >>> matrices_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 5), nn.Linear(5, 9)))
+    ['0', '2', '3']
     """
     kinds = ((use, kind_of(use.module)) for use in _uses(model))
     matrices = [use for use, found in kinds if found is not None and found[0].is_matrix]
     weights = [(use.name, getattr(use.module, use.weight_name)) for use in matrices]
-    return [name for name, weight in weights if isinstance(weight, Tensor) and weight.requires_grad][:-1]
+    return [name for name, weight in weights if isinstance(weight, Tensor) and weight.requires_grad]
 
 
 def layers_of(
@@ -71,6 +71,7 @@ def layers_of(
     only: Set[nn.Parameter] | None = None,
     statistics: Statistics = EXPAND,
     fused: Mapping[str, int] | None = None,
+    diagonal_G: Container[str] = (),
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """Every weight of ``model``: those with curvature, and why the others have none; by name.
 
@@ -91,6 +92,7 @@ def layers_of(
         statistics: what is gathered.
         fused: linear layers whose outputs are concatenations of that many parts, by pattern of their name: their G is
             cut at the borders of the parts.
+        diagonal_G: the names of layers whose G is to be its diagonal alone.
 
     Raises:
         ValueError: ``fused`` names no linear layer, or a number that does not divide its outputs.
@@ -115,7 +117,8 @@ def layers_of(
         tied = sum(len(uses) for uses in kinds.values()) > 1
         for kind, uses in kinds.items():
             parts = _parts(uses[0], kind, fused or {})
-            layer = _layer(tuple(uses), kind, statistics, block_size, precondition_bias and not tied, parts)
+            sizes = block_size, 1 if uses[0].name in diagonal_G else block_size
+            layer = _layer(tuple(uses), kind, statistics, sizes, precondition_bias and not tied, parts)
             if kind is EMBEDDING and len(kinds) > 1:
                 layer = replace(layer, folded_into=kinds[LINEAR][0].name)
             layers[layer.name] = layer
@@ -221,9 +224,10 @@ def _check_that_all_are_linear(fused: Mapping[str, int], layers: Mapping[str, La
 
 
 def _layer(
-    uses: tuple[Use, ...], kind: Kind, statistics: Statistics, block_size: int | None, precondition_bias: bool,
-    parts: int,
+    uses: tuple[Use, ...], kind: Kind, statistics: Statistics, block_sizes: tuple[int | None, int | None],
+    precondition_bias: bool, parts: int,
 ) -> Layer:  # fmt: skip
+    """``block_sizes``: of A and of G."""
     use, rows_of, cut = uses[0], statistics.rows[kind.name], statistics.cut
     module: Any = use.module
     weight: nn.Parameter = getattr(module, use.weight_name)
@@ -233,7 +237,7 @@ def _layer(
         own = (weight,) if bias is None else (weight, bias)
         return Layer(uses, own, None, blocks.diagonal(sum(p.numel() for p in own)), kind, rows_of)
     if kind is EMBEDDING:
-        G = cut(weight.shape[1], block_size if statistics.split_embedding_G else None, 1)
+        G = cut(weight.shape[1], block_sizes[1] if statistics.split_embedding_G else None, 1)
         return Layer(uses, (weight,), blocks.diagonal(len(weight)), G, kind, rows_of)
     groups: int = module.groups if kind in (CONVOLUTION, TRANSPOSED) else 1
     if kind in REGISTERED.values():
@@ -248,5 +252,6 @@ def _layer(
         width_A, width_G = weight.numel() // len(weight), n_rows // groups
     with_bias = precondition_bias and kind.takes_bias and bias is not None and bias.requires_grad
     parameters = (weight, bias) if with_bias and bias is not None else (weight,)
-    A, G = cut(width_A + with_bias, block_size, groups), cut(width_G // parts, block_size, groups * parts)
+    A = cut(width_A + with_bias, block_sizes[0], groups)
+    G = cut(width_G // parts, block_sizes[1], groups * parts)
     return Layer(uses, parameters, A, G, kind, rows_of, statistics.squares.get(kind.name))

@@ -69,7 +69,8 @@ class Thor(Optimizer):
         mode: ``"natural"``, or ``"polar"`` for G^-½ msign(G^-½ M A^-½) A^-½ of the momentum M in linear layers and
             convolutions, msign(U S Vᵀ) being U Vᵀ: Muon's step in the coordinates that the curvature whitens.
             Embeddings, norms and the output layer (the last linear layer or convolution of the model) take the natural
-            direction of the momentum, other parameters plain momentum.
+            direction of the momentum (of the output layer with the diagonal of G alone), other parameters plain
+            momentum.
         lr: learning rate. With ``match_rms`` AdamW's usual ones carry over.
         momentum: in [0, 1).
         nesterov: use Nesterov's momentum; needs ``momentum`` above 0.
