@@ -260,18 +260,16 @@ def group_norm_rows(module: nn.GroupNorm, a: Tensor, g: Tensor, dtype: torch.dty
 
 def batch_norm_rows(module: BatchNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, batch]``."""
-    a, g = a.detach().to(dtype), g.to(dtype)
-    over = [0, *range(2, a.dim())]
-    shape = (1, -1, *[1] * (a.dim() - 2))
+    per_sample = (*g.shape[:2], -1)
+    a, g = a.detach().to(dtype).reshape(per_sample), g.to(dtype).reshape(per_sample)
     if module.training or module.running_mean is None or module.running_var is None:
         # Centred before squaring, so that nothing cancels; torch.var_mean takes five times as long on a CPU.
-        a = a - a.mean(over, keepdim=True)
-        var = a.square().mean(over)
+        a = a - a.mean(2).mean(0)[:, None]
+        var = torch.linalg.vector_norm(a, dim=2).square().mean(0) / a.shape[2]
     else:
-        a, var = a - module.running_mean.to(dtype).view(shape), module.running_var.to(dtype)
-    per_sample = (*g.shape[:2], -1)
-    scale = (g * a).reshape(per_sample).sum(-1) * (var + module.eps).rsqrt()
-    return _scale_and_shift(module, scale, g.reshape(per_sample).sum(-1))
+        a, var = a - module.running_mean.to(dtype)[:, None], module.running_var.to(dtype)
+    scale = a.mul_(g).sum(2) * (var + module.eps).rsqrt()
+    return _scale_and_shift(module, scale, g.sum(2))
 
 
 def _scale_and_shift(module: nn.Module, scale: Tensor, shift: Tensor) -> Rows:

@@ -289,6 +289,29 @@ def test_a_layer_that_is_silent_in_a_window_keeps_its_curvature() -> None:
     assert curvature.stacks.updates.tolist() == [2, 1]
 
 
+@pytest.mark.parametrize("part", [(0, 1), (0, 2), (1,)], ids=str)
+def test_a_refresh_of_some_layers_is_that_of_all_and_leaves_the_others(part: tuple[int, ...]) -> None:
+    """Wherever their blocks lie in the stack: in one piece or not."""
+
+    def refreshed(layers: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+        curvature = Curvature(model, averaging=0.5)
+        for chosen in ((0, 1, 2), *([layers] if layers else [])):
+            model(torch.randn(6, 4)).sin().mean().backward()
+            selection = curvature.stacks.select(chosen)
+            curvature.stacks.average_window(selection, 0.5)
+            curvature.stacks.invert(selection, "trace", 0.2, curvature.solve)
+        stack = curvature.stacks.stacks[4]
+        return [(stack.average[i : i + 2], stack.inverse[i : i + 2]) for i in (0, 2, 4)]
+
+    found, all_of_them, none = refreshed(part), refreshed((0, 1, 2)), refreshed(())
+    for layer in range(3):
+        expected = all_of_them[layer] if layer in part else none[layer]
+        torch.testing.assert_close(found[layer], expected)
+        assert not torch.equal(all_of_them[layer][1], none[layer][1])
+
+
 def test_a_discarded_window_leaves_no_trace() -> None:
     model = net()
     curvature, other = Curvature(model), Curvature(model)
