@@ -128,7 +128,7 @@ def test_the_output_layer_has_the_diagonal_of_its_G_alone() -> None:
     curvature, whole = observed(model), observed(model, "natural", block_size=None)
     weight = model[8].weight
     assert weight.grad is not None
-    A = torch.block_diag(*curvature.stacks.blocks_of(curvature._factors_of("8")["A"], "average")[0])[:64, :64]
+    A = torch.block_diag(*curvature.stacks.blocks_of(curvature._factors["8"]["A"], "average")[0])[:64, :64]
     A = A + 0.1 * A.trace() / 64 * torch.eye(64, dtype=A.dtype)
     G = dense(whole, "8", "G")[0].diagonal()
     expected = torch.linalg.solve(A, weight.grad.T).T / G[:, None]
