@@ -97,6 +97,7 @@ def share_cells(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield (
                 name,
                 n_ranks,
+                hidden_of(one),
                 f"{alone[n_ranks]:.1f}",
                 kept,
                 f"{steps['sgd_ms']:.0f}",
