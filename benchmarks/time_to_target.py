@@ -35,7 +35,10 @@ TUNING_SEED = 1000
 
 
 class Results:
-    """The JSON file: a summary per workload, and finished trainings by key, written after each one."""
+    """The JSON file: a summary per workload, and finished trainings by key, written after each one.
+
+    Another process may write it too (another workload), so each change is made to what the file holds by then.
+    """
 
     def __init__(self, path: Path, here: Mapping[str, str | int]) -> None:
         self.path = path
@@ -50,22 +53,21 @@ class Results:
         fingerprint = hashlib.sha256(json.dumps([facts, self.machine], sort_keys=True).encode()).hexdigest()[:8]
         runs: dict[str, dict[str, Any]] = self.content["runs"]
         if f"{key} {fingerprint}" not in runs:
-            runs[f"{key} {fingerprint}"] = run()
-            self.save()
-        return runs[f"{key} {fingerprint}"]
+            self.put("runs", f"{key} {fingerprint}", run())
+        stored: dict[str, Any] = self.content["runs"][f"{key} {fingerprint}"]
+        return stored
+
+    def put(self, part: str, key: str, entry: dict[str, Any]) -> None:
+        """Store one entry of ``"summary"`` or ``"runs"``."""
+        self._take_in_the_file()
+        self.content[part][key] = entry
+        self._write()
 
     def forget(self, workload: str, optimizer: str) -> None:
         """Drop the trainings of one optimizer on one workload."""
+        self._take_in_the_file()
         runs = self.content["runs"]
         self.content["runs"] = {key: run for key, run in runs.items() if key.split()[:2] != [workload, optimizer]}
-        self._write()
-
-    def save(self) -> None:
-        """Write the file, with what another process may have added to it meanwhile (another workload)."""
-        own = self.content
-        self._take_in_the_file()
-        for part, entries in own.items():
-            self.content[part].update(entries)
         self._write()
 
     def _take_in_the_file(self) -> None:
@@ -195,8 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warm_up(task, data, device)
         one = Measurement(name, said.scale, task, data, device, results, console.print)
         summary = measure(one, contenders, 0 if said.robustness else said.seeds)
-        results.content["summary"][name] = summary
-        results.save()
+        results.put("summary", name, summary)
         save_robustness(summary, path.with_name(f"{path.stem}_{name}_rates.png"))
         if summary["optimizers"]:
             save_curves(summary, path.with_name(f"{path.stem}_{name}.png"))

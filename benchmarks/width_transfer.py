@@ -104,12 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         one = Measurement(f"width{width}", "cpu", task, data, device, results, console.print)
         for name, losses in tune(one, contenders).items():
             tuning[name][str(width)] = {f"{lr:g}": loss for lr, loss in losses.items()}
-    results.content["summary"]["widths"] = {
-        "words": f"tiny Shakespeare, GPT, 3 layers, {task.tuning_steps} steps of 16 windows of 64",
-        "environment": results.here,
-        "tuning": tuning,
-    }
-    results.save()
+    words = f"tiny Shakespeare, GPT, 3 layers, {task.tuning_steps} steps of 16 windows of 64"
+    results.put("summary", "widths", {"words": words, "environment": results.here, "tuning": tuning})
     save_picture(results.content, said.out.with_suffix(".png"))
     table = Table(*HEADS, title="The best learning rate at each width")
     for row in cells(results.content):

@@ -319,14 +319,17 @@ def test_finished_trainings_are_kept_and_not_repeated(tmp_path: Path) -> None:
 
 def test_what_another_process_wrote_meanwhile_stays(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
+    Results(path, HERE).put("summary", "gpt", {"words": "old"})
+    Results(path, HERE).get_or_train("gpt sgd", [], lambda: {"values": [0.0]})
     first, second = Results(path, HERE), Results(path, HERE)
+    first.forget("gpt", "sgd")
     first.get_or_train("gpt thor", [], lambda: {"values": [1.0]})
+    first.put("summary", "gpt", {"words": "new"})
     second.get_or_train("digits thor", [], lambda: {"values": [2.0]})
-    second.content["summary"]["digits"] = {"words": "digits"}
-    second.save()
+    second.put("summary", "digits", {"words": "digits"})
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert [key.split()[0] for key in content["runs"]] == ["gpt", "digits"]
-    assert list(content["summary"]) == ["digits"]
+    assert [key.split()[:2] for key in content["runs"]] == [["gpt", "thor"], ["digits", "thor"]]
+    assert content["summary"] == {"gpt": {"words": "new"}, "digits": {"words": "digits"}}
 
 
 def test_forgetting_drops_one_optimizer_of_one_workload(tmp_path: Path) -> None:
