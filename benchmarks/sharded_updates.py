@@ -19,7 +19,7 @@ from benchmarks.scaling import MODELS
 from lightning_thor import Curvature
 from lightning_thor.directions import MODES
 from lightning_thor.routes import n_numbers, pieces_of, share_out
-from lightning_thor.sharded import parts_of
+from lightning_thor.sharded import cuttables_of
 
 RANKS = (2, 4, 8, 64)
 HEADS = ("model", "mode", "ranks", "all gathered, MB", "sent, MB", "of that", "busiest, MB", "its work, %")
@@ -32,7 +32,7 @@ def counted(curvature: Curvature, n_ranks: int) -> dict[str, float]:
     others (rings), and leaves all of the work to all.
     """
     everything = {p for layer in curvature.layers.values() for p in layer.parameters}
-    runs = share_out(parts_of(curvature, everything, is_polar=curvature.mode == "polar"), n_ranks)
+    runs = share_out(cuttables_of(curvature, everything, is_polar=curvature.mode == "polar"), n_ranks)
     sent, work = [0.0] * n_ranks, [0.0] * n_ranks
     for run in runs:
         work[run.owner] += run.cost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_thor import polar
 from lightning_thor.blocks import Blocks
 
 Cut = tuple[Blocks | None, Blocks]
@@ -11,11 +12,6 @@ Cut = tuple[Blocks | None, Blocks]
 
 MULTIPLICATIONS_PER_NUMBER = 30.0
 """How many of them, in a matrix product, take the time of reading a number a few times over (a core of an AMD EPYC)."""
-
-STEPS_PER_REFRESH = 10.0
-"""How many steps an inverse serves: the default interval. Of another one only the balance suffers."""
-
-MSIGN_STEPS = 5
 
 
 def inversion_cost(blocks: Blocks | None) -> float:
@@ -46,22 +42,24 @@ def _covariance_cost(blocks: Blocks | None, n_rows: float) -> float:
     return 0.0 if blocks is None else blocks.groups * blocks.n_blocks * n_rows * blocks.size**2
 
 
-def direction_cost(cut: Cut, *, roots: bool, polar: bool) -> float:
-    """Of one step's direction of a layer, and of its part of a refresh.
+def product_cost(cut: Cut) -> float:
+    """Of the products of a layer's matrix with the blocks of A and of G, or of their roots.
 
-    Args:
-        cut: of the layer.
-        roots: whether products are with roots of inverses, which are two for each.
-        polar: whether the layer is made polar between them.
-
-    >>> layer = Blocks(1, 8, 2, 4), Blocks(1, 6, 1, 6)
-    >>> direction_cost(layer, roots=False, polar=False) == 6 * 8 * (4 + 6) + 3 * (2 * 4**3 + 6**3) / 10
+    >>> product_cost((Blocks(1, 8, 2, 4), Blocks(1, 6, 1, 6))) == 6 * 8 * (4 + 6)
     True
     """
     A, G = cut
-    width = 1 if A is None else A.width
-    products = G.groups * G.width * width * (G.size + (0 if A is None else A.size)) * (2 if roots else 1)
-    small, large = sorted((G.width, width))
-    # Each polynomial has two products of the small side's square matrix with the whole one, and its square.
-    signs = G.groups * MSIGN_STEPS * small**2 * (2 * large + small) if polar else 0
-    return products + signs + (inversion_cost(A) + inversion_cost(G)) / STEPS_PER_REFRESH
+    width, size = (1, 0) if A is None else (A.width, A.size)
+    return float(G.groups * G.width * width * (G.size + size))
+
+
+def sign_cost(cut: Cut) -> float:
+    """Of making a layer's matrix polar: each polynomial has two products of the small side's square matrix with the
+    whole one, and its square.
+
+    >>> sign_cost((Blocks(1, 8, 2, 4), Blocks(1, 6, 1, 6))) == 5 * 6**2 * (2 * 8 + 6)
+    True
+    """
+    A, G = cut
+    small, large = sorted((G.width, 1 if A is None else A.width))
+    return float(G.groups * polar.STEPS * small**2 * (2 * large + small))

@@ -19,9 +19,10 @@ POLYNOMIALS = (
     (1.8913014, -1.2679958, 0.3768041),
     (1.875, -1.25, 0.375),
 )
+STEPS = 5
 
 
-def msign(matrices: Tensor, steps: int = 5) -> Tensor:
+def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
     """``U Vᵀ`` of each ``U S Vᵀ``: the nearest matrix with orthonormal rows or columns; zero for a matrix of zeros.
 
     Polynomials of ``matrix matrixᵀ`` bring all singular values towards 1 together. Five bring those above 0.003 of the

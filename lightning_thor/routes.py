@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lightning_thor.costs import product_cost, sign_cost
 from lightning_thor.runs import Cuttable
-
-MSIGN_PRODUCTS = 15.0
-"""Matrix products of the small side that making a matrix polar takes: five polynomials of three each."""
 
 
 class Run(NamedTuple):
@@ -25,11 +23,9 @@ class Run(NamedTuple):
     @property
     def cost(self) -> float:
         """Multiplications, about."""
-        own, weight = self.of.layer, self.of.layer.parameters[0]
-        if self.of.side is not None or own.A is None:
-            return (self.stop - self.start) * self.of.cost_of_a_row
-        small = min(own.G.width, own.A.width)
-        return self.of.n_rows * (2 * self.of.cost_of_a_row + MSIGN_PRODUCTS * small * weight.numel() / weight.shape[0])
+        if self.of.is_polar:
+            return 2 * product_cost(self.of.factors) + sign_cost(self.of.factors)
+        return (self.stop - self.start) * self.of.cost_of_a_row
 
 
 class Piece(NamedTuple):

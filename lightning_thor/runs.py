@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.blocks import Blocks
+from lightning_thor.costs import Cut, product_cost
 from lightning_thor.directions import Kept
 from lightning_thor.layer import Layer
 
@@ -27,6 +28,13 @@ class Cuttable(NamedTuple):
     n_rows: int
     entries: int = 1
     """How many coordinates of that factor one row takes: more than one where a norm's scale has several dimensions."""
+    is_polar: bool = False
+    """Whether its direction is to be polar, for which all rows belong together."""
+
+    @property
+    def factors(self) -> Cut:
+        """How its factors are cut."""
+        return self.layer.A, self.layer.G
 
     @property
     def blocks(self) -> Blocks | None:
@@ -44,8 +52,7 @@ class Cuttable(NamedTuple):
     @property
     def cost_of_a_row(self) -> float:
         """Multiplications that the products with the blocks take for each row."""
-        A, G, weight = self.layer.A, self.layer.G, self.layer.parameters[0]
-        return weight.numel() / weight.shape[0] * (G.size + (0 if A is None else A.size))
+        return product_cost(self.factors) / self.n_rows
 
     def rows_in(self, parameter: nn.Parameter, start: int, stop: int) -> tuple[int, int]:
         """Where rows ``start`` to ``stop`` lie in one of the layer's parameters."""
@@ -72,7 +79,7 @@ class Cuttable(NamedTuple):
         return sorted(cuts)
 
 
-def cuttable(layer: Layer, kept: Kept, *, whole: bool = False) -> Iterator[Cuttable]:
+def cuttable(layer: Layer, kept: Kept, *, is_polar: bool = False) -> Iterator[Cuttable]:
     """What belongs together in a layer's natural direction ``G⁻¹ grad A⁻¹``.
 
     A factor along the rows is block-diagonal, and the other one acts within each row. Norms are divisions, so their
@@ -81,13 +88,13 @@ def cuttable(layer: Layer, kept: Kept, *, whole: bool = False) -> Iterator[Cutta
     Args:
         layer: one with curvature.
         kept: of it.
-        whole: all of it belongs together, as in a polar direction.
+        is_polar: its direction is to be polar, for which all of it belongs together.
     """
     if layer.A is not None:
         part, weight = layer.part, layer.parameters[0]
-        uncut = whole or (layer.kind.rows == "A" and layer.with_bias)
+        uncut = is_polar or (layer.kind.rows == "A" and layer.with_bias)
         n_rows = weight.shape[0] if part is None else part.stop - part.start
-        yield Cuttable(layer, kept, None if uncut else layer.kind.rows, n_rows)
+        yield Cuttable(layer, kept, None if uncut else layer.kind.rows, n_rows, is_polar=is_polar)
         return
     begin, (_, G) = 0, kept
     for p in layer.parameters:

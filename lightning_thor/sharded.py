@@ -141,7 +141,7 @@ class ShardedCurvature:
 
     def _plan(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> Plan:
         n, own = self._exchange.n_shares, self._exchange.own_share
-        runs = share_out(parts_of(self.curvature, shards, is_polar=is_polar), n)
+        runs = share_out(cuttables_of(self.curvature, shards, is_polar=is_polar), n)
         own_runs = {index: run_of(run.of, run.start, run.stop) for index, run in enumerate(runs) if run.owner == own}
         starts: dict[nn.Parameter, int] = {}
         parcels: list[Parcel] = []
@@ -171,7 +171,7 @@ class ShardedCurvature:
         )
 
 
-def parts_of(curvature: Curvature, parameters: Container[nn.Parameter], *, is_polar: bool) -> list[Cuttable]:
+def cuttables_of(curvature: Curvature, parameters: Container[nn.Parameter], *, is_polar: bool) -> list[Cuttable]:
     """What is to be shared out: of all layers whose parameters are there.
 
     Args:
@@ -182,8 +182,7 @@ def parts_of(curvature: Curvature, parameters: Container[nn.Parameter], *, is_po
     parts: list[Cuttable] = []
     for name, layer in curvature.layers.items():
         if layer.folded_into is None and all(p in parameters for p in layer.parameters):
-            whole = is_polar and name in curvature.polar_layers
-            parts += cuttable(layer, curvature.inverses_of(name), whole=whole)
+            parts += cuttable(layer, curvature.inverses_of(name), is_polar=is_polar and name in curvature.polar_layers)
     return parts
 
 

@@ -8,13 +8,16 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.costs import direction_cost
+from lightning_thor.costs import inversion_cost, product_cost, sign_cost
 from lightning_thor.exchange import Exchange
 from lightning_thor.layer import Layer
 from lightning_thor.parts import bring_to_all, parts_of
 from lightning_thor.refresh import spread
 
 Directions = dict[nn.Parameter, Tensor]
+
+STEPS_PER_REFRESH = 10.0
+"""How many steps an inverse serves: the default interval. Of another one only the balance suffers."""
 
 
 class SharedDirections:
@@ -36,7 +39,7 @@ class SharedDirections:
 
     def __init__(self, exchange: Exchange, layers: Mapping[str, Layer], *, roots: bool, polar: Container[str]) -> None:
         self._exchange = exchange
-        costs = [direction_cost((layer.A, layer.G), roots=roots, polar=name in polar) for name, layer in layers.items()]
+        costs = [_cost(layer, roots, name in polar) for name, layer in layers.items()]
         units = _units(list(layers.values()))
         groups = spread([sum(costs[layer] for layer in unit) for unit in units], exchange.n_shares)
         members: list[list[int]] = [[] for _ in range(exchange.n_shares)]
@@ -80,6 +83,13 @@ class SharedDirections:
             risen = (count - before).view(1)
             self._exchange.start_sum(risen, n_exact=1)()
             count.copy_(before + risen[0])
+
+
+def _cost(layer: Layer, roots: bool, is_polar: bool) -> float:
+    """Multiplications of one step's direction, and of its part of a refresh; an inverse has two roots."""
+    cut = layer.A, layer.G
+    inversions = (inversion_cost(layer.A) + inversion_cost(layer.G)) / STEPS_PER_REFRESH
+    return product_cost(cut) * (2 if roots else 1) + (sign_cost(cut) if is_polar else 0.0) + inversions
 
 
 def _units(layers: Sequence[Layer]) -> list[list[int]]:
