@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import communication, race, step_figures, trace_rule, width_transfer
+from benchmarks import communication, race, step_figures, trace_rule
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
@@ -96,15 +96,6 @@ def communication_block(results: dict[str, Any]) -> str:
     )
 
 
-def width_transfer_block(results: dict[str, Any]) -> str:
-    """The best learning rate at each width, from ``benchmarks/results/width_transfer.json``."""
-    return (
-        f"{markdown_table(width_transfer.HEADS, width_transfer.cells(results))}\n\n"
-        f"{results['summary']['widths']['words']}. Measured on: "
-        f"{measured_on(results['summary']['widths']['environment'])}."
-    )
-
-
 def sharded_updates_block(results: dict[str, Any]) -> str:
     """What a step of thor_fsdp2 sends, from ``benchmarks/results/sharded_updates.json``."""
     natural, polar = (results["GPT-2 small"][mode]["8"] for mode in ("natural", "polar"))
@@ -144,7 +135,6 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "time_to_target": ("benchmarks/results/time_to_target.json", time_to_target_block),
     "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
     "communication": ("benchmarks/results/communication.json", communication_block),
-    "width_transfer": ("benchmarks/results/width_transfer.json", width_transfer_block),
     "sharded_updates": ("benchmarks/results/sharded_updates.json", sharded_updates_block),
     "demo": ("docs/demo.json", demo_block),
 }
