@@ -54,12 +54,16 @@ def product_cost(cut: Cut) -> float:
 
 
 def sign_cost(cut: Cut) -> float:
-    """Of making a layer's matrix polar: each polynomial has two products of the small side's square matrix with the
-    whole one, and its square.
+    """Of making a layer's matrix polar: its Gram matrix and, with each polynomial, either one product of the small
+    side's square matrices and two with the whole one, or four of square ones (`polar.msign`).
 
-    >>> sign_cost((Blocks(1, 8, 2, 4), Blocks(1, 6, 1, 6))) == 5 * 6**2 * (2 * 8 + 6)
+    >>> sign_cost((Blocks(1, 8, 2, 4), Blocks(1, 6, 1, 6))) == 4 * 6**2 * (2 * 8 + 6)
+    True
+    >>> sign_cost((Blocks(1, 16, 2, 8), Blocks(1, 6, 1, 6))) == 6**2 * (2 * 16 + 13 * 6)
     True
     """
     A, G = cut
     small, large = sorted((G.width, 1 if A is None else A.width))
-    return float(G.groups * polar.STEPS * small**2 * (2 * large + small))
+    n = polar.STEPS
+    each = 2 * large + (4 * n - 3) * small if polar.is_wide(small, large) else n * (2 * large + small)
+    return float(G.groups * small**2 * each)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ def matrices(shape: tuple[int, ...], smallest: float, dtype: torch.dtype = torch
 
 
 @pytest.mark.parametrize(
-    "shape", [(3, 5, 5), (2, 4, 9), (2, 9, 4), (4, 1, 6), (4, 6, 1), (1, 1, 1), (0, 3, 2)], ids=str
+    "shape", [(3, 5, 5), (2, 5, 7), (2, 4, 9), (2, 9, 4), (4, 1, 6), (4, 6, 1), (1, 1, 1), (0, 3, 2)], ids=str
 )
 def test_many_polynomials_give_the_polar_factor(shape: tuple[int, ...]) -> None:
     x = matrices(shape, 0.05)
@@ -32,13 +34,16 @@ def test_many_polynomials_give_the_polar_factor(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "share", "error"), [(5, 3e-3, 0.13), (5, 1e-3, 0.15), (6, 1e-3, 5e-3), (7, 1e-3, 2e-5)]
+    ("steps", "share", "error"), [(4, 1e-2, 0.09), (4, 5e-3, 0.11), (5, 5e-3, 2e-3), (6, 5e-3, 2e-5)]
 )
-def test_singular_values_come_as_close_to_one_as_is_promised(steps: int, share: float, error: float) -> None:
-    x = matrices((4, 40, 60), share)
+@pytest.mark.parametrize("shape", [(4, 40, 59), (4, 40, 61), (4, 61, 40)], ids=str)
+def test_singular_values_come_as_close_to_one_as_is_promised(
+    steps: int, share: float, error: float, shape: tuple[int, ...]
+) -> None:
+    x = matrices(shape, share)
     U, before, Vh = torch.linalg.svd(x, full_matrices=False)
     after = (U.mT @ msign(x, steps) @ Vh.mT).diagonal(dim1=-2, dim2=-1)
-    promised = before >= share * torch.linalg.matrix_norm(x)[:, None]
+    promised = before >= share * before.pow(8).sum(-1, keepdim=True).pow(1 / 8)
     assert promised.sum() > 100
     assert (after - 1)[promised].abs().max() < error
     assert after.max() < 1 + error
@@ -46,8 +51,8 @@ def test_singular_values_come_as_close_to_one_as_is_promised(steps: int, share: 
 
 def test_each_polynomial_is_level_on_its_interval() -> None:
     """The best polynomial leaves the smallest and the largest value equally far from 1."""
-    x = torch.logspace(-3, 0, 100001, dtype=torch.float64)
-    for a, b, c in POLYNOMIALS[:6]:
+    x = torch.logspace(math.log10(5e-3), 0, 100001, dtype=torch.float64)
+    for a, b, c in POLYNOMIALS[:5]:
         x = a * x + b * x**3 + c * x**5
         assert 1 - x.min().item() == pytest.approx(x.max().item() - 1, rel=1e-3, abs=1e-5)
 
