@@ -28,8 +28,8 @@ def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
 
     Polynomials of ``matrix matrixᵀ`` bring all singular values towards 1 together, from their Schatten norm
     ``(sum s⁸)^⅛`` on, which is closer to the largest than the Frobenius norm is and comes with the products of the
-    first polynomial. Four bring those above 0.005 of it to 1 ± 0.11, and smaller ones less far; six, all above 0.005 to 1
-    within rounding. No device sync. A GPU computes float32 in bfloat16, as Muon does.
+    first polynomial. Four bring those above 0.005 of it to 1 ± 0.11, and smaller ones less far; six, all above 0.005
+    to 1 within rounding. No device sync. A GPU computes float32 in bfloat16, as Muon does.
 
     Args:
         matrices: finite, ``[n, p, q]``; any scale.
