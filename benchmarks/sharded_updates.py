@@ -17,11 +17,12 @@ from benchmarks.environment import RESULTS
 from benchmarks.readme import markdown_table
 from benchmarks.scaling import MODELS
 from lightning_thor import Curvature
-from lightning_thor.directions import MODES
+from lightning_thor.kept import Mode
 from lightning_thor.routes import n_numbers, pieces_of, share_out
 from lightning_thor.sharded import cuttables_of
 
 RANKS = (2, 4, 8, 64)
+MODES: tuple[Mode, ...] = ("natural", "polar")
 HEADS = ("model", "mode", "ranks", "all gathered, MB", "sent, MB", "of that", "busiest, MB", "its work, %")
 
 
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {}
     for name in options.models:
         model = MODELS[name]()
-        curvatures = {mode: Curvature(model, mode=mode) for mode in MODES}  # type: ignore[arg-type]
+        curvatures = {mode: Curvature(model, mode=mode) for mode in MODES}
         results[name] = {mode: {str(n): counted(one, n) for n in RANKS} for mode, one in curvatures.items()}
     options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(markdown(results))

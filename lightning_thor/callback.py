@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_thor.curvature import Curvature
 from lightning_thor.damping import DampingRule
+from lightning_thor.kept import Mode
 from lightning_thor.layers import plain_name
 from lightning_thor.model_parallel import ThorModelParallelStrategy
 from lightning_thor.optimizer import Preconditioner, Thor
@@ -143,7 +144,7 @@ class ThorCallback(Callback):
         self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
         self.curvature = Curvature(
             pl_module,
-            mode="polar" if any(group["mode"] == "polar" for group in optimizer.param_groups) else "natural",
+            mode=_mode_of(optimizer),
             loss_multiplier=_LossMultiplier(trainer, pl_module),
             parameters=parameters,
             **{**self._options, "block_size": self.block_size},
@@ -309,6 +310,12 @@ class _LossMultiplier:
         # Scaling a one instead of get_scale(), which waits for the device.
         scale: Tensor = scaler.scale(torch.ones((), device=self.trainer.strategy.root_device))
         return scale / n
+
+
+def _mode_of(optimizer: Thor) -> Mode:
+    """Of the curvature; natural directions can be made of what polar ones are made of."""
+    modes = {group["mode"] for group in optimizer.param_groups}
+    return "adam" if "adam" in modes else "polar" if "polar" in modes else "natural"
 
 
 def _scaler_of(trainer: pl.Trainer) -> Any | None:

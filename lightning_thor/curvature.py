@@ -15,11 +15,11 @@ from lightning_thor import collectives
 from lightning_thor.buckets import Cut, one_bucket
 from lightning_thor.costs import refresh_costs
 from lightning_thor.damping import DampingRule
-from lightning_thor.directions import Kept, Mode, natural, polar
+from lightning_thor.directions import Kept, natural, polar, to_eigenbasis
 from lightning_thor.exchange import Alone, Exchange, Workers
 from lightning_thor.factors import factors_of, stacks_of
 from lightning_thor.hooks import Hooks
-from lightning_thor.inverse import damped_inverse_roots, damped_inverses
+from lightning_thor.kept import KEEPINGS, ROOT, Mode
 from lightning_thor.kinds import STATISTICS, Statistics
 from lightning_thor.layer import attentions_of
 from lightning_thor.layers import layers_of, matrices_of
@@ -45,7 +45,9 @@ class Curvature:
     Args:
         model: its parameters must be on their device already.
         mode: ``"polar"`` for a `Thor` that has ``mode="polar"`` in any of its groups: roots of the inverses are kept
-            then, which the natural direction of its other groups can be made of too. Of the output layer (the last
+            then, which the natural direction of its other groups can be made of too. ``"adam"`` for one that has
+            ``mode="adam"``: eigenvectors of the blocks are kept, and ``damping`` changes nothing. In both, of the
+            output layer (the last
             linear layer or convolution) G is its diagonal alone: its g are the errors, and the inverse of their
             covariance takes what all have in common, which is what is to be learned, out of the direction. Under a
             Trainer `ThorCallback` sees to it.
@@ -136,7 +138,7 @@ class Curvature:
         # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
         self.is_listening: Callable[[], bool] = lambda: model.training
         self._paused = False
-        matrices = matrices_of(model) if mode == "polar" else []
+        matrices = matrices_of(model) if mode != "natural" else []
         self.layers, self.left_out = layers_of(
             model,
             block_size=block_size,
@@ -146,9 +148,9 @@ class Curvature:
             fused=fused,
             diagonal_G=matrices[-1:],
         )
-        self.polar_layers = {name for name in matrices[:-1] if name in self.layers}
+        self.polar_layers = {name for name in matrices[:-1] if name in self.layers} if mode == "polar" else set()
         self._factors = factors_of(self.layers)
-        self.stacks = stacks_of(self.layers, roots=mode == "polar")
+        self.stacks = stacks_of(self.layers, keeping=KEEPINGS[mode])
         self._trace_rule = trace_rule_of(trace_rule)
         self._schedule = RefreshSchedule(
             update_every_n_steps, len(self.layers), stagger, probes=self._trace_rule is not None
@@ -179,8 +181,12 @@ class Curvature:
         Raises:
             RuntimeError: a step was made, and the inverses were to be kept elsewhere from now on.
         """
-        roots, (inverters, receivers) = self.stacks.roots, workers or Workers(exchange, Alone())
-        shared = SharedDirections(receivers, self.layers, roots=roots, polar=self.polar_layers)
+        keeping, (inverters, receivers) = self.stacks.keeping, workers or Workers(exchange, Alone())
+        if self.mode == "adam" and receivers.n_shares > 1:
+            raise ValueError(
+                "inverse_workers must be None with mode='adam': every rank needs the eigenvectors of all layers."
+            )
+        shared = SharedDirections(receivers, self.layers, products=keeping.products, polar=self.polar_layers)
         if self.stacks.kept != set(shared.own):
             if self.step:
                 raise RuntimeError(
@@ -192,11 +198,7 @@ class Curvature:
         self._shared, layers = shared, list(self.layers.values())
         self._own_layers = [layers[index] for index in shared.own]
         self._window = Window(self.stacks, exchange, self._turn, cut, may_start)
-        self.solve: Solve = (
-            SharedInversions(inverters, damped_inverse_roots, "lower")
-            if roots
-            else SharedInversions(inverters, damped_inverses, "symmetric")
-        )
+        self.solve: Solve = SharedInversions(inverters, keeping.make, keeping.form)
 
     def is_due(self) -> bool:
         """True if the coming step refreshes some layer; those layers' forward and backward passes are observed.
@@ -296,10 +298,14 @@ class Curvature:
 
         Args:
             grads: dL/dW by parameter; nothing in it is changed.
+
+        Raises:
+            RuntimeError: this curvature keeps neither inverses nor their roots.
         """
+        self.check_that_it_serves("natural", "polar")
         with self._full_precision():
             own = self._shared.own_part(grads)
-            directions = natural(self._own_layers, self._inverses, own, roots=self.stacks.roots)
+            directions = natural(self._own_layers, self._inverses, own, roots=self.stacks.keeping is ROOT)
             return self._shared.bring_to_all(directions, grads)
 
     @torch.no_grad()
@@ -312,18 +318,39 @@ class Curvature:
         Raises:
             RuntimeError: this curvature keeps no roots.
         """
-        self.check_that_roots_are_kept()
+        self.check_that_it_serves("polar")
         with self._full_precision():
             own = self._shared.own_part(momenta)
             directions = polar(self._own_layers, self._inverses, own, names=self.polar_layers)
             return self._shared.bring_to_all(directions, momenta)
 
-    def check_that_roots_are_kept(self) -> None:
-        """Raise a RuntimeError where there is nothing to make polar directions with."""
-        if not self.stacks.roots:
+    @torch.no_grad()
+    def to_eigenbasis(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """Each layer's gradient in the coordinates in which the blocks of its A and G are diagonal, copies of others.
+
+        Args:
+            grads: by parameter; nothing in it is changed.
+
+        Raises:
+            RuntimeError: this curvature keeps no eigenvectors.
+        """
+        self.check_that_it_serves("adam")
+        with self._full_precision():
+            return to_eigenbasis(self._own_layers, self._inverses, grads)
+
+    @torch.no_grad()
+    def from_eigenbasis(self, rotated: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The way back of `to_eigenbasis`."""
+        self.check_that_it_serves("adam")
+        with self._full_precision():
+            return to_eigenbasis(self._own_layers, self._inverses, rotated, back=True)
+
+    def check_that_it_serves(self, *modes: Mode) -> None:
+        """Raise a RuntimeError where what is kept here is not what directions of one of these modes are made of."""
+        if self.mode not in modes:
             raise RuntimeError(
-                'Thor(mode="polar") got a curvature of mode="natural", which keeps inverses, not their roots. Build it '
-                'by Curvature(model, mode="polar"); under a Trainer leave it to ThorCallback.'
+                f'Thor(mode="{modes[0]}") got a curvature of mode="{self.mode}", which keeps something else of each '
+                f'block. Build it by Curvature(model, mode="{modes[0]}"); under a Trainer leave it to ThorCallback.'
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -385,6 +412,6 @@ class Curvature:
         return [self.inverses_of(layer.name) for layer in self._own_layers]
 
     def inverses_of(self, name: str) -> Kept:
-        """Views of a layer's ``(A⁻¹, G⁻¹)``, in their blocks; of their roots in polar mode."""
+        """Views of a layer's ``(A⁻¹, G⁻¹)``, in their blocks; of their roots or eigenvectors in the other modes."""
         views = {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors[name].items()}
         return views.get("A"), views["G"]

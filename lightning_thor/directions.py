@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,9 @@ from torch import Tensor, nn
 from lightning_thor.layer import Layer
 from lightning_thor.polar import msign
 
-Mode = Literal["natural", "polar"]
-MODES: tuple[str, ...] = get_args(Mode)
-
 Kept = tuple[Tensor | None, Tensor]
-"""Of one layer ``(A⁻¹, G⁻¹)``, or the roots ``(V, W)`` with ``VᵀV = A⁻¹`` and ``WᵀW = G⁻¹``."""
+"""Of one layer ``(A⁻¹, G⁻¹)``, or the roots ``(V, W)`` with ``VᵀV = A⁻¹`` and ``WᵀW = G⁻¹``, or their eigenvectors, as
+columns."""
 
 MAX_ENTRIES = 2**24
 """Of all matrices that are made polar at once: enough to fill a device, and a bound on the memory."""
@@ -73,6 +70,26 @@ def polar(
             for (layer, own, roots), sign in zip(batch, signs, strict=True):
                 _put(directions, layer, _whiten_again(layer, sign, own, roots), momenta)
     return _with_others(directions, momenta)
+
+
+def to_eigenbasis(
+    layers: Iterable[Layer], kept: Iterable[Kept], grads: Mapping[nn.Parameter, Tensor], *, back: bool = False
+) -> dict[nn.Parameter, Tensor]:
+    """``Q_Gᵀ grad Q_A`` of each layer, with the eigenvectors of its blocks as columns, and copies of the gradients of
+    other parameters: in these coordinates A ⊗ G is diagonal, as far as its blocks go.
+
+    Args:
+        layers: those with curvature.
+        kept: the eigenvectors of each layer.
+        grads: by parameter; nothing in it is changed.
+        back: from there, ``Q_G X Q_Aᵀ``.
+    """
+    directions: dict[nn.Parameter, Tensor] = {}
+    for layer, own, (Q_A, Q_G) in _complete(layers, kept, grads):
+        matrix = layer.to_matrix(own, Q_G.dtype)
+        left, right = (Q_G, None if Q_A is None else Q_A.mT) if back else (Q_G.mT, Q_A)
+        _put(directions, layer, layer.from_matrix(layer.product(left, matrix, right), own), grads)
+    return _with_others(directions, grads)
 
 
 def _natural_by_roots(layer: Layer, own: Sequence[Tensor], roots: Kept) -> list[Tensor]:

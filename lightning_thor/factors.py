@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from lightning_thor.kept import Keeping
 from lightning_thor.layer import Layer
 from lightning_thor.stacks import FactorStacks
 
@@ -13,12 +14,12 @@ Factors = Mapping[str, Mapping[str, int]]
 """By name of a layer, in the order of the stacks: which factor is its ``"A"``, if it has one, and which its ``"G"``."""
 
 
-def stacks_of(layers: Mapping[str, Layer], *, roots: bool) -> FactorStacks:
+def stacks_of(layers: Mapping[str, Layer], keeping: Keeping) -> FactorStacks:
     """Stacks for all factors of ``layers``, on their device; in float64 if any of them is, else in float32.
 
     Args:
         layers: by name.
-        roots: keep roots of the inverses.
+        keeping: what is kept of each block.
 
     Raises:
         ValueError: the layers lie on several devices.
@@ -35,7 +36,7 @@ def stacks_of(layers: Mapping[str, Layer], *, roots: bool) -> FactorStacks:
     cuts = [(layer.A, layer.G) for layer in layers.values()]
     index = {name: index for index, name in enumerate(layers)}
     folds = [(index[name], index[layer.folded_into]) for name, layer in layers.items() if layer.folded_into]
-    return FactorStacks(cuts, dtype, device, folds, roots=roots)
+    return FactorStacks(cuts, dtype, device, folds, keeping=keeping)
 
 
 def factors_of(layers: Mapping[str, Layer]) -> Factors:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_thor.adam import FIRST, SECOND, adam_directions
 from lightning_thor.collectives import is_sharded, local, sharded_as, sum_over_shards
-from lightning_thor.directions import MODES, Mode
+from lightning_thor.kept import MODES, Mode
 
 OPTIONS = (
     "mode",
     "lr",
     "momentum",
+    "beta2",
     "nesterov",
     "weight_decay",
     "decoupled_weight_decay",
@@ -55,12 +57,27 @@ class PolarPreconditioner(Preconditioner, Protocol):
         """Polar directions of descent, one for each momentum: new tensors, as of ``precondition``."""
 
 
+@runtime_checkable
+class EigenbasisPreconditioner(Preconditioner, Protocol):
+    """What `Thor` asks of a curvature besides, where its groups have ``mode="adam"``."""
+
+    def is_due(self) -> bool:
+        """Whether the next ``update`` may change the basis."""
+
+    def to_eigenbasis(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """New tensors in the shapes of the parameters; ``grads`` stay."""
+
+    def from_eigenbasis(self, rotated: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The way back."""
+
+
 class Thor(Optimizer):
     """Momentum on G⁻¹ grad A⁻¹ (THOR: Chen et al., AAAI 2021); parameters without curvature take plain momentum.
 
     A step, per tensor: precondition, control the scale, add weight decay (unless decoupled), then momentum as in
     `torch.optim.SGD`, to which it is bitwise equal with an identity preconditioner and no scale control. In the polar
-    mode momentum comes first; with an identity preconditioner a matrix then takes the steps of `torch.optim.Muon`.
+    mode momentum comes first; with an identity preconditioner a matrix then takes the steps of `torch.optim.Muon`. In
+    the adam mode the step is that of `torch.optim.AdamW`, in other coordinates.
     Parameters may be sharded by ``fully_shard`` (FSDP2): momentum is sharded as they are, and the scale is that of the
     whole tensor.
 
@@ -70,10 +87,13 @@ class Thor(Optimizer):
             convolutions, msign(U S Vᵀ) being U Vᵀ: Muon's step in the coordinates that the curvature whitens.
             Embeddings, norms and the output layer (the last linear layer or convolution of the model) take the natural
             direction of the momentum (of the output layer with the diagonal of G alone), other parameters plain
-            momentum.
+            momentum. Or ``"adam"``, of all groups: Adam in the coordinates in which the blocks of A and G are diagonal
+            (as SOAP has it in Shampoo's: Vyas et al. 2024, arXiv:2409.11321), for parameters without curvature plain
+            Adam; its learning rates are AdamW's, and ``match_rms`` is not for it. Of the output layer it is A's alone.
         lr: learning rate. With ``match_rms`` AdamW's usual ones carry over.
-        momentum: in [0, 1).
-        nesterov: use Nesterov's momentum; needs ``momentum`` above 0.
+        momentum: in [0, 1); Adam's β₁.
+        beta2: in [0, 1); Adam's β₂, for ``mode="adam"`` alone.
+        nesterov: use Nesterov's momentum; needs ``momentum`` above 0. Not with ``mode="adam"``.
         weight_decay: factor of the weights that is taken off them.
         decoupled_weight_decay: multiply weights by ``1 - lr * weight_decay`` (as AdamW does) instead of adding
             ``weight_decay * weight`` to the preconditioned gradient (as THOR does).
@@ -87,7 +107,8 @@ class Thor(Optimizer):
         preconditioner: a `Curvature`; under a Trainer `ThorCallback` puts it in place when fit starts.
 
     Raises:
-        ValueError: an argument out of its range, both ``match_rms`` and ``kl_clip`` given, or a polar ``kl_clip``.
+        ValueError: an argument out of its range, both ``match_rms`` and ``kl_clip`` given, a ``kl_clip`` that is not
+            natural, or ``mode="adam"`` in some groups only.
     """
 
     def __init__(
@@ -97,6 +118,7 @@ class Thor(Optimizer):
         *,
         mode: Mode = "natural",
         momentum: float = 0.9,
+        beta2: float = 0.99,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
@@ -110,6 +132,7 @@ class Thor(Optimizer):
             "mode": mode,
             "lr": lr,
             "momentum": momentum,
+            "beta2": beta2,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
@@ -122,7 +145,11 @@ class Thor(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; a ValueError if an option of the group is out of its range."""
         unknown = param_group.keys() - {*OPTIONS, "params", "name", "param_names", "initial_lr"}
-        _check_group({**self.defaults, **param_group}, unknown)
+        group = {**self.defaults, **param_group}
+        _check_group(group, unknown)
+        modes = {group["mode"], *(other["mode"] for other in self.param_groups)}
+        if "adam" in modes and len(modes) > 1:
+            raise ValueError(f"mode='adam' must be that of all parameter groups, got {', '.join(sorted(modes))}.")
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -162,8 +189,11 @@ class Thor(Optimizer):
             )
         if any(grad.is_sparse for grad in grads.values()):
             raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
-        self.preconditioner.update()
-        updates = self._directions(self.preconditioner, grads)
+        if any(group["mode"] == "adam" for group in self.param_groups):
+            updates = self._adam_directions(self.preconditioner, grads)
+        else:
+            self.preconditioner.update()
+            updates = self._directions(self.preconditioner, grads)
         steps = [(group, [p for p in group["params"] if p in grads]) for group in self.param_groups]
         self._bring_to_scale(steps, grads, updates)
         self._decay(steps, updates)
@@ -186,8 +216,19 @@ class Thor(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
-                if group["momentum"] and "momentum_buffer" not in state:
+                if group["mode"] != "adam" and group["momentum"] and "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`, but that Adam's moments keep their dtype: torch gives them that
+        of the weights, and squares of small gradients would be 0 in float16."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, params, strict=True):
+            saved = state_dict["state"].get(number, {})
+            if SECOND in saved:
+                self.state[p].update({key: saved[key].to(p.device, copy=True) for key in (FIRST, SECOND)})
 
     def _directions(
         self, preconditioner: Preconditioner, grads: Mapping[nn.Parameter, Tensor]
@@ -208,9 +249,32 @@ class Thor(Optimizer):
         rest = {p: grad for p, grad in grads.items() if p not in momenta}
         return directions | preconditioner.precondition(rest) if rest else directions
 
+    def _adam_directions(
+        self, preconditioner: Preconditioner, grads: Mapping[nn.Parameter, Tensor]
+    ) -> dict[nn.Parameter, Tensor]:
+        """Adam's in the eigenbasis; the curvature is brought up to date, and the first moments with it."""
+        if not isinstance(preconditioner, EigenbasisPreconditioner):
+            raise RuntimeError(
+                f'Thor(mode="adam") got a {type(preconditioner).__name__} without to_eigenbasis. Pass '
+                'preconditioner=Curvature(model, mode="adam").'
+            )
+        grads = {p: grad.to(torch.promote_types(grad.dtype, torch.float32)) for p, grad in grads.items()}
+        held = {p: self.state[p][FIRST] for p in grads if FIRST in self.state[p]} if preconditioner.is_due() else {}
+        held = preconditioner.from_eigenbasis(held)
+        preconditioner.update()
+        for p, moment in preconditioner.to_eigenbasis(held).items():
+            self.state[p][FIRST] = moment
+        rotated, directions = preconditioner.to_eigenbasis(grads), dict[nn.Parameter, Tensor]()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in rotated]
+            states, own = [self.state[p] for p in params], [rotated[p] for p in params]
+            found = adam_directions(states, own, group["momentum"], group["beta2"])
+            directions.update(zip(params, found, strict=True))
+        return preconditioner.from_eigenbasis(directions)
+
     def _bring_to_scale(self, steps: Steps, grads: Mapping[nn.Parameter, Tensor], updates: Updates) -> None:
         """``match_rms`` and ``kl_clip``, in place."""
-        matched = {p: group["match_rms"] for group, params in steps if group["match_rms"] is not None for p in params}
+        matched = {p: group["match_rms"] for group, params in steps if _is_matched(group) for p in params}
         if matched:
             own = [updates[p] for p in matched]
             torch._foreach_mul_(own, _rms_factors(own, list(matched), list(matched.values())))
@@ -251,6 +315,10 @@ class Thor(Optimizer):
             torch._foreach_mul_([buffers[i] for i in old], momentum)
             torch._foreach_add_([buffers[i] for i in old], [updates[i] for i in old])
         return list(torch._foreach_add(updates, buffers, alpha=momentum)) if group["nesterov"] else buffers
+
+
+def _is_matched(group: Mapping[str, Any]) -> bool:
+    return group["match_rms"] is not None and group["mode"] != "adam"  # whose updates have their size
 
 
 def _kl_shrink(
@@ -319,7 +387,7 @@ def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {group['mode']!r}.")
     if isinstance(group["lr"], Tensor):
         raise ValueError("lr must be a number, got a Tensor: Thor's step would have to wait for it.")
-    for option in ("lr", "momentum", "weight_decay", "match_rms", "kl_clip", "clip_norm"):
+    for option in ("lr", "momentum", "beta2", "weight_decay", "match_rms", "kl_clip", "clip_norm"):
         optional = option in ("match_rms", "kl_clip", "clip_norm") and group[option] is None
         if not optional and (isinstance(group[option], bool) or not isinstance(group[option], int | float)):
             raise ValueError(f"{option} must be a number, got {group[option]!r}.")
@@ -327,6 +395,10 @@ def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
         raise ValueError(f"lr must be 0 or greater, got {group['lr']!r}.")
     if not 0.0 <= group["momentum"] < 1.0:
         raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']!r}.")
+    if not 0.0 <= group["beta2"] < 1.0:
+        raise ValueError(f"beta2 must lie in [0, 1), got {group['beta2']!r}.")
+    if group["nesterov"] and group["mode"] == "adam":
+        raise ValueError("nesterov does not go with mode='adam': set it to False.")
     if group["nesterov"] and group["momentum"] == 0.0:
         raise ValueError("nesterov needs a momentum above 0, got 0.")
     if not (math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0):
@@ -334,9 +406,9 @@ def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
     for option in ("match_rms", "kl_clip", "clip_norm"):
         if group[option] is not None and not (math.isfinite(group[option]) and group[option] > 0):
             raise ValueError(f"{option} must be greater than 0, or None to turn it off, got {group[option]!r}.")
-    if group["mode"] == "polar" and group["kl_clip"] is not None:
+    if group["mode"] != "natural" and group["kl_clip"] is not None:
         raise ValueError(
-            f"kl_clip is for natural directions, got {group['kl_clip']!r} with mode='polar': set it to None."
+            f"kl_clip is for natural directions, got {group['kl_clip']!r} with mode={group['mode']!r}: set it to None."
         )
     if group["match_rms"] is not None and group["kl_clip"] is not None:
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_thor.damping import RULES
-from lightning_thor.directions import MODES
+from lightning_thor.kept import MODES
 from lightning_thor.kinds import STATISTICS, Statistics
 from lightning_thor.refresh import Interval
 from lightning_thor.trace_rule import trace_rule_of

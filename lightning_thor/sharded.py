@@ -13,6 +13,7 @@ from lightning_thor.collectives import Ranks
 from lightning_thor.curvature import Curvature
 from lightning_thor.directions import Kept, natural, polar
 from lightning_thor.exchange import Exchange
+from lightning_thor.kept import ROOT
 from lightning_thor.layer import Layer
 from lightning_thor.routes import Piece, n_numbers, pieces_of, rows_of_a_process, share_out
 from lightning_thor.runs import Cuttable, cuttable, run_of
@@ -59,9 +60,17 @@ class ShardedCurvature:
     Args:
         curvature: of the sharded model.
         exchange: the processes over which it is sharded; None for all ranks of the default group.
+
+    Raises:
+        ValueError: the curvature is of ``mode="adam"``, whose coordinates mix rows of different processes.
     """
 
     def __init__(self, curvature: Curvature, exchange: Exchange | None = None) -> None:
+        if curvature.mode == "adam":
+            raise ValueError(
+                'mode="adam" does not go with sharded parameters: its second moments lie in coordinates that mix rows '
+                'of several processes. Take mode="natural" or "polar" with thor_fsdp2, or strategy="thor_ddp".'
+            )
         self.curvature = curvature
         self._exchange = exchange or Ranks()
         self._plans: dict[tuple[bool, frozenset[nn.Parameter]], Plan] = {}
@@ -78,7 +87,7 @@ class ShardedCurvature:
     @torch.no_grad()
     def precondition_polar(self, momenta: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """As `Curvature.precondition_polar`, of what of each momentum lies in this process."""
-        self.curvature.check_that_roots_are_kept()
+        self.curvature.check_that_it_serves("polar")
         return self._directions(momenta, is_polar=True)
 
     def _directions(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> dict[nn.Parameter, Tensor]:
@@ -95,7 +104,7 @@ class ShardedCurvature:
             directions = (
                 polar(plan.layers, plan.kept, runs, names=curvature.polar_layers)
                 if is_polar
-                else natural(plan.layers, plan.kept, runs, roots=curvature.stacks.roots)
+                else natural(plan.layers, plan.kept, runs, roots=curvature.stacks.keeping is ROOT)
             )
         returned = self._swapped(
             plan, [_rows_of_a_run(directions, one, plan) for one in plan.arriving], plan.leaving, back=True

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_thor.directions import Mode
 from lightning_thor.factors import Factors
+from lightning_thor.kept import KEEPINGS, Mode
 from lightning_thor.layers import some_of
 from lightning_thor.refresh import RefreshSchedule
 from lightning_thor.stacks import FactorStacks
 
-KEPT = ("_inverse", "_root", "_inverted")
+KEPT = (*(f"_{keeping.name}" for keeping in KEEPINGS.values()), "_inverted")
 """How the names of those tensors end that only the processes have which keep a layer's inverses."""
 
 
@@ -33,7 +33,7 @@ def snapshot_of(
     """
     schedule.settle()
     done, turns = schedule.refreshes, schedule.turns(step)
-    kept = "root" if stacks.roots else "inverse"
+    kept = stacks.keeping.name
     layers: dict[str, dict[str, Tensor]] = {}
     for index, (name, sides) in enumerate(factors.items()):
         layers[name] = {

@@ -43,7 +43,14 @@ class Stack:
         return torch.zeros(self._n_kept, dtype=torch.bool, device=self.sums.device)
 
     def take_inverses(
-        self, place: Places, kept: Places, solution: tuple[Tensor, Tensor], added: Tensor, means: Tensor, *, roots: bool
+        self,
+        place: Places,
+        kept: Places,
+        solution: tuple[Tensor, Tensor],
+        added: Tensor,
+        means: Tensor,
+        *,
+        power: float,
     ) -> Tensor:
         """Put new inverses in their place; no device sync.
 
@@ -56,7 +63,7 @@ class Stack:
             solution: ``(inverses [n, size, size], succeeded [n])``.
             added: to the eigenvalues of each factor, ``[factors]``.
             means: of the eigenvalues of each factor, ``[factors]``.
-            roots: keep roots of inverses.
+            power: of its mean damped eigenvalue that a block without an inverse has on its diagonal.
 
         Returns:
             How many blocks failed, of those that had been observed.
@@ -66,7 +73,7 @@ class Stack:
         own, observed = added[owners], added[owners] > 0
         failed = (observed & ~succeeded).sum()
         succeeded = succeeded & observed
-        last_resort = torch.where(observed, (means[owners] + own) ** (-0.5 if roots else -1.0), 1.0)
+        last_resort = torch.where(observed, (means[owners] + own) ** power, 1.0)
         before = self.inverse[kept]
         # A block that never had an inverse has zeros beside its diagonal.
         diagonal = before.diagonal(dim1=-2, dim2=-1)

@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_thor.blocks import Blocks
 from lightning_thor.damping import DampingRule, split_damping
 from lightning_thor.folds import fold_in_
-from lightning_thor.inverse import damped_inverse_roots, damped_inverses, traces
+from lightning_thor.inverse import traces
+from lightning_thor.kept import INVERSE, Keeping
 from lightning_thor.stack import Places, Stack, put
 from lightning_thor.triangles import n_packed, pack, unpack
 
@@ -44,7 +45,7 @@ class FactorStacks:
         device: of everything here.
         folds: ``(table, output)``: layers whose weight is the same one ``[vocabulary, width]``, an embedding's and a
             linear layer's; see `lightning_thor.folds`.
-        roots: keep a root W, with ``WᵀW`` the inverse, wherever an inverse is spoken of here.
+        keeping: what is kept of each block wherever an inverse is spoken of here.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class FactorStacks:
         device: torch.device,
         folds: Sequence[tuple[int, int]] = (),
         *,
-        roots: bool = False,
+        keeping: Keeping = INVERSE,
     ) -> None:
         factors = [factor for cut in cuts for factor in cut]
         by_size: dict[int, list[int]] = {}
@@ -65,7 +66,7 @@ class FactorStacks:
             size: sum(_n_blocks(factors[index]) for index in members) * size * size for size, members in by_size.items()
         }
         self.dtype = dtype
-        self.roots = roots
+        self.keeping = keeping
         self._factors = factors
         self._tables = {output: table for table, output in folds}
         self.flat_sums = torch.zeros(sum(lengths.values()) + 4 * len(cuts), dtype=dtype, device=device)
@@ -295,10 +296,9 @@ class FactorStacks:
             self.stacks[size].inverse[inverses] = 0.0
         averages = self._folded()
         means = self._factor_traces(averages, selection) / self._widths
-        invert = damped_inverse_roots if self.roots else damped_inverses
 
         def solve(problems: Mapping[int, tuple[Tensor, Tensor]]) -> Mapping[int, tuple[Tensor, Tensor]]:
-            return {size: invert(*problem) for size, problem in problems.items()}
+            return {size: self.keeping.make(*problem) for size, problem in problems.items()}
 
         return self._solve(selection, averages, self.added, means, solve)
 
@@ -314,7 +314,7 @@ class FactorStacks:
         failed = torch.zeros_like(self.failed_inversions)
         for size, (place, kept) in selection.kept.items():
             stack = self.stacks[size]
-            failed += stack.take_inverses(place, kept, solutions[size], added, means, roots=self.roots)
+            failed += stack.take_inverses(place, kept, solutions[size], added, means, power=self.keeping.power)
         return failed
 
     def n_bytes(self, layer: int) -> int:

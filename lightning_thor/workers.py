@@ -30,16 +30,18 @@ class SharedDirections:
     Args:
         exchange: one process of each group; alone, this process makes all directions.
         layers: those with curvature, by name.
-        roots: whether roots of the inverses are kept.
+        products: how many times a direction multiplies a layer's matrix by what is kept of both its factors.
         polar: names of the layers that are to be polar.
 
     Attributes:
         own: the numbers of the layers of this process's group, in order.
     """
 
-    def __init__(self, exchange: Exchange, layers: Mapping[str, Layer], *, roots: bool, polar: Container[str]) -> None:
+    def __init__(
+        self, exchange: Exchange, layers: Mapping[str, Layer], *, products: int, polar: Container[str]
+    ) -> None:
         self._exchange = exchange
-        costs = [_cost(layer, roots, name in polar) for name, layer in layers.items()]
+        costs = [_cost(layer, products, name in polar) for name, layer in layers.items()]
         units = _units(list(layers.values()))
         groups = spread([sum(costs[layer] for layer in unit) for unit in units], exchange.n_shares)
         members: list[list[int]] = [[] for _ in range(exchange.n_shares)]
@@ -85,11 +87,11 @@ class SharedDirections:
             count.copy_(before + risen[0])
 
 
-def _cost(layer: Layer, roots: bool, is_polar: bool) -> float:
-    """Multiplications of one step's direction, and of its part of a refresh; an inverse has two roots."""
+def _cost(layer: Layer, products: int, is_polar: bool) -> float:
+    """Multiplications of one step's direction, and of its part of a refresh."""
     cut = layer.A, layer.G
     inversions = (inversion_cost(layer.A) + inversion_cost(layer.G)) / STEPS_PER_REFRESH
-    return product_cost(cut) * (2 if roots else 1) + (sign_cost(cut) if is_polar else 0.0) + inversions
+    return product_cost(cut) * products + (sign_cost(cut) if is_polar else 0.0) + inversions
 
 
 def _units(layers: Sequence[Layer]) -> list[list[int]]:

@@ -92,13 +92,14 @@ def callback_of(trainer: L.Trainer) -> ThorCallback:
 
 
 def everything(trainer: L.Trainer) -> list[Tensor]:
-    """Weights, momentum, factors, inverses and learning rates of a finished fit."""
+    """Weights, the optimizer's state, factors, inverses and learning rates of a finished fit."""
     curvature = callback_of(trainer).curvature
     assert curvature is not None
     (optimizer,) = trainer.optimizers
     module = trainer.lightning_module
     tensors = [p.detach().clone() for p in module.parameters()]
-    tensors += [optimizer.state[p]["momentum_buffer"] for p in module.parameters() if p in optimizer.state]
+    for p in module.parameters():
+        tensors += [torch.as_tensor(value) for value in optimizer.state[p].values()] if p in optimizer.state else []
     for stack in curvature.stacks.stacks.values():
         tensors += [stack.average, stack.inverse, stack.inverted.float()]
     tensors += [torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64)]

@@ -360,6 +360,7 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "resumed": lambda folder: fit(folder, Module(HALVES), max_epochs=3, resume=folder / "halves" / "epoch=0.ckpt"),
     "staggered": lambda folder: fit(folder, Module(HALVES), max_epochs=3, stagger=True),
     "polar": lambda folder: fit(folder, Module(HALVES, mode="polar"), max_epochs=2, strategy=in_buckets()),
+    "adam": lambda folder: fit(folder, Module(HALVES, mode="adam"), max_epochs=2, strategy=in_buckets()),
     "trace_rule": lambda folder: fit(folder, Module(HALVES), max_epochs=3, trace_rule=(0.2, 0.02)),
     "quarters": lambda folder: fit(folder, Module(HALVES, micro_batches=2)),
     "unequal": lambda folder: fit(folder, Module((10, 22)), max_steps=1),

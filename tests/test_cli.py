@@ -421,6 +421,15 @@ def test_the_polar_mode_is_one_option(tmp_path: Path, monkeypatch: pytest.Monkey
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["mode"] == "polar"
 
 
+def test_the_adam_mode_is_one_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--optimizer.mode=adam", "--optimizer.beta2=0.98", "--trainer.max_epochs=1")
+    run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, *options)
+    checkpoint = torch.load(checkpoint_in(tmp_path), weights_only=True)
+    assert checkpoint["callbacks"]["ThorCallback"]["curvature"]["mode"] == "adam"
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["beta2"] == 0.98
+    assert all("exp_avg_sq" in state for state in checkpoint["optimizer_states"][0]["state"].values())
+
+
 def test_a_mode_that_does_not_exist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, "--optimizer.mode=muon")

@@ -352,8 +352,8 @@ def test_a_polar_optimizer_on_a_natural_curvature_is_told_what_to_build() -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "muon"}, "mode must be one of natural, polar, got 'muon'"),
-        ({"mode": None}, "mode must be one of natural, polar, got None"),
+        ({"mode": "muon"}, "mode must be one of natural, polar, adam, got 'muon'"),
+        ({"mode": None}, "mode must be one of natural, polar, adam, got None"),
         ({"mode": "polar", "match_rms": None, "kl_clip": 1e-3}, "kl_clip is for natural directions"),
     ],
 )
@@ -365,7 +365,7 @@ def test_bad_modes_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_curvature_knows_no_other_mode() -> None:
-    with pytest.raises(ValueError, match="mode must be one of natural, polar, got 'muon'"):
+    with pytest.raises(ValueError, match="mode must be one of natural, polar, adam, got 'muon'"):
         Curvature(net(), mode="muon")  # type: ignore[arg-type]
 
 

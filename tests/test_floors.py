@@ -29,6 +29,9 @@ FLOORS = {
         "costs",
         "trace_rule",
         "triangles",
+        "eigen",
+        "kept",
+        "adam",
     },
     FIRST: {
         "attention",

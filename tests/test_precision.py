@@ -27,7 +27,7 @@ def fit(folder: Path, module: Boring, *callbacks: L.Callback, **options: Any) ->
     return found
 
 
-@pytest.mark.parametrize("mode", ["natural", "polar"])
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true", "bf16-true", "16-true"])
 def test_every_precision_trains_with_factors_of_at_least_float32(tmp_path: Path, precision: Any, mode: str) -> None:
     module = Boring(n=16, mode=mode)
@@ -52,7 +52,9 @@ class Full(Boring):
             return super().forward(x)
 
 
-@pytest.mark.parametrize(("scale", "mode"), [(1.0, "natural"), (2.0**12, "natural"), (2.0**12, "polar")])
+@pytest.mark.parametrize(
+    ("scale", "mode"), [(1.0, "natural"), (2.0**12, "natural"), (2.0**12, "polar"), (2.0**12, "adam")]
+)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_loss_scale_changes_nothing(tmp_path: Path, scale: float, mode: str, accumulate: int) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}

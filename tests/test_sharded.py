@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from benchmarks import sharded_updates
 from lightning_thor import Curvature, kinds, register_layer
-from lightning_thor.directions import Mode
+from lightning_thor.kept import Mode
 from lightning_thor.routes import pieces_of, rows_of_a_process, share_out
 from lightning_thor.sharded import ShardedCurvature, cuttables_of
 from tests.fakes import Threads, run_in_threads

@@ -173,11 +173,12 @@ def test_two_staggered_ranks_are_one_staggered_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_in_polar_mode_are_one_rank(tmp_path: Path) -> None:
-    """The roots of the inverses are shared out too, and travel as triangles."""
-    module = Module((ROWS,), mode="polar")
+@pytest.mark.parametrize("mode", ["polar", "adam"])
+def test_two_ranks_in_another_mode_are_one_rank(tmp_path: Path, mode: str) -> None:
+    """Roots of the inverses are shared out too, and travel as triangles; eigenvectors travel whole."""
+    module = Module((ROWS,), mode=mode)
     alone = fit(tmp_path, module, devices=1, max_epochs=2)
-    first, second = two_ranks("polar")
+    first, second = two_ranks(mode)
     assert_bitwise(state(first), state(second))
     torch.testing.assert_close(state(first), state(alone), rtol=1e-8, atol=1e-8)
 

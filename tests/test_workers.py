@@ -262,7 +262,7 @@ def test_directions_travel_in_the_widest_dtype_of_the_gradients(
     net = nn.Sequential(*(nn.Linear(4, 4, bias=False).to(dtype) for dtype in dtypes))
     layers = Curvature(net).layers
     exchange = Counting(2, bf16=False)
-    shared = SharedDirections(exchange, layers, roots=False, polar=())
+    shared = SharedDirections(exchange, layers, products=1, polar=())
     grads = {p: torch.randn_like(p) for p in net.parameters()}
     found = shared.bring_to_all({p: grad.clone() for p, grad in shared.own_part(grads).items()}, grads)
     assert exchange.messages == [("all_gather", 16 * travels.itemsize)]
@@ -312,7 +312,7 @@ def test_the_work_of_a_step_is_shared_out_evenly() -> None:
     for group in range(4):
         exchange = Counting(4, bf16=False)
         exchange.own_share = group
-        found.append(SharedDirections(exchange, layers, roots=True, polar=layers).own)
+        found.append(SharedDirections(exchange, layers, products=2, polar=layers).own)
     assert sorted(layer for own in found for layer in own) == list(range(12))
     assert [len(own) for own in found] == [3] * 4
     for trained in train(4, 1, n_steps=0):

@@ -1,0 +1,285 @@
+"""Laws of the adam mode: Adam in the eigenbasis of the blocks, and what it is without curvature."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_thor import Curvature, Thor, configure_thor
+from lightning_thor.eigen import eigenvectors
+from lightning_thor.exchange import Alone, Workers
+from lightning_thor.sharded import ShardedCurvature
+from tests.test_directions import grads_of, net, observed
+from tests.test_optimizer import Identity
+
+
+class Plain(Identity):
+    """A basis that is everyone's."""
+
+    def is_due(self) -> bool:
+        return True
+
+    def to_eigenbasis(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        return {p: grad.clone() for p, grad in grads.items()}
+
+    from_eigenbasis = to_eigenbasis
+
+
+def basis(curvature: Curvature, name: str, side: str) -> Tensor:
+    """Eigenvectors of a factor, ``[groups, width, width]``, from its averages alone, each block without its padding."""
+    layer = curvature.layers[name]
+    blocks = layer.A if side == "A" else layer.G
+    assert blocks is not None
+    average = curvature.stacks.blocks_of(curvature._factors[name][side], "average")
+    widths = [min(blocks.size, blocks.width - start) for start in range(0, blocks.width, blocks.size)]
+    return torch.stack(
+        [
+            torch.block_diag(*(torch.linalg.eigh(block[:n, :n])[1] for block, n in zip(group, widths, strict=True)))
+            for group in average
+        ]
+    )
+
+
+def covariances(n: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    x = torch.randn(n, size, 3 * size, dtype=dtype, generator=torch.Generator().manual_seed(size))
+    return x @ x.mT
+
+
+# ── eigenvectors ──
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_they_are_orthonormal_and_make_a_block_diagonal(size: int, scale: float) -> None:
+    blocks = covariances(3, size) * scale
+    Q, succeeded = eigenvectors(blocks, torch.zeros(3))
+    assert succeeded.all()
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(size, dtype=Q.dtype).expand(3, -1, -1))
+    diagonal = Q.mT @ blocks @ Q
+    values = diagonal.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(diagonal, values.diag_embed(), rtol=0, atol=1e-12 * scale * size**2)
+    assert (values.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_what_was_never_seen_and_padding_stay_apart_at_the_end(rank: int) -> None:
+    """However many eigenvalues besides are zero too, of which eigenvectors could be mixed with them."""
+    x = torch.randn(8, rank, dtype=torch.float64)
+    x[[2, 6, 7]] = 0.0
+    Q, _ = eigenvectors((x @ x.T)[None], torch.zeros(1))
+    expected = torch.zeros(8, 3, dtype=torch.float64)
+    expected[[2, 6, 7], [0, 1, 2]] = 1.0
+    torch.testing.assert_close(Q[0, :, -3:].abs(), expected, rtol=0, atol=1e-12)
+    assert not Q[0, 6:, :-2].any()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_block_that_is_not_finite_fails_alone(wrong: float) -> None:
+    blocks = covariances(3, 4)
+    sound, _ = eigenvectors(blocks, torch.zeros(3))
+    blocks[1, 2, 2] = wrong
+    Q, succeeded = eigenvectors(blocks, torch.zeros(3))
+    assert succeeded.tolist() == [True, False, True]
+    torch.testing.assert_close(Q[::2], sound[::2], rtol=0, atol=0)
+
+
+def test_where_lapack_gives_up_all_of_them_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def give_up(_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", give_up)
+    assert not eigenvectors(covariances(2, 4), torch.zeros(2))[1].any()
+
+
+def test_a_block_that_failed_keeps_its_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    curvature = observed(model, "adam", update_every_n_steps=1)
+    before = {
+        name: [None if Q is None else Q.clone() for Q in curvature.inverses_of(name)] for name in curvature.layers
+    }
+
+    def give_up(_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", give_up)
+    model(torch.randint(9, (40,))).square().mean().backward()
+    curvature.update()
+    after = {name: list(curvature.inverses_of(name)) for name in curvature.layers}
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert curvature.stacks.failed_inversions > 0
+
+
+# ── coordinates ──
+
+
+def test_in_the_new_coordinates_the_factors_are_diagonal_and_the_way_back_leads_back() -> None:
+    """For every kind of layer, padded blocks among them; of parameters without curvature they are copies."""
+    model = net()
+    curvature = observed(model, "adam")
+    grads = grads_of(model)
+    rotated = curvature.to_eigenbasis(grads)
+    torch.testing.assert_close(curvature.from_eigenbasis(rotated), grads)
+    n_matrices = 0
+    for name, layer in curvature.layers.items():
+        if layer.kind.is_matrix and name != "8":
+            weight = layer.parameters[0]
+            matrix = layer.to_matrix([grads[weight]], torch.float64)
+            Q_A, Q_G = basis(curvature, name, "A"), basis(curvature, name, "G")
+            expected = Q_G.mT @ matrix @ Q_A
+            # Of eigenvectors only the signs are free.
+            torch.testing.assert_close(layer.to_matrix([rotated[weight]], torch.float64).abs(), expected.abs())
+            n_matrices += 1
+    assert n_matrices == 4
+    assert rotated.keys() == grads.keys()
+    assert all(rotated[p] is not grads[p] for p in grads)
+
+
+def test_of_the_output_layer_the_outputs_stay_as_they_are() -> None:
+    curvature = observed(net(), "adam")
+    assert curvature.layers["8"].G.size == 1
+    assert bool((curvature.inverses_of("8")[1] == 1).all())
+    assert not curvature.polar_layers
+
+
+# ── steps ──
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 6, bias=False), nn.Tanh(), nn.Linear(6, 4, bias=False)).double()
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randint(9, (40,), generator=generator)).square().mean().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.0, 0.999)])
+def test_without_curvature_it_is_adamw(weight_decay: float, betas: tuple[float, float]) -> None:
+    model, other = net(), net()
+    beta1, beta2 = betas
+    thor = Thor(
+        model.parameters(), lr=0.01, mode="adam", momentum=beta1, beta2=beta2, weight_decay=weight_decay,
+        preconditioner=Plain(),
+    )  # fmt: skip
+    adamw = torch.optim.AdamW(other.parameters(), lr=0.01, betas=betas, weight_decay=weight_decay)
+    torch.testing.assert_close(trained(model, thor), trained(other, adamw), rtol=1e-9, atol=1e-9)
+
+
+def test_its_steps_are_those_of_dense_eigenbases() -> None:
+    """Moments followed by hand over refreshes: the first is carried to the new basis, the second stays as it is."""
+    model = two_layers()
+    curvature = Curvature(model, mode="adam", block_size=4, update_every_n_steps=2)
+    optimizer = Thor(model.parameters(), lr=0.01, mode="adam", preconditioner=curvature)
+    weight = model[0].weight
+    assert isinstance(weight, nn.Parameter)
+    m, v, expected = torch.zeros(6, 7).double(), torch.zeros(6, 7).double(), weight.detach().clone()
+    for t in range(1, 7):
+        optimizer.zero_grad()
+        x = torch.randn(16, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+        model(x).square().mean().backward()
+        assert weight.grad is not None
+        grad = weight.grad.clone()
+        optimizer.step()
+        Q_A, Q_G = basis(curvature, "0", "A")[0], basis(curvature, "0", "G")[0]
+        m = 0.9 * m + 0.1 * grad
+        v = 0.99 * v + 0.01 * (Q_G.T @ grad @ Q_A).square()
+        rotated = Q_G.T @ (m / (1 - 0.9**t)) @ Q_A
+        expected = expected - 0.01 * Q_G @ (rotated / ((v / (1 - 0.99**t)).sqrt() + 1e-8)) @ Q_A.T
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_scale_of_the_loss_hardly_matters() -> None:
+    results = []
+    for scale in (1.0, 1e3):
+        model = two_layers()
+        curvature = Curvature(model, mode="adam", loss_multiplier=lambda scale=scale: scale)  # type: ignore[misc]
+        optimizer = configure_thor(model, mode="adam", preconditioner=curvature)
+        for step in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(16, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+            (scale * model(x).square().mean()).backward()
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_copy_of_the_optimizers_state_goes_on_alike(dtype: torch.dtype) -> None:
+    """In half precision too, where moments have more digits than weights."""
+
+    def start() -> tuple[nn.Module, Curvature, Thor]:
+        model = net().to(dtype)
+        curvature = Curvature(model, mode="adam", update_every_n_steps=2)
+        return model, curvature, Thor(model.parameters(), lr=0.01, mode="adam", preconditioner=curvature)
+
+    model, curvature, optimizer = start()
+    trained(model, optimizer, steps=3)
+    states = copy.deepcopy((model.state_dict(), curvature.state_dict(), optimizer.state_dict()))
+    expected = trained(model, optimizer, steps=3)
+    other, its_curvature, its_optimizer = start()
+    for one, state in zip((other, its_curvature, its_optimizer), states, strict=True):
+        one.load_state_dict(state)
+    torch.testing.assert_close(trained(other, its_optimizer, steps=3), expected, rtol=0, atol=0)
+
+
+# ── what cannot be ──
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"nesterov": True}, "nesterov does not go with mode='adam'"),
+        ({"kl_clip": 1e-3, "match_rms": None}, "kl_clip is for natural directions"),
+        ({"beta2": 1.0}, "beta2 must lie in"),
+        ({"beta2": "0.9"}, "beta2 must be a number"),
+    ],
+)
+def test_options_that_do_not_go_with_it_are_told(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Thor(net().parameters(), mode="adam", **options)
+
+
+def test_it_is_the_mode_of_all_groups_or_of_none() -> None:
+    first, *others = net().parameters()
+    groups = [{"params": [first], "mode": "adam"}, {"params": others}]
+    with pytest.raises(ValueError, match="must be that of all parameter groups, got adam, natural"):
+        Thor(groups)
+
+
+def test_a_curvature_of_another_mode_is_told() -> None:
+    for mode, wanted in (("natural", "adam"), ("polar", "adam"), ("adam", "natural"), ("adam", "polar")):
+        model = net()
+        curvature = Curvature(model, mode=mode)  # type: ignore[arg-type]
+        optimizer = Thor(model.parameters(), mode=wanted, preconditioner=curvature)  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match=f'Thor\\(mode="{wanted}"\\) got a curvature of mode="{mode}"'):
+            trained(model, optimizer, steps=1)
+
+
+def test_sharded_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match='mode="adam" does not go with sharded parameters'):
+        ShardedCurvature(Curvature(net(), mode="adam"), Alone())
+
+
+def test_workers_that_keep_the_bases_of_some_layers_are_refused() -> None:
+    class Two(Alone):
+        n_shares = 2
+
+    with pytest.raises(ValueError, match="inverse_workers must be None with mode='adam'"):
+        Curvature(net(), mode="adam").connect(Alone(), workers=Workers(Alone(), Two()))
+
+
+def test_a_preconditioner_without_a_basis_is_told() -> None:
+    model = net()
+    with pytest.raises(RuntimeError, match="Identity without to_eigenbasis"):
+        trained(model, Thor(model.parameters(), mode="adam", preconditioner=Identity()), steps=1)
