@@ -15,7 +15,12 @@ FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
 
 
 def adam_directions(
-    states: Sequence[MutableMapping[str, Any]], grads: Sequence[Tensor], beta1: float, beta2: float
+    states: Sequence[MutableMapping[str, Any]],
+    grads: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+    *,
+    nesterov: bool = False,
 ) -> list[Tensor]:
     """``m̂ / (√v̂ + 1e-8)`` of each tensor, with the moments in its state brought up to date (Kingma & Ba 2015,
     arXiv:1412.6980, algorithm 1).
@@ -25,6 +30,8 @@ def adam_directions(
             steps is a number, so that nothing waits for a device.
         grads: in at least float32, in whose range squares are; nothing in them is changed.
         beta1, beta2: how much of the first and of the second moment stays.
+        nesterov: take the first moment as it would be if the same gradient came once more (Dozat 2016, "Incorporating
+            Nesterov momentum into Adam"); without bias, as the plain one.
 
     >>> state = {}
     >>> adam_directions([state], [torch.tensor([2.0, -0.5])], 0.9, 0.95)[0]
@@ -43,6 +50,8 @@ def adam_directions(
     roots = list(torch._foreach_sqrt(second))
     torch._foreach_mul_(roots, [1.0 / math.sqrt(1.0 - beta2 ** state[STEP]) for state in states])
     torch._foreach_add_(roots, EPS)
-    directions = list(torch._foreach_div(first, roots))
-    torch._foreach_mul_(directions, [1.0 / (1.0 - beta1 ** state[STEP]) for state in states])
+    ahead = list(torch._foreach_lerp(first, list(grads), 1.0 - beta1)) if nesterov else first
+    directions = list(torch._foreach_div(ahead, roots))
+    steps = [state[STEP] + nesterov for state in states]
+    torch._foreach_mul_(directions, [1.0 / (1.0 - beta1**step) for step in steps])
     return directions

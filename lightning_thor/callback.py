@@ -52,7 +52,7 @@ class ThorCallback(Callback):
         *,
         damping: float | Callable[[int], float] = 0.2,
         damping_rule: DampingRule = "trace",
-        block_size: int | Literal["auto"] | None = 128,
+        block_size: int | Literal["auto"] | None = 64,
         update_every_n_steps: int | Callable[[int], int] = 10,
         averaging: float = 0.8,
         precondition_bias: bool = False,

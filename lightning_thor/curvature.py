@@ -100,7 +100,7 @@ class Curvature:
         mode: Mode = "natural",
         damping: Schedule = 0.2,
         damping_rule: DampingRule = "trace",
-        block_size: int | None = 128,
+        block_size: int | None = 64,
         update_every_n_steps: Interval = 10,
         averaging: float = 0.8,
         precondition_bias: bool = False,

@@ -93,7 +93,7 @@ class Thor(Optimizer):
         lr: learning rate. With ``match_rms`` AdamW's usual ones carry over.
         momentum: in [0, 1); Adam's β₁.
         beta2: in [0, 1); Adam's β₂, for ``mode="adam"`` alone.
-        nesterov: use Nesterov's momentum; needs ``momentum`` above 0. Not with ``mode="adam"``.
+        nesterov: Nesterov's momentum, as in `torch.optim.SGD`; changes nothing where ``momentum`` is 0.
         weight_decay: factor of the weights that is taken off them.
         decoupled_weight_decay: multiply weights by ``1 - lr * weight_decay`` (as AdamW does) instead of adding
             ``weight_decay * weight`` to the preconditioned gradient (as THOR does).
@@ -119,7 +119,7 @@ class Thor(Optimizer):
         mode: Mode = "natural",
         momentum: float = 0.9,
         beta2: float = 0.99,
-        nesterov: bool = False,
+        nesterov: bool = True,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         match_rms: float | None = 0.2,
@@ -268,7 +268,7 @@ class Thor(Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p in rotated]
             states, own = [self.state[p] for p in params], [rotated[p] for p in params]
-            found = adam_directions(states, own, group["momentum"], group["beta2"])
+            found = adam_directions(states, own, group["momentum"], group["beta2"], nesterov=group["nesterov"])
             directions.update(zip(params, found, strict=True))
         return preconditioner.from_eigenbasis(directions)
 
@@ -397,10 +397,6 @@ def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
         raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']!r}.")
     if not 0.0 <= group["beta2"] < 1.0:
         raise ValueError(f"beta2 must lie in [0, 1), got {group['beta2']!r}.")
-    if group["nesterov"] and group["mode"] == "adam":
-        raise ValueError("nesterov does not go with mode='adam': set it to False.")
-    if group["nesterov"] and group["momentum"] == 0.0:
-        raise ValueError("nesterov needs a momentum above 0, got 0.")
     if not (math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0):
         raise ValueError(f"weight_decay must be 0 or greater, got {group['weight_decay']!r}.")
     for option in ("match_rms", "kl_clip", "clip_norm"):

@@ -229,7 +229,6 @@ def test_a_sparse_gradient_is_refused() -> None:
         ({"lr": torch.tensor(0.1)}, "lr must be a number"),
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
         ({"momentum": -0.1}, "momentum must lie in"),
-        ({"momentum": 0.0, "nesterov": True}, "nesterov needs a momentum"),
         ({"weight_decay": -1e-4}, "weight_decay must be 0 or greater"),
         ({"match_rms": 0.0}, "match_rms must be greater than 0"),
         ({"match_rms": None, "kl_clip": -1.0}, "kl_clip must be greater than 0"),
