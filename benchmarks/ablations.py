@@ -1,9 +1,10 @@
 """What one setting of THOR changes: each of ``ablation_settings`` beside the defaults, on two workloads, in both modes.
 
 Every training is as long as those by which ``time_to_target`` tunes, a third of its full ones, at the rate that won
-there, with seeds that were used neither there nor to tune, and is judged by the validation split. A setting's figure is its final loss less that of the defaults
-on the same seed: below 0 is better. Finished trainings are in the JSON file and not repeated; seeds are the outer loop,
-and the settings that tell most come first, so a run may be stopped at any time.
+there, with seeds that were used neither there nor to tune, and is judged by the validation split. A setting's figure is
+its final loss less that of the defaults on the same seed: below 0 is better. Finished trainings are in the JSON file
+and not repeated; seeds are the outer loop, and the settings that tell most come first, so a run may be stopped at any
+time.
 
     python -m benchmarks.ablations --data DIR          # DIR holds cifar10/, tinyshakespeare/
     python -m benchmarks.ablations --draw              # trains nothing: the picture and the table of what is there
@@ -142,7 +143,7 @@ def save_picture(results: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    finals = {case: by_setting for case, by_setting in finals_of(results).items() if len(by_setting) > 1}
+    finals = finals_of(results)
     names = [name for name in settings(steps=1, rows=1) if name != DEFAULT]
     figure, rows = pyplot.subplots(
         1, len(finals), figsize=(2.9 * len(finals) + 2.6, 0.24 * len(names) + 1.6), sharey=True, squeeze=False,
@@ -151,18 +152,19 @@ def save_picture(results: Mapping[str, Any], path: Path) -> None:
     for axes, (case, by_setting) in zip(rows[0], finals.items(), strict=True):
         of = differences(by_setting)
         low, high = limits([value for values in of.values() for value in values])
-        for place, name in enumerate(names):
-            values = [min(max(value, low), high) for value in of.get(name, [])]
-            axes.plot(values, [place] * len(values), color="tab:red", linewidth=1, marker=".", clip_on=False)
+        for name, own in of.items():
+            values = [min(max(value, low), high) for value in own]
+            axes.plot(values, [names.index(name)] * len(values), color="tab:red", linewidth=1, marker=".")
         noise = of.get(NOISE, [])
         if noise and math.isfinite(max(noise)):
             axes.axvspan(min(0.0, *noise), max(0.0, *noise), color="tab:gray", alpha=0.25, linewidth=0)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlim(low, high)
+        margin = 0.02 * (high - low)
+        axes.set_xlim(low - margin, high + margin)
         axes.set_title(case.replace(" ", ", "), fontsize="small")
         axes.grid(axis="y", alpha=0.3)
     rows[0][0].set_yticks(range(len(names)), names, fontsize="small")
-    rows[0][0].invert_yaxis()
+    rows[0][0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel("final loss less that of the defaults (left is better; at the edge: or worse)", fontsize="small")
     finish(figure, "One setting changed at a time; grey: what a learning rate that is 1 % higher makes", path)
 
@@ -171,11 +173,12 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     """The part of the axis that is worth seeing: all that is better than the defaults, and most of what is worse.
 
     >>> limits([-0.1, 0.1, 0.2, math.inf])
-    (-0.12, 0.24)
+    (-0.11, 0.22)
     """
-    finite = sorted(value for value in values if math.isfinite(value))
-    worst = finite[int(0.9 * (len(finite) - 1) + 0.5)]
-    return round(1.2 * min(finite[0], -0.1 * abs(worst)), 6), round(1.2 * max(worst, 0.1 * abs(finite[0])), 6)
+    finite = sorted(value for value in values if math.isfinite(value)) or [0.0]
+    best, worst = finite[0], finite[int(0.9 * (len(finite) - 1) + 0.5)]
+    least = 0.1 * max(abs(best), abs(worst)) or 1.0
+    return round(1.1 * min(best, -least), 6), round(1.1 * max(worst, least), 6)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
