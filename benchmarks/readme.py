@@ -1,7 +1,8 @@
-"""Fills the measured figures into README.md, between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
+"""Fills the measured figures into README.md and docs/choosing.md, between ``<!-- name:begin -->`` and
+``<!-- name:end -->``.
 
-    python -m benchmarks.readme           # writes README.md
-    python -m benchmarks.readme --check   # writes nothing; exit status 1 if README.md is not what it would write
+    python -m benchmarks.readme           # writes both
+    python -m benchmarks.readme --check   # writes nothing; exit status 1 if one of them is not what it would write
 
 The demo's figures are those that ``python -m examples.demo`` writes as ``figures.json``, kept as ``docs/demo.json``.
 """
@@ -14,10 +15,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import communication, race, step_figures, trace_rule
+from benchmarks import ablations, communication, race, step_figures, trace_rule
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/choosing.md")
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
@@ -82,6 +84,22 @@ def trace_rule_block(results: dict[str, Any]) -> str:
     )
 
 
+def ablations_block(results: dict[str, Any]) -> str:
+    """What one setting changes, from ``benchmarks/results/ablations.json``."""
+    summary = results["summary"]
+    places = dict.fromkeys(measured_on(one["environment"]) for one in summary.values())
+    words = "; ".join(
+        f"{name}: {one['words']}, {one['steps']} steps, lr "
+        + " and ".join(f"{lr:g} ({mode})" for mode, lr in one["rates"].items())
+        for name, one in summary.items()
+    )
+    return (
+        f"{markdown_table(ablations.heads(), ablations.cells(results))}\n\n"
+        "Final loss on the validation split less that of the defaults on the same seed, below 0 is better: mean "
+        f"(range) over seeds, where there are several. {words}. Measured on: {'; '.join(places)}."
+    )
+
+
 def communication_block(results: dict[str, Any]) -> str:
     """What several processes hide and share, from ``benchmarks/results/communication.json``."""
     timed = {name: result for name, result in results.items() if "times" in result}
@@ -134,14 +152,15 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("benchmarks/results/step_cost.json", step_cost_block),
     "time_to_target": ("benchmarks/results/time_to_target.json", time_to_target_block),
     "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
+    "ablations": ("benchmarks/results/ablations.json", ablations_block),
     "communication": ("benchmarks/results/communication.json", communication_block),
     "sharded_updates": ("benchmarks/results/sharded_updates.json", sharded_updates_block),
     "demo": ("docs/demo.json", demo_block),
 }
 
 
-def filled(text: str, root: Path) -> str:
-    """``text`` with every block that it has markers for, made from the JSON files under ``root``.
+def filled(text: str, root: Path, page: str) -> str:
+    """The ``text`` of ``page`` with every block that it has markers for, made from the JSON files under ``root``.
 
     Raises:
         ValueError: a begin marker without its end marker.
@@ -152,30 +171,32 @@ def filled(text: str, root: Path) -> str:
         if begin not in text:
             continue
         if not (root / file).is_file():
-            raise FileNotFoundError(f"README.md has the marker {begin}, but there is no {file}: measure it first.")
+            raise FileNotFoundError(f"{page} has the marker {begin}, but there is no {file}: measure it first.")
         content = block(json.loads((root / file).read_text(encoding="utf-8")))
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
         # A function, since a string would have its backslashes read as groups.
         text, count = pattern.subn(lambda _, new=f"{begin}\n{content}\n{end}": new, text)  # type: ignore[misc]
         if count != 1:
-            raise ValueError(f"README.md has {begin}, and {count} times {end} after it: one of each is needed.")
+            raise ValueError(f"{page} has {begin}, and {count} times {end} after it: one of each is needed.")
     return text
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Write, or with ``--check`` only compare; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if README.md differs")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a page differs")
     options = parser.parse_args(arguments)
-    readme = root / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = filled(old, root)
-    if options.check and new != old:
-        print("README.md is not what its figures say. Run: python -m benchmarks.readme")
-        return 1
-    if not options.check:
-        readme.write_text(new, encoding="utf-8")
-    return 0
+    stale = False
+    for page in PAGES:
+        path = root / page
+        old = path.read_text(encoding="utf-8")
+        new = filled(old, root, page)
+        if options.check and new != old:
+            print(f"{page} is not what its figures say. Run: python -m benchmarks.readme")
+            stale = True
+        if not options.check:
+            path.write_text(new, encoding="utf-8")
+    return int(stale)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ def made_up_demo() -> dict[str, Any]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A repository with the figures of two blocks, and a README that has markers for them."""
+    """A repository with the figures of two blocks, a README that has markers for them, and a page that has none."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     step_cost_file = tmp_path / "benchmarks" / "results" / "step_cost.json"
@@ -257,6 +257,7 @@ def root(tmp_path: Path) -> Path:
         "<!-- demo:begin --><!-- demo:end -->\nend\n"
     )
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    (tmp_path / "docs" / "choosing.md").write_text("# Choosing\n", encoding="utf-8")
     return tmp_path
 
 
@@ -288,6 +289,18 @@ def test_check_writes_nothing_and_tells_by_its_exit_status(root: Path) -> None:
     figures = made_up_demo() | {"epochs": 8}
     (root / "docs" / "demo.json").write_text(json.dumps(figures), encoding="utf-8")
     assert readme.main(["--check"], root=root) == 1
+
+
+def test_a_page_of_the_docs_is_filled_and_checked_as_the_readme_is(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert readme.main([], root=root) == 0
+    page = root / "docs" / "choosing.md"
+    page.write_text("# Choosing\n<!-- demo:begin -->\nstale\n<!-- demo:end -->\n", encoding="utf-8")
+    assert readme.main(["--check"], root=root) == 1
+    assert capsys.readouterr().out == "docs/choosing.md is not what its figures say. Run: python -m benchmarks.readme\n"
+    assert readme.main([], root=root) == 0
+    assert "| THOR, lr 0.02 | 2.00 |" in page.read_text(encoding="utf-8")
 
 
 def test_a_readme_without_markers_is_up_to_date(root: Path) -> None:
