@@ -1,4 +1,4 @@
-"""The settings that ``ablations`` compares: THOR's defaults with one thing changed, as contenders of one rate each."""
+"""The settings that ``ablations`` compares: the same options with one thing changed, as contenders of one rate each."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +13,8 @@ from benchmarks.training import WARM_UP_SHARE, shape
 from lightning_thor import Curvature
 
 DEFAULT = "default"
+BASE: Mapping[str, Mapping[str, Any]] = {"curvature": {"block_size": 128}, "optimizer": {"nesterov": False}}
+"""What all of them have unless it is what they change: the defaults of the day. What these figures say became them."""
 NOISE = "lr 1 % higher"
 """Next to no change: what it makes is what the chaos of a training makes."""
 
@@ -89,7 +91,10 @@ def settings(steps: int, rows: int) -> dict[str, Setting]:
 
 def contender_of(name: str, setting: Setting, mode: str, lr: float, steps: int) -> Contender:
     """`Thor` in a mode with a setting, for a training of so many steps at a peak rate near ``lr``."""
-    options = {"curvature": {"mode": mode, **setting.curvature}, "optimizer": {"mode": mode, **setting.optimizer}}
+    options = {
+        "curvature": {"mode": mode, **BASE["curvature"], **setting.curvature},
+        "optimizer": {"mode": mode, **BASE["optimizer"], **setting.optimizer},
+    }
 
     def build(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
         optimizer = thor(model, lr, options, per_position)

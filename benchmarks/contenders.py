@@ -181,10 +181,14 @@ def half_decades(first: float) -> tuple[float, ...]:
 
 
 POLAR = {"curvature": {"mode": "polar"}, "optimizer": {"mode": "polar"}}
-NATURAL = {"curvature": {"damping_rule": "pi", "damping": 0.03}, "optimizer": {"match_rms": None, "kl_clip": 1e-3}}
+ADAM = {"curvature": {"mode": "adam"}, "optimizer": {"mode": "adam"}}
+NATURAL = {
+    "curvature": {"damping_rule": "pi", "damping": 0.03, "block_size": 128},
+    "optimizer": {"match_rms": None, "kl_clip": 1e-3, "nesterov": False},
+}
 PLAIN = {
-    "curvature": {"damping_rule": "sqrt", "damping": 0.03, "averaging": 0.0},
-    "optimizer": {"match_rms": None},
+    "curvature": {"damping_rule": "sqrt", "damping": 0.03, "averaging": 0.0, "block_size": 128},
+    "optimizer": {"match_rms": None, "nesterov": False},
 }
 
 CONTENDERS = {
@@ -192,6 +196,8 @@ CONTENDERS = {
     "thor_untuned": Contender("THOR, lr 0.003 untuned", thor, (3e-3,), "lightcoral"),
     # The rates of Muon, whose steps are of the same size.
     "thor_polar": Contender("THOR, polar", thor, half_decades(1e-3), "tab:pink", POLAR),
+    # The rates of AdamW, whose steps are of the same size.
+    "thor_adam": Contender("THOR, adam", thor, half_decades(3e-4), "crimson", ADAM),
     # KL clip at kfac-pytorch's value; damping as in the trial of the design.
     "thor_natural": Contender("THOR, KL clip and π", thor, half_decades(3e-2), "tab:orange", NATURAL),
     # Damping of the size that nn.thor's published recipes begin with.

@@ -166,6 +166,7 @@ class Recipe:
             lr=lr,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
+            nesterov=False,
             clip_norm=self.clip_norm,
             match_rms=None,
             decoupled_weight_decay=False,
