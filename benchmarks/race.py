@@ -11,14 +11,15 @@ from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.tasks import Task
 from benchmarks.training import check_steps
 
-REFERENCE = "adamw"
+OWN = "thor"
+"""How the names of this package's contenders begin."""
 HEADS = (
     "workload and target",
     "optimizer",
     "lr",
     "steps to target",
     "seconds to target",
-    "of AdamW's",
+    "of the fastest other's",
     "ms per step",
     "final",
 )
@@ -54,8 +55,9 @@ def summarise(
     """The figures of each optimizer; ``runs`` are those of its seeds, the same seeds for all.
 
     ``[mean, half width]`` are 95 % intervals over seeds. Steps and seconds to the target are None unless every seed got
-    there; ``reached`` says how many did. ``seconds_ratio`` is to AdamW's seconds on the same seed: the geometric mean
-    and its interval ``[mean, low, high]``. ``final`` is None if some seed ended in a value that is not finite.
+    there; ``reached`` says how many did. ``seconds_ratio`` is to the seconds, on the same seed, of the optimizer that
+    is the fastest of those that are not of this package: the geometric mean and its interval ``[mean, low, high]``;
+    None for that one itself. ``final`` is None if some seed ended in a value that is not finite.
     ``curve`` and ``seconds`` are the runs themselves, for the picture.
     """
     steps = check_steps(task.steps, task.checks)
@@ -66,6 +68,8 @@ def summarise(
     }
     seeds = len(next(iter(runs.values())))
     whole = {name for name, seconds in to_target.items() if len(seconds) == seeds}
+    others = [name for name in runs if name in whole and not name.startswith(OWN)]
+    reference = min(others, key=lambda name: statistics.fmean(to_target[name]), default=None)
     out: dict[str, Any] = {}
     for name, own in runs.items():
         got = [steps[check] for check in checks[name] if check is not None]
@@ -78,7 +82,11 @@ def summarise(
             "reached": len(got),
             "steps_to_target": _rounded(interval(got)) if name in whole else None,
             "seconds_to_target": _rounded(interval(to_target[name])) if name in whole else None,
-            "seconds_ratio": _ratio(to_target[name], to_target[REFERENCE]) if {name, REFERENCE} <= whole else None,
+            "seconds_ratio": (
+                None
+                if reference in (None, name) or name not in whole
+                else _ratio(to_target[name], to_target[reference])
+            ),
             "milliseconds_per_step": _rounded(
                 interval([1e3 * run["seconds"][-1] / steps[len(run["seconds"]) - 1] for run in own])
             ),
@@ -111,7 +119,7 @@ def cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
                 f"{one['lr']:g}" + (" (end of its grid)" if one["lr_is_at_an_end_of_its_grid"] else ""),
                 missed(one) or with_interval(one["steps_to_target"], ".0f"),
                 "–" if missed(one) else with_interval(one["seconds_to_target"], ".1f"),
-                "–" if ratio is None or name == REFERENCE else f"{ratio[0]:.2f} ({ratio[1]:.2f}–{ratio[2]:.2f})",
+                "–" if ratio is None else f"{ratio[0]:.2f} ({ratio[1]:.2f}–{ratio[2]:.2f})",
                 with_interval(one["milliseconds_per_step"], ".0f"),
                 "not finite" if one["final"] is None else with_interval(one["final"], ".3f"),
             )

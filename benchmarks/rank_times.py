@@ -22,7 +22,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.messages import WAYS, Way
+from benchmarks.messages import BLOCK_SIZE, WAYS, Way
 from examples.char_gpt import CharGPT
 from examples.resnet import ResNet18, ResNet50
 from lightning_thor import Curvature, Thor
@@ -130,7 +130,7 @@ def train(workload: Workload, way: Way, rank: int, rounds: int) -> dict[str, Any
     """Refresh in every step; the events of each round, and the messages of the last."""
     torch.manual_seed(rank)
     model = DistributedDataParallel(workload.model().train())
-    curvature = Curvature(model.module, update_every_n_steps=1)
+    curvature = Curvature(model.module, block_size=BLOCK_SIZE, update_every_n_steps=1)
     exchange = Traced(way.bf16)
     curvature.connect(exchange, cut=way.cut, may_start=(lambda: True) if way.from_backward else None)
     curvature.solve = SharedInversions(exchange, exchange.invert)
@@ -160,7 +160,8 @@ def steps(workload: Workload, rank: int, rounds: int) -> dict[str, list[float]]:
         models[name] = DistributedDataParallel(workload.model().train())
         optimizers[name] = torch.optim.SGD(models[name].parameters(), lr=1e-4, momentum=0.9)
         if name == "thor":
-            curvature = Curvature(cast(nn.Module, models[name].module), update_every_n_steps=INTERVAL)
+            module = cast(nn.Module, models[name].module)
+            curvature = Curvature(module, block_size=BLOCK_SIZE, update_every_n_steps=INTERVAL)
             way = WAYS["buckets"]
             curvature.connect(Ranks(dist.new_group()), cut=way.cut, may_start=lambda: True)
             optimizers[name] = Thor(models[name].parameters(), lr=1e-4, preconditioner=curvature)

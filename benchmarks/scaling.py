@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.environment import RESULTS
-from benchmarks.messages import WAYS, counts
+from benchmarks.messages import BLOCK_SIZE, WAYS, counts
 from benchmarks.rank_times import LARGE, SMALL, WORKLOADS
 from benchmarks.readme import markdown_table
 from examples.char_gpt import CharGPT
@@ -176,7 +176,7 @@ def markdown(rates: Rates = ASSUMED) -> str:
     rows = []
     for name, model in MODELS.items():
         with torch.device("meta"):  # shapes alone
-            curvature = Curvature(model())
+            curvature = Curvature(model(), block_size=BLOCK_SIZE)
         whole = nn_thor(curvature, RANKS[0], rates).work
         for way, cost_of in COMPARED.items():
             costs = {n: cost_of(curvature, n, rates) for n in RANKS}
@@ -205,7 +205,7 @@ def check(results: dict[str, Any]) -> str:
     """What the model says of the measured refreshes, at rates measured beside them, and what they took."""
     rows = []
     for name, result in results.items():
-        curvature = Curvature(WORKLOADS[name].model())
+        curvature = Curvature(WORKLOADS[name].model(), block_size=BLOCK_SIZE)
         for n_ranks, one in result.get("times", {}).items():
             n = int(n_ranks)
             rates = rates_of(one, n) if n > 1 else Rates(0.0, 1.0, one["inversion"])

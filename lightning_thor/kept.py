@@ -32,6 +32,6 @@ class Keeping(NamedTuple):
 
 INVERSE = Keeping("inverse", damped_inverses, "symmetric", -1.0, 1)
 ROOT = Keeping("root", damped_inverse_roots, "lower", -0.5, 2)
-EIGENVECTORS = Keeping("eigenvectors", eigenvectors, "full", 0.0, 3)
+EIGENVECTORS = Keeping("eigenvectors", eigenvectors, "full", 0.0, 2)
 KEEPINGS: Mapping[str, Keeping] = {"natural": INVERSE, "polar": ROOT, "adam": EIGENVECTORS}
 """By mode."""

@@ -49,10 +49,10 @@ def thor(model: nn.Module, **options: Any) -> Thor:
 @pytest.mark.parametrize(
     "options",
     [
-        {"momentum": 0.0},
-        {"momentum": 0.9},
+        {"momentum": 0.0, "nesterov": False},
+        {"momentum": 0.9, "nesterov": False},
         {"momentum": 0.9, "nesterov": True},
-        {"momentum": 0.9, "weight_decay": 0.1},
+        {"momentum": 0.9, "nesterov": False, "weight_decay": 0.1},
         {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
     ],
 )
@@ -62,6 +62,12 @@ def test_with_an_identity_preconditioner_thor_is_sgd(options: dict[str, Any], fo
     found = train(ours, thor(ours, lr=0.1, **options))
     expected = train(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1, foreach=foreach, **options))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_without_momentum_there_is_nothing_to_be_ahead_of() -> None:
+    one, other = net(), net()
+    found = train(one, thor(one, lr=0.1, momentum=0.0, nesterov=True))
+    torch.testing.assert_close(found, train(other, thor(other, lr=0.1, momentum=0.0, nesterov=False)), rtol=0, atol=0)
 
 
 def test_decoupled_weight_decay_shrinks_weights_by_lr_times_decay() -> None:
@@ -77,7 +83,7 @@ def test_decoupled_weight_decay_shrinks_weights_by_lr_times_decay() -> None:
 def test_match_rms_gives_every_tensor_the_same_root_mean_square() -> None:
     model = net()
     before = [p.detach().clone() for p in model.parameters()]
-    after = train(model, thor(model, lr=0.1, match_rms=0.2), steps=1)
+    after = train(model, thor(model, lr=0.1, match_rms=0.2, nesterov=False), steps=1)
     for p, q in zip(before, after, strict=True):
         assert (p - q).square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
 
@@ -183,7 +189,7 @@ def test_a_step_without_gradients_does_nothing() -> None:
 def test_options_are_per_group_and_reach_schedulers() -> None:
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     groups = [{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.01}]
-    optimizer = Thor(groups, momentum=0.0, match_rms=None, preconditioner=Identity())
+    optimizer = Thor(groups, momentum=0.0, nesterov=False, match_rms=None, preconditioner=Identity())
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1, 0.01], total_steps=10)
     for group, lr in zip(optimizer.param_groups, (0.1, 0.01), strict=True):
         group["lr"] = lr

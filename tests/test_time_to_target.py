@@ -261,6 +261,7 @@ def test_steps_and_seconds_to_the_target_are_those_of_the_first_check_that_reach
     assert adamw["seconds_to_target"][0] == (4 + 4) / 2
     # On either seed half of AdamW's seconds: no spread.
     assert thor["seconds_ratio"] == [0.5, 0.5, 0.5]
+    assert adamw["seconds_ratio"] is None  # the fastest of the others, to which all ratios are
     assert thor["final"][0] == pytest.approx(0.6)
     assert not thor["lr_is_at_an_end_of_its_grid"]
     assert adamw["lr_is_at_an_end_of_its_grid"]
