@@ -201,7 +201,7 @@ class Thor(Optimizer):
         for group, params in steps:
             own = [updates[p] for p in params]
             if group["mode"] == "natural":
-                own = self._with_momentum(group, params, own)
+                own = self._with_momentum(group, params, own, in_place=True)
             if params:
                 torch._foreach_add_([local(p) for p in params], own, alpha=-group["lr"])
         return loss
@@ -300,8 +300,10 @@ class Thor(Optimizer):
             own = [updates[p] for p in clipped]
             torch._foreach_mul_(own, _clip_factors(own, list(clipped), list(clipped.values())))
 
-    def _with_momentum(self, group: dict[str, Any], params: list[Any], updates: list[Tensor]) -> list[Tensor]:
-        """The momentum of ``params`` after ``updates``, which stay as they are; not to be changed either."""
+    def _with_momentum(
+        self, group: dict[str, Any], params: list[Any], updates: list[Tensor], *, in_place: bool = False
+    ) -> list[Tensor]:
+        """The momentum of ``params`` after ``updates``, not to be changed; nor are those, unless ``in_place``."""
         momentum = group["momentum"]
         if not momentum or not params:
             return updates
@@ -314,7 +316,12 @@ class Thor(Optimizer):
         if old:
             torch._foreach_mul_([buffers[i] for i in old], momentum)
             torch._foreach_add_([buffers[i] for i in old], [updates[i] for i in old])
-        return list(torch._foreach_add(updates, buffers, alpha=momentum)) if group["nesterov"] else buffers
+        if not group["nesterov"]:
+            return buffers
+        if not in_place:
+            return list(torch._foreach_add(updates, buffers, alpha=momentum))
+        torch._foreach_add_(updates, buffers, alpha=momentum)
+        return updates
 
 
 def _is_matched(group: Mapping[str, Any]) -> bool:
