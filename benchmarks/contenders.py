@@ -197,7 +197,7 @@ CONTENDERS = {
     # The rates of Muon, whose steps are of the same size.
     "thor_polar": Contender("THOR, polar", thor, half_decades(1e-3), "tab:pink", POLAR),
     # The rates of AdamW, whose steps are of the same size.
-    "thor_adam": Contender("THOR, adam", thor, half_decades(3e-4), "crimson", ADAM),
+    "thor_adam": Contender("THOR, adam", thor, half_decades(3e-4), "tab:olive", ADAM),
     # KL clip at kfac-pytorch's value; damping as in the trial of the design.
     "thor_natural": Contender("THOR, KL clip and π", thor, half_decades(3e-2), "tab:orange", NATURAL),
     # Damping of the size that nn.thor's published recipes begin with.

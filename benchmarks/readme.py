@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, communication, race, step_figures, trace_rule
+from benchmarks import ablations, communication, race, step_figures, trace_rule, width_transfer
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +114,16 @@ def communication_block(results: dict[str, Any]) -> str:
     )
 
 
+def width_transfer_block(results: dict[str, Any]) -> str:
+    """The best learning rate at each width, from ``benchmarks/results/width_transfer.json``."""
+    widths = results["summary"]["widths"]
+    return (
+        f"{markdown_table(width_transfer.HEADS, width_transfer.cells(results))}\n\n"
+        f"{widths['words']}; one seed, loss on the validation split at the end, half decades of learning rates. "
+        f"Measured on: {measured_on(widths['environment'])}."
+    )
+
+
 def sharded_updates_block(results: dict[str, Any]) -> str:
     """What a step of thor_fsdp2 sends, from ``benchmarks/results/sharded_updates.json``."""
     natural, polar = (results["GPT-2 small"][mode]["8"] for mode in ("natural", "polar"))
@@ -153,6 +163,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "time_to_target": ("benchmarks/results/time_to_target.json", time_to_target_block),
     "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
     "ablations": ("benchmarks/results/ablations.json", ablations_block),
+    "width_transfer": ("benchmarks/results/width_transfer.json", width_transfer_block),
     "communication": ("benchmarks/results/communication.json", communication_block),
     "sharded_updates": ("benchmarks/results/sharded_updates.json", sharded_updates_block),
     "demo": ("docs/demo.json", demo_block),

@@ -24,7 +24,7 @@ from benchmarks.time_to_target import Measurement, Results, tune
 from examples.char_gpt import CharGPT
 
 WIDTHS = (64, 128, 256)
-COMPARED = ("thor", "thor_polar", "adamw", "muon")
+COMPARED = ("thor", "thor_adam", "thor_polar", "adamw", "muon")
 HEADS = ("optimizer", "width", "best lr", "loss", "at its best lr of the narrowest")
 
 
