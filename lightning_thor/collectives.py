@@ -47,7 +47,9 @@ def leave_without_others(exception: BaseException, group: dist.ProcessGroup | No
         return
     for one in (group, dist.group.WORLD):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
-    if isinstance(exception, RuntimeError) and re.search("gloo|NCCL|ProcessGroup", str(exception)):
+    # The last is gloo's word for a collective whose connection another one's timeout has closed.
+    of_a_collective = re.search("gloo|NCCL|ProcessGroup|pair closure", str(exception))
+    if isinstance(exception, RuntimeError) and of_a_collective:
         exception.args = (
             f"{exception}\nRank {dist.get_rank()} waited for another one of the {dist.get_world_size()} in vain: that "
             "one raised, died or hung, and its own output says why. (How long is waited for one that hangs: "
