@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_thor.curvature import Curvature
 from lightning_thor.damping import DampingRule
-from lightning_thor.kept import Mode
+from lightning_thor.kept import PLAIN, Mode
 from lightning_thor.layers import plain_name
 from lightning_thor.model_parallel import ThorModelParallelStrategy
 from lightning_thor.optimizer import Preconditioner, Thor
@@ -167,8 +167,8 @@ class ThorCallback(Callback):
         _warn_of_intervals(trainer)
         if not self.curvature.layers:
             rank_zero_warn(
-                "ThorCallback found no layer to precondition: Thor is plain momentum SGD here. Its table of left-out "
-                "layers says why (summary=True)."
+                "ThorCallback found no layer to precondition: all parameters take "
+                f"{PLAIN[self.curvature.mode]}. Its table of left-out layers says why (summary=True)."
             )
         if self.summary and self.split is not None:
             folder = trainer.log_dir or trainer.default_root_dir  # on all ranks: it is a broadcast
@@ -241,8 +241,8 @@ class ThorCallback(Callback):
             if reason == "frozen" and _weight_trains(name, modules):
                 self.curvature.left_out[name] = "frozen when fit began"
                 rank_zero_warn(
-                    f"{name!r} was frozen when fit began and has no curvature: it takes plain momentum now "
-                    "that it trains. Start another fit from this one's weights to precondition it."
+                    f"{name!r} was frozen when fit began and has no curvature: it takes {PLAIN[self.curvature.mode]} "
+                    "now that it trains. Start another fit from this one's weights to precondition it."
                 )
 
     def _troubles(self) -> tuple[int, int]:

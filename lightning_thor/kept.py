@@ -35,3 +35,5 @@ ROOT = Keeping("root", damped_inverse_roots, "lower", -0.5, 2)
 EIGENVECTORS = Keeping("eigenvectors", eigenvectors, "full", 0.0, 2)
 KEEPINGS: Mapping[str, Keeping] = {"natural": INVERSE, "polar": ROOT, "adam": EIGENVECTORS}
 """By mode."""
+PLAIN: Mapping[str, str] = {"natural": "plain momentum", "polar": "plain momentum", "adam": "plain Adam"}
+"""By mode: what parameters without curvature take."""

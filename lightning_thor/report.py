@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lightning_thor.blocks import Blocks
 from lightning_thor.curvature import Curvature
+from lightning_thor.kept import PLAIN
 from lightning_thor.layers import plain_name
 from lightning_thor.split import BlockSplit
 
@@ -22,7 +23,7 @@ def curvature_table(curvature: Curvature) -> Table:
     table = Table(
         title="THOR curvature",
         caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all{_elsewhere(curvature)}; "
-        "other parameters, their biases too, take plain momentum",
+        f"other parameters, their biases too, take {PLAIN[curvature.mode]}",
     )
     for column in ("layer", "type", "weight", "curvature"):
         table.add_column(column, overflow="fold")

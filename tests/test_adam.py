@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lightning_thor import Curvature, Thor, configure_thor
 from lightning_thor.eigen import eigenvectors
 from lightning_thor.exchange import Alone, Workers
+from lightning_thor.kept import Mode
+from lightning_thor.report import curvature_table
 from lightning_thor.sharded import ShardedCurvature
 from tests.test_directions import grads_of, net, observed
 from tests.test_optimizer import Identity
@@ -285,3 +287,8 @@ def test_a_preconditioner_without_a_basis_is_told() -> None:
     model = net()
     with pytest.raises(RuntimeError, match="Identity without to_eigenbasis"):
         trained(model, Thor(model.parameters(), mode="adam", preconditioner=Identity()), steps=1)
+
+
+@pytest.mark.parametrize(("mode", "step"), [("natural", "momentum"), ("polar", "momentum"), ("adam", "Adam")])
+def test_the_table_says_what_parameters_without_curvature_take(mode: Mode, step: str) -> None:
+    assert f"their biases too, take plain {step}" in str(curvature_table(Curvature(net(), mode=mode)).caption)

@@ -382,7 +382,7 @@ def test_a_model_without_layers_is_warned_about(tmp_path: Path) -> None:
         def train_dataloader(self) -> Any:
             return Boring().data()
 
-    with pytest.warns(UserWarning, match="found no layer to precondition"):
+    with pytest.warns(UserWarning, match="all parameters take plain momentum"):
         trainer(tmp_path, max_steps=1).fit(Bare())
 
 
