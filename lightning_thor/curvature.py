@@ -207,6 +207,11 @@ class Curvature:
         """
         return any(self._turn())
 
+    def about_to_change(self) -> set[nn.Parameter]:
+        """The parameters of the layers that the coming step refreshes."""
+        layers = list(self.layers.values())
+        return {p for index in self._schedule.due(self.step) for p in layers[index].parameters}
+
     def _turn(self) -> Turn:
         """The layers to refresh and those to probe at this step."""
         return self._schedule.due(self.step), self._schedule.probed(self.step)

@@ -61,8 +61,8 @@ class PolarPreconditioner(Preconditioner, Protocol):
 class EigenbasisPreconditioner(Preconditioner, Protocol):
     """What `Thor` asks of a curvature besides, where its groups have ``mode="adam"``."""
 
-    def is_due(self) -> bool:
-        """Whether the next ``update`` may change the basis."""
+    def about_to_change(self) -> set[nn.Parameter]:
+        """The parameters whose basis the next ``update`` may change."""
 
     def to_eigenbasis(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """New tensors in the shapes of the parameters; ``grads`` stay."""
@@ -259,10 +259,11 @@ class Thor(Optimizer):
                 'preconditioner=Curvature(model, mode="adam").'
             )
         grads = {p: grad.to(torch.promote_types(grad.dtype, torch.float32)) for p, grad in grads.items()}
-        held = {p: self.state[p][FIRST] for p in grads if FIRST in self.state[p]} if preconditioner.is_due() else {}
-        held = preconditioner.from_eigenbasis(held)
+        changing = preconditioner.about_to_change()
+        held = {p: self.state[p][FIRST] for p in grads if p in changing and FIRST in self.state[p]}
+        carried = preconditioner.from_eigenbasis(held)
         preconditioner.update()
-        for p, moment in preconditioner.to_eigenbasis(held).items():
+        for p, moment in preconditioner.to_eigenbasis(carried).items():
             self.state[p][FIRST] = moment
         rotated, directions = preconditioner.to_eigenbasis(grads), dict[nn.Parameter, Tensor]()
         for group in self.param_groups:

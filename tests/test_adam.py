@@ -23,8 +23,8 @@ from tests.test_optimizer import Identity
 class Plain(Identity):
     """A basis that is everyone's."""
 
-    def is_due(self) -> bool:
-        return True
+    def about_to_change(self) -> set[nn.Parameter]:
+        return set()
 
     def to_eigenbasis(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         return {p: grad.clone() for p, grad in grads.items()}
@@ -202,6 +202,37 @@ def test_its_steps_are_those_of_dense_eigenbases(nesterov: bool) -> None:
         rotated = Q_G.T @ first @ Q_A
         expected = expected - 0.01 * Q_G @ (rotated / ((v / (1 - 0.99**t)).sqrt() + 1e-8)) @ Q_A.T
         torch.testing.assert_close(weight.detach(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_are_carried_to_a_new_basis_where_there_is_one_and_stay_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = net()
+    curvature = Curvature(model, mode="adam", block_size=4, update_every_n_steps=4, stagger=True)
+    optimizer = Thor(model.parameters(), mode="adam", preconditioner=curvature)
+    bases = {name: list(curvature.inverses_of(name)) for name in curvature.layers}
+    carried: list[set[nn.Parameter]] = []
+    onwards = curvature.from_eigenbasis
+
+    def noted(rotated: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        carried.append(set(rotated))
+        return onwards(rotated)
+
+    monkeypatch.setattr(curvature, "from_eigenbasis", noted)
+    trained(model, optimizer, steps=5)
+    for step in range(5, 9):
+        before = {name: [None if Q is None else Q.clone() for Q in both] for name, both in bases.items()}
+        carried.clear()
+        trained(model, optimizer, steps=1)
+        changed = {
+            p
+            for name, both in bases.items()
+            if any(Q is not None and not torch.equal(Q, old) for Q, old in zip(both, before[name], strict=True))
+            for p in curvature.layers[name].parameters
+        }
+        # A norm has no basis but its own, though it takes its turn.
+        assert {p for p in carried[0] if p.dim() > 1} == changed, step
+        assert set() < carried[0] < carried[1], step
 
 
 def test_the_scale_of_the_loss_hardly_matters() -> None:
