@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrategy, collectives
 from lightning_thor.sharded import ShardedCurvature
 from tests.boring import Boring
-from tests.distributed_workers import ROOT, ROWS, Result, batch, fit, whole
+from tests.distributed_workers import ROOT, ROWS, Result, batch, fit, only, whole
 from tests.sharded_workers import BF16, KL, Sharded, Words, consolidated, fully_shard, ranks, results_folder, train
 from tests.test_strategy import assert_bitwise, clean_environment, state
 
@@ -111,6 +112,41 @@ def test_a_step_sends_rows_there_and_back_and_sums_all_norms_at_once(training: s
         assert len(ops) == 3 * n_steps + 2 * refreshes
         norms = [call["numel"] for call in result["collectives"] if not call["own_group"]]
         assert norms == [len(result["weights"])] * n_steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["", "irregular_", "growing_"])
+def test_how_factors_travel_changes_no_number(training: str) -> None:
+    """In a bucket for each layer from backward on, or at once in the step; layers that are used 0 to 2 times;
+    windows of one micro-batch, and then of two, the first of which must not take the second for late."""
+    for result, plain in zip(ranks(f"{training}in_buckets"), ranks(f"{training}in_the_step"), strict=True):
+        assert_bitwise(state(result), state(plain))
+        assert not any(call["in_backward"] for call in only("all_reduce", plain["collectives"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("training", "micro_batches"), [("in_buckets", 1), ("micro_batches_in_buckets", 2)])
+def test_from_the_second_refresh_on_buckets_start_in_backward_but_in_none_that_only_accumulates(
+    training: str, micro_batches: int
+) -> None:
+    """Six layers, each in a bucket of its own; every step has one message of the norms besides."""
+    for result in ranks(training):
+        calls = [call for call in only("all_reduce", result["collectives"]) if call["own_group"]]
+        n_steps = result["steps"][-1]
+        refreshes = (n_steps + 2) // 3
+        assert [call["in_backward"] for call in calls] == [False] * 6 + [True] * 6 * (refreshes - 1)
+        sent = [after - before for before, after in pairwise([0, *result["counts"]])]
+        accumulated, stepped = sent[::micro_batches], sent[micro_batches - 1 :: micro_batches]
+        assert stepped == [1 if step % 3 else 7 for step in range(n_steps)]
+        assert micro_batches == 1 or not any(accumulated)
+
+
+@pytest.mark.slow
+def test_a_layer_that_was_not_used_holds_its_bucket_and_those_behind_it_back_until_the_step() -> None:
+    for result in ranks("irregular_in_buckets"):
+        calls = [call["in_backward"] for call in only("all_reduce", result["collectives"]) if call["own_group"]]
+        assert calls[6:12] == [False] * 6  # nobody uses the layer that comes first in backward
+        assert all(calls[12:18])
 
 
 @pytest.mark.slow
