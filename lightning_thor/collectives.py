@@ -53,7 +53,7 @@ def leave_without_others(exception: BaseException, group: dist.ProcessGroup | No
         exception.args = (
             f"{exception}\nRank {dist.get_rank()} waited for another one of the {dist.get_world_size()} in vain: that "
             "one raised, died or hung, and its own output says why. (How long is waited for one that hangs: "
-            "ThorDDPStrategy(timeout=timedelta(...)).)",
+            "timeout=timedelta(...) of the strategy.)",
         )
 
 

@@ -105,6 +105,10 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
         finally:
             self._accumulates = before
 
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        collectives.leave_without_others(exception, self._factor_group)
+
     def _is_last_backward(self) -> bool:
         """False in a micro-batch that only accumulates."""
         return not self._accumulates
