@@ -9,12 +9,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_thor.exchange import Alone, Exchange, Wait, Workers
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Shard
+
+    try:
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError:  # torch 2.5
+        from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
 
 
 def is_distributed() -> bool:
@@ -174,6 +179,13 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return own
+
+
+def reshard(module: nn.Module) -> None:
+    """Let go of weights that ``fully_shard`` holds whole: those of its root are so after a pass without gradients."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def sharded_as(parameter: Tensor, own: Tensor) -> Tensor:

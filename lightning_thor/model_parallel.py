@@ -105,6 +105,12 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
         finally:
             self._accumulates = before
 
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As of Lightning's strategy, which knows no sharded model where a validation left its weights whole."""
+        assert self.model is not None
+        collectives.reshard(self.model)
+        return super().load_checkpoint(*args, **kwargs)
+
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         collectives.leave_without_others(exception, self._factor_group)

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_thor import ThorModelParallelStrategy
-from tests.distributed_workers import HALVES, QUARTERS, Module, Net, Result, fit, run
+from tests.distributed_workers import HALVES, QUARTERS, STEPS_PER_EPOCH, Module, Net, Result, fit, run
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -72,6 +73,19 @@ class Sharded(Module):
         for group in found[0].param_groups:
             group.update(self.options)
         return found, schedules
+
+
+class Searching(Sharded):
+    """Looks for a learning rate before it trains, in as many steps as an epoch has: a validation is the last of it."""
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [LearningRateFinder(num_training_steps=STEPS_PER_EPOCH, max_lr=0.1, update_attr=False)]
+
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
+    def validation_step(self, piece: tuple[Tensor, Tensor, Tensor], index: int) -> None:
+        self.training_step(piece, index)
 
 
 class Growing(Sharded):
@@ -138,6 +152,15 @@ TWO: dict[str, Callable[[Path], Result]] = {
     "natural": lambda folder: train(folder, Sharded(HALVES), max_epochs=3, checkpoints="natural"),
     "polar": lambda folder: train(folder, Sharded(HALVES, mode="polar"), consolidated(), checkpoints="polar"),
     "resumed": lambda folder: train(folder, Sharded(HALVES), max_epochs=3, resume=folder / "natural" / "epoch=0.ckpt"),
+    "polar_resumed": lambda folder: train(
+        folder, Sharded(HALVES, mode="polar"), consolidated(), resume=folder / "polar" / "epoch=0.ckpt"
+    ),
+    "one_file": lambda folder: train(folder, Sharded(HALVES), consolidated(), max_epochs=3, checkpoints="one_file"),
+    "one_file_resumed": lambda folder: train(
+        folder, Sharded(HALVES), consolidated(), max_epochs=3, resume=folder / "one_file" / "epoch=0.ckpt"
+    ),
+    "searching": lambda folder: train(folder, Searching(HALVES), max_epochs=3),
+    "searching_in_one_file": lambda folder: train(folder, Searching(HALVES), consolidated(), max_epochs=3),
     "micro_batches": lambda folder: train(folder, Sharded(HALVES, micro_batches=2)),
     "kl_clip": lambda folder: train(folder, Sharded(HALVES, KL), gradient_clip_val=0.05),
     "no_momentum": lambda folder: train(

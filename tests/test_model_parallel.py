@@ -181,9 +181,18 @@ def test_an_overflow_in_the_first_step_after_a_resume_is_forgotten_too() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("resumed", "unbroken"), [("resumed", "natural"), ("unused_resumed", "unused")])
+@pytest.mark.parametrize(
+    ("resumed", "unbroken"),
+    [
+        ("resumed", "natural"),
+        ("unused_resumed", "unused"),
+        ("one_file_resumed", "one_file"),
+        ("polar_resumed", "polar"),
+    ],
+)
 def test_a_resumed_run_is_bitwise_the_unbroken_one(resumed: str, unbroken: str) -> None:
-    """Of a distributed checkpoint, between refreshes; also where parameters never had a gradient."""
+    """Of a folder, also where parameters never had a gradient, and of one file; all between refreshes."""
+    assert (results_folder() / "one_file" / "epoch=0.ckpt").is_file()
     for again, once in zip(ranks(resumed), ranks(unbroken), strict=True):
         assert again["steps"][0] == 5
         assert_bitwise(state(again), state(once))
@@ -200,6 +209,14 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, one_process:
     resumed = train(tmp_path, Sharded((ROWS,), mode=mode), strategy, resume=file)
     assert resumed["steps"][0] == 5
     torch.testing.assert_close(state(resumed), state(unbroken), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("searching", "plain"), [("searching", "natural"), ("searching_in_one_file", "one_file")])
+def test_a_fit_after_a_search_for_a_learning_rate_is_the_fit_without_it(searching: str, plain: str) -> None:
+    for result, expected in zip(ranks(searching), ranks(plain), strict=True):
+        assert len(result["collectives"]) > len(expected["collectives"])
+        assert_bitwise(state(result), state(expected))
 
 
 @pytest.mark.slow
