@@ -18,9 +18,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrategy, collectives
+from lightning_thor.report import curvature_table
 from lightning_thor.sharded import ShardedCurvature
 from tests.boring import Boring
 from tests.distributed_workers import ROOT, ROWS, Result, batch, fit, only, whole
@@ -284,6 +286,21 @@ def test_weights_that_are_not_sharded_by_rows_are_refused(four_processes: None) 
     ThorModelParallelStrategy().connect_curvature(
         curvature, {"weight": nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))}
     )
+
+
+def test_the_summary_of_a_sharded_model_is_that_of_the_whole_and_asks_no_other_rank(four_processes: None) -> None:
+    """Only one rank prints it: an attention's packed weight must not be gathered for its three parts."""
+    tables = []
+    for is_sharded in (False, True):
+        model = nn.MultiheadAttention(8, 2)
+        if is_sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+        curvature = Curvature(model)
+        with CommDebugMode() as communication:
+            table = curvature_table(curvature)
+        assert communication.get_total_counts() == 0
+        tables.append([list(column.cells) for column in table.columns if column.header != "type"])
+    assert tables[1] == tables[0]
 
 
 def test_a_shard_without_the_sharded_curvature_is_told(four_processes: None) -> None:
