@@ -340,6 +340,10 @@ def test_the_readmes_sharded_model_trains(tmp_path: Path, monkeypatch: pytest.Mo
     assert trainer.global_step == 4
     assert all(collectives.is_sharded(p) for p in trainer.lightning_module.parameters())
     assert (tmp_path / "checkpoints").is_dir()
+    trainer.validate(trainer.lightning_module, verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module)
+    assert trainer.global_step == 8
 
 
 @pytest.mark.slow
