@@ -9,12 +9,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_thor.exchange import Alone, Exchange, Wait, Workers
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Shard
+
+    try:
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError:  # torch 2.5
+        from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
 
 
 def is_distributed() -> bool:
@@ -53,7 +58,7 @@ def leave_without_others(exception: BaseException, group: dist.ProcessGroup | No
         exception.args = (
             f"{exception}\nRank {dist.get_rank()} waited for another one of the {dist.get_world_size()} in vain: that "
             "one raised, died or hung, and its own output says why. (How long is waited for one that hangs: "
-            "ThorDDPStrategy(timeout=timedelta(...)).)",
+            "timeout=timedelta(...) of the strategy.)",
         )
 
 
@@ -174,6 +179,13 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return own
+
+
+def reshard(module: nn.Module) -> None:
+    """Let go of weights that ``fully_shard`` holds whole: those of its root are so after a pass without gradients."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def sharded_as(parameter: Tensor, own: Tensor) -> Tensor:

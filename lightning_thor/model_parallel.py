@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 
-from lightning_thor import collectives
+from lightning_thor import buckets, collectives
 from lightning_thor.curvature import Curvature
 from lightning_thor.layers import some_of
 from lightning_thor.optimizer import Thor
@@ -22,16 +23,19 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
     As with `lightning.pytorch.strategies.ModelParallelStrategy` the module shards itself, in ``configure_model``, by
     ``fully_shard(..., mesh=self.device_mesh["data_parallel"])``; all that is trained must be sharded, along its first
     dimension. Factors and inverses are whole on each rank; each direction is computed once, see `ShardedCurvature`. The
-    results are those of ``"thor_ddp"``.
+    factors of a refresh travel as with ``"thor_ddp"``: in buckets, in a process group of their own, from backward on,
+    but never in one that only accumulates (there FSDP2 sums gradients all the same, as Lightning has it). The results
+    are those of ``"thor_ddp"``.
 
     Args:
         data_parallel_size: how many ranks share the weights and the batch; ``"auto"`` is all of them (of Lightning's
             strategy, the number of nodes).
         tensor_parallel_size: 1 or ``"auto"``, which is 1 too.
+        factor_bucket_mb: megabytes (2²⁰ bytes) of factors after which a bucket is closed; 4 if it is None.
         **kwargs: as of Lightning's strategy; ``save_distributed_checkpoint`` among them.
 
     Raises:
-        ValueError: another ``tensor_parallel_size``.
+        ValueError: another ``tensor_parallel_size``, or a ``factor_bucket_mb`` out of its range.
     """
 
     strategy_name = "thor_fsdp2"
@@ -40,6 +44,8 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
         self,
         data_parallel_size: Literal["auto"] | int = "auto",
         tensor_parallel_size: Literal["auto"] | int = 1,
+        *,
+        factor_bucket_mb: float | None = None,
         **kwargs: Any,
     ) -> None:
         if tensor_parallel_size not in ("auto", 1):
@@ -48,7 +54,9 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
                 "layer's inputs whole: shard over data_parallel alone (tensor_parallel_size=1)."
             )
         super().__init__(data_parallel_size, 1, **kwargs)
+        self._bucket_bytes = buckets.bucket_bytes_of(factor_bucket_mb)
         self._factor_group: Any = None
+        self._accumulates = False
 
     def setup_environment(self) -> None:
         if self._data_parallel_size == "auto":
@@ -84,8 +92,32 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
                 "that is trained over the data-parallel ranks, along its first dimension, in configure_model: "
                 'fully_shard(self.net, mesh=self.device_mesh["data_parallel"]), for modules inside first if you like.'
             )
-        curvature.connect(ranks)
+        curvature.connect(ranks, cut=buckets.by_size(self._bucket_bytes), may_start=self._is_last_backward)
         return ShardedCurvature(curvature, ranks)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """As of Lightning's strategies: what it holds is a micro-batch whose gradients are only accumulated."""
+        before, self._accumulates = self._accumulates, True
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self._accumulates = before
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As of Lightning's strategy, which knows no sharded model where a validation left its weights whole."""
+        assert self.model is not None
+        collectives.reshard(self.model)
+        return super().load_checkpoint(*args, **kwargs)
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        collectives.leave_without_others(exception, self._factor_group)
+
+    def _is_last_backward(self) -> bool:
+        """False in a micro-batch that only accumulates."""
+        return not self._accumulates
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -148,6 +148,7 @@ class Observer:
             warnings.warn(
                 f"Layer {name!r} was used again after its factors were on their way to the other processes: what came "
                 "late is left out of this refresh, and from now on they wait for optimizer.step(). It has several "
-                'backward passes in one step, or more of them than before; strategy="ddp" never sends before the step.',
+                'backward passes in one step, or more of them than before; strategy="ddp" never sends before the step, '
+                "and no backward pass inside of `with trainer.strategy.block_backward_sync():` does.",
                 stacklevel=2,
             )

@@ -6,6 +6,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +43,9 @@ def curvature_table(curvature: Curvature) -> Table:
             table.add_row(name or "(root)", kind, "", f"plain: {curvature.left_out[name]}", style="dim")
             continue
         layer = curvature.layers[used[name][0]]
-        shape = "×".join(map(str, layer.own_part(layer.parameters[0]).shape)) + (" + bias" if layer.with_bias else "")
+        # Not a part of the parameter itself: of a sharded one it is a collective, and only one rank prints.
+        whole = torch.empty(layer.parameters[0].shape, device="meta")
+        shape = "×".join(map(str, layer.own_part(whole).shape)) + (" + bias" if layer.with_bias else "")
         if name != layer.name:
             table.add_row(name or "(root)", kind, shape, f"tied: its rows are added to {layer.name!r}")
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +10,6 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning_thor import buckets, collectives
 from lightning_thor.curvature import Curvature
 from lightning_thor.exchange import Workers
-
-# A bucket leaves when backward has the first of its layers: with DDP's 25 for gradients, all factors of a ResNet-50,
-# 20 MB as triangles, would be one bucket that leaves when backward is over. A few megabytes still outweigh the latency.
-DEFAULT_BUCKET_MB = 4.0
 
 
 class ThorDDPStrategy(DDPStrategy):
@@ -59,7 +54,7 @@ class ThorDDPStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _check_bucket_mb(factor_bucket_mb)
+        self._bucket_bytes = buckets.bucket_bytes_of(factor_bucket_mb)
         buckets.check_split_indices(split_indices)
         if factor_bucket_mb is not None and split_indices is not None:
             raise ValueError(
@@ -69,7 +64,6 @@ class ThorDDPStrategy(DDPStrategy):
         if not isinstance(bf16_factors, bool):
             raise TypeError(f"bf16_factors must be True or False, got {bf16_factors!r}.")
         _check_inverse_workers(inverse_workers)
-        self._bucket_bytes = (DEFAULT_BUCKET_MB if factor_bucket_mb is None else factor_bucket_mb) * 2**20
         self._split_indices = split_indices
         self._bf16_factors = bf16_factors
         self._factor_group: Any = None
@@ -134,14 +128,6 @@ class ThorDDPStrategy(DDPStrategy):
                     find_unused_parameters=unused,
                     start_method=start_method,
                 )
-
-
-def _check_bucket_mb(factor_bucket_mb: Any) -> None:
-    if factor_bucket_mb is None:
-        return
-    number = isinstance(factor_bucket_mb, int | float) and not isinstance(factor_bucket_mb, bool)
-    if not number or not (math.isfinite(factor_bucket_mb) and factor_bucket_mb > 0):
-        raise ValueError(f"factor_bucket_mb must be a number of megabytes greater than 0, got {factor_bucket_mb!r}.")
 
 
 def _check_inverse_workers(inverse_workers: Any) -> None:

@@ -7,10 +7,15 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from lightning_thor import ThorModelParallelStrategy
 from tests.distributed_workers import HALVES, Module, Result, fit, in_buckets
+from tests.sharded_workers import fully_shard
 
 TIMEOUT = 6
 """Seconds that a rank waits for one that hangs; for others it waits as long as by default, half an hour."""
@@ -43,9 +48,14 @@ class Leaving(Module):
             is on its way before the step, and in backward it waits for gradients.
     """
 
-    def __init__(self, leaver: int, how: Callable[[], None], in_backward: bool) -> None:
-        super().__init__(HALVES, extra=lambda rank, number: int(number != 3 or rank == leaver))
+    def __init__(self, leaver: int, how: Callable[[], None], in_backward: bool, **options: Any) -> None:
+        super().__init__(HALVES, extra=lambda rank, number: int(number != 3 or rank == leaver), **options)
         self.leaver, self.how, self.in_backward = leaver, how, in_backward
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for module in (self.net.hidden, self.net):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def loss(self, inputs: Tensor, targets: Tensor, number: int) -> Tensor:
         if (self.trainer.global_rank, number) != (self.leaver, 3):
@@ -62,8 +72,13 @@ class Leaving(Module):
         return loss
 
 
-def leave(folder: Path, leaver: int, how: Callable[[], None], in_backward: bool) -> Result:
+def leave(folder: Path, leaver: int, how: Callable[[], None], in_backward: bool, sharded: bool = False) -> Result:
     limit = {"timeout": timedelta(seconds=TIMEOUT)} if how is hang else {}
+    if sharded:
+        module = Leaving(leaver, how, in_backward, dtype=torch.float32)
+        return fit(
+            folder, module, strategy=ThorModelParallelStrategy(factor_bucket_mb=1e-6, **limit), precision="32-true"
+        )
     return fit(folder, Leaving(leaver, how, in_backward), strategy=in_buckets(find_unused_parameters=True, **limit))
 
 
@@ -73,4 +88,6 @@ NAMED_ONLY: dict[str, Callable[[Path], Result]] = {
     "interrupted_in_backward": lambda folder: leave(folder, 1, interrupt, in_backward=True),
     "dies_in_backward": lambda folder: leave(folder, 0, die, in_backward=True),
     "hangs": lambda folder: leave(folder, 1, hang, in_backward=True),
+    "sharded_raises": lambda folder: leave(folder, 1, throw, in_backward=True, sharded=True),
+    "sharded_interrupted": lambda folder: leave(folder, 0, interrupt, in_backward=False, sharded=True),
 }

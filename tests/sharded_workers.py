@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_thor import ThorModelParallelStrategy
-from tests.distributed_workers import HALVES, QUARTERS, Module, Net, Result, fit, run
+from tests.distributed_workers import HALVES, QUARTERS, STEPS_PER_EPOCH, Module, Net, Result, fit, run
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -74,6 +75,26 @@ class Sharded(Module):
         return found, schedules
 
 
+class Searching(Sharded):
+    """Looks for a learning rate before it trains, in as many steps as an epoch has: a validation is the last of it."""
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [LearningRateFinder(num_training_steps=STEPS_PER_EPOCH, max_lr=0.1, update_attr=False)]
+
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
+    def validation_step(self, piece: tuple[Tensor, Tensor, Tensor], index: int) -> None:
+        self.training_step(piece, index)
+
+
+class Growing(Sharded):
+    """Steps after each micro-batch of the first epoch, after every second one of the next ones."""
+
+    def on_train_epoch_start(self) -> None:
+        self.trainer.accumulate_grad_batches = 1 + min(self.trainer.current_epoch, 1)
+
+
 def train(
     folder: Path, module: Sharded, strategy: str | ThorModelParallelStrategy = "thor_fsdp2", **options: Any
 ) -> Any:
@@ -90,6 +111,26 @@ def train(
 def consolidated() -> ThorModelParallelStrategy:
     """An instance: of those Lightning checks the precision, and refuses 64-true; the weights are float64 anyway."""
     return ThorModelParallelStrategy(save_distributed_checkpoint=False)
+
+
+class InTheStep(ThorModelParallelStrategy):
+    """All factors at once, when backward is over."""
+
+    def __init__(self) -> None:
+        super().__init__(factor_bucket_mb=1e6)
+
+    def _is_last_backward(self) -> bool:
+        return False
+
+
+def in_buckets() -> ThorModelParallelStrategy:
+    """One for each layer."""
+    return ThorModelParallelStrategy(factor_bucket_mb=1e-6)
+
+
+def irregular(rank: int, number: int) -> int:
+    """Once or twice, other on each rank; in batch 3 not at all, on all ranks: FSDP2 allows no less."""
+    return 0 if number == 3 else 1 + (number + rank) % 2
 
 
 def never(rank: int, number: int) -> int:
@@ -111,6 +152,15 @@ TWO: dict[str, Callable[[Path], Result]] = {
     "natural": lambda folder: train(folder, Sharded(HALVES), max_epochs=3, checkpoints="natural"),
     "polar": lambda folder: train(folder, Sharded(HALVES, mode="polar"), consolidated(), checkpoints="polar"),
     "resumed": lambda folder: train(folder, Sharded(HALVES), max_epochs=3, resume=folder / "natural" / "epoch=0.ckpt"),
+    "polar_resumed": lambda folder: train(
+        folder, Sharded(HALVES, mode="polar"), consolidated(), resume=folder / "polar" / "epoch=0.ckpt"
+    ),
+    "one_file": lambda folder: train(folder, Sharded(HALVES), consolidated(), max_epochs=3, checkpoints="one_file"),
+    "one_file_resumed": lambda folder: train(
+        folder, Sharded(HALVES), consolidated(), max_epochs=3, resume=folder / "one_file" / "epoch=0.ckpt"
+    ),
+    "searching": lambda folder: train(folder, Searching(HALVES), max_epochs=3),
+    "searching_in_one_file": lambda folder: train(folder, Searching(HALVES), consolidated(), max_epochs=3),
     "micro_batches": lambda folder: train(folder, Sharded(HALVES, micro_batches=2)),
     "kl_clip": lambda folder: train(folder, Sharded(HALVES, KL), gradient_clip_val=0.05),
     "no_momentum": lambda folder: train(
@@ -127,6 +177,13 @@ TWO: dict[str, Callable[[Path], Result]] = {
         folder, 2, folder / "scaled" / "epoch=0.ckpt", batches=(0, 1, 2), overflow=0
     ),
     "bf16": lambda folder: train(folder, Sharded(HALVES, **BF16), max_epochs=1, precision="bf16-mixed"),
+    "in_buckets": lambda folder: train(folder, Sharded(HALVES), in_buckets(), max_epochs=3),
+    "in_the_step": lambda folder: train(folder, Sharded(HALVES), InTheStep(), max_epochs=3),
+    "irregular_in_buckets": lambda folder: train(folder, Sharded(HALVES, extra=irregular), in_buckets(), max_epochs=3),
+    "irregular_in_the_step": lambda folder: train(folder, Sharded(HALVES, extra=irregular), InTheStep(), max_epochs=3),
+    "micro_batches_in_buckets": lambda folder: train(folder, Sharded(HALVES, micro_batches=2), in_buckets()),
+    "growing_in_buckets": lambda folder: train(folder, Growing(HALVES, micro_batches=2), in_buckets()),
+    "growing_in_the_step": lambda folder: train(folder, Growing(HALVES, micro_batches=2), InTheStep()),
 }
 FOUR: dict[str, Callable[[Path], Result]] = {
     "four": lambda folder: train(folder, Sharded(QUARTERS), max_epochs=3),

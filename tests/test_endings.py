@@ -19,12 +19,20 @@ ADVICE = "waited for another one of the 2 in vain: that one raised, died or hung
 @pytest.fixture(scope="module")
 def endings(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[Ended]]:
     names = ("raises", "interrupted", "interrupted_in_backward", "dies_in_backward", "hangs")
+    names += ("sharded_raises", "sharded_interrupted")
     return lone_ranks(tmp_path_factory.mktemp("endings"), "by_hand", *names)
 
 
 @pytest.mark.parametrize(
     ("name", "leaver", "status"),
-    [("raises", 1, 1), ("interrupted", 0, 1), ("interrupted_in_backward", 1, 1), ("dies_in_backward", 0, 13)],
+    [
+        ("raises", 1, 1),
+        ("interrupted", 0, 1),
+        ("interrupted_in_backward", 1, 1),
+        ("dies_in_backward", 0, 13),
+        ("sharded_raises", 1, 1),
+        ("sharded_interrupted", 0, 1),
+    ],
 )
 def test_a_rank_that_fails_ends_the_other_at_once(
     name: str, leaver: int, status: int, endings: Mapping[str, list[Ended]]
@@ -35,7 +43,7 @@ def test_a_rank_that_fails_ends_the_other_at_once(
     assert abs(failed.seconds - survivor.seconds) < 30
     assert f"Rank {1 - leaver} {ADVICE}" in survivor.printed
     assert ADVICE not in failed.printed
-    assert name != "raises" or "RuntimeError: a rank of the test raised" in failed.printed
+    assert not name.endswith("raises") or "RuntimeError: a rank of the test raised" in failed.printed
 
 
 def test_a_rank_that_hangs_ends_the_other_after_the_timeout_of_the_strategy(endings: Mapping[str, list[Ended]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +18,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrategy, collectives
+from lightning_thor.report import curvature_table
 from lightning_thor.sharded import ShardedCurvature
 from tests.boring import Boring
-from tests.distributed_workers import ROOT, ROWS, Result, batch, fit, whole
+from tests.distributed_workers import ROOT, ROWS, Result, batch, fit, only, whole
 from tests.sharded_workers import BF16, KL, Sharded, Words, consolidated, fully_shard, ranks, results_folder, train
 from tests.test_strategy import assert_bitwise, clean_environment, state
 
@@ -114,6 +117,41 @@ def test_a_step_sends_rows_there_and_back_and_sums_all_norms_at_once(training: s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("training", ["", "irregular_", "growing_"])
+def test_how_factors_travel_changes_no_number(training: str) -> None:
+    """In a bucket for each layer from backward on, or at once in the step; layers that are used 0 to 2 times;
+    windows of one micro-batch, and then of two, the first of which must not take the second for late."""
+    for result, plain in zip(ranks(f"{training}in_buckets"), ranks(f"{training}in_the_step"), strict=True):
+        assert_bitwise(state(result), state(plain))
+        assert not any(call["in_backward"] for call in only("all_reduce", plain["collectives"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("training", "micro_batches"), [("in_buckets", 1), ("micro_batches_in_buckets", 2)])
+def test_from_the_second_refresh_on_buckets_start_in_backward_but_in_none_that_only_accumulates(
+    training: str, micro_batches: int
+) -> None:
+    """Six layers, each in a bucket of its own; every step has one message of the norms besides."""
+    for result in ranks(training):
+        calls = [call for call in only("all_reduce", result["collectives"]) if call["own_group"]]
+        n_steps = result["steps"][-1]
+        refreshes = (n_steps + 2) // 3
+        assert [call["in_backward"] for call in calls] == [False] * 6 + [True] * 6 * (refreshes - 1)
+        sent = [after - before for before, after in pairwise([0, *result["counts"]])]
+        accumulated, stepped = sent[::micro_batches], sent[micro_batches - 1 :: micro_batches]
+        assert stepped == [1 if step % 3 else 7 for step in range(n_steps)]
+        assert micro_batches == 1 or not any(accumulated)
+
+
+@pytest.mark.slow
+def test_a_layer_that_was_not_used_holds_its_bucket_and_those_behind_it_back_until_the_step() -> None:
+    for result in ranks("irregular_in_buckets"):
+        calls = [call["in_backward"] for call in only("all_reduce", result["collectives"]) if call["own_group"]]
+        assert calls[6:12] == [False] * 6  # nobody uses the layer that comes first in backward
+        assert all(calls[12:18])
+
+
+@pytest.mark.slow
 def test_in_mixed_precision_factors_are_float32_and_the_training_is_that_of_one_device(tmp_path: Path) -> None:
     alone = fit(tmp_path, Sharded((ROWS,), **BF16), devices=1, max_epochs=1, precision="bf16-mixed")
     for result in ranks("bf16"):
@@ -145,9 +183,18 @@ def test_an_overflow_in_the_first_step_after_a_resume_is_forgotten_too() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("resumed", "unbroken"), [("resumed", "natural"), ("unused_resumed", "unused")])
+@pytest.mark.parametrize(
+    ("resumed", "unbroken"),
+    [
+        ("resumed", "natural"),
+        ("unused_resumed", "unused"),
+        ("one_file_resumed", "one_file"),
+        ("polar_resumed", "polar"),
+    ],
+)
 def test_a_resumed_run_is_bitwise_the_unbroken_one(resumed: str, unbroken: str) -> None:
-    """Of a distributed checkpoint, between refreshes; also where parameters never had a gradient."""
+    """Of a folder, also where parameters never had a gradient, and of one file; all between refreshes."""
+    assert (results_folder() / "one_file" / "epoch=0.ckpt").is_file()
     for again, once in zip(ranks(resumed), ranks(unbroken), strict=True):
         assert again["steps"][0] == 5
         assert_bitwise(state(again), state(once))
@@ -164,6 +211,14 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, one_process:
     resumed = train(tmp_path, Sharded((ROWS,), mode=mode), strategy, resume=file)
     assert resumed["steps"][0] == 5
     torch.testing.assert_close(state(resumed), state(unbroken), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("searching", "plain"), [("searching", "natural"), ("searching_in_one_file", "one_file")])
+def test_a_fit_after_a_search_for_a_learning_rate_is_the_fit_without_it(searching: str, plain: str) -> None:
+    for result, expected in zip(ranks(searching), ranks(plain), strict=True):
+        assert len(result["collectives"]) > len(expected["collectives"])
+        assert_bitwise(state(result), state(expected))
 
 
 @pytest.mark.slow
@@ -233,6 +288,21 @@ def test_weights_that_are_not_sharded_by_rows_are_refused(four_processes: None) 
     )
 
 
+def test_the_summary_of_a_sharded_model_is_that_of_the_whole_and_asks_no_other_rank(four_processes: None) -> None:
+    """Only one rank prints it: an attention's packed weight must not be gathered for its three parts."""
+    tables = []
+    for is_sharded in (False, True):
+        model = nn.MultiheadAttention(8, 2)
+        if is_sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+        curvature = Curvature(model)
+        with CommDebugMode() as communication:
+            table = curvature_table(curvature)
+        assert communication.get_total_counts() == 0
+        tables.append([list(column.cells) for column in table.columns if column.header != "type"])
+    assert tables[1] == tables[0]
+
+
 def test_a_shard_without_the_sharded_curvature_is_told(four_processes: None) -> None:
     model = nn.Linear(8, 8, bias=False)
     model.weight = nn.Parameter(distribute_tensor(model.weight.data, init_device_mesh("cpu", (4,)), [Shard(0)]))
@@ -270,6 +340,10 @@ def test_the_readmes_sharded_model_trains(tmp_path: Path, monkeypatch: pytest.Mo
     assert trainer.global_step == 4
     assert all(collectives.is_sharded(p) for p in trainer.lightning_module.parameters())
     assert (tmp_path / "checkpoints").is_dir()
+    trainer.validate(trainer.lightning_module, verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module)
+    assert trainer.global_step == 8
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.multiprocessing import ProcessRaisedException
 
-from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy
+from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, ThorModelParallelStrategy
 from tests.boring import without_words
 from tests.distributed_workers import (
     HALVES,
@@ -111,9 +111,10 @@ def test_what_is_handed_to_spawned_ranks_can_be_pickled() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), True, "25"])
-def test_a_bucket_size_that_is_none_is_refused(value: Any) -> None:
+@pytest.mark.parametrize("strategy", [ThorDDPStrategy, ThorModelParallelStrategy])
+def test_a_bucket_size_that_is_none_is_refused(strategy: Any, value: Any) -> None:
     with pytest.raises(ValueError, match="factor_bucket_mb must be a number of megabytes greater than 0"):
-        ThorDDPStrategy(factor_bucket_mb=value)
+        strategy(factor_bucket_mb=value)
 
 
 def test_two_ways_of_making_buckets_at_once_are_refused() -> None:
