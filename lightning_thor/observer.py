@@ -105,7 +105,8 @@ class Observer:
         if backward < 0 or first is None or first[0] != backward or not first[1]:
             self._backward[index] = backward, n_samples
             return 1.0, n_samples
-        return math.sqrt(first[1] / max(n_samples, 1)), 0.0
+        # Of a convolution of which few rows are taken they may be fewer than one; none: no rows, whatever their weight.
+        return math.sqrt(first[1] / n_samples) if n_samples else 1.0, 0.0
 
     def next_window(self) -> None:
         """The sums of the open window were taken out of it: from now on pairs are of the next."""

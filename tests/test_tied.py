@@ -236,3 +236,26 @@ def test_no_refresh_of_a_tied_model_waits_for_the_device() -> None:
         loss(model).backward()
         curvature.update()
     assert not watch.waiting
+
+
+@pytest.mark.parametrize("trace_rule", [None, "THOR"])
+@pytest.mark.parametrize("max_rows", [None, 40, 12])
+def test_a_second_use_counts_as_much_as_the_first_however_few_rows_are_taken(
+    max_rows: int | None, trace_rule: str | None
+) -> None:
+    """Rows of less than one image among them: the share of a convolution's positions that are looked at."""
+    found = []
+    for n_uses in (1, 2):
+        conv = nn.Conv2d(2, 3, 3, padding=1, bias=False, dtype=torch.float64)
+        conv.weight.data.copy_(x_of(3, 2, 3, 3))
+        model = nn.Sequential(conv)
+        curvature = Curvature(model, averaging=0.0, max_rows=max_rows, trace_rule=trace_rule, update_every_n_steps=1)
+        for step in range(2):  # with a trace rule the second one is only looked at
+            x = x_of(3, 2, 12, 12) * (1 + step)
+            torch.stack([model(x).square().sum((1, 2, 3)).mean() for _ in range(n_uses)]).sum().backward()
+            counts = curvature.stacks.counts.clone()
+            curvature.update()
+        seen = counts[0, 3] if trace_rule else factors(curvature, "0")[1]
+        assert seen.abs().sum() > 0
+        found.append(seen)
+    torch.testing.assert_close(found[1], 2 * found[0])
