@@ -220,15 +220,16 @@ class Thor(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`, but that Adam's moments keep their dtype: torch gives them that
-        of the weights, and squares of small gradients would be 0 in float16."""
+        """As `torch.optim.Optimizer.load_state_dict`, but that Adam's moments are in at least float32: torch gives them
+        the dtype of the weights, and squares of small gradients would be 0 in float16."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip(numbers, params, strict=True):
             saved = state_dict["state"].get(number, {})
             if SECOND in saved:
-                self.state[p].update({key: saved[key].to(p.device, copy=True) for key in (FIRST, SECOND)})
+                moments = {key: saved[key].to(p.device, _wide(p.dtype), copy=True) for key in (FIRST, SECOND)}
+                self.state[p].update(moments)
 
     def _directions(
         self, preconditioner: Preconditioner, grads: Mapping[nn.Parameter, Tensor]
@@ -258,9 +259,10 @@ class Thor(Optimizer):
                 f'Thor(mode="adam") got a {type(preconditioner).__name__} without to_eigenbasis. Pass '
                 'preconditioner=Curvature(model, mode="adam").'
             )
-        grads = {p: grad.to(torch.promote_types(grad.dtype, torch.float32)) for p, grad in grads.items()}
+        grads = {p: grad.to(_wide(grad.dtype)) for p, grad in grads.items()}
+        # Those without a gradient at this step too: their next one is in the new basis.
         changing = preconditioner.about_to_change()
-        held = {p: self.state[p][FIRST] for p in grads if p in changing and FIRST in self.state[p]}
+        held = {p: self.state[p][FIRST] for p in changing if FIRST in self.state.get(p, {})}
         carried = preconditioner.from_eigenbasis(held)
         preconditioner.update()
         for p, moment in preconditioner.to_eigenbasis(carried).items():
@@ -325,6 +327,11 @@ class Thor(Optimizer):
         return updates
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In which Adam's moments are kept."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _is_matched(group: Mapping[str, Any]) -> bool:
     return group["match_rms"] is not None and group["mode"] != "adam"  # whose updates have their size
 
@@ -333,7 +340,7 @@ def _kl_shrink(
     clipped: Sequence[tuple[nn.Parameter, dict[str, Any]]], grads: Mapping[nn.Parameter, Tensor], updates: Updates
 ) -> Tensor:
     """``min(1, sqrt(kl_clip / sum lr² |direction · grad|))`` as a 0-dimensional tensor: no device sync."""
-    products = [(updates[p] * grads[p]).sum(dtype=torch.float32) for p, _ in clipped]
+    products = [(updates[p] * grads[p].conj()).real.sum(dtype=torch.float32) for p, _ in clipped]
     products = sum_over_shards(products, [p for p, _ in clipped])
     shares = [
         group["lr"] ** 2 / group["kl_clip"] * product.abs()

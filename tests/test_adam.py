@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, configure_thor
+from lightning_thor.adam import FIRST, SECOND
 from lightning_thor.eigen import eigenvectors
 from lightning_thor.exchange import Alone, Workers
 from lightning_thor.kept import Mode
@@ -267,6 +268,53 @@ def test_a_copy_of_the_optimizers_state_goes_on_alike(dtype: torch.dtype) -> Non
     for one, state in zip((other, its_curvature, its_optimizer), states, strict=True):
         one.load_state_dict(state)
     torch.testing.assert_close(trained(other, its_optimizer, steps=3), expected, rtol=0, atol=0)
+
+
+def test_a_state_goes_on_in_another_precision() -> None:
+    """As of `torch.optim.AdamW`: with weights of half the digits or of twice as many."""
+    states = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model = net().to(dtype)
+        curvature = Curvature(model, mode="adam")
+        optimizer = Thor(model.parameters(), lr=0.01, mode="adam", preconditioner=curvature)
+        if states:
+            curvature.load_state_dict(states[-1][0])
+            optimizer.load_state_dict(states[-1][1])
+        assert all(torch.isfinite(p).all() for p in trained(model, optimizer, steps=2))
+        wide = torch.promote_types(dtype, torch.float32)
+        assert {optimizer.state[p][key].dtype for p in model.parameters() for key in (FIRST, SECOND)} == {wide}
+        states.append((curvature.state_dict(), optimizer.state_dict()))
+
+
+def test_complex_numbers_are_pairs_of_real_ones() -> None:
+    """Of parameters without curvature, such as the spectral weights of a Fourier layer."""
+    weights = [nn.Parameter(torch.arange(6.0).view(2, 3).to(torch.complex64)) for _ in range(2)]
+    thor = Thor(weights[:1], lr=0.01, mode="adam", nesterov=False, preconditioner=Plain())
+    adam = torch.optim.Adam(weights[1:], lr=0.01, betas=(0.9, 0.99))
+    for step in range(3):
+        for weight, optimizer in zip(weights, (thor, adam), strict=True):
+            weight.grad = torch.tensor([[1 + 2j, -1j, 3.0], [0.1j, 2 - 1j, -1.0]]) * (step + 1j)
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+def test_a_moment_is_carried_to_a_new_basis_in_a_step_in_which_its_parameter_has_no_gradient() -> None:
+    """As where a hook takes the gradients of some layers away after backward."""
+    model = two_layers()
+    curvature = Curvature(model, mode="adam", block_size=None, update_every_n_steps=1)
+    optimizer = Thor(model.parameters(), mode="adam", preconditioner=curvature)
+    weight = model[0].weight
+    assert isinstance(weight, nn.Parameter)
+    moments = []
+    for step in range(2):
+        optimizer.zero_grad()
+        x = torch.randn(16, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        if step == 1:
+            weight.grad = None
+        optimizer.step()
+        moments.append(curvature.from_eigenbasis({weight: optimizer.state[weight][FIRST]})[weight])
+    torch.testing.assert_close(moments[0], moments[1])
 
 
 # ── what cannot be ──

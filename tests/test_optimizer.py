@@ -145,6 +145,15 @@ def test_kl_clip_bounds_lr_squared_times_direction_times_gradient(kl_clip: float
     torch.testing.assert_close(after, expected)
 
 
+def test_a_complex_parameter_is_clipped_as_its_two_real_parts_are() -> None:
+    numbers = torch.tensor([3.0 + 4.0j, 1.0 - 2.0j])
+    weights = [nn.Parameter(torch.zeros(2, dtype=torch.complex64)), nn.Parameter(torch.zeros(2, 2))]
+    for weight, grad in zip(weights, (numbers, torch.view_as_real(numbers)), strict=True):
+        weight.grad = grad.clone()
+        Thor([weight], lr=1.0, kl_clip=1e-2, match_rms=None, preconditioner=Identity()).step()
+    torch.testing.assert_close(torch.view_as_real(weights[0]), weights[1])
+
+
 def test_a_zero_gradient_is_not_clipped() -> None:
     model = net()
     for p in model.parameters():
