@@ -51,11 +51,12 @@ def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
         x = x.to(torch.bfloat16)
     gram = torch.bmm(x, x.mT)
     square = torch.bmm(gram, gram)
-    # Of a matrix whose Frobenius norm is 1, at least its rank to the power -¾: this changes a matrix of zeros alone.
-    largest = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt().clamp_min(1e-9)
+    largest = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt()
+    largest = torch.where(largest > 0, largest, 1.0)  # a matrix of zeros
     gram, square, x = gram / largest, square / largest.square(), x * largest.rsqrt()
     # All matrices of one computation commute, so that a wide matrix is multiplied by their product once, at the end.
-    at_the_end = is_wide(*x.shape[-2:]) and x.dtype in (torch.float32, torch.float64)
+    # With each step their rounding grows where singular values are zero, though, in the end without bound.
+    at_the_end = is_wide(*x.shape[-2:]) and x.dtype in (torch.float32, torch.float64) and steps <= len(POLYNOMIALS)
     whole = None
     for step in range(steps):
         a, b, c = POLYNOMIALS[min(step, len(POLYNOMIALS) - 1)]
