@@ -84,7 +84,8 @@ class Curvature:
         fused: linear layers whose outputs are a concatenation, such as queries, keys and values: of how many equal
             parts, by pattern of the layer's name (``{"*.qkv": 3}``). Their G is cut at the borders, so that no block
             mixes parts; None takes every linear layer as one. (Those of `nn.MultiheadAttention` are always three.)
-        parameters: leave out layers whose weight is not among these; None for all.
+        parameters: leave out layers whose weight is not among these, and norms of which any parameter is not, and take
+            no other biases into A; None for all.
 
     Attributes:
         layers: the layers with curvature, by name.

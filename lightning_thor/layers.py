@@ -118,7 +118,8 @@ def layers_of(
         for kind, uses in kinds.items():
             parts = _parts(uses[0], kind, fused or {})
             sizes = block_size, 1 if uses[0].name in diagonal_G else block_size
-            layer = _layer(tuple(uses), kind, statistics, sizes, precondition_bias and not tied, parts)
+            with_bias = precondition_bias and not tied and (only is None or _bias_of(uses[0]) in only)
+            layer = _layer(tuple(uses), kind, statistics, sizes, with_bias, parts)
             if kind is EMBEDDING and len(kinds) > 1:
                 layer = replace(layer, folded_into=kinds[LINEAR][0].name)
             layers[layer.name] = layer
@@ -184,6 +185,8 @@ def _reason_against(use: Use, kind: Kind, base: type[nn.Module], only: Set[nn.Pa
         return "not in the optimizer"
     if kind in NORMS and not all(p.requires_grad for p in own.values()):
         return "frozen in part"
+    if kind in NORMS and only is not None and not all(p in only for p in own.values()):
+        return "not in the optimizer in part"
     if weight.numel() == 0:
         return "empty weight"
     # A linear layer's own forward (LoRA, quantised training) still multiplies by its weight; others may do anything.
@@ -223,6 +226,12 @@ def _check_that_all_are_linear(fused: Mapping[str, int], layers: Mapping[str, La
             )
 
 
+def _bias_of(use: Use) -> nn.Parameter | None:
+    # Packed as the weight is; where the weights are apart (kdim, vdim) their one bias is plain.
+    bias: nn.Parameter | None = getattr(use.module, "bias" if use.part is None else "in_proj_bias", None)
+    return bias
+
+
 def _layer(
     uses: tuple[Use, ...], kind: Kind, statistics: Statistics, block_sizes: tuple[int | None, int | None],
     precondition_bias: bool, parts: int,
@@ -231,8 +240,7 @@ def _layer(
     use, rows_of, cut = uses[0], statistics.rows[kind.name], statistics.cut
     module: Any = use.module
     weight: nn.Parameter = getattr(module, use.weight_name)
-    # Packed as the weight is; where the weights are apart (kdim, vdim) their one bias is plain.
-    bias: nn.Parameter | None = getattr(module, "bias" if use.part is None else "in_proj_bias", None)
+    bias = _bias_of(use)
     if kind in NORMS:
         own = (weight,) if bias is None else (weight, bias)
         return Layer(uses, own, None, blocks.diagonal(sum(p.numel() for p in own)), kind, rows_of)

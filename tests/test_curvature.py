@@ -347,6 +347,19 @@ def test_layers_that_are_not_optimized_are_left_out() -> None:
     assert curvature.left_out["0"] == "not in the optimizer"
 
 
+def test_a_weight_is_preconditioned_though_its_bias_is_not_optimized() -> None:
+    """Its gradient would never come, and without it none of the layer is preconditioned."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    curvature = Curvature(model, precondition_bias=True, parameters=[*weights, model[1].weight, model[2].bias])
+    assert {name: layer.with_bias for name, layer in curvature.layers.items()} == {"0": False, "2": True}
+    assert curvature.left_out == {"1": "not in the optimizer in part"}
+    model(torch.randn(8, 4)).square().mean().backward()
+    curvature.update()
+    found = curvature.precondition({p: p.grad for p in weights[:1] if p.grad is not None})
+    assert not torch.equal(found[weights[0]], weights[0].grad)
+
+
 def refreshed_in(curvature: Curvature, steps: int, x: Tensor) -> list[set[str]]:
     """The layers that each of the next steps refreshes, by what changes."""
     found = []
