@@ -62,6 +62,49 @@ def adam_directions(
     ]
 
 
+def carry_to_other_coordinates(
+    states: Sequence[MutableMapping[str, Any]], first: Sequence[Tensor], beta1: float, beta2: float
+) -> None:
+    """Put first moments, as they are in other coordinates, into states whose second moments stay as they were.
+
+    Those belong to the old coordinates, so they are raised to what such first moments can have: after t steps in the
+    same coordinates ``m² ≤ c v`` with ``c = Σ ((1 - β₁) β₁ᵏ)² / ((1 - β₂) β₂ᵏ)``, k < t (Cauchy-Schwarz). A coordinate
+    that had no gradient before would otherwise, if it has none in this step either, take a step of ``m / 1e-8``.
+
+    Args:
+        states: of each tensor, with moments.
+        first: its first moment, real, in the dtype of those.
+        beta1, beta2: as of `adam_directions`.
+
+    >>> state = {"step": 1, "exp_avg": torch.tensor([0.1, 0.0]), "exp_avg_sq": torch.tensor([0.05, 0.0])}
+    >>> carry_to_other_coordinates([state], [torch.tensor([0.0, 0.1])], 0.9, 0.95)
+    >>> state["exp_avg_sq"]
+    tensor([0.0500, 0.0500])
+    """
+    if not first:
+        return
+    least = list(torch._foreach_mul(list(first), list(first)))
+    torch._foreach_mul_(least, [1.0 / _largest_ratio(beta1, beta2, state[STEP]) for state in states])
+    torch._foreach_maximum_([state[SECOND] for state in states], least)
+    for state, moment in zip(states, first, strict=True):
+        state[FIRST] = moment
+
+
+def _largest_ratio(beta1: float, beta2: float, steps: int) -> float:
+    """The most that m² / v can be after so many steps in the same coordinates.
+
+    >>> _largest_ratio(0.9, 0.99, 1000), _largest_ratio(0.0, 0.5, 3), _largest_ratio(0.5, 0.25, 3)
+    (5.5, 2.0, 1.0)
+    """
+    if beta2 == 0.0:
+        return math.inf
+    factor = beta1**2 / beta2
+    # The sum of factor ** k for k < steps; where it grows without bound, it may stay below what a float can hold.
+    grown = math.expm1(min(steps * math.log(factor), 700.0)) if factor > 0 else -1.0
+    total = steps if factor == 1.0 else grown / (factor - 1.0)
+    return (1.0 - beta1) ** 2 / (1.0 - beta2) * total
+
+
 def _as_real(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Complex numbers as pairs of real ones, in their own memory."""
     return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_thor.adam import FIRST, SECOND, adam_directions
+from lightning_thor.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
 from lightning_thor.collectives import is_sharded, local, sharded_as, sum_over_shards
 from lightning_thor.kept import MODES, Mode
 
@@ -265,8 +265,11 @@ class Thor(Optimizer):
         held = {p: self.state[p][FIRST] for p in changing if FIRST in self.state.get(p, {})}
         carried = preconditioner.from_eigenbasis(held)
         preconditioner.update()
-        for p, moment in preconditioner.to_eigenbasis(carried).items():
-            self.state[p][FIRST] = moment
+        carried = preconditioner.to_eigenbasis(carried)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p in carried]
+            states, own = [self.state[p] for p in params], [carried[p] for p in params]
+            carry_to_other_coordinates(states, own, group["momentum"], group["beta2"])
         rotated, directions = preconditioner.to_eigenbasis(grads), dict[nn.Parameter, Tensor]()
         for group in self.param_groups:
             params = [p for p in group["params"] if p in rotated]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, configure_thor
-from lightning_thor.adam import FIRST, SECOND
+from lightning_thor.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
 from lightning_thor.eigen import eigenvectors
 from lightning_thor.exchange import Alone, Workers
 from lightning_thor.kept import Mode
@@ -181,7 +181,8 @@ def test_without_curvature_it_is_adamw(weight_decay: float, betas: tuple[float, 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_its_steps_are_those_of_dense_eigenbases(nesterov: bool) -> None:
-    """Moments followed by hand over refreshes: the first is carried to the new basis, the second stays as it is."""
+    """Moments followed by hand over refreshes: the first is carried to the new basis, the second stays as it is but for
+    what the first one needs at least."""
     model = two_layers()
     curvature = Curvature(model, mode="adam", block_size=4, update_every_n_steps=2)
     optimizer = Thor(model.parameters(), lr=0.01, mode="adam", nesterov=nesterov, preconditioner=curvature)
@@ -196,6 +197,8 @@ def test_its_steps_are_those_of_dense_eigenbases(nesterov: bool) -> None:
         grad = weight.grad.clone()
         optimizer.step()
         Q_A, Q_G = basis(curvature, "0", "A")[0], basis(curvature, "0", "G")[0]
+        if t > 1:  # where the basis stayed this is so already
+            v = torch.maximum(v, (Q_G.T @ m @ Q_A).square() / sum(0.81**k / 0.99**k for k in range(t - 1)))
         m = 0.9 * m + 0.1 * grad
         v = 0.99 * v + 0.01 * (Q_G.T @ grad @ Q_A).square()
         # With Nesterov's the same gradient once more, and so the bias of one step more.
@@ -234,6 +237,73 @@ def test_moments_are_carried_to_a_new_basis_where_there_is_one_and_stay_elsewher
         # A norm has no basis but its own, though it takes its turn.
         assert {p for p in carried[0] if p.dim() > 1} == changed, step
         assert set() < carried[0] < carried[1], step
+
+
+def sparse_inputs(step: int) -> Tensor:
+    """Of twelve features one or two are seen in each sample, and some for the first time after many steps."""
+    generator = torch.Generator().manual_seed(step)
+    seen = torch.randint(4 + step // 3, (4, 2), generator=generator).clamp_max(11)
+    return torch.zeros(4, 12, dtype=torch.float64).scatter_(1, seen, 1.0)
+
+
+def trained_on_sparse_inputs(optimizer_of: Callable[[nn.Module], torch.optim.Optimizer]) -> list[Tensor]:
+    """The weight before each of many steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 6, bias=False), nn.ReLU(), nn.Linear(6, 4, bias=False)).double()
+    optimizer = optimizer_of(model)
+    weights = []
+    for step in range(40):
+        weights.append(model[0].weight.detach().clone())
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(sparse_inputs(step)), torch.arange(4)).backward()
+        optimizer.step()
+    return weights
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_no_change_of_basis_makes_steps_longer_than_adams_can_be(every: int) -> None:
+    """A first moment comes to coordinates that had no gradient before, where the second one is zero."""
+
+    def thor_of(model: nn.Module) -> Thor:
+        curvature = Curvature(model, mode="adam", update_every_n_steps=every)
+        return Thor(model.parameters(), lr=0.01, mode="adam", nesterov=False, preconditioner=curvature)
+
+    steps = torch.stack(trained_on_sparse_inputs(thor_of)).diff(dim=0)
+    # By Cauchy and Schwarz, for 0.9 and 0.99; of all entries in the basis, and so of their mean square in any.
+    assert steps.square().mean((1, 2)).sqrt().max() < 0.01 * 5.5**0.5
+
+
+def test_where_no_coordinate_changes_refreshes_change_nothing() -> None:
+    """Blocks of one have no basis but their own: AdamW, with second moments that are as small as they can be, too."""
+
+    def thor_of(model: nn.Module) -> Thor:
+        curvature = Curvature(model, mode="adam", block_size=1, update_every_n_steps=1)
+        return Thor(model.parameters(), lr=0.01, mode="adam", nesterov=False, preconditioner=curvature)
+
+    def adamw_of(model: nn.Module) -> torch.optim.AdamW:
+        return torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.0)
+
+    torch.testing.assert_close(
+        trained_on_sparse_inputs(thor_of), trained_on_sparse_inputs(adamw_of), rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.9, 0.99), (0.0, 0.9), (0.9, 0.5), (0.9, 0.81), (0.9, 0.0)])
+def test_a_second_moment_is_raised_to_the_least_that_gradients_can_give(beta1: float, beta2: float) -> None:
+    """The gradients for which m² / v is largest, of all with as many steps: those are not raised, smaller ones are."""
+    for n_steps in (1, 2, 7):
+        grads = torch.tensor([(beta2 / max(beta1, 1e-3)) ** k for k in range(n_steps)], dtype=torch.float64)
+        state: dict[str, Any] = {}
+        for grad in grads:
+            adam_directions([state], [grad.view(1)], beta1, beta2)
+        second = state[SECOND].clone()
+        first = state[FIRST] * torch.tensor([1.0, 1.1], dtype=torch.float64).view(2, 1)
+        for moment, factor in zip(first, (1.0, 1.21), strict=True):
+            state[SECOND] = second.clone()
+            carry_to_other_coordinates([state], [moment], beta1, beta2)
+            # Adam has no such bound where it forgets all squares but the last; nor are there these gradients.
+            expected = second * factor if beta1 and beta2 else torch.maximum(second, moment.square() * (1 - beta2))
+            torch.testing.assert_close(state[SECOND], second if not beta2 else expected, rtol=1e-9, atol=0)
 
 
 def test_the_scale_of_the_loss_hardly_matters() -> None:
