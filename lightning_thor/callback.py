@@ -29,7 +29,8 @@ from lightning_thor.trial import try_block_sizes
 
 
 class ThorCallback(Callback):
-    """Gives the `Thor` optimizer of a fit its curvature; use it with ``return configure_thor(self)``.
+    """Gives the `Thor` optimizer of a fit its curvature, for the mode it has; use it with ``return
+    configure_thor(self)``. It serves one `Thor`, beside any other optimizers.
 
     Args:
         damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, stagger,

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningCLI, LRSchedulerTypeUnion
 from torch.optim import Optimizer
 
-import lightning_thor  # also registers "thor_ddp"
+import lightning_thor  # also registers "thor_ddp" and "thor_fsdp2"
 
 
 class _NothingToTrain(Callback):

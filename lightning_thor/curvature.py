@@ -47,10 +47,9 @@ class Curvature:
         mode: ``"polar"`` for a `Thor` that has ``mode="polar"`` in any of its groups: roots of the inverses are kept
             then, which the natural direction of its other groups can be made of too. ``"adam"`` for one that has
             ``mode="adam"``: eigenvectors of the blocks are kept, and ``damping`` changes nothing. In both, of the
-            output layer (the last
-            linear layer or convolution) G is its diagonal alone: its g are the errors, and the inverse of their
-            covariance takes what all have in common, which is what is to be learned, out of the direction. Under a
-            Trainer `ThorCallback` sees to it.
+            output layer (the last linear layer or convolution) G is its diagonal alone: its g are the errors, and the
+            inverse of their covariance takes what all have in common, which is what is to be learned, out of the
+            direction. Under a Trainer `ThorCallback` sees to it.
         damping: greater than 0, or a function of the step. For ``damping_rule="trace"`` relative to the factors' mean
             eigenvalue, else in the units of the Fisher matrix.
         damping_rule: ``"trace"``, ``"pi"`` or ``"sqrt"``, see `lightning_thor.damping.split_damping`.

@@ -1,4 +1,4 @@
-"""From gradients and what is kept of the curvature to directions of descent: natural ones, and polar ones."""
+"""From gradients to natural and to polar directions of descent, and to the eigenbasis and back."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
     dimension. Factors and inverses are whole on each rank; each direction is computed once, see `ShardedCurvature`. The
     factors of a refresh travel as with ``"thor_ddp"``: in buckets, in a process group of their own, from backward on,
     but never in one that only accumulates (there FSDP2 sums gradients all the same, as Lightning has it). The results
-    are those of ``"thor_ddp"``.
+    are those of ``"thor_ddp"``. Not for a `Thor` that has ``mode="adam"``, nor for ``block_size="auto"``.
 
     Args:
         data_parallel_size: how many ranks share the weights and the batch; ``"auto"`` is all of them (of Lightning's

@@ -77,12 +77,12 @@ class Thor(Optimizer):
     A step, per tensor: precondition, control the scale, add weight decay (unless decoupled), then momentum as in
     `torch.optim.SGD`, to which it is bitwise equal with an identity preconditioner and no scale control. In the polar
     mode momentum comes first; with an identity preconditioner a matrix then takes the steps of `torch.optim.Muon`. In
-    the adam mode the step is that of `torch.optim.AdamW`, in other coordinates.
-    Parameters may be sharded by ``fully_shard`` (FSDP2): momentum is sharded as they are, and the scale is that of the
-    whole tensor.
+    the adam mode the step is that of `torch.optim.AdamW`, in other coordinates; with ``nesterov`` its first moment is
+    taken ahead, as in NAdam (Dozat 2016, "Incorporating Nesterov momentum into Adam"). Parameters may be sharded by
+    ``fully_shard`` (FSDP2): momentum is sharded as they are, and the scale is that of the whole tensor.
 
     Args:
-        params: parameters or parameter groups. Everything below can be set per group and by schedulers.
+        params: parameters or parameter groups. All below but ``preconditioner`` can be set per group and by schedulers.
         mode: ``"natural"``, or ``"polar"`` for G^-½ msign(G^-½ M A^-½) A^-½ of the momentum M in linear layers and
             convolutions, msign(U S Vᵀ) being U Vᵀ: Muon's step in the coordinates that the curvature whitens.
             Embeddings, norms and the output layer (the last linear layer or convolution of the model) take the natural
@@ -90,15 +90,17 @@ class Thor(Optimizer):
             momentum. Or ``"adam"``, of all groups: Adam in the coordinates in which the blocks of A and G are diagonal
             (as SOAP has it in Shampoo's: Vyas et al. 2024, arXiv:2409.11321), for parameters without curvature plain
             Adam; its learning rates are AdamW's, and ``match_rms`` is not for it. Of the output layer it is A's alone.
-        lr: learning rate. With ``match_rms`` AdamW's usual ones carry over.
+        lr: learning rate, a number. With ``match_rms`` AdamW's usual ones carry over; in the polar mode, where it is
+            applied after momentum, take three to ten times as much.
         momentum: in [0, 1); Adam's β₁.
         beta2: in [0, 1); Adam's β₂, for ``mode="adam"`` alone.
-        nesterov: Nesterov's momentum, as in `torch.optim.SGD`; changes nothing where ``momentum`` is 0.
+        nesterov: Nesterov's momentum, as in `torch.optim.SGD` (in the adam mode as above); changes nothing where
+            ``momentum`` is 0.
         weight_decay: factor of the weights that is taken off them.
         decoupled_weight_decay: multiply weights by ``1 - lr * weight_decay`` (as AdamW does) instead of adding
             ``weight_decay * weight`` to the preconditioned gradient (as THOR does).
-        match_rms: rescale each tensor's preconditioned gradient to this root mean square (0.2 is about AdamW's: Liu et
-            al. 2025, arXiv:2502.16982); None leaves its scale to the curvature.
+        match_rms: rescale each tensor's direction to this root mean square (0.2 is about AdamW's: Liu et al. 2025,
+            arXiv:2502.16982); None leaves its scale to the curvature.
         kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` is at most this (Ba, Grosse &
             Martens 2017, "Distributed second-order optimization using Kronecker-factored approximations", section
             5; the sum is over the parameters of all groups that set it); None does not. Natural mode only.

@@ -34,12 +34,13 @@ class ThorDDPStrategy(DDPStrategy):
             pays in polar mode, whose Newton-Schulz products are most of a step's work (distributed Muon shares them
             out in the same way), and where the inverses do not fit. 1 takes least memory, the number of ranks is None.
             The dial of KAISA (Pauloski et al. 2021, arXiv:2107.01739). Checkpoints then lack the inverses of layers
-            that rank 0 does not keep; they are computed again on load, see `Curvature.load_state_dict`.
+            that rank 0 does not keep; they are computed again on load, see `Curvature.load_state_dict`. Not for a
+            `Thor` that has ``mode="adam"``.
 
     Raises:
         TypeError: an argument of another type.
         ValueError: an argument out of its range, or both ways of making buckets; when a fit starts,
-            ``inverse_workers`` that do not divide the number of ranks.
+            ``inverse_workers`` that do not divide the number of ranks, or with ``mode="adam"``.
     """
 
     strategy_name = "thor_ddp"
