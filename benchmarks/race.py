@@ -110,7 +110,9 @@ def _rounded(values: Sequence[float]) -> list[float]:
 def cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """One row of ``HEADS`` for each workload and optimizer, in words; the terminal and the README show the same."""
     for task in summary.values():
-        words = f"{task['words']}: {task['metric']} {'≥' if task['higher_is_better'] else '≤'} {task['target']:g}"
+        seeds = max(one["seeds"] for one in task["optimizers"].values())
+        sign = "≥" if task["higher_is_better"] else "≤"
+        words = f"{task['words']}: {task['metric']} {sign} {task['target']:g}; {seeds} seeds"
         for i, (name, one) in enumerate(task["optimizers"].items()):
             ratio = one["seconds_ratio"]
             yield (

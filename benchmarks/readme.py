@@ -64,13 +64,12 @@ def time_to_target_block(results: dict[str, Any]) -> str:
     """Steps and seconds to a target, from ``benchmarks/results/time_to_target.json``."""
     summary = {name: task for name, task in results["summary"].items() if task["optimizers"]}
     places = dict.fromkeys(measured_on(task["environment"]) for task in summary.values())
-    seeds = sorted({one["seeds"] for task in summary.values() for one in task["optimizers"].values()})
     tried = max(len(rates) for task in summary.values() for rates in task["tuning"].values())
     return (
         f"{markdown_table(race.HEADS, race.cells(summary), words=2)}\n\n"
-        f"Means over {' and '.join(map(str, seeds))} seeds with 95 % intervals, after {tried} learning rates for each "
-        "optimizer (but the untuned one) in a shorter training on another seed and other held-out data. Seconds are of "
-        "training, with everything an optimizer costs, validation left out. "
+        f"Means over seeds with 95 % intervals, after {tried} learning rates for each optimizer (but the untuned one) "
+        "in a shorter training on another seed and other held-out data. Seconds are of training, with everything an "
+        "optimizer costs, validation left out; on each seed all optimizers took turns of a few steps in one process. "
         f"Measured on: {'; '.join(places)}."
     )
 

@@ -54,6 +54,8 @@ class Task:
     """Whether the loss is a mean over positions as well as samples."""
     checks: int = 20
     """How often a full training is looked at, evenly spaced."""
+    seeds: int = 3
+    """How many full trainings each optimizer gets: on two cores, what all of them do in half an hour to an hour."""
 
     def goodness(self, value: float | None) -> float:
         """``value`` on a scale where more is better; the worst for one that was not finite."""
@@ -171,21 +173,22 @@ AUTOENCODER = (1024, 256, 128, 32, 128, 256, 1024)
 CPU = {
     "digits": Task(
         "digits, CNN with 3 convolutions, batch 64", "accuracy", 0.98, True, 250, 80, 64, 0.0,
-        digits, DigitsNet, cross_entropy, accuracy,
+        digits, DigitsNet, cross_entropy, accuracy, checks=50, seeds=20,
     ),
     "autoencoder": Task(
         # The target is what AdamW reached in 290 steps, in a trial before any other optimizer but SGD had run.
         "CIFAR-10 in grey, tanh autoencoder 1024-256-128-32-128-256-1024, batch 128", "squared error", 5.5, False,
         400, 130, 128, 0.0, grey_cifar10, lambda: mlp(AUTOENCODER, nn.Tanh), squared_error, squared_error,
+        checks=40, seeds=8,
     ),
     "gpt": Task(
         "tiny Shakespeare, GPT, 3 layers, width 96, 16 windows of 64", "loss", 2.0, False, 600, 200, 16, 1e-4,
         shakespeare(64, 128), lambda: CharGPT(layers=3, width=96, context=64), cross_entropy, cross_entropy,
-        per_position=True,
+        per_position=True, checks=40, seeds=5,
     ),
     "cifar10": Task(
         "10,000 images of CIFAR-10, ResNet-8, batch 64", "accuracy", 0.5, True, 240, 80, 64, 1e-4,
-        cifar10(10_000, 1000), lambda: small_resnet(16), cross_entropy, accuracy, checks=16,
+        cifar10(10_000, 1000), lambda: small_resnet(16), cross_entropy, accuracy, checks=24, seeds=5,
     ),
 }  # fmt: skip
 GPU = {

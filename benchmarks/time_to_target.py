@@ -1,11 +1,12 @@
 """How soon each optimizer reaches a target: all of ``contenders.py``, tuned alike, on the workloads of ``tasks.py``.
 
 For each optimizer the same number of learning rates is tried in a shorter training, with a seed and on held-out data
-that are not reported; the winner then trains in full on ``--seeds`` seeds. Rates and seeds are the outer loops, so a
-machine that is slower for a while is slower for all. Seconds are of training with everything that an optimizer costs,
-validation left out. Finished trainings are kept in the JSON file and not repeated: a run that was stopped goes on where
-it was, and a new optimizer is all that is trained when the command is given again. (It cannot know that the code of an
-optimizer has changed: ``--forget NAME`` trains that one anew.)
+that are not reported. The winners then run heats, one for each seed: all optimizers train in full in one process, in
+turns of a few steps, so that a machine that is slower for a while is slower for all, and seconds of a heat can be
+compared. They are of training with everything that an optimizer costs, validation left out. What is finished is kept in
+the JSON file and not repeated: a run that was stopped goes on where it was. A new optimizer, or a new rate of one, runs
+in heats with all others. (The file cannot know that the code of an optimizer has changed: ``--forget NAME`` tunes that
+one anew, and repeats the heats.)
 
     python -m benchmarks.time_to_target --workload gpt --data DIR                # DIR holds cifar10/, tinyshakespeare/
     python -m benchmarks.time_to_target --workload gpt --data DIR --robustness   # the trainings that tune, no others
@@ -29,9 +30,11 @@ from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.environment import RESULTS, environment
 from benchmarks.pictures import save_curves, save_robustness
 from benchmarks.tasks import TASKS, Data, Task
-from benchmarks.training import check_steps, train
+from benchmarks.training import check_steps, train, train_in_turns
 
 TUNING_SEED = 1000
+HEAT = "heat"
+"""Stands where the name of an optimizer would, in the key of what all of them did together."""
 
 
 class Results:
@@ -64,10 +67,11 @@ class Results:
         self._write()
 
     def forget(self, workload: str, optimizer: str) -> None:
-        """Drop the trainings of one optimizer on one workload."""
+        """Drop what ran of one optimizer on one workload, alone or with others."""
         self._take_in_the_file()
         runs = self.content["runs"]
-        self.content["runs"] = {key: run for key, run in runs.items() if key.split()[:2] != [workload, optimizer]}
+        of_it = ([workload, optimizer], [workload, HEAT])
+        self.content["runs"] = {key: run for key, run in runs.items() if key.split()[:2] not in of_it}
         self._write()
 
     def _take_in_the_file(self) -> None:
@@ -103,17 +107,31 @@ class Measurement:
     results: Results
     say: Callable[[str], None]
 
-    def run(self, name: str, contender: Contender, lr: float, seed: int, tuning: bool) -> dict[str, Any]:
-        """One training: stored, or done now."""
-        task, kind = self.task, "tuning" if tuning else f"seed={seed}"
-        steps = task.tuning_steps if tuning else task.steps
-        facts = [task.words, steps, task.batch_size, task.decay, task.checks, self.scale, contender.options, seed]
+    def tuning(self, name: str, contender: Contender, lr: float) -> dict[str, Any]:
+        """One shorter training: stored, or done now."""
+        task = self.task
+        facts = [*self._facts(task.tuning_steps), contender.options, TUNING_SEED]
 
         def now() -> dict[str, Any]:
-            self.say(f"{self.name}: {contender.words}, lr {lr:g}, {kind}")
-            return train(task, self.data, contender, lr, seed=seed, tuning=tuning, device=self.device)
+            self.say(f"{self.name}: {contender.words}, lr {lr:g}, tuning")
+            return train(task, self.data, contender, lr, seed=TUNING_SEED, tuning=True, device=self.device)
 
-        return self.results.get_or_train(f"{self.name} {name} lr={lr:g} {kind}", facts, now)
+        return self.results.get_or_train(f"{self.name} {name} lr={lr:g} tuning", facts, now)
+
+    def heat(self, contenders: Mapping[str, tuple[Contender, float]], seed: int) -> dict[str, Any]:
+        """All full trainings of one seed, by contender: stored, or done now."""
+        task = self.task
+        own = {name: [lr, contender.options] for name, (contender, lr) in contenders.items()}
+        facts = [*self._facts(task.steps), task.checks, own, seed]
+
+        def now() -> dict[str, Any]:
+            self.say(f"{self.name}: heat of all with seed {seed}")
+            return train_in_turns(task, self.data, contenders, seed=seed, tuning=False, device=self.device)
+
+        return self.results.get_or_train(f"{self.name} {HEAT} seed={seed}", facts, now)
+
+    def _facts(self, steps: int) -> list[Any]:
+        return [self.task.words, steps, self.task.batch_size, self.task.decay, self.scale]
 
 
 def tune(one: Measurement, contenders: Mapping[str, Contender]) -> dict[str, dict[float, float | None]]:
@@ -123,7 +141,7 @@ def tune(one: Measurement, contenders: Mapping[str, Contender]) -> dict[str, dic
         for name, contender in contenders.items():
             if 1 < len(contender.rates) > trial:
                 lr = contender.rates[trial]
-                final[name][lr] = one.run(name, contender, lr, TUNING_SEED, tuning=True)["values"][-1]
+                final[name][lr] = one.tuning(name, contender, lr)["values"][-1]
     return final
 
 
@@ -136,10 +154,9 @@ def measure(one: Measurement, contenders: Mapping[str, Contender], seeds: int) -
     """Tune, and train the winners if ``seeds`` is not 0; the summary."""
     final = tune(one, contenders)
     best = {name: best_rate(one.task, final[name], contender) for name, contender in contenders.items()}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    for seed in range(seeds):
-        for name, contender in contenders.items():
-            runs[name].append(one.run(name, contender, best[name], seed, tuning=False))
+    with_rates = {name: (contender, best[name]) for name, contender in contenders.items()}
+    heats = [one.heat(with_rates, seed) for seed in range(seeds)]
+    runs = {name: [heat[name] for heat in heats] for name in contenders}
     task = one.task
     return {
         "words": task.words,
@@ -154,10 +171,11 @@ def measure(one: Measurement, contenders: Mapping[str, Contender], seeds: int) -
     }
 
 
-def warm_up(task: Task, data: Data, device: torch.device) -> None:
-    """Two steps of SGD, or the first training would pay for torch's one-off choices."""
+def warm_up(task: Task, data: Data, contenders: Mapping[str, Contender], device: torch.device) -> None:
+    """Two steps of each, or the first training would pay for torch's one-off choices, and for imports."""
     short = Task(**{**vars(task), "steps": 2, "tuning_steps": 2, "checks": 1})
-    train(short, data, CONTENDERS["sgd"], 1e-3, seed=0, tuning=True, device=device)
+    each = {name: (contender, contender.rates[0]) for name, contender in contenders.items()}
+    train_in_turns(short, data, each, seed=0, tuning=True, device=device)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -167,9 +185,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workload", choices=TASKS["cpu"], nargs="+", default=list(TASKS["cpu"]))
     parser.add_argument("--optimizer", choices=CONTENDERS, nargs="+", default=list(CONTENDERS))
     parser.add_argument("--scale", choices=TASKS, default="cpu", help="sizes for two cores, or for a GPU")
-    parser.add_argument("--seeds", type=int, default=3, help="full trainings of each optimizer")
+    parser.add_argument("--seeds", type=int, help="full trainings of each optimizer (default: see tasks.py)")
     parser.add_argument("--robustness", action="store_true", help="only tune, and draw the metric over learning rates")
-    parser.add_argument("--forget", choices=CONTENDERS, nargs="+", default=[], help="train these anew")
+    parser.add_argument(
+        "--forget", choices=CONTENDERS, nargs="+", default=[], help="tune these anew, and repeat the heats"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--steps", type=int, help="of full and tuning trainings, to try this file out")
     parser.add_argument("--out", type=Path, help="JSON file; pictures go beside it (default: benchmarks/results)")
@@ -194,9 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for optimizer in said.forget:
             results.forget(name, optimizer)
         data = task.data(said.data, task.batch_size, device)
-        warm_up(task, data, device)
+        warm_up(task, data, contenders, device)
         one = Measurement(name, said.scale, task, data, device, results, console.print)
-        summary = measure(one, contenders, 0 if said.robustness else said.seeds)
+        seeds = task.seeds if said.seeds is None else said.seeds
+        summary = measure(one, contenders, 0 if said.robustness else seeds)
         results.put("summary", name, summary)
         save_robustness(summary, path.with_name(f"{path.stem}_{name}_rates.png"))
         if summary["optimizers"]:

@@ -1,8 +1,8 @@
-"""One training in a plain loop: the same schedule, weight decay and clock for every optimizer."""
+"""Trainings in a plain loop, one or several in turns: the same schedule, weight decay and clock for every optimizer."""
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,30 +39,59 @@ def check_steps(steps: int, checks: int) -> list[int]:
 def train(
     task: Task, data: Data, contender: Contender, lr: float, *, seed: int, tuning: bool, device: torch.device
 ) -> dict[str, Any]:
-    """The metric and the seconds of training at each check.
+    """One training, see `train_in_turns`."""
+    alone = {"": (contender, lr)}
+    return train_in_turns(task, data, alone, seed=seed, tuning=tuning, device=device)[""]
 
-    The clock runs from before the optimizer is built, so it sees all that an optimizer costs, and stands still while
-    the metric is taken. A training whose loss is not finite at a check, or whose optimizer gives up in linear algebra,
-    ends there: its last value is None.
+
+def train_in_turns(
+    task: Task,
+    data: Data,
+    contenders: Mapping[str, tuple[Contender, float]],
+    *,
+    seed: int,
+    tuning: bool,
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:
+    """The metric and the seconds of training at each check, of each contender.
+
+    They take turns, each from one check to the next, so that a machine that is slower for a while is slower for all.
+    Each has a clock of its own, which runs from before the optimizer is built, so that it sees all that an optimizer
+    costs, and stands still while the metric is taken. A training whose loss is not finite at a check, or whose
+    optimizer gives up in linear algebra, ends there: its last value is None.
 
     Args:
         task: what to train.
         data: from ``task.data``, on ``device``.
-        contender: the optimizer.
-        lr: its peak learning rate.
-        seed: decides the initial weights and the batches, and nothing about the optimizer.
+        contenders: each optimizer with its peak learning rate.
+        seed: decides the initial weights and the batches, the same for all.
         tuning: a shorter training, judged by the validation split instead of the test split.
         device: on which to train; bfloat16 autocast on a GPU.
     """
+    turns = {name: _checks(task, data, *own, seed, tuning, device) for name, own in contenders.items()}
+    records: dict[str, dict[str, Any]] = {name: {"values": [], "seconds": []} for name in contenders}
+    while turns:
+        for name, turn in list(turns.items()):
+            check = next(turn, None)
+            if check is None:
+                del turns[name]
+                continue
+            records[name]["values"].append(check[0])
+            records[name]["seconds"].append(round(check[1], 3))
+    return records
+
+
+def _checks(
+    task: Task, data: Data, contender: Contender, lr: float, seed: int, tuning: bool, device: torch.device
+) -> Iterator[tuple[float | None, float]]:
+    """Of one training: the metric, None where it is not finite, and the seconds so far, at each check."""
     steps = task.tuning_steps if tuning else task.steps
     checks = check_steps(steps, 1 if tuning else task.checks)
     held_out = data.validation if tuning else data.test
     torch.manual_seed(seed)
     model = task.model().to(device).train()
     generator = torch.Generator(device).manual_seed(seed)
-    values: list[float | None] = []
-    seconds: list[float] = []
-    started, so_far = time.perf_counter(), 0.0
+    seconds, started = 0.0, time.perf_counter()
     optimizer = contender.build(model, lr, contender.options, task.per_position)
     peaks = [group["lr"] for group in optimizer.param_groups]
     weights = decayed(model)
@@ -73,21 +102,21 @@ def train(
         try:
             take_step(model, optimizer, task, data.draw(generator))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not declare it
-            return {"values": [*values, None], "seconds": [*seconds, round(so_far, 3)]}
+            yield None, seconds
+            return
         if task.decay:
             with torch.no_grad():
                 torch._foreach_mul_(weights, 1 - task.decay * now)
         if step + 1 in checks:
             synchronise(device)
-            so_far += time.perf_counter() - started
+            seconds += time.perf_counter() - started
             value = evaluate(model, task, held_out)
-            values.append(round(value, 5) if math.isfinite(value) else None)
-            seconds.append(round(so_far, 3))
-            if values[-1] is None:
-                break
+            finite = math.isfinite(value)
+            yield round(value, 5) if finite else None, seconds
+            if not finite:
+                return
             synchronise(device)
             started = time.perf_counter()
-    return {"values": values, "seconds": seconds}
 
 
 def take_step(model: torch.nn.Module, optimizer: Stepper, task: Task, batch: Batch) -> None:

@@ -22,7 +22,7 @@ from benchmarks.contenders import CONTENDERS, TRIALS, Contender, FlatMuon, newto
 from benchmarks.pictures import save_curves, save_robustness
 from benchmarks.tasks import TASKS, Data, Task, cross_entropy, draws, squared_error
 from benchmarks.time_to_target import Results, best_rate
-from benchmarks.training import check_steps, shape, train
+from benchmarks.training import check_steps, shape, train, train_in_turns
 from examples.char_gpt import CharGPT
 
 ROOT = Path(__file__).parents[1]
@@ -211,6 +211,38 @@ def test_a_training_that_diverges_or_fails_in_linear_algebra_ends_with_none() ->
     assert run(Contender("fails", lambda *_: Fails(), (1.0,), "black"))["values"] == [None]
 
 
+def test_in_turns_each_trains_as_it_does_alone() -> None:
+    together = {name: (contender, contender.rates[1 % len(contender.rates)]) for name, contender in CONTENDERS.items()}
+    together["diverges"] = (CONTENDERS["sgd"], 1e30)
+    records = train_in_turns(SMALL, small_data(None, 8, CPU), together, seed=0, tuning=False, device=CPU)
+    for name, (contender, lr) in together.items():
+        alone = run(contender, lr)
+        assert records[name]["values"] == alone["values"], name
+        assert len(records[name]["seconds"]) == len(alone["seconds"])
+
+
+def test_turns_go_from_one_check_to_the_next_and_each_clock_sees_its_own_steps_alone() -> None:
+    order: list[str] = []
+
+    class Stepping(StandingStill):
+        def __init__(self, name: str, seconds: float) -> None:
+            super().__init__()
+            self.name, self.seconds = name, seconds
+
+        def step(self) -> None:
+            order.append(self.name)
+            time.sleep(self.seconds)
+
+    together = {
+        name: (Contender(name, lambda *_, own=(name, seconds): Stepping(*own), (1.0,), "black"), 1.0)
+        for name, seconds in (("slow", 0.1), ("quick", 0.0))
+    }
+    records = train_in_turns(SMALL, small_data(None, 8, CPU), together, seed=0, tuning=False, device=CPU)
+    assert order == ["slow", "slow", "quick", "quick"] * 3
+    assert records["slow"]["seconds"][-1] >= 0.6
+    assert records["quick"]["seconds"][-1] < 0.3
+
+
 def test_the_schedule_rises_to_its_peak_once_and_falls() -> None:
     rates = [shape(step, 200) for step in range(200)]
     assert max(rates) == rates[9] == 1.0
@@ -294,8 +326,8 @@ def test_the_pictures_take_trainings_that_ended_early_or_were_never_tuned(tmp_pa
 
 def test_the_readme_takes_the_table_from_the_summary() -> None:
     block = readme.time_to_target_block({"summary": {"small": made_up_summary()}, "runs": {}})
-    assert "| small: loss ≤ 1 | THOR | 0.003 | 15 ± 64 | 2.0 ± 0.0 | 0.50 (0.50–0.50) |" in block
-    assert "Means over 2 seeds" in block
+    assert "| small: loss ≤ 1; 2 seeds | THOR | 0.003 | 15 ± 64 | 2.0 ± 0.0 | 0.50 (0.50–0.50) |" in block
+    assert "after 2 learning rates" in block
     assert "A processor, 1 threads" in block
 
 
@@ -333,13 +365,13 @@ def test_what_another_process_wrote_meanwhile_stays(tmp_path: Path) -> None:
     assert content["summary"] == {"gpt": {"words": "new"}, "digits": {"words": "digits"}}
 
 
-def test_forgetting_drops_one_optimizer_of_one_workload(tmp_path: Path) -> None:
+def test_forgetting_drops_one_optimizer_of_one_workload_and_the_heats_it_ran_in(tmp_path: Path) -> None:
     results = Results(tmp_path / "results.json", HERE)
-    for key in ("gpt thor lr=1", "gpt thor_plain lr=1", "digits thor lr=1"):
+    for key in ("gpt thor lr=1", "gpt thor_plain lr=1", "digits thor lr=1", "gpt heat seed=0", "digits heat seed=0"):
         results.get_or_train(key, [], lambda: {"values": [1.0]})
     results.forget("gpt", "thor")
     left = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["runs"]
-    assert [key.rsplit(" ", 1)[0] for key in left] == ["gpt thor_plain lr=1", "digits thor lr=1"]
+    assert [key.rsplit(" ", 1)[0] for key in left] == ["gpt thor_plain lr=1", "digits thor lr=1", "digits heat seed=0"]
 
 
 # ── the command ──
@@ -364,10 +396,11 @@ def test_the_command_tunes_trains_draws_and_prints(tmp_path: Path) -> None:
     ended = command(*options, "--seeds=2")
     assert ended.returncode == 0, ended.stderr
     content = json.loads(out.read_text(encoding="utf-8"))
-    kinds = [key.split()[1:2] + key.split()[3:4] for key in content["runs"]]
-    # The seeds are the outer loop, and the untuned one is not tuned.
-    assert kinds[-6:] == [[name, f"seed={seed}"] for seed in (0, 1) for name in ("thor", "thor_untuned", "adamw")]
-    assert kinds[:-6] == [["thor", "tuning"], ["adamw", "tuning"]] * TRIALS
+    kinds = [[word for word in key.split()[1:-1] if "lr=" not in word] for key in content["runs"]]
+    # The untuned one is not tuned, but runs in the heats.
+    assert kinds == [["thor", "tuning"], ["adamw", "tuning"]] * TRIALS + [["heat", "seed=0"], ["heat", "seed=1"]]
+    heats = [run for key, run in content["runs"].items() if " heat " in key]
+    assert all(heat.keys() == {"thor", "thor_untuned", "adamw"} for heat in heats)
     for row in race.cells(content["summary"]):
         assert all(cell in ended.stdout for cell in row)
     assert (tmp_path / "race_digits.png").is_file()
@@ -384,6 +417,7 @@ def test_both_scales_have_the_same_tasks_and_check_as_often_as_they_say(scale: s
     assert TASKS[scale].keys() == TASKS["cpu"].keys()
     for task in TASKS[scale].values():
         assert len(check_steps(task.steps, task.checks)) == task.checks
+        assert task.seeds >= 3
 
 
 def test_half_the_squared_distance_of_a_row_is_what_the_autoencoder_minimises() -> None:
