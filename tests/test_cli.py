@@ -152,6 +152,19 @@ def test_the_printed_configuration_fed_back_is_the_same(tmp_path: Path, monkeypa
     assert again == printed
 
 
+@pytest.mark.parametrize("config", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda config: config.stem)
+def test_options_of_thor_and_its_callback_are_given_on_the_command_line(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--trainer.callbacks.update_every_n_steps=7", "--optimizer.mode=polar")
+    printed = yaml.safe_load(printed_in_process(monkeypatch, "fit", f"--config={config}", *options, "--print_config"))
+    callback = next(
+        one for one in printed["trainer"]["callbacks"] if one["class_path"] == "lightning_thor.ThorCallback"
+    )
+    assert callback["init_args"]["update_every_n_steps"] == 7
+    assert printed["optimizer"]["init_args"]["mode"] == "polar"
+
+
 @pytest.mark.slow
 def test_another_optimizer_works_as_the_comment_in_the_yaml_says(tmp_path: Path) -> None:
     options = options_in_comment(DIGITS)

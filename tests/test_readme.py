@@ -1,0 +1,87 @@
+"""What README.md shows runs, and its tables of options are those of the classes."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_thor import Curvature, Thor, ThorCallback
+from tests.boring import Boring
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def options_in(head: str) -> dict[str, object]:
+    """The table whose head begins so, as options with their defaults; rows may have several, with as many values."""
+    (table,) = re.findall(rf"^\| {re.escape(head)}.*\n\|[-|]+\n((?:\|.*\n)+)", README, re.MULTILINE)
+    found: dict[str, object] = {}
+    for row in table.splitlines():
+        names, defaults = row.strip("|").split("|")[:2]
+        for name, default in zip(names.split(","), defaults.split(","), strict=True):
+            found[name.strip(" `")] = ast.literal_eval(default.strip(" `"))
+    return found
+
+
+def defaults_of(function: Any, *without: str) -> dict[str, object]:
+    parameters = inspect.signature(function).parameters.values()
+    return {one.name: one.default for one in parameters if one.name not in ("self", *without)}
+
+
+def test_the_tables_have_every_option_with_its_default() -> None:
+    of_callback = options_in("`ThorCallback(...)`")
+    assert of_callback == defaults_of(ThorCallback)
+    assert options_in("`Thor(...)`") == defaults_of(Thor, "params", "preconditioner")
+    of_curvature = defaults_of(Curvature, "model", "mode", "loss_multiplier", "parameters")
+    assert {"summary": True, **of_curvature} == of_callback
+
+
+def run(marker: str, **names: Any) -> dict[str, Any]:
+    """The one snippet in which ``marker`` stands, with these names in the place of its imports of lightning."""
+    (snippet,) = (text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if marker in text)
+    exec(snippet.replace("import lightning as L\n", ""), names)
+    return names
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> Any:
+    """Lightning with `Boring` for a module and a silent Trainer."""
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = partial(
+        L.Trainer, accelerator="cpu", max_epochs=1, enable_checkpointing=False, default_root_dir=tmp_path, **options
+    )
+    return SimpleNamespace(LightningModule=Boring, Trainer=trainer)
+
+
+def test_the_three_lines_train(quiet: Any) -> None:
+    names = run("class Model(L.LightningModule)", L=quiet, train_dataloader=Boring().data())
+    assert names["trainer"].global_step == 4
+    (optimizer,) = names["trainer"].optimizers
+    assert isinstance(optimizer, Thor)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+
+
+def test_the_plain_loop_trains() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 2), torch.randn(64, 6)
+    y = (x[:, 0] > 0).long()
+    first = F.cross_entropy(model(x), y).item()
+    names = run("optimizer.zero_grad()", model=model, F=F, data=[(x, y)] * 20)
+    assert names["curvature"].step == 20
+    assert names["loss"] < 0.9 * first
+
+
+def test_the_recipes_lines_make_a_trainer() -> None:
+    names = run("resnet50_imagenet(", L=SimpleNamespace(Trainer=partial(L.Trainer, accelerator="cpu", logger=False)))
+    assert names["trainer"].max_epochs == 40
+    assert any(isinstance(one, ThorCallback) for one in names["trainer"].callbacks)
