@@ -93,16 +93,17 @@ def share_cells(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             steps = one["steps"]
             # 1 is a fall as one over the ranks.
             kept = f"{alone[n_ranks] * int(n_ranks) / alone['1']:.2f}" if "1" in alone else "–"
-            percents = (f"{100 * (steps[what] - 1):+.1f}" for what in ("every_10", "plain"))
+            figures = ["–"] * 4
+            if steps is not None:
+                percents = (steps["every_10"] - 1, steps["plain"] - 1, steps["refreshing"])
+                figures = [f"{steps['sgd_ms']:.0f}", *(f"{100 * percent:+.1f}" for percent in percents)]
             yield (
                 name,
                 n_ranks,
                 hidden_of(one),
                 f"{alone[n_ranks]:.1f}",
                 kept,
-                f"{steps['sgd_ms']:.0f}",
-                *percents,
-                (f"{100 * steps['refreshing']:+.1f}"),
+                *figures,
             )
 
 

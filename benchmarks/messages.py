@@ -12,9 +12,6 @@ from lightning_thor.exchange import Wait
 from lightning_thor.shares import SharedInversions
 from lightning_thor.window import Window
 
-BLOCK_SIZE = 128
-"""Of all that these benchmarks count, time and project: THOR's published one, twice the default's."""
-
 
 @dataclass
 class Way:
@@ -77,7 +74,7 @@ def moved(messages: Sequence[Sequence[Any]], n_ranks: int) -> float:
 
 def counts(model: nn.Module, way: Way, n_ranks: int) -> dict[str, Any]:
     """What a refresh of all layers says: messages for factors, those for inverses, and what whole blocks would take."""
-    curvature = Curvature(model, block_size=BLOCK_SIZE)
+    curvature = Curvature(model)
     stacks, n_layers = curvature.stacks, len(curvature.layers)
     factors, inverses = Counting(n_ranks, way.bf16), Counting(n_ranks, way.bf16)
     Window(stacks, factors, lambda: (tuple(range(n_layers)), ()), way.cut).sum()

@@ -106,10 +106,11 @@ def communication_block(results: dict[str, Any]) -> str:
     words = "; ".join(f"{name}: {result['words']} a rank" for name, result in timed.items())
     return (
         f"{markdown_table(communication.SHARE_HEADS, communication.share_cells(timed))}\n\n"
-        f"{words}. Processes of one thread each over gloo, all on one machine, so that with more of them than its "
-        "cores everything but the inversions (processor time of the busiest rank) waits for a core. Sums hidden: what "
-        "buckets that start in backward save of the waiting for sums at once. THOR's over SGD's step, at the interval "
-        f"10, and of that what its refreshes take, network included. Measured on: {'; '.join(places)}."
+        f"{words}. Processes of one thread each over gloo, all on one machine; steps are timed where each has a core "
+        "of its own. Sums hidden: what buckets that start in backward save of the waiting for sums at once. Inverting: "
+        "processor time of the busiest rank, which grows with what runs on the other cores: a few milliseconds of it "
+        "did so without any communication too. THOR's over SGD's step, taken in turns, at the interval 10, and of that "
+        f"what its refreshes take, network included. Measured on: {'; '.join(places)}."
     )
 
 
