@@ -119,7 +119,7 @@ def run_rank(rank: int, n_ranks: int, name: str, rounds: int, folder: str) -> No
     result = {
         "ways": {way: train(workload, one, rank, rounds) for way, one in WAYS.items()},
         # With fewer cores than ranks a step is mostly waiting for a core.
-        "steps": steps(workload, rank, rounds) if n_ranks <= (os.cpu_count() or 1) else {},
+        "steps": steps(workload, rank, rounds) if n_ranks <= (os.cpu_count() or 1) else None,
         "messages": message_seconds(10 * rounds) if n_ranks > 1 else {},
         "inversion": inversion_rate(),
     }
@@ -216,7 +216,7 @@ def measure(name: str, n_ranks: int, rounds: int) -> dict[str, Any]:
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(n_ranks)]
     return {
         "ways": {way: summarise([rank["ways"][way] for rank in ranks]) for way in WAYS},
-        "steps": compare(ranks[0]["steps"]) if ranks[0]["steps"] else None,
+        "steps": compare(ranks[0]["steps"]) if ranks[0]["steps"] is not None else None,
         "message_ms": {what: round(1e3 * seconds, 4) for what, seconds in ranks[0]["messages"].items()},
         "inversion": round(statistics.median(rank["inversion"] for rank in ranks), 3),
     }
