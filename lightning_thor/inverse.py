@@ -106,15 +106,21 @@ def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
 
 
 def _gram(W: Tensor) -> Tensor:
-    """``WᵀW`` of lower triangular matrices: by halves, which spares the zeros, and symmetric to the last bit."""
+    """``WᵀW`` of lower triangular matrices, symmetric to the last bit; of large ones by halves, which spares zeros."""
+    if W.shape[-1] <= 2 * LEAF:
+        return _symmetric(torch.bmm(W.mT, W))
     half = W.shape[-1] // 2
     U, gram = W[:, half:, half:], torch.empty_like(W)
     for columns, place in ((W[:, :, :half], slice(0, half)), (U, slice(half, None))):
-        product = torch.bmm(columns.mT, columns).mul_(0.5)
-        torch.add(product, product.mT, out=gram[:, place, place])
+        _symmetric(torch.bmm(columns.mT, columns), out=gram[:, place, place])
     below = torch.bmm(U.mT, W[:, half:, :half])
     gram[:, half:, :half], gram[:, :half, half:] = below, below.mT
     return gram
+
+
+def _symmetric(product: Tensor, out: Tensor | None = None) -> Tensor:
+    product.mul_(0.5)
+    return torch.add(product, product.mT, out=out)
 
 
 @contextmanager

@@ -32,16 +32,17 @@ def test_inverses_are_symmetric_to_the_last_bit_in_float32_too(size: int) -> Non
 
 
 @pytest.mark.parametrize("damping", [1e-4, 1e-5])
-def test_a_float32_inverse_is_about_as_exact_as_lapacks(damping: float) -> None:
+def test_a_float32_inverse_is_as_exact_as_the_condition_allows(damping: float) -> None:
+    """The condition number times the machine epsilon, which rounding the entries of the block alone may cost. (How much
+    better LAPACK does is not the same on all processors: its error was a half to a quarter of this one.)"""
     orthogonal, _ = torch.linalg.qr(torch.randn(8, 128, 128, dtype=torch.float64))
     blocks = ((orthogonal * torch.logspace(-9, 0, 128, dtype=torch.float64)) @ orthogonal.mT).float()
-    damped = blocks + damping * torch.eye(128)
+    damped = (blocks + damping * torch.eye(128)).double()
     inverses, succeeded = damped_inverses(blocks, torch.full((8,), damping))
-    lapack = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    exact = torch.linalg.inv(damped.double())
-    error, lapacks = ((found - exact).norm(dim=(1, 2)) for found in (inverses, lapack))
+    exact = torch.linalg.inv(damped)
+    error = (inverses - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
     assert succeeded.all()
-    assert (error < 3 * lapacks).all()
+    assert (error < torch.finfo(torch.float32).eps * torch.linalg.cond(damped)).all()
 
 
 @pytest.mark.parametrize("invert", [damped_inverses, damped_inverse_roots])
