@@ -44,6 +44,12 @@ def measured_on(environment: dict[str, Any]) -> str:
     )
 
 
+def product_rates(results: dict[str, Any]) -> str:
+    """Of a large matrix product, as it was measured beside each workload."""
+    rates = [result["parts"]["gflops"] for result in results.values()]
+    return f"{min(rates):.0f} to {max(rates):.0f} · 10⁹ multiplications and additions a second"
+
+
 def step_cost_block(results: dict[str, Any]) -> str:
     """The cost of a step, from ``benchmarks/results/step_cost.json``."""
     places = dict.fromkeys(measured_on(result["environment"]) for result in results.values())
@@ -56,7 +62,17 @@ def step_cost_block(results: dict[str, Any]) -> str:
         "SGD / AdamW / THOR. Memory: growth of the process's peak over AdamW's.\n\n"
         f"{markdown_table(step_figures.PARTS_HEADS, step_figures.parts_cells(results))}\n\n"
         "What a refresh step adds to SGD's step, as shares of it, and (≥) what its arithmetic alone would take at the "
-        f"rate of a large matrix product. Measured on: {'; '.join(places)}."
+        f"rate of a large matrix product ({product_rates(results)}). Measured on: {'; '.join(places)}."
+    )
+
+
+def step_cost_elsewhere_block(results: dict[str, Any]) -> str:
+    """The same steps on another processor, from a file that ``step_cost --out`` wrote there."""
+    places = dict.fromkeys(measured_on(result["environment"]) for result in results.values())
+    n = len(step_figures.HEADS_OF_TIMES)
+    return (
+        f"{markdown_table(step_figures.HEADS_OF_TIMES, (row[:n] for row in step_figures.cells(results)))}\n\n"
+        f"A large matrix product: {product_rates(results)}. Measured on: {'; '.join(places)}."
     )
 
 
@@ -160,6 +176,7 @@ def demo_block(figures: dict[str, Any]) -> str:
 
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("benchmarks/results/step_cost.json", step_cost_block),
+    "step_cost_epyc": ("benchmarks/results/step_cost_epyc.json", step_cost_elsewhere_block),
     "time_to_target": ("benchmarks/results/time_to_target.json", time_to_target_block),
     "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
     "ablations": ("benchmarks/results/ablations.json", ablations_block),

@@ -10,7 +10,7 @@ from benchmarks.step_parts import PARTS
 
 REPORTED_INTERVAL = 10
 INTERVALS = (1, 10, 100)
-HEADS = (
+HEADS_OF_TIMES = (
     "workload",
     "SGD, ms",
     "AdamW",
@@ -19,10 +19,8 @@ HEADS = (
     "every 10",
     "every 100",
     "staggered, every 10",
-    "p99 / p50",
-    "state",
-    "memory",
 )
+HEADS = (*HEADS_OF_TIMES, "p99 / p50", "state", "memory")
 PARTS_HEADS = ("workload", *PARTS, "every 10", "floor, every 10", "SINGD, refresh step")
 
 
