@@ -188,21 +188,6 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def sharded_as(parameter: Tensor, own: Tensor) -> Tensor:
-    """The way back of `local`: a tensor in the shape of ``parameter`` of which ``own`` lies on this rank."""
-    if not is_sharded(parameter):
-        return own
-    assert isinstance(parameter, DTensor)
-    return DTensor.from_local(
-        own,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-
-
 def sum_over_shards(partial: list[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
     """Sums over whole tensors from the sums over what of each lies on this rank: one small all-reduce for all.
 

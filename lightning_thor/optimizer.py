@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
 
 from lightning_thor.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
-from lightning_thor.collectives import is_sharded, local, sharded_as, sum_over_shards
+from lightning_thor.collectives import is_sharded, local, sum_over_shards
 from lightning_thor.kept import MODES, Mode
 
 OPTIONS = (
@@ -75,11 +76,12 @@ class Thor(Optimizer):
     """Momentum on G⁻¹ grad A⁻¹ (THOR: Chen et al., AAAI 2021); parameters without curvature take plain momentum.
 
     A step, per tensor: precondition, control the scale, add weight decay (unless decoupled), then momentum as in
-    `torch.optim.SGD`, to which it is bitwise equal with an identity preconditioner and no scale control. In the polar
-    mode momentum comes first; with an identity preconditioner a matrix then takes the steps of `torch.optim.Muon`. In
-    the adam mode the step is that of `torch.optim.AdamW`, in other coordinates; with ``nesterov`` its first moment is
-    taken ahead, as in NAdam (Dozat 2016, "Incorporating Nesterov momentum into Adam"). Parameters may be sharded by
-    ``fully_shard`` (FSDP2): momentum is sharded as they are, and the scale is that of the whole tensor.
+    `torch.optim.SGD`, to which it is bitwise equal with an identity preconditioner and no scale control (to the fused
+    one where weights are of float32 and contiguous). In the polar mode momentum comes first; with an identity
+    preconditioner a matrix then takes the steps of `torch.optim.Muon`. In the adam mode the step is that of
+    `torch.optim.AdamW`, in other coordinates; with ``nesterov`` its first moment is taken ahead, as in NAdam (Dozat
+    2016, "Incorporating Nesterov momentum into Adam"). Parameters may be sharded by ``fully_shard`` (FSDP2): momentum
+    is sharded as they are, and the scale is that of the whole tensor.
 
     Args:
         params: parameters or parameter groups. All below but ``preconditioner`` can be set per group and by schedulers.
@@ -201,11 +203,11 @@ class Thor(Optimizer):
         self._decay(steps, updates)
         self._clip(steps, updates)
         for group, params in steps:
-            own = [updates[p] for p in params]
+            weights, own = [local(p) for p in params], [updates[p] for p in params]
             if group["mode"] == "natural":
-                own = self._with_momentum(group, params, own, in_place=True)
-            if params:
-                torch._foreach_add_([local(p) for p in params], own, alpha=-group["lr"])
+                _move(weights, own, self._momenta(params) if group["momentum"] else [], group)
+            elif params:
+                torch._foreach_add_(weights, own, alpha=-group["lr"])
         return loss
 
     @torch.no_grad()
@@ -216,10 +218,8 @@ class Thor(Optimizer):
         otherwise take such a step, and the curvature would count it.
         """
         for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if group["mode"] != "adam" and group["momentum"] and "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if group["mode"] != "adam" and group["momentum"]:
+                self._momenta(group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but that Adam's moments are in at least float32: torch gives them
@@ -308,33 +308,52 @@ class Thor(Optimizer):
             own = [updates[p] for p in clipped]
             torch._foreach_mul_(own, _clip_factors(own, list(clipped), list(clipped.values())))
 
-    def _with_momentum(
-        self, group: dict[str, Any], params: list[Any], updates: list[Tensor], *, in_place: bool = False
-    ) -> list[Tensor]:
-        """The momentum of ``params`` after ``updates``, not to be changed; nor are those, unless ``in_place``."""
+    def _with_momentum(self, group: dict[str, Any], params: list[Any], grads: list[Tensor]) -> list[Tensor]:
+        """The momentum of ``params`` after ``grads``; neither is to be changed."""
         momentum = group["momentum"]
         if not momentum or not params:
-            return updates
-        fresh = [p not in self.state or "momentum_buffer" not in self.state[p] for p in params]
-        for p, update, is_fresh in zip(params, updates, fresh, strict=True):
-            if is_fresh:
-                self.state[p]["momentum_buffer"] = sharded_as(p, torch.clone(update))
-        old = [i for i, is_fresh in enumerate(fresh) if not is_fresh]
-        buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
-        if old:
-            torch._foreach_mul_([buffers[i] for i in old], momentum)
-            torch._foreach_add_([buffers[i] for i in old], [updates[i] for i in old])
-        if not group["nesterov"]:
-            return buffers
-        if not in_place:
-            return list(torch._foreach_add(updates, buffers, alpha=momentum))
-        torch._foreach_add_(updates, buffers, alpha=momentum)
-        return updates
+            return grads
+        buffers = self._momenta(params)
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, grads)
+        return list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
+
+    def _momenta(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """What of them lies in this process; zeros where there was none."""
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return [local(self.state[p]["momentum_buffer"]) for p in params]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """In which Adam's moments are kept."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _move(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor], group: Mapping[str, Any]) -> None:
+    """A step of momentum SGD; ``updates`` are lost.
+
+    By torch's fused kernel, in one pass instead of four, where it can be trusted: it takes all tensors as contiguous, and
+    that of torch 2.13 for a CPU gives wrong numbers in half precision.
+    """
+    fused = all(
+        one.dtype == torch.float32 and one.device.type in ("cpu", "cuda") and one.is_contiguous()
+        for one in (*weights, *updates, *momenta)
+    )
+    sgd(
+        weights,
+        updates,
+        list[Tensor | None](momenta),
+        fused=fused,
+        foreach=not fused,
+        weight_decay=0.0,
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=0.0,
+        nesterov=group["nesterov"],
+        maximize=False,
+    )
 
 
 def _is_matched(group: Mapping[str, Any]) -> bool:

@@ -36,7 +36,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 10) -
     generator = torch.Generator().manual_seed(2)
     for _ in range(steps):
         optimizer.zero_grad()
-        model(torch.randn(16, 6, generator=generator)).square().mean().backward()
+        model(torch.randn(16, 6, generator=generator).to(next(model.parameters()).dtype)).square().mean().backward()
         optimizer.step()
     return [p.detach().clone() for p in model.parameters()]
 
@@ -56,12 +56,27 @@ def thor(model: nn.Module, **options: Any) -> Thor:
         {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
     ],
 )
-@pytest.mark.parametrize("foreach", [False, True])
-def test_with_an_identity_preconditioner_thor_is_sgd(options: dict[str, Any], foreach: bool) -> None:
-    ours, theirs = net(), net()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_with_an_identity_preconditioner_thor_is_sgd(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Bitwise: the fused one, where weights are of float32."""
+    ours, theirs = net().to(dtype), net().to(dtype)
+    fused = {"fused": True} if dtype == torch.float32 else {"foreach": True}
     found = train(ours, thor(ours, lr=0.1, **options))
-    expected = train(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1, foreach=foreach, **options))
+    expected = train(theirs, torch.optim.SGD(theirs.parameters(), lr=0.1, **fused, **options))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_order_in_which_a_weight_lies_in_memory_changes_no_step() -> None:
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(1)
+        weight = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=memory_format))
+        optimizer = Thor([weight], lr=0.1, preconditioner=Identity())
+        for _ in range(3):
+            weight.grad = torch.randn(4, 3, 2, 2)
+            optimizer.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(*found)
 
 
 def test_without_momentum_there_is_nothing_to_be_ahead_of() -> None:
