@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,8 +13,9 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from lightning_thor.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
-from lightning_thor.collectives import is_sharded, local, sum_over_shards
+from lightning_thor.collectives import local
 from lightning_thor.kept import MODES, Mode
+from lightning_thor.scale import Updates, clip_factors, kl_shrink, rms_factors
 
 OPTIONS = (
     "mode",
@@ -33,8 +33,6 @@ OPTIONS = (
 
 Steps = Sequence[tuple[dict[str, Any], list[nn.Parameter]]]
 """Each group of parameters with those of its parameters that have a gradient."""
-Updates = Mapping[nn.Parameter, Tensor]
-"""By parameter, what of it lies in this process; changed in place."""
 
 
 class Preconditioner(Protocol):
@@ -285,10 +283,10 @@ class Thor(Optimizer):
         matched = {p: group["match_rms"] for group, params in steps if _is_matched(group) for p in params}
         if matched:
             own = [updates[p] for p in matched]
-            torch._foreach_mul_(own, _rms_factors(own, list(matched), list(matched.values())))
+            torch._foreach_mul_(own, rms_factors(own, list(matched), list(matched.values())))
         clipped = [(p, group) for group, params in steps if group["kl_clip"] is not None for p in params]
         if clipped:
-            shrink = _kl_shrink(clipped, grads, updates)
+            shrink = kl_shrink(clipped, grads, updates)
             for p, _ in clipped:
                 updates[p].mul_(shrink)
 
@@ -306,7 +304,7 @@ class Thor(Optimizer):
         clipped = {p: group["clip_norm"] for group, params in steps if group["clip_norm"] is not None for p in params}
         if clipped:
             own = [updates[p] for p in clipped]
-            torch._foreach_mul_(own, _clip_factors(own, list(clipped), list(clipped.values())))
+            torch._foreach_mul_(own, clip_factors(own, list(clipped), list(clipped.values())))
 
     def _with_momentum(self, group: dict[str, Any], params: list[Any], grads: list[Tensor]) -> list[Tensor]:
         """The momentum of ``params`` after ``grads``; neither is to be changed."""
@@ -334,8 +332,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _move(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor], group: Mapping[str, Any]) -> None:
     """A step of momentum SGD; ``updates`` are lost.
 
-    By torch's fused kernel, in one pass instead of four, where it can be trusted: it takes all tensors as contiguous, and
-    that of torch 2.13 for a CPU gives wrong numbers in half precision.
+    By torch's fused kernel, in one pass instead of four, where it can be trusted: it takes all tensors as contiguous,
+    and that of torch 2.13 for a CPU gives wrong numbers in half precision.
     """
     fused = all(
         one.dtype == torch.float32 and one.device.type in ("cpu", "cuda") and one.is_contiguous()
@@ -358,70 +356,6 @@ def _move(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor], g
 
 def _is_matched(group: Mapping[str, Any]) -> bool:
     return group["match_rms"] is not None and group["mode"] != "adam"  # whose updates have their size
-
-
-def _kl_shrink(
-    clipped: Sequence[tuple[nn.Parameter, dict[str, Any]]], grads: Mapping[nn.Parameter, Tensor], updates: Updates
-) -> Tensor:
-    """``min(1, sqrt(kl_clip / sum lr² |direction · grad|))`` as a 0-dimensional tensor: no device sync."""
-    products = [(updates[p] * grads[p].conj()).real.sum(dtype=torch.float32) for p, _ in clipped]
-    products = sum_over_shards(products, [p for p, _ in clipped])
-    shares = [
-        group["lr"] ** 2 / group["kl_clip"] * product.abs()
-        for (_, group), product in zip(clipped, products, strict=True)
-    ]
-    return torch.stack(shares).sum().rsqrt().clamp_max(1.0)
-
-
-def _rms_factors(updates: list[Tensor], of: Sequence[Tensor], rms: Sequence[float]) -> list[Tensor]:
-    """What brings each tensor to its root mean square ``rms``: one 0-dimensional tensor each, in at least float32.
-
-    Args:
-        updates: what of each tensor lies in this process.
-        of: the parameters, whole or sharded.
-        rms: of each.
-
-    >>> both = [torch.full((4,), 2.0), torch.zeros(2)]
-    >>> _rms_factors(both, both, [0.2, 0.2])[0]
-    tensor(0.1000)
-    """
-    factors = _norms(updates, of)
-    # Small enough to change no update, large enough that no tensor's factor overflows: 0 * inf would be NaN.
-    torch._foreach_clamp_min_(factors, 1e-30)
-    torch._foreach_reciprocal_(factors)
-    torch._foreach_mul_(factors, [own * math.sqrt(whole.numel()) for own, whole in zip(rms, of, strict=True)])
-    return factors
-
-
-def _clip_factors(updates: list[Tensor], of: Sequence[Tensor], norms: Sequence[float]) -> list[Tensor]:
-    """What brings each tensor to at most its L2 norm ``norms``: one 0-dimensional tensor each, see `_rms_factors`.
-
-    >>> both = [torch.full((4,), 2.0), torch.ones(1)]
-    >>> _clip_factors(both, both, [1.0, 1.0])
-    [tensor(0.2500), tensor(1.)]
-    """
-    factors = _norms(updates, of)
-    torch._foreach_clamp_min_(factors, list(norms))
-    torch._foreach_reciprocal_(factors)
-    torch._foreach_mul_(factors, list(norms))
-    return factors
-
-
-def _norms(updates: list[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
-    # A norm in half precision would overflow or lose its digits.
-    dtype = reduce(torch.promote_types, (update.dtype.to_real() for update in updates), torch.float32)
-    real = [torch.view_as_real(update) if update.is_complex() else update for update in updates]
-    if all(one.device.type == "cpu" and one.dtype == dtype and one.is_contiguous() for one in real):
-        # Several times as fast there, and exact to more digits: of 10⁷ numbers torch's norm is off by 4e-4.
-        norms = [torch.dot(one.view(-1), one.view(-1)) for one in real]
-        torch._foreach_sqrt_(norms)
-    else:
-        norms = list(torch._foreach_norm(real, dtype=dtype))
-    if not is_sharded(of[0]):
-        return norms
-    # In float64, or squares would leave the range.
-    squares = sum_over_shards([norm.double().square() for norm in norms], of)
-    return [square.sqrt().to(dtype) for square in squares]
 
 
 def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:

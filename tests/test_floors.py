@@ -50,6 +50,7 @@ FLOORS = {
         "factors",
         "hooks",
         "optimizer",
+        "scale",
         "collectives",
         "split",
         "exchange",
