@@ -7,7 +7,6 @@ for the same number of epochs, under the same one-cycle schedule. It prints a ta
 How the peak learning rates in ``RECIPES`` were chosen: ``--tune`` tries six per optimizer, each twice the one before,
 on the same two seeds, and scores a rate by the validation accuracy averaged over the whole training (being good early
 counts, and so does being good in the end). Tuning uses seeds and a train/validation split that the demo does not use.
-(THOR's rate was found with its former defaults, ``block_size=128`` and ``nesterov=False``, and was kept.)
 All else stays at each optimizer's defaults; the momentum of SGD, which has none by default, is 0.9 like THOR's.
 """
 
@@ -57,7 +56,7 @@ class Recipe:
 RECIPES = {
     "THOR": Recipe(
         build=lambda module, lr: configure_thor(module, lr=lr),
-        lr=0.02,
+        lr=0.04,
         lr_grid=(0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
         callbacks=lambda: [ThorCallback(summary=False)],
     ),
