@@ -33,8 +33,8 @@ def test_inverses_are_symmetric_to_the_last_bit_in_float32_too(size: int) -> Non
 
 @pytest.mark.parametrize("damping", [1e-4, 1e-5])
 def test_a_float32_inverse_is_as_exact_as_the_condition_allows(damping: float) -> None:
-    """Half the condition number times the unit roundoff, by which rounding the entries of the block alone may change its
-    inverse twice as much. (LAPACK's error is a third of ours or a half, by the processor, so it is no measure.)"""
+    """Half the condition number times the unit roundoff; rounding the entries of the block alone may change its inverse
+    twice as much. (LAPACK's error is a third of ours or a half, by the processor, so it is no measure.)"""
     orthogonal, _ = torch.linalg.qr(torch.randn(8, 128, 128, dtype=torch.float64))
     blocks = ((orthogonal * torch.logspace(-9, 0, 128, dtype=torch.float64)) @ orthogonal.mT).float()
     damped = (blocks + damping * torch.eye(128)).double()
