@@ -176,8 +176,8 @@ def test_factors_that_travel_by_nccl_arrive_and_nothing_waits(bf16: bool) -> Non
         curvature = Curvature(model, update_every_n_steps=2, block_size=16)
         exchange = OneOfTwo(bf16)
         if connected:
-            alone = Workers(Alone(), Alone())
-            curvature.connect(exchange, cut=buckets.by_size(2048), may_start=lambda: True, workers=alone)
+            everyone = Workers(Alone(), Alone())
+            curvature.connect(exchange, cut=buckets.by_size(2048), may_start=lambda: True, workers=everyone)
         optimizer = configure_thor(model, lr=0.01, preconditioner=curvature)
 
         def step(model: nn.Module = model, optimizer: Any = optimizer) -> None:
