@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import collectives
+from lightning_thor.batches import Batch, Kept, batches_of
 from lightning_thor.buckets import Cut, one_bucket
 from lightning_thor.costs import refresh_costs
 from lightning_thor.damping import DampingRule
-from lightning_thor.directions import Kept, natural, polar, to_eigenbasis
+from lightning_thor.directions import natural, polar, to_eigenbasis
 from lightning_thor.exchange import Alone, Exchange, Workers
 from lightning_thor.factors import factors_of, stacks_of
 from lightning_thor.hooks import Hooks
@@ -194,7 +195,7 @@ class Curvature:
                     "processes by now. Connect before the first step, and before load_state_dict."
                 )
             self.stacks.keep(shared.own)
-            self.__dict__.pop("_inverses", None)
+            self.__dict__.pop("_batches", None)
         self._shared, layers = shared, list(self.layers.values())
         self._own_layers = [layers[index] for index in shared.own]
         self._window = Window(self.stacks, exchange, self._turn, cut, may_start)
@@ -310,7 +311,7 @@ class Curvature:
         self.check_that_it_serves("natural", "polar")
         with self._full_precision():
             own = self._shared.own_part(grads)
-            directions = natural(self._own_layers, self._inverses, own, roots=self.stacks.keeping is ROOT)
+            directions = natural(self._batches, own, roots=self.stacks.keeping is ROOT)
             return self._shared.bring_to_all(directions, grads)
 
     @torch.no_grad()
@@ -326,7 +327,7 @@ class Curvature:
         self.check_that_it_serves("polar")
         with self._full_precision():
             own = self._shared.own_part(momenta)
-            directions = polar(self._own_layers, self._inverses, own, names=self.polar_layers)
+            directions = polar(self._batches, own, names=self.polar_layers)
             return self._shared.bring_to_all(directions, momenta)
 
     @torch.no_grad()
@@ -341,14 +342,14 @@ class Curvature:
         """
         self.check_that_it_serves("adam")
         with self._full_precision():
-            return to_eigenbasis(self._own_layers, self._inverses, grads)
+            return to_eigenbasis(self._batches, grads)
 
     @torch.no_grad()
     def from_eigenbasis(self, rotated: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """The way back of `to_eigenbasis`."""
         self.check_that_it_serves("adam")
         with self._full_precision():
-            return to_eigenbasis(self._own_layers, self._inverses, rotated, back=True)
+            return to_eigenbasis(self._batches, rotated, back=True)
 
     def check_that_it_serves(self, *modes: Mode) -> None:
         """Raise a RuntimeError where what is kept here is not what directions of one of these modes are made of."""
@@ -412,9 +413,10 @@ class Curvature:
         return damping
 
     @cached_property
-    def _inverses(self) -> list[Kept]:
-        """Of the layers whose directions are made here."""
-        return [self.inverses_of(layer.name) for layer in self._own_layers]
+    def _batches(self) -> list[Batch]:
+        """The layers whose directions are made here."""
+        kept = [self.inverses_of(layer.name) for layer in self._own_layers]
+        return list(batches_of(self._own_layers, kept, apart=lambda layer: layer.name in self.polar_layers))
 
     def inverses_of(self, name: str) -> Kept:
         """Views of a layer's ``(A⁻¹, G⁻¹)``, in their blocks; of their roots or eigenvectors in the other modes."""

@@ -2,48 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.layer import Layer
+from lightning_thor.batches import Batch, Matrices, Single, Tensors
 from lightning_thor.polar import msign
-
-Kept = tuple[Tensor | None, Tensor]
-"""Of one layer ``(A⁻¹, G⁻¹)``, or the roots ``(V, W)`` with ``VᵀV = A⁻¹`` and ``WᵀW = G⁻¹``, or their eigenvectors, as
-columns."""
 
 MAX_ENTRIES = 2**24
 """Of all matrices that are made polar at once: enough to fill a device, and a bound on the memory."""
 
 
-def natural(
-    layers: Iterable[Layer], kept: Iterable[Kept], grads: Mapping[nn.Parameter, Tensor], *, roots: bool
-) -> dict[nn.Parameter, Tensor]:
+def natural(batches: Iterable[Batch], grads: Tensors, *, roots: bool) -> dict[nn.Parameter, Tensor]:
     """``G⁻¹ grad A⁻¹`` of each layer, and copies of the gradients of other parameters.
 
     Args:
-        layers: those with curvature.
-        kept: of each layer.
+        batches: all layers with curvature.
         grads: by parameter; nothing in it is changed.
-        roots: whether ``kept`` are roots.
+        roots: whether roots of the inverses are kept.
     """
     directions: dict[nn.Parameter, Tensor] = {}
-    for layer, own, (A, G) in _complete(layers, kept, grads):
-        found = _natural_by_roots(layer, own, (A, G)) if roots else layer.precondition(own, A, G)
-        _put(directions, layer, found, grads)
+    for batch in _complete(batches, grads):
+        matrices = batch.to_matrices(grads)
+        found = _whiten_again(batch, _whiten(batch, matrices)) if roots else batch.product(matrices)
+        batch.put(directions, found, grads)
     return _with_others(directions, grads)
 
 
-def polar(
-    layers: Iterable[Layer],
-    kept: Iterable[Kept],
-    momenta: Mapping[nn.Parameter, Tensor],
-    *,
-    names: Container[str],
-) -> dict[nn.Parameter, Tensor]:
+def polar(batches: Iterable[Batch], momenta: Tensors, *, names: Container[str]) -> dict[nn.Parameter, Tensor]:
     """``Wᵀ msign(W M Vᵀ) V`` of each layer that is in ``names``: steepest descent in the spectral norm, whitened.
 
     That is ``G^-½ msign(G^-½ M A^-½) A^-½`` for whichever roots W and V: another pair is ``Q W`` and ``P V`` with
@@ -51,109 +38,82 @@ def polar(
     parameters without curvature a copy.
 
     Args:
-        layers: those with curvature.
-        kept: the roots of each layer.
+        batches: all layers with curvature; roots are kept of them.
         momenta: by parameter; nothing in it is changed.
-        names: of the layers that are to be polar.
+        names: of the layers that are to be polar: of a batch all or none.
     """
     directions: dict[nn.Parameter, Tensor] = {}
-    of_shape: dict[tuple[int, int], list[tuple[Layer, list[Tensor], Kept]]] = {}
-    for layer, own, roots in _complete(layers, kept, momenta):
-        if layer.A is not None and layer.name in names:
-            of_shape.setdefault((layer.G.width, layer.A.width), []).append((layer, own, roots))
-        else:
-            _put(directions, layer, _natural_by_roots(layer, own, roots), momenta)
-    for shape, members in of_shape.items():
-        for batch in _batches(members, shape):
-            whitened = [_whiten(layer, own, roots) for layer, own, roots in batch]
-            signs = msign(torch.cat(whitened)).split([len(matrix) for matrix in whitened])
-            for (layer, own, roots), sign in zip(batch, signs, strict=True):
-                _put(directions, layer, _whiten_again(layer, sign, own, roots), momenta)
+    for batch in _complete(batches, momenta):
+        matrices = _whiten(batch, batch.to_matrices(momenta))
+        if batch.layers[0].name in names:
+            matrices = _signs(matrices)
+        batch.put(directions, _whiten_again(batch, matrices), momenta)
     return _with_others(directions, momenta)
 
 
-def to_eigenbasis(
-    layers: Iterable[Layer], kept: Iterable[Kept], grads: Mapping[nn.Parameter, Tensor], *, back: bool = False
-) -> dict[nn.Parameter, Tensor]:
+def to_eigenbasis(batches: Iterable[Batch], grads: Tensors, *, back: bool = False) -> dict[nn.Parameter, Tensor]:
     """``Q_Gᵀ grad Q_A`` of each layer, with the eigenvectors of its blocks as columns, and copies of the gradients of
     other parameters: in these coordinates A ⊗ G is diagonal, as far as its blocks go.
 
     Args:
-        layers: those with curvature.
-        kept: the eigenvectors of each layer.
+        batches: all layers with curvature; eigenvectors are kept of them.
         grads: by parameter; nothing in it is changed.
         back: from there, ``Q_G X Q_Aᵀ``.
     """
     directions: dict[nn.Parameter, Tensor] = {}
-    for layer, own, (Q_A, Q_G) in _complete(layers, kept, grads):
-        matrix = layer.to_matrix(own, Q_G.dtype)
-        left, right = (Q_G, None if Q_A is None else Q_A.mT) if back else (Q_G.mT, Q_A)
-        _put(directions, layer, layer.from_matrix(layer.product(left, matrix, right), own), grads)
+    for batch in _complete(batches, grads):
+        found = batch.product(batch.to_matrices(grads), transposed=(back, not back))
+        batch.put(directions, found, grads)
     return _with_others(directions, grads)
 
 
-def _natural_by_roots(layer: Layer, own: Sequence[Tensor], roots: Kept) -> list[Tensor]:
-    return _whiten_again(layer, _whiten(layer, own, roots), own, roots)
-
-
-def _whiten(layer: Layer, own: Sequence[Tensor], roots: Kept) -> Tensor:
+def _whiten(batch: Batch, matrices: Matrices) -> Tensor:
     """``W M Vᵀ``."""
-    V, W = roots
-    return layer.product(W, layer.to_matrix(own, W.dtype), None if V is None else V.mT)
+    return batch.product(matrices, transposed=(True, False))
 
 
-def _whiten_again(layer: Layer, matrix: Tensor, own: Sequence[Tensor], roots: Kept) -> list[Tensor]:
-    """``Wᵀ X V``, in the shapes and dtypes of ``own``."""
-    V, W = roots
-    return layer.from_matrix(layer.product(W.mT, matrix, V), own)
+def _whiten_again(batch: Batch, matrices: Tensor) -> Tensor:
+    """``Wᵀ X V``."""
+    return batch.product(matrices, transposed=(False, True))
 
 
-def _complete(
-    layers: Iterable[Layer], kept: Iterable[Kept], grads: Mapping[nn.Parameter, Tensor]
-) -> Iterator[tuple[Layer, list[Tensor], Kept]]:
-    """The layers of which all gradients are there, with their parts of them; not those that others precondition.
+def _signs(matrices: Tensor) -> Tensor:
+    """`msign` of ``[..., m, n]``, of at most `MAX_ENTRIES` entries at once (or a single matrix that has more)."""
+    flat = matrices.flatten(0, -3)
+    at_once = max(1, MAX_ENTRIES // flat[0].numel())
+    return torch.cat([msign(some) for some in flat.split(at_once)]).view(matrices.shape)
+
+
+def _complete(batches: Iterable[Batch], grads: Tensors) -> Iterator[Batch]:
+    """The layers of which all gradients are there; not those that others precondition.
 
     Raises:
         ValueError: a gradient is not whole.
     """
-    for layer, factors in zip(layers, kept, strict=True):
-        own = [layer.own_part(grads[p]) for p in layer.parameters if p in grads]
-        if len(own) == len(layer.parameters) and layer.folded_into is None:
-            if layer.part is None and any(grad.shape != p.shape for grad, p in zip(own, layer.parameters, strict=True)):
+    for batch in batches:
+        there = [all(p in grads for p in layer.parameters) and layer.folded_into is None for layer in batch.layers]
+        for layer, is_there in zip(batch.layers, there, strict=True):
+            shards = [p for p in layer.parameters if is_there and layer.part is None and grads[p].shape != p.shape]
+            if shards:
                 raise ValueError(
-                    f"The gradient of {layer.name!r} is {list(own[0].shape)}, a shard of its weight "
-                    f"{list(layer.parameters[0].shape)}. Give Thor preconditioner=ShardedCurvature(curvature), of "
+                    f"The gradient of {layer.name!r} is {list(grads[shards[0]].shape)}, a shard of its weight "
+                    f"{list(shards[0].shape)}. Give Thor preconditioner=ShardedCurvature(curvature), of "
                     'lightning_thor.sharded; under a Trainer strategy="thor_fsdp2" does so.'
                 )
-            yield layer, own, factors
-
-
-def _put(
-    directions: dict[nn.Parameter, Tensor], layer: Layer, found: Sequence[Tensor], grads: Mapping[nn.Parameter, Tensor]
-) -> None:
-    """The directions of a layer's parameters, or of its parts of them, to those of the others."""
-    for p, direction in zip(layer.parameters, found, strict=True):
-        if layer.part is None:
-            directions[p] = direction
+        if all(there):
+            yield batch
             continue
+        for layer, kept, is_there in zip(batch.layers, batch.kept, there, strict=True):
+            if is_there:
+                yield Single([layer], [kept])
+
+
+def _with_others(directions: dict[nn.Parameter, Tensor], grads: Tensors) -> dict[nn.Parameter, Tensor]:
+    """Copies of those of ``grads`` that have no direction with them; those of one shape in one operation."""
+    alike: dict[tuple[torch.Size, torch.dtype], list[nn.Parameter]] = {}
+    for p, grad in grads.items():
         if p not in directions:
-            directions[p] = grads[p].clone()
-        layer.own_part(directions[p]).copy_(direction)
-
-
-def _batches(
-    members: Sequence[tuple[Layer, list[Tensor], Kept]], shape: tuple[int, int]
-) -> Iterator[list[tuple[Layer, list[Tensor], Kept]]]:
-    """``members`` in order, in lists of at most `MAX_ENTRIES` entries (or a single layer that has more)."""
-    most = max(layer.G.groups for layer, _, _ in members)
-    n = max(1, MAX_ENTRIES // (most * shape[0] * shape[1]))
-    rest = iter(members)
-    while batch := list(islice(rest, n)):
-        yield batch
-
-
-def _with_others(
-    directions: dict[nn.Parameter, Tensor], grads: Mapping[nn.Parameter, Tensor]
-) -> dict[nn.Parameter, Tensor]:
-    directions.update((p, grad.clone()) for p, grad in grads.items() if p not in directions)
+            alike.setdefault((grad.shape, grad.dtype), []).append(p)
+    for others in alike.values():
+        directions.update(zip(others, torch.stack([grads[p] for p in others]).unbind(), strict=True))
     return directions

@@ -15,7 +15,7 @@ from torch.optim.sgd import sgd
 from lightning_thor.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
 from lightning_thor.collectives import local
 from lightning_thor.kept import MODES, Mode
-from lightning_thor.scale import Updates, clip_factors, kl_shrink, rms_factors
+from lightning_thor.scale import Updates, kl_shrink, to_at_most_, to_rms_
 
 OPTIONS = (
     "mode",
@@ -282,8 +282,7 @@ class Thor(Optimizer):
         """``match_rms`` and ``kl_clip``, in place."""
         matched = {p: group["match_rms"] for group, params in steps if _is_matched(group) for p in params}
         if matched:
-            own = [updates[p] for p in matched]
-            torch._foreach_mul_(own, rms_factors(own, list(matched), list(matched.values())))
+            to_rms_([updates[p] for p in matched], list(matched), list(matched.values()))
         clipped = [(p, group) for group, params in steps if group["kl_clip"] is not None for p in params]
         if clipped:
             shrink = kl_shrink(clipped, grads, updates)
@@ -303,8 +302,7 @@ class Thor(Optimizer):
         """``clip_norm``, in place."""
         clipped = {p: group["clip_norm"] for group, params in steps if group["clip_norm"] is not None for p in params}
         if clipped:
-            own = [updates[p] for p in clipped]
-            torch._foreach_mul_(own, clip_factors(own, list(clipped), list(clipped.values())))
+            to_at_most_([updates[p] for p in clipped], list(clipped), list(clipped.values()))
 
     def _with_momentum(self, group: dict[str, Any], params: list[Any], grads: list[Tensor]) -> list[Tensor]:
         """The momentum of ``params`` after ``grads``; neither is to be changed."""

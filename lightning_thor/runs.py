@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_thor.batches import Kept
 from lightning_thor.blocks import Blocks
 from lightning_thor.costs import Cut, product_cost
-from lightning_thor.directions import Kept
 from lightning_thor.layer import Layer
 
 

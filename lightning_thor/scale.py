@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_thor.adjacent import as_one, runs_of
 from lightning_thor.collectives import is_sharded, sum_over_shards
 
 Updates = Mapping[nn.Parameter, Tensor]
@@ -29,52 +30,69 @@ def kl_shrink(
     return torch.stack(shares).sum().rsqrt().clamp_max(1.0)
 
 
-def rms_factors(updates: list[Tensor], of: Sequence[Tensor], rms: Sequence[float]) -> list[Tensor]:
-    """What brings each tensor to its root mean square ``rms``: one 0-dimensional tensor each, in at least float32.
+def to_rms_(updates: list[Tensor], of: Sequence[Tensor], rms: Sequence[float]) -> None:
+    """Bring each tensor to its root mean square ``rms``; no device sync. One of zeros stays zero.
 
     Args:
-        updates: what of each tensor lies in this process.
+        updates: what of each tensor lies in this process; changed in place.
         of: the parameters, whole or sharded.
         rms: of each.
 
     >>> both = [torch.full((4,), 2.0), torch.zeros(2)]
-    >>> rms_factors(both, both, [0.2, 0.2])[0]
-    tensor(0.1000)
+    >>> to_rms_(both, both, [0.2, 0.2])
+    >>> both
+    [tensor([0.2000, 0.2000, 0.2000, 0.2000]), tensor([0., 0.])]
     """
-    factors = _norms(updates, of)
+    runs, norms, wanted = _in_runs(updates, of, [own * math.sqrt(p.numel()) for own, p in zip(rms, of, strict=True)])
     # Small enough to change no update, large enough that no tensor's factor overflows: 0 * inf would be NaN.
-    torch._foreach_clamp_min_(factors, 1e-30)
-    torch._foreach_reciprocal_(factors)
-    torch._foreach_mul_(factors, [own * math.sqrt(whole.numel()) for own, whole in zip(rms, of, strict=True)])
-    return factors
+    torch._foreach_clamp_min_(norms, 1e-30)
+    _multiply(runs, norms, wanted)
 
 
-def clip_factors(updates: list[Tensor], of: Sequence[Tensor], norms: Sequence[float]) -> list[Tensor]:
-    """What brings each tensor to at most its L2 norm ``norms``: one 0-dimensional tensor each, see `rms_factors`.
+def to_at_most_(updates: list[Tensor], of: Sequence[Tensor], norms: Sequence[float]) -> None:
+    """Bring each tensor to at most its L2 norm ``norms``; arguments as of `to_rms_`.
 
     >>> both = [torch.full((4,), 2.0), torch.ones(1)]
-    >>> clip_factors(both, both, [1.0, 1.0])
-    [tensor(0.2500), tensor(1.)]
+    >>> to_at_most_(both, both, [1.0, 1.0])
+    >>> both
+    [tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([1.])]
     """
-    factors = _norms(updates, of)
-    torch._foreach_clamp_min_(factors, list(norms))
-    torch._foreach_reciprocal_(factors)
-    torch._foreach_mul_(factors, list(norms))
-    return factors
+    runs, found, wanted = _in_runs(updates, of, norms)
+    torch._foreach_clamp_min_(found, wanted)
+    _multiply(runs, found, wanted)
 
 
-def _norms(updates: list[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
+def _in_runs(
+    updates: list[Tensor], of: Sequence[Tensor], wanted: Sequence[float]
+) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    """Runs ``[n, *shape]`` of updates of which the same norm is wanted, the norms that they have, ``[n]``, and that."""
+    members = runs_of(updates, list(zip(wanted, (is_sharded(p) for p in of), strict=True)))
+    runs = [as_one([updates[index] for index in run]) for run in members]
     # A norm in half precision would overflow or lose its digits.
-    dtype = reduce(torch.promote_types, (update.dtype.to_real() for update in updates), torch.float32)
-    real = [torch.view_as_real(update) if update.is_complex() else update for update in updates]
-    if all(one.device.type == "cpu" and one.dtype == dtype and one.is_contiguous() for one in real):
+    dtype = reduce(torch.promote_types, {run.dtype.to_real() for run in runs}, torch.float32)
+    norms = [_norms(run, dtype) for run in runs]
+    if is_sharded(of[0]):
+        # In float64, or squares would leave the range.
+        squares = torch.cat(norms).double().square()
+        (squares,) = sum_over_shards([squares], of)
+        norms = list(squares.sqrt().to(dtype).split([len(run) for run in runs]))
+    return runs, norms, [wanted[run[0]] for run in members]
+
+
+def _norms(run: Tensor, dtype: torch.dtype) -> Tensor:
+    """L2 norm of each tensor of a run."""
+    real = torch.view_as_real(run) if run.is_complex() else run
+    rows = real.reshape(len(run), -1)
+    if rows.device.type == "cpu" and rows.dtype == dtype:
         # Several times as fast there, and exact to more digits: of 10⁷ numbers torch's norm is off by 4e-4.
-        norms = [torch.dot(one.view(-1), one.view(-1)) for one in real]
-        torch._foreach_sqrt_(norms)
-    else:
-        norms = list(torch._foreach_norm(real, dtype=dtype))
-    if not is_sharded(of[0]):
-        return norms
-    # In float64, or squares would leave the range.
-    squares = sum_over_shards([norm.double().square() for norm in norms], of)
-    return [square.sqrt().to(dtype) for square in squares]
+        return torch.stack([torch.dot(row, row) for row in rows.unbind()]).sqrt_()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    return norms
+
+
+def _multiply(runs: list[Tensor], norms: list[Tensor], wanted: list[float]) -> None:
+    """By ``wanted / norms``; the norms are lost."""
+    torch._foreach_reciprocal_(norms)
+    torch._foreach_mul_(norms, wanted)
+    for run, factors in zip(runs, norms, strict=True):
+        run.mul_(factors.view(-1, *[1] * (run.dim() - 1)))

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_thor.batches import Batch, batches_of
 from lightning_thor.collectives import Ranks
 from lightning_thor.curvature import Curvature
-from lightning_thor.directions import Kept, natural, polar
+from lightning_thor.directions import natural, polar
 from lightning_thor.exchange import Exchange
 from lightning_thor.kept import ROOT
-from lightning_thor.layer import Layer
 from lightning_thor.routes import Piece, n_numbers, pieces_of, rows_of_a_process, share_out
 from lightning_thor.runs import Cuttable, cuttable, run_of
 
@@ -33,9 +33,8 @@ class Parcel(NamedTuple):
 class Plan(NamedTuple):
     """Who does what with the shards of some parameters, as one process sees it."""
 
-    layers: list[Layer]
+    batches: list[Batch]
     """The runs whose directions this process computes."""
-    kept: list[Kept]
     starts: dict[nn.Parameter, int]
     """Of those: where in the parameter each begins, by name."""
     leaving: list[Parcel]
@@ -102,9 +101,9 @@ class ShardedCurvature:
         runs = _put_together([*plan.arriving, *plan.staying], [*arrived, *stayed])
         with torch.autocast(curvature.stacks.flat_sums.device.type, enabled=False):
             directions = (
-                polar(plan.layers, plan.kept, runs, names=curvature.polar_layers)
+                polar(plan.batches, runs, names=curvature.polar_layers)
                 if is_polar
-                else natural(plan.layers, plan.kept, runs, roots=curvature.stacks.keeping is ROOT)
+                else natural(plan.batches, runs, roots=curvature.stacks.keeping is ROOT)
             )
         returned = self._swapped(
             plan, [_rows_of_a_run(directions, one, plan) for one in plan.arriving], plan.leaving, back=True
@@ -167,9 +166,13 @@ class ShardedCurvature:
                     starts[name] = run.of.rows_in(p, run.start, run.stop)[0]
         leaving = sorted((one for one in parcels if one.piece.owner != own), key=lambda one: one.piece.owner)
         arriving = sorted((one for one in parcels if one.piece.holder != own), key=lambda one: one.piece.holder)
-        return Plan(
+        batches = batches_of(
             [layer for layer, _ in own_runs.values()],
             [kept for _, kept in own_runs.values()],
+            apart=lambda layer: layer.name in self.curvature.polar_layers,
+        )
+        return Plan(
+            list(batches),
             starts,
             leaving,
             arriving,

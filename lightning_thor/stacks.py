@@ -59,7 +59,10 @@ class FactorStacks:
     ) -> None:
         factors = [factor for cut in cuts for factor in cut]
         by_size: dict[int, list[int]] = {}
-        for index, blocks in enumerate(factors):
+        # Those of layers that are cut alike lie together, all A and then all G, so that products take them as one.
+        first = {cut: layer for layer, cut in reversed(list(enumerate(cuts)))}
+        for index in sorted(range(len(factors)), key=lambda index: (first[cuts[index // 2]], index % 2, index)):
+            blocks = factors[index]
             if blocks is not None:
                 by_size.setdefault(blocks.size, []).append(index)
         lengths = {

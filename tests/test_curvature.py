@@ -302,8 +302,15 @@ def test_a_refresh_of_some_layers_is_that_of_all_and_leaves_the_others(part: tup
             selection = curvature.stacks.select(chosen)
             curvature.stacks.average_window(selection, 0.5)
             curvature.stacks.invert(selection, "trace", 0.2, curvature.solve)
-        stack = curvature.stacks.stacks[4]
-        return [(stack.average[i : i + 2], stack.inverse[i : i + 2]) for i in (0, 2, 4)]
+        stacks = curvature.stacks
+        of_layers = [(2 * layer, 2 * layer + 1) for layer in range(3)]
+        return [
+            (
+                torch.cat([stacks.blocks_of(i, "average") for i in own]),
+                torch.cat([stacks.blocks_of(i, "inverse") for i in own]),
+            )
+            for own in of_layers
+        ]
 
     found, all_of_them, none = refreshed(part), refreshed((0, 1, 2)), refreshed(())
     for layer in range(3):

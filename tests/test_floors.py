@@ -17,6 +17,7 @@ GROUND, FIRST, TOP = 0, 1, 2
 FLOOR_NAMES = ("ground floor", "first floor", "top floor")
 FLOORS = {
     GROUND: {
+        "adjacent",
         "blocks",
         "inverse",
         "damping",
@@ -39,6 +40,7 @@ FLOORS = {
         "kinds",
         "user_layers",
         "layers",
+        "batches",
         "directions",
         "options",
         "stack",

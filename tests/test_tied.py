@@ -161,7 +161,7 @@ def test_a_table_tied_to_the_output_layer_has_the_balanced_sums_of_both_as_facto
     found = curvature.precondition({p: p.grad for p in model.parameters() if p.grad is not None})
     grad = model.table.weight.grad
     assert grad is not None
-    A_inverse, G_inverse = curvature._inverses[head]
+    A_inverse, G_inverse = curvature.inverses_of("head")
     assert A_inverse is not None
     expected = curvature.layers["head"].precondition([grad], A_inverse, G_inverse)[0]
     torch.testing.assert_close(found[model.table.weight], expected)
@@ -179,7 +179,7 @@ def test_a_role_that_is_not_used_leaves_the_other_its_own_inverses(silent: str) 
     (y if silent == "head" else model.head(y)).sin().mean().backward()
     with pytest.warns(UserWarning, match=f"not observed before the first step.*{silent}"):
         curvature.update()
-    A_inverse, G_inverse = curvature._inverses[list(curvature.layers).index("head")]
+    A_inverse, G_inverse = curvature.inverses_of("head")
     grad = model.table.weight.grad
     assert grad is not None
     (direction,) = curvature.layers["head"].precondition([grad], A_inverse, G_inverse)
@@ -210,7 +210,8 @@ def test_the_state_of_a_tied_model_goes_on_bitwise() -> None:
     for each in (curvature, resumed):
         each.update()
         assert each.stacks.updates.tolist() == [2, 2, 2]
-    torch.testing.assert_close(resumed._inverses, curvature._inverses, rtol=0, atol=0)
+    kept = [[each.inverses_of(name) for name in each.layers] for each in (resumed, curvature)]
+    torch.testing.assert_close(*kept, rtol=0, atol=0)
 
 
 def test_tables_that_are_tied_are_one_layer() -> None:

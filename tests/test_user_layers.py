@@ -77,7 +77,7 @@ def test_a_registered_layer_is_what_it_would_be_as_linear_layers(statistics: str
     kernel = model[0].kernel
     assert kernel.grad is not None
     layer = ours.layers["0"]
-    A_inverse, G_inverse = ours._inverses[0]
+    A_inverse, G_inverse = ours.inverses_of("0")
     (direction,) = layer.precondition([kernel.grad], A_inverse, G_inverse)
     assert direction.is_contiguous()
     assert A_inverse is not None

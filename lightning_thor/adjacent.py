@@ -1,0 +1,49 @@
+"""Tensors of one shape that lie one after the other in memory, as one tensor: a view, made without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def runs_of(tensors: Sequence[Tensor], keys: Sequence[Hashable] | None = None) -> list[list[int]]:
+    """The numbers of ``tensors`` in lists, each as long as can be, of tensors that lie one after the other in memory.
+
+    Args:
+        tensors: in any order; those of a run are contiguous, of one shape and dtype and in one storage.
+        keys: of each; those of a run are equal.
+
+    >>> one, other = torch.zeros(2, 3).unbind()
+    >>> runs_of([other, torch.zeros(3), one]) in ([[2, 0], [1]], [[1], [2, 0]])
+    True
+    """
+    places = [tensor.data_ptr() for tensor in tensors]
+    runs: list[list[int]] = []
+    end, last = -1, None
+    for index in sorted(range(len(tensors)), key=places.__getitem__):
+        tensor = tensors[index]
+        form = tensor.shape, tensor.dtype, None if keys is None else keys[index]
+        goes_on = places[index] == end and form == last and tensor.is_contiguous()
+        # Memory of two storages can be adjacent by chance.
+        if goes_on and tensor.untyped_storage().data_ptr() == tensors[runs[-1][0]].untyped_storage().data_ptr():
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+        end = places[index] + tensor.numel() * tensor.element_size() if tensor.is_contiguous() else -1
+        last = form
+    return runs
+
+
+def as_one(run: Sequence[Tensor]) -> Tensor:
+    """View of a run's ``n`` tensors as one, ``[n, *shape]``; what is changed in it is changed in them.
+
+    >>> both = torch.arange(6.0).view(2, 3)
+    >>> as_one(both.unbind()).equal(both)
+    True
+    """
+    first = run[0]
+    if len(run) == 1:
+        return first.unsqueeze(0)
+    return torch.as_strided(first, (len(run), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
