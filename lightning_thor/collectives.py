@@ -20,6 +20,9 @@ if dist.is_available():
         from torch.distributed.fsdp import FSDPModule
     except ImportError:  # torch 2.5
         from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
+    _SHARDED: tuple[type, ...] = (DTensor,)
+else:
+    _SHARDED = ()
 
 
 def is_distributed() -> bool:
@@ -170,7 +173,7 @@ def _wait(work: dist.Work) -> None:
 
 def is_sharded(tensor: Tensor) -> bool:
     """True for a DTensor, such as ``fully_shard`` (FSDP2) makes of parameters; on a single rank too."""
-    return dist.is_available() and isinstance(tensor, DTensor)
+    return isinstance(tensor, _SHARDED)
 
 
 def local(tensor: Tensor) -> Tensor:

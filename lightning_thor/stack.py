@@ -88,3 +88,11 @@ def put(into: Tensor, place: Places, part: Tensor) -> None:
     """``into[place] = part`` where ``part`` is what lay there, changed: a view of a slice still does."""
     if not isinstance(place, slice):
         into[place] = part
+
+
+def clear(tensor: Tensor, place: Places) -> None:
+    """``tensor[place] = 0``, which would wait for the device where ``place`` is a tensor: a number has to go there."""
+    if isinstance(place, slice):
+        tensor[place].zero_()
+    else:
+        tensor.index_fill_(0, place, 0.0)

@@ -17,7 +17,7 @@ from lightning_thor.damping import DampingRule, split_damping
 from lightning_thor.folds import fold_in_
 from lightning_thor.inverse import traces
 from lightning_thor.kept import INVERSE, Keeping
-from lightning_thor.stack import Places, Stack, put
+from lightning_thor.stack import Places, Stack, clear, put
 from lightning_thor.triangles import n_packed, pack, unpack
 
 Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tensor, Tensor]]]
@@ -204,7 +204,7 @@ class FactorStacks:
         self.rejected_windows += (~torch.isfinite(means).all(1)).sum()
         new = old.lerp(means, _weight(averaging, self.updates[layers] + 1.0)[:, None])
         none, silent = self.updates[layers] == 0, n_rows == 0
-        self.counts[layers] = 0.0
+        clear(self.counts, layers)
         traces = [self._damped_trace(trace, layers, rule, damping) for trace in (old, new)]
         return torch.where(none, 0.0, traces[0]), torch.where(silent, torch.nan, traces[1])
 
@@ -253,7 +253,7 @@ class FactorStacks:
             torch.where(taken[owners, None, None], batch, average, out=batch)
             average.lerp_(batch, weight[owners, None, None])
             put(stack.average, place, average)
-            stack.sums[place] = 0.0
+            clear(stack.sums, place)
         self.counts.zero_()
 
     def invert(self, selection: Selection, rule: DampingRule, damping: float, solve: Solve) -> None:

@@ -37,7 +37,7 @@ class Net(nn.Module):
         self.norms = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.Tanh(), nn.RMSNorm(16))
         self.images = nn.Sequential(
             nn.Unflatten(1, (6, 4, 4)),
-            nn.Conv2d(6, 8, 3, padding=1, groups=2),
+            nn.Conv2d(6, 8, 3, padding=1, groups=2, bias=False),  # behind a norm a bias has gradients of rounding alone
             nn.BatchNorm2d(8),
             nn.ConvTranspose2d(8, 4, 2, stride=2),
             nn.GroupNorm(2, 4),
