@@ -66,16 +66,16 @@ def _in_runs(
     updates: list[Tensor], of: Sequence[Tensor], wanted: Sequence[float]
 ) -> tuple[list[Tensor], list[Tensor], list[float]]:
     """Runs ``[n, *shape]`` of updates of which the same norm is wanted, the norms that they have, ``[n]``, and that."""
-    members = runs_of(updates, list(zip(wanted, (is_sharded(p) for p in of), strict=True)))
+    # Shards one by one: what lies one after the other on one process need not do so on the others.
+    members = [[index] for index in range(len(of))] if is_sharded(of[0]) else runs_of(updates, wanted)
     runs = [as_one([updates[index] for index in run]) for run in members]
     # A norm in half precision would overflow or lose its digits.
     dtype = reduce(torch.promote_types, {run.dtype.to_real() for run in runs}, torch.float32)
     norms = [_norms(run, dtype) for run in runs]
     if is_sharded(of[0]):
         # In float64, or squares would leave the range.
-        squares = torch.cat(norms).double().square()
-        (squares,) = sum_over_shards([squares], of)
-        norms = list(squares.sqrt().to(dtype).split([len(run) for run in runs]))
+        (squares,) = sum_over_shards([torch.cat(norms).double().square()], of)
+        norms = list(squares.sqrt().to(dtype).split(1))
     return runs, norms, [wanted[run[0]] for run in members]
 
 
