@@ -20,7 +20,8 @@ from benchmarks.step_workloads import Runner, Workload, runner
 from lightning_thor import Curvature, Thor
 
 PARTS = ("statistics", "inversion", "preconditioning", "update")
-FLOPS_OF_A_TRIAL = 2 * 1024**3
+SIDES = {"cpu": 1024, "cuda": 4096}
+"""Of matrices whose product shows what a device can do."""
 
 
 class TimedCurvature(Curvature):
@@ -136,10 +137,11 @@ def timed_runner(workload: Workload, device: torch.device) -> Runner:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """Multiplications and additions per second of one float32 product of 1024x1024 matrices."""
-    a = torch.ones(1024, 1024, device=device)
+    """Multiplications and additions per second of one float32 product of large square matrices."""
+    side = SIDES[device.type]
+    a = torch.ones(side, side, device=device)
     synchronise(device)
     start = time.perf_counter()
     a @ a
     synchronise(device)
-    return FLOPS_OF_A_TRIAL / (time.perf_counter() - start)
+    return 2 * side**3 / (time.perf_counter() - start)
