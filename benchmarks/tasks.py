@@ -199,9 +199,9 @@ GPU = {
         lambda: mlp((1024, 2048, 1024, 256, 64, 256, 1024, 2048, 1024), nn.Tanh), squared_error, squared_error,
     ),
     "gpt": Task(
-        "tiny Shakespeare, GPT, 6 layers, width 384, 64 windows of 256", "loss", 1.5, False, 2000, 650, 64, 1e-4,
+        "tiny Shakespeare, GPT, 6 layers, width 384, 64 windows of 256", "loss", 1.8, False, 400, 130, 64, 1e-4,
         shakespeare(256, 128), lambda: CharGPT(layers=6, width=384, heads=6, context=256), cross_entropy, cross_entropy,
-        per_position=True,
+        per_position=True, checks=40,
     ),
     "cifar10": Task(
         "CIFAR-10, ResNet-18, batch 128", "accuracy", 0.93, True, 7000, 2300, 128, 1e-4,
