@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from lightning_thor import Curvature
 from lightning_thor.layer import Layer
 from lightning_thor.layers import layers_of
+from lightning_thor.rows import conv_rows, spread
 
 Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
 CASES: dict[str, Case] = {
@@ -227,6 +230,44 @@ def test_max_rows_of_a_convolution_takes_lines_of_all_samples(name: str) -> None
     assert equal.any(0).all()
     assert len(set(taken.tolist())) == part.n_rows
     assert len(set((taken // positions).tolist())) >= 4
+
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
+@pytest.mark.parametrize("dims", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 2, "stride": 2, "dilation": 2, "groups": 2},
+        {"kernel_size": 4, "padding": "same"},
+        {"kernel_size": 2, "padding": "same", "dilation": 3, "groups": 4},
+        {"kernel_size": 3, "padding": "valid", "stride": 2},
+        {"kernel_size": 1, "padding": 0},
+        {"kernel_size": 1, "padding": 1, "stride": 2},
+        {"kernel_size": (4, 3, 2), "padding": (2, 0, 1), "stride": (1, 3, 2), "dilation": (2, 1, 3)},
+    ],
+    ids=str,
+)
+def test_lines_that_are_taken_are_those_of_the_whole_to_the_bit(mode: str, dims: int, options: dict[str, Any]) -> None:
+    """Gathered and then padded, or padded and then looked up: for inputs of any layout and precision."""
+    of_axes = {key: value[:dims] if isinstance(value, tuple) else value for key, value in options.items()}
+    module = CONVOLUTIONS[dims](4, 8, padding_mode=mode, **of_axes)
+    a = torch.randn(3, 4, *(8, 7, 6)[:dims])
+    a.view(-1)[0] = math.inf  # a line of zeros is not some line times zero
+    g = torch.randn_like(module(a))
+    first, rest = g.shape[2], g.shape[3:].numel()
+    index = spread(3 * first, 7, a.device)
+    assert index is not None
+    columns = (index[:, None] * rest + torch.arange(rest)).flatten()
+    innermost = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (a, g)]
+    for given in ((a, g), innermost, (a.half(), g.half())):
+        whole, part = (conv_rows(module, *given, torch.float32, rows) for rows in (None, 7 * rest))
+        assert whole.a is not None
+        torch.testing.assert_close(part.a, whole.a[..., columns], rtol=0, atol=0)
+        torch.testing.assert_close(part.g, whole.g[..., columns], rtol=0, atol=0)
 
 
 def test_max_rows_takes_at_least_one_line() -> None:
