@@ -333,17 +333,38 @@ def rms_norm_rows(module: nn.RMSNorm, a: Tensor, g: Tensor, dtype: torch.dtype, 
     return _scale_and_shift(module, g * normal, g)
 
 
+def _samples(a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> tuple[Tensor, Tensor]:
+    """Inputs and gradients of whole samples: at most ``max_rows``, and at most 64 times as many positions, but one.
+
+    64, since a position of a norm costs a few additions, where a row of a matrix costs a product with it.
+    """
+    if max_rows is not None:
+        max_rows = max(1, min(max_rows, 64 * max_rows // max(g.shape[2:].numel(), 1)))
+    index = spread(g.shape[0], max_rows, g.device)
+    return _pick(a.detach(), index).to(dtype), _pick(g, index).to(dtype)
+
+
 def group_norm_rows(module: nn.GroupNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, batch]``."""
-    g, per_sample = g.to(dtype), (*g.shape[:2], -1)
-    normal = F.group_norm(a.detach().to(dtype), module.num_groups, eps=module.eps)
-    return _scale_and_shift(module, (g * normal).reshape(per_sample).sum(-1), g.reshape(per_sample).sum(-1))
+    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, samples]``.
+
+    ``max_rows`` takes at most so many samples, and at most 64 times as many positions, but at least one sample.
+    """
+    a, g = _samples(a, g, dtype, max_rows)
+    per_sample = (*g.shape[:2], g.shape[2:].numel())
+    # Not F.group_norm, which refuses a single sample of one number per group.
+    normal = torch.group_norm(a, module.num_groups, eps=module.eps)
+    return _scale_and_shift(module, (g * normal).reshape(per_sample).sum(2), g.reshape(per_sample).sum(2))
 
 
 def batch_norm_rows(module: BatchNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, batch]``."""
-    per_sample = (*g.shape[:2], -1)
-    a, g = a.detach().to(dtype).reshape(per_sample), g.to(dtype).reshape(per_sample)
+    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, samples]``.
+
+    ``max_rows`` as in `group_norm_rows`. Inputs are then normalised by the mean and variance of the samples that are
+    taken, which are near those of the batch: these would take a pass over all of it.
+    """
+    a, g = _samples(a, g, dtype, max_rows)
+    per_sample = (*g.shape[:2], g.shape[2:].numel())
+    a, g = a.reshape(per_sample), g.reshape(per_sample)
     if module.training or module.running_mean is None or module.running_var is None:
         # Centred before squaring, so that nothing cancels; torch.var_mean takes five times as long on a CPU.
         a = a - a.mean(2).mean(0)[:, None]
