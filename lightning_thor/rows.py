@@ -334,7 +334,7 @@ def rms_norm_rows(module: nn.RMSNorm, a: Tensor, g: Tensor, dtype: torch.dtype, 
 
 
 def _samples(a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> tuple[Tensor, Tensor]:
-    """Inputs and gradients of whole samples: at most ``max_rows``, and at most 64 times as many positions, but one.
+    """Inputs and gradients of whole samples: at most ``max_rows`` and 64 times as many positions, at least one sample.
 
     64, since a position of a norm costs a few additions, where a row of a matrix costs a product with it.
     """
