@@ -168,33 +168,115 @@ def patches_and_values(
         ``[groups, channels / groups * kernel, rows]``, ``[groups, width / groups, rows]``, the number of rows, and that
         of the samples that so many rows make, which need not be whole.
     """
-    positions, groups, dims = valued.shape[2:], module.groups, len(module.kernel_size)
+    positions, groups = valued.shape[2:], module.groups
     per_line = max(positions[1:].numel(), 1)
-    n_lines = valued.shape[0] * positions[0]
-    index = spread(n_lines, None if max_rows is None else max(1, max_rows // per_line), valued.device)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    windows = F.pad(patched, _padding(module), mode=mode)
-    leading = 2
-    for axis in range(dims):
-        reach = (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
-        windows = windows.unfold(leading + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
-        windows = windows.narrow(leading + axis, 0, positions[axis])
-        if axis == 0 and index is not None:
-            sample, line = index.div(positions[0], rounding_mode="floor"), index % positions[0]
-            windows, valued = windows[sample, :, line], valued[sample, :, line]
-            leading = 1
-    # [batch, channels, *positions, *kernel] -> [channels, *kernel, batch, *positions]: runs along the last axis stay
-    # whole. Lines are a batch whose first axis is gone.
-    kernel = windows.dim() - dims
-    order = (1, *range(kernel, windows.dim()), 0, *range(2, kernel))
-    n_rows = valued.shape[0] * valued.shape[2:].numel()
+    lines = _lines(
+        None if max_rows is None else max(1, max_rows // per_line),
+        (valued.shape[0], positions[0], patched.shape[2]),
+        (module.kernel_size[0], module.stride[0], module.dilation[0]),
+        tuple(_padding(module)[-2:]),
+        module.padding_mode,
+        valued.device,
+    )
+    if lines is None:
+        values = valued.transpose(0, 1)
+        windows = _windows(module, _padded(module, patched.transpose(0, 1).to(dtype)), positions)
+    else:
+        # Only the lines that are needed are read: a pass over the whole input would take longer than all the rest.
+        values = _gathered(valued, lines.samples, lines.outputs)
+        seen = _gathered(patched, lines.samples_seen, lines.inputs).to(dtype)
+        if lines.outside is not None:
+            seen.masked_fill_(lines.outside.view(-1, *[1] * (seen.dim() - 2)), 0.0)
+        seen = _padded(module, seen).unflatten(1, (module.kernel_size[0], -1))
+        windows = _windows(module, seen, positions[1:])
+    n_rows = values.shape[1:].numel()
     width = patched.shape[1] // groups * torch.Size(module.kernel_size).numel()
     return (
-        windows.to(dtype).permute(order).reshape(groups, width, n_rows),
-        valued.to(dtype).movedim(0, 1).reshape(groups, valued.shape[1] // groups, n_rows),
+        windows.reshape(groups, width, n_rows),
+        values.to(dtype).reshape(groups, valued.shape[1] // groups, n_rows),
         n_rows,
         n_rows / max(positions.numel(), 1),
     )
+
+
+class _Lines(NamedTuple):
+    """Indices of some lines of a convolution's output, and of the lines of its input that these see."""
+
+    samples: Tensor
+    """``[lines]``"""
+    outputs: Tensor
+    """``[lines]``"""
+    samples_seen: Tensor
+    """``[kernel * lines]``"""
+    inputs: Tensor
+    """``[kernel * lines]``"""
+    outside: Tensor | None
+    """``[kernel * lines]``: true where zeros are seen instead; None if nowhere."""
+
+
+@lru_cache(maxsize=256)
+def _lines(
+    max_lines: int | None, sizes: tuple[int, int, int], kernel: tuple[int, int, int], padding: tuple[int, ...],
+    mode: str, device: torch.device,
+) -> _Lines | None:  # fmt: skip
+    """Which lines to take; None stands for all. Kept, since it takes a dozen small operations.
+
+    Args:
+        max_lines: how many at most.
+        sizes: the number of samples, and of lines in each one's output and input.
+        kernel: its size, stride and dilation along the first axis of space.
+        padding: lines before and after the input.
+        mode: what stands in them, as `nn.Conv2d` names it.
+        device: of the indices.
+
+    >>> lines = _lines(2, (1, 3, 3), (3, 1, 1), (1, 1), "circular", torch.device("cpu"))
+    >>> lines.outputs, lines.inputs.view(3, 2)
+    (tensor([0, 2]), tensor([[2, 1], [0, 2], [1, 0]]))
+    """
+    n_samples, n_outputs, n_inputs = sizes
+    index = spread(n_samples * n_outputs, max_lines, device)
+    if index is None:
+        return None
+    samples, outputs = index.div(n_outputs, rounding_mode="floor"), index % n_outputs
+    size, stride, dilation = kernel
+    inputs = (torch.arange(size, device=device)[:, None] * dilation + outputs * stride - padding[0]).flatten()
+    last = n_inputs - 1
+    outside = (inputs < 0) | (inputs > last) if mode == "zeros" and any(padding) else None
+    if mode == "circular":
+        inputs = inputs % n_inputs
+    elif mode == "reflect":
+        inputs = last - (last - inputs.abs()).abs()
+    else:
+        inputs = inputs.clamp(0, last)
+    return _Lines(samples, outputs, samples.repeat(size), inputs, outside)
+
+
+def _gathered(x: Tensor, samples: Tensor, lines: Tensor) -> Tensor:
+    """Lines of ``x [batch, channels, lines, *space]`` as a tensor of their own, ``[channels, n, *space]``."""
+    # Laid out as x is, so that it needs no other copy to become rows: channels innermost, or outermost.
+    if x.stride(1) == 1:
+        return x.movedim(1, -1)[samples, lines].movedim(-1, 0)
+    return x.transpose(0, 1)[:, samples, lines]
+
+
+def _padded(module: Convolution | TransposedConvolution, x: Tensor) -> Tensor:
+    """``x [*, *, *space]``, padded along its axes of space: the last ones of the module's, or all."""
+    padding = _padding(module)[: 2 * (x.dim() - 2)]
+    if not any(padding):
+        return x
+    return F.pad(x, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+
+
+def _windows(module: Convolution | TransposedConvolution, x: Tensor, positions: torch.Size) -> Tensor:
+    """What the kernel sees along the last axes of space: ``x [*, rows, *space]`` as ``[*, *kernel, rows, *positions]``,
+    in which runs along the last axis stay whole."""
+    kernel = x.dim()
+    before = kernel - len(positions)
+    for axis in range(-len(positions), 0):
+        reach = (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
+        x = x.unfold(kernel + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
+        x = x.narrow(kernel + axis, 0, positions[axis])
+    return x.permute(*range(before - 1), *range(kernel, x.dim()), *range(before - 1, kernel))
 
 
 def _padding(module: Convolution | TransposedConvolution) -> list[int]:
@@ -251,17 +333,38 @@ def rms_norm_rows(module: nn.RMSNorm, a: Tensor, g: Tensor, dtype: torch.dtype, 
     return _scale_and_shift(module, g * normal, g)
 
 
+def _samples(a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> tuple[Tensor, Tensor]:
+    """Inputs and gradients of whole samples: at most ``max_rows`` and 64 times as many positions, at least one sample.
+
+    64, since a position of a norm costs a few additions, where a row of a matrix costs a product with it.
+    """
+    if max_rows is not None:
+        max_rows = max(1, min(max_rows, 64 * max_rows // max(g.shape[2:].numel(), 1)))
+    index = spread(g.shape[0], max_rows, g.device)
+    return _pick(a.detach(), index).to(dtype), _pick(g, index).to(dtype)
+
+
 def group_norm_rows(module: nn.GroupNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, batch]``."""
-    g, per_sample = g.to(dtype), (*g.shape[:2], -1)
-    normal = F.group_norm(a.detach().to(dtype), module.num_groups, eps=module.eps)
-    return _scale_and_shift(module, (g * normal).reshape(per_sample).sum(-1), g.reshape(per_sample).sum(-1))
+    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, samples]``.
+
+    ``max_rows`` takes at most so many samples, and at most 64 times as many positions, but at least one sample.
+    """
+    a, g = _samples(a, g, dtype, max_rows)
+    per_sample = (*g.shape[:2], g.shape[2:].numel())
+    # Not F.group_norm, which refuses a single sample of one number per group.
+    normal = torch.group_norm(a, module.num_groups, eps=module.eps)
+    return _scale_and_shift(module, (g * normal).reshape(per_sample).sum(2), g.reshape(per_sample).sum(2))
 
 
 def batch_norm_rows(module: BatchNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, batch]``."""
-    per_sample = (*g.shape[:2], -1)
-    a, g = a.detach().to(dtype).reshape(per_sample), g.to(dtype).reshape(per_sample)
+    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, samples]``.
+
+    ``max_rows`` as in `group_norm_rows`. Inputs are then normalised by the mean and variance of the samples that are
+    taken, which are near those of the batch: these would take a pass over all of it.
+    """
+    a, g = _samples(a, g, dtype, max_rows)
+    per_sample = (*g.shape[:2], g.shape[2:].numel())
+    a, g = a.reshape(per_sample), g.reshape(per_sample)
     if module.training or module.running_mean is None or module.running_var is None:
         # Centred before squaring, so that nothing cancels; torch.var_mean takes five times as long on a CPU.
         a = a - a.mean(2).mean(0)[:, None]

@@ -60,13 +60,15 @@ def net() -> nn.Sequential:
     ],
 )
 @pytest.mark.parametrize("damping_rule", ["trace", "pi", "sqrt"])
-def test_no_step_waits_for_the_device(options: dict[str, Any], damping_rule: Any) -> None:
+@pytest.mark.parametrize("max_rows", [1024, 2])  # all rows of these batches, or some
+def test_no_step_waits_for_the_device(options: dict[str, Any], damping_rule: Any, max_rows: int) -> None:
     model = net()
     curvature = Curvature(
         model,
         mode=options.get("mode", "natural"),
         update_every_n_steps=2,
         damping_rule=damping_rule,
+        max_rows=max_rows,
         loss_multiplier=lambda: torch.tensor(2.0),
     )
     optimizer = configure_thor(model, preconditioner=curvature, **options)

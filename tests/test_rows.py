@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.layer import Layer
+from lightning_thor.layer import Layer, RowsOf
 from lightning_thor.layers import layers_of
+from lightning_thor.rows import batch_norm_rows, conv_rows, group_norm_rows, spread
 
 Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
 CASES: dict[str, Case] = {
@@ -229,6 +232,44 @@ def test_max_rows_of_a_convolution_takes_lines_of_all_samples(name: str) -> None
     assert len(set((taken // positions).tolist())) >= 4
 
 
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
+@pytest.mark.parametrize("dims", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 2, "stride": 2, "dilation": 2, "groups": 2},
+        {"kernel_size": 4, "padding": "same"},
+        {"kernel_size": 2, "padding": "same", "dilation": 3, "groups": 4},
+        {"kernel_size": 3, "padding": "valid", "stride": 2},
+        {"kernel_size": 1, "padding": 0},
+        {"kernel_size": 1, "padding": 1, "stride": 2},
+        {"kernel_size": (4, 3, 2), "padding": (2, 0, 1), "stride": (1, 3, 2), "dilation": (2, 1, 3)},
+    ],
+    ids=str,
+)
+def test_lines_that_are_taken_are_those_of_the_whole_to_the_bit(mode: str, dims: int, options: dict[str, Any]) -> None:
+    """Gathered and then padded, or padded and then looked up: for inputs of any layout and precision."""
+    of_axes = {key: value[:dims] if isinstance(value, tuple) else value for key, value in options.items()}
+    module = CONVOLUTIONS[dims](4, 8, padding_mode=mode, **of_axes)
+    a = torch.randn(3, 4, *(8, 7, 6)[:dims])
+    a.view(-1)[0] = math.inf  # a line of zeros is not some line times zero
+    g = torch.randn_like(module(a))
+    first, rest = g.shape[2], g.shape[3:].numel()
+    index = spread(3 * first, 7, a.device)
+    assert index is not None
+    columns = (index[:, None] * rest + torch.arange(rest)).flatten()
+    innermost = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (a, g)]
+    for given in ((a, g), innermost, (a.half(), g.half())):
+        whole, part = (conv_rows(module, *given, torch.float32, rows) for rows in (None, 7 * rest))
+        assert whole.a is not None
+        torch.testing.assert_close(part.a, whole.a[..., columns], rtol=0, atol=0)
+        torch.testing.assert_close(part.g, whole.g[..., columns], rtol=0, atol=0)
+
+
 def test_max_rows_takes_at_least_one_line() -> None:
     layer, a, g = seen_by(nn.Conv2d(2, 3, 3, padding=1), torch.randn(10, 2, 5, 5))
     assert layer.observe(a, g, torch.float32, 1).n_rows == 5
@@ -240,6 +281,55 @@ def test_max_rows_of_a_norm_takes_some_of_its_positions(module: nn.Module) -> No
     whole, part = (layer.observe(a, g, torch.float32, rows) for rows in (None, 7))
     assert (part.n_rows, part.n_samples) == (7, 7)
     assert (whole.g[0].T[:, None] == part.g[0].T).all(-1).any(0).all()
+
+
+@pytest.mark.parametrize(
+    ("positions", "max_rows", "taken"),
+    [((), None, 7), ((4, 4), 7, 7), ((), 3, 3), ((4, 4), 3, 3), ((16, 12), 21, 7), ((16, 12), 20, 6), ((16, 12), 1, 1)],
+)
+@pytest.mark.parametrize("rows_of", [group_norm_rows, batch_norm_rows])
+def test_max_rows_of_a_norm_of_channels_takes_whole_samples(
+    rows_of: RowsOf, positions: tuple[int, ...], max_rows: int | None, taken: int
+) -> None:
+    """As many as rows, and 64 times as many positions; their rows are those of a batch that has no other samples."""
+    module = nn.GroupNorm(4, 4) if rows_of is group_norm_rows else nn.BatchNorm2d(4)
+    a, g = torch.randn(2, 7, 4, *positions, dtype=torch.float64)
+    rows = rows_of(module, a, g, torch.float64, max_rows)
+    assert (rows.n_rows, rows.n_samples, rows.g.shape) == (taken, taken, (1, 8, taken))
+    index = spread(7, taken, a.device)
+    alone = rows if index is None else rows_of(module, a[index], g[index], torch.float64, None)
+    torch.testing.assert_close(rows.g, alone.g, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 6), nn.BatchNorm2d(6).eval()])
+@pytest.mark.parametrize("max_rows", [3, 9])
+def test_norms_of_some_samples_have_the_expectation_of_all(norm: nn.Module, max_rows: int) -> None:
+    """The mean of G over all rotations of a batch, by which each sample is taken as often, is G of the whole batch."""
+    model = nn.Sequential(norm).double()
+    x = torch.randn(7, 6, 12, 16, dtype=torch.float64)
+    whole, part = (Curvature(model, averaging=0.0, max_rows=rows, update_every_n_steps=1) for rows in (None, max_rows))
+    found = []
+    for start in range(7):
+        model(x.roll(start, 0)).sin().sum((1, 2, 3)).mean().backward()
+        for curvature in (whole, part):
+            curvature.update()
+        found.append(part.stacks.blocks_of(1, "average").clone())
+    torch.testing.assert_close(torch.stack(found).mean(0), whole.stacks.blocks_of(1, "average"))
+    assert not torch.allclose(found[0], found[1])
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 6), nn.BatchNorm2d(6), nn.BatchNorm2d(6).eval()])
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+def test_of_samples_that_are_alike_some_give_a_norm_the_same_G(norm: nn.Module, loss_reduction: str) -> None:
+    model = nn.Sequential(norm).double()
+    x = torch.randn(1, 6, 4, 4, dtype=torch.float64).expand(8, 6, 4, 4)
+    options: dict[str, Any] = {"averaging": 0.0, "loss_reduction": loss_reduction}
+    whole, part = (Curvature(model, max_rows=rows, **options) for rows in (None, 3))
+    losses = model(x).sin().sum((1, 2, 3))
+    (losses.mean() if loss_reduction == "mean" else losses.sum()).backward()
+    for curvature in (whole, part):
+        curvature.update()
+    torch.testing.assert_close(part.stacks.blocks_of(1, "average"), whole.stacks.blocks_of(1, "average"))
 
 
 def test_rows_that_are_left_out_do_not_change_the_expectation() -> None:
@@ -262,6 +352,7 @@ def test_rows_that_are_left_out_do_not_change_the_expectation() -> None:
         (nn.Conv2d(2, 3, 3), torch.randn(0, 2, 5, 5)),
         (nn.Embedding(4, 3), torch.zeros(0, 7, dtype=torch.int64)),
         (nn.LayerNorm(4), torch.randn(0, 4)),
+        (nn.GroupNorm(2, 4), torch.randn(0, 4, 5)),
     ],
 )
 def test_an_empty_batch_is_observed_as_nothing(layer: nn.Module, x: Tensor) -> None:
