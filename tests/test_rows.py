@@ -285,7 +285,16 @@ def test_max_rows_of_a_norm_takes_some_of_its_positions(module: nn.Module) -> No
 
 @pytest.mark.parametrize(
     ("positions", "max_rows", "taken"),
-    [((), None, 7), ((4, 4), 7, 7), ((), 3, 3), ((4, 4), 3, 3), ((16, 12), 21, 7), ((16, 12), 20, 6), ((16, 12), 1, 1)],
+    [
+        ((), None, 7),
+        ((4, 4), 7, 7),
+        ((), 3, 3),
+        ((4, 4), 3, 3),
+        ((16, 12), 21, 7),
+        ((16, 12), 20, 6),
+        ((16, 12), 1, 1),
+        ((64, 48), 96, 3),
+    ],
 )
 @pytest.mark.parametrize("rows_of", [group_norm_rows, batch_norm_rows])
 def test_max_rows_of_a_norm_of_channels_takes_whole_samples(
