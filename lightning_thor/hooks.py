@@ -71,14 +71,15 @@ def _forward_hook(
     name: str, owner: nn.Module, is_open: IsOpen, listener: Listener, announce: Announce, is_due: IsDue
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     # A closure, since copy.deepcopy of the model (SWA, EMA) copies hooks: it shares functions but would copy an object.
-    @torch.compiler.disable
     def pair(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if is_open(name):
             _pair(name, args[0] if args else next(iter(kwargs.values()), None), output, listener, announce)
 
+    pair_unseen = torch.compiler.disable(pair)
+
     def on_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if is_due(name) and torch.is_grad_enabled() and module is owner:
-            pair(args, kwargs, output)
+            pair_unseen(args, kwargs, output)
 
     return on_forward
 
@@ -97,25 +98,25 @@ def _attention_hooks(
         if role in names and is_open(names[role]):
             _pair(names[role], a, output, listener, announce, arranged)
 
-    @torch.compiler.disable
     def enter() -> None:
         if any(is_open(name) for name in names.values()):
             entered.append(ExitStack())
             entered[-1].enter_context(Noting(note))
 
-    @torch.compiler.disable
     def leave() -> None:
         entered.pop().close()
+
+    enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
 
     def before(module: nn.Module, args: Any) -> None:
         for name in names.values():
             if is_due(name) and torch.is_grad_enabled() and module is owner:
-                enter()
+                enter_unseen()
                 return
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if entered and module is owner:
-            leave()
+            leave_unseen()
 
     return before, after
 
