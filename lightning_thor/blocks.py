@@ -31,6 +31,13 @@ class Blocks(NamedTuple):
     def shape(self) -> tuple[int, int, int, int]:
         return self.groups, self.n_blocks, self.size, self.size
 
+    @property
+    def sums_shape(self) -> tuple[int, ...]:
+        """The same numbers as `add_covariance_` takes them."""
+        if self.size == 1:
+            return self.groups, self.n_blocks
+        return self.groups * self.n_blocks, self.size, self.size
+
 
 def cut(width: int, block_size: int | None, groups: int = 1) -> Blocks:
     """Cut ``width`` into equal blocks of at most ``block_size``; ``None`` keeps it whole.
@@ -82,23 +89,23 @@ def add_covariance_(into: Tensor, rows: Tensor, blocks: Blocks) -> None:
     """Add the diagonal blocks of ``rows @ rows.T`` to ``into``.
 
     Args:
-        into: ``[groups, n_blocks, size, size]``, contiguous, changed in place.
+        into: ``[groups * n_blocks, size, size]``, or ``[groups, n_blocks]`` where the size is 1; changed in place.
         rows: features first, ``[groups, width, n]``, in the dtype of ``into``; any strides.
         blocks: the cut of ``width``.
 
     >>> x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
-    >>> out = torch.zeros(diagonal(2).shape)
+    >>> out = torch.zeros(diagonal(2).sums_shape)
     >>> add_covariance_(out, x, diagonal(2))
-    >>> out.flatten()
-    tensor([ 5., 25.])
+    >>> out
+    tensor([[ 5., 25.]])
     """
     if blocks.padding:
         rows = F.pad(rows, (0, 0, 0, blocks.padding))
     if blocks.size == 1:
-        into.view(blocks.groups, blocks.n_blocks).add_(rows.square().sum(-1))
+        into.add_(rows.square().sum(-1))
         return
-    x = rows.reshape(blocks.groups * blocks.n_blocks, blocks.size, rows.shape[-1])
-    into.view(-1, blocks.size, blocks.size).baddbmm_(x, x.mT)
+    x = rows if blocks.n_blocks == 1 else rows.reshape(-1, blocks.size, rows.shape[-1])
+    into.baddbmm_(x, x.mT)
 
 
 def left_product(factor: Tensor, matrix: Tensor, blocks: Blocks) -> Tensor:

@@ -162,7 +162,15 @@ class Curvature:
         self.connect(collectives.Ranks())
         uses = [use for layer in self.layers.values() for use in layer.uses]
         called = {use.name: use.module for use in uses if use.attention is None}
-        self._hooks = Hooks(called, self._is_open, self.observe, attentions_of(uses), self._announce)
+        indices = {name: index for name, (index, _) in self._observer.uses.items()}
+        self._hooks = Hooks(
+            called,
+            self._is_open,
+            self.observe,
+            attentions_of(uses),
+            self._announce,
+            is_due=lambda name: self.step >= self._schedule.next_steps[indices[name]],
+        )
 
     def connect(
         self,
@@ -391,7 +399,7 @@ class Curvature:
 
     def _is_open(self, name: str) -> bool:
         index, use = self._observer.uses[name]
-        if self._paused or not self.is_listening() or not self._schedule.is_due(index, self.step):
+        if not self._schedule.is_due(index, self.step) or self._paused or not self.is_listening():
             return False
         return use.trains
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.attention import Noting
 
 Listener = Callable[[str, Tensor, Tensor], None]
 IsOpen = Callable[[str], bool]
+IsDue = Callable[[str], bool]
 Announce = Callable[[str], None]
 
 
@@ -31,6 +33,8 @@ class Hooks:
         attentions: further names, by what they stand for in an attention (see `lightning_thor.attention.ROLES`);
             their pairs are batch first, ``[batch, positions, width]``.
         announce: called in forward with the name, for each pair that backward is to hand over.
+        is_due: asked before all else, as it is in each forward pass of a training: false only where ``is_open`` would
+            be false too. A plain function that calls no other.
     """
 
     def __init__(
@@ -40,19 +44,22 @@ class Hooks:
         listener: Listener,
         attentions: Mapping[nn.MultiheadAttention, Mapping[str, str]] | None = None,
         announce: Announce = lambda name: None,
+        is_due: IsDue = lambda name: True,
     ) -> None:
+        # Under torch.compile hooks read Python counters, which would recompile at every step. What dynamo skips is as
+        # it was, while what is disabled (all that it calls with it) costs a wrapper, which is most of an idle hook.
+        is_due = skip(is_due)
         self._handles: list[RemovableHandle] = [
-            # Under torch.compile the hook reads a Python counter, which would recompile at every step.
             module.register_forward_hook(
-                torch.compiler.disable(_forward_hook(name, module, is_open, listener, announce)), with_kwargs=True
+                skip(_forward_hook(name, module, is_open, listener, announce, is_due)), with_kwargs=True
             )
             for name, module in modules.items()
         ]
         for attention, names in (attentions or {}).items():
-            before, after = _attention_hooks(names, attention, is_open, listener, announce)
-            self._handles.append(attention.register_forward_pre_hook(torch.compiler.disable(before)))
+            before, after = _attention_hooks(names, attention, is_open, listener, announce, is_due)
+            self._handles.append(attention.register_forward_pre_hook(skip(before)))
             # Whatever happens in between: a forward pass that fails must not leave its notes open.
-            self._handles.append(attention.register_forward_hook(torch.compiler.disable(after), always_call=True))
+            self._handles.append(attention.register_forward_hook(skip(after), always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -61,19 +68,29 @@ class Hooks:
 
 
 def _forward_hook(
-    name: str, owner: nn.Module, is_open: IsOpen, listener: Listener, announce: Announce
+    name: str, owner: nn.Module, is_open: IsOpen, listener: Listener, announce: Announce, is_due: IsDue
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     # A closure, since copy.deepcopy of the model (SWA, EMA) copies hooks: it shares functions but would copy an object.
+    def pair(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if is_open(name):
+            _pair(name, args[0] if args else next(iter(kwargs.values()), None), output, listener, announce)
+
+    pair_unseen = torch.compiler.disable(pair)
+
     def on_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module is not owner or not torch.is_grad_enabled() or not is_open(name):
-            return
-        _pair(name, args[0] if args else next(iter(kwargs.values()), None), output, listener, announce)
+        if is_due(name) and torch.is_grad_enabled() and module is owner:
+            pair_unseen(args, kwargs, output)
 
     return on_forward
 
 
 def _attention_hooks(
-    names: Mapping[str, str], owner: nn.Module, is_open: IsOpen, listener: Listener, announce: Announce
+    names: Mapping[str, str],
+    owner: nn.Module,
+    is_open: IsOpen,
+    listener: Listener,
+    announce: Announce,
+    is_due: IsDue,
 ) -> tuple[Callable[[nn.Module, Any], None], Callable[[nn.Module, Any, Any], None]]:
     entered: list[ExitStack] = []
 
@@ -81,14 +98,25 @@ def _attention_hooks(
         if role in names and is_open(names[role]):
             _pair(names[role], a, output, listener, announce, arranged)
 
-    def before(module: nn.Module, args: Any) -> None:
-        if module is owner and torch.is_grad_enabled() and any(is_open(name) for name in names.values()):
+    def enter() -> None:
+        if any(is_open(name) for name in names.values()):
             entered.append(ExitStack())
             entered[-1].enter_context(Noting(note))
 
+    def leave() -> None:
+        entered.pop().close()
+
+    enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
+
+    def before(module: nn.Module, args: Any) -> None:
+        for name in names.values():
+            if is_due(name) and torch.is_grad_enabled() and module is owner:
+                enter_unseen()
+                return
+
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        if module is owner and entered:
-            entered.pop().close()
+        if entered and module is owner:
+            leave_unseen()
 
     return before, after
 
@@ -122,6 +150,9 @@ def _pair(
                 "left out. Write x = x + layer(x) instead of x += layer(x).",
                 stacklevel=2,
             )
+            return
+        if not torch.is_autocast_enabled(g.device.type):
+            listener(name, arranged(a), arranged(g))
             return
         with torch.autocast(g.device.type, enabled=False):
             listener(name, arranged(a), arranged(g))

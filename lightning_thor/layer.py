@@ -89,7 +89,9 @@ class Layer:
         """One call of ``module`` (None: of the first that uses the weight) as rows, in the groups of A and G, with a
         row of ones under the inputs if the bias belongs to A."""
         seen = self.rows_of(module or self.module, a, g, dtype, max_rows)
-        seen = seen._replace(g=seen.g.reshape(self.G.groups, self.G.width, seen.g.shape[-1]))
+        shape = self.G.groups, self.G.width, seen.g.shape[-1]
+        if seen.g.shape != shape:
+            seen = seen._replace(g=seen.g.reshape(shape))
         if not self.with_bias or seen.a is None:
             return seen
         ones = seen.a.new_ones(seen.a.shape[0], 1, seen.a.shape[2])

@@ -67,30 +67,32 @@ class Observer:
         if window.is_late(index):
             self._warn_of_late_pair(layer.name)
             return
-        A, G, counts = 2 * index, 2 * index + 1, stacks.counts[index]
+        sums_A, sums_G = stacks.sums[2 * index : 2 * index + 2]
         # To the gradient of the per-sample loss. Rows are converted first: a float16 gradient would overflow.
         per_sample = statistics.loss_terms(use.module, g) if loss_reduction == "mean" else 1
         scale = per_sample / (1.0 if loss_multiplier is None else loss_multiplier())
         if self._schedule.is_probe[index]:
             squares = layer.squares(a, g, stacks.dtype, max_rows, use.module)
             weight, n_samples = self._share_of(index, squares.n_samples)
-            counts[0] += squares.n_rows
-            counts[1] += n_samples
-            counts[2] += 0.0 if squares.a is None else squares.a
-            counts[3] += squares.g * (scale * weight) ** 2
+            trace_A = 0.0 if squares.a is None else squares.a
+            stacks.count(index, squares.n_rows, n_samples, trace_A, squares.g * (scale * weight) ** 2)
             window.given(index)
             return
         seen = layer.observe(a, g, stacks.dtype, max_rows, use.module)
         if layer.A is not None and seen.a is not None:
-            add_covariance_(stacks.blocks_of(A, "sums"), seen.a, layer.A)
+            assert sums_A is not None
+            add_covariance_(sums_A, seen.a, layer.A)
         if seen.token_counts is not None:
-            stacks.blocks_of(A, "sums").view(-1).add_(seen.token_counts)
+            assert sums_A is not None
+            sums_A.add_(seen.token_counts)
         weight, n_samples = self._share_of(index, seen.n_samples)
-        add_covariance_(stacks.blocks_of(G, "sums"), seen.g * (scale * weight), layer.G)
-        counts[0] += seen.n_rows
-        counts[1] += n_samples
-        if self._schedule.stagger:
-            counts[2] += a.numel() + g.numel()
+        if weight != 1.0:
+            scale = scale * weight
+        # A tensor is not looked at: that would wait for the device.
+        is_one = not isinstance(scale, Tensor) and scale == 1.0
+        assert sums_G is not None
+        add_covariance_(sums_G, seen.g if is_one else seen.g * scale, layer.G)
+        stacks.count(index, seen.n_rows, n_samples, a.numel() + g.numel() if self._schedule.stagger else 0.0)
         window.given(index)
 
     def _share_of(self, index: int, n_samples: float) -> tuple[float, float]:
@@ -115,7 +117,7 @@ class Observer:
     def forget(self) -> None:
         """Clear what was observed in the open window."""
         if self._observed:
-            self._stacks.flat_sums.zero_()
+            self._stacks.clear_window()
             self._observed.clear()
 
     def check_that_layers_fire(self, due: tuple[int, ...]) -> None:

@@ -190,7 +190,7 @@ def _observed(
                 key = f"{name}.{side}"
                 if rows is not None and key in keys:
                     into = sums.setdefault(key, rows.new_zeros(wanted[key].shape))
-                    add_covariance_(into, rows, wanted[key])
+                    add_covariance_(into.view(wanted[key].sums_shape), rows, wanted[key])
 
         called = {name: use.module for name, (_, use) in uses.items() if use.attention is None}
         hooks = Hooks(called, lambda name: True, observe, attentions_of(use for _, use in uses.values()))

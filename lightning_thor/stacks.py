@@ -22,6 +22,8 @@ from lightning_thor.triangles import n_packed, pack, unpack
 
 Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tensor, Tensor]]]
 """By block size: ``(blocks, damping)`` to ``(inverses, succeeded)``."""
+N_COUNTS = 4
+"""How many numbers are counted of each layer."""
 
 
 class Selection(NamedTuple):
@@ -34,6 +36,8 @@ class Selection(NamedTuple):
     """Those of them whose inverses are kept: which blocks of the stack, and which inverses."""
     outputs: list[int]
     """Output layers among them that a table is folded into."""
+    numbers: list[int]
+    """All of them, in order."""
 
 
 class FactorStacks:
@@ -72,12 +76,12 @@ class FactorStacks:
         self.keeping = keeping
         self._factors = factors
         self._tables = {output: table for table, output in folds}
-        self.flat_sums = torch.zeros(sum(lengths.values()) + 4 * len(cuts), dtype=dtype, device=device)
+        self.flat_sums = torch.zeros(sum(lengths.values()) + N_COUNTS * len(cuts), dtype=dtype, device=device)
         """What is summed over micro-batches and processes: blocks by size, then what is counted of each layer."""
-        *segments, counts = self.flat_sums.split([*lengths.values(), 4 * len(cuts)])
-        self.counts = counts.view(len(cuts), 4)
-        """Of each layer: rows, samples, and the traces of A and of G if it is only probed; else how many numbers its
-        inputs and gradients had, and where in backward it came (see `lightning_thor.window`)."""
+        *segments, counts = self.flat_sums.split([*lengths.values(), N_COUNTS * len(cuts)])
+        self._counts: Tensor = counts.view(len(cuts), N_COUNTS)
+        self._counted: dict[int, list[float]] = {}
+        """By layer: what is to be added to these, on the host; it goes to the device in one piece."""
         self.stacks: dict[int, Stack] = {}
         self._slots: dict[int, tuple[int, slice]] = {}
         for (size, members), segment in zip(by_size.items(), segments, strict=True):
@@ -88,6 +92,11 @@ class FactorStacks:
                 stop = start + _n_blocks(factors[index])
                 self._slots[index] = size, slice(start, stop)
                 start = stop
+        self.sums = [
+            None if blocks is None else self.blocks_of(index, "sums").view(blocks.sums_shape)
+            for index, blocks in enumerate(factors)
+        ]
+        """By factor: the sums of its open window, as `add_covariance_` takes them."""
         widths = [1 if blocks is None else blocks.groups * blocks.width for blocks in factors]
         self._widths = torch.tensor(widths, dtype=dtype, device=device)
         self._has_A = torch.tensor([A is not None for A, _ in cuts], dtype=torch.bool, device=device)
@@ -120,6 +129,40 @@ class FactorStacks:
         for size, stack in self.stacks.items():
             stack.keep(n_kept[size])
 
+    @property
+    def counts(self) -> Tensor:
+        """Of each layer: rows, samples, and the traces of A and of G if it is only probed; else how many numbers its
+        inputs and gradients had, and where in backward it came (see `lightning_thor.window`). ``[layers, 4]``"""
+        self._put_counts(self._counted)
+        return self._counts
+
+    def count(self, layer: int, *numbers: float | Tensor) -> None:
+        """Add to the first of a layer's `counts`. Numbers of the host wait there, for one operation costs as much as
+        all of them together."""
+        waiting = self._counted.setdefault(layer, [0.0] * N_COUNTS)
+        for column, number in enumerate(numbers):
+            if isinstance(number, Tensor):
+                self._counts[layer, column] += number
+            else:
+                waiting[column] += number
+
+    def _put_counts(self, layers: Iterable[int]) -> None:
+        """Bring what was counted of these layers to the device; no device sync."""
+        counted = {layer: self._counted.pop(layer) for layer in list(layers) if layer in self._counted}
+        if not counted:
+            return
+        start, stop = min(counted), max(counted) + 1
+        none = [0.0] * N_COUNTS
+        numbers = [counted.get(layer, none) for layer in range(start, stop)]
+        # Only from pinned memory does a copy to a GPU not wait for what the GPU still has to do.
+        new = torch.tensor(numbers, dtype=self.dtype, pin_memory=self._counts.is_cuda)
+        self._counts[start:stop] += new.to(self._counts.device, non_blocking=True)
+
+    def clear_window(self) -> None:
+        """Nothing was observed."""
+        self.flat_sums.zero_()
+        self._counted.clear()
+
     def blocks_of(self, factor: int, kind: str) -> Tensor:
         """View of one factor's ``"sums"``, ``"average"`` or ``"inverse"``: ``[groups, n_blocks, size, size]``."""
         size, place = (self._kept_slots if kind == "inverse" else self._slots)[factor]
@@ -144,6 +187,7 @@ class FactorStacks:
                 places,
                 {size: (blocks[size], inverses[size]) for size in blocks},
                 [layer for layer in layers if layer in self._tables],
+                sorted(layers + probed),
             )
         return self._selections[layers, probed]
 
@@ -164,8 +208,10 @@ class FactorStacks:
 
     def window_of(self, selection: Selection) -> Tensor:
         """The open window of some layers as one flat tensor that may travel: a triangle of each block, then counts."""
+        # Of no other layers: what they are still to count is added up on the host, and so rounded once.
+        self._put_counts(selection.numbers)
         blocks = [pack(self.stacks[size].sums[place]).flatten() for size, place in selection.places.items()]
-        return torch.cat([*blocks, self.counts[selection.layers].flatten()])
+        return torch.cat([*blocks, self._counts[selection.layers].flatten()])
 
     def set_window_(self, selection: Selection, flat: Tensor) -> None:
         """Put what `window_of` gave, after it was summed, in the place of those layers' window."""
@@ -179,7 +225,7 @@ class FactorStacks:
     def n_travelling_bytes(self, layer: int) -> int:
         """How many bytes `window_of` takes for one layer."""
         numbers = sum(_n_blocks(blocks) * n_packed(blocks.size) for blocks in self._cut(layer))
-        numbers += len(self.counts[layer])
+        numbers += N_COUNTS
         return numbers * self.flat_sums.element_size()
 
     def probe(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_thor.buckets import Cut, one_bucket
 from lightning_thor.exchange import Exchange, Wait
-from lightning_thor.stacks import FactorStacks, Selection
+from lightning_thor.stacks import N_COUNTS, FactorStacks, Selection
 from lightning_thor.trace_rule import HostCopy
 
 Turn = tuple[tuple[int, ...], tuple[int, ...]]
@@ -155,8 +155,7 @@ class Window:
     def _start_next(self) -> None:
         selection = self._opened()[len(self._started)].selection
         flat = self._stacks.window_of(selection)
-        n_exact = self._stacks.counts[selection.layers].numel()
-        self._started.append((flat, self._exchange.start_sum(flat, n_exact)))
+        self._started.append((flat, self._exchange.start_sum(flat, N_COUNTS * len(selection.numbers))))
 
     def _opened(self) -> list[Bucket]:
         if self._buckets is None:

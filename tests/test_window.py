@@ -198,6 +198,56 @@ def test_no_step_with_other_processes_waits_for_the_device() -> None:
     assert any(exchange.in_backward)
 
 
+# ── what is counted on the host ──
+
+
+def test_counts_go_to_the_device_in_one_piece_whatever_the_number_of_layers() -> None:
+    def operations(n: int) -> int:
+        curvature = Curvature(nn.Sequential(*(nn.Linear(3, 3) for _ in range(n))))
+        for _ in range(2):
+            curvature.model(torch.randn(4, 3)).sum().backward()
+        with Watch() as watch:
+            counts = curvature.stacks.counts
+        assert counts[:, :2].tolist() == [[8.0, 8.0]] * n
+        with Watch() as again:
+            assert curvature.stacks.counts is counts
+        assert not again.called
+        return sum(watch.called.values())
+
+    assert operations(1) == operations(20)
+
+
+def test_a_bucket_that_starts_early_takes_the_counts_of_its_own_layers_alone() -> None:
+    """Of fractions that are added up on the host the sum does not tell when other layers' buckets started."""
+    stacks = Curvature(layers().float(), block_size=3).stacks
+    whole, parts = Curvature(layers().float(), block_size=3).stacks, [0.1, 1e6 / 7, 0.3]
+    for part in parts:
+        for each in (stacks, whole):
+            for layer in (0, 2, 3):
+                each.count(layer, 1, part)
+        flat = stacks.window_of(stacks.select((1,), (3,)))
+        torch.testing.assert_close(flat[-8:-4], torch.zeros(4), rtol=0, atol=0)
+    assert flat[-3] > 0
+    torch.testing.assert_close(stacks.counts[:3], whole.counts[:3], rtol=0, atol=0)
+    assert whole.counts[2, 1] == torch.tensor(sum(parts), dtype=torch.float32)
+
+
+def test_numbers_of_the_host_and_of_the_device_add_up() -> None:
+    stacks = Curvature(layers(), block_size=3).stacks
+    stacks.count(2, torch.tensor(3.0), 2.0)
+    stacks.count(2, 4, 0.5, 0.0, torch.tensor(7.0))
+    assert stacks.counts[2].tolist() == [7.0, 2.5, 0.0, 7.0]
+    stacks.count(2, 1, 1)
+    assert stacks.counts.tolist() == [[0.0] * 4, [0.0] * 4, [8.0, 3.5, 0.0, 7.0], [0.0] * 4]
+
+
+def test_what_is_counted_of_a_skipped_step_is_forgotten_with_it() -> None:
+    curvature = train(chain, steps=1)
+    chain(curvature.model, torch.randn(5, 6, dtype=torch.float64), 0).mean().backward()  # type: ignore[arg-type]
+    curvature.discard()
+    assert not curvature.stacks.counts.any()
+
+
 # ── the order of backward ──
 
 
