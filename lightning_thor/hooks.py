@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.decorators import skip
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.attention import Noting
@@ -46,6 +46,7 @@ class Hooks:
         announce: Announce = lambda name: None,
         is_due: IsDue = lambda name: True,
     ) -> None:
+        skip = partial(torch.compiler.disable, recursive=False)
         # Under torch.compile hooks read Python counters, which would recompile at every step. What dynamo skips is as
         # it was, while what is disabled (all that it calls with it) costs a wrapper, which is most of an idle hook.
         is_due = skip(is_due)
