@@ -246,7 +246,6 @@ class Curvature:
         finally:
             self._paused = before
 
-    @torch.no_grad()
     def observe(self, name: str, a: Tensor, g: Tensor) -> None:
         """Add one call of a layer to the open window.
 
@@ -255,6 +254,10 @@ class Curvature:
             a: its input.
             g: the gradient of the loss, as it was differentiated, with respect to its output.
         """
+        if torch.is_grad_enabled():
+            # Not for each pair of a backward pass, in which gradients are off.
+            with torch.no_grad():
+                return Curvature.observe(self, name, a, g)
         self._observer.observe(
             name,
             a,
