@@ -36,3 +36,11 @@ def synchronise(device: torch.device) -> None:
     """Wait until ``device`` has done what it was told, so that a clock read afterwards is true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def use(scale: str) -> torch.device:
+    """The device of a scale, with products of float32 as users of such a device have them: on a GPU in TF32, as
+    Lightning advises them."""
+    if scale == "gpu":
+        torch.set_float32_matmul_precision("high")
+    return torch.device("cuda" if scale == "gpu" else "cpu")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.environment import use
 from benchmarks.models import small_resnet
 from benchmarks.step_workloads import WORKLOADS, Workload, images, runner
 
@@ -46,7 +47,7 @@ def resident(kind: str) -> int:
 
 def measure(workload: str, optimizer: str, scale: str) -> int:
     """The growth in this process."""
-    device = torch.device("cuda" if scale == "gpu" else "cpu")
+    device = use(scale)
     chosen = WORKLOADS[scale][workload]
     inputs, targets = (part.to(device) for part in chosen.batch())
     warm_up(device)

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.environment import RESULTS, environment
+from benchmarks.environment import RESULTS, environment, use
 from benchmarks.memory import growth
 from benchmarks.step_figures import HEADS, PARTS_HEADS, cells, parts_cells, rounded, summarise, table
 from benchmarks.step_parts import measure_parts
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if said.threads is not None:
         torch.set_num_threads(said.threads)
     warnings.filterwarnings("ignore", module="singd")
-    device = torch.device("cuda" if said.scale == "gpu" else "cpu")
+    device = use(said.scale)
     out = said.out or RESULTS / ("step_cost.json" if said.scale == "cpu" else f"step_cost_{said.scale}.json")
     results = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     console = Console()

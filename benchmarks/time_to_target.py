@@ -27,7 +27,7 @@ from rich.console import Console
 
 from benchmarks import race
 from benchmarks.contenders import CONTENDERS, Contender
-from benchmarks.environment import RESULTS, environment
+from benchmarks.environment import RESULTS, environment, use
 from benchmarks.pictures import save_curves, save_robustness
 from benchmarks.tasks import TASKS, Data, Task
 from benchmarks.training import check_steps, train, train_in_turns
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     said = parse(arguments)
     torch.set_num_threads(said.threads)
     warnings.filterwarnings("ignore")  # of peers, about their own defaults
-    device = torch.device("cuda" if said.scale == "gpu" else "cpu")
+    device = use(said.scale)
     suffix = "" if said.scale == "cpu" else f"_{said.scale}"
     path = said.out or RESULTS / f"time_to_target{suffix}.json"
     results = Results(path, environment(device))

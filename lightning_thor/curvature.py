@@ -70,7 +70,7 @@ class Curvature:
             take plain momentum.
         max_rows: take statistics from at most about that many rows of a batch, spread over it: positions of linear
             layers, of layer and RMS norms, and of convolutions (in whole lines). Batch and group norms take whole
-            samples, at most so many, of 64 times as many positions (but at least a 32nd of ``max_rows``); a batch norm
+            samples, at most so many, of 16 times as many positions (but at least a 32nd of ``max_rows``); a batch norm
             then uses the mean and variance of these samples. Embeddings always take all. None takes all everywhere.
         statistics: for layers that one sample uses at many positions (convolutions, sequences): ``"expand"`` takes
             each position as a row, ``"reduce"`` averages inputs and sums gradients over them first, which suits losses

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +45,8 @@ class Hooks:
         announce: Announce = lambda name: None,
         is_due: IsDue = lambda name: True,
     ) -> None:
-        skip = partial(torch.compiler.disable, recursive=False)
+        from torch._dynamo.decorators import skip  # takes a second, like all of dynamo
+
         # Under torch.compile hooks read Python counters, which would recompile at every step. What dynamo skips is as
         # it was, while what is disabled (all that it calls with it) costs a wrapper, which is most of an idle hook.
         is_due = skip(is_due)

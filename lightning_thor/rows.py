@@ -334,13 +334,13 @@ def rms_norm_rows(module: nn.RMSNorm, a: Tensor, g: Tensor, dtype: torch.dtype, 
 
 
 def _samples(a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> tuple[Tensor, Tensor]:
-    """Inputs and gradients of whole samples: at most ``max_rows``, of 64 times as many positions; but a 32nd of
+    """Inputs and gradients of whole samples: at most ``max_rows``, of 16 times as many positions; but a 32nd of
     ``max_rows`` even where samples have more.
 
-    64, since a position of a norm costs a few additions, where a row of a matrix costs a product with it.
+    16, since a position of a norm costs a few additions, where a row of a matrix costs a product with it.
     """
     if max_rows is not None:
-        max_rows = min(max_rows, max(64 * max_rows // max(g.shape[2:].numel(), 1), max_rows // 32, 1))
+        max_rows = min(max_rows, max(16 * max_rows // max(g.shape[2:].numel(), 1), max_rows // 32, 1))
     index = spread(g.shape[0], max_rows, g.device)
     return _pick(a.detach(), index).to(dtype), _pick(g, index).to(dtype)
 
@@ -348,7 +348,7 @@ def _samples(a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> 
 def group_norm_rows(module: nn.GroupNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, samples]``.
 
-    ``max_rows`` takes at most so many samples, of 64 times as many positions, but at least a 32nd of ``max_rows``.
+    ``max_rows`` takes at most so many samples, of 16 times as many positions, but at least a 32nd of ``max_rows``.
     """
     a, g = _samples(a, g, dtype, max_rows)
     per_sample = (*g.shape[:2], g.shape[2:].numel())

@@ -300,7 +300,7 @@ def test_max_rows_of_a_norm_takes_some_of_its_positions(module: nn.Module) -> No
 def test_max_rows_of_a_norm_of_channels_takes_whole_samples(
     rows_of: RowsOf, positions: tuple[int, ...], max_rows: int | None, taken: int
 ) -> None:
-    """As many as rows, and 64 times as many positions; their rows are those of a batch that has no other samples."""
+    """As many as rows, of 16 times as many positions; their rows are those of a batch that has no other samples."""
     module = nn.GroupNorm(4, 4) if rows_of is group_norm_rows else nn.BatchNorm2d(4)
     a, g = torch.randn(2, 7, 4, *positions, dtype=torch.float64)
     rows = rows_of(module, a, g, torch.float64, max_rows)
