@@ -337,12 +337,14 @@ def _samples(a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> 
     """Inputs and gradients of whole samples: at most ``max_rows``, of 16 times as many positions; but a 32nd of
     ``max_rows`` even where samples have more.
 
-    16, since a position of a norm costs a few additions, where a row of a matrix costs a product with it.
+    16, since a position of a norm costs a few additions, where a row of a matrix costs a product with it. Every k-th
+    sample, since a view needs no copy; k is odd, so that of pairs of samples both kinds are seen.
     """
+    step = 1
     if max_rows is not None:
-        max_rows = min(max_rows, max(16 * max_rows // max(g.shape[2:].numel(), 1), max_rows // 32, 1))
-    index = spread(g.shape[0], max_rows, g.device)
-    return _pick(a.detach(), index).to(dtype), _pick(g, index).to(dtype)
+        n = min(max_rows, max(16 * max_rows // max(g.shape[2:].numel(), 1), max_rows // 32, 1))
+        step = 1 if n >= g.shape[0] else -(-g.shape[0] // n) | 1
+    return a.detach()[::step].to(dtype), g[::step].to(dtype)
 
 
 def group_norm_rows(module: nn.GroupNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
