@@ -169,6 +169,7 @@ class Curvature:
             self.observe,
             attentions_of(uses),
             self._announce,
+            thin=lambda name, a: self._observer.thin(name, a, self.max_rows),
             is_due=lambda name: self.step >= self._schedule.next_steps[indices[name]],
         )
 

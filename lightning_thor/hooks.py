@@ -17,6 +17,7 @@ Listener = Callable[[str, Tensor, Tensor], None]
 IsOpen = Callable[[str], bool]
 IsDue = Callable[[str], bool]
 Announce = Callable[[str], None]
+Thin = Callable[[str, Tensor], Tensor]
 
 
 class Hooks:
@@ -32,6 +33,8 @@ class Hooks:
         attentions: further names, by what they stand for in an attention (see `lightning_thor.attention.ROLES`);
             their pairs are batch first, ``[batch, positions, width]``.
         announce: called in forward with the name, for each pair that backward is to hand over.
+        thin: gives what of an input is needed, where autograd does not keep that input itself: under autocast, which
+            lets it save a copy in lower precision.
         is_due: asked before all else, as it is in each forward pass of a training: false only where ``is_open`` would
             be false too. A plain function that calls no other.
     """
@@ -43,6 +46,7 @@ class Hooks:
         listener: Listener,
         attentions: Mapping[nn.MultiheadAttention, Mapping[str, str]] | None = None,
         announce: Announce = lambda name: None,
+        thin: Thin = lambda name, a: a,
         is_due: IsDue = lambda name: True,
     ) -> None:
         from torch._dynamo.decorators import skip  # takes a second, like all of dynamo
@@ -52,7 +56,7 @@ class Hooks:
         is_due = skip(is_due)
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(
-                skip(_forward_hook(name, module, is_open, listener, announce, is_due)), with_kwargs=True
+                skip(_forward_hook(name, module, is_open, listener, announce, thin, is_due)), with_kwargs=True
             )
             for name, module in modules.items()
         ]
@@ -69,12 +73,19 @@ class Hooks:
 
 
 def _forward_hook(
-    name: str, owner: nn.Module, is_open: IsOpen, listener: Listener, announce: Announce, is_due: IsDue
+    name: str,
+    owner: nn.Module,
+    is_open: IsOpen,
+    listener: Listener,
+    announce: Announce,
+    thin: Thin,
+    is_due: IsDue,
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     # A closure, since copy.deepcopy of the model (SWA, EMA) copies hooks: it shares functions but would copy an object.
     def pair(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if is_open(name):
-            _pair(name, args[0] if args else next(iter(kwargs.values()), None), output, listener, announce)
+            a = args[0] if args else next(iter(kwargs.values()), None)
+            _pair(name, a, output, listener, announce, thin=thin)
 
     pair_unseen = torch.compiler.disable(pair)
 
@@ -129,12 +140,16 @@ def _pair(
     listener: Listener,
     announce: Announce,
     arranged: Callable[[Tensor], Tensor] = lambda x: x,
+    thin: Thin = lambda name, a: a,
 ) -> None:
     """Hand ``(name, a, g)`` over when the gradient of ``output`` arrives, both ``arranged``."""
     if not isinstance(output, Tensor) or not output.requires_grad:
         return
     if not isinstance(a, Tensor) or a.layout is not torch.strided:
         return
+    device = a.device.type
+    if torch.is_autocast_enabled(device) and a.dtype != torch.get_autocast_dtype(device):
+        a = thin(name, a)
     # Handed over once and let go of: autograd frees what it saved after backward, but never its hooks.
     waiting, version = [a], a._version
     del a

@@ -14,6 +14,7 @@ from lightning_thor.kinds import Statistics
 from lightning_thor.layer import Layer
 from lightning_thor.layers import some_of
 from lightning_thor.refresh import RefreshSchedule
+from lightning_thor.rows import linear_rows, thin_linear
 from lightning_thor.stacks import FactorStacks
 from lightning_thor.window import Window
 
@@ -94,6 +95,11 @@ class Observer:
         add_covariance_(sums_G, seen.g if is_one else seen.g * scale, layer.G)
         stacks.count(index, seen.n_rows, n_samples, a.numel() + g.numel() if self._schedule.stagger else 0.0)
         window.given(index)
+
+    def thin(self, name: str, a: Tensor, max_rows: int | None) -> Tensor:
+        """What of an input has to wait for its gradient: where rows are taken of it anyway, these alone."""
+        index, _ = self.uses[name]
+        return thin_linear(a, max_rows) if self._layers[index].rows_of is linear_rows else a
 
     def _share_of(self, index: int, n_samples: float) -> tuple[float, float]:
         """What to multiply the gradients of one use of a layer by, and how many samples it adds.

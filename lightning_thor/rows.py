@@ -87,12 +87,21 @@ def _batched(module: Convolution | TransposedConvolution, a: Tensor, g: Tensor) 
 
 
 def linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-    """``a [..., in]``, ``g [..., out]``: every position is a row."""
+    """``a [..., in]`` or what `thin_linear` leaves of it, ``g [..., out]``: every position is a row."""
     # reshape, never view: gradients can come in any memory format.
     a, g = a.detach().reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
-    index = spread(a.shape[0], max_rows, a.device)
-    a, g = _pick(a, index).to(dtype), _pick(g, index).to(dtype)
+    index = spread(g.shape[0], max_rows, g.device)
+    if len(a) == len(g):
+        a = _pick(a, index)
+    a, g = a.to(dtype), _pick(g, index).to(dtype)
     return Rows(a.T[None], g.T[None], a.shape[0], a.shape[0])
+
+
+def thin_linear(a: Tensor, max_rows: int | None) -> Tensor:
+    """The rows that `linear_rows` takes of ``a [..., in]``, which it also takes in the place of ``a``."""
+    a = a.detach()
+    index = spread(a.numel() // max(a.shape[-1], 1), max_rows, a.device)
+    return a if index is None else a.reshape(-1, a.shape[-1]).index_select(0, index)
 
 
 def conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:

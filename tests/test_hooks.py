@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_thor import Curvature
+from lightning_thor import Curvature, rows
 from lightning_thor.hooks import Hooks
 
 
@@ -318,3 +318,31 @@ def test_a_linear_layer_called_with_another_keyword() -> None:
     curvature = Curvature(layer)
     layer(rows=X).sum().backward()
     torch.testing.assert_close(curvature.stacks.blocks_of(0, "sums")[0, 0], X.T @ X)
+
+
+class Full(nn.Module):
+    """Gives float32, as norms do under autocast on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * x.float()
+
+
+def test_under_autocast_no_input_waits_whole_for_its_gradient() -> None:
+    """Autograd saves a copy in half precision there: only the rows that are taken have to stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), Full(), nn.Linear(8, 4))
+    inputs: list[Any] = []
+    model[2].register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+    x, found = torch.randn(5, 20, 8), []
+    for max_rows in (30, 100):
+        curvature = Curvature(model, max_rows=max_rows)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x).float().square().mean()
+        assert (inputs[-1]() is None) == (max_rows == 30)
+        loss.backward()
+        found.append(curvature.stacks.blocks_of(2, "sums").clone())
+        curvature.close()
+    whole = model[:2](x).detach().reshape(-1, 8)
+    taken = whole[rows.spread(100, 30, torch.device("cpu"))]
+    for sums, those in zip(found, (taken, whole), strict=True):
+        torch.testing.assert_close(sums[0, 0], those.T @ those, rtol=0.02, atol=0.1)
