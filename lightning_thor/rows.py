@@ -99,9 +99,8 @@ def linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max
 
 def thin_linear(a: Tensor, max_rows: int | None) -> Tensor:
     """The rows that `linear_rows` takes of ``a [..., in]``, which it also takes in the place of ``a``."""
-    a = a.detach()
     index = spread(a.numel() // max(a.shape[-1], 1), max_rows, a.device)
-    return a if index is None else a.reshape(-1, a.shape[-1]).index_select(0, index)
+    return a if index is None else a.detach().reshape(-1, a.shape[-1]).index_select(0, index)
 
 
 def conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
