@@ -177,6 +177,7 @@ def demo_block(figures: dict[str, Any]) -> str:
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("benchmarks/results/step_cost.json", step_cost_block),
     "step_cost_epyc": ("benchmarks/results/step_cost_epyc.json", step_cost_elsewhere_block),
+    "step_cost_gpu": ("benchmarks/results/step_cost_gpu.json", step_cost_block),
     "time_to_target": ("benchmarks/results/time_to_target.json", time_to_target_block),
     "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
     "ablations": ("benchmarks/results/ablations.json", ablations_block),

@@ -9,11 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_thor import Curvature
+from lightning_thor import Curvature, adjacent
 from lightning_thor.adjacent import as_one, runs_of
 from lightning_thor.batches import Matrix, Single, Vectors
 from lightning_thor.scale import to_at_most_, to_rms_
 from tests.test_no_sync import Watch
+
+
+@pytest.fixture(autouse=True)
+def _together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; all other tests are as on a CPU."""
+    monkeypatch.setattr(adjacent, "ALONE", set())
 
 
 def net() -> nn.Module:
