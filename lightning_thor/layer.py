@@ -112,11 +112,6 @@ class Layer:
         """View of this layer's part of something in the shape of one of its parameters."""
         return tensor if self.part is None else tensor[self.part]
 
-    def precondition(self, grads: Sequence[Tensor], A_inverse: Tensor | None, G_inverse: Tensor) -> list[Tensor]:
-        """``G⁻¹ @ grad @ A⁻¹``, new and contiguous, in the shapes and dtypes of ``grads`` (one for each parameter)."""
-        matrix = self.to_matrix(grads, G_inverse.dtype)
-        return self.from_matrix(self.product(G_inverse, matrix, A_inverse), grads)
-
     def to_matrix(self, grads: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Gradients (one for each parameter) as one matrix ``[groups, out, in]``; not a copy where none is needed."""
         return self.kind.to_matrix(self, [grad.to(dtype) for grad in grads])

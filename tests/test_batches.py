@@ -13,6 +13,7 @@ from lightning_thor import Curvature, adjacent
 from lightning_thor.adjacent import as_one, runs_of
 from lightning_thor.batches import Matrix, Single, Vectors
 from lightning_thor.scale import to_at_most_, to_rms_
+from tests.formulas import preconditioned
 from tests.test_no_sync import Watch
 
 
@@ -62,7 +63,7 @@ def test_directions_of_a_batch_are_those_of_each_layer(missing: tuple[str, ...])
     for name, layer in curvature.layers.items():
         own = [grads[p] for p in layer.parameters if p in grads]
         whole = len(own) == len(layer.parameters)
-        expected = layer.precondition(own, *curvature.inverses_of(name)) if whole else own
+        expected = preconditioned(layer, own, *curvature.inverses_of(name)) if whole else own
         given = [found[p] for p in layer.parameters if p in grads]
         torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-14)
         assert all(a.data_ptr() != b.data_ptr() for a, b in zip(given, own, strict=True)), "it was not copied"

@@ -14,6 +14,7 @@ from lightning_thor import Curvature
 from lightning_thor.layer import Layer, RowsOf
 from lightning_thor.layers import layers_of
 from lightning_thor.rows import batch_norm_rows, conv_rows, group_norm_rows, spread
+from tests.formulas import preconditioned
 
 Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
 CASES: dict[str, Case] = {
@@ -413,4 +414,4 @@ def test_identity_inverses_give_the_gradient_back(name: str, precondition_bias: 
     A = None if layer.A is None else identity(layer.A.size, layer.A.groups * layer.A.n_blocks).view(layer.A.shape)
     G = identity(layer.G.size, layer.G.groups * layer.G.n_blocks).view(layer.G.shape)
     grads = [p.grad for p in layer.parameters if p.grad is not None]
-    torch.testing.assert_close(layer.precondition(grads, A, G), grads, rtol=0, atol=0)
+    torch.testing.assert_close(preconditioned(layer, grads, A, G), grads, rtol=0, atol=0)

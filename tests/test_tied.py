@@ -10,6 +10,7 @@ from lightning_thor import Curvature
 from lightning_thor.blocks import diagonal_as_blocks
 from lightning_thor.layers import layers_of
 from lightning_thor.report import curvature_table
+from tests.formulas import preconditioned
 from tests.test_no_sync import Watch
 
 N, POSITIONS, WIDTH = 6, 4, 5
@@ -163,7 +164,7 @@ def test_a_table_tied_to_the_output_layer_has_the_balanced_sums_of_both_as_facto
     assert grad is not None
     A_inverse, G_inverse = curvature.inverses_of("head")
     assert A_inverse is not None
-    expected = curvature.layers["head"].precondition([grad], A_inverse, G_inverse)[0]
+    expected = preconditioned(curvature.layers["head"], [grad], A_inverse, G_inverse)[0]
     torch.testing.assert_close(found[model.table.weight], expected)
     rows = table_rows(curvature)
     assert rows["table"].endswith("tied: folded into 'head'")
@@ -182,7 +183,7 @@ def test_a_role_that_is_not_used_leaves_the_other_its_own_inverses(silent: str) 
     A_inverse, G_inverse = curvature.inverses_of("head")
     grad = model.table.weight.grad
     assert grad is not None
-    (direction,) = curvature.layers["head"].precondition([grad], A_inverse, G_inverse)
+    (direction,) = preconditioned(curvature.layers["head"], [grad], A_inverse, G_inverse)
     alone = Tied()
     alone.table.weight = nn.Parameter(alone.table.weight.detach().clone())
     reference = Curvature(alone, block_size=None, averaging=0.0, max_rows=None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_thor import Curvature, Thor, register_layer
 from lightning_thor.kinds import REGISTERED
 from lightning_thor.layers import layers_of
+from tests.formulas import preconditioned
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def test_a_registered_layer_is_what_it_would_be_as_linear_layers(statistics: str
     assert kernel.grad is not None
     layer = ours.layers["0"]
     A_inverse, G_inverse = ours.inverses_of("0")
-    (direction,) = layer.precondition([kernel.grad], A_inverse, G_inverse)
+    (direction,) = preconditioned(layer, [kernel.grad], A_inverse, G_inverse)
     assert direction.is_contiguous()
     assert A_inverse is not None
     for index in (0, 1):
