@@ -43,11 +43,18 @@ def polar(batches: Iterable[Batch], momenta: Tensors, *, names: Container[str]) 
         names: of the layers that are to be polar: of a batch all or none.
     """
     directions: dict[nn.Parameter, Tensor] = {}
+    of_shape: dict[torch.Size, list[tuple[Batch, Tensor]]] = {}
     for batch in _complete(batches, momenta):
         matrices = _whiten(batch, batch.to_matrices(momenta))
         if batch.layers[0].name in names:
-            matrices = _signs(matrices)
-        batch.put(directions, _whiten_again(batch, matrices), momenta)
+            of_shape.setdefault(matrices.shape[-2:], []).append((batch, matrices))
+        else:
+            batch.put(directions, _whiten_again(batch, matrices), momenta)
+    for members in of_shape.values():
+        flat = [matrices.flatten(0, -3) for _, matrices in members]
+        signs = _signs(torch.cat(flat)).split([len(matrices) for matrices in flat])
+        for (batch, matrices), sign in zip(members, signs, strict=True):
+            batch.put(directions, _whiten_again(batch, sign.view(matrices.shape)), momenta)
     return _with_others(directions, momenta)
 
 
@@ -78,10 +85,9 @@ def _whiten_again(batch: Batch, matrices: Tensor) -> Tensor:
 
 
 def _signs(matrices: Tensor) -> Tensor:
-    """`msign` of ``[..., m, n]``, of at most `MAX_ENTRIES` entries at once (or a single matrix that has more)."""
-    flat = matrices.flatten(0, -3)
-    at_once = max(1, MAX_ENTRIES // flat[0].numel())
-    return torch.cat([msign(some) for some in flat.split(at_once)]).view(matrices.shape)
+    """`msign` of ``[n, rows, columns]``, of at most `MAX_ENTRIES` entries at once (or one matrix that has more)."""
+    at_once = max(1, MAX_ENTRIES // matrices[0].numel())
+    return torch.cat([msign(some) for some in matrices.split(at_once)])
 
 
 def _complete(batches: Iterable[Batch], grads: Tensors) -> Iterator[Batch]:
