@@ -49,10 +49,12 @@ class Hooks:
         thin: Thin = lambda name, a: a,
         is_due: IsDue = lambda name: True,
     ) -> None:
-        from torch._dynamo.decorators import skip  # takes a second, like all of dynamo
+        from torch._dynamo import decorators  # takes a second, like all of dynamo
 
         # Under torch.compile hooks read Python counters, which would recompile at every step. What dynamo skips is as
-        # it was, while what is disabled (all that it calls with it) costs a wrapper, which is most of an idle hook.
+        # it was, while what is disabled (all that it calls with it) costs a wrapper, which is most of an idle hook. The
+        # former is no public function: where it is missing the latter does, at that cost.
+        skip = getattr(decorators, "skip", torch.compiler.disable)
         is_due = skip(is_due)
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(
