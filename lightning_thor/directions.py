@@ -87,7 +87,8 @@ def _whiten_again(batch: Batch, matrices: Tensor) -> Tensor:
 def _signs(matrices: Tensor) -> Tensor:
     """`msign` of ``[n, rows, columns]``, of at most `MAX_ENTRIES` entries at once (or one matrix that has more)."""
     at_once = max(1, MAX_ENTRIES // matrices[0].numel())
-    return torch.cat([msign(some) for some in matrices.split(at_once)])
+    signs = [msign(some) for some in matrices.split(at_once)]
+    return signs[0] if len(signs) == 1 else torch.cat(signs)
 
 
 def _complete(batches: Iterable[Batch], grads: Tensors) -> Iterator[Batch]:
