@@ -108,7 +108,7 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 
 def cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One row of ``HEADS`` for each workload and optimizer, in words; the terminal and the README show the same."""
+    """One row of ``HEADS`` for each workload and optimizer, in words; the terminal and the page show the same."""
     for task in summary.values():
         seeds = max(one["seeds"] for one in task["optimizers"].values())
         sign = "≥" if task["higher_is_better"] else "≤"
@@ -125,6 +125,28 @@ def cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
                 with_interval(one["milliseconds_per_step"], ".0f"),
                 "not finite" if one["final"] is None else with_interval(one["final"], ".3f"),
             )
+
+
+def short_heads(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of the table of seconds alone: a column for each workload."""
+    return (
+        "optimizer",
+        *(
+            f"{name}: {task['metric']} {'≥' if task['higher_is_better'] else '≤'} {task['target']:g}"
+            for name, task in summary.items()
+        ),
+    )
+
+
+def short_cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One row of ``short_heads`` for each optimizer: seconds to the target, or how many seeds got there at all."""
+    columns = [task["optimizers"] for task in summary.values()]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        own = [column.get(name) for column in columns]
+        yield (
+            CONTENDERS[name].words if name in CONTENDERS else name,
+            *("" if one is None else missed(one) or with_interval(one["seconds_to_target"], ".2f") for one in own),
+        )
 
 
 def missed(one: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""Fills the measured figures into README.md and docs/choosing.md, between ``<!-- name:begin -->`` and
+"""Fills the measured figures into README.md and the pages of docs, between ``<!-- name:begin -->`` and
 ``<!-- name:end -->``.
 
-    python -m benchmarks.readme           # writes both
+    python -m benchmarks.readme           # writes all of them
     python -m benchmarks.readme --check   # writes nothing; exit status 1 if one of them is not what it would write
 
 The demo's figures are those that ``python -m examples.demo`` writes as ``figures.json``, kept as ``docs/demo.json``.
@@ -19,7 +19,7 @@ from benchmarks import ablations, communication, race, step_figures, trace_rule,
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/choosing.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/measured.md")
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
@@ -59,7 +59,14 @@ def step_cost_block(results: dict[str, Any]) -> str:
         "Times of whole steps (forward, backward, optimizer) over those of momentum SGD, in one process, in rounds: "
         f"median (first to third quartile) of {' and '.join(map(str, rounds))} rounds. p99 / p50: SGD / THOR / "
         "staggered THOR, at the interval 10. State: bytes that a checkpoint holds of it, over bytes of the parameters, "
-        "SGD / AdamW / THOR. Memory: growth of the process's peak over AdamW's.\n\n"
+        f"SGD / AdamW / THOR. Memory: growth of the process's peak over AdamW's. Measured on: {'; '.join(places)}."
+    )
+
+
+def step_parts_block(results: dict[str, Any]) -> str:
+    """What a refresh goes into, from the same file."""
+    places = dict.fromkeys(measured_on(result["environment"]) for result in results.values())
+    return (
         f"{markdown_table(step_figures.PARTS_HEADS, step_figures.parts_cells(results))}\n\n"
         "What a refresh step adds to SGD's step, as shares of it, and (≥) what its arithmetic alone would take at the "
         f"rate of a large matrix product ({product_rates(results)}). Measured on: {'; '.join(places)}."
@@ -87,6 +94,21 @@ def time_to_target_block(results: dict[str, Any]) -> str:
         "in a shorter training on another seed and other held-out data. Seconds are of training, with everything an "
         "optimizer costs, validation left out; on each seed all optimizers took turns of a few steps in one process. "
         f"Measured on: {'; '.join(places)}."
+    )
+
+
+def race_block(results: dict[str, Any]) -> str:
+    """The seconds alone, from the same file."""
+    summary = {name: task for name, task in results["summary"].items() if task["optimizers"]}
+    words = "; ".join(
+        f"{name}: {task['words']} ({max(one['seeds'] for one in task['optimizers'].values())} seeds)"
+        for name, task in summary.items()
+    )
+    places = dict.fromkeys(measured_on(task["environment"]) for task in summary.values())
+    return (
+        f"{markdown_table(race.short_heads(summary), race.short_cells(summary))}\n\n"
+        f"Seconds of training to the target: mean and 95 % interval over seeds. {words}. Measured on: "
+        f"{'; '.join(places)}."
     )
 
 
@@ -178,6 +200,9 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("benchmarks/results/step_cost.json", step_cost_block),
     "step_cost_epyc": ("benchmarks/results/step_cost_epyc.json", step_cost_elsewhere_block),
     "step_cost_gpu": ("benchmarks/results/step_cost_gpu.json", step_cost_block),
+    "step_parts": ("benchmarks/results/step_cost.json", step_parts_block),
+    "step_parts_gpu": ("benchmarks/results/step_cost_gpu.json", step_parts_block),
+    "race": ("benchmarks/results/time_to_target.json", race_block),
     "time_to_target": ("benchmarks/results/time_to_target.json", time_to_target_block),
     "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
     "ablations": ("benchmarks/results/ablations.json", ablations_block),

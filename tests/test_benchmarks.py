@@ -254,10 +254,12 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "docs" / "demo.json").write_text(json.dumps(made_up_demo()), encoding="utf-8")
     text = (
         "# Title\n<!-- step_cost:begin -->\nstale figures\n<!-- step_cost:end -->\nbetween \\1\n"
+        "<!-- step_parts:begin --><!-- step_parts:end -->\n"
         "<!-- demo:begin --><!-- demo:end -->\nend\n"
     )
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
-    (tmp_path / "docs" / "choosing.md").write_text("# Choosing\n", encoding="utf-8")
+    for page in ("choosing", "measured"):
+        (tmp_path / "docs" / f"{page}.md").write_text("# A page\n", encoding="utf-8")
     return tmp_path
 
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from lightning_thor import Curvature, Thor, ThorCallback
 from tests.boring import Boring
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def options_in(head: str) -> dict[str, object]:
@@ -85,3 +86,25 @@ def test_the_recipes_lines_make_a_trainer() -> None:
     names = run("resnet50_imagenet(", L=SimpleNamespace(Trainer=partial(L.Trainer, accelerator="cpu", logger=False)))
     assert names["trainer"].max_epochs == 40
     assert any(isinstance(one, ThorCallback) for one in names["trainer"].callbacks)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of this page may say: as code hosts make it of the words."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert links
+    for link in links:
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link

@@ -423,3 +423,13 @@ def test_both_scales_have_the_same_tasks_and_check_as_often_as_they_say(scale: s
 def test_half_the_squared_distance_of_a_row_is_what_the_autoencoder_minimises() -> None:
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     torch.testing.assert_close(squared_error(x, y), 0.5 * F.mse_loss(x, y) * 4)
+
+
+def test_the_readme_has_a_column_of_seconds_for_each_workload() -> None:
+    other = {**made_up_summary(), "optimizers": {"muon": made_up_summary()["optimizers"]["adamw"]}}
+    block = readme.race_block({"summary": {"small": made_up_summary(), "large": other}, "runs": {}})
+    assert "| optimizer | small: loss ≤ 1 | large: loss ≤ 1 |" in block
+    assert "| THOR | 2.00 ± 0.00 |  |" in block
+    assert "| momentum SGD | 1 of 2 got there |  |" in block
+    assert "| Muon |  | 4.00 ± 0.00 |" in block
+    assert "small: small (2 seeds)" in block
