@@ -85,13 +85,14 @@ def diagonal_as_blocks(diagonal: Tensor, blocks: Blocks) -> Tensor:
     return padded.view(blocks.groups, blocks.n_blocks, blocks.size).diag_embed()
 
 
-def add_covariance_(into: Tensor, rows: Tensor, blocks: Blocks) -> None:
-    """Add the diagonal blocks of ``rows @ rows.T`` to ``into``.
+def add_covariance_(into: Tensor, rows: Tensor, blocks: Blocks, scale: float | Tensor = 1.0) -> None:
+    """Add the diagonal blocks of ``(scale * rows) @ (scale * rows).T`` to ``into``.
 
     Args:
         into: ``[groups * n_blocks, size, size]``, or ``[groups, n_blocks]`` where the size is 1; changed in place.
         rows: features first, ``[groups, width, n]``, in the dtype of ``into``; any strides.
         blocks: the cut of ``width``.
+        scale: a number costs nothing; a 0-dimensional tensor, which is not looked at, a pass over the rows.
 
     >>> x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
     >>> out = torch.zeros(diagonal(2).sums_shape)
@@ -99,13 +100,15 @@ def add_covariance_(into: Tensor, rows: Tensor, blocks: Blocks) -> None:
     >>> out
     tensor([[ 5., 25.]])
     """
+    if isinstance(scale, Tensor):
+        rows, scale = rows * scale, 1.0
     if blocks.padding:
         rows = F.pad(rows, (0, 0, 0, blocks.padding))
     if blocks.size == 1:
-        into.add_(rows.square().sum(-1))
+        into.add_(rows.square().sum(-1), alpha=scale**2)
         return
     x = rows if blocks.n_blocks == 1 else rows.reshape(-1, blocks.size, rows.shape[-1])
-    into.baddbmm_(x, x.mT)
+    into.baddbmm_(x, x.mT, alpha=scale**2)
 
 
 def left_product(factor: Tensor, matrix: Tensor, blocks: Blocks) -> Tensor:

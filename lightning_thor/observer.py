@@ -89,10 +89,8 @@ class Observer:
         weight, n_samples = self._share_of(index, seen.n_samples)
         if weight != 1.0:
             scale = scale * weight
-        # A tensor is not looked at: that would wait for the device.
-        is_one = not isinstance(scale, Tensor) and scale == 1.0
         assert sums_G is not None
-        add_covariance_(sums_G, seen.g if is_one else seen.g * scale, layer.G)
+        add_covariance_(sums_G, seen.g, layer.G, scale)
         stacks.count(index, seen.n_rows, n_samples, a.numel() + g.numel() if self._schedule.stagger else 0.0)
         window.given(index)
 

@@ -36,6 +36,18 @@ def test_covariance_is_the_dense_one_masked(layout: Blocks) -> None:
     torch.testing.assert_close(dense(out, layout), 2 * rows @ rows.mT * mask(layout))
 
 
+@pytest.mark.parametrize("scale", [-3.0, torch.tensor(-3.0, dtype=torch.float64)], ids=["number", "tensor"])
+@pytest.mark.parametrize("layout", CUTS, ids=str)
+def test_covariance_is_of_scaled_rows(layout: Blocks, scale: float | torch.Tensor) -> None:
+    rows = torch.randn(layout.groups, layout.width, 11, dtype=torch.float64)
+    before = rows.clone()
+    scaled, out = torch.zeros(2, *layout.shape, dtype=torch.float64)
+    add_covariance_(scaled.view(layout.sums_shape), rows, layout, scale)
+    add_covariance_(out.view(layout.sums_shape), -3.0 * rows, layout)
+    torch.testing.assert_close(scaled, out)
+    assert rows.equal(before)
+
+
 def test_covariance_takes_rows_of_any_strides() -> None:
     layout, rows = cut(12, 4), torch.randn(11, 12, dtype=torch.float64)
     out = torch.zeros(layout.shape, dtype=torch.float64)
