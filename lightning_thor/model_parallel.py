@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,11 +10,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 
-from lightning_thor import buckets, collectives
+from lightning_thor import collectives
 from lightning_thor.curvature import Curvature
 from lightning_thor.layers import some_of
 from lightning_thor.optimizer import Thor
 from lightning_thor.sharded import ShardedCurvature
+from lightning_thor.travel import Travel
 
 
 class ThorModelParallelStrategy(ModelParallelStrategy):
@@ -31,11 +32,12 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
         data_parallel_size: how many ranks share the weights and the batch; ``"auto"`` is all of them (of Lightning's
             strategy, the number of nodes).
         tensor_parallel_size: 1 or ``"auto"``, which is 1 too.
-        factor_bucket_mb: megabytes (2²⁰ bytes) of factors after which a bucket is closed; 4 if it is None.
+        factor_bucket_mb, split_indices, bf16_factors: as of `lightning_thor.ThorDDPStrategy`.
         **kwargs: as of Lightning's strategy; ``save_distributed_checkpoint`` among them.
 
     Raises:
-        ValueError: another ``tensor_parallel_size``, or a ``factor_bucket_mb`` out of its range.
+        TypeError: an argument of another type.
+        ValueError: another ``tensor_parallel_size``, an argument out of its range, or both ways of making buckets.
     """
 
     strategy_name = "thor_fsdp2"
@@ -46,6 +48,8 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
         tensor_parallel_size: Literal["auto"] | int = 1,
         *,
         factor_bucket_mb: float | None = None,
+        split_indices: Sequence[int] | None = None,
+        bf16_factors: bool = False,
         **kwargs: Any,
     ) -> None:
         if tensor_parallel_size not in ("auto", 1):
@@ -54,7 +58,7 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
                 "layer's inputs whole: shard over data_parallel alone (tensor_parallel_size=1)."
             )
         super().__init__(data_parallel_size, 1, **kwargs)
-        self._bucket_bytes = buckets.bucket_bytes_of(factor_bucket_mb)
+        self._travel = Travel(factor_bucket_mb, split_indices, bf16_factors)
         self._factor_group: Any = None
         self._accumulates = False
 
@@ -81,7 +85,7 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
             parameters: all that the optimizer has, by name.
 
         Raises:
-            ValueError: one of them is not sharded as it must be.
+            ValueError: one of them is not sharded as it must be, or ``split_indices`` names a layer that is not there.
         """
         ranks = collectives.Ranks(self._factor_group)
         faults = {name: collectives.why_not_by_rows(p, ranks.n_shares) for name, p in parameters.items()}
@@ -92,7 +96,7 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
                 "that is trained over the data-parallel ranks, along its first dimension, in configure_model: "
                 'fully_shard(self.net, mesh=self.device_mesh["data_parallel"]), for modules inside first if you like.'
             )
-        curvature.connect(ranks, cut=buckets.by_size(self._bucket_bytes), may_start=self._is_last_backward)
+        self._travel.connect(curvature, self._factor_group, may_start=self._is_last_backward)
         return ShardedCurvature(curvature, ranks)
 
     @contextmanager

@@ -7,9 +7,10 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from lightning_thor import buckets, collectives
+from lightning_thor import collectives
 from lightning_thor.curvature import Curvature
 from lightning_thor.exchange import Workers
+from lightning_thor.travel import Travel
 
 
 class ThorDDPStrategy(DDPStrategy):
@@ -55,18 +56,8 @@ class ThorDDPStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._bucket_bytes = buckets.bucket_bytes_of(factor_bucket_mb)
-        buckets.check_split_indices(split_indices)
-        if factor_bucket_mb is not None and split_indices is not None:
-            raise ValueError(
-                f"factor_bucket_mb={factor_bucket_mb!r} and split_indices={split_indices!r} both say which layers' "
-                "factors travel together: give one of them."
-            )
-        if not isinstance(bf16_factors, bool):
-            raise TypeError(f"bf16_factors must be True or False, got {bf16_factors!r}.")
+        self._travel = Travel(factor_bucket_mb, split_indices, bf16_factors)
         _check_inverse_workers(inverse_workers)
-        self._split_indices = split_indices
-        self._bf16_factors = bf16_factors
         self._factor_group: Any = None
         self._inverse_workers = inverse_workers
         self._workers: Workers | None = None
@@ -84,16 +75,7 @@ class ThorDDPStrategy(DDPStrategy):
         Raises:
             ValueError: ``split_indices`` names a layer that the model does not have.
         """
-        has_A = [layer.A is not None for layer in curvature.layers.values()]
-        cut = buckets.by_size(self._bucket_bytes)
-        if self._split_indices is not None:
-            cut = buckets.by_layer(self._split_indices, has_A)
-        curvature.connect(
-            collectives.Ranks(self._factor_group, self._bf16_factors),
-            cut=cut,
-            may_start=self._is_last_backward,
-            workers=self._workers,
-        )
+        self._travel.connect(curvature, self._factor_group, may_start=self._is_last_backward, workers=self._workers)
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)

@@ -179,6 +179,10 @@ TWO: dict[str, Callable[[Path], Result]] = {
     "bf16": lambda folder: train(folder, Sharded(HALVES, **BF16), max_epochs=1, precision="bf16-mixed"),
     "in_buckets": lambda folder: train(folder, Sharded(HALVES), in_buckets(), max_epochs=3),
     "in_the_step": lambda folder: train(folder, Sharded(HALVES), InTheStep(), max_epochs=3),
+    "split": lambda folder: train(folder, Sharded(HALVES), ThorModelParallelStrategy(split_indices=[0]), max_epochs=3),
+    "rounded": lambda folder: train(
+        folder, Sharded(HALVES), ThorModelParallelStrategy(bf16_factors=True), max_epochs=3
+    ),
     "irregular_in_buckets": lambda folder: train(folder, Sharded(HALVES, extra=irregular), in_buckets(), max_epochs=3),
     "irregular_in_the_step": lambda folder: train(folder, Sharded(HALVES, extra=irregular), InTheStep(), max_epochs=3),
     "micro_batches_in_buckets": lambda folder: train(folder, Sharded(HALVES, micro_batches=2), in_buckets()),

@@ -70,6 +70,7 @@ FLOORS = {
         "callback",
         "strategy",
         "model_parallel",
+        "travel",
         "supported",
         "configure",
         "mindspore",

@@ -117,19 +117,25 @@ def test_a_bucket_size_that_is_none_is_refused(strategy: Any, value: Any) -> Non
         strategy(factor_bucket_mb=value)
 
 
-def test_two_ways_of_making_buckets_at_once_are_refused() -> None:
+@pytest.mark.parametrize("strategy", [ThorDDPStrategy, ThorModelParallelStrategy])
+def test_two_ways_of_making_buckets_at_once_are_refused(strategy: Any) -> None:
     with pytest.raises(ValueError, match=r"factor_bucket_mb=1 and split_indices=\[3\] both say"):
-        ThorDDPStrategy(factor_bucket_mb=1, split_indices=[3])
+        strategy(factor_bucket_mb=1, split_indices=[3])
 
 
-def test_bf16_factors_must_be_a_bool() -> None:
+@pytest.mark.parametrize("strategy", [ThorDDPStrategy, ThorModelParallelStrategy])
+def test_bf16_factors_must_be_a_bool(strategy: Any) -> None:
     with pytest.raises(TypeError, match="bf16_factors must be True or False, got 'bf16'"):
-        ThorDDPStrategy(bf16_factors="bf16")  # type: ignore[arg-type]
+        strategy(bf16_factors="bf16")
 
 
-def test_split_indices_of_another_model_are_refused_when_fit_starts() -> None:
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [(ThorDDPStrategy, {}), (ThorModelParallelStrategy, {"parameters": {}})],
+)
+def test_split_indices_of_another_model_are_refused_when_fit_starts(strategy: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="names layer 4, but this model has 4 layers"):
-        ThorDDPStrategy(split_indices=[1, 4]).connect_curvature(Curvature(Net()))
+        strategy(split_indices=[1, 4]).connect_curvature(Curvature(Net()), **options)
 
 
 def test_thor_ddp_takes_the_options_of_ddp() -> None:
