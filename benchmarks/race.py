@@ -111,8 +111,7 @@ def cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """One row of ``HEADS`` for each workload and optimizer, in words; the terminal and the page show the same."""
     for task in summary.values():
         seeds = max(one["seeds"] for one in task["optimizers"].values())
-        sign = "≥" if task["higher_is_better"] else "≤"
-        words = f"{task['words']}: {task['metric']} {sign} {task['target']:g}; {seeds} seeds"
+        words = f"{task['words']}: {goal(task)}; {seeds} seeds"
         for i, (name, one) in enumerate(task["optimizers"].items()):
             ratio = one["seconds_ratio"]
             yield (
@@ -127,15 +126,14 @@ def cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             )
 
 
+def goal(task: Mapping[str, Any]) -> str:
+    """The target in words."""
+    return f"{task['metric']} {'≥' if task['higher_is_better'] else '≤'} {task['target']:g}"
+
+
 def short_heads(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """Of the table of seconds alone: a column for each workload."""
-    return (
-        "optimizer",
-        *(
-            f"{name}: {task['metric']} {'≥' if task['higher_is_better'] else '≤'} {task['target']:g}"
-            for name, task in summary.items()
-        ),
-    )
+    return ("optimizer", *(f"{name}: {goal(task)}" for name, task in summary.items()))
 
 
 def short_cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

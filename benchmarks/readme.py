@@ -44,6 +44,11 @@ def measured_on(environment: dict[str, Any]) -> str:
     )
 
 
+def measured_in(parts: Iterable[dict[str, Any]]) -> str:
+    """Where and when all of them were, each place once."""
+    return "; ".join(dict.fromkeys(measured_on(part["environment"]) for part in parts))
+
+
 def product_rates(results: dict[str, Any]) -> str:
     """Of a large matrix product, as it was measured beside each workload."""
     rates = [result["parts"]["gflops"] for result in results.values()]
@@ -52,48 +57,45 @@ def product_rates(results: dict[str, Any]) -> str:
 
 def step_cost_block(results: dict[str, Any]) -> str:
     """The cost of a step, from ``benchmarks/results/step_cost.json``."""
-    places = dict.fromkeys(measured_on(result["environment"]) for result in results.values())
     rounds = sorted({result["summary"]["rounds"] for result in results.values()})
     return (
         f"{markdown_table(step_figures.HEADS, step_figures.cells(results))}\n\n"
         "Times of whole steps (forward, backward, optimizer) over those of momentum SGD, in one process, in rounds: "
         f"median (first to third quartile) of {' and '.join(map(str, rounds))} rounds. p99 / p50: SGD / THOR / "
         "staggered THOR, at the interval 10. State: bytes that a checkpoint holds of it, over bytes of the parameters, "
-        f"SGD / AdamW / THOR. Memory: growth of the process's peak over AdamW's. Measured on: {'; '.join(places)}."
+        "SGD / AdamW / THOR. Memory: growth of the process's peak over AdamW's. "
+        f"Measured on: {measured_in(results.values())}."
     )
 
 
 def step_parts_block(results: dict[str, Any]) -> str:
     """What a refresh goes into, from the same file."""
-    places = dict.fromkeys(measured_on(result["environment"]) for result in results.values())
     return (
         f"{markdown_table(step_figures.PARTS_HEADS, step_figures.parts_cells(results))}\n\n"
         "What a refresh step adds to SGD's step, as shares of it, and (≥) what its arithmetic alone would take at the "
-        f"rate of a large matrix product ({product_rates(results)}). Measured on: {'; '.join(places)}."
+        f"rate of a large matrix product ({product_rates(results)}). Measured on: {measured_in(results.values())}."
     )
 
 
 def step_cost_elsewhere_block(results: dict[str, Any]) -> str:
     """The same steps on another processor, from a file that ``step_cost --out`` wrote there."""
-    places = dict.fromkeys(measured_on(result["environment"]) for result in results.values())
     n = len(step_figures.HEADS_OF_TIMES)
     return (
         f"{markdown_table(step_figures.HEADS_OF_TIMES, (row[:n] for row in step_figures.cells(results)))}\n\n"
-        f"A large matrix product: {product_rates(results)}. Measured on: {'; '.join(places)}."
+        f"A large matrix product: {product_rates(results)}. Measured on: {measured_in(results.values())}."
     )
 
 
 def time_to_target_block(results: dict[str, Any]) -> str:
     """Steps and seconds to a target, from ``benchmarks/results/time_to_target.json``."""
     summary = {name: task for name, task in results["summary"].items() if task["optimizers"]}
-    places = dict.fromkeys(measured_on(task["environment"]) for task in summary.values())
     tried = max(len(rates) for task in summary.values() for rates in task["tuning"].values())
     return (
         f"{markdown_table(race.HEADS, race.cells(summary), words=2)}\n\n"
         f"Means over seeds with 95 % intervals, after {tried} learning rates for each optimizer (but the untuned one) "
         "in a shorter training on another seed and other held-out data. Seconds are of training, with everything an "
         "optimizer costs, validation left out; on each seed all optimizers took turns of a few steps in one process. "
-        f"Measured on: {'; '.join(places)}."
+        f"Measured on: {measured_in(summary.values())}."
     )
 
 
@@ -104,11 +106,10 @@ def race_block(results: dict[str, Any]) -> str:
         f"{name}: {task['words']} ({max(one['seeds'] for one in task['optimizers'].values())} seeds)"
         for name, task in summary.items()
     )
-    places = dict.fromkeys(measured_on(task["environment"]) for task in summary.values())
     return (
         f"{markdown_table(race.short_heads(summary), race.short_cells(summary))}\n\n"
         f"Seconds of training to the target: mean and 95 % interval over seeds. {words}. Measured on: "
-        f"{'; '.join(places)}."
+        f"{measured_in(summary.values())}."
     )
 
 
@@ -124,7 +125,6 @@ def trace_rule_block(results: dict[str, Any]) -> str:
 def ablations_block(results: dict[str, Any]) -> str:
     """What one setting changes, from ``benchmarks/results/ablations.json``."""
     summary = results["summary"]
-    places = dict.fromkeys(measured_on(one["environment"]) for one in summary.values())
     words = "; ".join(
         f"{name}: {one['words']}, {one['steps']} steps, lr "
         + " and ".join(f"{lr:g} ({mode})" for mode, lr in one["rates"].items())
@@ -133,14 +133,13 @@ def ablations_block(results: dict[str, Any]) -> str:
     return (
         f"{markdown_table(ablations.heads(), ablations.cells(results))}\n\n"
         "Final loss on the validation split less that of the defaults on the same seed, below 0 is better: mean "
-        f"(range) over seeds, where there are several. {words}. Measured on: {'; '.join(places)}."
+        f"(range) over seeds, where there are several. {words}. Measured on: {measured_in(summary.values())}."
     )
 
 
 def communication_block(results: dict[str, Any]) -> str:
     """What several processes hide and share, from ``benchmarks/results/communication.json``."""
     timed = {name: result for name, result in results.items() if "times" in result}
-    places = dict.fromkeys(measured_on(result["environment"]) for result in timed.values())
     words = "; ".join(f"{name}: {result['words']} a rank" for name, result in timed.items())
     return (
         f"{markdown_table(communication.SHARE_HEADS, communication.share_cells(timed))}\n\n"
@@ -148,7 +147,7 @@ def communication_block(results: dict[str, Any]) -> str:
         "of its own. Sums hidden: what buckets that start in backward save of the waiting for sums at once. Inverting: "
         "processor time of the busiest rank, which grows with what runs on the other cores: a few milliseconds of it "
         "did so without any communication too. THOR's over SGD's step, taken in turns, at the interval 10, and of that "
-        f"what its refreshes take, network included. Measured on: {'; '.join(places)}."
+        f"what its refreshes take, network included. Measured on: {measured_in(timed.values())}."
     )
 
 

@@ -39,7 +39,7 @@ class Travel:
 
     def connect(
         self, curvature: Curvature, group: Any, *, may_start: Callable[[], bool], workers: Workers | None = None
-    ) -> Ranks:
+    ) -> None:
         """Let ``curvature`` reach the ranks of a process group; see `Curvature.connect`.
 
         Raises:
@@ -49,6 +49,4 @@ class Travel:
         if self._split_indices is not None:
             has_A = [layer.A is not None for layer in curvature.layers.values()]
             cut = buckets.by_layer(self._split_indices, has_A)
-        ranks = Ranks(group, self._bf16)
-        curvature.connect(ranks, cut=cut, may_start=may_start, workers=workers)
-        return ranks
+        curvature.connect(Ranks(group, self._bf16), cut=cut, may_start=may_start, workers=workers)
