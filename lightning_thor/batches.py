@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.adjacent import as_one, runs_of
+from lightning_thor.blocks import ONE_BY_ONE, columns_product
 from lightning_thor.layer import Layer, vectors_to_matrix, weight_to_matrix
 
 Kept = tuple[Tensor | None, Tensor]
@@ -55,11 +56,15 @@ class Matrix:
     def product(self, matrices: Matrices, *, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
         A, G = self._A_transposed if transposed[0] else self._A, self._G.mT if transposed[1] else self._G
         (n_A, size, _), rows, columns = A[0].shape, *matrices[0].shape
+        if len(A) == 1 and G.device.type in ONE_BY_ONE:
+            halfway = torch.bmm(G, matrices[0].view(len(G), -1, columns)).view(rows, n_A, size)
+            columns_product(halfway, A[0], into=halfway)
+            return halfway.view(1, rows, columns)
         halfway = G.new_empty(len(A), rows, n_A, size)
         # From the right layer by layer, each block's product straight to its columns: those of all layers have no
         # common stride, and to bring them together first would take another pass.
-        for matrix, factor, place in zip(matrices, A, halfway.transpose(1, 2).unbind(), strict=True):
-            torch.bmm(matrix.view(rows, n_A, size).transpose(0, 1), factor, out=place)
+        for matrix, factor, place in zip(matrices, A, halfway, strict=True):
+            columns_product(matrix.view(rows, n_A, size), factor, into=place)
         return torch.bmm(G, halfway.view(len(G), -1, columns)).view(len(A), rows, columns)
 
     def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:

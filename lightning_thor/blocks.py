@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ONE_BY_ONE = {"cpu"}
+"""Devices on which torch makes a batch of products one after the other unless the result is contiguous, which takes
+longer than to copy a contiguous one."""
+
 
 class Blocks(NamedTuple):
     """How a factor is cut: ``groups`` independent ones (grouped convolutions), each ``n_blocks`` blocks of ``size``."""
@@ -146,10 +150,23 @@ def right_product(matrix: Tensor, factor: Tensor, blocks: Blocks) -> Tensor:
         return matrix * factor.reshape(groups, 1, blocks.n_blocks)
     if blocks.padding:
         matrix = F.pad(matrix, (0, blocks.padding))
-    split = matrix.reshape(groups, m, blocks.n_blocks, blocks.size).transpose(1, 2)
+    split = matrix.reshape(groups, m, blocks.n_blocks, blocks.size)
     if groups > 1:
-        return torch.matmul(split, factor).transpose(1, 2).reshape(groups, m, -1)[..., :width]
-    # Each block's product goes straight to its columns: to bring them together later would take another pass.
+        return torch.matmul(split.transpose(1, 2), factor).transpose(1, 2).reshape(groups, m, -1)[..., :width]
     product = matrix.new_empty(1, m, blocks.n_blocks, blocks.size)
-    torch.bmm(split[0], factor[0], out=product[0].transpose(0, 1))
+    columns_product(split[0], factor[0], into=product[0])
     return product.view(1, m, -1)[..., :width]
+
+
+def columns_product(matrix: Tensor, factor: Tensor, into: Tensor) -> None:
+    """Write ``matrix @ blockdiag(factor)`` into a tensor.
+
+    Args:
+        matrix: ``[m, n_blocks, size]``.
+        factor: ``[n_blocks, size, size]``.
+        into: ``[m, n_blocks, size]``, contiguous; on a device of `ONE_BY_ONE` it may be ``matrix`` itself.
+    """
+    if into.device.type in ONE_BY_ONE:
+        into.copy_(torch.bmm(matrix.transpose(0, 1), factor).transpose(0, 1))
+    else:
+        torch.bmm(matrix.transpose(0, 1), factor, out=into.transpose(0, 1))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_thor import Curvature, adjacent
+from lightning_thor import Curvature, adjacent, batches, blocks
 from lightning_thor.adjacent import as_one, runs_of
 from lightning_thor.batches import Matrix, Single, Vectors
 from lightning_thor.scale import to_at_most_, to_rms_
@@ -21,6 +21,8 @@ from tests.test_no_sync import Watch
 def _together(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; all other tests are as on a CPU."""
     monkeypatch.setattr(adjacent, "ALONE", set())
+    for module in (batches, blocks):
+        monkeypatch.setattr(module, "ONE_BY_ONE", set())
 
 
 def net() -> nn.Module:
