@@ -44,6 +44,7 @@ SHARE_HEADS = (
     "THOR's over it, %",
     "without refreshes, %",
     "refreshes, %",
+    "both sharded, %",
 )
 TIMELINE_RANKS = "2"
 PICTURED = ("at once", "buckets")
@@ -90,13 +91,15 @@ def share_cells(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for name, result in results.items():
         alone = {n: max(one["ways"]["buckets"]["inverting"]) for n, one in result.get("times", {}).items()}
         for n_ranks, one in result.get("times", {}).items():
-            steps = one["steps"]
+            steps, sharded = one["steps"], one.get("sharded_steps")
             # 1 is a fall as one over the ranks.
             kept = f"{alone[n_ranks] * int(n_ranks) / alone['1']:.2f}" if "1" in alone else "–"
-            figures = ["–"] * 4
+            figures = ["–"] * 5
             if steps is not None:
                 percents = (steps["every_10"] - 1, steps["plain"] - 1, steps["refreshing"])
-                figures = [f"{steps['sgd_ms']:.0f}", *(f"{100 * percent:+.1f}" for percent in percents)]
+                figures[:4] = [f"{steps['sgd_ms']:.0f}", *(f"{100 * percent:+.1f}" for percent in percents)]
+            if sharded is not None:
+                figures[4] = f"{100 * (sharded['every_10'] - 1):+.1f}"
             yield (
                 name,
                 n_ranks,
@@ -152,7 +155,9 @@ def table(title: str, heads: Sequence[str], rows: Iterator[tuple[str, ...]]) -> 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Count, measure if asked to, write the JSON file and the picture beside it, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=["resnet18", "resnet50", "gpt"])
+    parser.add_argument(
+        "--workload", choices=WORKLOADS, nargs="+", default=["resnet18", "resnet50", "resnet50_224", "gpt", "gpt256"]
+    )
     parser.add_argument("--measure", type=int, nargs="+", default=[], metavar="RANKS", help="time so many processes")
     parser.add_argument("--rounds", type=int, default=10, help="timed refreshes of each way")
     parser.add_argument("--out", type=Path, default=RESULTS / "communication.json")

@@ -1,4 +1,5 @@
-"""Real processes over gloo, one thread each: what a refresh takes on several ranks, and steps beside momentum SGD's.
+"""Real processes over gloo, one thread each: what a refresh takes on several ranks, and steps beside momentum SGD's,
+with whole models (DDP) and with sharded ones (FSDP2).
 
 Each rank is a process of this machine: with more ranks than cores they wait for each other's cores too. So inversions,
 which talk to nobody, are timed by the processor time of their own process; all else by the clock on the wall.
@@ -13,11 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +31,7 @@ from lightning_thor import Curvature, Thor
 from lightning_thor.collectives import Ranks
 from lightning_thor.exchange import Wait
 from lightning_thor.inverse import damped_inverses
+from lightning_thor.sharded import ShardedCurvature
 from lightning_thor.shares import SharedInversions
 
 INTERVAL = 10
@@ -45,6 +48,11 @@ class Workload:
     words: str
 
 
+def tokens(windows: int, context: int) -> tuple[Tensor, Tensor]:
+    """Windows of a text, and the next characters."""
+    return torch.randint(65, (windows, context)), torch.randint(65, (windows, context))
+
+
 WORKLOADS = {
     "resnet18": Workload(
         ResNet18, lambda: (torch.randn(32, 3, 32, 32), torch.randint(10, (32,))), "ResNet-18, 32 images of 32×32"
@@ -52,8 +60,12 @@ WORKLOADS = {
     "resnet50": Workload(
         ResNet50, lambda: (torch.randn(32, 3, 64, 64), torch.randint(1000, (32,))), "ResNet-50, 32 images of 64×64"
     ),
-    "gpt": Workload(
-        CharGPT, lambda: (torch.randint(65, (16, 128)), torch.randint(65, (16, 128))), "GPT, 4 layers, 2,048 tokens"
+    "resnet50_224": Workload(
+        ResNet50, lambda: (torch.randn(32, 3, 224, 224), torch.randint(1000, (32,))), "ResNet-50, 32 images of 224×224"
+    ),
+    "gpt": Workload(CharGPT, lambda: tokens(16, 128), "GPT, 4 layers of width 128, 2,048 tokens"),
+    "gpt256": Workload(
+        lambda: CharGPT(layers=4, width=256), lambda: tokens(16, 128), "GPT, 4 layers of width 256, 2,048 tokens"
     ),
     "tiny": Workload(
         lambda: nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 10)),
@@ -120,6 +132,9 @@ def run_rank(rank: int, n_ranks: int, name: str, rounds: int, folder: str) -> No
         "ways": {way: train(workload, one, rank, rounds) for way, one in WAYS.items()},
         # With fewer cores than ranks a step is mostly waiting for a core.
         "steps": steps(workload, rank, rounds) if n_ranks <= (os.cpu_count() or 1) else None,
+        "sharded_steps": (
+            steps(workload, rank, rounds, sharded=True) if 1 < n_ranks <= (os.cpu_count() or 1) else None
+        ),
         "messages": message_seconds(10 * rounds) if n_ranks > 1 else {},
         "inversion": inversion_rate(),
     }
@@ -151,21 +166,22 @@ def train(workload: Workload, way: Way, rank: int, rounds: int) -> dict[str, Any
     return {"events": events[2:], "inverting": inverting[2:], "messages": exchange.messages}
 
 
-def steps(workload: Workload, rank: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step of momentum SGD and of THOR, which take turns."""
+def steps(workload: Workload, rank: int, rounds: int, *, sharded: bool = False) -> dict[str, list[float]]:
+    """Seconds of each step of momentum SGD and of THOR, which take turns, on whole models or both on sharded ones."""
+    torch.manual_seed(rank)
     inputs, targets = workload.batch()
     models: dict[str, nn.Module] = {}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for name in ("sgd", "thor"):
         torch.manual_seed(0)
-        models[name] = DistributedDataParallel(workload.model().train())
+        module = workload.model().train()
+        models[name] = shard(module) if sharded else DistributedDataParallel(module)
         optimizers[name] = torch.optim.SGD(models[name].parameters(), lr=1e-4, momentum=0.9)
         if name == "thor":
-            module = cast(nn.Module, models[name].module)
-            curvature = Curvature(module, update_every_n_steps=INTERVAL)
-            way = WAYS["buckets"]
-            curvature.connect(Ranks(dist.new_group()), cut=way.cut, may_start=lambda: True)
-            optimizers[name] = Thor(models[name].parameters(), lr=1e-4, preconditioner=curvature)
+            curvature, ranks = Curvature(module, update_every_n_steps=INTERVAL), Ranks(dist.new_group())
+            curvature.connect(ranks, cut=WAYS["buckets"].cut, may_start=lambda: True)
+            preconditioner = ShardedCurvature(curvature, ranks) if sharded else curvature
+            optimizers[name] = Thor(models[name].parameters(), lr=1e-4, preconditioner=preconditioner)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(INTERVAL * (1 + rounds)):
         for name, model in models.items():
@@ -178,6 +194,18 @@ def steps(workload: Workload, rank: int, rounds: int) -> dict[str, list[float]]:
             dist.barrier()
             seconds[name].append(time.perf_counter() - began)
     return {name: every[INTERVAL:] for name, every in seconds.items()}
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """``model``, its layers and blocks sharded over all ranks, each a unit of its own; whole from forward to backward,
+    so that as much is sent in a step as under DDP."""
+    for child in model.children():
+        units = child.children() if isinstance(child, nn.Sequential | nn.ModuleList) else (child,)
+        for unit in units:
+            if next(unit.parameters(), None) is not None:
+                fully_shard(unit, reshard_after_forward=False)
+    fully_shard(model, reshard_after_forward=False)
+    return model
 
 
 def message_seconds(times: int) -> dict[str, float]:
@@ -216,7 +244,9 @@ def measure(name: str, n_ranks: int, rounds: int) -> dict[str, Any]:
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(n_ranks)]
     return {
         "ways": {way: summarise([rank["ways"][way] for rank in ranks]) for way in WAYS},
-        "steps": compare(ranks[0]["steps"]) if ranks[0]["steps"] is not None else None,
+        **{
+            name: compare(ranks[0][name]) if ranks[0][name] is not None else None for name in ("steps", "sharded_steps")
+        },
         "message_ms": {what: round(1e3 * seconds, 4) for what, seconds in ranks[0]["messages"].items()},
         "inversion": round(statistics.median(rank["inversion"] for rank in ranks), 3),
     }

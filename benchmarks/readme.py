@@ -147,7 +147,8 @@ def communication_block(results: dict[str, Any]) -> str:
         "of its own. Sums hidden: what buckets that start in backward save of the waiting for sums at once. Inverting: "
         "processor time of the busiest rank, which grows with what runs on the other cores: a few milliseconds of it "
         "did so without any communication too. THOR's over SGD's step, taken in turns, at the interval 10, and of that "
-        f"what its refreshes take, network included. Measured on: {measured_in(timed.values())}."
+        "what its refreshes take, network included, with whole models (DDP); both sharded: the same where "
+        f"`fully_shard` shares out the weights of both, SGD's and THOR's. Measured on: {measured_in(timed.values())}."
     )
 
 
