@@ -67,14 +67,15 @@ def spread(n: int, max_rows: int | None, device: torch.device) -> Tensor | None:
     sequence would see the same few positions for ever.
 
     >>> spread(10, 3, torch.device("cpu")), spread(3, 10, torch.device("cpu"))
-    (tensor([0, 7, 4]), None)
+    (tensor([0, 4, 7]), None)
     """
     if max_rows is None or n <= max_rows:
         return None
     step = max(1, round(n * 0.6180339887498949)) | 1
     while math.gcd(step, n) != 1:
         step += 2
-    return torch.arange(max_rows, dtype=torch.int64, device=device) * step % n
+    # In order, or picking them takes up to twice as long.
+    return (torch.arange(max_rows, dtype=torch.int64, device=device) * step % n).sort().values
 
 
 def _pick(x: Tensor, index: Tensor | None) -> Tensor:
