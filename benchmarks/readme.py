@@ -63,7 +63,7 @@ def step_cost_block(results: dict[str, Any]) -> str:
         "Times of whole steps (forward, backward, optimizer) over those of momentum SGD, in one process, in rounds: "
         f"median (first to third quartile) of {' and '.join(map(str, rounds))} rounds. p99 / p50: SGD / THOR / "
         "staggered THOR, at the interval 10. State: bytes that a checkpoint holds of it, over bytes of the parameters, "
-        "SGD / AdamW / THOR. Memory: growth of the process's peak over AdamW's. "
+        "SGD / AdamW / THOR. Memory: growth of the process's peak over AdamW's, on a CPU medians of 5. "
         f"Measured on: {measured_in(results.values())}."
     )
 
