@@ -183,12 +183,13 @@ def steps(workload: Workload, rank: int, rounds: int, *, sharded: bool = False) 
             preconditioner = ShardedCurvature(curvature, ranks) if sharded else curvature
             optimizers[name] = Thor(models[name].parameters(), lr=1e-4, preconditioner=preconditioner)
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(INTERVAL * (1 + rounds)):
-        for name, model in models.items():
+    for number in range(INTERVAL * (1 + rounds)):
+        # Who comes second may find memory that the first one has just let go of.
+        for name in list(models) if (number + number // INTERVAL) % 2 else reversed(models):
             dist.barrier()
             began = time.perf_counter()
             optimizers[name].zero_grad()
-            F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten()).backward()
+            F.cross_entropy(models[name](inputs).flatten(0, -2), targets.flatten()).backward()
             optimizers[name].step()
             # What the slowest rank takes is what a step takes.
             dist.barrier()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_thor import Curvature, blocks
 from lightning_thor.blocks import Blocks, add_covariance_, cut, diagonal, left_product, right_product
 
 CUTS = [cut(12, 4), cut(12, None), cut(7, 3), cut(9, 2, groups=3), cut(5, 8), cut(1, 4), diagonal(6), cut(257, 128)]
@@ -87,3 +90,35 @@ def test_a_divisor_of_the_width_needs_no_padding() -> None:
         (100, 0),
         (66, 1),
     ]
+
+
+@pytest.mark.parametrize("one_by_one", [set(), {"cpu"}], ids=["as on a GPU", "as on a CPU"])
+def test_a_product_with_blocks_goes_to_its_columns(monkeypatch: pytest.MonkeyPatch, one_by_one: set[str]) -> None:
+    monkeypatch.setattr(blocks, "ONE_BY_ONE", one_by_one)
+    torch.manual_seed(3)
+    matrix, factor = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(3, 4, 4, dtype=torch.float64)
+    expected = (matrix.flatten(1) @ torch.block_diag(*factor)).view_as(matrix)
+    into = torch.full_like(matrix, math.nan)
+    blocks.columns_product(matrix, factor.mT.contiguous().mT, into)
+    torch.testing.assert_close(into, expected)
+    if one_by_one:
+        blocks.columns_product(matrix, factor, into=matrix)
+        torch.testing.assert_close(matrix, expected)
+
+
+def test_on_a_cpu_no_batch_of_products_is_written_into_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would make them one after the other there."""
+    bmm, made = torch.bmm, []
+
+    def watched(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+        made.append(out is None or out.is_contiguous())
+        return bmm(a, b) if out is None else bmm(a, b, out=out)
+
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Flatten(), nn.Linear(32, 8), nn.Linear(8, 3, bias=False))
+    curvature = Curvature(model, block_size=4)
+    model(torch.randn(6, 2, 4, 4)).square().mean().backward()
+    curvature.update()
+    monkeypatch.setattr(torch, "bmm", watched)
+    curvature.precondition({p: p.grad for p in model.parameters() if p.grad is not None})
+    assert len(made) == 6
+    assert all(made)
