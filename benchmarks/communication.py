@@ -94,12 +94,11 @@ def share_cells(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             steps, sharded = one["steps"], one.get("sharded_steps")
             # 1 is a fall as one over the ranks.
             kept = f"{alone[n_ranks] * int(n_ranks) / alone['1']:.2f}" if "1" in alone else "–"
-            figures = ["–"] * 5
+            figures = ["–"] * 4
             if steps is not None:
                 percents = (steps["every_10"] - 1, steps["plain"] - 1, steps["refreshing"])
-                figures[:4] = [f"{steps['sgd_ms']:.0f}", *(f"{100 * percent:+.1f}" for percent in percents)]
-            if sharded is not None:
-                figures[4] = f"{100 * (sharded['every_10'] - 1):+.1f}"
+                figures = [f"{steps['sgd_ms']:.0f}", *(f"{100 * percent:+.1f}" for percent in percents)]
+            figures.append("–" if sharded is None else f"{100 * (sharded['every_10'] - 1):+.1f}")
             yield (
                 name,
                 n_ranks,

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +32,11 @@ from lightning_thor.exchange import Wait
 from lightning_thor.inverse import damped_inverses
 from lightning_thor.sharded import ShardedCurvature
 from lightning_thor.shares import SharedInversions
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # torch 2.5
+    from torch.distributed._composable.fsdp import fully_shard  # type: ignore[attr-defined]
 
 INTERVAL = 10
 SMALL, LARGE = 2**8, 2**20

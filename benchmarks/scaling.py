@@ -206,6 +206,7 @@ def rates_of(one: dict[str, Any], n_ranks: int) -> Rates:
 def check(results: dict[str, Any]) -> str:
     """What the model says of the measured refreshes, at rates measured beside them, and what they took."""
     rows = []
+    apart = [1.0, 1.0, 1.0]
     for name, result in results.items():
         curvature = Curvature(WORKLOADS[name].model())
         for n_ranks, one in result.get("times", {}).items():
@@ -220,11 +221,17 @@ def check(results: dict[str, Any]) -> str:
             predicted.append(alone.inverting(ours(curvature, n, alone).work))
             took = one["ways"]["at once"]
             measured = (took["wait"], took["gather"], max(took["inverting"]))
-            pairs = (f"{a:.1f} / {b:.1f}" for a, b in zip(predicted, measured, strict=True))
+            both = list(zip(predicted, measured, strict=True))
+            pairs = (f"{a:.1f} / {b:.1f}" for a, b in both)
+            apart = [max(far, a / b, b / a) if a and b else far for far, (a, b) in zip(apart, both, strict=True)]
             rows.append(
                 (name, n_ranks, f"{rates.latency:.0f}", f"{rates.bandwidth:.2f}", f"{alone.inversion:.1f}", *pairs)
             )
-    return markdown_table(CHECK_HEADS, rows)
+    sums, gathering, inverting = apart
+    return (
+        f"{markdown_table(CHECK_HEADS, rows)}\n\nThe farthest that model and measurement lie apart: sums a factor of "
+        f"{sums:.1f}, gathering {gathering:.1f}, inverting {inverting:.1f}."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

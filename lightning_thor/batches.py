@@ -57,6 +57,7 @@ class Matrix:
         A, G = self._A_transposed if transposed[0] else self._A, self._G.mT if transposed[1] else self._G
         (n_A, size, _), rows, columns = A[0].shape, *matrices[0].shape
         if len(A) == 1 and G.device.type in ONE_BY_ONE:
+            # From the left first: what the product from the right is copied into is memory that there is already.
             halfway = torch.bmm(G, matrices[0].view(len(G), -1, columns)).view(rows, n_A, size)
             columns_product(halfway, A[0], into=halfway)
             return halfway.view(1, rows, columns)
