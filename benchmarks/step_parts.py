@@ -45,13 +45,18 @@ class TimedCurvature(Curvature):
         with self.timed("inversion", self.stacks.flat_sums.device):
             super().update()
 
-    def precondition(self, grads: Any) -> dict[nn.Parameter, Tensor]:
-        """As `Curvature.precondition`."""
+    def precondition_in_parts(self, grads: Any) -> Iterator[dict[nn.Parameter, Tensor]]:
+        """As `Curvature.precondition_in_parts`."""
         for layer in self.layers.values():
             sizes = [cut.size for cut in (layer.A, layer.G) if cut is not None and cut.size > 1]
             self.flops["preconditioning"] += 2.0 * layer.parameters[0].numel() * sum(sizes)
-        with self.timed("preconditioning", self.stacks.flat_sums.device):
-            return super().precondition(grads)
+        parts = super().precondition_in_parts(grads)
+        while True:
+            with self.timed("preconditioning", self.stacks.flat_sums.device):
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
 
     def statistics_flops(self, name: str, g: Tensor) -> float:
         """Of the covariances of one layer's rows."""

@@ -16,7 +16,7 @@ from lightning_thor.batches import Batch, Kept, batches_of
 from lightning_thor.buckets import Cut, one_bucket
 from lightning_thor.costs import refresh_costs
 from lightning_thor.damping import DampingRule
-from lightning_thor.directions import natural, polar, to_eigenbasis
+from lightning_thor.directions import natural_in_parts, polar, to_eigenbasis
 from lightning_thor.exchange import Alone, Exchange, Workers
 from lightning_thor.factors import factors_of, stacks_of
 from lightning_thor.hooks import Hooks
@@ -321,11 +321,23 @@ class Curvature:
         Raises:
             RuntimeError: this curvature keeps neither inverses nor their roots.
         """
+        return {p: found for part in self.precondition_in_parts(grads) for p, found in part.items()}
+
+    @torch.no_grad()
+    def precondition_in_parts(self, grads: Mapping[nn.Parameter, Tensor]) -> Iterator[dict[nn.Parameter, Tensor]]:
+        """What `precondition` gives, some tensors at a time: so each can be used while it is in the processor's cache,
+        and memory is needed for some alone. On a GPU, and where directions come from other processes, all at once."""
         self.check_that_it_serves("natural", "polar")
-        with self._full_precision():
-            own = self._shared.own_part(grads)
-            directions = natural(self._batches, own, roots=self.stacks.keeping is ROOT)
-            return self._shared.bring_to_all(directions, grads)
+        roots = self.stacks.keeping is ROOT
+        own = natural_in_parts(self._batches, self._shared.own_part(grads), roots=roots)
+        parts = self._shared.bring_to_all(own, grads)
+        while True:
+            # Not around what the caller does with a part.
+            with self._full_precision():
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
 
     @torch.no_grad()
     def precondition_polar(self, momenta: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -340,8 +352,9 @@ class Curvature:
         self.check_that_it_serves("polar")
         with self._full_precision():
             own = self._shared.own_part(momenta)
-            directions = polar(self._batches, own, names=self.polar_layers)
-            return self._shared.bring_to_all(directions, momenta)
+            made = polar(self._batches, own, names=self.polar_layers)
+            (directions,) = self._shared.bring_to_all([made], momenta)
+            return directions
 
     @torch.no_grad()
     def to_eigenbasis(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:

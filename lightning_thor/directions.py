@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator
 
 import torch
@@ -13,6 +14,10 @@ from lightning_thor.polar import msign
 MAX_ENTRIES = 2**24
 """Of all matrices that are made polar at once: enough to fill a device, and a bound on the memory."""
 
+AT_ONCE = {"cpu": 2**21}
+"""Of natural directions, before they are used: what is still in the processor's cache then, and whose memory the next
+ones find there. A device that is not named makes all at once, since it takes longer to be told more often."""
+
 
 def natural(batches: Iterable[Batch], grads: Tensors, *, roots: bool) -> dict[nn.Parameter, Tensor]:
     """``G⁻¹ grad A⁻¹`` of each layer, and copies of the gradients of other parameters.
@@ -22,12 +27,34 @@ def natural(batches: Iterable[Batch], grads: Tensors, *, roots: bool) -> dict[nn
         grads: by parameter; nothing in it is changed.
         roots: whether roots of the inverses are kept.
     """
+    return {p: one for part in natural_in_parts(batches, grads, roots=roots) for p, one in part.items()}
+
+
+def natural_in_parts(batches: Iterable[Batch], grads: Tensors, *, roots: bool) -> Iterator[dict[nn.Parameter, Tensor]]:
+    """What `natural` gives, about `AT_ONCE` entries at a time; each parameter once."""
     directions: dict[nn.Parameter, Tensor] = {}
-    for batch in _complete(batches, grads):
-        matrices = batch.to_matrices(grads)
-        found = _whiten_again(batch, _whiten(batch, matrices)) if roots else batch.product(matrices)
-        batch.put(directions, found, grads)
-    return _with_others(directions, grads)
+    rest, n_entries = dict(grads), 0
+    # All of them are looked at before anything is used.
+    for batch in list(_complete(batches, grads)):
+        own = [p for layer in batch.layers for p in layer.parameters]
+        at_once = AT_ONCE.get(batch.kept[0][1].device.type, math.inf)
+        # A batch of a parameter that is there already (the parts of an attention) goes with it.
+        if n_entries >= at_once and not any(p in directions for p in own):
+            yield directions
+            directions, n_entries = {}, 0
+        _put_natural(directions, batch, grads, roots)
+        for p in own:
+            rest.pop(p, None)
+            n_entries += p.numel()
+    directions.update(_copies(rest))
+    yield directions
+
+
+def _put_natural(directions: dict[nn.Parameter, Tensor], batch: Batch, grads: Tensors, roots: bool) -> None:
+    # A function, so that nothing holds what it made when the part is used up.
+    matrices = batch.to_matrices(grads)
+    found = _whiten_again(batch, _whiten(batch, matrices)) if roots else batch.product(matrices)
+    batch.put(directions, found, grads)
 
 
 def polar(batches: Iterable[Batch], momenta: Tensors, *, names: Container[str]) -> dict[nn.Parameter, Tensor]:
@@ -116,11 +143,16 @@ def _complete(batches: Iterable[Batch], grads: Tensors) -> Iterator[Batch]:
 
 
 def _with_others(directions: dict[nn.Parameter, Tensor], grads: Tensors) -> dict[nn.Parameter, Tensor]:
-    """Copies of those of ``grads`` that have no direction with them; those of one shape in one operation."""
+    """Copies of those of ``grads`` that have no direction with them."""
+    return directions | _copies({p: grad for p, grad in grads.items() if p not in directions})
+
+
+def _copies(grads: Tensors) -> dict[nn.Parameter, Tensor]:
+    """Those of one shape in one operation."""
     alike: dict[tuple[torch.Size, torch.dtype], list[nn.Parameter]] = {}
     for p, grad in grads.items():
-        if p not in directions:
-            alike.setdefault((grad.shape, grad.dtype), []).append(p)
-    for others in alike.values():
-        directions.update(zip(others, torch.stack([grads[p] for p in others]).unbind(), strict=True))
-    return directions
+        alike.setdefault((grad.shape, grad.dtype), []).append(p)
+    copies: dict[nn.Parameter, Tensor] = {}
+    for members in alike.values():
+        copies.update(zip(members, torch.stack([grads[p] for p in members]).unbind(), strict=True))
+    return copies

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -57,27 +57,29 @@ class SharedDirections:
         """Those of ``grads`` whose directions this process makes: its layers', and of parameters without curvature."""
         return {p: grad for p, grad in grads.items() if p not in self._elsewhere} if self._elsewhere else grads
 
-    def bring_to_all(self, directions: Directions, grads: Mapping[nn.Parameter, Tensor]) -> Directions:
-        """``directions``, made of `own_part`, with those that the others made; bitwise the same on all processes.
-
-        One message, in the widest dtype of the gradients; none if this process is alone.
-        """
+    def bring_to_all(self, parts: Iterable[Directions], grads: Mapping[nn.Parameter, Tensor]) -> Iterator[Directions]:
+        """The parts of the directions of `own_part`, as they come, if this process is alone; else one that has those
+        of the others too, bitwise the same on all processes, by one message in the widest dtype of the gradients."""
         if self._exchange.n_shares == 1:
-            return directions
+            yield from parts
+            return
+        directions: Directions = {}
+        for part in parts:
+            directions.update(part)
         given = [[p for p in parameters if p in grads] for parameters in self._parameters]
         travelling = [grads[p].dtype for group in given for p in group]
-        if not travelling:
-            return directions
-        dtype = reduce(torch.promote_types, travelling)
-        own = [directions[p].flatten().to(dtype) for p in given[self._exchange.own_share]]
-        parts = parts_of([sum(p.numel() for p in group) for group in given])
-        device = next(iter(grads.values())).device
-        flat = bring_to_all(torch.cat(own or [torch.empty(0, dtype=dtype, device=device)]), parts, self._exchange)
-        for start, group in zip(parts.starts, given, strict=True):
-            for p in group:
-                directions[p] = flat[start : start + p.numel()].view(p.shape).to(grads[p].dtype)
-                start += p.numel()
-        return directions
+        if travelling:
+            dtype = reduce(torch.promote_types, travelling)
+            own = [directions[p].flatten().to(dtype) for p in given[self._exchange.own_share]]
+            places = parts_of([sum(p.numel() for p in group) for group in given])
+            device = next(iter(grads.values())).device
+            message = torch.cat(own or [torch.empty(0, dtype=dtype, device=device)])
+            flat = bring_to_all(message, places, self._exchange)
+            for start, group in zip(places.starts, given, strict=True):
+                for p in group:
+                    directions[p] = flat[start : start + p.numel()].view(p.shape).to(grads[p].dtype)
+                    start += p.numel()
+        yield directions
 
     def add_up_(self, count: Tensor, before: Tensor) -> None:
         """Let ``count``, which rose from ``before`` by what happened to own layers, rise by what did to all layers."""

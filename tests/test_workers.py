@@ -221,7 +221,7 @@ def test_the_page_on_scaling_holds_what_is_kept_and_sent() -> None:
         curvature.connect(exchange, workers=Workers(Alone(), exchange))
         kept.append(inverses - (n_bytes - sum(map(curvature.n_bytes, curvature.layers))) / 1e6)
     grads = {p: p.detach() for p in model.parameters()}
-    curvature._shared.bring_to_all(dict(curvature._shared.own_part(grads)), grads)
+    list(curvature._shared.bring_to_all([dict(curvature._shared.own_part(grads))], grads))
     sent = moved(exchange.messages, 8) / 1e6
     ddp = moved([("all_reduce", sum(p.nbytes for p in grads))], 8) / 1e6
     page = " ".join((Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8").split())
@@ -264,7 +264,8 @@ def test_directions_travel_in_the_widest_dtype_of_the_gradients(
     exchange = Counting(2, bf16=False)
     shared = SharedDirections(exchange, layers, products=1, polar=())
     grads = {p: torch.randn_like(p) for p in net.parameters()}
-    found = shared.bring_to_all({p: grad.clone() for p, grad in shared.own_part(grads).items()}, grads)
+    own_part = {p: grad.clone() for p, grad in shared.own_part(grads).items()}
+    (found,) = shared.bring_to_all([own_part], grads)
     assert exchange.messages == [("all_gather", 16 * travels.itemsize)]
     assert {p: direction.dtype for p, direction in found.items()} == {p: p.dtype for p in net.parameters()}
     (own,) = shared.own_part(grads)
