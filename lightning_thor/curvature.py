@@ -34,6 +34,9 @@ from lightning_thor.trace_rule import HostCopy, trace_rule_of, verdicts
 from lightning_thor.window import Turn, Window
 from lightning_thor.workers import SharedDirections
 
+LEAST_ROWS = 256
+"""That each of several processes takes, however many there are: batch norms take a mean and a variance of some."""
+
 
 class Curvature:
     """Kronecker-factored curvature of ``model``: what a `Thor` optimizer preconditions with.
@@ -71,7 +74,9 @@ class Curvature:
         max_rows: take statistics from at most about that many rows of a batch, spread over it: positions of linear
             layers, of layer and RMS norms, and of convolutions (in whole lines). Batch and group norms take whole
             samples, at most so many, of 16 times as many positions (but at least a 32nd of ``max_rows``); a batch norm
-            then uses the mean and variance of these samples. Embeddings always take all. None takes all everywhere.
+            then uses the mean and variance of these samples. Embeddings always take all. Of several processes that
+            train together each takes its share of ``max_rows`` of its own batch, but at least 256. None takes all
+            everywhere.
         statistics: for layers that one sample uses at many positions (convolutions, sequences): ``"expand"`` takes
             each position as a row, ``"reduce"`` averages inputs and sums gradients over them first, which suits losses
             that have one term per sample (Eschenhagen et al. 2023, arXiv:2311.00636). ``"thor"`` takes each position
@@ -169,7 +174,7 @@ class Curvature:
             self.observe,
             attentions_of(uses),
             self._announce,
-            thin=lambda name, a: self._observer.thin(name, a, self.max_rows),
+            thin=lambda name, a: self._observer.thin(name, a, self._rows_here()),
             is_due=lambda name: self.step >= self._schedule.next_steps[indices[name]],
         )
 
@@ -206,7 +211,7 @@ class Curvature:
                 )
             self.stacks.keep(shared.own)
             self.__dict__.pop("_batches", None)
-        self._shared, layers = shared, list(self.layers.values())
+        self._exchange, self._shared, layers = exchange, shared, list(self.layers.values())
         self._own_layers = [layers[index] for index in shared.own]
         self._window = Window(self.stacks, exchange, self._turn, cut, may_start)
         self.solve: Solve = SharedInversions(inverters, keeping.make, keeping.form)
@@ -265,7 +270,7 @@ class Curvature:
             g,
             self._window,
             statistics=self.statistics,
-            max_rows=self.max_rows,
+            max_rows=self._rows_here(),
             loss_reduction=self.loss_reduction,
             loss_multiplier=self.loss_multiplier,
         )
@@ -410,6 +415,12 @@ class Curvature:
     def n_bytes(self, name: str) -> int:
         """Memory that one layer's window sums, factors and, if they are kept here, inverses take, in bytes."""
         return self.stacks.n_bytes(self._factors[name]["G"] // 2)
+
+    def _rows_here(self) -> int | None:
+        """This process's share of ``max_rows``."""
+        if self.max_rows is None:
+            return None
+        return max(-(-self.max_rows // self._exchange.n_shares), min(self.max_rows, LEAST_ROWS))
 
     def _announce(self, name: str) -> None:
         self._window.announce(self._observer.uses[name][0])

@@ -14,6 +14,7 @@ from lightning_thor import Curvature
 from lightning_thor.layer import Layer, RowsOf
 from lightning_thor.layers import layers_of
 from lightning_thor.rows import batch_norm_rows, conv_rows, group_norm_rows, spread
+from tests.fakes import Twins
 from tests.formulas import preconditioned
 
 Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
@@ -202,6 +203,24 @@ def test_max_rows_takes_rows_evenly_and_keeps_their_scale() -> None:
     assert part.stacks.counts.sum() == 0  # cleared
     for factor in (0, 1):  # all rows are alike, so some of them give the same expectation
         torch.testing.assert_close(part.stacks.blocks_of(factor, "average"), whole.stacks.blocks_of(factor, "average"))
+
+
+@pytest.mark.parametrize(
+    ("n_processes", "max_rows", "rows"),
+    [(1, 1024, 1024), (2, 1024, 512), (3, 1024, 342), (8, 1024, 256), (2, 100, 100), (4, None, 3000)],
+)
+def test_processes_share_max_rows(n_processes: int, max_rows: int | None, rows: int) -> None:
+    """A hundred processes should not take a hundred times as many: the curvature is that of one with all batches."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    curvature = Curvature(model, max_rows=max_rows)
+    curvature.connect(Twins(n_processes))
+    model(torch.randn(3000, 4)).square().mean().backward()
+    assert curvature.stacks.counts[0, 0] == rows
+    model.zero_grad()
+    curvature.discard()
+    with torch.autocast("cpu", torch.bfloat16):  # the input is kept by the hooks, thinned
+        model(torch.randn(3000, 4)).square().mean().backward()
+    assert curvature.stacks.counts[0, 0] == rows
 
 
 LINES = {
