@@ -179,25 +179,16 @@ def patches_and_values(
     """
     positions, groups = valued.shape[2:], module.groups
     per_line = max(positions[1:].numel(), 1)
-    lines = _lines(
-        None if max_rows is None else max(1, max_rows // per_line),
-        (valued.shape[0], positions[0], patched.shape[2]),
-        (module.kernel_size[0], module.stride[0], module.dilation[0]),
-        tuple(_padding(module)[-2:]),
-        module.padding_mode,
-        valued.device,
-    )
-    if lines is None:
-        values = valued.transpose(0, 1)
-        windows = _windows(module, _padded(module, patched.transpose(0, 1).to(dtype)), positions)
-    else:
-        # Only the lines that are needed are read: a pass over the whole input would take longer than all the rest.
-        values = _gathered(valued, lines.samples, lines.outputs)
-        seen = _gathered(patched, lines.samples_seen, lines.inputs).to(dtype)
-        if lines.outside is not None:
-            seen.masked_fill_(lines.outside.view(-1, *[1] * (seen.dim() - 2)), 0.0)
-        seen = _padded(module, seen).unflatten(1, (module.kernel_size[0], -1))
-        windows = _windows(module, seen, positions[1:])
+    max_lines = None if max_rows is None else max(1, max_rows // per_line)
+    axes = tuple(zip(
+        patched.shape[2:], positions, module.kernel_size, module.stride, module.dilation, _padding_before(module),
+        strict=True,
+    ))  # fmt: skip
+    # Kept where it is small: it takes some dozens of operations.
+    find = _seen if max_lines is None else _seen_kept
+    seen = find(valued.shape[0], axes, max_lines, module.padding_mode, valued.device)
+    values, planes = _lines(valued, seen.taken), _lines(patched, seen.read)
+    windows = planes.to(dtype) if seen.places is None else _with_zero(planes, dtype).index_select(1, seen.places)
     n_rows = values.shape[1:].numel()
     width = patched.shape[1] // groups * torch.Size(module.kernel_size).numel()
     return (
@@ -208,98 +199,109 @@ def patches_and_values(
     )
 
 
-class _Lines(NamedTuple):
-    """Indices of some lines of a convolution's output, and of the lines of its input that these see."""
-
-    samples: Tensor
-    """``[lines]``"""
-    outputs: Tensor
-    """``[lines]``"""
-    samples_seen: Tensor
-    """``[kernel * lines]``"""
-    inputs: Tensor
-    """``[kernel * lines]``"""
-    outside: Tensor | None
-    """``[kernel * lines]``: true where zeros are seen instead; None if nowhere."""
+Lines = tuple[Tensor, Tensor]
+"""Of some lines the samples and the indices along the first axis of space, both ``[n]``."""
 
 
-@lru_cache(maxsize=256)
-def _lines(
-    max_lines: int | None, sizes: tuple[int, int, int], kernel: tuple[int, int, int], padding: tuple[int, ...],
-    mode: str, device: torch.device,
-) -> _Lines | None:  # fmt: skip
-    """Which lines to take; None stands for all. Kept, since it takes a dozen small operations.
+class _Seen(NamedTuple):
+    """What the rows of a convolution see."""
+
+    taken: Lines | None
+    """Of the output; None stands for all."""
+    read: Lines | None
+    """Of the input, ``[kernel * taken]``; None stands for all."""
+    places: Tensor | None
+    """``[kernel * rows]``: of what is seen, among the positions of a channel in what is read. One past the end stands
+    for zero. None: each row sees its own place."""
+
+
+def _seen(
+    n_samples: int, axes: tuple[tuple[int, ...], ...], max_lines: int | None, mode: str, device: torch.device
+) -> _Seen:
+    """The rows that are taken, and what they see.
 
     Args:
-        max_lines: how many at most.
-        sizes: the number of samples, and of lines in each one's output and input.
-        kernel: its size, stride and dilation along the first axis of space.
-        padding: lines before and after the input.
-        mode: what stands in them, as `nn.Conv2d` names it.
+        n_samples: in the batch.
+        axes: of each axis of space the size of the input and of the output; the kernel's size, stride and dilation; the
+            padding before the input.
+        max_lines: how many lines of the output (all behind one index of the first axis) to take at most; None: all.
+        mode: what stands in the padding, as `nn.Conv2d` names it.
         device: of the indices.
 
-    >>> lines = _lines(2, (1, 3, 3), (3, 1, 1), (1, 1), "circular", torch.device("cpu"))
-    >>> lines.outputs, lines.inputs.view(3, 2)
-    (tensor([0, 2]), tensor([[2, 1], [0, 2], [1, 0]]))
+    >>> seen = _seen(1, ((3, 3, 3, 1, 1, 1),), 2, "circular", torch.device("cpu"))
+    >>> seen.taken, seen.places.view(3, 2)
+    ((tensor([0, 0]), tensor([0, 2])), tensor([[2, 1], [0, 2], [1, 0]]))
     """
-    n_samples, n_outputs, n_inputs = sizes
-    index = spread(n_samples * n_outputs, max_lines, device)
-    if index is None:
-        return None
-    samples, outputs = index.div(n_outputs, rounding_mode="floor"), index % n_outputs
-    size, stride, dilation = kernel
-    inputs = (torch.arange(size, device=device)[:, None] * dilation + outputs * stride - padding[0]).flatten()
+    (n_inputs, n_outputs, size, *_), *others = axes
+    taken = spread(n_samples * n_outputs, max_lines, device)
+    every = torch.arange(n_samples * n_outputs, device=device) if taken is None else taken
+    samples, outputs = every.div(n_outputs, rounding_mode="floor"), every % n_outputs
+    inputs, outside = _inputs(axes[0], outputs, mode)
+    read, index, n_positions = None, samples * n_inputs + inputs, n_samples * n_inputs
+    if taken is not None and 2 * inputs.numel() <= n_positions:
+        # A pass over the whole input would take longer than all the rest.
+        read, n_positions = (samples.repeat(size), inputs.flatten()), inputs.numel()
+        index = torch.arange(n_positions, device=device).view(inputs.shape)
+    # A kernel of one position, which of lines that were read has no stride along the first axis any more.
+    unmoved = read is not None or (taken is None and n_inputs == n_outputs)
+    if unmoved and all(axis[0] == axis[1] for axis in others) and all((axis[2], axis[5]) == (1, 0) for axis in axes):
+        return _Seen(None if taken is None else (samples, outputs), read, None)
+    # From [kernel, lines] axis by axis to [*kernel, lines, *positions].
+    for number, axis in enumerate(others, 1):
+        more, more_outside = _inputs(axis, torch.arange(axis[1], device=device), mode)
+        shape = [1] * number + [axis[2]] + [1] * number + [axis[1]]
+        index = index.unsqueeze(number).unsqueeze(-1) * axis[0] + more.view(shape)
+        outside = outside.unsqueeze(number).unsqueeze(-1) | more_outside.view(shape)
+        n_positions *= axis[0]
+    places = index.masked_fill_(outside, n_positions).flatten()
+    return _Seen(None if taken is None else (samples, outputs), read, places)
+
+
+_seen_kept = lru_cache(maxsize=256)(_seen)
+
+
+def _inputs(axis: tuple[int, ...], outputs: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Which positions of an axis of the input some of the output see, ``[kernel, outputs]``, and where none is there
+    (and the position is any)."""
+    n_inputs, _, size, stride, dilation, before = axis
+    inputs = torch.arange(size, device=outputs.device)[:, None] * dilation + outputs * stride - before
     last = n_inputs - 1
-    outside = (inputs < 0) | (inputs > last) if mode == "zeros" and any(padding) else None
+    outside = ((inputs < 0) | (inputs > last)) if mode == "zeros" else torch.zeros_like(inputs, dtype=torch.bool)
     if mode == "circular":
         inputs = inputs % n_inputs
     elif mode == "reflect":
         inputs = last - (last - inputs.abs()).abs()
-    else:
-        inputs = inputs.clamp(0, last)
-    return _Lines(samples, outputs, samples.repeat(size), inputs, outside)
+    return inputs.clamp(0, last), outside
 
 
-def _gathered(x: Tensor, samples: Tensor, lines: Tensor) -> Tensor:
-    """Lines of ``x [batch, channels, lines, *space]`` as a tensor of their own, ``[channels, n, *space]``."""
+def _lines(x: Tensor, lines: Lines | None) -> Tensor:
+    """Some of ``x [batch, channels, lines, *space]``, ``[channels, n, *space]``; of None a view of all,
+    ``[channels, batch, lines, *space]``."""
+    if lines is None:
+        return x.transpose(0, 1)
+    samples, indices = lines
     # Laid out as x is, so that it needs no other copy to become rows: channels innermost, or outermost.
     if x.stride(1) == 1:
-        return x.movedim(1, -1)[samples, lines].movedim(-1, 0)
-    return x.transpose(0, 1)[:, samples, lines]
+        return x.movedim(1, -1)[samples, indices].movedim(-1, 0)
+    return x.transpose(0, 1)[:, samples, indices]
 
 
-def _padded(module: Convolution | TransposedConvolution, x: Tensor) -> Tensor:
-    """``x [*, *, *space]``, padded along its axes of space: the last ones of the module's, or all."""
-    padding = _padding(module)[: 2 * (x.dim() - 2)]
-    if not any(padding):
-        return x
-    return F.pad(x, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+def _with_zero(planes: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[channels, *]`` as ``[channels, n + 1]`` with zeros at the end, contiguous."""
+    n = planes.shape[1:].numel()
+    flat = planes.new_empty(planes.shape[0], n + 1, dtype=dtype)
+    flat[:, :n].view(planes.shape).copy_(planes)
+    flat[:, n].zero_()
+    return flat
 
 
-def _windows(module: Convolution | TransposedConvolution, x: Tensor, positions: torch.Size) -> Tensor:
-    """What the kernel sees along the last axes of space: ``x [*, rows, *space]`` as ``[*, *kernel, rows, *positions]``,
-    in which runs along the last axis stay whole."""
-    kernel = x.dim()
-    before = kernel - len(positions)
-    for axis in range(-len(positions), 0):
-        reach = (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
-        x = x.unfold(kernel + axis, reach, module.stride[axis])[..., :: module.dilation[axis]]
-        x = x.narrow(kernel + axis, 0, positions[axis])
-    return x.permute(*range(before - 1), *range(kernel, x.dim()), *range(before - 1, kernel))
-
-
-def _padding(module: Convolution | TransposedConvolution) -> list[int]:
-    """Zeros or copies before and after each axis, last axis first as `F.pad` wants; "same" puts the odd one after."""
-    pads: list[int] = []
-    for axis in reversed(range(len(module.kernel_size))):
-        if module.padding == "valid":
-            pads += [0, 0]
-        elif module.padding == "same":
-            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
-            pads += [total // 2, total - total // 2]
-        else:
-            pads += [int(module.padding[axis])] * 2
-    return pads
+def _padding_before(module: Convolution | TransposedConvolution) -> tuple[int, ...]:
+    """Of each axis; of an odd padding of "same" the larger part comes after."""
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    if module.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    return tuple(int(one) for one in module.padding)
 
 
 def embedding_rows(module: nn.Embedding, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:

@@ -29,6 +29,8 @@ CASES: dict[str, Case] = {
     "conv2d, 1x1": (lambda: nn.Conv2d(3, 4, 1, stride=2), (5, 3, 6, 7)),
     "conv2d, stride and padding": (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (5, 3, 6, 7)),
     "conv2d, same": (lambda: nn.Conv2d(3, 4, (2, 4), padding="same"), (5, 3, 6, 7)),
+    "conv1d, one position": (lambda: nn.Conv1d(4, 6, 1, stride=2), (3, 4, 9)),
+    "conv2d, one position": (lambda: nn.Conv2d(3, 4, 1, stride=(1, 2)), (5, 3, 6, 7)),
     "conv2d, valid": (lambda: nn.Conv2d(3, 4, 3, padding="valid"), (5, 3, 6, 7)),
     "conv2d, not square": (lambda: nn.Conv2d(3, 4, (1, 5), stride=(2, 1), padding=(0, 2)), (5, 3, 6, 7)),
     "conv2d, dilated": (lambda: nn.Conv2d(3, 4, 3, dilation=(2, 1), padding=2), (5, 3, 7, 7)),
@@ -266,25 +268,29 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
         {"kernel_size": 2, "padding": "same", "dilation": 3, "groups": 4},
         {"kernel_size": 3, "padding": "valid", "stride": 2},
         {"kernel_size": 1, "padding": 0},
+        {"kernel_size": 1, "padding": 0, "stride": (2, 1, 1)},
         {"kernel_size": 1, "padding": 1, "stride": 2},
         {"kernel_size": (4, 3, 2), "padding": (2, 0, 1), "stride": (1, 3, 2), "dilation": (2, 1, 3)},
     ],
     ids=str,
 )
-def test_lines_that_are_taken_are_those_of_the_whole_to_the_bit(mode: str, dims: int, options: dict[str, Any]) -> None:
-    """Gathered and then padded, or padded and then looked up: for inputs of any layout and precision."""
+@pytest.mark.parametrize("n_lines", [2, 13])
+def test_lines_that_are_taken_are_those_of_the_whole_to_the_bit(
+    mode: str, dims: int, options: dict[str, Any], n_lines: int
+) -> None:
+    """Whether the lines that they see are read (few), or the whole input: for inputs of any layout and precision."""
     of_axes = {key: value[:dims] if isinstance(value, tuple) else value for key, value in options.items()}
     module = CONVOLUTIONS[dims](4, 8, padding_mode=mode, **of_axes)
     a = torch.randn(3, 4, *(8, 7, 6)[:dims])
     a.view(-1)[0] = math.inf  # a line of zeros is not some line times zero
     g = torch.randn_like(module(a))
     first, rest = g.shape[2], g.shape[3:].numel()
-    index = spread(3 * first, 7, a.device)
-    assert index is not None
+    index = spread(3 * first, n_lines, a.device)
+    index = torch.arange(3 * first) if index is None else index
     columns = (index[:, None] * rest + torch.arange(rest)).flatten()
     innermost = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (a, g)]
     for given in ((a, g), innermost, (a.half(), g.half())):
-        whole, part = (conv_rows(module, *given, torch.float32, rows) for rows in (None, 7 * rest))
+        whole, part = (conv_rows(module, *given, torch.float32, rows) for rows in (None, n_lines * rest))
         assert whole.a is not None
         torch.testing.assert_close(part.a, whole.a[..., columns], rtol=0, atol=0)
         torch.testing.assert_close(part.g, whole.g[..., columns], rtol=0, atol=0)
