@@ -50,7 +50,8 @@ class Preconditioner(Protocol):
 
 @runtime_checkable
 class PreconditionerInParts(Preconditioner, Protocol):
-    """What `Thor` likes of a curvature besides: it needs less memory and, on a CPU, less time."""
+    """What `Thor` takes in the place of ``precondition``, where it is there, all groups are natural and none has a
+    ``kl_clip``: it needs less memory and, on a CPU, less time."""
 
     def precondition_in_parts(self, grads: Mapping[nn.Parameter, Tensor]) -> Iterator[dict[nn.Parameter, Tensor]]:
         """What ``precondition`` gives, some tensors at a time; each part is used before the next one is asked for."""
