@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_thor.adjacent import as_one, runs_of
 from lightning_thor.blocks import ONE_BY_ONE, columns_product
-from lightning_thor.layer import Layer, vectors_to_matrix, weight_to_matrix
+from lightning_thor.layer import Layer, table_to_matrix, vectors_to_matrix, weight_to_matrix
 
 Kept = tuple[Tensor | None, Tensor]
 """Of one layer ``(A⁻¹, G⁻¹)``, or the roots ``(V, W)`` with ``VᵀV = A⁻¹`` and ``WᵀW = G⁻¹``, or their eigenvectors, as
@@ -22,6 +22,9 @@ columns."""
 Tensors = Mapping[nn.Parameter, Tensor]
 Matrices = Tensor | Sequence[Tensor]
 """One for each layer of a batch."""
+
+ENTRIES_AT_ONCE = {"cpu": 2**22}
+"""Of a weight's rows. A device that is not named makes all at once."""
 
 
 class Batch(Protocol):
@@ -56,11 +59,6 @@ class Matrix:
     def product(self, matrices: Matrices, *, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
         A, G = self._A_transposed if transposed[0] else self._A, self._G.mT if transposed[1] else self._G
         (n_A, size, _), rows, columns = A[0].shape, *matrices[0].shape
-        if len(A) == 1 and G.device.type in ONE_BY_ONE:
-            # From the left first: what the product from the right is copied into is memory that there is already.
-            halfway = torch.bmm(G, matrices[0].view(len(G), -1, columns)).view(rows, n_A, size)
-            columns_product(halfway, A[0], into=halfway)
-            return halfway.view(1, rows, columns)
         halfway = G.new_empty(len(A), rows, n_A, size)
         # From the right layer by layer, each block's product straight to its columns: those of all layers have no
         # common stride, and to bring them together first would take another pass.
@@ -72,6 +70,70 @@ class Matrix:
         for layer, matrix in zip(self.layers, matrices.unbind(), strict=True):
             (p,) = layer.parameters
             directions[p] = matrix.view(tensors[p].shape).to(tensors[p].dtype)
+
+
+class Rows:
+    """One weight ``[rows, ...]`` with whole blocks across its rows, some rows at a time: it may be many times a cache.
+    The factor along the rows may be diagonal, as an embedding's is, or end in a smaller block."""
+
+    def __init__(self, layers: Sequence[Layer], kept: Sequence[Kept]) -> None:
+        self.layers, self.kept = layers, kept
+        (layer,), ((A, G),) = layers, kept
+        assert A is not None
+        self._is_table = layer.kind.to_matrix is table_to_matrix
+        along, across = (A, G) if self._is_table else (G, A)
+        self._along, self._across = along.flatten(0, 1), across.view(across.shape[1:])
+        n_rows = len(layer.parameters[0])
+        self._lengths = lengths_of(n_rows, along.shape[-1], layer.parameters[0].numel() // n_rows, along.device.type)
+        self._factors = self._factors_along()
+
+    def _factors_along(self) -> list[Tensor]:
+        """What of the factor along the rows is for each of the lengths: ``[n, size, size]``; a diagonal one's numbers
+        ``[rows, 1, 1]``."""
+        size, factors, start = self._along.shape[-1], [], 0
+        for length in self._lengths:
+            height = min(size, length)
+            factors.append(self._along[start // size :, :height, :height][: length // height])
+            start += length
+        return factors
+
+    def to_matrices(self, tensors: Tensors) -> Matrices:
+        return [tensors[self.layers[0].parameters[0]].to(self._across.dtype).flatten(1)]
+
+    def product(self, matrices: Matrices, *, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
+        (matrix,), (n_rows, n_columns), across = matrices, matrices[0].shape, self._across
+        # A table lies in memory as the transpose of X: (G X A)ᵀ = Aᵀ Xᵀ Gᵀ.
+        of_across, of_along = (not transposed[1], not transposed[0]) if self._is_table else transposed
+        across = across.mT if of_across else across
+        product = across.new_empty(n_rows, *across.shape[:2])
+        for some, place, factor in zip(
+            matrix.split(self._lengths), product.split(self._lengths), self._factors, strict=True
+        ):
+            if len(factor) == len(some):
+                columns_product(some.view(place.shape), across, into=place, scale=factor)
+                continue
+            # From the left first: what the product from the right is copied into is memory that there is already.
+            halfway = place if place.device.type in ONE_BY_ONE else torch.empty_like(place)
+            shape = *factor.shape[:2], n_columns
+            torch.bmm(factor.mT if of_along else factor, some.view(shape), out=halfway.view(shape))
+            columns_product(halfway, across, into=place)
+        return product.view(1, n_rows, n_columns)
+
+    def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:
+        (p,) = self.layers[0].parameters
+        directions[p] = matrices.view(tensors[p].shape).to(tensors[p].dtype)
+
+
+def lengths_of(n_rows: int, size: int, n_columns: int, device: str) -> list[int]:
+    """How many rows are made together: those of whole blocks, and last those of a smaller one.
+
+    >>> lengths_of(7, size=2, n_columns=2**20, device="cpu")
+    [4, 2, 1]
+    """
+    whole = n_rows - n_rows % size
+    at_once = size * max(1, ENTRIES_AT_ONCE.get(device, n_rows * n_columns) // (size * n_columns))
+    lengths = [min(at_once, whole - start) for start in range(0, whole, at_once)]
+    return lengths + [n_rows - whole] * (whole < n_rows)
 
 
 class Vectors:
@@ -123,6 +185,8 @@ class Single:
 
 
 Form = Callable[[Sequence[Layer], Sequence[Kept]], Batch]
+ALONE = (Single, Rows)
+"""Forms of a single layer."""
 
 
 def batches_of(
@@ -138,7 +202,7 @@ def batches_of(
     forms: dict[Hashable, tuple[Form, list[int]]] = {}
     for index, layer in enumerate(layers):
         form, key = form_of(layer, kept[index])
-        forms.setdefault(index if form is Single else (key, apart(layer)), (form, []))[1].append(index)
+        forms.setdefault(index if form in ALONE else (key, apart(layer)), (form, []))[1].append(index)
     for form, members in forms.values():
         for run in runs_of([kept[index][1] for index in members]):
             chosen = [members[place] for place in run]
@@ -152,8 +216,12 @@ def form_of(layer: Layer, kept: Kept) -> tuple[Form, Hashable]:
     if layer.part is None and layer.kind.to_matrix is vectors_to_matrix and G_kept.is_contiguous():
         same = all(one.shape == p.shape for one in layer.parameters)
         return (Vectors if same and A is None else Single), key
-    whole = layer.part is None and len(layer.parameters) == 1 and layer.kind.to_matrix is weight_to_matrix
+    whole = layer.part is None and len(layer.parameters) == 1
     if not whole or A is None or A_kept is None or not (A_kept.is_contiguous() and G_kept.is_contiguous()):
         return Single, key
-    divided = A.groups == 1 and not A.padding and not G.padding and A.size > 1 and G.size > 1
-    return (Matrix if divided else Single), key
+    is_table = layer.kind.to_matrix is table_to_matrix
+    along, across = (A, G) if is_table else (G, A)
+    if not (is_table or layer.kind.to_matrix is weight_to_matrix) or A.groups > 1 or across.padding or across.size == 1:
+        return Single, key
+    alone = G_kept.device.type in ONE_BY_ONE or is_table or along.padding or along.size == 1
+    return (Rows if alone else Matrix), key

@@ -158,15 +158,22 @@ def right_product(matrix: Tensor, factor: Tensor, blocks: Blocks) -> Tensor:
     return product.view(1, m, -1)[..., :width]
 
 
-def columns_product(matrix: Tensor, factor: Tensor, into: Tensor) -> None:
-    """Write ``matrix @ blockdiag(factor)`` into a tensor.
+def columns_product(matrix: Tensor, factor: Tensor, into: Tensor, scale: Tensor | None = None) -> None:
+    """Write ``diag(scale) @ matrix @ blockdiag(factor)`` into a tensor.
 
     Args:
         matrix: ``[m, n_blocks, size]``.
         factor: ``[n_blocks, size, size]``.
         into: ``[m, n_blocks, size]``, contiguous; on a device of `ONE_BY_ONE` it may be ``matrix`` itself.
+        scale: ``[m, 1, 1]``; None for ones.
     """
-    if into.device.type in ONE_BY_ONE:
-        into.copy_(torch.bmm(matrix.transpose(0, 1), factor).transpose(0, 1))
-    else:
+    if into.device.type not in ONE_BY_ONE:
         torch.bmm(matrix.transpose(0, 1), factor, out=into.transpose(0, 1))
+        if scale is not None:
+            into.mul_(scale)
+        return
+    product = torch.bmm(matrix.transpose(0, 1), factor).transpose(0, 1)
+    if scale is None:
+        into.copy_(product)
+    else:
+        torch.mul(product, scale, out=into)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature, adjacent, batches, blocks
 from lightning_thor.adjacent import as_one, runs_of
-from lightning_thor.batches import Matrix, Single, Vectors
+from lightning_thor.batches import Matrix, Rows, Vectors, batches_of
+from lightning_thor.layers import layers_of
 from lightning_thor.scale import to_at_most_, to_rms_
 from tests.formulas import preconditioned
 from tests.test_no_sync import Watch
@@ -26,7 +27,7 @@ def _together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def net() -> nn.Module:
-    """Layers in pairs of one form, between them one of another, and one that no batch takes (padded blocks)."""
+    """Layers in pairs of one form, between them one of another, and one that is alone (padded blocks)."""
     torch.manual_seed(4)
     return nn.Sequential(
         nn.Unflatten(1, (2, 4, 4)),
@@ -57,7 +58,7 @@ def test_directions_of_a_batch_are_those_of_each_layer(missing: tuple[str, ...])
     model = net()
     curvature, grads = observed(model)
     kinds = Counter((type(batch), len(batch.layers)) for batch in curvature._batches)
-    assert kinds == {(Matrix, 2): 1, (Matrix, 3): 1, (Vectors, 2): 2, (Vectors, 1): 1, (Single, 1): 1}
+    assert kinds == {(Matrix, 2): 1, (Matrix, 3): 1, (Vectors, 2): 2, (Vectors, 1): 1, (Rows, 1): 1}
     names = {name: p for name, p in model.named_parameters() if name in missing}
     grads = {p: grad for p, grad in grads.items() if all(p is not one for one in names.values())}
     found = curvature.precondition(grads)
@@ -91,6 +92,48 @@ def test_a_curvature_that_keeps_some_inverses_batches_those() -> None:
     for index in chosen:
         for p in curvature.layers[names[index]].parameters:
             torch.testing.assert_close(found[p], everything[p], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("one_by_one", [set(), {"cpu"}], ids=["as on a GPU", "as on a CPU"])
+@pytest.mark.parametrize("entries", [1, 70, 10**9])
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
+def test_some_rows_at_a_time_are_the_whole_product(
+    monkeypatch: pytest.MonkeyPatch, one_by_one: set[str], entries: int, transposed: tuple[bool, bool]
+) -> None:
+    """Of an embedding, of a layer whose last block is smaller, of one with a diagonal G, and of a convolution, with
+    factors that are not symmetric."""
+    torch.manual_seed(5)
+    for module in (batches, blocks):
+        monkeypatch.setattr(module, "ONE_BY_ONE", one_by_one)
+    monkeypatch.setattr(batches, "ENTRIES_AT_ONCE", {"cpu": entries})
+    model = nn.ModuleDict(
+        {
+            "table": nn.Embedding(11, 12),
+            "padded": nn.Linear(12, 13, bias=False),
+            "more": nn.Linear(12, 7, bias=False),
+            "diagonal": nn.Linear(12, 9, bias=False),
+            "convolution": nn.Conv2d(2, 6, 2, bias=False),
+        }
+    ).double()
+    layers, _ = layers_of(model, block_size=4, precondition_bias=False, diagonal_G=["diagonal"])
+    assert (layers["padded"].G.padding, layers["more"].G.padding) == (3, 1)
+    for name, layer in layers.items():
+        A, G = layer.A, layer.G
+        assert A is not None
+        kept = torch.randn(A.shape, dtype=torch.float64), torch.randn(G.shape, dtype=torch.float64)
+        (batch,) = batches_of([layer], [kept])
+        assert type(batch) is (Matrix if name == "convolution" and not one_by_one else Rows)
+        (p,) = layer.parameters
+        grad = torch.randn(p.shape, dtype=torch.float64)
+        turned = [one.mT if turn else one for one, turn in zip(kept, transposed, strict=True)]
+        right, left = (torch.block_diag(*one[0])[:n, :n] for one, n in zip(turned, (A.width, G.width), strict=True))
+        matrix = grad.T if name == "table" else grad.flatten(1)
+        product = left @ matrix @ right
+        for memory in (grad, grad.mT.contiguous().mT):
+            found: dict[nn.Parameter, Tensor] = {}
+            batch.put(found, batch.product(batch.to_matrices({p: memory}), transposed=transposed), {p: memory})
+            torch.testing.assert_close(found[p], (product.T if name == "table" else product).view_as(p))
+            assert found[p].is_contiguous()
 
 
 def test_more_layers_of_one_form_take_one_product_each_and_nothing_else() -> None:
