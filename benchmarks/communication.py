@@ -18,10 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.environment import RESULTS, environment
+from benchmarks.inversion_times import share_ms
 from benchmarks.messages import WAYS, counts, moved
 from benchmarks.rank_times import WORKLOADS, measure
 
 COUNTED_RANKS = (2, 4, 8, 64)
+INVERTING_RANKS = (1, 2, 4)
+INVERTING_ROUNDS = 15
 COUNT_HEADS = ("workload", "way", "ranks", "collectives", "factors, MB", "of whole blocks", "moved per rank, MB")
 TIME_HEADS = (
     "workload",
@@ -89,24 +92,22 @@ def time_cells(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def share_cells(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Rows under ``SHARE_HEADS``."""
     for name, result in results.items():
-        alone = {n: max(one["ways"]["buckets"]["inverting"]) for n, one in result.get("times", {}).items()}
-        for n_ranks, one in result.get("times", {}).items():
-            steps, sharded = one["steps"], one.get("sharded_steps")
-            # 1 is a fall as one over the ranks.
-            kept = f"{alone[n_ranks] * int(n_ranks) / alone['1']:.2f}" if "1" in alone else "–"
-            figures = ["–"] * 4
-            if steps is not None:
+        times = result.get("times", {})
+        busiest = {n_ranks: max(shares) for n_ranks, shares in result.get("inverting", {}).items()}
+        for n_ranks in sorted({*times, *busiest}, key=int):
+            one = times.get(n_ranks)
+            inverting, hidden, figures, both_sharded = ("–", "–"), "–", ["–"] * 4, "–"
+            if n_ranks in busiest:
+                # 1 is a fall as one over the ranks.
+                inverting = f"{busiest[n_ranks]:.1f}", f"{busiest[n_ranks] * int(n_ranks) / busiest['1']:.2f}"
+            if one is not None:
+                hidden = hidden_of(one)
+            if one is not None and (steps := one["steps"]) is not None:
                 percents = (steps["every_10"] - 1, steps["plain"] - 1, steps["refreshing"])
                 figures = [f"{steps['sgd_ms']:.0f}", *(f"{100 * percent:+.1f}" for percent in percents)]
-            figures.append("–" if sharded is None else f"{100 * (sharded['every_10'] - 1):+.1f}")
-            yield (
-                name,
-                n_ranks,
-                hidden_of(one),
-                f"{alone[n_ranks]:.1f}",
-                kept,
-                *figures,
-            )
+            if one is not None and (sharded := one.get("sharded_steps")) is not None:
+                both_sharded = f"{100 * (sharded['every_10'] - 1):+.1f}"
+            yield name, n_ranks, hidden, *inverting, *figures, both_sharded
 
 
 def save_timeline(results: dict[str, Any], path: Path) -> None:
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Count, measure if asked to, write the JSON file and the picture beside it, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--workload", choices=WORKLOADS, nargs="+", default=["resnet18", "resnet50", "resnet50_224", "gpt", "gpt256"]
+        "--workload", choices=WORKLOADS, nargs="+", default=[name for name in WORKLOADS if name != "tiny"]
     )
     parser.add_argument("--measure", type=int, nargs="+", default=[], metavar="RANKS", help="time so many processes")
     parser.add_argument("--rounds", type=int, default=10, help="timed refreshes of each way")
@@ -169,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["counts"] = {way: {str(n): counts(model, one, n) for n in COUNTED_RANKS} for way, one in WAYS.items()}
         if options.measure:
             result["environment"] = environment(torch.device("cpu"))
+            result["inverting"] = share_ms(model, INVERTING_RANKS, INVERTING_ROUNDS)
             result["times"] = {str(n): measure(name, n, options.rounds) for n in options.measure}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     # By way of text, so that what is printed is what another reader of the file sees: lists for tuples.

@@ -37,6 +37,18 @@ def resnet50(width: int) -> ResNet:
     return ResNet(stem(width), four_stages(bottleneck, width, 4 * width, (3, 4, 6, 3)), 32 * width, 10)
 
 
+def imagenet_resnet18() -> ResNet:
+    """He et al.'s for images of 224x224 (2016, arXiv:1512.03385, table 1), 1,000 classes; 11,689,512 parameters.
+
+    >>> sum(p.numel() for p in imagenet_resnet18().parameters())
+    11689512
+    """
+    first = nn.Sequential(
+        convolution(3, 64, 7, stride=2), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
+    )
+    return ResNet(first, four_stages(basic_block, 64, 64, (2, 2, 2, 2)), 512, 1000)
+
+
 class OpenBlock(Block):
     """A transformer block whose attention sees all positions."""
 

@@ -23,7 +23,9 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.inversion_times import inversion_rate
 from benchmarks.messages import WAYS, Way
+from benchmarks.models import imagenet_resnet18
 from examples.char_gpt import CharGPT
 from examples.resnet import ResNet18, ResNet50
 from lightning_thor import Curvature, Thor
@@ -52,24 +54,31 @@ class Workload:
     words: str
 
 
-def tokens(windows: int, context: int) -> tuple[Tensor, Tensor]:
-    """Windows of a text, and the next characters."""
-    return torch.randint(65, (windows, context)), torch.randint(65, (windows, context))
+def images(size: int, classes: int) -> tuple[Tensor, Tensor]:
+    """32 square images of ``size`` pixels, and their classes."""
+    return torch.randn(32, 3, size, size), torch.randint(classes, (32,))
+
+
+def tokens(windows: int, context: int, vocab_size: int = 65) -> tuple[Tensor, Tensor]:
+    """Windows of a text, and the next tokens."""
+    return torch.randint(vocab_size, (windows, context)), torch.randint(vocab_size, (windows, context))
 
 
 WORKLOADS = {
-    "resnet18": Workload(
-        ResNet18, lambda: (torch.randn(32, 3, 32, 32), torch.randint(10, (32,))), "ResNet-18, 32 images of 32×32"
+    "resnet18": Workload(ResNet18, lambda: images(32, 10), "ResNet-18, 32 images of 32×32"),
+    "resnet18_224": Workload(
+        imagenet_resnet18, lambda: images(224, 1000), "ResNet-18 for ImageNet, 32 images of 224×224"
     ),
-    "resnet50": Workload(
-        ResNet50, lambda: (torch.randn(32, 3, 64, 64), torch.randint(1000, (32,))), "ResNet-50, 32 images of 64×64"
-    ),
-    "resnet50_224": Workload(
-        ResNet50, lambda: (torch.randn(32, 3, 224, 224), torch.randint(1000, (32,))), "ResNet-50, 32 images of 224×224"
-    ),
+    "resnet50": Workload(ResNet50, lambda: images(64, 1000), "ResNet-50, 32 images of 64×64"),
+    "resnet50_224": Workload(ResNet50, lambda: images(224, 1000), "ResNet-50, 32 images of 224×224"),
     "gpt": Workload(CharGPT, lambda: tokens(16, 128), "GPT, 4 layers of width 128, 2,048 tokens"),
     "gpt256": Workload(
         lambda: CharGPT(layers=4, width=256), lambda: tokens(16, 128), "GPT, 4 layers of width 256, 2,048 tokens"
+    ),
+    "gpt2": Workload(
+        lambda: CharGPT(vocab_size=50257, context=1024, width=768, layers=12, heads=12),
+        lambda: tokens(2, 1024, 50257),
+        "GPT-2 small, 2,048 tokens",
     ),
     "tiny": Workload(
         lambda: nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 10)),
@@ -226,19 +235,6 @@ def message_seconds(times: int) -> dict[str, float]:
             seconds.append(time.perf_counter() - began)
         medians[what] = statistics.median(seconds)
     return medians
-
-
-def inversion_rate(size: int = 64, n_blocks: int = 32) -> float:
-    """10⁹ multiplications a second of processor time, at size³ for each inverse."""
-    blocks = torch.randn(n_blocks, size, 2 * size)
-    blocks = blocks @ blocks.mT / size
-    damping = torch.full((n_blocks,), 0.1)
-    seconds: list[float] = []
-    for _ in range(5):
-        began = time.thread_time()
-        damped_inverses(blocks, damping)
-        seconds.append(time.thread_time() - began)
-    return n_blocks * size * size * size / statistics.median(seconds) / 1e9
 
 
 def measure(name: str, n_ranks: int, rounds: int) -> dict[str, Any]:

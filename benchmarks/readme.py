@@ -145,10 +145,10 @@ def communication_block(results: dict[str, Any]) -> str:
         f"{markdown_table(communication.SHARE_HEADS, communication.share_cells(timed))}\n\n"
         f"{words}. Processes of one thread each over gloo, all on one machine; steps are timed where each has a core "
         "of its own. Sums hidden: what buckets that start in backward save of the waiting for sums at once. Inverting: "
-        "processor time of the busiest rank, which grows with what runs on the other cores: a few milliseconds of it "
-        "did so without any communication too. THOR's over SGD's step, taken in turns, at the interval 10, and of that "
-        "what its refreshes take, network included, with whole models (DDP); both sharded: the same where "
-        f"`fully_shard` shares out the weights of both, SGD's and THOR's. Measured on: {measured_in(timed.values())}."
+        "the busiest rank's share, each share on a core of its own. THOR's over SGD's step, taken in turns, at the "
+        "interval 10, and of that what its refreshes take, network included, with whole models (DDP); both sharded: "
+        "the same where `fully_shard` shares out the weights of both, SGD's and THOR's. Measured on: "
+        f"{measured_in(timed.values())}."
     )
 
 

@@ -343,6 +343,7 @@ def test_the_messages_that_are_counted_are_those_that_two_processes_send(tmp_pat
         assert sorted(timed["messages"]) == sorted(counted["factors"] + counted["inverses"])
         assert len(timed["inverting"]) == 2
         assert {what for what, _, _ in timed["timeline"]} >= {"backward", "sum", "wait", "invert", "update"}
+    assert {n_ranks: len(shares) for n_ranks, shares in result["inverting"].items()} == {"1": 1, "2": 2, "4": 4}
     sharded = {n_ranks: one["sharded_steps"] for n_ranks, one in result["times"].items()}
     assert sharded["1"] is None
     assert (sharded["2"] is None) == ((os.cpu_count() or 1) < 2)
