@@ -5,6 +5,7 @@ Each rank is a process of this machine: with more ranks than cores they wait for
 which talk to nobody, are timed by the processor time of their own process; all else by the clock on the wall.
 """
 
+import gc
 import json
 import os
 import statistics
@@ -157,6 +158,7 @@ def run_rank(rank: int, n_ranks: int, name: str, rounds: int, folder: str) -> No
 
 def train(workload: Workload, way: Way, rank: int, rounds: int) -> dict[str, Any]:
     """Refresh in every step; the events of each round, and the messages of the last."""
+    gc.collect()
     torch.manual_seed(rank)
     model = DistributedDataParallel(workload.model().train())
     curvature = Curvature(model.module, update_every_n_steps=1)
@@ -181,6 +183,7 @@ def train(workload: Workload, way: Way, rank: int, rounds: int) -> dict[str, Any
 
 def steps(workload: Workload, rank: int, rounds: int, *, sharded: bool = False) -> dict[str, list[float]]:
     """Seconds of each step of momentum SGD and of THOR, which take turns, on whole models or both on sharded ones."""
+    gc.collect()  # a curvature and its hooks know each other, and large models fit into memory twice, but not thrice
     torch.manual_seed(rank)
     inputs, targets = workload.batch()
     models: dict[str, nn.Module] = {}

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.rows import Convolution, Rows, embedding_rows, linear_rows, patches_and_values
+from lightning_thor.patches import Convolution, patches_and_values
+from lightning_thor.rows import Rows, embedding_rows, linear_rows
 
 
 def gpu_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:

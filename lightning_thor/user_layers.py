@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_thor import rows
 from lightning_thor.kinds import KINDS, REGISTERED, register
 from lightning_thor.layer import Kind, Layer, RowsOf
+from lightning_thor.sampling import spread
 
 UserRows = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -151,7 +152,7 @@ def _user_rows(rows_of: UserRows, reduce: bool) -> RowsOf:
                 )
             a, g = a.unflatten(1, by_sample).mean(2, dtype=dtype), g.unflatten(1, by_sample).sum(2, dtype=dtype)
             return rows.Rows(a.mT, g.mT, terms, terms)
-        index = rows.spread(n, max_rows, a.device)
+        index = spread(n, max_rows, a.device)
         if index is not None:
             a, g, n_samples = a.index_select(1, index), g.index_select(1, index), terms * len(index) / n
         return rows.Rows(a.to(dtype).mT, g.to(dtype).mT, a.shape[1], n_samples)

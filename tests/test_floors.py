@@ -22,6 +22,8 @@ FLOORS = {
         "inverse",
         "damping",
         "polar",
+        "sampling",
+        "patches",
         "rows",
         "thor_rows",
         "schedules",

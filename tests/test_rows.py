@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_thor import Curvature
 from lightning_thor.layer import Layer, RowsOf
 from lightning_thor.layers import layers_of
-from lightning_thor.rows import batch_norm_rows, conv_rows, group_norm_rows, spread
+from lightning_thor.rows import batch_norm_rows, conv_rows, group_norm_rows
+from lightning_thor.sampling import spread
 from tests.fakes import Twins
 from tests.formulas import preconditioned
 
