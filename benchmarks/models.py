@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.char_gpt import Block
+from examples.char_gpt import Block, CharGPT
 from examples.resnet import ResNet, basic_block, bottleneck, convolution, four_stages
 
 
@@ -47,6 +47,18 @@ def imagenet_resnet18() -> ResNet:
         convolution(3, 64, 7, stride=2), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
     )
     return ResNet(first, four_stages(basic_block, 64, 64, (2, 2, 2, 2)), 512, 1000)
+
+
+def gpt2(vocab_size: int = 50257, context: int = 1024, width: int = 768, layers: int = 12, heads: int = 12) -> CharGPT:
+    """GPT-2 small, whose output layer is its table of tokens (Radford et al. 2019); 124,439,808 parameters.
+
+    >>> with torch.device("meta"):
+    ...     sum(p.numel() for p in gpt2().parameters())
+    124439808
+    """
+    model = CharGPT(vocab_size=vocab_size, context=context, width=width, layers=layers, heads=heads)
+    model.head.weight = model.token.weight
+    return model
 
 
 class OpenBlock(Block):

@@ -11,6 +11,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.inversion_times import inversion_rate
 from benchmarks.messages import WAYS, Way
-from benchmarks.models import imagenet_resnet18
+from benchmarks.models import gpt2, imagenet_resnet18
 from examples.char_gpt import CharGPT
 from examples.resnet import ResNet18, ResNet50
 from lightning_thor import Curvature, Thor
@@ -76,11 +77,7 @@ WORKLOADS = {
     "gpt256": Workload(
         lambda: CharGPT(layers=4, width=256), lambda: tokens(16, 128), "GPT, 4 layers of width 256, 2,048 tokens"
     ),
-    "gpt2": Workload(
-        lambda: CharGPT(vocab_size=50257, context=1024, width=768, layers=12, heads=12),
-        lambda: tokens(2, 1024, 50257),
-        "GPT-2 small, 2,048 tokens",
-    ),
+    "gpt2": Workload(gpt2, lambda: tokens(2, 1024, 50257), "GPT-2 small, 2,048 tokens"),
     "tiny": Workload(
         lambda: nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 10)),
         lambda: (torch.randn(8, 40), torch.randint(10, (8,))),
@@ -214,12 +211,14 @@ def steps(workload: Workload, rank: int, rounds: int, *, sharded: bool = False) 
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """``model``, its layers and blocks sharded over all ranks, each a unit of its own; whole from forward to backward,
-    so that as much is sent in a step as under DDP."""
+    """``model``, its layers and blocks sharded over all ranks, each a unit of its own but those that share a weight;
+    whole from forward to backward, so that as much is sent in a step as under DDP."""
+    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
     for child in model.children():
         units = child.children() if isinstance(child, nn.Sequential | nn.ModuleList) else (child,)
         for unit in units:
-            if next(unit.parameters(), None) is not None:
+            own = list(unit.parameters())
+            if own and all(owners[p] == 1 for p in own):
                 fully_shard(unit, reshard_after_forward=False)
     fully_shard(model, reshard_after_forward=False)
     return model
