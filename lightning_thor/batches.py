@@ -72,7 +72,7 @@ class Matrix:
             directions[p] = matrix.view(tensors[p].shape).to(tensors[p].dtype)
 
 
-class Rows:
+class Slabs:
     """One weight ``[rows, ...]`` with whole blocks across its rows, some rows at a time: it may be many times a cache.
     The factor along the rows may be diagonal, as an embedding's is, or end in a smaller block."""
 
@@ -82,20 +82,10 @@ class Rows:
         assert A is not None
         self._is_table = layer.kind.to_matrix is table_to_matrix
         along, across = (A, G) if self._is_table else (G, A)
-        self._along, self._across = along.flatten(0, 1), across.view(across.shape[1:])
+        self._across = across.view(across.shape[1:])
         n_rows = len(layer.parameters[0])
         self._lengths = lengths_of(n_rows, along.shape[-1], layer.parameters[0].numel() // n_rows, along.device.type)
-        self._factors = self._factors_along()
-
-    def _factors_along(self) -> list[Tensor]:
-        """What of the factor along the rows is for each of the lengths: ``[n, size, size]``; a diagonal one's numbers
-        ``[rows, 1, 1]``."""
-        size, factors, start = self._along.shape[-1], [], 0
-        for length in self._lengths:
-            height = min(size, length)
-            factors.append(self._along[start // size :, :height, :height][: length // height])
-            start += length
-        return factors
+        self._factors = _factors_of(self._lengths, along.flatten(0, 1))
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
         return [tensors[self.layers[0].parameters[0]].to(self._across.dtype).flatten(1)]
@@ -134,6 +124,17 @@ def lengths_of(n_rows: int, size: int, n_columns: int, device: str) -> list[int]
     at_once = size * max(1, ENTRIES_AT_ONCE.get(device, n_rows * n_columns) // (size * n_columns))
     lengths = [min(at_once, whole - start) for start in range(0, whole, at_once)]
     return lengths + [n_rows - whole] * (whole < n_rows)
+
+
+def _factors_of(lengths: Sequence[int], along: Tensor) -> list[Tensor]:
+    """What of the blocks ``along`` the rows is for each of the lengths, ``[n, size, size]``; of a diagonal one
+    ``[rows, 1, 1]``."""
+    size, factors, start = along.shape[-1], [], 0
+    for length in lengths:
+        height = min(size, length)
+        factors.append(along[start // size :, :height, :height][: length // height])
+        start += length
+    return factors
 
 
 class Vectors:
@@ -185,8 +186,7 @@ class Single:
 
 
 Form = Callable[[Sequence[Layer], Sequence[Kept]], Batch]
-ALONE = (Single, Rows)
-"""Forms of a single layer."""
+OF_ONE_LAYER = (Single, Slabs)
 
 
 def batches_of(
@@ -202,7 +202,7 @@ def batches_of(
     forms: dict[Hashable, tuple[Form, list[int]]] = {}
     for index, layer in enumerate(layers):
         form, key = form_of(layer, kept[index])
-        forms.setdefault(index if form in ALONE else (key, apart(layer)), (form, []))[1].append(index)
+        forms.setdefault(index if form in OF_ONE_LAYER else (key, apart(layer)), (form, []))[1].append(index)
     for form, members in forms.values():
         for run in runs_of([kept[index][1] for index in members]):
             chosen = [members[place] for place in run]
@@ -224,4 +224,4 @@ def form_of(layer: Layer, kept: Kept) -> tuple[Form, Hashable]:
     if not (is_table or layer.kind.to_matrix is weight_to_matrix) or A.groups > 1 or across.padding or across.size == 1:
         return Single, key
     alone = G_kept.device.type in ONE_BY_ONE or is_table or along.padding or along.size == 1
-    return (Rows if alone else Matrix), key
+    return (Slabs if alone else Matrix), key

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature, adjacent, batches, blocks
 from lightning_thor.adjacent import as_one, runs_of
-from lightning_thor.batches import Matrix, Rows, Vectors, batches_of
+from lightning_thor.batches import Matrix, Slabs, Vectors, batches_of
 from lightning_thor.layers import layers_of
 from lightning_thor.scale import to_at_most_, to_rms_
 from tests.formulas import preconditioned
@@ -58,7 +58,7 @@ def test_directions_of_a_batch_are_those_of_each_layer(missing: tuple[str, ...])
     model = net()
     curvature, grads = observed(model)
     kinds = Counter((type(batch), len(batch.layers)) for batch in curvature._batches)
-    assert kinds == {(Matrix, 2): 1, (Matrix, 3): 1, (Vectors, 2): 2, (Vectors, 1): 1, (Rows, 1): 1}
+    assert kinds == {(Matrix, 2): 1, (Matrix, 3): 1, (Vectors, 2): 2, (Vectors, 1): 1, (Slabs, 1): 1}
     names = {name: p for name, p in model.named_parameters() if name in missing}
     grads = {p: grad for p, grad in grads.items() if all(p is not one for one in names.values())}
     found = curvature.precondition(grads)
@@ -122,7 +122,7 @@ def test_some_rows_at_a_time_are_the_whole_product(
         assert A is not None
         kept = torch.randn(A.shape, dtype=torch.float64), torch.randn(G.shape, dtype=torch.float64)
         (batch,) = batches_of([layer], [kept])
-        assert type(batch) is (Matrix if name == "convolution" and not one_by_one else Rows)
+        assert type(batch) is (Matrix if name == "convolution" and not one_by_one else Slabs)
         (p,) = layer.parameters
         grad = torch.randn(p.shape, dtype=torch.float64)
         turned = [one.mT if turn else one for one, turn in zip(kept, transposed, strict=True)]
