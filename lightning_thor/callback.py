@@ -37,6 +37,9 @@ class ThorCallback(Callback):
             trace_rule, max_rows, statistics, loss_reduction, fused: as in `Curvature`. With ``block_size="auto"`` it is
             chosen when fit starts, on the first training batch, by `lightning_thor.split.choose_block_size`; a resumed
             run goes on with its checkpoint's.
+        loss_terms: gives, of a training batch, how many terms the mean of its loss has: a number, or a 0-dimensional
+            tensor. As in `Curvature`; needed where labels are left out of the mean and their number differs between
+            micro-batches or processes: ``lambda batch: (batch["labels"] != -100).sum()``.
         summary: print a table of what is preconditioned when fit starts, and how a block size was chosen; the latter is
             also saved, as ``thor_split.json`` and, where matplotlib is, ``thor_split.png``, beside the logger's files.
 
@@ -63,6 +66,7 @@ class ThorCallback(Callback):
         statistics: Literal["expand", "reduce", "thor"] = "expand",
         loss_reduction: str = "mean",
         fused: dict[str, int] | None = None,
+        loss_terms: Callable[[Any], float | Tensor] | None = None,
         summary: bool = True,
     ) -> None:
         super().__init__()
@@ -95,6 +99,11 @@ class ThorCallback(Callback):
             "loss_reduction": loss_reduction,
             "fused": fused,
         }
+        if loss_terms is not None and not callable(loss_terms):
+            raise ValueError(f"loss_terms must be a function of a batch, or None, got {loss_terms!r}.")
+        self._loss_terms = loss_terms
+        self._batch: Any = None
+        """The training batch under way, where `loss_terms` is to be asked of it."""
         self.summary = summary
         self.curvature: Curvature | None = None
         """The curvature of the present or last fit."""
@@ -147,6 +156,7 @@ class ThorCallback(Callback):
             pl_module,
             mode=_mode_of(optimizer),
             loss_multiplier=_LossMultiplier(trainer, pl_module),
+            loss_terms=None if self._loss_terms is None else self._terms_of_the_batch,
             parameters=parameters,
             **{**self._options, "block_size": self.block_size},
         )
@@ -203,9 +213,20 @@ class ThorCallback(Callback):
             self._applied, self._called = self.curvature.step, trainer.global_step
             self._told = sum(self._troubles())
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._loss_terms is not None:
+            self._batch = batch
+
+    def _terms_of_the_batch(self) -> float | Tensor:
+        assert self._loss_terms is not None
+        return self._loss_terms(self._batch)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._batch = None
         if self.curvature is None:
             return
         # A GradScaler that found an overflow calls no Optimizer.step and tells nobody: only the counters differ.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,17 +22,19 @@ from lightning_thor.directions import natural_in_parts, polar, to_eigenbasis
 from lightning_thor.exchange import Alone, Exchange, Workers
 from lightning_thor.factors import factors_of, stacks_of
 from lightning_thor.hooks import Hooks
-from lightning_thor.kept import KEEPINGS, ROOT, Mode
+from lightning_thor.kept import KEEPINGS, PLAIN, ROOT, Mode
 from lightning_thor.kinds import STATISTICS, Statistics
-from lightning_thor.layer import attentions_of
-from lightning_thor.layers import layers_of, matrices_of
+from lightning_thor.layer import Layer, attentions_of
+from lightning_thor.layers import layers_of, matrices_of, plain_name, some_of
 from lightning_thor.observer import Observer
 from lightning_thor.options import Schedule, check_options
+from lightning_thor.pair_checks import NOT_A_PAIR, PairChecks
 from lightning_thor.refresh import Interval, RefreshSchedule
 from lightning_thor.shares import SharedInversions
 from lightning_thor.snapshot import snapshot_of, take_over
 from lightning_thor.stacks import Solve
 from lightning_thor.trace_rule import HostCopy, trace_rule_of, verdicts
+from lightning_thor.user_layers import registered_uses
 from lightning_thor.window import Turn, Window
 from lightning_thor.workers import SharedDirections
 
@@ -83,10 +87,15 @@ class Curvature:
             as a row, the loss as a mean over the batch, and leaves norms to plain momentum, as MindSpore's nn.thor does
             on Ascend: for its published recipes, whose damping is in these units.
         loss_reduction: whether the loss is a ``"mean"`` or a ``"sum"`` over samples. A mean is taken to be one over
-            positions for layers on the last dimension, and over the batch for convolutions; over the batch for all
-            layers with ``statistics="reduce"`` or ``"thor"``.
+            all positions of the output if a layer on the last dimension gives it, and over the batch if a convolution
+            does; over the batch in any case with ``statistics="reduce"`` or ``"thor"``.
         loss_multiplier: gives what the loss was multiplied by before backward besides that: the loss scale over the
             number of accumulated micro-batches. Called once per observed pair; a 0-dimensional tensor avoids a sync.
+        loss_terms: gives how many terms the mean of the loss has, where the model does not tell: called once per
+            observed pair; a number, or a 0-dimensional tensor. None takes as many as the output has rows whose gradient
+            comes first in a backward pass: that of the layer whose output goes into the loss, so that layers which see
+            some of its tokens (experts, regions, masked ones) are ones of the same loss. Give it where labels are left
+            out of the mean (``ignore_index``) and their number differs between micro-batches or processes.
         fused: linear layers whose outputs are a concatenation, such as queries, keys and values: of how many equal
             parts, by pattern of the layer's name (``{"*.qkv": 3}``). Their G is cut at the borders, so that no block
             mixes parts; None takes every linear layer as one. (Those of `nn.MultiheadAttention` are always three.)
@@ -117,6 +126,7 @@ class Curvature:
         statistics: str | Statistics = "expand",
         loss_reduction: str = "mean",
         loss_multiplier: Callable[[], float | Tensor] | None = None,
+        loss_terms: Callable[[], float | Tensor] | None = None,
         fused: Mapping[str, int] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
@@ -142,19 +152,22 @@ class Curvature:
         self.statistics = statistics if isinstance(statistics, Statistics) else STATISTICS[statistics]
         self.loss_reduction = loss_reduction
         self.loss_multiplier = loss_multiplier
+        self.loss_terms = loss_terms
         # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
         self.is_listening: Callable[[], bool] = lambda: model.training
         self._paused = False
+        parameters = None if parameters is None else set(parameters)
         matrices = matrices_of(model) if mode != "natural" else []
         self.layers, self.left_out = layers_of(
             model,
             block_size=block_size,
             precondition_bias=precondition_bias,
-            only=None if parameters is None else set(parameters),
+            only=parameters,
             statistics=self.statistics,
             fused=fused,
             diagonal_G=matrices[-1:],
         )
+        _warn_of_few_weights(model, self.layers, self.left_out, parameters)
         self.polar_layers = {name for name in matrices[:-1] if name in self.layers} if mode == "polar" else set()
         self._factors = factors_of(self.layers)
         self.stacks = stacks_of(self.layers, keeping=KEEPINGS[mode])
@@ -162,12 +175,23 @@ class Curvature:
         self._schedule = RefreshSchedule(
             update_every_n_steps, len(self.layers), stagger, probes=self._trace_rule is not None
         )
-        self._observer = Observer(self.layers, self.stacks, self._schedule)
+        self._observer = Observer(self.layers, self.stacks, self._schedule, lambda: self._hooks.backward_pass)
+        self._checks = PairChecks(self.layers, self._observer.uses)
+        self._found: HostCopy | None = None
+        """What `_agree` found, on its way to the host."""
+        self._has_agreed = False
+        """Whether the processes have come to one unit of gradients, and told each other of layers that do not fit."""
         self.step = 0
         self.connect(collectives.Ranks())
         uses = [use for layer in self.layers.values() for use in layer.uses]
         called = {use.name: use.module for use in uses if use.attention is None}
         indices = {name: index for name, (index, _) in self._observer.uses.items()}
+
+        def is_due(name: str) -> bool:
+            steps = self._schedule.next_steps
+            # What tells how many terms the loss has is asked whenever any layer is due.
+            return self.step >= (steps[indices[name]] if name != self._observer.loss_layer else min(steps))
+
         self._hooks = Hooks(
             called,
             self._is_open,
@@ -175,7 +199,11 @@ class Curvature:
             attentions_of(uses),
             self._announce,
             thin=lambda name, a: self._observer.thin(name, a, self._rows_here()),
-            is_due=lambda name: self.step >= self._schedule.next_steps[indices[name]],
+            is_due=is_due,
+            weight_of=lambda name: self._observer.uses[name][1].weight,
+            needs_returned=registered_uses(self.layers.values()).__contains__,
+            note_output=lambda name, output: self._observer.note_output(name, output, self.statistics),
+            checks=self._checks,
         )
 
     def connect(
@@ -238,6 +266,12 @@ class Curvature:
         self._schedule.settle()
         return self._schedule.refreshes, self._schedule.turns(self.step)
 
+    @property
+    def gradient_unit(self) -> float | Tensor:
+        """What output gradients are divided by to be rows of G, see `FactorStacks.gradient_unit`."""
+        unit = self.stacks.gradient_unit
+        return 1.0 if unit is None else unit
+
     def close(self) -> None:
         """Remove the hooks. The curvature keeps its state and can still be saved."""
         self._hooks.remove()
@@ -273,6 +307,7 @@ class Curvature:
             max_rows=self._rows_here(),
             loss_reduction=self.loss_reduction,
             loss_multiplier=self.loss_multiplier,
+            loss_terms=self.loss_terms,
         )
 
     def discard(self) -> None:
@@ -282,8 +317,12 @@ class Curvature:
         self._forget()
 
     def _forget(self) -> None:
+        self._hooks.drop()
+        self._checks.forget()
         self._window.forget()
         self._observer.forget()
+        if not self._has_agreed:
+            self.stacks.gradient_unit = None
 
     @torch.no_grad()
     def update(self) -> None:
@@ -292,8 +331,12 @@ class Curvature:
         Raises:
             RuntimeError: at the first refresh, if no layer at all was observed.
         """
+        self._settle()
         due, probed = self._turn()
         if due or probed:
+            self._hooks.flush()
+            self._agree()
+            due, probed = self._turn()
             self._window.sum()
             if due:
                 self._observer.check_that_layers_fire(due)
@@ -310,6 +353,58 @@ class Curvature:
             self._observer.next_window()
         self.step += 1
         self._schedule.settle(self.step)
+
+    def _agree(self) -> None:
+        """Before the sums of the first window: bring all processes to one unit of gradients, and leave out the layers
+        of which one has found that they do not fit their weight's gradient. Alone, before all sums; no device sync."""
+        exchange, stacks, unit = self._exchange, self.stacks, self.stacks.gradient_unit
+        is_first, self._has_agreed = not self._has_agreed, True
+        if exchange.n_shares > 1 and not is_first:
+            return
+        verdicts, known = self._checks.collect(), self._observer.misfits.keys() - self._schedule.dismissed()
+        if not (is_first or verdicts or known):
+            return
+        no, yes = stacks.counts.new_zeros(()), stacks.counts.new_ones(())
+        flags = [yes if i in known else verdicts.get(i, no).to(stacks.dtype) for i in range(len(self.layers))]
+        # Where nothing was seen there is no unit.
+        told = torch.stack([torch.as_tensor(0.0 if unit is None else unit).to(no), *flags])
+        if exchange.n_shares > 1:
+            self._checks.stop()
+            told = exchange.gather(told).view(exchange.n_shares, -1).amax(0)
+            stacks.change_unit_(torch.where(told[0] > 0, told[0], 1.0))
+        # A layer that does not fit was not observed, as long as the host does not know of it.
+        stacks.counts.mul_((told[1:] == 0)[:, None])
+        self._found = HostCopy(told)
+        if not told.is_cuda:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Have the host know what `_agree` found."""
+        if self._found is None:
+            return
+        (unit, *flags), self._found = self._found.read(), None
+        self.stacks.gradient_unit = float(unit) or 1.0
+        new = [index for index, is_misfit in enumerate(flags) if is_misfit]
+        for index in new:
+            self._leave_out(index, self._observer.misfits.get(index, NOT_A_PAIR))
+        if new:
+            names = list(self.layers)
+            warnings.warn(
+                f"{some_of([names[index] for index in new])}: without curvature from now on, with {PLAIN[self.mode]}. "
+                f"{names[new[0]] or '(the model itself)'}: {self.left_out[names[new[0]]]}.",
+                stacklevel=5,
+            )
+
+    def _leave_out(self, index: int, reason: str) -> None:
+        """A layer is not refreshed any more, and its parameters take their plain gradient."""
+        name = list(self.layers)[index]
+        self.left_out[name] = reason
+        self.layers[name] = replace(self.layers[name], is_left_out=True)
+        self.polar_layers.discard(name)
+        self._observer.misfits.setdefault(index, reason)
+        self._schedule.dismiss(index)
+        self._own_layers = [self.layers[layer.name] for layer in self._own_layers]
+        self.__dict__.pop("_batches", None)
 
     def _probe(self, probed: tuple[int, ...]) -> HostCopy:
         assert self._trace_rule is not None
@@ -333,8 +428,8 @@ class Curvature:
         """What `precondition` gives, some tensors at a time: so each can be used while it is in the processor's cache,
         and memory is needed for some alone. On a GPU, and where directions come from other processes, all at once."""
         self.check_that_it_serves("natural", "polar")
-        roots = self.stacks.keeping is ROOT
-        own = natural_in_parts(self._batches, self._shared.own_part(grads), roots=roots)
+        roots, unit = self.stacks.keeping is ROOT, self.gradient_unit
+        own = natural_in_parts(self._batches, self._shared.own_part(grads), roots=roots, unit=unit)
         parts = self._shared.bring_to_all(own, grads)
         while True:
             # Not around what the caller does with a part.
@@ -357,7 +452,7 @@ class Curvature:
         self.check_that_it_serves("polar")
         with self._full_precision():
             own = self._shared.own_part(momenta)
-            made = polar(self._batches, own, names=self.polar_layers)
+            made = polar(self._batches, own, names=self.polar_layers, unit=self.gradient_unit)
             (directions,) = self._shared.bring_to_all([made], momenta)
             return directions
 
@@ -395,7 +490,8 @@ class Curvature:
 
         The tensors are the curvature's own, not copies, as in a module's ``state_dict``.
         """
-        return snapshot_of(self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
+        state = snapshot_of(self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
+        return state | {"loss_layer": self._observer.loss_layer}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -410,6 +506,9 @@ class Curvature:
             ValueError: the state is of another mode, other layers, or of other block sizes; nothing was changed.
         """
         self.step = take_over(state, self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
+        self._has_agreed, self._observer.loss_layer = True, state.get("loss_layer")
+        for index in self._schedule.dismissed():
+            self._leave_out(index, "found not to fit its weight's gradient in the run that was saved")
         self._forget()
 
     def n_bytes(self, name: str) -> int:
@@ -459,3 +558,31 @@ class Curvature:
         """Views of a layer's ``(A⁻¹, G⁻¹)``, in their blocks; of their roots or eigenvectors in the other modes."""
         views = {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors[name].items()}
         return views.get("A"), views["G"]
+
+
+def _warn_of_few_weights(
+    model: nn.Module, layers: Mapping[str, Layer], left_out: Mapping[str, str], only: set[nn.Parameter] | None
+) -> None:
+    """Say so where less than half of the weights that are trained have curvature, and which have not."""
+    trained = {p for p in model.parameters() if p.requires_grad and (only is None or p in only)}
+    own = {p for layer in layers.values() for p in layer.parameters}
+    n_trained, n_own = (sum(p.numel() for p in some if not _is_lazy(p)) for some in (trained, own))
+    if not layers or 2 * n_own >= n_trained:
+        return
+    sizes = {
+        name: sum(p.numel() for p in module.parameters(recurse=False) if p in trained - own and not _is_lazy(p))
+        for name, module in ((plain_name(name), module) for name, module in model.named_modules())
+    }
+    largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > 0]
+    reasons = dict.fromkeys(left_out[name] for name in largest if name in left_out)
+    warnings.warn(
+        f"Curvature preconditions {n_own / n_trained:.0%} of the weights that are trained. The largest of the others "
+        f"are those of {some_of(largest, 3)} ({'; '.join(list(reasons)[:3]) or 'plain parameters'}). Give modules of "
+        "your own curvature with lightning_thor.register_layer; write experts that lie in one stacked parameter as a "
+        "list of nn.Linear, one for each expert.",
+        stacklevel=3,
+    )
+
+
+def _is_lazy(p: nn.Parameter) -> bool:
+    return isinstance(p, nn.UninitializedParameter)

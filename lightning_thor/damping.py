@@ -36,6 +36,6 @@ def split_damping(
         return damping * mean_A, damping * mean_G
     if rule == "pi":
         tiny = torch.finfo(mean_A.dtype).tiny
-        pi = (mean_A.clamp_min(tiny) / mean_G.clamp_min(tiny)).sqrt()
+        pi = mean_A.clamp_min(tiny).sqrt() / mean_G.clamp_min(tiny).sqrt()  # the quotient may be out of range
         return damping**0.5 * pi, damping**0.5 / pi
     return (damping / positions).sqrt(), (damping * positions).sqrt()

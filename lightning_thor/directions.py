@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_thor.batches import Batch, Matrices, Single, Tensors
 from lightning_thor.polar import msign
 
+Unit = float | Tensor
 MAX_ENTRIES = 2**24
 """Of all matrices that are made polar at once: enough to fill a device, and a bound on the memory."""
 
@@ -19,18 +20,22 @@ AT_ONCE = {"cpu": 2**21}
 ones find there. A device that is not named makes all at once, since it takes longer to be told more often."""
 
 
-def natural(batches: Iterable[Batch], grads: Tensors, *, roots: bool) -> dict[nn.Parameter, Tensor]:
+def natural(batches: Iterable[Batch], grads: Tensors, *, roots: bool, unit: Unit = 1.0) -> dict[nn.Parameter, Tensor]:
     """``G⁻¹ grad A⁻¹`` of each layer, and copies of the gradients of other parameters.
 
     Args:
         batches: all layers with curvature.
         grads: by parameter; nothing in it is changed.
         roots: whether roots of the inverses are kept.
+        unit: what output gradients were divided by to be rows of G, see `FactorStacks.gradient_unit`.
     """
-    return {p: one for part in natural_in_parts(batches, grads, roots=roots) for p, one in part.items()}
+    parts = natural_in_parts(batches, grads, roots=roots, unit=unit)
+    return {p: one for part in parts for p, one in part.items()}
 
 
-def natural_in_parts(batches: Iterable[Batch], grads: Tensors, *, roots: bool) -> Iterator[dict[nn.Parameter, Tensor]]:
+def natural_in_parts(
+    batches: Iterable[Batch], grads: Tensors, *, roots: bool, unit: Unit = 1.0
+) -> Iterator[dict[nn.Parameter, Tensor]]:
     """What `natural` gives, about `AT_ONCE` entries at a time; each parameter once."""
     directions: dict[nn.Parameter, Tensor] = {}
     rest, n_entries = dict(grads), 0
@@ -42,7 +47,7 @@ def natural_in_parts(batches: Iterable[Batch], grads: Tensors, *, roots: bool) -
         if n_entries >= at_once and not any(p in directions for p in own):
             yield directions
             directions, n_entries = {}, 0
-        _put_natural(directions, batch, grads, roots)
+        _put_natural(directions, batch, grads, roots, unit)
         for p in own:
             rest.pop(p, None)
             n_entries += p.numel()
@@ -50,14 +55,24 @@ def natural_in_parts(batches: Iterable[Batch], grads: Tensors, *, roots: bool) -
     yield directions
 
 
-def _put_natural(directions: dict[nn.Parameter, Tensor], batch: Batch, grads: Tensors, roots: bool) -> None:
+def _put_natural(directions: dict[nn.Parameter, Tensor], batch: Batch, grads: Tensors, roots: bool, unit: Unit) -> None:
     # A function, so that nothing holds what it made when the part is used up.
     matrices = batch.to_matrices(grads)
     found = _whiten_again(batch, _whiten(batch, matrices)) if roots else batch.product(matrices)
-    batch.put(directions, found, grads)
+    batch.put(directions, _in_units(found, unit, 2), grads)
 
 
-def polar(batches: Iterable[Batch], momenta: Tensors, *, names: Container[str]) -> dict[nn.Parameter, Tensor]:
+def _in_units(direction: Tensor, unit: Unit, times: int) -> Tensor:
+    """``direction`` over ``unit``, so many times, or over less where that would be out of range; in place."""
+    for _ in range(times if isinstance(unit, Tensor) or unit != 1.0 else 0):
+        room = torch.finfo(direction.dtype).max / 2 / direction.abs().amax()
+        direction.mul_((1.0 / torch.as_tensor(unit).to(direction)).minimum(room))
+    return direction
+
+
+def polar(
+    batches: Iterable[Batch], momenta: Tensors, *, names: Container[str], unit: Unit = 1.0
+) -> dict[nn.Parameter, Tensor]:
     """``Wᵀ msign(W M Vᵀ) V`` of each layer that is in ``names``: steepest descent in the spectral norm, whitened.
 
     That is ``G^-½ msign(G^-½ M A^-½) A^-½`` for whichever roots W and V: another pair is ``Q W`` and ``P V`` with
@@ -68,6 +83,7 @@ def polar(batches: Iterable[Batch], momenta: Tensors, *, names: Container[str]) 
         batches: all layers with curvature; roots are kept of them.
         momenta: by parameter; nothing in it is changed.
         names: of the layers that are to be polar: of a batch all or none.
+        unit: what output gradients were divided by to be rows of G, see `FactorStacks.gradient_unit`.
     """
     directions: dict[nn.Parameter, Tensor] = {}
     of_shape: dict[torch.Size, list[tuple[Batch, Tensor]]] = {}
@@ -76,12 +92,13 @@ def polar(batches: Iterable[Batch], momenta: Tensors, *, names: Container[str]) 
         if batch.layers[0].name in names:
             of_shape.setdefault(matrices.shape[-2:], []).append((batch, matrices))
         else:
-            batch.put(directions, _whiten_again(batch, matrices), momenta)
+            batch.put(directions, _in_units(_whiten_again(batch, matrices), unit, 2), momenta)
     for members in of_shape.values():
         flat = [matrices.flatten(0, -3) for _, matrices in members]
         signs = _signs(torch.cat(flat)).split([len(matrices) for matrices in flat])
         for (batch, matrices), sign in zip(members, signs, strict=True):
-            batch.put(directions, _whiten_again(batch, sign.view(matrices.shape)), momenta)
+            direction = _whiten_again(batch, sign.view(matrices.shape))
+            batch.put(directions, _in_units(direction, unit, 1), momenta)
     return _with_others(directions, momenta)
 
 
@@ -119,13 +136,13 @@ def _signs(matrices: Tensor) -> Tensor:
 
 
 def _complete(batches: Iterable[Batch], grads: Tensors) -> Iterator[Batch]:
-    """The layers of which all gradients are there; not those that others precondition.
+    """The layers of which all gradients are there; not those that others precondition, or none.
 
     Raises:
         ValueError: a gradient is not whole.
     """
     for batch in batches:
-        there = [all(p in grads for p in layer.parameters) and layer.folded_into is None for layer in batch.layers]
+        there = [layer.is_preconditioned and all(p in grads for p in layer.parameters) for layer in batch.layers]
         for layer, is_there in zip(batch.layers, there, strict=True):
             shards = [p for p in layer.parameters if is_there and layer.part is None and grads[p].shape != p.shape]
             if shards:

@@ -29,9 +29,10 @@ def fold_in_(A: Tensor, G: Tensor, D: Tensor, G_table: Tensor, cut: Blocks) -> N
     trace_D, trace_G_table, trace_A, trace_G = (
         factor.diagonal(dim1=-2, dim2=-1).sum() for factor in (D, G_table, A, G)
     )
-    t_table, t_output = (trace_D * trace_G_table).sqrt(), (trace_A * trace_G).sqrt()
+    # Roots before products, and no squares: traces may be far from 1.
+    t_table, t_output = trace_D.sqrt() * trace_G_table.sqrt(), trace_A.sqrt() * trace_G.sqrt()
     # The square root of s, for each side.
-    scale = (t_table.square() + t_output.square()).sqrt() / (t_table + t_output).clamp_min(tiny)
+    scale = torch.hypot(t_table, t_output) / (t_table + t_output).clamp_min(tiny)
     weights = [
         torch.where(trace > 0, t * scale / trace, 0.0)
         for t, trace in ((t_table, trace_D), (t_table, trace_G_table), (t_output, trace_A), (t_output, trace_G))

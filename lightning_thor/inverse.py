@@ -59,7 +59,7 @@ def damped_inverse_roots(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tenso
     roots = torch.zeros_like(damped)
     with _ieee_products():
         failed = _inverse_cholesky_(roots, damped)
-    return roots, (failed == 0) & torch.isfinite(traces(roots))
+    return roots, (failed == 0) & torch.isfinite(roots.sum((-2, -1)))
 
 
 def _damped(blocks: Tensor, damping: Tensor) -> Tensor:

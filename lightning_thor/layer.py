@@ -33,8 +33,13 @@ class Use:
     @property
     def trains(self) -> bool:
         # Read at each call: layers are frozen during training.
+        return self.weight.requires_grad
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as it is now: whole, or sharded outside of a forward pass."""
         weight: Tensor = getattr(self.module, self.weight_name)
-        return weight.requires_grad
+        return weight
 
 
 def attentions_of(uses: Iterable[Use]) -> dict[nn.MultiheadAttention, dict[str, str]]:
@@ -64,6 +69,13 @@ class Layer:
     """Of the same rows, where that is cheaper without making them."""
     folded_into: str | None = None
     """The layer that preconditions the weight with these statistics too: an embedding tied to an output layer."""
+    is_left_out: bool = False
+    """Whether training has shown that its statistics are not those of its weight."""
+
+    @property
+    def is_preconditioned(self) -> bool:
+        """True if its parameters have directions of its own."""
+        return self.folded_into is None and not self.is_left_out
 
     @property
     def name(self) -> str:

@@ -12,6 +12,8 @@ Interval = int | Callable[[int], int]
 
 # Steps from a probe to the refresh that it asks for: the verdict reaches the host meanwhile, and nobody waits for it.
 LAG = 2
+NEVER = 2**62
+"""The next step of a layer that is left out."""
 
 
 class Verdicts(Protocol):
@@ -89,8 +91,8 @@ class RefreshSchedule:
         due, probed = self.due(step), self.probed(step)
         after_probes = self.probes and self._turns > 0
         offsets = [max(1, every - LAG) if after_probes else every] * len(due)
-        if self.stagger and len(due) == len(self.next_steps):
-            offsets = spread(costs if costs is not None else [1.0] * len(due), every)
+        if self.stagger and len(due) == sum(step < NEVER for step in self.next_steps):
+            offsets = spread([1.0 if costs is None else costs[layer] for layer in due], every)
         for layer, offset in zip(due, offsets, strict=True):
             self.next_steps[layer] = step + offset
             self.is_probe[layer] = self.probes
@@ -100,6 +102,14 @@ class RefreshSchedule:
             for layer in probed:
                 self.next_steps[layer] = step + LAG
             self._probes_under_way.append(_Probe(step, every, probed, verdicts))
+
+    def dismiss(self, layer: int) -> None:
+        """Neither refresh nor probe a layer any more."""
+        self.next_steps[layer], self.is_probe[layer], self.has_stopped[layer] = NEVER, False, False
+
+    def dismissed(self) -> list[int]:
+        """The layers that are neither refreshed nor probed any more."""
+        return [layer for layer, step in enumerate(self.next_steps) if step >= NEVER]
 
     def settle(self, step: int | None = None) -> None:
         """Read the verdicts that count from ``step`` on; all of them without it."""

@@ -101,9 +101,14 @@ class ShardedCurvature:
         runs = _put_together([*plan.arriving, *plan.staying], [*arrived, *stayed])
         with torch.autocast(curvature.stacks.flat_sums.device.type, enabled=False):
             directions = (
-                polar(plan.batches, runs, names=curvature.polar_layers)
+                polar(plan.batches, runs, names=curvature.polar_layers, unit=curvature.gradient_unit)
                 if is_polar
-                else natural(plan.batches, runs, roots=curvature.stacks.keeping is ROOT)
+                else natural(
+                    plan.batches,
+                    runs,
+                    roots=curvature.stacks.keeping is ROOT,
+                    unit=curvature.gradient_unit,
+                )
             )
         returned = self._swapped(
             plan, [_rows_of_a_run(directions, one, plan) for one in plan.arriving], plan.leaving, back=True
@@ -193,7 +198,7 @@ def cuttables_of(curvature: Curvature, parameters: Container[nn.Parameter], *, i
     """
     parts: list[Cuttable] = []
     for name, layer in curvature.layers.items():
-        if layer.folded_into is None and all(p in parameters for p in layer.parameters):
+        if layer.is_preconditioned and all(p in parameters for p in layer.parameters):
             parts += cuttable(layer, curvature.inverses_of(name), is_polar=is_polar and name in curvature.polar_layers)
     return parts
 

@@ -58,6 +58,7 @@ def snapshot_of(
         "mode": mode,
         "failed_inversions": stacks.failed_inversions,
         "rejected_windows": stacks.rejected_windows,
+        "gradient_unit": float(1.0 if stacks.gradient_unit is None else stacks.gradient_unit),
         "layers": layers,
     }
 
@@ -107,6 +108,7 @@ def take_over(
         )
     stacks.failed_inversions.fill_(int(state["failed_inversions"]))
     stacks.rejected_windows.fill_(int(state["rejected_windows"]))
+    stacks.gradient_unit = float(state.get("gradient_unit", 1.0))  # it had no unit before there was one
     saved = [layers[name] for name in own]
     schedule.restore(
         next_steps=[int(layer["next_turn"]) for layer in saved],

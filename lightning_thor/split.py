@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from lightning_thor.blocks import Blocks, add_covariance_
 from lightning_thor.hooks import Hooks
 from lightning_thor.inverse import damped_inverses
-from lightning_thor.kinds import STATISTICS, Statistics
+from lightning_thor.kinds import LINEAR, MIRRORED, STATISTICS, Statistics
 from lightning_thor.layer import Layer, Use, attentions_of
 from lightning_thor.layers import layers_of
+from lightning_thor.pair_checks import rows_fit
 from lightning_thor.spectrum import Cut, spectral_losses
+from lightning_thor.user_layers import registered_uses
 
 TOLERABLE_LOSS = 0.01
 """A factor that loses less than this of its spectral norm counts as kept; the paper's figure."""
@@ -184,6 +186,8 @@ def _observed(
             uses: Mapping[str, tuple[str, Use]] = uses,
         ) -> None:  # fmt: skip
             name, use = uses[use_name]
+            if layers[name].kind in (LINEAR, MIRRORED) and not rows_fit(layers[name], use.module, a, g):
+                return
             seen = layers[name].observe(a, g, dtype, max_rows, use.module)
             # The scale of a factor does not matter here.
             for side, rows in (("A", seen.a), ("G", seen.g)):
@@ -193,7 +197,14 @@ def _observed(
                     add_covariance_(into.view(wanted[key].sums_shape), rows, wanted[key])
 
         called = {name: use.module for name, (_, use) in uses.items() if use.attention is None}
-        hooks = Hooks(called, lambda name: True, observe, attentions_of(use for _, use in uses.values()))
+        hooks = Hooks(
+            called,
+            lambda name: True,
+            observe,
+            attentions_of(use for _, use in uses.values()),
+            weight_of=lambda use_name, uses=uses: uses[use_name][1].weight,  # type: ignore[misc]
+            needs_returned=registered_uses(layers[name] for name in names).__contains__,
+        )
         try:
             with torch.enable_grad():
                 loss_of_a_batch().backward()

@@ -7,7 +7,7 @@ inversion, and packing for the way to other processes, are a few batched operati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from lightning_thor.triangles import n_packed, pack, unpack
 
 Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tensor, Tensor]]]
 """By block size: ``(blocks, damping)`` to ``(inverses, succeeded)``."""
+SMALLEST_POWER = 0.8
+"""A factor counts whose mean damped eigenvalue is at least this power of the smallest normal number: 10⁻³⁰ in float32."""
 N_COUNTS = 4
 """How many numbers are counted of each layer."""
 
@@ -113,7 +115,20 @@ class FactorStacks:
             for output, table in self._tables.items()
         }
         """By output layer: the averages of its table, A and G, when it was last inverted."""
+        self.gradient_unit: float | Tensor | None = None
+        """What output gradients are divided by to be rows of G: a power of two, so that squares of them are in the range
+        of their dtype; 1, unless the first ones were below 10⁻⁵ or above 10⁵. None until those were seen; a tensor as
+        long as the host does not know it."""
         self.keep(range(len(cuts)))
+
+    def change_unit_(self, unit: Tensor) -> None:
+        """Bring the open window's sums of G to another unit of gradients."""
+        if self.gradient_unit is not None:
+            ratio = self.gradient_unit / unit
+            for sums in self.sums[1::2]:
+                assert sums is not None
+                sums.mul_(ratio).mul_(ratio)
+        self.gradient_unit = unit
 
     def keep(self, layers: Iterable[int]) -> None:
         """Keep the inverses of these layers alone; the identity until they are inverted."""
@@ -264,10 +279,17 @@ class FactorStacks:
 
     def _dampings(self, means: Tensor, layers: Places, rule: DampingRule, damping: float) -> Tensor:
         """What is added to the eigenvalues of A and of G whose means these are, both ``[n, 2]``."""
-        added_A, added_G = split_damping(rule, damping, means[:, 0], means[:, 1], self.positions[layers])
+        # That of "trace" has no unit; that of the others is in the units of the Fisher matrix, which has G's.
+        unit = 1.0 if rule == "trace" or self.gradient_unit is None else self.gradient_unit
+        is_one = not isinstance(unit, Tensor) and unit == 1.0
+        own: Any = damping if is_one else damping / unit / unit
+        added_A, added_G = split_damping(rule, own, means[:, 0], means[:, 1], self.positions[layers])
+        if rule == "sqrt" and not is_one:
+            added_A, added_G = added_A * unit, added_G / unit
         if rule != "trace":
-            added_G = torch.where(self._has_A[layers], added_G, damping)
-        return torch.stack([added_A, added_G], dim=1)
+            added_G = torch.where(self._has_A[layers], added_G, own)
+        added = torch.stack([added_A, added_G], dim=1)
+        return added if is_one else added.clamp_min(torch.finfo(self.dtype).tiny)
 
     def average_window(self, selection: Selection, averaging: float) -> None:
         """Take the window's sums of the selected layers into their averages, and clear them; no device sync.
@@ -322,8 +344,10 @@ class FactorStacks:
                 updates[output] = torch.maximum(updates[output], updates[table])
         means = self._factor_traces(averages, selection) / self._widths
         dampings = self._dampings(means.view(-1, 2), slice(None), rule, damping)
-        # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too.
-        observed = (updates > 0)[:, None] & (dampings > 0)
+        # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too. One of so small
+        # numbers that directions could leave the range of their dtype says as little.
+        least = torch.finfo(self.dtype).tiny ** SMALLEST_POWER
+        observed = (updates > 0)[:, None] & (dampings > 0) & ((means.view(-1, 2) + dampings).abs() >= least)
         added = self.added.view(-1, 2)
         added[selection.layers] = torch.where(observed, dampings, added)[selection.layers]
         now = torch.where(observed, dampings, 0.0).flatten()

@@ -85,9 +85,9 @@ class HostCopy:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tensor.device))
 
-    def read(self) -> list[int]:
+    def read(self) -> list[Any]:
         """The numbers; waits for the copy if it has not arrived."""
         if self._event is not None:
             self._event.synchronize()
-        numbers: list[int] = self._copy.tolist()
+        numbers: list[Any] = self._copy.tolist()
         return numbers

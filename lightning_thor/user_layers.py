@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,11 @@ _TOLD: dict[type[nn.Module], _Told] = {}
 
 def _told_of(module: nn.Module) -> _Told | None:
     return next((_TOLD[base] for base in type(module).__mro__ if base in _TOLD), None)
+
+
+def registered_uses(layers: Iterable[Layer]) -> set[str]:
+    """The names of the modules of registered types among those that use the layers' weights."""
+    return {use.name for layer in layers if layer.kind in REGISTERED.values() for use in layer.uses}
 
 
 def weight_name_of(module: nn.Module) -> str:
