@@ -366,12 +366,14 @@ class Curvature:
             return
         no, yes = stacks.counts.new_zeros(()), stacks.counts.new_ones(())
         flags = [yes if i in known else verdicts.get(i, no).to(stacks.dtype) for i in range(len(self.layers))]
-        # Where nothing was seen there is no unit.
-        told = torch.stack([torch.as_tensor(0.0 if unit is None else unit).to(no), *flags])
+        told = torch.stack([torch.as_tensor(1.0 if unit is None else unit).to(no).log2(), *flags])
         if exchange.n_shares > 1:
             self._checks.stop()
-            told = exchange.gather(told).view(exchange.n_shares, -1).amax(0)
-            stacks.change_unit_(torch.where(told[0] > 0, told[0], 1.0))
+            all_told = exchange.gather(told).view(exchange.n_shares, -1)
+            most, least = all_told.amax(0), all_told.amin(0)
+            # The one farthest from 1: a process that has seen nothing, or zeros, says 1.
+            told = torch.cat([torch.where(most[:1] >= -least[:1], most[:1], least[:1]), most[1:]])
+            stacks.change_unit_(told[0].exp2())
         # A layer that does not fit was not observed, as long as the host does not know of it.
         stacks.counts.mul_((told[1:] == 0)[:, None])
         self._found = HostCopy(told)
@@ -382,8 +384,8 @@ class Curvature:
         """Have the host know what `_agree` found."""
         if self._found is None:
             return
-        (unit, *flags), self._found = self._found.read(), None
-        self.stacks.gradient_unit = float(unit) or 1.0
+        (exponent, *flags), self._found = self._found.read(), None
+        self.stacks.gradient_unit = 2.0**exponent
         new = [index for index, is_misfit in enumerate(flags) if is_misfit]
         for index in new:
             self._leave_out(index, self._observer.misfits.get(index, NOT_A_PAIR))

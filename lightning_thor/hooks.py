@@ -120,7 +120,7 @@ class Hooks:
         return backward_pass() if self._pairing.backward_pass is None else self._pairing.backward_pass
 
     def flush(self) -> None:
-        """Hand over the pairs that wait for more backward passes through a kept graph: there are no more in this step."""
+        """Hand over the pairs that wait for more backward passes through a kept graph: none is to come any more."""
         self._pairing.flush()
 
     def drop(self) -> None:

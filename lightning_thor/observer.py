@@ -21,7 +21,6 @@ from lightning_thor.stacks import FactorStacks
 from lightning_thor.weight_use import backward_pass
 from lightning_thor.window import Window
 
-
 EXPONENT_STEP, LARGEST_EXPONENT = 32, 96
 """The unit of gradients is 2 to a multiple of the former, up to the latter: 1, but for very small or large losses."""
 

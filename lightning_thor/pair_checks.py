@@ -145,8 +145,8 @@ class PairChecks:
 
 
 def rows_fit(layer: Layer, module: Any, a: Tensor, g: Tensor, *, whole: bool = True) -> bool:
-    """Whether ``a [..., in]`` and ``g [..., out]`` can be rows of a linear layer's weight; as many of both, unless ``a``
-    is not ``whole``."""
+    """Whether ``a [..., in]`` and ``g [..., out]`` can be rows of a linear layer's weight; as many of both, if ``a`` is
+    ``whole``."""
     weight = module.weight
     out, width = (weight.shape[1], weight.shape[0]) if layer.kind is MIRRORED else (len(weight), weight.shape[1])
     shapes_fit = a.dim() > 0 and g.dim() > 0 and a.shape[-1] == width and g.shape[-1] == out

@@ -63,8 +63,9 @@ def _pick(x: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _batched(module: Convolution | TransposedConvolution, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """A single image as a batch of one."""
-    return (a[None], g[None]) if a.dim() == len(module.kernel_size) + 1 else (a, g)
+    """A single image as a batch of one; torch makes one of it too, so its gradient may be a batch already."""
+    single = len(module.kernel_size) + 1
+    return a[None] if a.dim() == single else a, g[None] if g.dim() == single else g
 
 
 def linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:

@@ -23,7 +23,7 @@ from lightning_thor.triangles import n_packed, pack, unpack
 Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tensor, Tensor]]]
 """By block size: ``(blocks, damping)`` to ``(inverses, succeeded)``."""
 SMALLEST_POWER = 0.8
-"""A factor counts whose mean damped eigenvalue is at least this power of the smallest normal number: 10⁻³⁰ in float32."""
+"""A factor counts whose mean damped eigenvalue is at least this power of the smallest normal number (float32: 10⁻³⁰)."""
 N_COUNTS = 4
 """How many numbers are counted of each layer."""
 
@@ -116,9 +116,9 @@ class FactorStacks:
         }
         """By output layer: the averages of its table, A and G, when it was last inverted."""
         self.gradient_unit: float | Tensor | None = None
-        """What output gradients are divided by to be rows of G: a power of two, so that squares of them are in the range
-        of their dtype; 1, unless the first ones were below 10⁻⁵ or above 10⁵. None until those were seen; a tensor as
-        long as the host does not know it."""
+        """What output gradients are divided by to be rows of G: a power of two, so that squares of them are in the
+        range of their dtype; 1, unless the first ones were below 10⁻⁵ or above 10⁵. None until those were seen; a
+        tensor as long as the host does not know it."""
         self.keep(range(len(cuts)))
 
     def change_unit_(self, unit: Tensor) -> None:
@@ -282,7 +282,10 @@ class FactorStacks:
         # That of "trace" has no unit; that of the others is in the units of the Fisher matrix, which has G's.
         unit = 1.0 if rule == "trace" or self.gradient_unit is None else self.gradient_unit
         is_one = not isinstance(unit, Tensor) and unit == 1.0
-        own: Any = damping if is_one else damping / unit / unit
+        own: Any = damping
+        if not is_one:
+            limits, factor = torch.finfo(self.dtype), torch.as_tensor(unit, device=means.device).double()
+            own = (damping / factor / factor).clamp(limits.tiny, limits.max).to(self.dtype)
         added_A, added_G = split_damping(rule, own, means[:, 0], means[:, 1], self.positions[layers])
         if rule == "sqrt" and not is_one:
             added_A, added_G = added_A * unit, added_G / unit

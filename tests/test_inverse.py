@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_thor.blocks import Blocks
+from lightning_thor.eigen import eigenvectors
 from lightning_thor.inverse import damped_inverse_roots, damped_inverses
+from lightning_thor.kept import KEEPINGS
+from lightning_thor.stacks import FactorStacks
 
 
 @pytest.mark.parametrize("size", [1, 2, 17, 33, 100, 128])
@@ -98,3 +105,43 @@ def test_a_block_of_zeros_without_damping_is_told() -> None:
     for size in (1, 3):
         _, succeeded = damped_inverses(torch.zeros(1, size, size), torch.zeros(1))
         assert not succeeded.any()
+
+
+@pytest.mark.parametrize("keep", [damped_inverses, damped_inverse_roots, eigenvectors])
+@given(
+    exponents=st.lists(st.floats(-45, 38), min_size=3, max_size=3),
+    damping=st.sampled_from([0.0, 1e-45, 1e-30, 1.0, 1e38, math.inf, math.nan]),
+    size=st.sampled_from([1, 2, 5, 40]),
+    bad=st.sampled_from([None, math.inf, -math.inf, math.nan, -1.0]),
+)
+def test_what_succeeds_is_finite_whatever_the_block(
+    keep: Any, exponents: list[float], damping: float, size: int, bad: float | None
+) -> None:
+    """Also denormal, mixed and indefinite ones, and ones that are not finite."""
+    scale = torch.tensor(10.0, dtype=torch.float64) ** torch.tensor(exponents).repeat(-(-size // 3))[:size]
+    x = torch.randn(1, size, 4) * scale.sqrt().float()[:, None]
+    block = x @ x.mT
+    if bad is not None:
+        block[0, 0, 0] = bad
+    kept, succeeded = keep(block, torch.tensor([damping]))
+    assert not succeeded or bool(torch.isfinite(kept).all())
+
+
+@pytest.mark.parametrize("keeping", KEEPINGS.values(), ids=lambda keeping: keeping.name)
+@given(exponent=st.floats(-45, 38), others=st.floats(-45, 38))
+def test_what_is_kept_of_a_block_is_finite_whatever_the_factor(keeping: Any, exponent: float, others: float) -> None:
+    """Where it was never inverted too: its mean eigenvalue has an inverse, or it counts as one that says nothing."""
+    stacks = FactorStacks(
+        [(Blocks(1, 4, 1, 4), Blocks(1, 6, 2, 3))], torch.float32, torch.device("cpu"), keeping=keeping
+    )
+    for factor, power in ((0, exponent), (1, others)):
+        blocks = stacks.blocks_of(factor, "average")
+        x = torch.randn_like(blocks)
+        blocks.copy_((x @ x.mT * 10.0**power).nan_to_num(posinf=3e38))
+        # Indefinite: not to be inverted.
+        blocks[0, 0, 0, 0] = -blocks[0, 0, 0, 0].abs()
+    stacks.updates.fill_(1.0)
+    selection = stacks.select((0,))
+    stacks.invert(selection, "trace", 0.2, lambda problems: {n: keeping.make(*one) for n, one in problems.items()})
+    for stack in stacks.stacks.values():
+        assert bool(torch.isfinite(stack.inverse).all())

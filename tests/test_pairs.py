@@ -1,0 +1,888 @@
+"""Laws of pairs: g.T @ a is the weight's gradient, whatever is done to an output, and by whichever backward pass."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_thor import Curvature, Thor
+from lightning_thor.buckets import by_size
+from lightning_thor.collectives import Ranks
+
+WIDTH, OUT = 6, 5
+
+
+def factors(curvature: Curvature) -> list[Tensor]:
+    return [stack.average for stack in curvature.stacks.stacks.values()]
+
+
+def observed(model: nn.Module, train: Callable[[nn.Module], Any], **options: Any) -> Curvature:
+    curvature = Curvature(model, block_size=None, averaging=0.0, max_rows=None, **options)
+    train(model)
+    curvature.update()
+    curvature.close()
+    return curvature
+
+
+def assert_same(one: Curvature, other: Curvature, **bounds: float) -> None:
+    """Factors and directions."""
+    torch.testing.assert_close(factors(one), factors(other), **bounds)
+    found = [
+        list(curvature.precondition({p: p.grad for p in curvature.model.parameters() if p.grad is not None}).values())
+        for curvature in (one, other)
+    ]
+    torch.testing.assert_close(*found, **bounds)
+    assert all(factor.abs().sum() > 0 for factor in factors(one))
+
+
+def clean(model: nn.Module) -> nn.Module:
+    model.zero_grad()
+    return model
+
+
+# ── what is done to an output ──
+
+
+def relu_(y: Tensor) -> Tensor:
+    return F.relu(y, inplace=True)
+
+
+def add_(y: Tensor) -> Tensor:
+    y += 1.0
+    return y
+
+
+def fill_(y: Tensor) -> Tensor:
+    return y.masked_fill_(torch.arange(y.numel()).view(y.shape) % 3 == 0, 0.5)
+
+
+def assign(y: Tensor) -> Tensor:
+    y[torch.arange(y.numel()).view(y.shape) % 3 == 0] = 0.5
+    return y
+
+
+def slice_(y: Tensor) -> Tensor:
+    y[..., 0] *= 0.0
+    return y
+
+
+def view_(y: Tensor) -> Tensor:
+    y.view(-1).mul_(0.5)
+    return y
+
+
+def twice_(y: Tensor) -> Tensor:
+    return relu_(slice_(y))
+
+
+OUT_OF_PLACE: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
+    relu_: F.relu,
+    add_: lambda y: y + 1.0,
+    fill_: lambda y: y.masked_fill(torch.arange(y.numel()).view(y.shape) % 3 == 0, 0.5),
+    assign: lambda y: torch.where(torch.arange(y.numel()).view(y.shape) % 3 == 0, 0.5, y),
+    slice_: lambda y: torch.cat([0.0 * y[..., :1], y[..., 1:]], -1),
+    view_: lambda y: 0.5 * y,
+    twice_: lambda y: torch.cat([0.0 * y[..., :1], y[..., 1:]], -1).relu(),
+}
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear 1-d": (lambda: nn.Linear(WIDTH, OUT), (WIDTH,)),
+    "linear 2-d": (lambda: nn.Linear(WIDTH, OUT), (7, WIDTH)),
+    "linear 3-d": (lambda: nn.Linear(WIDTH, OUT), (3, 4, WIDTH)),
+    "linear 4-d": (lambda: nn.Linear(WIDTH, OUT), (2, 3, 2, WIDTH)),
+    "linear 3-d no bias": (lambda: nn.Linear(WIDTH, OUT, bias=False), (3, 4, WIDTH)),
+    "conv": (lambda: nn.Conv2d(2, OUT, 3), (3, 2, 6, 6)),
+    "conv unbatched": (lambda: nn.Conv2d(2, OUT, 3), (2, 6, 6)),
+    "conv 1-d unbatched": (lambda: nn.Conv1d(2, OUT, 3, padding=1), (2, 6)),
+    "transposed unbatched": (lambda: nn.ConvTranspose2d(2, OUT, 3), (2, 4, 4)),
+    "layer norm": (lambda: nn.LayerNorm(WIDTH), (3, 4, WIDTH)),
+    "embedding": (lambda: nn.Embedding(9, OUT), (3, 4)),
+}
+
+
+class After(nn.Module):
+    """A layer, something done to its output, and a smooth loss."""
+
+    def __init__(self, layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.change = layer, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.layer(x)).sin()
+
+
+def input_of(shape: tuple[int, ...], name: str) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if name == "embedding":
+        return torch.randint(9, shape, generator=generator)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def layer_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return LAYERS[name][0]().double()
+
+
+@pytest.mark.parametrize("change", OUT_OF_PLACE, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", LAYERS)
+def test_in_place_is_out_of_place(name: str, change: Callable[[Tensor], Tensor]) -> None:
+    x = input_of(LAYERS[name][1], name)
+    in_place, expected = (
+        observed(After(layer_of(name), way), lambda model: model(x).mean().backward())
+        for way in (change, OUT_OF_PLACE[change])
+    )
+    assert_same(in_place, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", OUT_OF_PLACE, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("hook_first", [True, False])
+@pytest.mark.parametrize("name", ["linear 2-d", "linear 3-d", "linear 3-d no bias", "conv unbatched"])
+def test_in_a_forward_hook_of_the_user_too(name: str, hook_first: bool, change: Callable[[Tensor], Tensor]) -> None:
+    """In place or by another output, before our hook or after it (a change before it through a slice killed the
+    process)."""
+    x, way = input_of(LAYERS[name][1], name), OUT_OF_PLACE[change]
+    expected = observed(After(layer_of(name), way), lambda model: model(x).mean().backward())
+    for how in (change, way):
+        model = After(layer_of(name), lambda y: y)
+        train = lambda model: model(x).mean().backward()  # noqa: E731
+        if hook_first:
+            model.layer.register_forward_hook(lambda module, args, output, how=how: how(output))
+            assert_same(observed(model, train), expected, rtol=1e-9, atol=1e-12)
+        else:
+            curvature = Curvature(model, block_size=None, averaging=0.0, max_rows=None)
+            model.layer.register_forward_hook(lambda module, args, output, how=how: how(output))
+            train(model)
+            curvature.update()
+            assert_same(curvature, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("change", [relu_, slice_], ids=lambda f: f.__name__)
+def test_under_checkpointing_too(change: Callable[[Tensor], Tensor], use_reentrant: bool) -> None:
+    x = input_of((3, 4, WIDTH), "").requires_grad_()
+
+    def train(model: nn.Module) -> None:
+        checkpoint(model, x, use_reentrant=use_reentrant).mean().backward()
+
+    expected = observed(After(layer_of("linear 3-d"), OUT_OF_PLACE[change]), train)
+    assert_same(observed(After(layer_of("linear 3-d"), change), train), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", [relu_, slice_], ids=lambda f: f.__name__)
+def test_under_autocast_too(change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    x = input_of((3, 4, WIDTH), "").float()
+
+    def train(model: nn.Module) -> None:
+        with torch.autocast("cpu", dtype=dtype):
+            loss = model(x).float().mean()
+        loss.backward()
+
+    expected = observed(After(layer_of("linear 3-d").float(), OUT_OF_PLACE[change]), train)
+    assert_same(observed(After(layer_of("linear 3-d").float(), change), train), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("change", [relu_, add_], ids=lambda f: f.__name__)
+def test_compiled_too(change: Callable[[Tensor], Tensor], backend: str) -> None:
+    torch._dynamo.reset()
+    x = input_of((3, 4, WIDTH), "")
+    expected = observed(After(layer_of("linear 3-d"), OUT_OF_PLACE[change]), lambda m: m(x).mean().backward())
+    compiled = observed(
+        After(layer_of("linear 3-d"), change), lambda m: torch.compile(m, backend=backend)(x).mean().backward()
+    )
+    assert_same(compiled, expected, rtol=1e-9, atol=1e-12)
+
+
+# ── subclasses ──
+
+
+class Heads(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).unflatten(-1, (OUT, 1)).transpose(-3, -2)
+
+
+class Chunks(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x).split([2, OUT - 2], -1)
+
+
+class Gelu(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(super().forward(x))
+
+
+class Reordered(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flip(0)
+
+
+class GeluInPlace(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mul_(0.5).sub_(1.0)
+
+
+@pytest.mark.parametrize("kind", [Heads, Chunks, Gelu, Reordered, GeluInPlace])
+@pytest.mark.parametrize("shape", [(7, WIDTH), (3, 4, WIDTH)], ids=str)
+def test_what_a_subclass_does_to_its_output_is_as_if_it_were_done_outside(kind: Any, shape: tuple[int, ...]) -> None:
+    def after(y: Tensor) -> Tensor:
+        return {
+            Heads: lambda: y.unflatten(-1, (OUT, 1)).transpose(-3, -2),
+            Chunks: lambda: y,
+            Gelu: lambda: F.gelu(y),
+            Reordered: lambda: y.flip(0),
+            GeluInPlace: lambda: y * 0.5 - 1.0,
+        }[kind]()
+
+    def train(model: nn.Module) -> None:
+        y = model.change(model.layer(input_of(shape, "")))  # type: ignore[operator]
+        (torch.cat(y, -1) if isinstance(y, tuple) else y).sin().mean().backward()
+
+    torch.manual_seed(0)
+    inside = kind(WIDTH, OUT).double()
+    outside = nn.Linear(WIDTH, OUT).double()
+    outside.load_state_dict(inside.state_dict())
+    assert_same(
+        observed(After(inside, lambda y: y), train), observed(After(outside, after), train), rtol=1e-9, atol=1e-12
+    )
+
+
+class Masked(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.arange(self.weight.numel()).view_as(self.weight) % 3 > 0
+        return F.linear(x, self.weight * mask, self.bias)
+
+
+class Dropped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * (torch.arange(WIDTH) % 2))
+
+
+class Normed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.layer_norm(x, (WIDTH,)))
+
+
+class OtherFirst(nn.Linear):
+    def forward(self, scale: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        return scale * super().forward(x)
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * super().forward(x.sin())
+
+
+class Square(nn.Linear):
+    """Its input and weight fit in shape, and are not what is multiplied."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.square(), self.bias)
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
+@pytest.mark.parametrize("kind", [Masked, Dropped, Normed, OtherFirst, Twice, Square])
+def test_what_does_not_fit_is_left_out_with_its_reason_and_takes_its_plain_gradient(kind: Any, mode: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"odd": kind(WIDTH, OUT), "head": nn.Linear(OUT, 3)}).double()
+    curvature = Curvature(model, mode=mode)
+    x, y = input_of((8, WIDTH), ""), torch.arange(8) % 3
+    told = []
+    for _ in range(12):
+        clean(model)
+        args = (torch.full((8, 1), 0.7, dtype=torch.float64), x) if kind is OtherFirst else (x,)
+        F.cross_entropy(model["head"](model["odd"](*args).tanh()), y).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            curvature.update()
+        told += [str(warning.message) for warning in caught]
+    weight = model["odd"].weight
+    assert curvature.left_out.keys() == {"odd"}
+    assert len(told) == 1
+    assert "odd: without curvature from now on" in told[0]
+    assert curvature.left_out["odd"] in told[0]
+    grads = {p: p.grad for p in model.parameters()}
+    found = {"natural": curvature.precondition, "polar": curvature.precondition_polar, "adam": curvature.to_eigenbasis}
+    directions = found[mode](grads)
+    torch.testing.assert_close(directions[weight], weight.grad, rtol=0, atol=0)
+    assert (directions[model["head"].weight] - model["head"].weight.grad).norm() > 0
+    # And so it stays after a checkpoint.
+    resumed = Curvature(model, mode=mode)
+    resumed.load_state_dict(curvature.state_dict())
+    again = {"natural": resumed.precondition, "polar": resumed.precondition_polar, "adam": resumed.to_eigenbasis}
+    torch.testing.assert_close(again[mode](grads)[weight], weight.grad, rtol=0, atol=0)
+    assert "odd" in resumed.left_out
+
+
+def test_a_weight_that_is_used_without_its_module_too_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)).double()
+    curvature = Curvature(model)
+    x = input_of((8, WIDTH), "")
+    h = F.linear(model[0](x).tanh(), model[0].weight)
+    model[1](h).square().mean().backward()
+    with pytest.warns(UserWarning, match="0: without curvature"):
+        curvature.update()
+    assert curvature.left_out.keys() == {"0"}
+
+
+def test_hooks_on_a_weight_that_change_its_gradient_leave_it_out() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)).double()
+    model[0].weight.register_hook(lambda grad: grad * (torch.arange(WIDTH) % 2))
+    curvature = Curvature(model)
+    model(input_of((8, WIDTH), "")).square().mean().backward()
+    with pytest.warns(UserWarning, match="0: without curvature"):
+        curvature.update()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "autocast", "medium"])
+def test_what_fits_is_never_left_out(precision: str) -> None:
+    """Rounding, cancellation (a gradient of 0), gradients of 10^±20, tied and shared weights, accumulated batches."""
+    torch.manual_seed(0)
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
+    model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64), "c": nn.Linear(64, 1)}).to(dtype)
+    before = torch.get_float32_matmul_precision()
+    if precision == "medium":
+        torch.set_float32_matmul_precision("medium")
+    try:
+        for scale in (1.0, 1e-20, 1e20) if dtype is not torch.float16 else (1.0,):
+            curvature = Curvature(model, update_every_n_steps=1)
+            for _ in range(2):
+                clean(model)
+                for _ in range(2):
+                    x = torch.randn(512, 64).to(dtype)
+                    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+                        h = model["a"](x)
+                        h = model["b"](h - h.mean(0)).tanh() + model["b"](h.tanh())
+                        y = model["c"](h).float()
+                    ((y - y.mean()).square().mean() + (y - y.detach()).sum()).mul(scale).backward()
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    curvature.update()
+            assert curvature.left_out == {}
+            curvature.close()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+# ── which backward pass ──
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Linear(5, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+    ).double()
+
+
+X = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return model(X).sin().mean()
+
+
+def look_first(model: nn.Module) -> None:
+    y = model(X)
+    torch.autograd.grad(1000 * y.mean(), list(model.parameters()), retain_graph=True)
+    y.sin().mean().backward()
+
+
+def look_at_some(model: nn.Module) -> None:
+    y = model(X)
+    for parameters in ([model[3].weight], [model[0].bias]):  # type: ignore[index]
+        torch.autograd.grad(1000 * y.mean(), parameters, retain_graph=True)  # type: ignore[arg-type]
+    y.sin().mean().backward()
+
+
+def look_at_inputs(model: nn.Module) -> None:
+    x = X.clone().requires_grad_()
+    y = model(x)
+    torch.autograd.grad(1000 * y.mean(), x, retain_graph=True)
+    torch.autograd.grad(1000 * y.mean(), x, create_graph=True)
+    y.sin().mean().backward()
+
+
+def look_afterwards(model: nn.Module) -> None:
+    y = model(X)
+    y.sin().mean().backward(retain_graph=True)
+    torch.autograd.grad(1000 * y.mean(), list(model.parameters()))
+
+
+def with_create_graph(model: nn.Module) -> None:
+    loss_of(model).backward(create_graph=True)
+
+
+def in_two_backwards(model: nn.Module) -> None:
+    """Their gradients add up in the weights, and so before them."""
+    y = model(X).sin()
+    y[:, 0].sum().div(y.numel()).backward(retain_graph=True)
+    y[:, 1:].sum().div(y.numel()).backward()
+
+
+def in_three_backwards_that_keep_the_graph(model: nn.Module) -> None:
+    y = model(X).sin()
+    for column in range(3):
+        y[:, column].sum().div(y.numel()).backward(retain_graph=True)
+
+
+def of_all_leaves(model: nn.Module) -> None:
+    loss_of(model).backward(inputs=list(model.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize(
+    "train",
+    [
+        look_first,
+        look_at_some,
+        look_at_inputs,
+        look_afterwards,
+        with_create_graph,
+        in_two_backwards,
+        in_three_backwards_that_keep_the_graph,
+        of_all_leaves,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_the_pairs_are_those_of_the_weights_gradients(train: Callable[[nn.Module], None]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
+        found = observed(net(), train)
+    assert_same(found, observed(net(), lambda model: loss_of(model).backward()), rtol=1e-9, atol=1e-12)
+
+
+def test_a_backward_pass_of_some_leaves_observes_these_alone() -> None:
+    model = net()
+    curvature = Curvature(model)
+    loss_of(model).backward(inputs=[model[3].weight, model[5].bias])
+    with pytest.warns(UserWarning, match="3 of 4 layers with curvature were not observed"):
+        curvature.update()
+    assert curvature.stacks.updates.tolist() == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_look_at_gradients_before_a_checkpointed_backward(use_reentrant: bool) -> None:
+    def train(model: nn.Module) -> None:
+        x = X.clone().requires_grad_()
+        y = checkpoint(model, x, use_reentrant=use_reentrant)
+        if not use_reentrant:  # reentrant checkpoints refuse autograd.grad
+            torch.autograd.grad(1000 * y.mean(), list(model.parameters()), retain_graph=True)
+        y.sin().mean().backward()
+
+    assert_same(observed(net(), train), observed(net(), lambda m: loss_of(m).backward()), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_look_at_gradients_before_a_compiled_backward(backend: str) -> None:
+    torch._dynamo.reset()
+
+    def train(model: nn.Module) -> None:
+        y = torch.compile(model, backend=backend)(X)
+        torch.autograd.grad(1000 * y.mean(), list(model.parameters()), retain_graph=True)
+        y.sin().mean().backward()
+
+    assert_same(observed(net(), train), observed(net(), lambda m: loss_of(m).backward()), rtol=1e-9, atol=1e-12)
+
+
+def test_a_pair_whose_gradient_comes_after_the_step_is_none_of_the_next_refresh() -> None:
+    model = net()
+    curvature = Curvature(model, update_every_n_steps=5)
+    y = model(X)
+    y.sin().mean().backward(retain_graph=True)
+    curvature.update()
+    (1000 * y.mean()).backward()
+    assert curvature.stacks.flat_sums.abs().sum() == 0
+    assert not curvature.stacks.counts.any()
+
+
+# ── inputs of other kinds ──
+
+
+class Labelled(Tensor):
+    """As of a library for physics-informed networks: its methods need what only its own constructor gives."""
+
+    labels: list[str]
+
+    @staticmethod
+    def __new__(cls, x: Tensor, labels: list[str]) -> Labelled:
+        return Tensor._make_subclass(cls, x)  # type: ignore[return-value]
+
+    def __init__(self, x: Tensor, labels: list[str]) -> None:
+        self.labels = labels
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        return Labelled(super().to(*args, **kwargs), self.labels)
+
+    def detach(self) -> Any:
+        return Labelled(super().detach(), self.labels)
+
+
+@pytest.mark.parametrize("n", [12, 3000])
+@pytest.mark.parametrize("in_loss", [False, True])
+def test_inputs_of_a_tensor_subclass_are_plain_ones(n: int, in_loss: bool) -> None:
+    x = torch.randn(n, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    def train(model: nn.Module) -> None:
+        y = model(Labelled(x, list("abcde")))
+        (y if in_loss else y.as_subclass(Tensor)).sin().mean().backward()
+
+    curvature = Curvature(net())
+    expected = Curvature(net())
+    train(curvature.model)
+    expected.model(x).sin().mean().backward()
+    for one in (curvature, expected):
+        one.update()
+        assert all(type(factor) is Tensor for factor in factors(one))
+    torch.testing.assert_close(factors(curvature), factors(expected), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_a_nested_input_is_its_rows(layout: torch.layout) -> None:
+    rows = [X[:5], X[5:7], X[7:]]
+
+    def nested(model: nn.Module) -> None:
+        x = torch.nested.nested_tensor([one.clone() for one in rows], layout=layout)
+        y = model[5](model[0](x))  # type: ignore[index]
+        y = y.values() if layout is torch.jagged else torch.cat(list(y.unbind()))
+        y.sin().mean().backward()
+
+    def plain(model: nn.Module) -> None:
+        model[5](model[0](X)).sin().mean().backward()  # type: ignore[index]
+
+    found, expected = _two_layers(nested), _two_layers(plain)
+    assert_same(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def _two_layers(train: Callable[[nn.Module], None]) -> Curvature:
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return observed(nn.ModuleList([model[0], *[nn.Identity()] * 4, model[5]]), train)
+
+
+def test_features_made_in_inference_mode_under_autocast() -> None:
+    model = net().float()
+    with torch.inference_mode():
+        x = X.float() * 1.0
+
+    def train(model: nn.Module) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x).float().sin().mean()
+        loss.backward()
+
+    curvature = observed(model, train)
+    assert curvature.stacks.updates.tolist() == [1, 1, 1, 1]
+
+
+# ── silence ──
+
+
+def test_a_layer_that_falls_silent_after_its_first_refresh_is_told_once_by_name() -> None:
+    model = net()
+    curvature = Curvature(model, update_every_n_steps=2)
+    told: list[str] = []
+    for step in range(12):
+        clean(model)
+        h = model[:3](X)
+        model[5](model[3](h) if step < 4 else h).sin().mean().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            curvature.update()
+        told += [str(warning.message) for warning in caught]
+    assert len(told) == 1
+    assert told[0].startswith("3: observed before, but not at this refresh")
+
+
+def test_a_layer_that_is_frozen_later_is_silent_by_intent() -> None:
+    model = net()
+    curvature = Curvature(model, update_every_n_steps=1)
+    for step in range(4):
+        if step == 2:
+            model[3].requires_grad_(False)
+        loss_of(clean(model)).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            curvature.update()
+
+
+# ── the terms of the loss ──
+
+
+class Routed(nn.Module):
+    """Of some tokens, which differ from batch to batch."""
+
+    def __init__(self, n_experts: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense = nn.Linear(WIDTH, WIDTH)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(n_experts))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 4)
+        self.double()
+
+    def forward(self, x: Tensor, route: Tensor, n_segments: int = 0) -> Tensor:
+        def body(x: Tensor) -> Tensor:
+            h = self.dense(x).tanh()
+            for number, expert in enumerate(self.experts):
+                where = (route == number).nonzero()[:, 0]
+                h = h.index_add(0, where, expert(h[where]))
+            return self.norm(h)
+
+        h = checkpoint(body, x, use_reentrant=n_segments == 2) if n_segments else body(x)
+        return self.head(h)
+
+
+def micro_batches(
+    route: Tensor, parts: list[slice], n_segments: int = 0, **options: Any
+) -> tuple[Curvature, dict[str, Tensor]]:
+    model = Routed()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(len(route), WIDTH, dtype=torch.float64, generator=generator)
+    y = torch.randint(4, (len(route),), generator=generator)
+    weights = [len(route[part]) / len(route) for part in parts]
+    weight = 1.0
+    curvature = Curvature(model, loss_multiplier=lambda: weight, averaging=0.0, **options)
+    for part, weight in zip(parts, weights, strict=True):
+        inputs = x[part].clone().requires_grad_(n_segments > 0)
+        (F.cross_entropy(model(inputs, route[part], n_segments), y[part]) * weight).backward()
+    curvature.update()
+    curvature.close()
+    return curvature, {n: p.grad for n, p in model.named_parameters()}
+
+
+@given(
+    route=st.lists(st.integers(0, 3), min_size=8, max_size=40),
+    cuts=st.sets(st.integers(1, 39), max_size=3),
+    n_segments=st.sampled_from([0, 1, 2]),
+)
+def test_micro_batches_are_one_batch_for_any_routing(route: list[int], cuts: set[int], n_segments: int) -> None:
+    """Also of different lengths, of which an expert sees nothing, and under either checkpointing."""
+    borders = [0, *sorted(cut for cut in cuts if cut < len(route)), len(route)]
+    parts = [slice(start, stop) for start, stop in pairwise(borders)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an expert that sees nothing at all
+        one, _ = micro_batches(torch.tensor(route), [slice(0, len(route))], n_segments)
+        many, _ = micro_batches(torch.tensor(route), parts, n_segments)
+    torch.testing.assert_close(factors(many), factors(one), rtol=1e-9, atol=1e-14)
+
+
+def test_masked_tokens_are_the_terms_of_the_loss_of_all_layers() -> None:
+    """Only the head sees the masked ones, and their number differs; the loss is their mean."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(30, WIDTH, dtype=torch.float64, generator=generator)
+    y, masked = torch.randint(4, (30,), generator=generator), torch.rand(30, generator=generator) < 0.4
+    model = nn.ModuleDict({"body": nn.Linear(WIDTH, WIDTH), "head": nn.Linear(WIDTH, 4)}).double()
+    found = []
+    for parts in ([slice(0, 30)], [slice(0, 11), slice(11, 30)]):
+        weight = 1.0
+        curvature = Curvature(clean(model), loss_multiplier=lambda: weight, averaging=0.0)  # noqa: B023
+        for part in parts:
+            weight = float(masked[part].sum() / masked.sum())
+            h = model["body"](x[part]).tanh()[masked[part]]
+            (F.cross_entropy(model["head"](h), y[part][masked[part]]) * weight).backward()
+        curvature.update()
+        curvature.close()
+        found.append(factors(curvature))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-12)
+
+
+def test_the_number_of_terms_can_be_told() -> None:
+    """Labels that are left out of the mean: no shape tells how many there are."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(30, 5, dtype=torch.float64, generator=generator)
+    y = torch.randint(3, (30,), generator=generator).where(torch.rand(30, generator=generator) < 0.4, -100)
+    found = []
+    for parts in ([slice(0, 30)], [slice(0, 11), slice(11, 30)]):
+        weight, terms = 1.0, 0
+        curvature = Curvature(
+            net(),
+            loss_multiplier=lambda: weight,  # noqa: B023
+            loss_terms=lambda: terms,  # noqa: B023
+            averaging=0.0,
+        )
+        for part in parts:
+            terms = int((y[part] != -100).sum())
+            weight = terms / int((y != -100).sum())
+            (F.cross_entropy(curvature.model(x[part]), y[part]) * weight).backward()
+        curvature.update()
+        found.append(factors(curvature))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+def test_staggered_refreshes_know_the_terms_of_the_loss_too() -> None:
+    """Where the layer that the loss is a mean over is not due itself."""
+    found = []
+    for parts in ([slice(0, 32)], [slice(0, 16), slice(16, 32)]):
+        model, route = Routed(), (torch.arange(32) % 16 % 5).clamp_max(3)
+        generator = torch.Generator().manual_seed(2)
+        curvature = Curvature(model, loss_multiplier=lambda: 1 / len(parts), stagger=True, update_every_n_steps=4)  # noqa: B023
+        for _ in range(9):
+            clean(model)
+            x = torch.randn(32, WIDTH, dtype=torch.float64, generator=generator)
+            y = torch.randint(4, (32,), generator=generator)
+            for part in parts:
+                (F.cross_entropy(model(x[part], route[part]), y[part]) / len(parts)).backward()
+            curvature.update()
+        found.append(factors(curvature))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+# ── the unit of gradients ──
+
+
+def directions(scale: float, mode: str, dtype: torch.dtype, steps: int = 3) -> tuple[list[Tensor], Curvature]:
+    """Of some steps with a loss times ``scale``, over their norms."""
+    model = net().to(dtype)
+    curvature = Curvature(model, mode=mode, update_every_n_steps=2)  # type: ignore[arg-type]
+    make = {"natural": curvature.precondition, "polar": curvature.precondition_polar}.get(mode)
+    for _ in range(steps):
+        (clean(model)(X.to(dtype)).sin().mean() * scale).backward()
+        curvature.update()
+    grads = {p: p.grad for p in model.parameters() if p.grad is not None}
+    found = curvature.to_eigenbasis(grads) if make is None else make(grads)
+    return [d.double() / d.double().abs().max() for d in found.values()], curvature
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(exponent=st.floats(-30, 30))
+def test_the_scale_of_the_loss_does_not_matter(mode: str, dtype: torch.dtype, exponent: float) -> None:
+    expected, _ = directions(1.0, mode, dtype)
+    found, curvature = directions(10.0**exponent, mode, dtype)
+    rtol = 2e-3 if dtype is torch.float32 else 1e-9
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            one.abs() if mode == "adam" else one, other.abs() if mode == "adam" else other, rtol=rtol, atol=rtol
+        )
+    assert curvature.stacks.failed_inversions == curvature.stacks.rejected_windows == 0
+
+
+@pytest.mark.parametrize("rule", ["trace", "pi", "sqrt"])
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
+@given(exponent=st.floats(-45, 38))
+def test_weights_stay_finite_whatever_the_scale_of_the_loss(mode: Any, rule: Any, exponent: float) -> None:
+    model = net().float()
+    curvature = Curvature(model, mode=mode, damping_rule=rule)
+    optimizer = Thor(model.parameters(), mode=mode, preconditioner=curvature)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(X.float()).sin().mean() * 10.0**exponent).backward()
+        optimizer.step()
+    kept = [stack.inverse for stack in curvature.stacks.stacks.values()]
+    assert all(bool(torch.isfinite(x).all()) for x in [*kept, *factors(curvature), *model.parameters()])
+
+
+def test_a_loss_of_any_scale_resumes_bitwise() -> None:
+    model = net().float()
+    curvature = Curvature(model, update_every_n_steps=2)
+    for _ in range(3):
+        (clean(model)(X.float()).sin().mean() * 1e-25).backward()
+        curvature.update()
+    resumed = Curvature(model, update_every_n_steps=2)
+    resumed.load_state_dict(curvature.state_dict())
+    assert resumed.gradient_unit == curvature.gradient_unit < 1e-5
+    (clean(model)(X.float()).sin().mean() * 1e-25).backward()
+    for one in (curvature, resumed):
+        one.update()
+    torch.testing.assert_close(factors(resumed), factors(curvature), rtol=0, atol=0)
+
+
+def test_natural_directions_are_in_the_units_of_the_fisher_matrix_for_a_loss_of_any_scale() -> None:
+    """G⁻¹ grad A⁻¹ of a loss times c is that of the loss over c."""
+    for scale in (1e-12, 1e-9, 1e9, 1e12):
+        found = []
+        for c in (1.0, scale):
+            model = net()
+            curvature = observed(model, lambda m, c=c: (loss_of(m) * c).backward())
+            found.append(curvature.precondition({p: p.grad for p in model.parameters()})[model[0].weight])
+        torch.testing.assert_close(found[1] * scale, found[0], rtol=1e-6, atol=0)
+        assert math.isfinite(float(found[1].norm()))
+
+
+# ── processes ──
+
+
+class Odd(Routed):
+    """Has a layer whose pairs do not fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = Masked(4, 4).double()
+
+    def forward(self, x: Tensor, route: Tensor, n_segments: int = 0) -> Tensor:
+        y: Tensor = self.odd(super().forward(x, route))
+        return y
+
+
+ROUTE = torch.arange(32) ** 2 % 7 % 5 % 4
+SCALES = (1.0, 1e-25, 1e25)
+
+
+def trained(rows: slice, n_ranks: int, scale: float) -> dict[str, Any]:
+    """Two refreshes, of which the second may start in backward; of the rows of this process."""
+    model, generator = Odd(), torch.Generator().manual_seed(2)
+    curvature = Curvature(model, update_every_n_steps=1, averaging=0.5)
+    if n_ranks > 1:
+        curvature.connect(Ranks(), cut=by_size(1), may_start=lambda: True)
+    told = []
+    for _ in range(2):
+        clean(model)
+        x = torch.randn(len(ROUTE), WIDTH, dtype=torch.float64, generator=generator)
+        y = torch.randint(4, (len(ROUTE),), generator=generator)
+        (F.cross_entropy(model(x[rows], ROUTE[rows]), y[rows]) * scale).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            curvature.update()
+        told += [str(warning.message) for warning in caught]
+    return {
+        "factors": [factor / scale**2 if index % 2 else factor for index, factor in enumerate(true_factors(curvature))],
+        "left_out": sorted(curvature.left_out),
+        "told": len(told),
+    }
+
+
+def true_factors(curvature: Curvature) -> list[Tensor]:
+    """A and G of each layer that is preconditioned, in the units of the loss."""
+    found = []
+    for index, layer in enumerate(curvature.layers.values()):
+        if layer.is_preconditioned and layer.A is not None:
+            A, G = (curvature.stacks.blocks_of(2 * index + side, "average").clone() for side in (0, 1))
+            found += [A, G * curvature.gradient_unit * curvature.gradient_unit]
+    return found
+
+
+def process(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = [trained(slice(16 * rank, 16 * rank + 16), 2, scale) for scale in SCALES]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one_for_routed_layers_ones_that_do_not_fit_and_losses_of_any_scale(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for index, scale in enumerate(SCALES):
+        expected = trained(slice(0, 32), 1, scale)
+        for rank in ranks:
+            assert rank[index]["left_out"] == expected["left_out"] == ["odd"]
+            assert rank[index]["told"] == 1
+            torch.testing.assert_close(rank[index]["factors"], expected["factors"], rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(ranks[0][index]["factors"], ranks[1][index]["factors"], rtol=0, atol=0)
