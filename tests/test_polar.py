@@ -68,7 +68,8 @@ def test_a_matrix_of_zeros_stays_zero_and_hurts_no_other(dtype: torch.dtype) -> 
     x = matrices((3, 6, 8), 0.1, dtype)
     x[1] = 0.0
     assert torch.equal(msign(x)[1], torch.zeros(6, 8, dtype=dtype))
-    torch.testing.assert_close(msign(x)[::2], msign(x[::2]), rtol=0, atol=max(1e-5, 4 * torch.finfo(dtype).eps))
+    # Other numbers of products may round otherwise, and rounding grows as much as the smallest singular value: tenfold.
+    torch.testing.assert_close(msign(x)[::2], msign(x[::2]), rtol=0, atol=max(1e-5, 10 * torch.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("rank", [1, 3])
