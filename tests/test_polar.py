@@ -95,4 +95,6 @@ def test_nor_does_it_where_they_are_zero_however_many_steps_are_taken(shape: tup
 
 def test_it_is_the_same_for_each_matrix_alone() -> None:
     x = matrices((5, 12, 7), 0.02, torch.float32)
-    torch.testing.assert_close(msign(x), torch.cat([msign(x[i : i + 1]) for i in range(5)]), rtol=1e-5, atol=1e-5)
+    alone = torch.cat([msign(x[i : i + 1]) for i in range(5)])
+    # Rounding, of each of four steps, grows as much as the smallest singular value: fiftyfold.
+    torch.testing.assert_close(msign(x), alone, rtol=0, atol=4 * 50 * torch.finfo(torch.float32).eps)
