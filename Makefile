@@ -10,7 +10,7 @@ REFERENCE := backpack-for-pytorch curvlinops-for-pytorch einconv linear_operator
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pip runs in one environment break it, two benchmarks at once measure each other
-.PHONY: help install test lint types unit format demo bench
+.PHONY: help install test lint types unit portable format demo bench
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps $(REFERENCE)
 	touch $@
 
-test: lint types unit  ## Lint, types, tests and doctests: what CI runs
+test: lint types unit portable  ## Lint, types, tests and doctests: what CI runs
 
 lint: $(INSTALLED)  ## Style and layout
 	$(BIN)/ruff check .
@@ -37,6 +37,14 @@ types: $(INSTALLED)  ## Static types
 
 unit: $(INSTALLED)  ## Tests and doctests; PYTEST_ARGS="-m 'not slow'" for the quick ones
 	$(BIN)/python -m pytest --doctest-modules lightning_thor examples benchmarks tests $(PYTEST_ARGS)
+
+# Every kind of processor adds up in another order, this one by where in memory numbers lie: tests hold on any of them.
+OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
+WITHOUT_NUMBERS := ablations benchmarks cli comparison floors mindspore_arguments mindspore_docs readme recipe_examples
+
+portable: $(INSTALLED)  ## Quick tests that compare numbers, computed as on an old processor
+	$(OLD_PROCESSOR) $(BIN)/python -m pytest -m 'not slow' --doctest-modules lightning_thor tests \
+		$(WITHOUT_NUMBERS:%=--ignore=tests/test_%.py)
 
 format: $(INSTALLED)  ## Rewrite the layout and fix what ruff can
 	$(BIN)/ruff check --fix .

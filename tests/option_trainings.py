@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
@@ -122,8 +123,14 @@ def saved_by_two(name: str) -> Path:
 
 TRAININGS: dict[str, Callable[[Path], Result]] = {
     "view": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=in_buckets(gradient_as_bucket_view=True)),
+    "view_ddp": lambda folder: fit(
+        folder, Module(HALVES), max_epochs=3, strategy=DDPStrategy(gradient_as_bucket_view=True)
+    ),
     "polar_view": lambda folder: fit(
         folder, Module(HALVES, mode="polar"), strategy=in_buckets(gradient_as_bucket_view=True)
+    ),
+    "polar_view_ddp": lambda folder: fit(
+        folder, Module(HALVES, mode="polar"), strategy=DDPStrategy(gradient_as_bucket_view=True)
     ),
     "compressed": lambda folder: fit(folder, Compressed(HALVES), max_epochs=3, strategy=in_buckets()),
     "compressed_ddp": lambda folder: fit(folder, Compressed(HALVES), max_epochs=3, strategy="ddp"),

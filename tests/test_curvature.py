@@ -69,8 +69,8 @@ def test_preconditioning_solves_with_the_damped_factors(precondition_bias: bool)
     index = 2 * list(curvature.layers).index("4")
     A, G = (curvature.stacks.blocks_of(factor, "average")[0, 0] for factor in (index, index + 1))
     pi = (A.trace() / len(A) / (G.trace() / len(G))).sqrt()
-    A_damped = A + pi * 0.3**0.5 * torch.eye(len(A))
-    G_damped = G + 0.3**0.5 / pi * torch.eye(len(G))
+    A_damped = A + pi * 0.3**0.5 * torch.eye(len(A), dtype=A.dtype)
+    G_damped = G + 0.3**0.5 / pi * torch.eye(len(G), dtype=G.dtype)
     grads: dict[nn.Parameter, Tensor] = {p: p.grad for p in model.parameters() if p.grad is not None}
     grad = module.weight.grad
     if precondition_bias:
@@ -95,8 +95,8 @@ def test_the_sqrt_rule_on_a_convolution_is_nn_thors() -> None:
     A, G = (curvature.stacks.blocks_of(factor, "average")[0, 0] for factor in (0, 1))
     G_mean, damping = G / positions, (0.02 / positions) ** 0.5
     grad = model[0].weight.grad
-    expected = torch.linalg.inv(G_mean + damping * torch.eye(6)) @ grad.view(6, 18)
-    expected = expected @ torch.linalg.inv(A + damping * torch.eye(18)) / positions
+    expected = torch.linalg.inv(G_mean + damping * torch.eye(6, dtype=G.dtype)) @ grad.view(6, 18)
+    expected = expected @ torch.linalg.inv(A + damping * torch.eye(18, dtype=A.dtype)) / positions
     torch.testing.assert_close(curvature.precondition({model[0].weight: grad})[model[0].weight], expected.view_as(grad))
 
 
@@ -123,9 +123,9 @@ def test_an_embedding_divides_by_its_damped_token_frequencies() -> None:
     tokens = torch.tensor([[0, 1, 1], [5, 1, 0]])
     table(tokens).sin().mean().backward()
     curvature.update()
-    frequency = tokens.flatten().bincount(minlength=7) / 6
+    frequency = tokens.flatten().bincount(minlength=7).double() / 6
     G = curvature.stacks.blocks_of(1, "average")[0, 0]
-    G_inverse = torch.linalg.inv(G + 0.5 * G.trace() / 4 * torch.eye(4))
+    G_inverse = torch.linalg.inv(G + 0.5 * G.trace() / 4 * torch.eye(4, dtype=G.dtype))
     assert table.weight.grad is not None
     expected = (table.weight.grad / (frequency + 0.5 / 7)[:, None]) @ G_inverse
     torch.testing.assert_close(curvature.precondition({table.weight: table.weight.grad})[table.weight], expected)

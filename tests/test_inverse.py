@@ -40,8 +40,8 @@ def test_inverses_are_symmetric_to_the_last_bit_in_float32_too(size: int) -> Non
 
 @pytest.mark.parametrize("damping", [1e-4, 1e-5])
 def test_a_float32_inverse_is_as_exact_as_the_condition_allows(damping: float) -> None:
-    """Half the condition number times the unit roundoff; rounding the entries of the block alone may change its inverse
-    twice as much. (LAPACK's error is a third of ours or a half, by the processor, so it is no measure.)"""
+    """The condition number times the unit roundoff: rounding the entries of the block alone may change its inverse by
+    as much. It is 0.4 to 0.45 times that, and LAPACK's error a third of ours or a half, by the processor."""
     orthogonal, _ = torch.linalg.qr(torch.randn(8, 128, 128, dtype=torch.float64))
     blocks = ((orthogonal * torch.logspace(-9, 0, 128, dtype=torch.float64)) @ orthogonal.mT).float()
     damped = (blocks + damping * torch.eye(128)).double()
@@ -50,7 +50,7 @@ def test_a_float32_inverse_is_as_exact_as_the_condition_allows(damping: float) -
     error = (inverses - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))
     assert succeeded.all()
     unit_roundoff = torch.finfo(torch.float32).eps / 2
-    assert (error < 0.5 * unit_roundoff * torch.linalg.cond(damped)).all()
+    assert (error < unit_roundoff * torch.linalg.cond(damped)).all()
 
 
 @pytest.mark.parametrize("invert", [damped_inverses, damped_inverse_roots])

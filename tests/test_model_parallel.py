@@ -375,6 +375,7 @@ def test_a_block_size_that_would_need_a_copy_of_the_module_is_refused(tmp_path: 
 
 @pytest.mark.slow
 def test_without_lightning_shards_train_as_the_whole_model(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not bitwise: shards lie elsewhere in memory, by which some processors' products round."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "0")
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
@@ -389,4 +390,5 @@ def test_without_lightning_shards_train_as_the_whole_model(one_process: None, mo
             nn.functional.cross_entropy(model(images, 1), classes).backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert_bitwise(whole(dict(models[0].named_parameters())), dict(models[1].named_parameters()))
+    shards, alone = whole(dict(models[0].named_parameters())), dict(models[1].named_parameters())
+    torch.testing.assert_close(shards, alone, rtol=1e-13, atol=1e-15)

@@ -68,7 +68,8 @@ def test_a_matrix_of_zeros_stays_zero_and_hurts_no_other(dtype: torch.dtype) -> 
     x = matrices((3, 6, 8), 0.1, dtype)
     x[1] = 0.0
     assert torch.equal(msign(x)[1], torch.zeros(6, 8, dtype=dtype))
-    torch.testing.assert_close(msign(x)[::2], msign(x[::2]), rtol=0, atol=max(1e-5, 4 * torch.finfo(dtype).eps))
+    # Other numbers of products may round otherwise, and rounding grows as much as the smallest singular value: tenfold.
+    torch.testing.assert_close(msign(x)[::2], msign(x[::2]), rtol=0, atol=max(1e-5, 10 * torch.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -94,4 +95,6 @@ def test_nor_does_it_where_they_are_zero_however_many_steps_are_taken(shape: tup
 
 def test_it_is_the_same_for_each_matrix_alone() -> None:
     x = matrices((5, 12, 7), 0.02, torch.float32)
-    torch.testing.assert_close(msign(x), torch.cat([msign(x[i : i + 1]) for i in range(5)]), rtol=1e-5, atol=1e-5)
+    alone = torch.cat([msign(x[i : i + 1]) for i in range(5)])
+    # Rounding, of each of four steps, grows as much as the smallest singular value: fiftyfold.
+    torch.testing.assert_close(msign(x), alone, rtol=0, atol=4 * 50 * torch.finfo(torch.float32).eps)

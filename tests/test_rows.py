@@ -307,7 +307,8 @@ def test_max_rows_of_a_norm_takes_some_of_its_positions(module: nn.Module) -> No
     layer, a, g = seen_by(module, torch.randn(4, 9, 6))
     whole, part = (layer.observe(a, g, torch.float32, rows) for rows in (None, 7))
     assert (part.n_rows, part.n_samples) == (7, 7)
-    assert (whole.g[0].T[:, None] == part.g[0].T).all(-1).any(0).all()
+    # Sums over other numbers of rows may round otherwise.
+    assert torch.isclose(whole.g[0].T[:, None], part.g[0].T, rtol=1e-5, atol=1e-6).all(-1).any(0).all()
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,8 @@ def test_groups_are_one_matrix() -> None:
     parts = torch.stack([covariance(60, 100, seed) for seed in range(3)])
     found = spectral_losses(parts, [1, 20, 60], cut)
     whole = torch.block_diag(*parts)
-    torch.testing.assert_close(found, torch.tensor([spectral_loss(whole, size) for size in (1, 20, 60)]).double())
+    expected = torch.tensor([spectral_loss(whole, size) for size in (1, 20, 60)], dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
 
 
 # ── the crossing ──
