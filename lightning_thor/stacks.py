@@ -23,7 +23,7 @@ from lightning_thor.triangles import n_packed, pack, unpack
 Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tensor, Tensor]]]
 """By block size: ``(blocks, damping)`` to ``(inverses, succeeded)``."""
 SMALLEST_POWER = 0.8
-"""A factor counts whose mean damped eigenvalue is at least this power of the smallest normal number (float32: 10⁻³⁰)."""
+"""A factor counts if its mean damped eigenvalue is at least this power of the smallest normal number (10⁻³⁰)."""
 N_COUNTS = 4
 """How many numbers are counted of each layer."""
 
