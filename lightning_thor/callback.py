@@ -141,6 +141,7 @@ class ThorCallback(Callback):
                 "callback, or build the optimizer without preconditioner=..."
             )
         self._close()
+        optimizer.module = pl_module
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
         self.curvature = Curvature(

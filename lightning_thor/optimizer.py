@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -139,6 +140,8 @@ class Thor(Optimizer):
         preconditioner: Preconditioner | None = None,
     ) -> None:
         self.preconditioner = preconditioner
+        self.module: nn.Module | None = None
+        """Whose parameters these are, if it is known; see `state_dict`."""
         defaults = {
             "mode": mode,
             "lr": lr,
@@ -168,6 +171,8 @@ class Thor(Optimizer):
         super().__setstate__(state)
         if "preconditioner" not in self.__dict__:
             self.preconditioner = None
+        if "module" not in self.__dict__:
+            self.module = None
         for group in self.param_groups:
             for option in OPTIONS:
                 group.setdefault(option, self.defaults[option])
@@ -216,6 +221,35 @@ class Thor(Optimizer):
         for group in self.param_groups:
             if group["mode"] != "adam" and group["momentum"]:
                 self._momenta(group["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, but that a parameter has the number that it has among all parameters
+        of its module, frozen ones included, where that is known.
+
+        Torch numbers them group by group, and `load_state_dict` goes by their places in the groups: to it numbers mean
+        nothing. But Lightning takes them for those of the module where a checkpoint goes on in a sharded model. What
+        asks from within torch.distributed (checkpoints of sharded models) relies on torch's own numbers, and gets them.
+        """
+        state = super().state_dict()
+        module = self.module or getattr(self.preconditioner, "model", None)
+        asked_by = sys._getframe(1).f_globals.get("__name__", "")
+        if module is None or asked_by.startswith("torch.distributed."):
+            return state
+        numbers = {p: number for number, p in enumerate(module.parameters())}
+        params = [p for group in self.param_groups for p in group["params"]]
+        own = [number for group in state["param_groups"] for number in group["params"]]
+        # A hook of the user's may have put names there.
+        if not all(p in numbers for p in params) or own != list(range(len(params))):
+            return state
+        number_of = {old: numbers[p] for old, p in zip(own, params, strict=True)}
+        return {
+            **state,
+            "state": {number_of.get(key, key): value for key, value in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [number_of[number] for number in group["params"]]}
+                for group in state["param_groups"]
+            ],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but that Adam's moments are in at least float32: torch gives them
