@@ -276,6 +276,13 @@ class ThorCallback(Callback):
         return {"curvature": curvature, "block_size": self.block_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not isinstance(state_dict, Mapping) or "curvature" not in state_dict:
+            got = f"a dict with {sorted(map(str, state_dict))}" if isinstance(state_dict, Mapping) else repr(state_dict)
+            raise ValueError(
+                "ThorCallback.load_state_dict takes what ThorCallback.state_dict gave, a dict with 'curvature' and "
+                f"'block_size', but got {got[:200]}. The checkpoint is damaged: go on from another one, or start "
+                f"without its curvature by deleting checkpoint['callbacks']['{self.state_key}']."
+            )
         # Before on_fit_start, but not on every strategy; and in validate and test, which setup of a fit forgets.
         state = state_dict["curvature"]
         if state is None:
@@ -289,7 +296,8 @@ class ThorCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         own = checkpoint.get("callbacks", {}).get(self.state_key)
-        if self._fitting and (own is None or own["curvature"] is None):
+        # What is no dict at all is refused in load_state_dict.
+        if self._fitting and (own is None or (isinstance(own, Mapping) and own.get("curvature", own) is None)):
             rank_zero_warn(
                 "This checkpoint was saved without ThorCallback's curvature: the weights go on, the curvature starts "
                 "anew with a refresh in the first step."

@@ -407,7 +407,8 @@ class Curvature:
         of a block whose last inversion failed (a warning says so), or whose factor had become zero.
 
         Raises:
-            ValueError: the state is of another mode, other layers, or of other block sizes; nothing was changed.
+            ValueError: the state is of another mode, other layers, or of other block sizes, or it is damaged; nothing
+                was changed.
         """
         self.step = take_over(state, self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
         self._forget()
