@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lightning_thor.hooks import Hooks
 from lightning_thor.kept import KEEPINGS, ROOT, Mode
 from lightning_thor.kinds import STATISTICS, Statistics
 from lightning_thor.layer import attentions_of
-from lightning_thor.layers import layers_of, matrices_of
+from lightning_thor.layers import layers_of, matrices_of, trained
 from lightning_thor.observer import Observer
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.refresh import Interval, RefreshSchedule
@@ -120,19 +121,22 @@ class Curvature:
         fused: Mapping[str, int] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
-        check_options(
-            mode=mode,
-            damping=damping,
-            damping_rule=damping_rule,
-            block_size=block_size,
-            update_every_n_steps=update_every_n_steps,
-            trace_rule=trace_rule,
-            averaging=averaging,
-            max_rows=max_rows,
-            statistics=statistics,
-            loss_reduction=loss_reduction,
-            fused=fused,
-        )
+        options: dict[str, Any] = {
+            "mode": mode,
+            "damping": damping,
+            "damping_rule": damping_rule,
+            "block_size": block_size,
+            "update_every_n_steps": update_every_n_steps,
+            "trace_rule": trace_rule,
+            "averaging": averaging,
+            "max_rows": max_rows,
+            "statistics": statistics,
+            "loss_reduction": loss_reduction,
+            "fused": fused,
+        }
+        check_options(**options)
+        others = {"precondition_bias": precondition_bias, "stagger": stagger, "loss_multiplier": loss_multiplier}
+        self._options = options | others
         self.model = model
         self.mode: Mode = mode
         self.damping = damping
@@ -143,7 +147,7 @@ class Curvature:
         self.loss_reduction = loss_reduction
         self.loss_multiplier = loss_multiplier
         # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
-        self.is_listening: Callable[[], bool] = lambda: model.training
+        self.is_listening: Callable[[], bool] = partial(getattr, model, "training")
         self._paused = False
         matrices = matrices_of(model) if mode != "natural" else []
         self.layers, self.left_out = layers_of(
@@ -197,6 +201,12 @@ class Curvature:
         Raises:
             RuntimeError: a step was made, and the inverses were to be kept elsewhere from now on.
         """
+        self._connection: dict[str, Any] = {
+            "exchange": exchange,
+            "cut": cut,
+            "may_start": may_start,
+            "workers": workers,
+        }
         keeping, (inverters, receivers) = self.stacks.keeping, workers or Workers(exchange, Alone())
         if self.mode == "adam" and receivers.n_shares > 1:
             raise ValueError(
@@ -412,6 +422,36 @@ class Curvature:
         """
         self.step = take_over(state, self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
         self._forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
+        """A curvature of a copy of the model, with hooks of its own there, which goes on as this one does.
+
+        Functions that were given (schedules, ``loss_multiplier``) and what reaches other processes are shared. Copy a
+        model, its optimizer and its curvature at once, as one tuple, so that the copies belong together.
+        """
+        model = copy.deepcopy(self.model, memo)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        if "_modules" not in vars(model):
+            # The model holds this curvature, and is only being copied itself: hooks of its copy stay silent.
+            shared = (self._options, self.loss_multiplier, self._connection, self._exchange)
+            memo.update((id(one), one) for one in shared)
+            twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+            return twin
+        self._hooks.remove_from_copy(model)
+        parameters = [copy.deepcopy(p, memo) for layer in self.layers.values() for p in layer.parameters]
+        with trained(parameters):  # those that were frozen since too
+            twin.__init__(model, **self._options, parameters=parameters)  # type: ignore[misc]
+        twin.left_out = dict(self.left_out)
+        twin.connect(**self._connection)
+        twin.load_state_dict(self.state_dict())
+        # Micro-batches since the last step.
+        twin.stacks.take_window(self.stacks)
+        twin._observer.take_window(self._observer)
+        twin._paused, twin.is_listening = self._paused, copy.deepcopy(self.is_listening, memo)
+        if self._hooks.are_removed:
+            twin.close()
+        return twin
 
     def n_bytes(self, name: str) -> int:
         """Memory that one layer's window sums, factors and, if they are kept here, inverses take, in bytes."""

@@ -114,6 +114,11 @@ class Observer:
         # Of a convolution of which few rows are taken they may be fewer than one; none: no rows, whatever their weight.
         return math.sqrt(first[1] / n_samples) if n_samples else 1.0, 0.0
 
+    def take_window(self, other: Observer) -> None:
+        """Go on with what another one of the same layers has noted."""
+        self._observed, self._backward = set(other._observed), dict(other._backward)
+        self._told_late, self._checked = other._told_late, other._checked
+
     def next_window(self) -> None:
         """The sums of the open window were taken out of it: from now on pairs are of the next."""
         self._observed.clear()

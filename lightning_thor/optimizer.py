@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -176,6 +177,22 @@ class Thor(Optimizer):
         for group in self.param_groups:
             for option in OPTIONS:
                 group.setdefault(option, self.defaults[option])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Thor:
+        """A copy, and if this one preconditions with a `Curvature`, with a copy of that and of its model.
+
+        Parameters are those of the model's copy where it is copied at once: ``copy.deepcopy((model, optimizer))``. Any
+        other preconditioner is left out, as it is when an optimizer is pickled.
+        """
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        model = getattr(self.preconditioner, "model", None)
+        # Not where the model holds this optimizer, and is only being copied itself.
+        if isinstance(model, nn.Module) and "_modules" in vars(memo.get(id(model), model)):
+            twin.preconditioner = copy.deepcopy(self.preconditioner, memo)
+        twin.module = memo.get(id(self.module))
+        return twin
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
