@@ -15,6 +15,7 @@ from lightning_thor import collectives
 from lightning_thor.curvature import Curvature
 from lightning_thor.layers import some_of
 from lightning_thor.optimizer import Thor
+from lightning_thor.saving import whole
 from lightning_thor.sharded import ShardedCurvature
 from lightning_thor.travel import Travel
 
@@ -109,6 +110,11 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
                 yield
         finally:
             self._accumulates = before
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """As of Lightning's strategy, but the file or folder is there as a whole or not at all, and all ranks raise."""
+        with whole(self, filepath, by_all=self._save_distributed_checkpoint) as path:
+            super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As of Lightning's strategy, which knows no sharded model where a validation left its weights whole.

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from lightning.pytorch.plugins import MixedPrecision
@@ -21,8 +22,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_thor import Thor, ThorModelParallelStrategy
+from lightning_thor import Thor, ThorCallback, ThorModelParallelStrategy
 from tests.distributed_workers import HALVES, QUARTERS, ROWS, STEPS_PER_EPOCH, Module, Net, Result, fit, run
+from tests.full_disks import SavesOntoAFullDisk
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -142,6 +144,19 @@ def in_buckets() -> ThorModelParallelStrategy:
     return ThorModelParallelStrategy(factor_bucket_mb=1e-6)
 
 
+def on_a_full_disk(folder: Path, name: str, when: str, ranks: tuple[int, ...], strategy: Any) -> Result:
+    """What a callback found that saves in the middle of a fit onto a disk that is full for some ranks."""
+    saver = SavesOntoAFullDisk(folder / name, when, ranks)
+    module = Sharded(HALVES, dtype=torch.float32)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, callbacks=[ThorCallback(summary=False), saver],
+        default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module)
+    return {"error": saver.error, "found": saver.found, "step_of_last": saver.step_of_last}
+
+
 def irregular(rank: int, number: int) -> int:
     """Once or twice, other on each rank; in batch 3 not at all, on all ranks: FSDP2 allows no less."""
     return 0 if number == 3 else 1 + (number + rank) % 2
@@ -231,6 +246,19 @@ TWO: dict[str, Callable[[Path], Result]] = {
     "micro_batches_in_buckets": lambda folder: train(folder, Sharded(HALVES, micro_batches=2), in_buckets()),
     "growing_in_buckets": lambda folder: train(folder, Growing(HALVES, micro_batches=2), in_buckets()),
     "growing_in_the_step": lambda folder: train(folder, Growing(HALVES, micro_batches=2), InTheStep()),
+    "full_disk_of_shards": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_shards", "shards", (0, 1), ThorModelParallelStrategy()
+    ),
+    "full_disk_of_the_last_rank": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_the_last_rank", "shards", (1,), ThorModelParallelStrategy()
+    ),
+    "full_disk_of_metadata": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_metadata", "metadata", (0,), ThorModelParallelStrategy()
+    ),
+    "full_disk_of_one_file": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_one_file", "file", (0,), consolidated()
+    ),
+    "full_disk_of_ddp": lambda folder: on_a_full_disk(folder, "full_disk_of_ddp", "file", (0,), "thor_ddp"),
     **{f"{name}_goes_on": partial(go_on, name) for name in MODULES},
     "alone_grouped_of_old_goes_on": partial(go_on, "alone_grouped", file="old.ckpt"),
 }
