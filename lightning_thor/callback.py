@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_thor.by_class_path import IntOfStep, OfStep
 from lightning_thor.curvature import Curvature
 from lightning_thor.damping import DampingRule
 from lightning_thor.kept import PLAIN, Mode
@@ -36,7 +37,8 @@ class ThorCallback(Callback):
         damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, stagger,
             trace_rule, max_rows, statistics, loss_reduction, fused: as in `Curvature`. With ``block_size="auto"`` it is
             chosen when fit starts, on the first training batch, by `lightning_thor.split.choose_block_size`; a resumed
-            run goes on with its checkpoint's.
+            run goes on with its checkpoint's. A function of the step is in a configuration file a class of such, by
+            ``class_path``: one of `lightning_thor.schedules`, or your own.
         summary: print a table of what is preconditioned when fit starts, and how a block size was chosen; the latter is
             also saved, as ``thor_split.json`` and, where matplotlib is, ``thor_split.png``, beside the logger's files.
 
@@ -51,10 +53,10 @@ class ThorCallback(Callback):
     def __init__(
         self,
         *,
-        damping: float | Callable[[int], float] = 0.2,
+        damping: float | OfStep = 0.2,
         damping_rule: DampingRule = "trace",
         block_size: int | Literal["auto"] | None = 64,
-        update_every_n_steps: int | Callable[[int], int] = 10,
+        update_every_n_steps: int | IntOfStep = 10,
         averaging: float = 0.8,
         precondition_bias: bool = False,
         stagger: bool = False,

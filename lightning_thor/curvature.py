@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_thor import collectives
 from lightning_thor.batches import Batch, Kept, batches_of
 from lightning_thor.buckets import Cut, one_bucket
+from lightning_thor.by_class_path import OfNothing
 from lightning_thor.costs import refresh_costs
 from lightning_thor.damping import DampingRule
 from lightning_thor.directions import natural_in_parts, polar, to_eigenbasis
@@ -117,7 +118,7 @@ class Curvature:
         max_rows: int | None = 1024,
         statistics: str | Statistics = "expand",
         loss_reduction: str = "mean",
-        loss_multiplier: Callable[[], float | Tensor] | None = None,
+        loss_multiplier: OfNothing | None = None,
         fused: Mapping[str, int] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
