@@ -143,7 +143,8 @@ class ThorCallback(Callback):
                 "callback, or build the optimizer without preconditioner=..."
             )
         self._close()
-        optimizer.module = pl_module
+        # Now: while ``fully_shard`` holds weights whole, a model has other parameters.
+        optimizer.numbered = tuple(pl_module.parameters())
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
         self.curvature = Curvature(

@@ -39,5 +39,5 @@ def configure_thor(module: nn.Module, lr: float = 3e-3, *, weight_decay: float =
     plain = [p for p in trained if p.dim() < 2 or p in of_norms]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = Thor([group for group in groups if group["params"]], lr=lr, **options)
-    optimizer.module = module
+    optimizer.numbered = tuple(module.parameters())
     return optimizer

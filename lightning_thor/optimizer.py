@@ -141,8 +141,8 @@ class Thor(Optimizer):
         preconditioner: Preconditioner | None = None,
     ) -> None:
         self.preconditioner = preconditioner
-        self.module: nn.Module | None = None
-        """Whose parameters these are, if it is known; see `state_dict`."""
+        self.numbered: tuple[nn.Parameter, ...] | None = None
+        """All parameters of the model, in its order, if they are known; see `state_dict`."""
         defaults = {
             "mode": mode,
             "lr": lr,
@@ -172,8 +172,8 @@ class Thor(Optimizer):
         super().__setstate__(state)
         if "preconditioner" not in self.__dict__:
             self.preconditioner = None
-        if "module" not in self.__dict__:
-            self.module = None
+        if "numbered" not in self.__dict__:
+            self.numbered = None
         for group in self.param_groups:
             for option in OPTIONS:
                 group.setdefault(option, self.defaults[option])
@@ -191,7 +191,8 @@ class Thor(Optimizer):
         # Not where the model holds this optimizer, and is only being copied itself.
         if isinstance(model, nn.Module) and "_modules" in vars(memo.get(id(model), model)):
             twin.preconditioner = copy.deepcopy(self.preconditioner, memo)
-        twin.module = memo.get(id(self.module))
+        if all(id(p) in memo for p in self.numbered or ()):
+            twin.numbered = self.numbered and tuple(memo[id(p)] for p in self.numbered)
         return twin
 
     @torch.no_grad()
@@ -241,18 +242,20 @@ class Thor(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, but that a parameter has the number that it has among all parameters
-        of its module, frozen ones included, where that is known.
+        of its model, frozen ones included, where those are known.
 
         Torch numbers them group by group, and `load_state_dict` goes by their places in the groups: to it numbers mean
         nothing. But Lightning takes them for those of the module where a checkpoint goes on in a sharded model. What
         asks from within torch.distributed (checkpoints of sharded models) relies on torch's own numbers, and gets them.
         """
         state = super().state_dict()
-        module = self.module or getattr(self.preconditioner, "model", None)
+        model, numbered = getattr(self.preconditioner, "model", None), self.numbered
+        if numbered is None and isinstance(model, nn.Module):
+            numbered = tuple(model.parameters())
         asked_by = sys._getframe(1).f_globals.get("__name__", "")
-        if module is None or asked_by.startswith("torch.distributed."):
+        if numbered is None or asked_by.startswith("torch.distributed."):
             return state
-        numbers = {p: number for number, p in enumerate(module.parameters())}
+        numbers = {p: number for number, p in enumerate(numbered)}
         params = [p for group in self.param_groups for p in group["params"]]
         own = [number for group in state["param_groups"] for number in group["params"]]
         # A hook of the user's may have put names there.

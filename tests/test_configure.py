@@ -89,9 +89,9 @@ def test_without_the_module_numbers_are_torchs() -> None:
     assert [group["params"] for group in optimizer.state_dict()["param_groups"]] == [[0, 1], [2]]
     optimizer.preconditioner = Curvature(model)  # which knows it
     assert [group["params"] for group in optimizer.state_dict()["param_groups"]] == [[4, 0], [1]]
-    optimizer.module = model[0]  # has not all of them
+    optimizer.numbered = tuple(model[0].parameters())  # has not all of them
     assert [group["params"] for group in optimizer.state_dict()["param_groups"]] == [[0, 1], [2]]
-    optimizer.module = None
+    optimizer.numbered = None
     optimizer.register_state_dict_post_hook(lambda _, state: {**state, "param_groups": [{"params": ["a", "b", "c"]}]})
     assert optimizer.state_dict()["param_groups"] == [{"params": ["a", "b", "c"]}]
 
@@ -126,5 +126,5 @@ def test_the_module_is_not_in_a_pickled_optimizer() -> None:
     module = nn.Linear(2, 2)
     module.not_to_be_pickled = lambda: None
     restored = pickle.loads(pickle.dumps(configure_thor(module)))
-    assert restored.module is None
+    assert restored.numbered is None
     assert [group["params"] for group in restored.state_dict()["param_groups"]] == [[0], [1]]
