@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_thor.by_class_path import IntOfStep, OfBatch, OfStep
 from lightning_thor.curvature import Curvature
 from lightning_thor.damping import DampingRule
 from lightning_thor.kept import PLAIN, Mode
@@ -36,7 +37,8 @@ class ThorCallback(Callback):
         damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, stagger,
             trace_rule, max_rows, statistics, loss_reduction, fused: as in `Curvature`. With ``block_size="auto"`` it is
             chosen when fit starts, on the first training batch, by `lightning_thor.split.choose_block_size`; a resumed
-            run goes on with its checkpoint's.
+            run goes on with its checkpoint's. A function of the step is in a configuration file a class of such, by
+            ``class_path``: one of `lightning_thor.schedules`, or your own.
         loss_terms: gives, of a training batch, how many terms the mean of its loss has: a number, or a 0-dimensional
             tensor. As in `Curvature`; needed where labels are left out of the mean and their number differs between
             micro-batches or processes: ``lambda batch: (batch["labels"] != -100).sum()``.
@@ -54,10 +56,10 @@ class ThorCallback(Callback):
     def __init__(
         self,
         *,
-        damping: float | Callable[[int], float] = 0.2,
+        damping: float | OfStep = 0.2,
         damping_rule: DampingRule = "trace",
         block_size: int | Literal["auto"] | None = 64,
-        update_every_n_steps: int | Callable[[int], int] = 10,
+        update_every_n_steps: int | IntOfStep = 10,
         averaging: float = 0.8,
         precondition_bias: bool = False,
         stagger: bool = False,
@@ -66,7 +68,7 @@ class ThorCallback(Callback):
         statistics: Literal["expand", "reduce", "thor"] = "expand",
         loss_reduction: str = "mean",
         fused: dict[str, int] | None = None,
-        loss_terms: Callable[[Any], float | Tensor] | None = None,
+        loss_terms: OfBatch | None = None,
         summary: bool = True,
     ) -> None:
         super().__init__()
@@ -150,6 +152,8 @@ class ThorCallback(Callback):
                 "callback, or build the optimizer without preconditioner=..."
             )
         self._close()
+        # Now: while ``fully_shard`` holds weights whole, a model has other parameters.
+        optimizer.numbered = tuple(pl_module.parameters())
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
         self.curvature = Curvature(
@@ -219,7 +223,7 @@ class ThorCallback(Callback):
         if self._loss_terms is not None:
             self._batch = batch
 
-    def _terms_of_the_batch(self) -> float | Tensor:
+    def _terms_of_the_batch(self) -> Any:
         assert self._loss_terms is not None
         return self._loss_terms(self._batch)
 
@@ -296,6 +300,13 @@ class ThorCallback(Callback):
         return {"curvature": curvature, "block_size": self.block_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not isinstance(state_dict, Mapping) or "curvature" not in state_dict:
+            got = f"a dict with {sorted(map(str, state_dict))}" if isinstance(state_dict, Mapping) else repr(state_dict)
+            raise ValueError(
+                "ThorCallback.load_state_dict takes what ThorCallback.state_dict gave, a dict with 'curvature' and "
+                f"'block_size', but got {got[:200]}. The checkpoint is damaged: go on from another one, or start "
+                f"without its curvature by deleting checkpoint['callbacks']['{self.state_key}']."
+            )
         # Before on_fit_start, but not on every strategy; and in validate and test, which setup of a fit forgets.
         state = state_dict["curvature"]
         if state is None:
@@ -309,7 +320,8 @@ class ThorCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         own = checkpoint.get("callbacks", {}).get(self.state_key)
-        if self._fitting and (own is None or own["curvature"] is None):
+        # What is no dict at all is refused in load_state_dict.
+        if self._fitting and (own is None or (isinstance(own, Mapping) and own.get("curvature", own) is None)):
             rank_zero_warn(
                 "This checkpoint was saved without ThorCallback's curvature: the weights go on, the curvature starts "
                 "anew with a refresh in the first step."

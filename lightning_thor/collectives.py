@@ -6,6 +6,7 @@ import ctypes
 import re
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from lightning_thor.exchange import Alone, Exchange, Wait, Workers
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     try:
         from torch.distributed.fsdp import FSDPModule
@@ -182,6 +183,17 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return own
+
+
+def shared_out_as(value: Any, like: Tensor) -> Any:
+    """A tensor of the shape of ``like`` sharded as that is, from the first rank's copy; anything else as it is.
+
+    Every rank must call it, at the same place.
+    """
+    if not isinstance(value, Tensor) or value.shape != like.shape or not is_sharded(like):
+        return value
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(like.device), mesh, placements)
 
 
 def reshard(module: nn.Module) -> None:

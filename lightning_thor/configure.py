@@ -38,4 +38,6 @@ def configure_thor(module: nn.Module, lr: float = 3e-3, *, weight_decay: float =
     decayed = [p for p in trained if p.dim() >= 2 and p not in of_norms]
     plain = [p for p in trained if p.dim() < 2 or p in of_norms]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return Thor([group for group in groups if group["params"]], lr=lr, **options)
+    optimizer = Thor([group for group in groups if group["params"]], lr=lr, **options)
+    optimizer.numbered = tuple(module.parameters())
+    return optimizer

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lightning_thor import collectives
 from lightning_thor.batches import Batch, Kept, batches_of
 from lightning_thor.buckets import Cut, one_bucket
+from lightning_thor.by_class_path import OfNothing
 from lightning_thor.costs import refresh_costs
 from lightning_thor.damping import DampingRule
 from lightning_thor.directions import natural_in_parts, polar, to_eigenbasis
@@ -25,7 +27,7 @@ from lightning_thor.hooks import Hooks
 from lightning_thor.kept import KEEPINGS, PLAIN, ROOT, Mode
 from lightning_thor.kinds import STATISTICS, Statistics
 from lightning_thor.layer import Layer, attentions_of
-from lightning_thor.layers import layers_of, matrices_of, plain_name, some_of
+from lightning_thor.layers import layers_of, matrices_of, plain_name, some_of, trained
 from lightning_thor.observer import Observer
 from lightning_thor.options import Schedule, check_options
 from lightning_thor.pair_checks import NOT_A_PAIR, PairChecks
@@ -125,24 +127,27 @@ class Curvature:
         max_rows: int | None = 1024,
         statistics: str | Statistics = "expand",
         loss_reduction: str = "mean",
-        loss_multiplier: Callable[[], float | Tensor] | None = None,
-        loss_terms: Callable[[], float | Tensor] | None = None,
+        loss_multiplier: OfNothing | None = None,
+        loss_terms: OfNothing | None = None,
         fused: Mapping[str, int] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
-        check_options(
-            mode=mode,
-            damping=damping,
-            damping_rule=damping_rule,
-            block_size=block_size,
-            update_every_n_steps=update_every_n_steps,
-            trace_rule=trace_rule,
-            averaging=averaging,
-            max_rows=max_rows,
-            statistics=statistics,
-            loss_reduction=loss_reduction,
-            fused=fused,
-        )
+        options: dict[str, Any] = {
+            "mode": mode,
+            "damping": damping,
+            "damping_rule": damping_rule,
+            "block_size": block_size,
+            "update_every_n_steps": update_every_n_steps,
+            "trace_rule": trace_rule,
+            "averaging": averaging,
+            "max_rows": max_rows,
+            "statistics": statistics,
+            "loss_reduction": loss_reduction,
+            "fused": fused,
+        }
+        check_options(**options)
+        others = {"precondition_bias": precondition_bias, "stagger": stagger}
+        self._options = options | others | {"loss_multiplier": loss_multiplier, "loss_terms": loss_terms}
         self.model = model
         self.mode: Mode = mode
         self.damping = damping
@@ -154,7 +159,7 @@ class Curvature:
         self.loss_multiplier = loss_multiplier
         self.loss_terms = loss_terms
         # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
-        self.is_listening: Callable[[], bool] = lambda: model.training
+        self.is_listening: Callable[[], bool] = partial(getattr, model, "training")
         self._paused = False
         parameters = None if parameters is None else set(parameters)
         matrices = matrices_of(model) if mode != "natural" else []
@@ -225,6 +230,12 @@ class Curvature:
         Raises:
             RuntimeError: a step was made, and the inverses were to be kept elsewhere from now on.
         """
+        self._connection: dict[str, Any] = {
+            "exchange": exchange,
+            "cut": cut,
+            "may_start": may_start,
+            "workers": workers,
+        }
         keeping, (inverters, receivers) = self.stacks.keeping, workers or Workers(exchange, Alone())
         if self.mode == "adam" and receivers.n_shares > 1:
             raise ValueError(
@@ -505,13 +516,44 @@ class Curvature:
         of a block whose last inversion failed (a warning says so), or whose factor had become zero.
 
         Raises:
-            ValueError: the state is of another mode, other layers, or of other block sizes; nothing was changed.
+            ValueError: the state is of another mode, other layers, or of other block sizes, or it is damaged; nothing
+                was changed.
         """
         self.step = take_over(state, self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
-        self._has_agreed, self._observer.loss_layer = True, state.get("loss_layer")
+        self._has_agreed, self._observer.loss_layer = self.stacks.gradient_unit is not None, state.get("loss_layer")
         for index in self._schedule.dismissed():
             self._leave_out(index, "found not to fit its weight's gradient in the run that was saved")
         self._forget()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
+        """A curvature of a copy of the model, with hooks of its own there, which goes on as this one does.
+
+        Functions that were given (schedules, ``loss_multiplier``) and what reaches other processes are shared. Copy a
+        model, its optimizer and its curvature at once, as one tuple, so that the copies belong together.
+        """
+        model = copy.deepcopy(self.model, memo)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        if "_modules" not in vars(model):
+            # The model holds this curvature, and is only being copied itself: hooks of its copy stay silent.
+            shared = (self._options, self.loss_multiplier, self.loss_terms, self._connection, self._exchange)
+            memo.update((id(one), one) for one in shared)
+            twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+            return twin
+        self._hooks.remove_from_copy(model)
+        parameters = [copy.deepcopy(p, memo) for layer in self.layers.values() for p in layer.parameters]
+        with trained(parameters):  # those that were frozen since too
+            twin.__init__(model, **self._options, parameters=parameters)  # type: ignore[misc]
+        twin.left_out = dict(self.left_out)
+        twin.connect(**self._connection)
+        twin.load_state_dict(self.state_dict())
+        # Micro-batches since the last step.
+        twin.stacks.take_window(self.stacks)
+        twin._observer.take_window(self._observer)
+        twin._paused, twin.is_listening = self._paused, copy.deepcopy(self.is_listening, memo)
+        if self._hooks.are_removed:
+            twin.close()
+        return twin
 
     def n_bytes(self, name: str) -> int:
         """Memory that one layer's window sums, factors and, if they are kept here, inverses take, in bytes."""

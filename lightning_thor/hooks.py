@@ -133,6 +133,24 @@ class Hooks:
             handle.remove()
         self._handles.clear()
 
+    @property
+    def are_removed(self) -> bool:
+        return not self._handles
+
+    def remove_from_copy(self, model: nn.Module) -> None:
+        """Remove what a copy of the model has of these hooks, which are silent there."""
+        ids = {handle.id for handle in self._handles}
+        for module in model.modules():
+            for hooks in (
+                module._forward_hooks,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+                module._forward_pre_hooks,
+                module._forward_pre_hooks_with_kwargs,
+            ):
+                for dead in ids & hooks.keys():
+                    del hooks[dead]
+
 
 def _forward_hook(
     name: str,

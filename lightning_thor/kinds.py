@@ -39,7 +39,7 @@ KINDS: tuple[tuple[tuple[type[nn.Module], ...], Kind], ...] = (
     ((nn.LayerNorm,), LAYER_NORM),
     ((nn.RMSNorm,), RMS_NORM),
     ((nn.GroupNorm,), GROUP_NORM),
-    ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), BATCH_NORM),
+    ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), BATCH_NORM),
     ((nn.MultiheadAttention,), ATTENTION),
 )
 BY_CLASS_NAME: Mapping[str, Kind] = {"transformers.pytorch_utils.Conv1D": MIRRORED}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -263,3 +264,16 @@ def _layer(
     A = cut(width_A + with_bias, block_sizes[0], groups)
     G = cut(width_G // parts, block_sizes[1], groups * parts)
     return Layer(uses, parameters, A, G, kind, rows_of, statistics.squares.get(kind.name))
+
+
+@contextmanager
+def trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """These are not frozen in this context."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)

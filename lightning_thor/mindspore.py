@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.blocks import cut_with_remainder
+from lightning_thor.by_class_path import OfParameter
 from lightning_thor.curvature import Curvature
 from lightning_thor.kinds import EXPAND, Statistics
 from lightning_thor.mindspore_arguments import PerStep, StepFunction, check_arguments
-from lightning_thor.mindspore_groups import Group, Named, Params, groups_of
+from lightning_thor.mindspore_groups import Group, Params, groups_of
 from lightning_thor.optimizer import Thor
 from lightning_thor.thor_rows import embedding_rows_of, gpu_conv_rows, gpu_linear_rows
 
@@ -38,7 +39,7 @@ def thor(
     loss_scale: float = 1.0,
     batch_size: int = 32,
     use_nesterov: bool = False,
-    decay_filter: Callable[[Named], bool] = lambda parameter: True,
+    decay_filter: OfParameter = lambda parameter: True,
     split_indices: Sequence[int] | None = None,
     enable_clip_grad: bool = False,
     frequency: int = 100,

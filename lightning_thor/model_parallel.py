@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from lightning_thor import collectives
 from lightning_thor.curvature import Curvature
 from lightning_thor.layers import some_of
 from lightning_thor.optimizer import Thor
+from lightning_thor.saving import whole
 from lightning_thor.sharded import ShardedCurvature
 from lightning_thor.travel import Travel
 
@@ -109,11 +111,41 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
         finally:
             self._accumulates = before
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """As of Lightning's strategy, but the file or folder is there as a whole or not at all, and all ranks raise."""
+        with whole(self, filepath, by_all=self._save_distributed_checkpoint) as path:
+            super().save_checkpoint(checkpoint, path, storage_options)
+
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As of Lightning's strategy, which knows no sharded model where a validation left its weights whole."""
+        """As of Lightning's strategy, which knows no sharded model where a validation left its weights whole.
+
+        The state of optimizers that one file holds, such as a single device or DDP wrote, is taken over as torch does
+        it: by the places of parameters in their groups. (Lightning takes their numbers for those of the model's
+        parameters, which torch's are not where there are groups, or frozen parameters.)
+        """
         assert self.model is not None
         collectives.reshard(self.model)
-        return super().load_checkpoint(*args, **kwargs)
+        path = Path(self.broadcast(args[0] if args else kwargs["checkpoint_path"]))
+        if not path.is_file() or not self.optimizers:
+            return super().load_checkpoint(*args, **kwargs)
+        optimizers, self._optimizers = self._optimizers, []
+        try:
+            checkpoint = super().load_checkpoint(*args, **kwargs)
+        finally:
+            self._optimizers = optimizers
+        for optimizer, saved in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            shards = {
+                number: {key: collectives.shared_out_as(value, p) for key, value in saved["state"][number].items()}
+                # Of other lengths it is refused, below.
+                for number, p in zip(numbers, params, strict=False)
+                if number in saved["state"]
+            }
+            optimizer.load_state_dict({**saved, "state": shards})
+            if isinstance(optimizer, Thor):
+                optimizer.make_state()
+        return checkpoint
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)

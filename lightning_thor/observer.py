@@ -200,6 +200,13 @@ class Observer:
         share = 1.0 if self._terms[:2] == (backward, index) else n_seen / first[2]
         return math.sqrt(first[1] / n_taken * share) if n_taken else 1.0, 0.0
 
+    def take_window(self, other: Observer) -> None:
+        """Go on with what another one of the same layers has noted."""
+        self._observed, self._backward = set(other._observed), dict(other._backward)
+        self._terms, self._noted, self.loss_layer = other._terms, other._noted, other.loss_layer
+        self._told_late, self._checked = other._told_late, other._checked
+        self._told_silent, self.misfits = set(other._told_silent), dict(other.misfits)
+
     def next_window(self) -> None:
         """The sums of the open window were taken out of it: from now on pairs are of the next."""
         self._observed.clear()

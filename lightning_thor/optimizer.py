@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -139,6 +141,8 @@ class Thor(Optimizer):
         preconditioner: Preconditioner | None = None,
     ) -> None:
         self.preconditioner = preconditioner
+        self.numbered: tuple[nn.Parameter, ...] | None = None
+        """All parameters of the model, in its order, if they are known; see `state_dict`."""
         defaults = {
             "mode": mode,
             "lr": lr,
@@ -168,9 +172,28 @@ class Thor(Optimizer):
         super().__setstate__(state)
         if "preconditioner" not in self.__dict__:
             self.preconditioner = None
+        if "numbered" not in self.__dict__:
+            self.numbered = None
         for group in self.param_groups:
             for option in OPTIONS:
                 group.setdefault(option, self.defaults[option])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Thor:
+        """A copy, and if this one preconditions with a `Curvature`, with a copy of that and of its model.
+
+        Parameters are those of the model's copy where it is copied at once: ``copy.deepcopy((model, optimizer))``. Any
+        other preconditioner is left out, as it is when an optimizer is pickled.
+        """
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        model = getattr(self.preconditioner, "model", None)
+        # Not where the model holds this optimizer, and is only being copied itself.
+        if isinstance(model, nn.Module) and "_modules" in vars(memo.get(id(model), model)):
+            twin.preconditioner = copy.deepcopy(self.preconditioner, memo)
+        if all(id(p) in memo for p in self.numbered or ()):
+            twin.numbered = self.numbered and tuple(memo[id(p)] for p in self.numbered)
+        return twin
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -216,6 +239,37 @@ class Thor(Optimizer):
         for group in self.param_groups:
             if group["mode"] != "adam" and group["momentum"]:
                 self._momenta(group["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, but that a parameter has the number that it has among all parameters
+        of its model, frozen ones included, where those are known.
+
+        Torch numbers them group by group, and `load_state_dict` goes by their places in the groups: to it numbers mean
+        nothing. But Lightning takes them for those of the module where a checkpoint goes on in a sharded model. What
+        asks from within torch.distributed (checkpoints of sharded models) relies on torch's own numbers, and gets them.
+        """
+        state = super().state_dict()
+        model, numbered = getattr(self.preconditioner, "model", None), self.numbered
+        if numbered is None and isinstance(model, nn.Module):
+            numbered = tuple(model.parameters())
+        asked_by = sys._getframe(1).f_globals.get("__name__", "")
+        if numbered is None or asked_by.startswith("torch.distributed."):
+            return state
+        numbers = {p: number for number, p in enumerate(numbered)}
+        params = [p for group in self.param_groups for p in group["params"]]
+        own = [number for group in state["param_groups"] for number in group["params"]]
+        # A hook of the user's may have put names there.
+        if not all(p in numbers for p in params) or own != list(range(len(params))):
+            return state
+        number_of = {old: numbers[p] for old, p in zip(own, params, strict=True)}
+        return {
+            **state,
+            "state": {number_of.get(key, key): value for key, value in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [number_of[number] for number in group["params"]]}
+                for group in state["param_groups"]
+            ],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but that Adam's moments are in at least float32: torch gives them

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from lightning_thor.by_class_path import OfStep
 from lightning_thor.damping import RULES
 from lightning_thor.kept import MODES
 from lightning_thor.kinds import STATISTICS, Statistics
 from lightning_thor.refresh import Interval
 from lightning_thor.trace_rule import trace_rule_of
 
-Schedule = float | Callable[[int], float]
+Schedule = float | OfStep
 
 
 def check_options(

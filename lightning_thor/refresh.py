@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from lightning_thor.by_class_path import IntOfStep
 from lightning_thor.trace_rule import KEEP, STOP, UPDATE
 
-Interval = int | Callable[[int], int]
+Interval = int | IntOfStep
 
 # Steps from a probe to the refresh that it asks for: the verdict reaches the host meanwhile, and nobody waits for it.
 LAG = 2

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_thor.patches import Convolution, TransposedConvolution, patches_and_values
 from lightning_thor.sampling import spread
 
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 class Rows(NamedTuple):
@@ -211,7 +211,8 @@ def batch_norm_rows(module: BatchNorm, a: Tensor, g: Tensor, dtype: torch.dtype,
     """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, samples]``.
 
     ``max_rows`` as in `group_norm_rows`. Inputs are then normalised by the mean and variance of the samples that are
-    taken, which are near those of the batch: these would take a pass over all of it.
+    taken, which are near those of the batch: these would take a pass over all of it. So are those of
+    a `nn.SyncBatchNorm`, which itself uses the mean and variance of all processes' batches.
     """
     a, g = _samples(a, g, dtype, max_rows)
     per_sample = (*g.shape[:2], g.shape[2:].numel())

@@ -5,12 +5,13 @@ Each is a small class, so that a YAML file can name it by ``class_path`` and a c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_thor.by_class_path import OfStep
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class PerStepLR(LRScheduler):
 
     Args:
         optimizer: any; each of its groups keeps its own ``lr`` as the factor.
-        schedule: a function of the step, counted from 0.
+        schedule: a function of the step, counted from 0; in a configuration file a class of such, by ``class_path``.
         last_epoch: the step to go on after, as of any torch scheduler; -1 starts anew.
 
     >>> import torch
@@ -109,7 +110,7 @@ class PerStepLR(LRScheduler):
     interval = "step"
     """How often it is to be stepped: what ``lightning-thor`` tells the Trainer."""
 
-    def __init__(self, optimizer: Optimizer, schedule: Callable[[int], float], last_epoch: int = -1) -> None:
+    def __init__(self, optimizer: Optimizer, schedule: OfStep, last_epoch: int = -1) -> None:
         self.schedule = schedule
         super().__init__(optimizer, last_epoch)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_thor.damage import refuse_damaged, refuse_damaged_layers
 from lightning_thor.factors import Factors
 from lightning_thor.kept import KEEPINGS, Mode
 from lightning_thor.layers import some_of
@@ -58,7 +59,7 @@ def snapshot_of(
         "mode": mode,
         "failed_inversions": stacks.failed_inversions,
         "rejected_windows": stacks.rejected_windows,
-        "gradient_unit": float(1.0 if stacks.gradient_unit is None else stacks.gradient_unit),
+        "gradient_unit": None if stacks.gradient_unit is None else float(stacks.gradient_unit),
         "layers": layers,
     }
 
@@ -82,8 +83,10 @@ def take_over(
         The snapshot's step.
 
     Raises:
-        ValueError: the snapshot is of another mode, other layers, or of other block sizes; nothing was changed.
+        ValueError: the snapshot is of another mode, other layers, or of other block sizes, or it is damaged; nothing
+            was changed.
     """
+    refuse_damaged(state)
     its_mode = state.get("mode", "natural")  # there was no other before there were modes
     if its_mode != mode:
         raise ValueError(
@@ -94,6 +97,7 @@ def take_over(
     layers = state["layers"]
     own = snapshot_of(factors, stacks, schedule, step=step, mode=mode)["layers"]
     _check_that_layers_are_the_same(layers, own)
+    refuse_damaged_layers(layers, own)
     for name, tensors in own.items():
         for key in tensors.keys() & layers[name].keys():
             tensors[key].copy_(layers[name][key])
@@ -108,7 +112,7 @@ def take_over(
         )
     stacks.failed_inversions.fill_(int(state["failed_inversions"]))
     stacks.rejected_windows.fill_(int(state["rejected_windows"]))
-    stacks.gradient_unit = float(state.get("gradient_unit", 1.0))  # it had no unit before there was one
+    stacks.gradient_unit = state.get("gradient_unit", 1.0)  # which it was before it was saved
     saved = [layers[name] for name in own]
     schedule.restore(
         next_steps=[int(layer["next_turn"]) for layer in saved],
@@ -121,11 +125,11 @@ def take_over(
 
 
 def _check_that_layers_are_the_same(
-    layers: Mapping[str, Mapping[str, Tensor]], own: Mapping[str, Mapping[str, Tensor]]
+    layers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     missing, unknown = sorted(own.keys() - layers.keys()), sorted(layers.keys() - own.keys())
     differing = [
-        f"{name}.{key}: {_shape(layers[name].get(key))} in the checkpoint, {_shape(tensor)} here"
+        f"{name}.{key}: {_shape(layers[name].get(key)) or 'nothing'} in the checkpoint, {_shape(tensor)} here"
         for name in own
         if name in layers
         for key, tensor in own[name].items()
@@ -142,5 +146,7 @@ def _check_that_layers_are_the_same(
         )
 
 
-def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tuple(tensor.shape)
+def _shape(value: Any) -> str | None:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape))
+    return None if value is None else type(value).__name__

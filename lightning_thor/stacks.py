@@ -178,6 +178,12 @@ class FactorStacks:
         self.flat_sums.zero_()
         self._counted.clear()
 
+    def take_window(self, other: FactorStacks) -> None:
+        """Bring the open window to that of other stacks of the same layers."""
+        self.flat_sums.copy_(other.flat_sums)
+        self.gradient_unit = other.gradient_unit
+        self._counted = {layer: list(numbers) for layer, numbers in other._counted.items()}
+
     def blocks_of(self, factor: int, kind: str) -> Tensor:
         """View of one factor's ``"sums"``, ``"average"`` or ``"inverse"``: ``[groups, n_blocks, size, size]``."""
         size, place = (self._kept_slots if kind == "inverse" else self._slots)[factor]

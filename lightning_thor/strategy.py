@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning_thor import collectives
 from lightning_thor.curvature import Curvature
 from lightning_thor.exchange import Workers
+from lightning_thor.saving import whole
 from lightning_thor.travel import Travel
 
 
@@ -76,6 +77,11 @@ class ThorDDPStrategy(DDPStrategy):
             ValueError: ``split_indices`` names a layer that the model does not have.
         """
         self._travel.connect(curvature, self._factor_group, may_start=self._is_last_backward, workers=self._workers)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """As of Lightning's strategy, but the file is there as a whole or not at all, and all ranks raise."""
+        with whole(self, filepath) as path:
+            super().save_checkpoint(checkpoint, path, storage_options)
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)

@@ -1,4 +1,4 @@
-"""Trainings of sharded models for the tests, on two ranks and then on four, as `tests.distributed_workers` has them."""
+"""Trainings of sharded models for the tests, on one, two and four ranks, as `tests.distributed_workers` has them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_thor import ThorModelParallelStrategy
-from tests.distributed_workers import HALVES, QUARTERS, STEPS_PER_EPOCH, Module, Net, Result, fit, run
+from lightning_thor import Thor, ThorCallback, ThorModelParallelStrategy
+from tests.distributed_workers import HALVES, QUARTERS, ROWS, STEPS_PER_EPOCH, Module, Net, Result, fit, run
+from tests.full_disks import SavesOntoAFullDisk
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -73,6 +75,20 @@ class Sharded(Module):
         for group in found[0].param_groups:
             group.update(self.options)
         return found, schedules
+
+
+class Grouped(Sharded):
+    """With a layer in its middle that does not train, and groups of parameters that go backwards through the model."""
+
+    def __init__(self, parts: tuple[int, ...], **others: Any) -> None:
+        super().__init__(parts, **others)
+        self.net.norm.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        params = [p for p in self.parameters() if p.requires_grad][::-1]
+        groups = [{"params": params[1::2], "weight_decay": 0.1}, {"params": params[::2]}]
+        optimizer = Thor(groups, lr=0.02, mode=self.mode)  # type: ignore[arg-type]
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)]
 
 
 class Searching(Sharded):
@@ -128,6 +144,19 @@ def in_buckets() -> ThorModelParallelStrategy:
     return ThorModelParallelStrategy(factor_bucket_mb=1e-6)
 
 
+def on_a_full_disk(folder: Path, name: str, when: str, ranks: tuple[int, ...], strategy: Any) -> Result:
+    """What a callback found that saves in the middle of a fit onto a disk that is full for some ranks."""
+    saver = SavesOntoAFullDisk(folder / name, when, ranks)
+    module = Sharded(HALVES, dtype=torch.float32)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, callbacks=[ThorCallback(summary=False), saver],
+        default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module)
+    return {"error": saver.error, "found": saver.found, "step_of_last": saver.step_of_last}
+
+
 def irregular(rank: int, number: int) -> int:
     """Once or twice, other on each rank; in batch 3 not at all, on all ranks: FSDP2 allows no less."""
     return 0 if number == 3 else 1 + (number + rank) % 2
@@ -148,6 +177,35 @@ def with_loss_scaling(folder: Path, max_epochs: int = 1, resume: Path | None = N
 KL = {"match_rms": None, "kl_clip": 1e-7, "weight_decay": 0.1, "decoupled_weight_decay": False, "clip_norm": 0.02}
 BF16 = {"dtype": torch.float32}
 
+MODULES: dict[str, Callable[[tuple[int, ...]], Sharded]] = {
+    "alone": Sharded,
+    "alone_polar": lambda parts: Sharded(parts, mode="polar"),
+    "alone_grouped": Grouped,
+    "alone_grouped_polar": lambda parts: Grouped(parts, mode="polar"),
+    "alone_unused": lambda parts: Sharded(parts, extra=never),
+    "alone_without_momentum": lambda parts: Sharded(parts, {"momentum": 0.0}),
+}
+"""What begins on one device and goes on with two ranks."""
+
+
+def begin(name: str, folder: Path) -> Result:
+    """On one device, unbroken, with a checkpoint after each epoch; and once more as versions before wrote it."""
+    result = fit(folder, MODULES[name]((ROWS,)), devices=1, max_epochs=3, checkpoints=name)
+    checkpoint = torch.load(folder / name / "epoch=0.ckpt", weights_only=True)
+    (saved,) = checkpoint["optimizer_states"]
+    places: dict[int, int] = {}
+    for group in saved["param_groups"]:
+        group["params"] = [places.setdefault(number, len(places)) for number in group["params"]]
+    saved["state"] = {places[number]: state for number, state in saved["state"].items()}
+    torch.save(checkpoint, folder / name / "old.ckpt")
+    return result
+
+
+def go_on(name: str, folder: Path, file: str = "epoch=0.ckpt") -> Result:
+    return train(folder, MODULES[name](HALVES), max_epochs=3, resume=folder / name / file)
+
+
+ONE: dict[str, Callable[[Path], Result]] = {name: partial(begin, name) for name in MODULES}
 TWO: dict[str, Callable[[Path], Result]] = {
     "natural": lambda folder: train(folder, Sharded(HALVES), max_epochs=3, checkpoints="natural"),
     "polar": lambda folder: train(folder, Sharded(HALVES, mode="polar"), consolidated(), checkpoints="polar"),
@@ -188,6 +246,21 @@ TWO: dict[str, Callable[[Path], Result]] = {
     "micro_batches_in_buckets": lambda folder: train(folder, Sharded(HALVES, micro_batches=2), in_buckets()),
     "growing_in_buckets": lambda folder: train(folder, Growing(HALVES, micro_batches=2), in_buckets()),
     "growing_in_the_step": lambda folder: train(folder, Growing(HALVES, micro_batches=2), InTheStep()),
+    "full_disk_of_shards": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_shards", "shards", (0, 1), ThorModelParallelStrategy()
+    ),
+    "full_disk_of_the_last_rank": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_the_last_rank", "shards", (1,), ThorModelParallelStrategy()
+    ),
+    "full_disk_of_metadata": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_metadata", "metadata", (0,), ThorModelParallelStrategy()
+    ),
+    "full_disk_of_one_file": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_one_file", "file", (0,), consolidated()
+    ),
+    "full_disk_of_ddp": lambda folder: on_a_full_disk(folder, "full_disk_of_ddp", "file", (0,), "thor_ddp"),
+    **{f"{name}_goes_on": partial(go_on, name) for name in MODULES},
+    "alone_grouped_of_old_goes_on": partial(go_on, "alone_grouped", file="old.ckpt"),
 }
 FOUR: dict[str, Callable[[Path], Result]] = {
     "four": lambda folder: train(folder, Sharded(QUARTERS), max_epochs=3),
@@ -204,8 +277,8 @@ FOUR: dict[str, Callable[[Path], Result]] = {
 def work(folder: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     for name in names:
-        result = (TWO | FOUR)[name](folder)
-        torch.save(result, folder / f"{name}-{dist.get_rank()}.pt")
+        result = (ONE | TWO | FOUR)[name](folder)
+        torch.save(result, folder / f"{name}-{os.environ['RANK']}.pt")
 
 
 def fork(n_ranks: int, folder: Path, names: Sequence[str]) -> None:
@@ -254,11 +327,12 @@ def results_folder() -> Path:
 
 def ranks(name: str) -> list[Result]:
     """What the training ``name`` gave on each rank."""
-    files = [results_folder() / f"{name}-{rank}.pt" for rank in range(2 if name in TWO else 4)]
+    files = [results_folder() / f"{name}-{rank}.pt" for rank in range(1 if name in ONE else 2 if name in TWO else 4)]
     assert all(file.is_file() for file in files), f"{name!r} did not end. They printed: ...{launched()[1][-6000:]}"
     return [torch.load(file, weights_only=True) for file in files]
 
 
 if __name__ == "__main__":
+    fork(1, Path(sys.argv[1]), list(ONE))
     fork(2, Path(sys.argv[1]), list(TWO))
     fork(4, Path(sys.argv[1]), list(FOUR))

@@ -1,11 +1,16 @@
-"""configure_thor: groups, and errors."""
+"""configure_thor: groups, errors, and the numbers of parameters in a state."""
 
 from __future__ import annotations
 
-import pytest
-from torch import nn
+import pickle
+from typing import Any
 
-from lightning_thor import configure_thor
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from lightning_thor import Curvature, Thor, configure_thor
 
 
 def test_biases_and_norms_do_not_decay() -> None:
@@ -43,3 +48,83 @@ def test_an_unknown_option_is_refused() -> None:
         configure_thor(nn.Linear(2, 2), damping=0.1)
     with pytest.raises(ValueError, match="lr must be 0 or greater, got -1"):
         configure_thor(nn.Linear(2, 2), lr=-1)
+
+
+def make_momenta(optimizer: Thor) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+class Identity:
+    def update(self) -> None:
+        pass
+
+    def precondition(self, grads: Any) -> Any:
+        return {p: grad.clone() for p, grad in grads.items()}
+
+
+def frozen_in_the_middle() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2))
+    model[1].requires_grad_(False)
+    return model
+
+
+def test_states_have_the_numbers_that_parameters_have_in_the_module() -> None:
+    """Frozen ones included: as Lightning takes them, where a checkpoint goes on in a sharded model."""
+    model = frozen_in_the_middle()
+    optimizer = configure_thor(model, weight_decay=0.1, preconditioner=Identity())
+    make_momenta(optimizer)
+    state, params = optimizer.state_dict(), list(model.parameters())
+    assert [group["params"] for group in state["param_groups"]] == [[0, 4], [1, 5]]
+    assert state["state"].keys() == {0, 1, 4, 5}
+    for number, one in state["state"].items():
+        assert one["momentum_buffer"] is optimizer.state[params[number]]["momentum_buffer"]
+
+
+def test_without_the_module_numbers_are_torchs() -> None:
+    model = frozen_in_the_middle()
+    optimizer = Thor([{"params": [model[2].weight, model[0].weight]}, {"params": [model[0].bias]}])
+    assert [group["params"] for group in optimizer.state_dict()["param_groups"]] == [[0, 1], [2]]
+    optimizer.preconditioner = Curvature(model)  # which knows it
+    assert [group["params"] for group in optimizer.state_dict()["param_groups"]] == [[4, 0], [1]]
+    optimizer.numbered = tuple(model[0].parameters())  # has not all of them
+    assert [group["params"] for group in optimizer.state_dict()["param_groups"]] == [[0, 1], [2]]
+    optimizer.numbered = None
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "param_groups": [{"params": ["a", "b", "c"]}]})
+    assert optimizer.state_dict()["param_groups"] == [{"params": ["a", "b", "c"]}]
+
+
+@pytest.mark.parametrize("numbers", [[[0, 1], [2, 3]], [[3, 2], [1, 0]], [[10, 40], [7, 8]]])
+def test_numbers_mean_nothing_when_a_state_is_taken_over(numbers: list[list[int]]) -> None:
+    models = [frozen_in_the_middle() for _ in range(2)]
+    optimizers = [configure_thor(model, preconditioner=Identity()) for model in models]
+    make_momenta(optimizers[0])
+    state = optimizers[0].state_dict()
+    renamed = dict(zip([0, 4, 1, 5], numbers[0] + numbers[1], strict=True))
+    for group, own in zip(state["param_groups"], numbers, strict=True):
+        group["params"] = own
+    state["state"] = {renamed[number]: one for number, one in state["state"].items()}
+    optimizers[1].load_state_dict(state)
+    for p, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(optimizers[1].state.get(other), optimizers[0].state.get(p), rtol=0, atol=0)
+
+
+def test_torchs_distributed_checkpoints_find_each_momentum_by_its_name() -> None:
+    """They take the numbers for torch's own."""
+    model = frozen_in_the_middle()
+    optimizer = configure_thor(model, weight_decay=0.1, preconditioner=Identity())
+    make_momenta(optimizer)
+    state: Any = get_optimizer_state_dict(model, optimizer)["state"]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert state[name]["momentum_buffer"] is optimizer.state[p]["momentum_buffer"]
+
+
+def test_the_module_is_not_in_a_pickled_optimizer() -> None:
+    module = nn.Linear(2, 2)
+    module.not_to_be_pickled = lambda: None
+    restored = pickle.loads(pickle.dumps(configure_thor(module)))
+    assert restored.numbered is None
+    assert [group["params"] for group in restored.state_dict()["param_groups"]] == [[0], [1]]

@@ -36,7 +36,6 @@ class ChannelsFirst(nn.LayerNorm):
     [
         (nn.GRU(2, 2), "no curvature for GRU: all its steps and gates are one call, inside which no hook can see"),
         (nn.Bilinear(2, 2, 2), "no curvature for Bilinear: its weight has two inputs"),
-        (nn.SyncBatchNorm(3), "no curvature for SyncBatchNorm"),
         (nn.InstanceNorm2d(2, affine=True), "no curvature for InstanceNorm2d"),
         (nn.Embedding(3, 2, sparse=True), "sparse or frequency-scaled gradient"),
         (nn.Embedding(3, 2, scale_grad_by_freq=True), "sparse or frequency-scaled gradient"),

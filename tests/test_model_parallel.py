@@ -26,7 +26,18 @@ from lightning_thor.report import curvature_table
 from lightning_thor.sharded import ShardedCurvature
 from tests.boring import Boring
 from tests.distributed_workers import ROOT, ROWS, Result, batch, fit, only, whole
-from tests.sharded_workers import BF16, KL, Sharded, Words, consolidated, fully_shard, ranks, results_folder, train
+from tests.sharded_workers import (
+    BF16,
+    KL,
+    MODULES,
+    Sharded,
+    Words,
+    consolidated,
+    fully_shard,
+    ranks,
+    results_folder,
+    train,
+)
 from tests.test_strategy import assert_bitwise, clean_environment, state
 
 __all__ = ["clean_environment"]
@@ -230,6 +241,37 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, one_process:
     assert file.is_dir() == (mode == "natural")
     strategy = "thor_fsdp2" if mode == "natural" else consolidated()
     resumed = train(tmp_path, Sharded((ROWS,), mode=mode), strategy, resume=file)
+    assert resumed["steps"][0] == 5
+    torch.testing.assert_close(state(resumed), state(unbroken), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [*MODULES, "alone_grouped_of_old"])
+def test_a_checkpoint_of_one_device_goes_on_with_two_ranks(training: str) -> None:
+    """Whatever the groups of parameters, and with a layer that does not train or has had no gradient yet."""
+    (unbroken,) = ranks(training.removesuffix("_of_old"))
+    for result in ranks(f"{training}_goes_on"):
+        assert (result["strategy"], result["steps"][0]) == ("ThorModelParallelStrategy", 5)
+        torch.testing.assert_close(
+            {"momenta": momenta(result), **state(result, "optimizer")},
+            {"momenta": momenta(unbroken), **state(unbroken, "optimizer")},
+            rtol=1e-9,
+            atol=1e-9,
+        )
+
+
+def momenta(result: Result) -> dict[int, torch.Tensor]:
+    """By number; without those of parameters that never had a gradient, which only sharded ones have."""
+    states = result["optimizer"]["state"].items()
+    found = {number: one["momentum_buffer"] for number, one in states if one.get("momentum_buffer") is not None}
+    return {number: momentum for number, momentum in sorted(found.items()) if momentum.any()}
+
+
+@pytest.mark.slow
+def test_one_file_of_two_ranks_goes_on_on_one_device(tmp_path: Path) -> None:
+    file = results_folder() / "one_file" / "epoch=0.ckpt"
+    (unbroken,) = ranks("alone")
+    resumed = one_device(tmp_path, max_epochs=3, resume=file)
     assert resumed["steps"][0] == 5
     torch.testing.assert_close(state(resumed), state(unbroken), rtol=1e-9, atol=1e-9)
 

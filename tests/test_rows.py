@@ -64,6 +64,7 @@ CASES: dict[str, Case] = {
     "batch norm 1d": (lambda: nn.BatchNorm1d(5), (7, 5)),
     "batch norm 2d": (lambda: nn.BatchNorm2d(3), (7, 3, 4, 4)),
     "batch norm, kept in eval mode": (lambda: nn.BatchNorm2d(3).eval(), (7, 3, 4, 4)),
+    "batch norm of all processes": (lambda: nn.SyncBatchNorm(3), (7, 3, 4, 4)),
 }
 
 
