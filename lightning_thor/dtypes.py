@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import reduce
+from functools import cache, reduce
 
 import torch
 
 
+@cache
 def wide(dtype: torch.dtype) -> torch.dtype:
     """At least float32: directions are so until they were brought to scale, since a gradient of float16 times two
     inverses may be beyond it, and Adam's moments, since squares may.

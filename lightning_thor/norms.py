@@ -13,7 +13,7 @@ from lightning_thor.collectives import is_sharded, max_over_shards, sum_over_sha
 HOST = {"cpu"}
 """Devices whose numbers the program can read without waiting for anything."""
 
-PIECE = 2**16
+PIECE = 2**14
 """How many squares are added up in the dtype of a tensor; sums of more are sums of such sums, in float64. Of 10⁷
 numbers in float32, one sum of all their squares is off by up to 3e-4."""
 
