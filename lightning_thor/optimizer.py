@@ -15,7 +15,7 @@ from torch.optim.sgd import sgd
 from lightning_thor.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
 from lightning_thor.collectives import local
 from lightning_thor.dtypes import wide
-from lightning_thor.fading import Mean, fades
+from lightning_thor.fading import fades
 from lightning_thor.kept import MODES, Mode
 from lightning_thor.scale import Updates, times, to_at_most_, to_at_most_kl_, to_rms_
 
@@ -32,11 +32,11 @@ OPTIONS = (
     "clip_norm",
 )
 
-GRADIENT_RMS, GRADIENT_STEPS = "gradient_rms", "gradient_steps"
-"""In each group, the same in all: the mean over all steps of the largest root mean square that a matched tensor's
-gradient had, and how many steps there were; see `lightning_thor.fading`. They are no options, but saved with those."""
+GRADIENT_RMS = "gradient_rms"
+"""In each group, the same in all: root mean square of the largest gradients of this training, see
+`lightning_thor.fading`. It is no option, but saved with those."""
 
-Fades = Mapping[nn.Parameter, Mean]
+Fades = Mapping[nn.Parameter, float | Tensor]
 """By matched parameter, what the root mean square of its direction is multiplied by."""
 
 Steps = Sequence[tuple[dict[str, Any], list[nn.Parameter]]]
@@ -120,7 +120,8 @@ class Thor(Optimizer):
         decoupled_weight_decay: multiply weights by ``1 - lr * weight_decay`` (as AdamW does) instead of adding
             ``weight_decay * weight`` to the preconditioned gradient (as THOR does).
         match_rms: rescale each tensor's direction to this root mean square (0.2 is about AdamW's: Liu et al. 2025,
-            arXiv:2502.16982); None leaves its scale to the curvature.
+            arXiv:2502.16982), or less where its gradient is below 64 roundings of the largest gradients of this
+            training (`lightning_thor.fading`); None leaves its scale to the curvature.
         kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` is at most this (Ba, Grosse &
             Martens 2017, "Distributed second-order optimization using Kronecker-factored approximations", section
             5; the sum is over the parameters of all groups that set it); None does not. Natural mode only.
@@ -166,24 +167,14 @@ class Thor(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; a ValueError if an option of the group is out of its range."""
-        unknown = param_group.keys() - {
-            *OPTIONS,
-            GRADIENT_RMS,
-            GRADIENT_STEPS,
-            "params",
-            "name",
-            "param_names",
-            "initial_lr",
-        }
+        unknown = param_group.keys() - {*OPTIONS, GRADIENT_RMS, "params", "name", "param_names", "initial_lr"}
         group = {**self.defaults, **param_group}
         _check_group(group, unknown)
         modes = {group["mode"], *(other["mode"] for other in self.param_groups)}
         if "adam" in modes and len(modes) > 1:
             raise ValueError(f"mode='adam' must be that of all parameter groups, got {', '.join(sorted(modes))}.")
         super().add_param_group(param_group)
-        first, added = self.param_groups[0], self.param_groups[-1]
-        for key in (GRADIENT_RMS, GRADIENT_STEPS):
-            added[key] = first.get(key, 0)
+        self.param_groups[-1][GRADIENT_RMS] = self.param_groups[0].get(GRADIENT_RMS, 0.0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Unpickled or copied: torch keeps neither extra attributes nor options that an older version did not have.
@@ -193,8 +184,7 @@ class Thor(Optimizer):
         for group in self.param_groups:
             for option in OPTIONS:
                 group.setdefault(option, self.defaults[option])
-            for key in (GRADIENT_RMS, GRADIENT_STEPS):
-                group.setdefault(key, 0)
+            group.setdefault(GRADIENT_RMS, 0.0)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -283,10 +273,10 @@ class Thor(Optimizer):
         of = {p: _share_of_gradient(group) for group in groups for p in group["params"] if p in made_of}
         if not of:
             return {}
-        mean, steps = self.param_groups[0][GRADIENT_RMS], self.param_groups[0][GRADIENT_STEPS] + 1
-        found, mean = fades([made_of[p] for p in of], list(of), list(of.values()), mean, steps)
+        before = self.param_groups[0][GRADIENT_RMS]
+        found, largest = fades([made_of[p] for p in of], list(of), list(of.values()), before)
         for group in self.param_groups:
-            group[GRADIENT_RMS], group[GRADIENT_STEPS] = mean, steps
+            group[GRADIENT_RMS] = largest
         return dict(zip(of, found, strict=True))
 
     def _apply(self, grads: Mapping[nn.Parameter, Tensor], updates: Updates, faded: Fades) -> None:
