@@ -80,9 +80,9 @@ def _on_host(
 ) -> tuple[list[float], float]:
     looked_at = [_slice(one) for one in made_of]
     r = [own * x for own, x in zip(norms.root_mean_squares(looked_at), times, strict=True)]
-    shares = [part.numel() / max(1, one.numel()) for part, one in zip(looked_at, made_of, strict=True)]
     # Of a tensor of which a part was looked at, r is at least this.
-    least = {index: r[index] * math.sqrt(share) for index, share in enumerate(shares) if 0.0 < share < 1.0}
+    parts = [index for index, part in enumerate(looked_at) if part is not made_of[index]]
+    least = {index: r[index] * math.sqrt(SLICE / made_of[index].numel()) for index in parts}
     largest = _with_step(before, r)
     # Not `<`: a part may be not finite.
     while small := [index for index, own in least.items() if not own >= rounding[index] * largest]:
@@ -101,7 +101,10 @@ def _with_step(before: float, r: Sequence[float]) -> float:
 
 def _slice(x: Tensor) -> Tensor:
     """From the middle of a large tensor, as it lies in memory; of one with gaps all of it."""
-    if x.numel() <= 4 * SLICE:
+    n = x.numel()
+    if n <= 4 * SLICE:
         return x
+    if x.is_contiguous():
+        return x.as_strided((SLICE,), (1,), x.storage_offset() + (n - SLICE) // 2)
     flat = norms.in_memory_order(x)
-    return flat[(len(flat) - SLICE) // 2 :][:SLICE] if flat.data_ptr() == x.data_ptr() else x
+    return flat[(n - SLICE) // 2 :][:SLICE] if flat.data_ptr() == x.data_ptr() else x
