@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +12,11 @@ ALONE = {"cpu"}
 it finds more in the processor's cache."""
 
 
-def runs_of(tensors: Sequence[Tensor], keys: Sequence[Hashable] | None = None) -> list[list[int]]:
+def runs_of(tensors: Sequence[Tensor]) -> list[list[int]]:
     """The numbers of ``tensors`` in lists, each as long as can be, of tensors that lie one after the other in memory.
 
     Args:
         tensors: in any order; those of a run are contiguous, of one shape and dtype and in one storage.
-        keys: of each; those of a run are equal.
 
     >>> runs_of(torch.zeros(2, 3).unbind())  # of a GPU it is one
     [[0], [1]]
@@ -29,7 +28,7 @@ def runs_of(tensors: Sequence[Tensor], keys: Sequence[Hashable] | None = None) -
     end, last = -1, None
     for index in sorted(range(len(tensors)), key=places.__getitem__):
         tensor = tensors[index]
-        form = tensor.shape, tensor.dtype, None if keys is None else keys[index]
+        form = tensor.shape, tensor.dtype
         goes_on = places[index] == end and form == last and tensor.is_contiguous()
         # Memory of two storages can be adjacent by chance.
         if goes_on and tensor.untyped_storage().data_ptr() == tensors[runs[-1][0]].untyped_storage().data_ptr():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_thor.adjacent import as_one, runs_of
 from lightning_thor.blocks import ONE_BY_ONE, columns_product
+from lightning_thor.dtypes import wide
 from lightning_thor.layer import Layer, table_to_matrix, vectors_to_matrix, weight_to_matrix
 
 Kept = tuple[Tensor | None, Tensor]
@@ -40,7 +41,8 @@ class Batch(Protocol):
         """``G X A`` of each matrix X, with what is kept of A and G, or with the transpose of either; new."""
 
     def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:
-        """Matrices as directions of the parameters, in the shapes and dtypes of ``tensors``."""
+        """Matrices as directions of the parameters, in the shapes of ``tensors`` and their dtypes, but at least
+        float32."""
 
 
 class Matrix:
@@ -69,7 +71,7 @@ class Matrix:
     def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:
         for layer, matrix in zip(self.layers, matrices.unbind(), strict=True):
             (p,) = layer.parameters
-            directions[p] = matrix.view(tensors[p].shape).to(tensors[p].dtype)
+            directions[p] = matrix.view(tensors[p].shape).to(wide(tensors[p].dtype))
 
 
 class Slabs:
@@ -111,7 +113,7 @@ class Slabs:
 
     def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:
         (p,) = self.layers[0].parameters
-        directions[p] = matrices.view(tensors[p].shape).to(tensors[p].dtype)
+        directions[p] = matrices.view(tensors[p].shape).to(wide(tensors[p].dtype))
 
 
 def lengths_of(n_rows: int, size: int, n_columns: int, device: str) -> list[int]:
@@ -154,7 +156,7 @@ class Vectors:
 
     def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:
         for p, direction in zip(self._parameters, matrices.unbind(), strict=True):
-            directions[p] = direction.to(tensors[p].dtype)
+            directions[p] = direction.to(wide(tensors[p].dtype))
 
 
 class Single:
@@ -181,7 +183,7 @@ class Single:
                 directions[p] = direction
                 continue
             if p not in directions:
-                directions[p] = tensors[p].clone()
+                directions[p] = tensors[p].to(wide(tensors[p].dtype), copy=True)
             layer.own_part(directions[p]).copy_(direction)
 
 

@@ -203,18 +203,26 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def sum_over_shards(partial: list[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
+def sum_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
     """Sums over whole tensors from the sums over what of each lies on this rank: one small all-reduce for all.
 
     Args:
-        partial: of each tensor, 0-dimensional and of one dtype.
-        of: the tensors; all of them sharded over the same ranks, or none.
+        partial: of each tensor, ``[n]``; may be changed.
+        of: the ``n`` tensors; all of them sharded over the same ranks, or none.
     """
-    if not is_sharded(of[0]) or of[0].device_mesh.size() == 1:  # type: ignore[attr-defined]
-        return partial
-    summed = torch.stack(partial)
-    dist.all_reduce(summed, group=of[0].device_mesh.get_group())  # type: ignore[attr-defined]
-    return list(summed.unbind())
+    return _over_shards(partial, of, "SUM")
+
+
+def max_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
+    """As `sum_over_shards`, of what is the largest."""
+    return _over_shards(partial, of, "MAX")
+
+
+def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tensor:
+    if is_sharded(of[0]) and of[0].device_mesh.size() > 1:  # type: ignore[attr-defined]
+        group = of[0].device_mesh.get_group()  # type: ignore[attr-defined]
+        dist.all_reduce(partial, op=getattr(dist.ReduceOp, operation), group=group)
+    return partial
 
 
 def why_not_by_rows(tensor: Tensor, n_ranks: int) -> str | None:

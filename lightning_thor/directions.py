@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.batches import Batch, Matrices, Single, Tensors
+from lightning_thor.dtypes import wide
 from lightning_thor.polar import msign
 
 Unit = float | Tensor
@@ -165,11 +166,12 @@ def _with_others(directions: dict[nn.Parameter, Tensor], grads: Tensors) -> dict
 
 
 def _copies(grads: Tensors) -> dict[nn.Parameter, Tensor]:
-    """Those of one shape in one operation."""
+    """Those of one shape in one operation; in at least float32, as all directions."""
     alike: dict[tuple[torch.Size, torch.dtype], list[nn.Parameter]] = {}
     for p, grad in grads.items():
         alike.setdefault((grad.shape, grad.dtype), []).append(p)
     copies: dict[nn.Parameter, Tensor] = {}
-    for members in alike.values():
-        copies.update(zip(members, torch.stack([grads[p] for p in members]).unbind(), strict=True))
+    for (_, dtype), members in alike.items():
+        together = torch.stack([grads[p] for p in members])
+        copies.update(zip(members, together.to(wide(dtype)).unbind(), strict=True))
     return copies

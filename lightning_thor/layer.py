@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_thor import blocks, rows
 from lightning_thor.blocks import Blocks
+from lightning_thor.dtypes import wide
 
 RowsOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], rows.Rows]
 SquaresOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], rows.Squares]
@@ -137,9 +138,9 @@ class Layer:
         return blocks.right_product(by_input, right, self.A).reshape(matrix.shape)
 
     def from_matrix(self, matrix: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
-        """A matrix as directions, contiguous, in the shapes and dtypes of ``grads``."""
+        """A matrix as directions, contiguous, in the shapes and dtypes of ``grads``, but at least float32."""
         return [
-            direction.reshape(grad.shape).to(grad.dtype).contiguous()
+            direction.reshape(grad.shape).to(wide(grad.dtype)).contiguous()
             for direction, grad in zip(self.kind.from_matrix(self, matrix), grads, strict=True)
         ]
 

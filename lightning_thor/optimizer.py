@@ -16,8 +16,10 @@ from torch.optim.sgd import sgd
 
 from lightning_thor.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
 from lightning_thor.collectives import local
+from lightning_thor.dtypes import wide
+from lightning_thor.fading import fades
 from lightning_thor.kept import MODES, Mode
-from lightning_thor.scale import Updates, kl_shrink, to_at_most_, to_rms_
+from lightning_thor.scale import Updates, times, to_at_most_, to_at_most_kl_, to_rms_
 
 OPTIONS = (
     "mode",
@@ -32,6 +34,12 @@ OPTIONS = (
     "clip_norm",
 )
 
+GRADIENT_RMS = "gradient_rms"
+"""In each group, the same in all: root mean square of the largest gradients of this training, see
+`lightning_thor.fading`. It is no option, but saved with those."""
+
+Fades = Mapping[nn.Parameter, float | Tensor]
+"""By matched parameter, what the root mean square of its direction is multiplied by."""
 
 Steps = Sequence[tuple[dict[str, Any], list[nn.Parameter]]]
 """Each group of parameters with those of its parameters that have a gradient."""
@@ -45,6 +53,9 @@ class Preconditioner(Protocol):
 
     def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         """Directions of descent, one for each gradient: new tensors, the optimizer's to change; ``grads`` stay.
+
+        Directions of gradients in float16 or bfloat16 are best given in float32: they are rounded to the dtype of the
+        weights when they have been brought to scale, before that they may be beyond it.
 
         Of a sharded parameter (a DTensor) both are what lies in this process.
         """
@@ -111,7 +122,8 @@ class Thor(Optimizer):
         decoupled_weight_decay: multiply weights by ``1 - lr * weight_decay`` (as AdamW does) instead of adding
             ``weight_decay * weight`` to the preconditioned gradient (as THOR does).
         match_rms: rescale each tensor's direction to this root mean square (0.2 is about AdamW's: Liu et al. 2025,
-            arXiv:2502.16982); None leaves its scale to the curvature.
+            arXiv:2502.16982), or less where its gradient is below 64 roundings of the largest gradients of this
+            training (`lightning_thor.fading`); None leaves its scale to the curvature.
         kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` is at most this (Ba, Grosse &
             Martens 2017, "Distributed second-order optimization using Kronecker-factored approximations", section
             5; the sum is over the parameters of all groups that set it); None does not. Natural mode only.
@@ -159,13 +171,14 @@ class Thor(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; a ValueError if an option of the group is out of its range."""
-        unknown = param_group.keys() - {*OPTIONS, "params", "name", "param_names", "initial_lr"}
+        unknown = param_group.keys() - {*OPTIONS, GRADIENT_RMS, "params", "name", "param_names", "initial_lr"}
         group = {**self.defaults, **param_group}
         _check_group(group, unknown)
         modes = {group["mode"], *(other["mode"] for other in self.param_groups)}
         if "adam" in modes and len(modes) > 1:
             raise ValueError(f"mode='adam' must be that of all parameter groups, got {', '.join(sorted(modes))}.")
         super().add_param_group(param_group)
+        self.param_groups[-1][GRADIENT_RMS] = self.param_groups[0].get(GRADIENT_RMS, 0.0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Unpickled or copied: torch keeps neither extra attributes nor options that an older version did not have.
@@ -177,6 +190,7 @@ class Thor(Optimizer):
         for group in self.param_groups:
             for option in OPTIONS:
                 group.setdefault(option, self.defaults[option])
+            group.setdefault(GRADIENT_RMS, 0.0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Thor:
         """A copy, and if this one preconditions with a `Curvature`, with a copy of that and of its model.
@@ -223,8 +237,9 @@ class Thor(Optimizer):
             )
         if any(grad.is_sparse for grad in grads.values()):
             raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
-        for updates in self._update_parts(self.preconditioner, grads):
-            self._apply(grads, updates)
+        parts, faded = self._update_parts(self.preconditioner, grads)
+        for updates in parts:
+            self._apply(grads, updates, faded)
             # Their memory is where the next ones are made.
             updates.clear()
         return loss
@@ -249,6 +264,8 @@ class Thor(Optimizer):
         asks from within torch.distributed (checkpoints of sharded models) relies on torch's own numbers, and gets them.
         """
         state = super().state_dict()
+        for group in state["param_groups"]:
+            group[GRADIENT_RMS] = float(group[GRADIENT_RMS])  # on a GPU it is a tensor
         model, numbered = getattr(self.preconditioner, "model", None), self.numbered
         if numbered is None and isinstance(model, nn.Module):
             numbered = tuple(model.parameters())
@@ -280,42 +297,66 @@ class Thor(Optimizer):
         for number, p in zip(numbers, params, strict=True):
             saved = state_dict["state"].get(number, {})
             if SECOND in saved:
-                moments = {key: saved[key].to(p.device, _wide(p.dtype), copy=True) for key in (FIRST, SECOND)}
+                moments = {key: saved[key].to(p.device, wide(p.dtype), copy=True) for key in (FIRST, SECOND)}
                 self.state[p].update(moments)
 
     def _update_parts(
         self, preconditioner: Preconditioner, grads: Mapping[nn.Parameter, Tensor]
-    ) -> Iterable[dict[nn.Parameter, Tensor]]:
-        """Directions, after the curvature was brought up to date; each is to be used before the next one is made."""
+    ) -> tuple[Iterable[dict[nn.Parameter, Tensor]], Fades]:
+        """Directions, after the curvature was brought up to date, and how far they fade; each part is to be used before
+        the next one is made."""
         if any(group["mode"] == "adam" for group in self.param_groups):
-            return [self._adam_directions(preconditioner, grads)]
+            return [self._adam_directions(preconditioner, grads)], {}
         preconditioner.update()
+        momenta = self._polar_momenta(grads)
+        faded = self._fades({**grads, **momenta})
         apart = all(group["mode"] == "natural" and group["kl_clip"] is None for group in self.param_groups)
         if apart and isinstance(preconditioner, PreconditionerInParts):
-            return preconditioner.precondition_in_parts(grads)
-        return [self._directions(preconditioner, grads)]
+            return preconditioner.precondition_in_parts(grads), faded
+        return [self._directions(preconditioner, grads, momenta)], faded
 
-    def _apply(self, grads: Mapping[nn.Parameter, Tensor], updates: Updates) -> None:
+    def _fades(self, made_of: Mapping[nn.Parameter, Tensor]) -> Fades:
+        """What the root mean square of each matched direction is multiplied by, from what it is made of; this step is
+        counted."""
+        groups = [group for group in self.param_groups if _is_matched(group)]
+        of = {p: _share_of_gradient(group) for group in groups for p in group["params"] if p in made_of}
+        if not of:
+            return {}
+        before = self.param_groups[0][GRADIENT_RMS]
+        found, largest = fades([made_of[p] for p in of], list(of), list(of.values()), before)
+        for group in self.param_groups:
+            group[GRADIENT_RMS] = largest
+        return dict(zip(of, found, strict=True))
+
+    def _apply(self, grads: Mapping[nn.Parameter, Tensor], updates: Updates, faded: Fades) -> None:
         """The rest of a step, for the parameters in ``updates``, whose tensors are lost."""
         steps = [(group, [p for p in group["params"] if p in updates]) for group in self.param_groups]
-        self._bring_to_scale(steps, grads, updates)
+        self._bring_to_scale(steps, grads, updates, faded)
         self._decay(steps, updates)
         self._clip(steps, updates)
         for group, params in steps:
             weights, own = [local(p) for p in params], [updates[p] for p in params]
             if group["mode"] == "natural":
+                own = [update.to(weight.dtype) for update, weight in zip(own, weights, strict=True)]
                 _move(weights, own, self._momenta(params) if group["momentum"] else [], group)
             elif params:
                 torch._foreach_add_(weights, own, alpha=-group["lr"])
 
-    def _directions(
-        self, preconditioner: Preconditioner, grads: Mapping[nn.Parameter, Tensor]
-    ) -> dict[nn.Parameter, Tensor]:
-        """Natural ones of the gradients, polar ones of their momentum."""
+    def _polar_momenta(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The momentum of what is to be polar, after ``grads``."""
         momenta: dict[nn.Parameter, Tensor] = {}
         for group in self.param_groups:
             params = [p for p in group["params"] if p in grads and group["mode"] == "polar"]
             momenta.update(zip(params, self._with_momentum(group, params, [grads[p] for p in params]), strict=True))
+        return momenta
+
+    def _directions(
+        self,
+        preconditioner: Preconditioner,
+        grads: Mapping[nn.Parameter, Tensor],
+        momenta: Mapping[nn.Parameter, Tensor],
+    ) -> dict[nn.Parameter, Tensor]:
+        """Natural ones of the gradients, polar ones of their momentum."""
         if not momenta:
             return preconditioner.precondition(grads)
         if not isinstance(preconditioner, PolarPreconditioner):
@@ -336,7 +377,7 @@ class Thor(Optimizer):
                 f'Thor(mode="adam") got a {type(preconditioner).__name__} without to_eigenbasis. Pass '
                 'preconditioner=Curvature(model, mode="adam").'
             )
-        grads = {p: grad.to(_wide(grad.dtype)) for p, grad in grads.items()}
+        grads = {p: grad.to(wide(grad.dtype)) for p, grad in grads.items()}
         # Those without a gradient at this step too: their next one is in the new basis.
         changing = preconditioner.about_to_change()
         held = {p: self.state[p][FIRST] for p in changing if FIRST in self.state.get(p, {})}
@@ -355,16 +396,17 @@ class Thor(Optimizer):
             directions.update(zip(params, found, strict=True))
         return preconditioner.from_eigenbasis(directions)
 
-    def _bring_to_scale(self, steps: Steps, grads: Mapping[nn.Parameter, Tensor], updates: Updates) -> None:
+    def _bring_to_scale(
+        self, steps: Steps, grads: Mapping[nn.Parameter, Tensor], updates: Updates, faded: Fades
+    ) -> None:
         """``match_rms`` and ``kl_clip``, in place."""
         matched = {p: group["match_rms"] for group, params in steps if _is_matched(group) for p in params}
         if matched:
-            to_rms_([updates[p] for p in matched], list(matched), list(matched.values()))
+            rms = times([faded[p] for p in matched], list(matched.values()))
+            to_rms_([updates[p] for p in matched], list(matched), rms)
         clipped = [(p, group) for group, params in steps if group["kl_clip"] is not None for p in params]
         if clipped:
-            shrink = kl_shrink(clipped, grads, updates)
-            for p, _ in clipped:
-                updates[p].mul_(shrink)
+            to_at_most_kl_(clipped, grads, updates)
 
     def _decay(self, steps: Steps, updates: Updates) -> None:
         """Weight decay, of the weights or added to the updates."""
@@ -399,11 +441,6 @@ class Thor(Optimizer):
         return [local(self.state[p]["momentum_buffer"]) for p in params]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """In which Adam's moments are kept."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _move(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor], group: Mapping[str, Any]) -> None:
     """A step of momentum SGD; ``updates`` are lost.
 
@@ -427,6 +464,11 @@ def _move(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor], g
         nesterov=group["nesterov"],
         maximize=False,
     )
+
+
+def _share_of_gradient(group: Mapping[str, Any]) -> float:
+    """How much of what a direction is made of is one gradient: a momentum adds up ``1 / (1 - momentum)`` of them."""
+    return 1.0 - group["momentum"] if group["mode"] == "polar" else 1.0
 
 
 def _is_matched(group: Mapping[str, Any]) -> bool:

@@ -4,52 +4,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_thor import norms
 from lightning_thor.adjacent import as_one, runs_of
-from lightning_thor.collectives import is_sharded, sum_over_shards
+from lightning_thor.dtypes import wide
+from lightning_thor.norms import as_real
 
 Updates = Mapping[nn.Parameter, Tensor]
 """By parameter, what of it lies in this process; changed in place."""
 
+Numbers = Sequence[float | Tensor]
+"""One for each tensor, all of one type; as tensors they are 0-dimensional, of float64 and on the device."""
 
-def kl_shrink(
-    clipped: Sequence[tuple[nn.Parameter, dict[str, Any]]], grads: Mapping[nn.Parameter, Tensor], updates: Updates
-) -> Tensor:
-    """``min(1, sqrt(kl_clip / sum lr² |direction · grad|))`` as a 0-dimensional tensor: no device sync."""
-    products = [(updates[p] * grads[p].conj()).real.sum(dtype=torch.float32) for p, _ in clipped]
-    products = sum_over_shards(products, [p for p, _ in clipped])
-    shares = [
-        group["lr"] ** 2 / group["kl_clip"] * product.abs()
-        for (_, group), product in zip(clipped, products, strict=True)
-    ]
-    return torch.stack(shares).sum().rsqrt().clamp_max(1.0)
+LEAST_NORM = 1e-100
+"""Far below the least that is not 0; a factor of infinity would make NaN of zeros."""
 
 
-def to_rms_(updates: list[Tensor], of: Sequence[Tensor], rms: Sequence[float]) -> None:
-    """Bring each tensor to its root mean square ``rms``; no device sync. One of zeros stays zero.
+def to_rms_(updates: Sequence[Tensor], of: Sequence[Tensor], rms: Numbers) -> None:
+    """Bring each tensor to its root mean square ``rms``, whatever finite numbers it has; one of zeros stays zero.
+
+    A tensor times a power of two is brought to bitwise the same. Nothing waits for a device.
 
     Args:
         updates: what of each tensor lies in this process; changed in place.
         of: the parameters, whole or sharded.
-        rms: of each.
+        rms: of each; tensors only where there is a device that would be waited for, or shards.
 
-    >>> both = [torch.full((4,), 2.0), torch.zeros(2)]
+    >>> both = [torch.full((4,), 1e-30), torch.zeros(2)]
     >>> to_rms_(both, both, [0.2, 0.2])
     >>> both
     [tensor([0.2000, 0.2000, 0.2000, 0.2000]), tensor([0., 0.])]
     """
-    runs, norms, wanted = _in_runs(updates, of, [own * math.sqrt(p.numel()) for own, p in zip(rms, of, strict=True)])
-    # Small enough to change no update, large enough that no tensor's factor overflows: 0 * inf would be NaN.
-    torch._foreach_clamp_min_(norms, 1e-30)
-    _multiply(runs, norms, wanted)
+    _bring(updates, of, times(rms, [math.sqrt(p.numel()) for p in of]), at_most=False)
 
 
-def to_at_most_(updates: list[Tensor], of: Sequence[Tensor], norms: Sequence[float]) -> None:
+def times(numbers: Numbers, by: Sequence[float]) -> Numbers:
+    """Each of ``numbers`` by one of ``by``; new."""
+    tensors, floats = [x for x in numbers if isinstance(x, Tensor)], [x for x in numbers if not isinstance(x, Tensor)]
+    if tensors:
+        return list(torch._foreach_mul(tensors, list(by)))
+    return [own * one for own, one in zip(floats, by, strict=True)]
+
+
+def to_at_most_(updates: Sequence[Tensor], of: Sequence[Tensor], norms: Sequence[float]) -> None:
     """Bring each tensor to at most its L2 norm ``norms``; arguments as of `to_rms_`.
 
     >>> both = [torch.full((4,), 2.0), torch.ones(1)]
@@ -57,54 +58,99 @@ def to_at_most_(updates: list[Tensor], of: Sequence[Tensor], norms: Sequence[flo
     >>> both
     [tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([1.])]
     """
-    runs, found, wanted = _in_runs(updates, of, norms)
-    torch._foreach_clamp_min_(found, wanted)
-    _multiply(runs, found, wanted)
+    _bring(updates, of, norms, at_most=True)
 
 
-def _in_runs(
-    updates: list[Tensor], of: Sequence[Tensor], wanted: Sequence[float]
-) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    """Updates of which the same norm is wanted together, as far as they lie so; the norms that they have; and that.
+def to_at_most_kl_(
+    clipped: Sequence[tuple[nn.Parameter, dict[str, Any]]], grads: Mapping[nn.Parameter, Tensor], updates: Updates
+) -> None:
+    """Multiply all updates by ``min(1, sqrt(kl_clip / sum lr² |direction · grad|))``; nothing waits for a device.
 
-    Returns:
-        ``([n, *shape], [n, 1, ...], wanted)`` of each run, or of a single update ``(shape, [], wanted)``.
+    Args:
+        clipped: the parameters whose updates they are, with their groups.
+        grads: of them, at least.
+        updates: of them, at least.
     """
-    # A norm in half precision would overflow or lose its digits.
-    dtype = reduce(torch.promote_types, {update.dtype.to_real() for update in updates}, torch.float32)
-    if is_sharded(of[0]):
-        # One by one: what lies one after the other on one process need not do so on the others. In float64, or squares
-        # would leave the range.
-        squares = [norm.double().square() for norm in _norms(updates, dtype)]
-        return updates, [square.sqrt().to(dtype) for square in sum_over_shards(squares, of)], list(wanted)
-    members = runs_of(updates, wanted)
-    if len(members) == len(updates):
-        return updates, _norms(updates, dtype), list(wanted)
-    runs = [as_one([updates[index] for index in run]) for run in members]
-    norms = [
-        torch.linalg.vector_norm(_real(run).reshape(len(run), -1), dim=1, dtype=dtype).view(-1, *[1] * (run.dim() - 1))
-        for run in runs
-    ]
-    return runs, norms, [wanted[run[0]] for run in members]
+    of = [p for p, _ in clipped]
+    own, lengths = (
+        [as_real(updates[p]) for p in of],
+        [group["lr"] / math.sqrt(group["kl_clip"]) for _, group in clipped],
+    )
+    # Square roots, whose range is that of the factors: lr times the root of |direction · grad|.
+    roots = norms.roots_of_products(own, [as_real(grads[p].resolve_conj()) for p in of], of)
+    torch._foreach_mul_(list(roots.unbind()), lengths)
+    limits = torch.finfo(roots.dtype)
+    largest = roots.clamp_(max=limits.max).amax().clamp_min(limits.tiny)
+    shrink = (roots.div_(largest).norm() * largest).reciprocal().clamp_max(1.0)
+    if norms.is_read_at_once(own, of):
+        _multiply_on_host(own, [float(shrink)] * len(own))
+    else:
+        _multiply_on_device(own, shrink.expand(len(own)))
 
 
-def _norms(updates: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """L2 norm of each, 0-dimensional."""
-    real = [_real(update) for update in updates]
-    if all(one.device.type == "cpu" and one.dtype == dtype and one.is_contiguous() for one in real):
-        # Several times as fast there, and exact to more digits: of 10⁷ numbers torch's norm is off by 4e-4.
-        norms = [torch.dot(one.view(-1), one.view(-1)) for one in real]
-        torch._foreach_sqrt_(norms)
-        return norms
-    return list(torch._foreach_norm(real, dtype=dtype))
+def _bring(updates: Sequence[Tensor], of: Sequence[Tensor], wanted: Numbers, *, at_most: bool) -> None:
+    """To L2 norms."""
+    real = [as_real(update) for update in updates]
+    if not norms.is_read_at_once(real, of):
+        _bring_on_device(real, of, wanted, at_most=at_most)
+        return
+    factors: list[float] = []
+    for x, squares, norm in zip(real, norms.sums_of_squares(real), map(float, wanted), strict=True):
+        if norms.is_exact(squares, x.numel()) and squares:
+            factors.append(norm / math.sqrt(squares))
+        else:
+            _bring_by_way_of_one(x, norm, at_most=at_most)
+            factors.append(1.0)
+    _multiply_on_host(real, [min(1.0, factor) for factor in factors] if at_most else factors)
 
 
-def _real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x) if x.is_complex() else x
+def _bring_by_way_of_one(x: Tensor, norm: float, *, at_most: bool) -> None:
+    """One tensor, whose squares leave the range of its dtype, by way of one whose largest number is about 1."""
+    if norm == 0.0:
+        x.zero_()
+        return
+    y, exponent = norms.scaled_down(x)
+    found = math.sqrt(norms.sums_of_squares([y])[0])
+    # The norm is found * 2**exponent, which may be no float.
+    if found and not (at_most and math.log2(found) + exponent <= math.log2(norm)):
+        x.copy_(y.mul_(norm / found))
 
 
-def _multiply(runs: list[Tensor], norms: list[Tensor], wanted: list[float]) -> None:
-    """By ``wanted / norms``; the norms are lost."""
-    torch._foreach_reciprocal_(norms)
-    torch._foreach_mul_(norms, wanted)
-    torch._foreach_mul_(runs, norms)
+def _multiply_on_host(real: Sequence[Tensor], factors: Sequence[float]) -> None:
+    chosen: list[tuple[Tensor, float]] = []
+    for x, factor in zip(real, factors, strict=True):
+        limits = torch.finfo(x.dtype)
+        if factor == 1.0:
+            continue
+        if x.dtype == wide(x.dtype) and (limits.tiny <= factor <= limits.max or not math.isfinite(factor)):
+            chosen.append((x, factor))
+        else:
+            # A factor is rounded to the dtype of what it multiplies, in which it may have few digits or none.
+            y, exponent = norms.scaled_down(x)
+            x.copy_(y.mul_(math.ldexp(factor, exponent)))
+    if chosen:
+        torch._foreach_mul_([x for x, _ in chosen], [factor for _, factor in chosen])
+
+
+def _bring_on_device(real: Sequence[Tensor], of: Sequence[Tensor], wanted: Numbers, *, at_most: bool) -> None:
+    found, scales = norms.norms(real, of)
+    factors = found.clamp_min_(LEAST_NORM).reciprocal_()
+    torch._foreach_mul_(list(factors.unbind()), list(wanted))  # type: ignore[arg-type]
+    if at_most:
+        whole = factors
+        for scale in scales:
+            whole = whole * scale
+        fits = whole >= 1.0
+        factors, scales = factors.masked_fill(fits, 1.0), tuple(scale.masked_fill(fits, 1.0) for scale in scales)
+    _multiply_on_device(real, *scales, factors)
+
+
+def _multiply_on_device(real: Sequence[Tensor], *factors: Tensor) -> None:
+    """By each of ``factors``, ``[n]`` in float64, and in float64: it has numbers for which float32 has none."""
+    runs = runs_of(real)
+    together = [as_one([real[index] for index in run]) for run in runs]
+    for each in factors:
+        ordered = torch.stack([each[index] for run in runs for index in run]).split([len(run) for run in runs])
+        # With dimensions: a 0-dimensional factor would be rounded to the dtype of what it multiplies.
+        shaped = [own.view(-1, *[1] * (one.dim() - 1)) for own, one in zip(ordered, together, strict=True)]
+        torch._foreach_mul_(together, shaped)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from lightning_thor.batches import Batch, batches_of
 from lightning_thor.collectives import Ranks
 from lightning_thor.curvature import Curvature
 from lightning_thor.directions import natural, polar
+from lightning_thor.dtypes import message_dtype, wide
 from lightning_thor.exchange import Exchange
 from lightning_thor.kept import ROOT
 from lightning_thor.routes import Piece, n_numbers, pieces_of, rows_of_a_process, share_out
@@ -133,7 +133,8 @@ class ShardedCurvature:
         received = self._exchange.swap(flat, *(reversed(lengths) if back else lengths))
         parts = received.split([one.length for one in expected])
         return [
-            part.view(-1, *one.parameter.shape[1:]).to(one.dtype) for one, part in zip(expected, parts, strict=True)
+            part.view(-1, *one.parameter.shape[1:]).to(wide(one.dtype) if back else one.dtype)
+            for one, part in zip(expected, parts, strict=True)
         ]
 
     def _shards_of(
@@ -147,9 +148,10 @@ class ShardedCurvature:
                 directions[one.parameter] = direction
                 continue
             if one.parameter not in directions:
-                directions[one.parameter] = shard.clone()
+                directions[one.parameter] = shard.to(wide(shard.dtype), copy=True)
             self._rows(directions[one.parameter], one).copy_(direction)
-        directions.update((p, shard.clone()) for p, shard in shards.items() if p not in directions)
+        rest = {p: shard for p, shard in shards.items() if p not in directions}
+        directions.update((p, shard.to(wide(shard.dtype), copy=True)) for p, shard in rest.items())
         return directions
 
     def _plan(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> Plan:
@@ -184,7 +186,7 @@ class ShardedCurvature:
             [one for one in parcels if one.piece.owner == one.piece.holder],
             [sum(one.length for one in leaving if one.piece.owner == other) for other in range(n)],
             [sum(one.length for one in arriving if one.piece.holder == other) for other in range(n)],
-            reduce(torch.promote_types, travelling) if travelling else None,
+            message_dtype(travelling) if travelling else None,
         )
 
 

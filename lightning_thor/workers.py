@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from lightning_thor.costs import inversion_cost, product_cost, sign_cost
+from lightning_thor.dtypes import message_dtype, wide
 from lightning_thor.exchange import Exchange
 from lightning_thor.layer import Layer
 from lightning_thor.parts import bring_to_all, parts_of
@@ -59,7 +59,8 @@ class SharedDirections:
 
     def bring_to_all(self, parts: Iterable[Directions], grads: Mapping[nn.Parameter, Tensor]) -> Iterator[Directions]:
         """The parts of the directions of `own_part`, as they come, if this process is alone; else one that has those
-        of the others too, bitwise the same on all processes, by one message in the widest dtype of the gradients."""
+        of the others too, bitwise the same on all processes, by one message in the widest dtype of the gradients, or in
+        float32 where that is float16, which directions may leave."""
         if self._exchange.n_shares == 1:
             yield from parts
             return
@@ -69,7 +70,7 @@ class SharedDirections:
         given = [[p for p in parameters if p in grads] for parameters in self._parameters]
         travelling = [grads[p].dtype for group in given for p in group]
         if travelling:
-            dtype = reduce(torch.promote_types, travelling)
+            dtype = message_dtype(travelling)
             own = [directions[p].flatten().to(dtype) for p in given[self._exchange.own_share]]
             places = parts_of([sum(p.numel() for p in group) for group in given])
             device = next(iter(grads.values())).device
@@ -77,7 +78,7 @@ class SharedDirections:
             flat = bring_to_all(message, places, self._exchange)
             for start, group in zip(places.starts, given, strict=True):
                 for p in group:
-                    directions[p] = flat[start : start + p.numel()].view(p.shape).to(grads[p].dtype)
+                    directions[p] = flat[start : start + p.numel()].view(p.shape).to(wide(grads[p].dtype))
                     start += p.numel()
         yield directions
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_thor import Curvature, adjacent, batches, blocks
+from lightning_thor import Curvature, adjacent, batches, blocks, norms
 from lightning_thor.adjacent import as_one, runs_of
 from lightning_thor.batches import Matrix, Slabs, Vectors, batches_of
 from lightning_thor.layers import layers_of
@@ -22,6 +22,7 @@ from tests.test_no_sync import Watch
 def _together(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; all other tests are as on a CPU."""
     monkeypatch.setattr(adjacent, "ALONE", set())
+    monkeypatch.setattr(norms, "HOST", set())
     for module in (batches, blocks):
         monkeypatch.setattr(module, "ONE_BY_ONE", set())
 
@@ -151,12 +152,11 @@ def test_more_layers_of_one_form_take_one_product_each_and_nothing_else() -> Non
     assert many - few == {"bmm": 7}
 
 
-def test_runs_are_of_one_storage_shape_and_key_in_the_order_of_memory() -> None:
+def test_runs_are_of_one_storage_and_shape_in_the_order_of_memory() -> None:
     three = torch.zeros(3, 4).unbind()
     other, empty = torch.zeros(4), torch.zeros(0, 4).unbind()
     assert runs_of([three[2], three[0], three[1]]) == [[1, 2, 0]]
     assert runs_of([three[0], three[2]]) == [[0], [1]]
-    assert runs_of(three, ["a", "b", "b"]) == [[0], [1, 2]]
     assert sorted(runs_of([three[0], other])) == [[0], [1]]
     assert runs_of([three[0], three[1][:2]]) == [[0], [1]]
     assert runs_of(torch.zeros(4, 3).T.unbind()) == [[0], [1], [2]]
@@ -173,13 +173,13 @@ def test_updates_of_any_memory_order_and_type_are_brought_to_scale(dtype: torch.
     updates[0:2] = torch.stack(updates[0:2]).unbind()
     updates[3] = updates[3].to(memory_format=torch.channels_last)
     wanted = [0.5, 2.0, 0.1, 3.0, 1.0]
-    for bring, norms in (
+    for bring, sizes in (
         (to_rms_, [rms * max(1, update.numel()) ** 0.5 for rms, update in zip(wanted, updates, strict=True)]),
         (to_at_most_, [min(n, float(update.abs().double().norm())) for n, update in zip(wanted, updates, strict=True)]),
     ):
         scaled = [torch.empty_like(update).copy_(update) for update in updates]
         scaled[0:2] = torch.stack(updates[0:2]).unbind()
         bring(scaled, scaled, wanted)
-        for update, new, norm in zip(updates, scaled, norms, strict=True):
+        for update, new, norm in zip(updates, scaled, sizes, strict=True):
             expected = update * (norm / float(update.abs().double().norm()))
             torch.testing.assert_close(new, expected.to(dtype))

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_thor import Curvature, Thor, configure_thor
+from lightning_thor import Curvature, Thor, configure_thor, norms
 
 # What copies a number to the host, or makes a tensor whose shape depends on data.
 # cholesky_inverse looks at LAPACK's info, inside the operator.
@@ -25,6 +26,16 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.called: Counter[str] = Counter()
+        self._lists = _Lists(self.called)
+
+    def __enter__(self) -> Watch:
+        self._lists.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._lists.__exit__(*exception)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.called[func.overloadpacket.__name__] += 1
@@ -33,6 +44,25 @@ class Watch(TorchDispatchMode):
     @property
     def waiting(self) -> set[str]:
         return WAITING & self.called.keys()
+
+
+class _Lists(TorchFunctionMode):
+    """Counts ``tolist``, which on a CPU calls no operator."""
+
+    def __init__(self, called: Counter[str]) -> None:
+        super().__init__()
+        self._called = called
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy):
+            self._called["_local_scalar_dense"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU there is nothing to wait for, so a step may read its numbers."""
+    monkeypatch.setattr(norms, "HOST", set())
 
 
 def net() -> nn.Sequential:
@@ -48,21 +78,23 @@ def net() -> nn.Sequential:
     )
 
 
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"match_rms": None, "kl_clip": 1e-3},
         {"nesterov": True, "weight_decay": 0.1},
-        {"match_rms": None},
+        {"match_rms": None, "clip_norm": 1.0},
         {"mode": "polar", "nesterov": True},
         {"mode": "adam", "weight_decay": 0.1},  # on a GPU its eigenvectors wait, at a refresh
     ],
 )
 @pytest.mark.parametrize("damping_rule", ["trace", "pi", "sqrt"])
 @pytest.mark.parametrize("max_rows", [1024, 2])  # all rows of these batches, or some
-def test_no_step_waits_for_the_device(options: dict[str, Any], damping_rule: Any, max_rows: int) -> None:
-    model = net()
+def test_no_step_waits_for_the_device(options: dict[str, Any], damping_rule: Any, max_rows: int, dtype: Any) -> None:
+    model = net().to(dtype)
     curvature = Curvature(
         model,
         mode=options.get("mode", "natural"),
@@ -82,9 +114,10 @@ def test_no_step_waits_for_the_device(options: dict[str, Any], damping_rule: Any
 
 
 def test_a_check_that_would_wait_is_seen() -> None:
-    with Watch() as watch:
-        torch.ones(()).item()
-    assert watch.waiting == {"_local_scalar_dense"}
+    for wait in (lambda: torch.ones(()).item(), lambda: torch.ones(2).tolist(), lambda: float(torch.ones(1))):
+        with Watch() as watch:
+            wait()
+        assert watch.waiting == {"_local_scalar_dense"}
 
 
 class Plain:
