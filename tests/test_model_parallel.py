@@ -154,7 +154,7 @@ def test_factors_in_bfloat16_are_off_by_its_rounding_and_norms_are_not_rounded()
 def test_from_the_second_refresh_on_buckets_start_in_backward_but_in_none_that_only_accumulates(
     training: str, micro_batches: int
 ) -> None:
-    """Six layers, each in a bucket of its own; every step has one message of the norms besides."""
+    """Six layers, each in a bucket of its own; every step has four messages of the norms besides."""
     for result in ranks(training):
         calls = [call for call in only("all_reduce", result["collectives"]) if call["own_group"]]
         n_steps = result["steps"][-1]
@@ -162,7 +162,7 @@ def test_from_the_second_refresh_on_buckets_start_in_backward_but_in_none_that_o
         assert [call["in_backward"] for call in calls] == [False] * 6 + [True] * 6 * (refreshes - 1)
         sent = [after - before for before, after in pairwise([0, *result["counts"]])]
         accumulated, stepped = sent[::micro_batches], sent[micro_batches - 1 :: micro_batches]
-        assert stepped == [1 if step % 3 else 7 for step in range(n_steps)]
+        assert stepped == [4 if step % 3 else 10 for step in range(n_steps)]
         assert micro_batches == 1 or not any(accumulated)
 
 
