@@ -177,6 +177,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, _SHARDED)
 
 
+def is_cut(tensor: Tensor) -> bool:
+    """True for a DTensor of which a part lies on another rank."""
+    return is_sharded(tensor) and tensor.device_mesh.size() > 1  # type: ignore[attr-defined]
+
+
 def local(tensor: Tensor) -> Tensor:
     """What of a tensor lies on this rank, not a copy: all of it unless it is sharded. Without autograd."""
     if not is_sharded(tensor):
@@ -219,7 +224,7 @@ def max_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
 
 
 def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tensor:
-    if is_sharded(of[0]) and of[0].device_mesh.size() > 1:  # type: ignore[attr-defined]
+    if is_cut(of[0]):
         group = of[0].device_mesh.get_group()  # type: ignore[attr-defined]
         dist.all_reduce(partial, op=getattr(dist.ReduceOp, operation), group=group)
     return partial

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_thor.collectives import is_sharded, max_over_shards, sum_over_shards
+from lightning_thor.collectives import is_cut, max_over_shards, sum_over_shards
 
 HOST = {"cpu"}
 """Devices whose numbers the program can read without waiting for anything."""
@@ -29,7 +29,7 @@ def is_read_at_once(tensors: Sequence[Tensor], of: Sequence[Tensor]) -> bool:
         tensors: what of each lies in this process.
         of: the parameters, whole or sharded.
     """
-    return not is_sharded(of[0]) and all(one.device.type in HOST for one in tensors)
+    return not is_cut(of[0]) and all(one.device.type in HOST for one in tensors)
 
 
 def as_real(x: Tensor) -> Tensor:
