@@ -171,6 +171,8 @@ class Thor(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.add_param_group`; a ValueError if an option of the group is out of its range."""
+        if not isinstance(param_group, dict):
+            super().add_param_group(param_group)  # torch's own error
         unknown = param_group.keys() - {*OPTIONS, GRADIENT_RMS, "params", "name", "param_names", "initial_lr"}
         group = {**self.defaults, **param_group}
         _check_group(group, unknown)
@@ -377,7 +379,6 @@ class Thor(Optimizer):
                 f'Thor(mode="adam") got a {type(preconditioner).__name__} without to_eigenbasis. Pass '
                 'preconditioner=Curvature(model, mode="adam").'
             )
-        grads = {p: grad.to(wide(grad.dtype)) for p, grad in grads.items()}
         # Those without a gradient at this step too: their next one is in the new basis.
         changing = preconditioner.about_to_change()
         held = {p: self.state[p][FIRST] for p in changing if FIRST in self.state.get(p, {})}
@@ -388,6 +389,11 @@ class Thor(Optimizer):
             params = [p for p in group["params"] if p in carried]
             states, own = [self.state[p] for p in params], [carried[p] for p in params]
             carry_to_other_coordinates(states, own, group["momentum"], group["beta2"])
+        # Their squares and eps are in the same unit as the curvature.
+        unit = getattr(preconditioner, "gradient_unit", 1.0)
+        grads = {p: grad.to(wide(grad.dtype)) for p, grad in grads.items()}
+        if isinstance(unit, Tensor) or unit != 1.0:
+            grads = {p: grad / unit for p, grad in grads.items()}
         rotated, directions = preconditioner.to_eigenbasis(grads), dict[nn.Parameter, Tensor]()
         for group in self.param_groups:
             params = [p for p in group["params"] if p in rotated]

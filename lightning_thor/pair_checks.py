@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -136,9 +137,12 @@ class PairChecks:
             if gradient is None or gradient.is_sparse:
                 return
             with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+                smallest = torch.finfo(gradient.dtype).smallest_normal * torch.finfo(gradient.dtype).eps
                 matrix = _matrix(self._layers[number], gradient.detach().to(sums.product.dtype))
                 found = (matrix @ _vector(len(matrix), matrix.shape[-1], matrix)[..., None]).flatten()
                 allowed = (ROUNDED if sums.is_rounded else EXACT) * (found.norm() + sums.squares.sqrt())
+                # Below the least normal number entries are rounded by so much, however small they are.
+                allowed += smallest * math.sqrt(matrix.numel())
                 self._verdicts[number] = (found - sums.product).norm() > allowed  # False where it is not finite
 
         return compare

@@ -34,7 +34,7 @@ def factors(sources: list[Tensor], largest: Any = 0.0, times: float = 1.0) -> tu
     numel=some.sampled_from([1, 5, 4 * SLICE, 4 * SLICE + 1, 9 * SLICE]),
     times=some.sampled_from([1.0, 0.1]),
 )
-def test_a_factor_is_r_over_so_many_roundings_of_the_largest(
+def test_a_factor_is_the_square_of_r_over_so_many_roundings_of_the_largest(
     host: set[str], exponents: list[int], before: float, numel: int, times: float
 ) -> None:
     sources = [torch.full((numel,), 2.0**exponent) for exponent in exponents]
@@ -43,7 +43,7 @@ def test_a_factor_is_r_over_so_many_roundings_of_the_largest(
         found, largest = factors(sources, before, times)
     r = [times * 2.0**exponent for exponent in exponents]
     assert largest == pytest.approx(max(before, min(max(r), 2 * before)) if before else max(r), rel=1e-6)
-    assert found == pytest.approx([min(1.0, own / (ROUNDINGS * EPS * largest)) for own in r], rel=1e-5)
+    assert found == pytest.approx([min(1.0, own / (ROUNDINGS * EPS * largest)) ** 2 for own in r], rel=1e-5)
 
 
 @pytest.mark.parametrize("where", [0, -1, 40_000])
@@ -53,7 +53,7 @@ def test_a_large_tensor_of_which_little_is_there_is_looked_at_whole(where: int) 
     table[where] = 1e-4
     (found, _), largest = factors([table, torch.ones(1)])
     assert largest == 1.0
-    assert found == pytest.approx(1e-4 / math.sqrt(5 * SLICE) / (ROUNDINGS * EPS), rel=1e-5)
+    assert found == pytest.approx((1e-4 / math.sqrt(5 * SLICE) / (ROUNDINGS * EPS)) ** 2, rel=1e-5)
 
 
 @HOSTS

@@ -358,7 +358,7 @@ def test_what_fits_is_never_left_out(precision: str) -> None:
     if precision == "medium":
         torch.set_float32_matmul_precision("medium")
     try:
-        for scale in (1.0, 1e-20, 1e20) if dtype is not torch.float16 else (1.0,):
+        for scale in (1.0, 1e-20, 1e20) if dtype is not torch.float16 else (1.0, 1e-3, 1e-5, 1e-6):
             curvature = Curvature(model, update_every_n_steps=1)
             for _ in range(2):
                 clean(model)
@@ -886,3 +886,26 @@ def test_two_processes_are_one_for_routed_layers_ones_that_do_not_fit_and_losses
             assert rank[index]["told"] == 1
             torch.testing.assert_close(rank[index]["factors"], expected["factors"], rtol=1e-6, atol=1e-12)
         torch.testing.assert_close(ranks[0][index]["factors"], ranks[1][index]["factors"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
+@given(power=st.integers(-96, 96))
+def test_training_is_the_same_whatever_power_of_two_the_loss_is_multiplied_by(mode: Any, power: int) -> None:
+    """Some steps, two refreshes: to the bit, but for gradients that are no normal numbers; in the adam mode, whose eps
+    has a unit, of powers of the unit of gradients."""
+    found = []
+    if mode == "adam":
+        power = 32 * round(power / 32)
+    for scale in (1.0, 2.0**power):
+        model = net().float()
+        optimizer = Thor(
+            model.parameters(), mode=mode, preconditioner=Curvature(model, mode=mode, update_every_n_steps=3)
+        )
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(X.float()).sin().mean() * scale).backward()
+            optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    if abs(power) <= 64:
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
