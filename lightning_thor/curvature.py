@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_thor import collectives
+from lightning_thor import collectives, norms
 from lightning_thor.batches import Batch, Kept, batches_of
 from lightning_thor.buckets import Cut, one_bucket
 from lightning_thor.by_class_path import OfNothing
@@ -388,7 +388,7 @@ class Curvature:
         # A layer that does not fit was not observed, as long as the host does not know of it.
         stacks.counts.mul_((told[1:] == 0)[:, None])
         self._found = HostCopy(told)
-        if not told.is_cuda:
+        if told.device.type in norms.HOST:
             self._settle()
 
     def _settle(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from lightning_thor import norms
 from lightning_thor.dtypes import wide
 from lightning_thor.norms import as_real
 
-SLICE = 2**14
+SLICE = 2**12
 """Of a tensor that has more than four times as many entries, so many are looked at first, on a CPU."""
 
 ROUNDINGS = 8
@@ -57,8 +58,8 @@ def fades(
     >>> fades([torch.tensor([1e-9]), torch.tensor([1.0])], [torch.zeros(1)] * 2, [1.0, 1.0], 0.0)
     ([1.1e-06, 1.0], 1.0)
     """
-    made_of = [one.resolve_conj() for one in made_of]
-    rounding = [ROUNDINGS * torch.finfo(wide(p.dtype)).eps for p in of]
+    made_of = [one.resolve_conj() if one.is_conj() else one for one in made_of]
+    rounding = [ROUNDINGS * _eps(p.dtype) for p in of]
     if norms.is_read_at_once(made_of, of):
         return _on_host(made_of, rounding, times, float(largest))
     r, scales = norms.norms([as_real(one) for one in made_of], of)
@@ -73,6 +74,11 @@ def fades(
     torch._foreach_mul_(list(least.unbind()), rounding)
     # Not where r is as large, nor where it is NaN: 0 / 0 of a training that had no gradient yet must not be one.
     return list(torch.where(r < least, (r / least).square(), 1.0).unbind()), largest
+
+
+@cache
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(wide(dtype)).eps
 
 
 def _on_host(

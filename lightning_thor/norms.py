@@ -57,18 +57,16 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
     >>> sums_of_squares([torch.tensor([3.0, 4.0]), torch.tensor([1e-30])])
     [25.0, 0.0]
     """
-    dots: list[Tensor] = []
-    ends: list[int] = []
-    for one in tensors:
-        flat = in_memory_order(one)
-        if flat.numel() <= PIECE:
-            flat = _wide(flat)
-            dots.append(torch.dot(flat, flat))
-        else:
-            dots += [torch.dot(piece, piece) for piece in map(_wide, flat.split(PIECE))]
-        ends.append(len(dots))
-    numbers: list[float] = torch.stack(dots).tolist() if dots else []
-    return [sum(numbers[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    return [_sum_of_squares(one) for one in tensors]
+
+
+def _sum_of_squares(x: Tensor) -> float:
+    flat = x if x.dim() == 1 else x.view(-1) if x.is_contiguous() else in_memory_order(x)
+    if flat.numel() > PIECE:
+        return math.fsum(_sum_of_squares(piece) for piece in flat.split(PIECE))
+    flat = _wide(flat)
+    # Read one by one: to bring some numbers together takes longer on a CPU.
+    return float(torch.dot(flat, flat).item())
 
 
 def is_exact(sum_of_squares: float, numel: int) -> bool:

@@ -44,10 +44,9 @@ def to_rms_(updates: Sequence[Tensor], of: Sequence[Tensor], rms: Numbers) -> No
 
 def times(numbers: Numbers, by: Sequence[float]) -> Numbers:
     """Each of ``numbers`` by one of ``by``; new."""
-    tensors, floats = [x for x in numbers if isinstance(x, Tensor)], [x for x in numbers if not isinstance(x, Tensor)]
-    if tensors:
-        return list(torch._foreach_mul(tensors, list(by)))
-    return [own * one for own, one in zip(floats, by, strict=True)]
+    if numbers and isinstance(numbers[0], Tensor):
+        return list(torch._foreach_mul(list(numbers), list(by)))  # type: ignore[arg-type]
+    return [own * one for own, one in zip(numbers, by, strict=True)]
 
 
 def to_at_most_(updates: Sequence[Tensor], of: Sequence[Tensor], norms: Sequence[float]) -> None:
@@ -117,6 +116,9 @@ def _bring_by_way_of_one(x: Tensor, norm: float, *, at_most: bool) -> None:
 
 
 def _multiply_on_host(real: Sequence[Tensor], factors: Sequence[float]) -> None:
+    if all(x.dtype == torch.float32 and 1e-37 < factor < 1e38 for x, factor in zip(real, factors, strict=True)):
+        torch._foreach_mul_(list(real), list(factors))
+        return
     chosen: list[tuple[Tensor, float]] = []
     for x, factor in zip(real, factors, strict=True):
         limits = torch.finfo(x.dtype)

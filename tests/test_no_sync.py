@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_thor import Curvature, Thor, configure_thor, norms
+from lightning_thor.trace_rule import HostCopy
 
 # What copies a number to the host, or makes a tensor whose shape depends on data.
 # cholesky_inverse looks at LAPACK's info, inside the operator.
@@ -61,8 +62,16 @@ class _Lists(TorchFunctionMode):
 
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU there is nothing to wait for, so a step may read its numbers."""
+    """On a CPU there is nothing to wait for, so a step may read its numbers. A copy that an earlier step sent to the
+    host is there when it is read."""
     monkeypatch.setattr(norms, "HOST", set())
+    read = HostCopy.read
+
+    def read_of_the_host(copy: HostCopy) -> list[Any]:
+        with torch._C.DisableTorchFunction():
+            return read(copy)
+
+    monkeypatch.setattr(HostCopy, "read", read_of_the_host)
 
 
 def net() -> nn.Sequential:
