@@ -10,7 +10,7 @@ REFERENCE := backpack-for-pytorch curvlinops-for-pytorch einconv linear_operator
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pip runs in one environment break it, two benchmarks at once measure each other
-.PHONY: help install test lint types unit portable format demo bench
+.PHONY: help install test lint types unit fuzz portable format demo bench
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ unit: $(INSTALLED)  ## Tests and doctests; PYTEST_ARGS="-m 'not slow'" for the q
 # Every kind of processor adds up in another order, this one by where in memory numbers lie: tests hold on any of them.
 OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
 WITHOUT_NUMBERS := ablations benchmarks cli comparison floors mindspore_arguments mindspore_docs readme recipe_examples
+
+fuzz: $(INSTALLED)  ## Thousands of drawn cases where the tests draw forty (an hour)
+	LIGHTNING_THOR_FUZZ=1 $(BIN)/python -m pytest tests/test_pairs.py tests/test_inverse.py tests/test_scale.py tests/test_fading.py
 
 portable: $(INSTALLED)  ## Quick tests that compare numbers, computed as on an old processor
 	$(OLD_PROCESSOR) $(BIN)/python -m pytest -m 'not slow' --doctest-modules lightning_thor tests \

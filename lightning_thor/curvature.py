@@ -181,7 +181,7 @@ class Curvature:
             update_every_n_steps, len(self.layers), stagger, probes=self._trace_rule is not None
         )
         self._observer = Observer(self.layers, self.stacks, self._schedule, lambda: self._hooks.backward_pass)
-        self._checks = PairChecks(self.layers, self._observer.uses)
+        self._checks = PairChecks(model, self.layers, self._observer.uses)
         self._found: HostCopy | None = None
         """What `_agree` found, on its way to the host."""
         self._has_agreed = False

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.kinds import EXPAND, LINEAR, MIRRORED, REGISTERED
@@ -38,20 +39,22 @@ class PairChecks:
     matrix-vector product costs nothing). What is not so has other factors than those of its weight: a module that
     changes its input first, masks its weight, or is used in other ways too.
 
-    Convolutions, embeddings and norms run torch's own forward and are not looked at.
+    Convolutions, embeddings and norms run torch's own forward and are not looked at; nor are weights that a module
+    without curvature shares (a scaled table of embeddings tied to an output layer), whose gradient is known to be more.
 
     Args:
+        model: that they are of.
         layers: with curvature, by name.
         uses: the number of the layer and the use of it, by the name of the module.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], uses: Mapping[str, tuple[int, Use]]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], uses: Mapping[str, tuple[int, Use]]) -> None:
         self._layers = list(layers.values())
-        weights = [id(layer.parameters[0]) for layer in self._layers]
+        owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
         self._numbers = {
             name: number
             for name, (number, use) in uses.items()
-            if _is_checked(self._layers[number], use) and weights.count(weights[number]) == 1
+            if _is_checked(layer := self._layers[number], use) and owners[layer.parameters[0]] == len(layer.uses)
         }
         self._modules: dict[str, Any] = {name: uses[name][1].module for name in self._numbers}
         self._unchecked = set(self._numbers.values())

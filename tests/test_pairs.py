@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor
@@ -337,6 +339,37 @@ def test_a_weight_that_is_used_without_its_module_too_is_left_out() -> None:
     with pytest.warns(UserWarning, match="0: without curvature"):
         curvature.update()
     assert curvature.left_out.keys() == {"0"}
+
+
+class Scaled(nn.Embedding):
+    """A table whose forward is its own, as of Gemma and BART, tied to the output layer."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return 3.0 * super().forward(tokens)
+
+
+def test_a_weight_that_a_module_without_curvature_shares_keeps_that_of_its_layer() -> None:
+    model = nn.ModuleDict({"table": Scaled(7, WIDTH), "head": nn.Linear(WIDTH, 7, bias=False)}).double()
+    model["head"].weight = model["table"].weight
+    curvature = Curvature(model)
+    tokens = torch.arange(14) % 7
+    F.cross_entropy(model["head"](model["table"](tokens)), tokens.flip(0)).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curvature.update()
+    assert curvature.left_out.keys() == {"table"}
+
+
+def test_linear_layers_that_share_a_weight_are_checked_together() -> None:
+    for share, is_left_out in ((nn.Linear, False), (Masked, True)):
+        model = nn.ModuleDict({"one": nn.Linear(WIDTH, WIDTH), "other": share(WIDTH, WIDTH)}).double()
+        model["other"].weight = model["one"].weight
+        curvature = Curvature(model)
+        model["other"](model["one"](input_of((8, WIDTH), "")).tanh()).square().mean().backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if is_left_out else "error")
+            curvature.update()
+        assert bool(curvature.left_out) == is_left_out
 
 
 def test_hooks_on_a_weight_that_change_its_gradient_leave_it_out() -> None:
@@ -909,3 +942,37 @@ def test_training_is_the_same_whatever_power_of_two_the_loss_is_multiplied_by(mo
     if abs(power) <= 64:
         torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+def sharded(rank: int, folder: str) -> None:
+    """Each layer is a unit of FSDP2 or only the model is; with and without a look at gradients before backward."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/sharded", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for by_layer in (False, True):
+        for looks in (False, True):
+            model = net()
+            if by_layer:
+                for layer in (model[0], model[2], model[3], model[5]):
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            curvature = Curvature(model, block_size=None, averaging=0.0, max_rows=None)
+            x = X[6 * rank : 6 * rank + 6].clone().requires_grad_()
+            y = model(x)
+            if looks:
+                torch.autograd.grad(1000 * y.mean(), x, retain_graph=True)
+            y.sin().mean().backward()
+            curvature.update()
+            found.append((factors(curvature), dict(curvature.left_out)))
+    torch.save(found, f"{folder}/sharded{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_pairs_of_a_sharded_model_are_those_of_the_whole_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(sharded, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    expected = observed(net(), lambda model: loss_of(model).backward())
+    for rank in (0, 1):
+        for found, left_out in torch.load(tmp_path / f"sharded{rank}.pt"):
+            assert left_out == {}
+            torch.testing.assert_close(found, factors(expected), rtol=1e-9, atol=1e-12)

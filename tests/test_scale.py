@@ -108,10 +108,11 @@ def test_a_power_of_two_changes_no_bit(host: set[str], exponent: int, seed: int,
 @HOSTS
 @pytest.mark.parametrize("draw", [torch.randn, torch.ones], ids=["random", "equal"])
 def test_ten_million_numbers_are_brought_to_scale(monkeypatch: pytest.MonkeyPatch, host: set[str], draw: Any) -> None:
+    """Of equal numbers all roundings of a sum have one sign; the fewer a processor adds at once, the more there are."""
     monkeypatch.setattr(norms, "HOST", host)
     x = draw(10**7) * 0.3
     to_rms_([x], [x], [0.2])
-    assert x.double().square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-5)
+    assert x.double().square().mean().sqrt().item() == pytest.approx(0.2, rel=5e-5 if draw is torch.ones else 1e-5)
 
 
 def test_a_factor_that_is_no_normal_number_keeps_its_digits() -> None:
