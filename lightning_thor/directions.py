@@ -58,14 +58,21 @@ def natural_in_parts(
 
 def _put_natural(directions: dict[nn.Parameter, Tensor], batch: Batch, grads: Tensors, roots: bool, unit: Unit) -> None:
     # A function, so that nothing holds what it made when the part is used up.
-    matrices = batch.to_matrices(grads)
+    matrices = _over(batch.to_matrices(grads), unit)
     found = _whiten_again(batch, _whiten(batch, matrices)) if roots else batch.product(matrices)
-    batch.put(directions, _in_units(found, unit, 2), grads)
+    batch.put(directions, _in_units(found, unit), grads)
 
 
-def _in_units(direction: Tensor, unit: Unit, times: int) -> Tensor:
-    """``direction`` over ``unit``, so many times, or over less where that would be out of range; in place."""
-    for _ in range(times if isinstance(unit, Tensor) or unit != 1.0 else 0):
+def _over(matrices: Matrices, unit: Unit) -> Matrices:
+    """``matrices`` over ``unit``; new where that is not 1."""
+    if not isinstance(unit, Tensor) and unit == 1.0:
+        return matrices
+    return matrices / unit if isinstance(matrices, Tensor) else [matrix / unit for matrix in matrices]
+
+
+def _in_units(direction: Tensor, unit: Unit) -> Tensor:
+    """``direction`` over ``unit``, or over less where that would be out of range; in place."""
+    if isinstance(unit, Tensor) or unit != 1.0:
         room = torch.finfo(direction.dtype).max / 2 / direction.abs().amax()
         direction.mul_((1.0 / torch.as_tensor(unit).to(direction)).minimum(room))
     return direction
@@ -89,17 +96,17 @@ def polar(
     directions: dict[nn.Parameter, Tensor] = {}
     of_shape: dict[torch.Size, list[tuple[Batch, Tensor]]] = {}
     for batch in _complete(batches, momenta):
-        matrices = _whiten(batch, batch.to_matrices(momenta))
+        matrices = _whiten(batch, _over(batch.to_matrices(momenta), unit))
         if batch.layers[0].name in names:
             of_shape.setdefault(matrices.shape[-2:], []).append((batch, matrices))
         else:
-            batch.put(directions, _in_units(_whiten_again(batch, matrices), unit, 2), momenta)
+            batch.put(directions, _in_units(_whiten_again(batch, matrices), unit), momenta)
     for members in of_shape.values():
         flat = [matrices.flatten(0, -3) for _, matrices in members]
         signs = _signs(torch.cat(flat)).split([len(matrices) for matrices in flat])
         for (batch, matrices), sign in zip(members, signs, strict=True):
             direction = _whiten_again(batch, sign.view(matrices.shape))
-            batch.put(directions, _in_units(direction, unit, 1), momenta)
+            batch.put(directions, _in_units(direction, unit), momenta)
     return _with_others(directions, momenta)
 
 

@@ -266,7 +266,8 @@ class Thor(Optimizer):
         """
         state = super().state_dict()
         for group in state["param_groups"]:
-            group[GRADIENT_RMS] = float(group[GRADIENT_RMS])  # on a GPU it is a tensor
+            if isinstance(group.get(GRADIENT_RMS), Tensor):  # on a GPU
+                group[GRADIENT_RMS] = float(group[GRADIENT_RMS])
         model, numbered = getattr(self.preconditioner, "model", None), self.numbered
         if numbered is None and isinstance(model, nn.Module):
             numbered = tuple(model.parameters())

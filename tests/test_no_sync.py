@@ -22,14 +22,21 @@ WAITING = {
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators, and remembers those that would wait."""
+    """Counts operators, and remembers those that would wait for a device.
+
+    On a CPU there is nothing to wait for, so a step may read its numbers: here it takes the way of other devices. A
+    copy that an earlier step sent to the host is there when it is read.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self._patch = pytest.MonkeyPatch()
         self.called: Counter[str] = Counter()
         self._lists = _Lists(self.called)
 
     def __enter__(self) -> Watch:
+        self._patch.setattr(norms, "HOST", set())
+        self._patch.setattr(HostCopy, "read", _read_of_the_host)
         self._lists.__enter__()
         super().__enter__()
         return self
@@ -37,6 +44,7 @@ class Watch(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._lists.__exit__(*exception)
+        self._patch.undo()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.called[func.overloadpacket.__name__] += 1
@@ -60,18 +68,12 @@ class _Lists(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU there is nothing to wait for, so a step may read its numbers. A copy that an earlier step sent to the
-    host is there when it is read."""
-    monkeypatch.setattr(norms, "HOST", set())
-    read = HostCopy.read
+_read = HostCopy.read
 
-    def read_of_the_host(copy: HostCopy) -> list[Any]:
-        with torch._C.DisableTorchFunction():
-            return read(copy)
 
-    monkeypatch.setattr(HostCopy, "read", read_of_the_host)
+def _read_of_the_host(copy: HostCopy) -> list[Any]:
+    with torch._C.DisableTorchFunction():
+        return _read(copy)
 
 
 def net() -> nn.Sequential:
@@ -87,7 +89,6 @@ def net() -> nn.Sequential:
     )
 
 
-@pytest.mark.usefixtures("_as_on_a_gpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "options",

@@ -90,6 +90,12 @@ class TextModule(Module):
         return F.cross_entropy(self.net(inputs).flatten(0, 1), targets.flatten(), reduction=self.reduction)
 
 
+def with_gradients_times(state: Result, n: int) -> Result:
+    """A training's state as if its gradients had been so many times as large: only what notes their size differs."""
+    groups = [{**group, "gradient_rms": n * group["gradient_rms"]} for group in state["optimizer"]["param_groups"]]
+    return {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
+
+
 def train(
     folder: Path, net: nn.Module, parts: tuple[int, ...], *, summed: bool = False, strategy: Any = None
 ) -> Result:
