@@ -109,6 +109,23 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path, parts: int) -> None:
     torch.testing.assert_close(everything(found), everything(whole), rtol=1e-8, atol=1e-11)
 
 
+def test_the_terms_of_the_loss_can_be_told_of_the_batch(tmp_path: Path) -> None:
+    """G is of the gradients times so many terms: twice as many make it four times as large."""
+    factors = []
+    for loss_terms in (None, lambda batch: 2 * len(batch[0])):
+        callback = ThorCallback(loss_terms=loss_terms, summary=False)
+        L.Trainer(
+            default_root_dir=tmp_path, callbacks=[callback], max_steps=1, accelerator="cpu", logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision="64-true",
+        ).fit(Boring(lr=0.0).double())  # fmt: skip
+        assert callback.curvature is not None
+        assert callback._batch is None
+        factors.append([layer["G"] for layer in callback.curvature.state_dict()["layers"].values()])
+    torch.testing.assert_close(factors[1], [4 * G for G in factors[0]])
+    with pytest.raises(ValueError, match="loss_terms must be a function of a batch"):
+        ThorCallback(loss_terms=3)  # type: ignore[arg-type]
+
+
 def test_an_uneven_last_window_is_weighed_by_its_rows(tmp_path: Path) -> None:
     """7 batches in windows of 3: the last has one batch, of 4 samples, and Lightning divides by 3 all the same."""
     module = Boring(n=52, batch_size=8, lr=0.0).double()

@@ -525,3 +525,25 @@ def test_a_schedule_that_gives_nonsense_is_told() -> None:
         with pytest.raises(ValueError, match=message):
             curvature.update()
         curvature.close()
+
+
+class StackedExperts(nn.Module):
+    """All experts in one parameter, as transformers keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(8, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nd,ewd->nw", x, self.experts)
+
+
+def test_a_model_of_which_little_has_curvature_is_told_with_its_share_and_what_to_do() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), StackedExperts(), nn.Linear(6, 2))
+    expected = r"preconditions 14% of the weights .* those of 1, .*no curvature for StackedExperts.*register_layer"
+    with pytest.warns(UserWarning, match=expected):
+        Curvature(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Curvature(model, parameters=[*model[0].parameters(), *model[2].parameters()])  # of these, most have it
+        Curvature(nn.Sequential(*(nn.Linear(20, 20) for _ in range(5)), StackedExperts()))
