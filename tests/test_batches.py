@@ -141,6 +141,7 @@ def test_more_layers_of_one_form_take_one_product_each_and_nothing_else() -> Non
     def operations(n: int) -> Counter[str]:
         model = nn.Sequential(*(part for _ in range(n) for part in (nn.Linear(32, 32), nn.LayerNorm(32)))).double()
         curvature, grads = observed(model)
+        curvature.update()  # from the second step on the host knows the unit of gradients
         curvature.precondition(grads)  # batches are made once
         with Watch() as watch:
             found = curvature.precondition(grads)
