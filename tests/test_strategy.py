@@ -90,7 +90,10 @@ def forked(folder: Path, module: Module, strategy: Any) -> None:
 def test_ranks_that_are_forked_train_as_those_that_are_launched(tmp_path: Path, clean_environment: None) -> None:
     module = Module(HALVES)
     forked(tmp_path, module, "thor_ddp_fork")
-    assert_bitwise(dict(module.net.named_parameters()), two_ranks("halves")[0]["weights"])
+    # Not bitwise: a process that has done much before has its numbers elsewhere in memory, by which a product of a
+    # matrix with one column (the gradient of a convolution's bias) may be rounded.
+    found, expected = dict(module.net.named_parameters()), two_ranks("halves")[0]["weights"]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.slow
