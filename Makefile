@@ -40,7 +40,7 @@ unit: $(INSTALLED)  ## Tests and doctests; PYTEST_ARGS="-m 'not slow'" for the q
 
 # Every kind of processor adds up in another order, this one by where in memory numbers lie: tests hold on any of them.
 OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
-WITHOUT_NUMBERS := ablations benchmarks cli comparison floors mindspore_arguments mindspore_docs readme recipe_examples
+WITHOUT_NUMBERS := ablations benchmarks by_class_path cli comparison copies damage floors full_disk mindspore_arguments mindspore_docs readme recipe_examples
 
 fuzz: $(INSTALLED)  ## Thousands of drawn cases where the tests draw forty (an hour)
 	LIGHTNING_THOR_FUZZ=1 $(BIN)/python -m pytest tests/test_pairs.py tests/test_inverse.py tests/test_scale.py tests/test_fading.py
