@@ -608,13 +608,13 @@ def _warn_of_few_weights(
     model: nn.Module, layers: Mapping[str, Layer], left_out: Mapping[str, str], only: set[nn.Parameter] | None
 ) -> None:
     """Say so where less than half of the weights that are trained have curvature, and which have not."""
-    trained = {p for p in model.parameters() if p.requires_grad and (only is None or p in only)}
+    of_training = {p for p in model.parameters() if p.requires_grad and (only is None or p in only)}
     own = {p for layer in layers.values() for p in layer.parameters}
-    n_trained, n_own = (sum(p.numel() for p in some if not _is_lazy(p)) for some in (trained, own))
+    n_trained, n_own = (sum(p.numel() for p in some if not _is_lazy(p)) for some in (of_training, own))
     if not layers or 2 * n_own >= n_trained:
         return
     sizes = {
-        name: sum(p.numel() for p in module.parameters(recurse=False) if p in trained - own and not _is_lazy(p))
+        name: sum(p.numel() for p in module.parameters(recurse=False) if p in of_training - own and not _is_lazy(p))
         for name, module in ((plain_name(name), module) for name, module in model.named_modules())
     }
     largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > 0]
