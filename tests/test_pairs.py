@@ -536,10 +536,11 @@ def test_a_look_at_gradients_before_a_compiled_backward(backend: str) -> None:
 def test_a_pair_whose_gradient_comes_after_the_step_is_none_of_the_next_refresh() -> None:
     model = net()
     curvature = Curvature(model, update_every_n_steps=5)
-    y = model(X)
-    y.sin().mean().backward(retain_graph=True)
+    kept, late = model(X), model(X)
+    kept.sin().mean().backward(retain_graph=True)
     curvature.update()
-    (1000 * y.mean()).backward()
+    (1000 * kept.mean()).backward()
+    (1000 * late.mean()).backward()
     assert curvature.stacks.flat_sums.abs().sum() == 0
     assert not curvature.stacks.counts.any()
 
@@ -716,6 +717,28 @@ def test_micro_batches_are_one_batch_for_any_routing(route: list[int], cuts: set
     torch.testing.assert_close(factors(many), factors(one), rtol=1e-9, atol=1e-14)
 
 
+def test_an_expert_that_one_pass_uses_several_times_is_one_of_the_same_loss_each_time() -> None:
+    """Each use sees other tokens, more or fewer than the first."""
+    found = []
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(32, WIDTH, dtype=torch.float64, generator=generator)
+    y, routes = torch.randint(4, (32,), generator=generator), [number == ROUTE for number in (1, 0, 2)]
+    for parts in ([slice(0, 32)], [slice(0, 12), slice(12, 32)]):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"expert": nn.Linear(WIDTH, WIDTH), "head": nn.Linear(WIDTH, 4)}).double()
+        weight = 1.0
+        curvature = Curvature(model, loss_multiplier=lambda: weight, averaging=0.0)  # noqa: B023
+        for part in parts:
+            weight, h = len(x[part]) / len(x), x[part]
+            for route in routes:
+                where = route[part].nonzero()[:, 0]
+                h = h.index_add(0, where, model["expert"](h[where]).tanh())
+            (F.cross_entropy(model["head"](h), y[part]) * weight).backward()
+        curvature.update()
+        found.append(factors(curvature))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-14)
+
+
 def test_masked_tokens_are_the_terms_of_the_loss_of_all_layers() -> None:
     """Only the head sees the masked ones, and their number differs; the loss is their mean."""
     torch.manual_seed(0)
@@ -764,7 +787,7 @@ def test_staggered_refreshes_know_the_terms_of_the_loss_too() -> None:
     """Where the layer that the loss is a mean over is not due itself."""
     found = []
     for parts in ([slice(0, 32)], [slice(0, 16), slice(16, 32)]):
-        model, route = Routed(), (torch.arange(32) % 16 % 5).clamp_max(3)
+        model, route = Routed(), ROUTE  # which the halves do not share
         generator = torch.Generator().manual_seed(2)
         curvature = Curvature(model, loss_multiplier=lambda: 1 / len(parts), stagger=True, update_every_n_steps=4)  # noqa: B023
         for _ in range(9):
