@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.inverse import damped_inverses
-from lightning_thor.shares import plan
+from lightning_thor.distributed.shared_inversions import plan
+from lightning_thor.linalg.decompositions import damped_inverses
 
 Problem = tuple[Tensor, Tensor]
 

@@ -7,10 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.buckets import DEFAULT_BUCKET_MB, Cut, by_size, one_bucket
-from lightning_thor.exchange import Wait
-from lightning_thor.shares import SharedInversions
-from lightning_thor.window import Window
+from lightning_thor.distributed.communicator import Wait
+from lightning_thor.distributed.factor_reducer import DEFAULT_BUCKET_MB, Cut, Window, by_size, one_bucket
+from lightning_thor.distributed.shared_inversions import SharedInversions
 
 
 @dataclass

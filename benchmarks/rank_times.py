@@ -31,11 +31,11 @@ from benchmarks.models import gpt2, imagenet_resnet18
 from examples.char_gpt import CharGPT
 from examples.resnet import ResNet18, ResNet50
 from lightning_thor import Curvature, Thor
-from lightning_thor.collectives import Ranks
-from lightning_thor.exchange import Wait
-from lightning_thor.inverse import damped_inverses
-from lightning_thor.sharded import ShardedCurvature
-from lightning_thor.shares import SharedInversions
+from lightning_thor.distributed.communicator import Wait
+from lightning_thor.distributed.process_group import Ranks
+from lightning_thor.distributed.shared_inversions import SharedInversions
+from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
+from lightning_thor.linalg.decompositions import damped_inverses
 
 try:
     from torch.distributed.fsdp import fully_shard

@@ -21,9 +21,9 @@ from benchmarks.readme import markdown_table
 from examples.char_gpt import CharGPT
 from examples.resnet import ResNet50
 from lightning_thor import Curvature
-from lightning_thor.kinds import EMBEDDING
-from lightning_thor.layer import Layer
-from lightning_thor.refresh import spread
+from lightning_thor.distributed.assignment import spread
+from lightning_thor.layers.base import Layer
+from lightning_thor.layers.registry import EMBEDDING
 
 RANKS = (8, 64, 256, 1024)
 INTERVAL = 10

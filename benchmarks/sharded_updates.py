@@ -17,9 +17,9 @@ from benchmarks.environment import RESULTS
 from benchmarks.readme import markdown_table
 from benchmarks.scaling import MODELS
 from lightning_thor import Curvature
-from lightning_thor.kept import Mode
-from lightning_thor.routes import n_numbers, pieces_of, share_out
-from lightning_thor.sharded import cuttables_of
+from lightning_thor.fsdp.row_partition import n_numbers, pieces_of, share_out
+from lightning_thor.fsdp.sharded_curvature import cuttables_of
+from lightning_thor.preconditioning.modes import Mode
 
 RANKS = (2, 4, 8, 64)
 MODES: tuple[Mode, ...] = ("natural", "polar")

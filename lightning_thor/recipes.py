@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from lightning_thor.callback import ThorCallback
-from lightning_thor.configure import configure_thor
+from lightning_thor.optim.param_groups import configure_thor
 from lightning_thor.schedules import PerStepLR, Polynomial, check_positive
+from lightning_thor.trainer.callback import ThorCallback
 
 Variant = Literal["gpu", "ascend"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_thor.by_class_path import OfStep
+from lightning_thor.curvature.callables import OfStep
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, configure_thor, split
-from lightning_thor import collectives as factor_collectives
+from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, configure_thor
+from lightning_thor.block_size import choose
+from lightning_thor.distributed import process_group
 
 # Generous, since the machine may be busy; a rank that waits for the other one for ever is what it is for.
 SECONDS = 300
@@ -192,11 +193,11 @@ def listed_collectives() -> Iterator[list[Result]]:
 
     names = ("all_reduce", "all_gather_into_tensor", "all_gather_single", "all_to_all_single")
     ops = {name: listed(name) for name in names if hasattr(dist, name)}
-    factor_collectives.dist = SimpleNamespace(**{**vars(dist), **ops})  # type: ignore[assignment]
+    process_group.dist = SimpleNamespace(**{**vars(dist), **ops})  # type: ignore[assignment]
     try:
         yield calls
     finally:
-        factor_collectives.dist = dist
+        process_group.dist = dist
 
 
 def fit(
@@ -283,11 +284,11 @@ def fit_with_a_block_size_that_each_rank_would_choose_differently(folder: Path) 
         # Rank 0 finds that large blocks cost nothing, rank 1 that they cost everything.
         return 1.0 if dist.get_rank() == 0 else float(block_size) ** 9
 
-    original, split._inversion_seconds = split._inversion_seconds, seconds  # type: ignore[assignment]
+    original, choose._inversion_seconds = choose._inversion_seconds, seconds  # type: ignore[assignment]
     try:
         return fit(folder, Module(HALVES), max_epochs=1, block_size="auto")
     finally:
-        split._inversion_seconds = original  # type: ignore[assignment]
+        choose._inversion_seconds = original  # type: ignore[assignment]
 
 
 def plain_loop(folder: Path) -> Result:
@@ -295,9 +296,9 @@ def plain_loop(folder: Path) -> Result:
     rank = dist.get_rank()
     flat = torch.tensor([1.0 + rank, 10.0])
     same = flat
-    group = factor_collectives.new_factor_group()
-    factor_collectives.Ranks(group).start_sum(flat)()
-    factor_collectives.Ranks().start_sum(flat)()
+    group = process_group.new_factor_group()
+    process_group.Ranks(group).start_sum(flat)()
+    process_group.Ranks().start_sum(flat)()
     net = Net().double()
     curvature = Curvature(net, block_size=8)
     images, classes = (part.split([10, 22])[rank] for part in batch(0))
@@ -305,7 +306,7 @@ def plain_loop(folder: Path) -> Result:
     with listed_collectives() as calls:
         curvature.update()
     return {
-        "is_distributed": factor_collectives.is_distributed(),
+        "is_distributed": process_group.is_distributed(),
         "group_size": dist.get_world_size(group),
         "own_group": group not in (None, dist.group.WORLD),
         "summed": flat,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_thor.exchange import Workers
+from lightning_thor.distributed.communicator import Workers
 
 
 class Twins:

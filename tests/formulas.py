@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_thor.layer import Layer
+from lightning_thor.layers.base import Layer
 
 
 def preconditioned(layer: Layer, grads: Sequence[Tensor], A_inverse: Tensor | None, G_inverse: Tensor) -> list[Tensor]:

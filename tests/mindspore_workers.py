@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_thor.mindspore import MindSporeThor, thor
+from lightning_thor.mindspore.optimizer import MindSporeThor, thor
 from tests.nn_thor_formulas import float64
 
 RANKS, BATCH, STEPS = 2, 6, 5

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, configure_thor
-from lightning_thor.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
-from lightning_thor.eigen import eigenvectors
-from lightning_thor.exchange import Alone, Workers
-from lightning_thor.kept import Mode
-from lightning_thor.report import curvature_table
-from lightning_thor.sharded import ShardedCurvature
+from lightning_thor.distributed.communicator import Alone, Workers
+from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
+from lightning_thor.linalg.decompositions import eigenvectors
+from lightning_thor.optim.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
+from lightning_thor.preconditioning.modes import Mode
+from lightning_thor.trainer.report import curvature_table
 from tests.test_directions import grads_of, net, observed
 from tests.test_optimizer import Identity
 

@@ -14,9 +14,9 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor
-from lightning_thor.hooks import Hooks
-from lightning_thor.layer import attentions_of
-from lightning_thor.layers import layers_of
+from lightning_thor.layers.base import attentions_of
+from lightning_thor.layers.discovery import layers_of
+from lightning_thor.layers.hooks import Hooks
 from tests.test_no_sync import Watch
 
 L, S, N, E = 5, 6, 3, 8

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_thor import Curvature, adjacent, batches, blocks, norms
-from lightning_thor.adjacent import as_one, runs_of
-from lightning_thor.batches import Matrix, Slabs, Vectors, batches_of
-from lightning_thor.layers import layers_of
-from lightning_thor.scale import to_at_most_, to_rms_
+from lightning_thor import Curvature
+from lightning_thor.layers.discovery import layers_of
+from lightning_thor.linalg import block_diagonal, memory
+from lightning_thor.linalg.memory import as_one, runs_of
+from lightning_thor.optim.update_scaling import to_at_most_, to_rms_
+from lightning_thor.preconditioning import batching
+from lightning_thor.preconditioning.batching import Matrix, Slabs, Vectors, batches_of
 from tests.formulas import preconditioned
 from tests.test_no_sync import Watch
 
@@ -21,9 +23,9 @@ from tests.test_no_sync import Watch
 @pytest.fixture(autouse=True)
 def _together(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; all other tests are as on a CPU."""
-    monkeypatch.setattr(adjacent, "ALONE", set())
-    monkeypatch.setattr(norms, "HOST", set())
-    for module in (batches, blocks):
+    monkeypatch.setattr(memory, "ALONE", set())
+    monkeypatch.setattr(memory, "HOST", set())
+    for module in (batching, block_diagonal):
         monkeypatch.setattr(module, "ONE_BY_ONE", set())
 
 
@@ -104,9 +106,9 @@ def test_some_rows_at_a_time_are_the_whole_product(
     """Of an embedding, of a layer whose last block is smaller, of one with a diagonal G, and of a convolution, with
     factors that are not symmetric."""
     torch.manual_seed(5)
-    for module in (batches, blocks):
+    for module in (batching, block_diagonal):
         monkeypatch.setattr(module, "ONE_BY_ONE", one_by_one)
-    monkeypatch.setattr(batches, "ENTRIES_AT_ONCE", {"cpu": entries})
+    monkeypatch.setattr(batching, "ENTRIES_AT_ONCE", {"cpu": entries})
     model = nn.ModuleDict(
         {
             "table": nn.Embedding(11, 12),
@@ -130,9 +132,9 @@ def test_some_rows_at_a_time_are_the_whole_product(
         right, left = (torch.block_diag(*one[0])[:n, :n] for one, n in zip(turned, (A.width, G.width), strict=True))
         matrix = grad.T if name == "table" else grad.flatten(1)
         product = left @ matrix @ right
-        for memory in (grad, grad.mT.contiguous().mT):
+        for laid_out in (grad, grad.mT.contiguous().mT):
             found: dict[nn.Parameter, Tensor] = {}
-            batch.put(found, batch.product(batch.to_matrices({p: memory}), transposed=transposed), {p: memory})
+            batch.put(found, batch.product(batch.to_matrices({p: laid_out}), transposed=transposed), {p: laid_out})
             torch.testing.assert_close(found[p], (product.T if name == "table" else product).view_as(p))
             assert found[p].is_contiguous()
 

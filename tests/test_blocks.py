@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_thor import Curvature, blocks
-from lightning_thor.blocks import Blocks, add_covariance_, cut, diagonal, left_product, right_product
+from lightning_thor import Curvature
+from lightning_thor.linalg import block_diagonal
+from lightning_thor.linalg.block_diagonal import Blocks, add_covariance_, cut, diagonal, left_product, right_product
 
 CUTS = [cut(12, 4), cut(12, None), cut(7, 3), cut(9, 2, groups=3), cut(5, 8), cut(1, 4), diagonal(6), cut(257, 128)]
 
@@ -94,15 +95,15 @@ def test_a_divisor_of_the_width_needs_no_padding() -> None:
 
 @pytest.mark.parametrize("one_by_one", [set(), {"cpu"}], ids=["as on a GPU", "as on a CPU"])
 def test_a_product_with_blocks_goes_to_its_columns(monkeypatch: pytest.MonkeyPatch, one_by_one: set[str]) -> None:
-    monkeypatch.setattr(blocks, "ONE_BY_ONE", one_by_one)
+    monkeypatch.setattr(block_diagonal, "ONE_BY_ONE", one_by_one)
     torch.manual_seed(3)
     matrix, factor = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(3, 4, 4, dtype=torch.float64)
     expected = (matrix.flatten(1) @ torch.block_diag(*factor)).view_as(matrix)
     into = torch.full_like(matrix, math.nan)
-    blocks.columns_product(matrix, factor.mT.contiguous().mT, into)
+    block_diagonal.columns_product(matrix, factor.mT.contiguous().mT, into)
     torch.testing.assert_close(into, expected)
     if one_by_one:
-        blocks.columns_product(matrix, factor, into=matrix)
+        block_diagonal.columns_product(matrix, factor, into=matrix)
         torch.testing.assert_close(matrix, expected)
 
 

@@ -18,7 +18,8 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_thor import ThorCallback, cli
+from lightning_thor import ThorCallback
+from lightning_thor.trainer import cli
 from tests.boring import callback_of
 
 # jsonargparse, about how LightningCLI calls it.

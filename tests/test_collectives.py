@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_thor import Curvature, collectives
+from lightning_thor import Curvature
+from lightning_thor.distributed import process_group
 from tests.boring import without_words
 from tests.distributed_workers import STEPS_PER_EPOCH, Net, batch, two_ranks
 
 
 def test_one_process_is_alone() -> None:
-    assert not collectives.is_distributed()
-    assert collectives.new_factor_group() is None
-    assert (collectives.Ranks().n_shares, collectives.Ranks().own_share) == (1, 0)
+    assert not process_group.is_distributed()
+    assert process_group.new_factor_group() is None
+    assert (process_group.Ranks().n_shares, process_group.Ranks().own_share) == (1, 0)
 
 
 @pytest.mark.slow

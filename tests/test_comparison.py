@@ -7,8 +7,8 @@ import inspect
 import re
 from pathlib import Path
 
-from lightning_thor.mindspore import thor
-from lightning_thor.mindspore_groups import KEYS
+from lightning_thor.mindspore.optimizer import thor
+from lightning_thor.mindspore.param_groups import KEYS
 
 ROOT = Path(__file__).parents[1]
 TITLE = "## nn.thor, the paper, lightning_thor\n"

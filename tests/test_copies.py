@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, configure_thor
-from lightning_thor.optimizer import Preconditioner
+from lightning_thor.optim.thor import Preconditioner
 from lightning_thor.schedules import GrowingInterval
 from tests.boring import Boring, callback_of, everything, trainer, without_words
 from tests.test_damage import Words

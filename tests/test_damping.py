@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_thor.damping import DampingRule, split_damping
+from lightning_thor.factors.damping import DampingRule, split_damping
 
 A, G, M = (torch.tensor(x, dtype=torch.float64) for x in ([4.0, 9.0], [0.25, 1.0], [1.0, 16.0]))
 

@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_thor import Curvature, Thor, configure_thor, directions
-from lightning_thor.inverse import damped_inverse_roots, damped_inverses
-from lightning_thor.layer import Layer
-from lightning_thor.polar import msign
-from lightning_thor.report import curvature_table
+from lightning_thor import Curvature, Thor, configure_thor
+from lightning_thor.layers.base import Layer
+from lightning_thor.linalg.decompositions import damped_inverse_roots, damped_inverses
+from lightning_thor.linalg.matrix_sign import msign
+from lightning_thor.preconditioning import directions
+from lightning_thor.trainer.report import curvature_table
 from tests.test_attention import ByLinears, E
 from tests.test_optimizer import Identity
 

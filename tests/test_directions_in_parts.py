@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_thor import Curvature, Thor, directions
+from lightning_thor import Curvature, Thor
+from lightning_thor.preconditioning import directions
 
 
 class Net(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_thor import Curvature
-from lightning_thor.buckets import by_size
+from lightning_thor.distributed.factor_reducer import by_size
 from tests.distributed_workers import ROWS, four_ranks, launched_four, results, results_folder, torchrun, two_ranks
 from tests.fakes import Twins
 from tests.lone_ranks import lone_ranks

@@ -7,8 +7,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from lightning_thor import collectives
-from lightning_thor.collectives import leave_without_others
+from lightning_thor.distributed import process_group
+from lightning_thor.distributed.process_group import leave_without_others
 from tests.endings import TIMEOUT
 from tests.lone_ranks import Ended, lone_ranks
 
@@ -70,8 +70,8 @@ def test_every_way_in_which_a_collective_tells_of_its_end_gets_the_advice(
     words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("is_distributed", lambda: True), ("ctypes", Mock())):
-        monkeypatch.setattr(collectives, name, value)
-    monkeypatch.setattr(collectives, "dist", Mock(get_rank=lambda: 0, get_world_size=lambda: 2))
+        monkeypatch.setattr(process_group, name, value)
+    monkeypatch.setattr(process_group, "dist", Mock(get_rank=lambda: 0, get_world_size=lambda: 2))
     error, other = RuntimeError(words), RuntimeError("a batch of the wrong shape")
     for exception in (error, other):
         leave_without_others(exception, None)

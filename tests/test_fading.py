@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as some
 from torch import Tensor, nn
 
-from lightning_thor import Curvature, Thor, fading, norms
-from lightning_thor.fading import ROUNDINGS, SLICE, fades
+from lightning_thor import Curvature, Thor
+from lightning_thor.linalg import memory
+from lightning_thor.optim import fading
+from lightning_thor.optim.fading import ROUNDINGS, SLICE, fades
 from tests.test_optimizer import Identity
 
 HOSTS = pytest.mark.parametrize("host", [{"cpu"}, set()], ids=["as on a CPU", "as on a GPU"])
@@ -39,7 +41,7 @@ def test_a_factor_is_the_square_of_r_over_so_many_roundings_of_the_largest(
 ) -> None:
     sources = [torch.full((numel,), 2.0**exponent) for exponent in exponents]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norms, "HOST", host)
+        patch.setattr(memory, "HOST", host)
         found, largest = factors(sources, before, times)
     r = [times * 2.0**exponent for exponent in exponents]
     assert largest == pytest.approx(max(before, min(max(r), 2 * before)) if before else max(r), rel=1e-6)
@@ -58,7 +60,7 @@ def test_a_large_tensor_of_which_little_is_there_is_looked_at_whole(where: int) 
 
 @HOSTS
 def test_what_is_not_finite_is_not_remembered(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
-    monkeypatch.setattr(norms, "HOST", host)
+    monkeypatch.setattr(memory, "HOST", host)
     for bad in (math.inf, math.nan):
         for sources in ([torch.full((3,), bad), torch.ones(1)], [torch.ones(1), torch.full((9 * SLICE,), bad)]):
             found, largest = factors(sources, 0.5)
@@ -68,7 +70,7 @@ def test_what_is_not_finite_is_not_remembered(monkeypatch: pytest.MonkeyPatch, h
 
 @HOSTS
 def test_one_batch_that_explodes_fades_no_later_one(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
-    monkeypatch.setattr(norms, "HOST", host)
+    monkeypatch.setattr(memory, "HOST", host)
     largest: Any = 0.0
     for size in (1.0, 1e30, 1.0):
         found, largest = factors([torch.full((4,), size), torch.full((4,), 1e-4 * size)], largest)
@@ -132,7 +134,7 @@ def test_a_training_that_has_gradients_is_bitwise_the_one_without_fading(
 @HOSTS
 @pytest.mark.parametrize("exponent", [-60, 60])
 def test_the_unit_of_the_loss_changes_no_bit(monkeypatch: pytest.MonkeyPatch, host: set[str], exponent: int) -> None:
-    monkeypatch.setattr(norms, "HOST", host)
+    monkeypatch.setattr(memory, "HOST", host)
     found = []
     for scale in (1.0, 2.0**exponent):
         model = net()
@@ -143,7 +145,7 @@ def test_the_unit_of_the_loss_changes_no_bit(monkeypatch: pytest.MonkeyPatch, ho
 
 @HOSTS
 def test_a_resumed_training_is_bitwise_the_unbroken_one(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
-    monkeypatch.setattr(norms, "HOST", host)
+    monkeypatch.setattr(memory, "HOST", host)
     weight = nn.Parameter(torch.zeros(3))
 
     def go_on(optimizer: Thor, sizes: list[float]) -> list[Tensor]:

@@ -13,173 +13,125 @@ import pytest
 PACKAGE = "lightning_thor"
 FOLDER = Path(__file__).parents[1] / PACKAGE
 
-GROUND, FIRST, TOP = 0, 1, 2
-FLOOR_NAMES = ("ground floor", "first floor", "top floor")
-FLOORS = {
-    GROUND: {
-        "adjacent",
-        "blocks",
-        "inverse",
-        "damping",
-        "polar",
-        "sampling",
-        "patches",
-        "rows",
-        "thor_rows",
-        "schedules",
-        "by_class_path",
-        "spectrum",
-        "weight_use",
-        "dtypes",
-        "folds",
-        "costs",
-        "trace_rule",
-        "triangles",
-        "eigen",
-        "kept",
-        "adam",
-    },
-    FIRST: {
-        "attention",
-        "layer",
-        "kinds",
-        "user_layers",
-        "layers",
-        "batches",
-        "directions",
-        "options",
-        "stack",
-        "stacks",
-        "refresh",
-        "curvature",
-        "observer",
-        "snapshot",
-        "damage",
-        "factors",
-        "hooks",
-        "pair_checks",
-        "optimizer",
-        "scale",
-        "norms",
-        "fading",
-        "collectives",
-        "split",
-        "exchange",
-        "buckets",
-        "window",
-        "shares",
-        "parts",
-        "workers",
-        "runs",
-        "routes",
-        "sharded",
-    },
-    TOP: {
-        "__init__",
-        "callback",
-        "strategy",
-        "model_parallel",
-        "travel",
-        "saving",
-        "supported",
-        "configure",
-        "mindspore",
-        "mindspore_arguments",
-        "mindspore_groups",
-        "recipes",
-        "report",
-        "trial",
-        "cli",
-    },
-}
-FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+FLOORS = (
+    "linalg",
+    "layers",
+    "block_size",
+    "preconditioning",
+    "factors",
+    "distributed",
+    "optim",
+    "curvature",
+    "schedules",
+    "fsdp",
+    "mindspore",
+    "trainer",
+    "recipes",
+    "split",
+    "sharded",
+    "__init__",
+)
+"""From the ground up: folders, and modules of the root. Each may import those before it."""
+TOP = ("trainer", "recipes", "__init__")
+"""Where more than torch may be imported: Lightning and rich."""
 
 
-def imported_names(source: str, room: str) -> set[str]:
+def imported_names(source: str, module: str) -> set[str]:
     """Every dotted name that ``source`` imports, plus each ``torch.distributed`` reached as an attribute.
 
-    ``from a import b`` gives ``a.b``; relative imports are resolved inside the package.
+    ``from a import b`` gives ``a.b``; a relative import is refused.
     """
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            if node.level > 1:
-                raise ValueError(f"{room}.py imports from above {PACKAGE}: write `from {PACKAGE}.room import name`.")
-            base = ".".join(part for part in (PACKAGE if node.level else None, node.module) if part)
-            names |= {f"{base}.{alias.name}" for alias in node.names}
+            if node.level:
+                raise ValueError(f"{module} has a relative import: write `from {PACKAGE}.folder.module import name`.")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
             names.add("torch.distributed")
     return names
 
 
-def rooms_among(names: set[str], rooms: set[str]) -> set[str]:
-    """The package's modules among dotted names; a bare name of the package itself is the front door."""
-    inside = [name.split(".") for name in names if name.split(".")[0] == PACKAGE]
-    return {parts[1] if len(parts) > 1 and parts[1] in rooms else "__init__" for parts in inside}
+def module_among(name: str, modules: set[str]) -> str:
+    """The longest prefix of ``name`` below the package that is a module; else the front door."""
+    parts = name.split(".")[1:]
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next(
+        (found for prefix in prefixes for found in (prefix, f"{prefix}.__init__") if found in modules), "__init__"
+    )
+
+
+def floor_of(module: str) -> str:
+    return module.split(".")[0]
 
 
 def broken_rules(sources: dict[str, str]) -> list[str]:
-    """One sentence for each broken rule, given ``{module name: source text}``; empty when the house stands."""
+    """One sentence for each broken rule, given ``{dotted module: source}``; empty when the house stands."""
     broken: list[str] = []
     graph: dict[str, set[str]] = {}
-    for room, source in sources.items():
-        if room not in FLOOR_OF:
-            broken.append(f"{room}.py has no floor: add it to FLOORS in tests/test_floors.py.")
+    for module, source in sources.items():
+        floor = floor_of(module)
+        if floor not in FLOORS:
+            broken.append(f"{module} has no floor: add {floor} to FLOORS in tests/test_floors.py.")
             continue
-        floor = FLOOR_OF[room]
-        names = imported_names(source, room)
-        graph[room] = rooms_among(names, set(sources))
-        for other in sorted(graph[room]):
-            if FLOOR_OF.get(other, floor) > floor:
-                broken.append(
-                    f"{room}.py ({FLOOR_NAMES[floor]}) imports {other}.py ({FLOOR_NAMES[FLOOR_OF[other]]}): "
-                    "imports go downstairs only."
-                )
+        names = imported_names(source, module)
+        inside = {name for name in names if name.split(".")[0] == PACKAGE}
+        graph[module] = {module_among(name, set(sources)) for name in inside}
+        for other in sorted(graph[module]):
+            if floor_of(other) in FLOORS and FLOORS.index(floor_of(other)) > FLOORS.index(floor):
+                broken.append(f"{module} imports {other}, which is above it: imports go downstairs only.")
         outside = {name.split(".")[0] for name in names} - {PACKAGE, "torch"} - sys.stdlib_module_names
-        if floor < TOP and outside:
-            broken.append(f"{room}.py ({FLOOR_NAMES[floor]}) imports {sorted(outside)}: below the top only torch.")
-        if room != "collectives" and any(f"{name}.".startswith("torch.distributed.") for name in names):
-            broken.append(f"{room}.py uses torch.distributed: only collectives.py may.")
+        if floor not in TOP and outside:
+            broken.append(f"{module} imports {sorted(outside)}: below {TOP[0]} only torch.")
+        if floor != "distributed" and any(f"{name}.".startswith("torch.distributed.") for name in names):
+            broken.append(f"{module} uses torch.distributed: only the folder distributed may.")
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        broken.append("Import cycle: " + " → ".join(f"{room}.py" for room in error.args[1]))
+        broken.append("Import cycle: " + " → ".join(error.args[1]))
     return broken
 
 
+def sources_of_the_package() -> dict[str, str]:
+    paths = {path: ".".join(path.relative_to(FOLDER).with_suffix("").parts) for path in FOLDER.rglob("*.py")}
+    return {module: path.read_text(encoding="utf-8") for path, module in paths.items()}
+
+
 def test_imports_go_downstairs_only():
-    sources = {path.stem: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.py")}
+    sources = sources_of_the_package()
     assert sources, f"no module found in {FOLDER}"
     assert broken_rules(sources) == []
 
 
-def test_the_package_has_no_folder_that_the_rule_does_not_see():
-    assert [path for path in FOLDER.rglob("*.py") if path.parent != FOLDER] == []
+def test_every_floor_of_the_list_exists():
+    assert {floor_of(module) for module in sources_of_the_package()} == set(FLOORS)
 
 
-def test_every_room_of_the_table_exists():
-    assert {room for room in FLOOR_OF if not (FOLDER / f"{room}.py").is_file()} == set()
+def test_every_folder_says_in_one_sentence_what_belongs_there():
+    for path in FOLDER.glob("*/__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert text, f"{path.parent.name} does not say what belongs there"
+        assert text.endswith("."), f"{path.parent.name} has no whole sentence"
 
 
 @pytest.mark.parametrize(
     ("sources", "words"),
     [
-        ({"blocks": "from .layers import x", "layers": ""}, "blocks.py (ground floor) imports layers.py"),
-        ({"rows": "from . import hooks", "hooks": ""}, "imports hooks.py (first floor)"),
-        ({"hooks": "import lightning_thor.callback", "callback": ""}, "imports callback.py (top floor)"),
-        ({"curvature": "from lightning_thor import Thor", "__init__": ""}, "imports __init__.py (top floor)"),
-        ({"blocks": "import numpy as np"}, "imports ['numpy']"),
-        ({"optimizer": "from lightning.pytorch import Trainer"}, "imports ['lightning']"),
-        ({"refresh": "def show():\n    import rich.table"}, "imports ['rich']"),
-        ({"callback": "import torch.distributed as dist"}, "callback.py uses torch.distributed"),
-        ({"strategy": "from torch import distributed"}, "strategy.py uses torch.distributed"),
-        ({"strategy": "from torch.distributed.fsdp import x"}, "strategy.py uses torch.distributed"),
-        ({"layers": "import torch\nn = torch.distributed.get_rank()"}, "layers.py uses torch.distributed"),
-        ({"hooks": "if TYPE_CHECKING:\n    from .cli import main", "cli": ""}, "imports cli.py (top floor)"),
-        ({"layers": "from .hooks import x", "hooks": "def f():\n    from .layers import y"}, "Import cycle: "),
-        ({"garage": ""}, "garage.py has no floor"),
+        ({"linalg.a": "from lightning_thor.layers.b import x", "layers.b": ""}, "linalg.a imports layers.b"),
+        ({"layers.a": "from lightning_thor.layers import b", "layers.b": "import lightning_thor.layers.a"}, "cycle: "),
+        ({"optim.a": "import lightning_thor.trainer.b", "trainer.b": ""}, "optim.a imports trainer.b"),
+        ({"curvature.a": "from lightning_thor import Thor", "__init__": ""}, "curvature.a imports __init__"),
+        ({"linalg.a": "import numpy as np"}, "imports ['numpy']"),
+        ({"optim.a": "from lightning.pytorch import Trainer"}, "imports ['lightning']"),
+        ({"mindspore.a": "def show():\n    import rich.table"}, "imports ['rich']"),
+        ({"trainer.a": "import torch.distributed as dist"}, "trainer.a uses torch.distributed"),
+        ({"fsdp.a": "from torch import distributed"}, "fsdp.a uses torch.distributed"),
+        ({"fsdp.a": "from torch.distributed.fsdp import x"}, "fsdp.a uses torch.distributed"),
+        ({"layers.a": "import torch\nn = torch.distributed.get_rank()"}, "layers.a uses torch.distributed"),
+        ({"layers.a": "if TYPE_CHECKING:\n    from lightning_thor.recipes import x", "recipes": ""}, "imports recipes"),
+        ({"garage.a": ""}, "garage.a has no floor"),
     ],
 )
 def test_a_broken_rule_is_caught(sources: dict[str, str], words: str):
@@ -188,13 +140,18 @@ def test_a_broken_rule_is_caught(sources: dict[str, str], words: str):
     assert words in broken[0]
 
 
+def test_a_relative_import_is_refused():
+    with pytest.raises(ValueError, match="relative import"):
+        broken_rules({"linalg.a": "from . import b"})
+
+
 def test_what_the_rules_allow_is_not_caught():
     sources = {
-        "__init__": "from lightning_thor.callback import ThorCallback",
-        "callback": "import lightning as L\nfrom rich.table import Table\nfrom .curvature import Curvature",
-        "curvature": "import math\nimport torch\nfrom .collectives import x\nfrom .blocks import y",
-        "collectives": "import torch.distributed as dist",
-        "blocks": "from __future__ import annotations\nfrom torch import Tensor\nfrom .damping import z",
-        "damping": "import torch.nn.functional as F",
+        "__init__": "from lightning_thor.trainer.callback import ThorCallback",
+        "trainer.callback": "import lightning as L\nimport rich\nfrom lightning_thor.curvature import c",
+        "curvature.c": "import math\nimport torch\nfrom lightning_thor.distributed.ranks import x",
+        "curvature.__init__": "",
+        "distributed.ranks": "import torch.distributed as dist\nfrom lightning_thor.linalg import blocks",
+        "linalg.blocks": "from __future__ import annotations\nfrom torch import Tensor",
     }
     assert broken_rules(sources) == []

@@ -14,11 +14,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_thor import Curvature, ThorCallback, buckets, configure_thor
-from lightning_thor.collectives import Ranks
-from lightning_thor.exchange import Alone, Workers
-from lightning_thor.inverse import damped_inverses
-from lightning_thor.polar import msign
+from lightning_thor import Curvature, ThorCallback, configure_thor
+from lightning_thor.distributed import factor_reducer
+from lightning_thor.distributed.communicator import Alone, Workers
+from lightning_thor.distributed.process_group import Ranks
+from lightning_thor.linalg.decompositions import damped_inverses
+from lightning_thor.linalg.matrix_sign import msign
 from tests.boring import Boring, callback_of, everything, trainer
 from tests.fakes import Twins
 
@@ -177,7 +178,7 @@ def test_factors_that_travel_by_nccl_arrive_and_nothing_waits(bf16: bool) -> Non
         exchange = OneOfTwo(bf16)
         if connected:
             everyone = Workers(Alone(), Alone())
-            curvature.connect(exchange, cut=buckets.by_size(2048), may_start=lambda: True, workers=everyone)
+            curvature.connect(exchange, cut=factor_reducer.by_size(2048), may_start=lambda: True, workers=everyone)
         optimizer = configure_thor(model, lr=0.01, preconditioner=curvature)
 
         def step(model: nn.Module = model, optimizer: Any = optimizer) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature
-from lightning_thor.hooks import Hooks
-from lightning_thor.sampling import spread
+from lightning_thor.layers.base import spread
+from lightning_thor.layers.hooks import Hooks
 
 
 def curvature_of(model: nn.Module, backward: Callable[[nn.Module], None]) -> Curvature:

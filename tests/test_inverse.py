@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_thor.blocks import Blocks
-from lightning_thor.eigen import eigenvectors
-from lightning_thor.inverse import damped_inverse_roots, damped_inverses
-from lightning_thor.kept import KEEPINGS
-from lightning_thor.stacks import FactorStacks
+from lightning_thor.factors.state import FactorStacks
+from lightning_thor.linalg.block_diagonal import Blocks
+from lightning_thor.linalg.decompositions import damped_inverse_roots, damped_inverses, eigenvectors
+from lightning_thor.preconditioning.modes import KEEPINGS
 
 
 @pytest.mark.parametrize("size", [1, 2, 17, 33, 100, 128])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_thor import Curvature, Thor
-from lightning_thor.layers import layers_of
+from lightning_thor.layers.discovery import layers_of
 
 
 def found(model: nn.Module) -> tuple[list[str], dict[str, str]]:
@@ -103,7 +103,7 @@ def test_what_has_no_curvature_in_an_attention_is_named_weight_by_weight(attenti
 
 
 def test_attention_of_a_torch_that_is_written_otherwise_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_thor.attention.IS_SUPPORTED", False)
+    monkeypatch.setattr("lightning_thor.layers.attention.IS_SUPPORTED", False)
     names, left_out = found(nn.MultiheadAttention(8, 2))
     assert names == []
     assert list(left_out) == ["q_proj", "k_proj", "v_proj", "out_proj"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_thor import ThorCallback
-from lightning_thor.mindspore import MindSporeThor, thor
+from lightning_thor.mindspore.optimizer import MindSporeThor, thor
 from tests.boring import Boring, trainer, without_words
 from tests.test_no_sync import Watch
 

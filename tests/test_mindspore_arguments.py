@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.mindspore import thor
-from lightning_thor.mindspore_groups import Named
+from lightning_thor.mindspore.optimizer import thor
+from lightning_thor.mindspore.param_groups import Named
 
 
 def grad_of(net: nn.Module, x: Tensor) -> None:

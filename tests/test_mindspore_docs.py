@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_thor.mindspore import thor
-from lightning_thor.mindspore_groups import KEYS
+from lightning_thor.mindspore.optimizer import thor
+from lightning_thor.mindspore.param_groups import KEYS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "mindspore.md").read_text(encoding="utf-8")

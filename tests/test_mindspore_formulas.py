@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_thor.mindspore import thor
+from lightning_thor.mindspore.optimizer import thor
 from tests.nn_thor_formulas import NumpyThor, float64
 
 STEPS = 7

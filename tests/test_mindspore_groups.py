@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_thor.mindspore import MindSporeThor, thor
+from lightning_thor.mindspore.optimizer import MindSporeThor, thor
 from tests.nn_thor_formulas import float64
 
 Groups = Callable[[nn.Module], Any]

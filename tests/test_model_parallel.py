@@ -21,9 +21,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrategy, collectives
-from lightning_thor.report import curvature_table
-from lightning_thor.sharded import ShardedCurvature
+from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrategy
+from lightning_thor.distributed import dtensor
+from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
+from lightning_thor.trainer.report import curvature_table
 from tests.boring import Boring
 from tests.distributed_workers import ROOT, ROWS, Result, batch, fit, only, whole
 from tests.sharded_workers import (
@@ -373,9 +374,9 @@ def test_a_shard_without_the_sharded_curvature_is_told(four_processes: None) -> 
     model = nn.Linear(8, 8, bias=False)
     model.weight = nn.Parameter(distribute_tensor(model.weight.data, init_device_mesh("cpu", (4,)), [Shard(0)]))
     curvature = Curvature(model)
-    assert collectives.local(model.weight.data).shape == (2, 8)
+    assert dtensor.local(model.weight.data).shape == (2, 8)
     with pytest.raises(ValueError, match=r"\[2, 8\], a shard of its weight \[8, 8\].*ShardedCurvature\(curvature\)"):
-        curvature.precondition({model.weight: collectives.local(model.weight.data)})
+        curvature.precondition({model.weight: dtensor.local(model.weight.data)})
 
 
 # ── what the documentation shows ──
@@ -404,7 +405,7 @@ def test_the_readmes_sharded_model_trains(tmp_path: Path, monkeypatch: pytest.Mo
     exec(snippet, names)
     trainer = names["trainer"]
     assert trainer.global_step == 4
-    assert all(collectives.is_sharded(p) for p in trainer.lightning_module.parameters())
+    assert all(dtensor.is_sharded(p) for p in trainer.lightning_module.parameters())
     assert (tmp_path / "checkpoints").is_dir()
     trainer.validate(trainer.lightning_module, verbose=False)
     trainer.fit_loop.max_epochs = 2

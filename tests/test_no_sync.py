@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_thor import Curvature, Thor, configure_thor, norms
-from lightning_thor.trace_rule import HostCopy
+from lightning_thor import Curvature, Thor, configure_thor
+from lightning_thor.linalg import memory
+from lightning_thor.linalg.memory import HostCopy
 
 # What copies a number to the host, or makes a tensor whose shape depends on data.
 # cholesky_inverse looks at LAPACK's info, inside the operator.
@@ -35,7 +36,7 @@ class Watch(TorchDispatchMode):
         self._lists = _Lists(self.called)
 
     def __enter__(self) -> Watch:
-        self._patch.setattr(norms, "HOST", set())
+        self._patch.setattr(memory, "HOST", set())
         self._patch.setattr(HostCopy, "read", _read_of_the_host)
         self._lists.__enter__()
         super().__enter__()

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor
-from lightning_thor.buckets import by_size
-from lightning_thor.collectives import Ranks
+from lightning_thor.distributed.factor_reducer import by_size
+from lightning_thor.distributed.process_group import Ranks
 
 WIDTH, OUT = 6, 5
 

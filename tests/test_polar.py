@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_thor.polar import POLYNOMIALS, msign
+from lightning_thor.linalg.matrix_sign import POLYNOMIALS, msign
 
 
 def exact(matrices: Tensor) -> Tensor:

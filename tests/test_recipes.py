@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from examples.resnet import ResNet50
-from lightning_thor.mindspore import thor
+from lightning_thor.mindspore.optimizer import thor
 from lightning_thor.recipes import Recipe, ResNet50Damping, ResNet50LearningRate, bert_large, resnet50_imagenet
 from lightning_thor.schedules import PerStepLR, Polynomial
 

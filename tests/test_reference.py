@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, register_layer
-from lightning_thor.kinds import REGISTERED
+from lightning_thor.layers.registry import REGISTERED
 
 curvlinops = pytest.importorskip("curvlinops", reason="the reference K-FAC is not installed (make test installs it)")
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.layer import Layer, RowsOf
-from lightning_thor.layers import layers_of
-from lightning_thor.rows import batch_norm_rows, conv_rows, group_norm_rows
-from lightning_thor.sampling import spread
+from lightning_thor.layers.base import Layer, RowsOf, spread
+from lightning_thor.layers.conv import conv_rows
+from lightning_thor.layers.discovery import layers_of
+from lightning_thor.layers.norm import batch_norm_rows, group_norm_rows
 from tests.fakes import Twins
 from tests.formulas import preconditioned
 

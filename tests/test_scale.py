@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as some
 from torch import Tensor, nn
 
-from lightning_thor import Thor, norms
-from lightning_thor.scale import to_at_most_, to_rms_
+from lightning_thor import Thor
+from lightning_thor.linalg import memory
+from lightning_thor.optim.update_scaling import to_at_most_, to_rms_
 from tests.test_optimizer import Identity
 
 HOSTS = pytest.mark.parametrize("host", [{"cpu"}, set()], ids=["as on a CPU", "as on a GPU"])
@@ -59,7 +60,7 @@ def rounding(dtype: torch.dtype) -> float:
 @given(x=tensors(), rms=some.floats(0.01, 100.0))
 def test_any_finite_tensor_is_brought_to_its_root_mean_square(host: set[str], x: Tensor, rms: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norms, "HOST", host)
+        patch.setattr(memory, "HOST", host)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
         to_rms_([y], [x], [rms])
     before, _ = norm_and_exponent(x)
@@ -81,7 +82,7 @@ def test_a_tensor_is_shrunk_to_a_norm_or_left_as_it_is(host: set[str], x: Tensor
     except OverflowError:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norms, "HOST", host)
+        patch.setattr(memory, "HOST", host)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
         if wanted:
             to_at_most_([y], [x], [wanted])
@@ -99,7 +100,7 @@ def test_a_power_of_two_changes_no_bit(host: set[str], exponent: int, seed: int,
     x = torch.randn(40, 30, dtype=dtype, generator=torch.Generator().manual_seed(seed))
     both = [x.clone(), x * 2.0**exponent]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(norms, "HOST", host)
+        patch.setattr(memory, "HOST", host)
         for one in both:
             to_rms_([one], [x], [0.2])
     torch.testing.assert_close(both[1], both[0], rtol=0, atol=0)
@@ -109,7 +110,7 @@ def test_a_power_of_two_changes_no_bit(host: set[str], exponent: int, seed: int,
 @pytest.mark.parametrize("draw", [torch.randn, torch.ones], ids=["random", "equal"])
 def test_ten_million_numbers_are_brought_to_scale(monkeypatch: pytest.MonkeyPatch, host: set[str], draw: Any) -> None:
     """Of equal numbers all roundings of a sum have one sign; the fewer a processor adds at once, the more there are."""
-    monkeypatch.setattr(norms, "HOST", host)
+    monkeypatch.setattr(memory, "HOST", host)
     x = draw(10**7) * 0.3
     to_rms_([x], [x], [0.2])
     assert x.double().square().mean().sqrt().item() == pytest.approx(0.2, rel=5e-5 if draw is torch.ones else 1e-5)
@@ -130,7 +131,7 @@ def test_a_factor_that_is_no_normal_number_keeps_its_digits() -> None:
 def test_kl_clip_is_right_for_products_of_any_size(
     monkeypatch: pytest.MonkeyPatch, host: set[str], dtype: torch.dtype, scale: float
 ) -> None:
-    monkeypatch.setattr(norms, "HOST", host)
+    monkeypatch.setattr(memory, "HOST", host)
     if not 1e-40 < scale < 1e38 and dtype != torch.float64:
         pytest.skip("no numbers of this dtype")
     lr = 1e-20 if scale == 1e160 else 1.0  # so that kl_clip is a number though products are not
@@ -149,7 +150,7 @@ def test_kl_clip_is_right_for_products_of_any_size(
 
 @HOSTS
 def test_kl_clip_without_a_learning_rate_changes_nothing(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
-    monkeypatch.setattr(norms, "HOST", host)
+    monkeypatch.setattr(memory, "HOST", host)
     weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
     weights[0].grad, weights[1].grad = torch.full((3,), 1e20), torch.ones(3)
     Thor(weights, lr=0.0, match_rms=None, kl_clip=1e-3, preconditioner=Identity()).step()

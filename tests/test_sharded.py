@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import sharded_updates
-from lightning_thor import Curvature, kinds, register_layer
-from lightning_thor.kept import Mode
-from lightning_thor.routes import pieces_of, rows_of_a_process, share_out
-from lightning_thor.sharded import ShardedCurvature, cuttables_of
+from lightning_thor import Curvature, register_layer
+from lightning_thor.fsdp.row_partition import pieces_of, rows_of_a_process, share_out
+from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, cuttables_of
+from lightning_thor.layers import registry
+from lightning_thor.preconditioning.modes import Mode
 from tests.fakes import Threads, run_in_threads
 from tests.test_no_sync import Watch
 
@@ -203,7 +204,7 @@ def test_polar_directions_of_a_natural_curvature_are_refused() -> None:
 
 
 def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "REGISTERED", {})
+    monkeypatch.setattr(registry, "REGISTERED", {})
 
     class Columns(nn.Linear):
         """Its rows are the same as a linear layer's; nobody knows where they may be cut."""

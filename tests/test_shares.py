@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_thor.inverse import damped_inverses
-from lightning_thor.shares import Problems, SharedInversions, Solutions, plan
-from lightning_thor.triangles import n_packed
+from lightning_thor.distributed.shared_inversions import Problems, SharedInversions, Solutions, plan
+from lightning_thor.linalg.decompositions import damped_inverses
+from lightning_thor.linalg.packing import n_packed
 from tests.fakes import Recorded
 
 

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_thor import Curvature, ThorCallback, callback, configure_thor, report, split
-from lightning_thor.blocks import cut
-from lightning_thor.spectrum import spectral_loss, spectral_losses
-from lightning_thor.split import BlockSplit, candidates, choose_block_size, cross
+from lightning_thor import Curvature, ThorCallback, configure_thor
+from lightning_thor.block_size import choose
+from lightning_thor.block_size.choose import BlockSplit, candidates, choose_block_size, cross
+from lightning_thor.block_size.spectral_loss import spectral_loss, spectral_losses
+from lightning_thor.linalg.block_diagonal import cut
+from lightning_thor.trainer import callback, report
 from tests.boring import Boring, callback_of, everything, trainer
 
 # ── the loss of cutting ──
@@ -144,7 +146,7 @@ def timed_as(monkeypatch: pytest.MonkeyPatch, power: float) -> None:
     def seconds(factors: Any, block_size: int, *_: Any) -> float:
         return float(block_size**power)
 
-    monkeypatch.setattr(split, "_inversion_seconds", seconds)
+    monkeypatch.setattr(choose, "_inversion_seconds", seconds)
 
 
 def test_the_shares_are_those_of_the_factors_of_the_batch() -> None:
@@ -196,8 +198,8 @@ def test_what_is_timed_is_what_a_refresh_inverts(monkeypatch: pytest.MonkeyPatch
             timed[size] = n
             return 1.0
 
-        monkeypatch.setattr(split, "_seconds_of_inverting", seconds)
-        monkeypatch.setattr(split, "candidates", lambda widest, size=size: [size])
+        monkeypatch.setattr(choose, "_seconds_of_inverting", seconds)
+        monkeypatch.setattr(choose, "candidates", lambda widest, size=size: [size])
         choose_block_size(module, lambda: module.loss(module(x), y))
         stacks = Curvature(module, block_size=size).stacks.stacks
         # Norms are diagonal whatever the block size, and so is everything else with blocks of 1, timed as 2.
@@ -212,10 +214,10 @@ def test_many_blocks_are_timed_by_some_of_them(monkeypatch: pytest.MonkeyPatch) 
         timed.append((n, size))
         return float(n)
 
-    monkeypatch.setattr(split, "_seconds_of_inverting", seconds)
-    monkeypatch.setattr(split, "TIMED_ELEMENTS", 16**2 * 3)
+    monkeypatch.setattr(choose, "_seconds_of_inverting", seconds)
+    monkeypatch.setattr(choose, "TIMED_ELEMENTS", 16**2 * 3)
     whole = cut(160, None)
-    assert split._inversion_seconds([whole], 16, cut, torch.device("cpu"), torch.float32) == pytest.approx(10.0)
+    assert choose._inversion_seconds([whole], 16, cut, torch.device("cpu"), torch.float32) == pytest.approx(10.0)
     assert timed == [(3, 16)]
 
 
@@ -231,7 +233,7 @@ def test_a_larger_network_takes_several_passes_and_gives_the_same(monkeypatch: p
     timed_as(monkeypatch, 1.0)
     at_once = choose_block_size(net, counted)
     assert len(calls) == 1
-    monkeypatch.setattr(split, "PASS_ELEMENTS", 33**2 * 2)
+    monkeypatch.setattr(choose, "PASS_ELEMENTS", 33**2 * 2)
     assert choose_block_size(net, counted) == at_once
     assert len(calls) == 1 + 2  # 70², which is too much alone, then 33² twice
 
@@ -267,11 +269,11 @@ def test_a_failing_loss_leaves_no_trace_either() -> None:
 
 def test_factors_that_are_too_wide_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     net, loss = net_and_loss()
-    monkeypatch.setattr(split, "WIDEST", 69)
+    monkeypatch.setattr(choose, "WIDEST", 69)
     found = choose_block_size(net, loss)
     assert (found.candidates[-1], found.n_factors) == (33, 2)
     assert found.left_out == {"first.A": "70 wide, more than 69"}
-    monkeypatch.setattr(split, "WIDEST", 9)
+    monkeypatch.setattr(choose, "WIDEST", 9)
     with pytest.raises(ValueError, match=r"No factor could be looked at .*first.A \(70 wide, more than 9\).*a number"):
         choose_block_size(net, loss)
 

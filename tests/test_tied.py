@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.blocks import diagonal_as_blocks
-from lightning_thor.layers import layers_of
-from lightning_thor.report import curvature_table
+from lightning_thor.layers.discovery import layers_of
+from lightning_thor.linalg.block_diagonal import diagonal_as_blocks
+from lightning_thor.trainer.report import curvature_table
 from tests.formulas import preconditioned
 from tests.test_no_sync import Watch
 

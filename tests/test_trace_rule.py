@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, ThorCallback, configure_thor
-from lightning_thor.blocks import add_covariance_
-from lightning_thor.kinds import EXPAND, REDUCE, Statistics
-from lightning_thor.layers import layers_of
-from lightning_thor.refresh import LAG, RefreshSchedule
-from lightning_thor.stacks import FactorStacks
-from lightning_thor.trace_rule import KEEP, STOP, UPDATE
+from lightning_thor.curvature.refresh_schedule import LAG, RefreshSchedule
+from lightning_thor.factors.state import FactorStacks
+from lightning_thor.factors.trace_rule import KEEP, STOP, UPDATE
+from lightning_thor.layers.discovery import layers_of
+from lightning_thor.layers.registry import EXPAND, REDUCE, Statistics
+from lightning_thor.linalg.block_diagonal import add_covariance_
 from tests.boring import Boring, callback_of, everything, trainer, without_words
 from tests.test_no_sync import Watch
 
@@ -197,7 +197,7 @@ def test_a_probe_makes_no_covariance_no_patches_and_no_inverse(monkeypatch: pyte
         covariances.append(args)
         add_covariance_(*args)
 
-    monkeypatch.setattr("lightning_thor.observer.add_covariance_", listed)
+    monkeypatch.setattr("lightning_thor.curvature.accumulator.add_covariance_", listed)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 9, 3), nn.Flatten(), nn.Linear(9 * 36, 3))
     curvature = Curvature(model, trace_rule=(1e9, 0.0), update_every_n_steps=3)

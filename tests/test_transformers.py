@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_thor import Curvature, ThorCallback, configure_thor
-from lightning_thor.layers import layers_of
-from lightning_thor.report import curvature_table
+from lightning_thor.layers.discovery import layers_of
+from lightning_thor.trainer.report import curvature_table
 from tests.boring import callback_of, trainer
 
 os.environ["HF_HUB_OFFLINE"] = "1"

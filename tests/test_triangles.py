@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_thor.triangles import n_packed, pack, unpack
+from lightning_thor.linalg.packing import n_packed, pack, unpack
 
 SIZES = [1, 2, 3, 4, 5, 8, 13]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, register_layer
-from lightning_thor.kinds import REGISTERED
-from lightning_thor.layers import layers_of
+from lightning_thor.layers.discovery import layers_of
+from lightning_thor.layers.registry import REGISTERED
 from tests.formulas import preconditioned
 
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature
-from lightning_thor.buckets import by_layer, by_size, check_split_indices
-from lightning_thor.shares import SharedInversions
-from lightning_thor.window import Window
+from lightning_thor.distributed.factor_reducer import Window, by_layer, by_size, check_split_indices
+from lightning_thor.distributed.shared_inversions import SharedInversions
 from tests.boring import without_words
 from tests.fakes import Recorded, Twins
 from tests.test_no_sync import Watch

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from benchmarks.messages import Counting, moved
 from examples.resnet import ResNet50
-from lightning_thor import Curvature, Thor, ThorDDPStrategy, configure_thor, norms
-from lightning_thor.exchange import Alone, Workers
-from lightning_thor.report import curvature_table
-from lightning_thor.workers import SharedDirections
+from lightning_thor import Curvature, Thor, ThorDDPStrategy, configure_thor
+from lightning_thor.distributed.communicator import Alone, Workers
+from lightning_thor.distributed.shared_directions import SharedDirections
+from lightning_thor.linalg import memory
+from lightning_thor.trainer.report import curvature_table
 from tests.boring import without_words
 from tests.distributed_workers import ROWS, Module, fit, four_ranks, results_folder, two_ranks
 from tests.fakes import Member, Place, on_ranks
@@ -297,7 +298,7 @@ def test_parameter_groups_of_both_modes_get_the_directions_of_each() -> None:
 
 
 def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "HOST", set())
+    monkeypatch.setattr(memory, "HOST", set())
     net = Net()
     curvature = Curvature(net, mode="polar", update_every_n_steps=2, block_size=4)
     exchange = Counting(2, bf16=False)

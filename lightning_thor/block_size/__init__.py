@@ -1,0 +1,1 @@
+"""The choice of the block size: what partitioning saves on this device, and what it loses on this network."""

@@ -1,0 +1,1 @@
+"""Everything that knows ranks: the one folder that imports `torch.distributed`, and who computes what."""

@@ -1,0 +1,97 @@
+"""Sharded tensors (DTensor): what of them lies on this rank, and sums over their shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    try:
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError:  # torch 2.5
+        from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
+    _SHARDED: tuple[type, ...] = (DTensor,)
+else:
+    _SHARDED = ()
+
+
+# ── sharded tensors ──
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a DTensor, such as ``fully_shard`` (FSDP2) makes of parameters; on a single rank too."""
+    return isinstance(tensor, _SHARDED)
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """True for a DTensor of which a part lies on another rank."""
+    return is_sharded(tensor) and tensor.device_mesh.size() > 1  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank, not a copy: all of it unless it is sharded. Without autograd."""
+    if not is_sharded(tensor):
+        return tensor
+    own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return own
+
+
+def shared_out_as(value: Any, like: Tensor) -> Any:
+    """A tensor of the shape of ``like`` sharded as that is, from the first rank's copy; anything else as it is.
+
+    Every rank must call it, at the same place.
+    """
+    if not isinstance(value, Tensor) or value.shape != like.shape or not is_sharded(like):
+        return value
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(like.device), mesh, placements)
+
+
+def reshard(module: nn.Module) -> None:
+    """Let go of weights that ``fully_shard`` holds whole: those of its root are so after a pass without gradients."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def sum_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
+    """Sums over whole tensors from the sums over what of each lies on this rank: one small all-reduce for all.
+
+    Args:
+        partial: of each tensor, ``[n]``; may be changed.
+        of: the ``n`` tensors; all of them sharded over the same ranks, or none.
+    """
+    return _over_shards(partial, of, "SUM")
+
+
+def max_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
+    """As `sum_over_shards`, of what is the largest."""
+    return _over_shards(partial, of, "MAX")
+
+
+def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tensor:
+    if is_cut(of[0]):
+        group = of[0].device_mesh.get_group()  # type: ignore[attr-defined]
+        dist.all_reduce(partial, op=getattr(dist.ReduceOp, operation), group=group)
+    return partial
+
+
+def why_not_by_rows(tensor: Tensor, n_ranks: int) -> str | None:
+    """What keeps each of ``n_ranks`` ranks from holding its run of rows of ``tensor``; None if nothing does."""
+    if n_ranks == 1:
+        return None
+    if not is_sharded(tensor):
+        return "is not sharded"
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if mesh.ndim != 1:
+        return f"is sharded over a mesh of {mesh.ndim} dimensions"
+    if mesh.size() != n_ranks:
+        return f"is sharded over {mesh.size()} of {n_ranks} processes"
+    if type(placements[0]) is not Shard or placements[0].dim != 0:
+        return f"is placed as {placements[0]}, not as Shard(dim=0)"
+    return None

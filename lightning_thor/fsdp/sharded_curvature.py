@@ -1,0 +1,231 @@
+"""Curvature for a model whose weights are sharded: each process computes the directions of some rows, for all."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_thor.curvature.curvature import Curvature
+from lightning_thor.distributed.communicator import Exchange
+from lightning_thor.distributed.process_group import Ranks
+from lightning_thor.fsdp.row_partition import (
+    Cuttable,
+    Piece,
+    cuttable,
+    n_numbers,
+    pieces_of,
+    rows_of_a_process,
+    run_of,
+    share_out,
+)
+from lightning_thor.linalg.decompositions import ROOT
+from lightning_thor.linalg.dtypes import message_dtype, wide
+from lightning_thor.preconditioning.batching import Batch, batches_of
+from lightning_thor.preconditioning.directions import natural, polar
+
+
+class Parcel(NamedTuple):
+    """Rows of a parameter on their way to the process that computes their direction, and back."""
+
+    parameter: nn.Parameter
+    piece: Piece
+    name: nn.Parameter | None
+    """Of the rows' run, if it is this process's."""
+    length: int
+    dtype: torch.dtype
+
+
+class Plan(NamedTuple):
+    """Who does what with the shards of some parameters, as one process sees it."""
+
+    batches: list[Batch]
+    """The runs whose directions this process computes."""
+    starts: dict[nn.Parameter, int]
+    """Of those: where in the parameter each begins, by name."""
+    leaving: list[Parcel]
+    """What this process holds and another one computes, in the order of those."""
+    arriving: list[Parcel]
+    """What another one holds and this process computes, in the order of those."""
+    staying: list[Parcel]
+    sent_lengths: list[int]
+    received_lengths: list[int]
+    dtype: torch.dtype | None
+    """Of the message; None if nothing has to travel between any processes."""
+
+
+class ShardedCurvature:
+    """What a `Thor` preconditions with where ``fully_shard`` (FSDP2) shards its parameters along their first dimension.
+
+    Factors and inverses are those of ``curvature``, whole on each process. A direction is computed once: blocks of a
+    factor along the rows of a weight by the process that holds most of their rows, polar directions by one process for
+    each layer. One message per step brings all rows there, another one their directions back, and neither is sent if no
+    block lies on two processes. Nothing is ever gathered on all of them.
+
+    Args:
+        curvature: of the sharded model.
+        exchange: the processes over which it is sharded; None for all ranks of the default group.
+
+    Raises:
+        ValueError: the curvature is of ``mode="adam"``, whose coordinates mix rows of different processes.
+    """
+
+    def __init__(self, curvature: Curvature, exchange: Exchange | None = None) -> None:
+        if curvature.mode == "adam":
+            raise ValueError(
+                'mode="adam" does not go with sharded parameters: its second moments lie in coordinates that mix rows '
+                'of several processes. Take mode="natural" or "polar" with thor_fsdp2, or strategy="thor_ddp".'
+            )
+        self.curvature = curvature
+        self._exchange = exchange or Ranks()
+        self._plans: dict[tuple[bool, frozenset[nn.Parameter]], Plan] = {}
+
+    def update(self) -> None:
+        """As `Curvature.update`."""
+        self.curvature.update()
+
+    @torch.no_grad()
+    def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """As `Curvature.precondition`, of what of each gradient lies in this process; on all of the same parameters."""
+        return self._directions(grads, is_polar=False)
+
+    @torch.no_grad()
+    def precondition_polar(self, momenta: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """As `Curvature.precondition_polar`, of what of each momentum lies in this process."""
+        self.curvature.check_that_it_serves("polar")
+        return self._directions(momenta, is_polar=True)
+
+    def _directions(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> dict[nn.Parameter, Tensor]:
+        key = is_polar, frozenset(shards)
+        if key not in self._plans:
+            self._plans[key] = self._plan(shards, is_polar)
+        plan, curvature = self._plans[key], self.curvature
+        arrived = self._swapped(
+            plan, [self._rows(shards[one.parameter], one) for one in plan.leaving], plan.arriving, back=False
+        )
+        stayed = [self._rows(shards[one.parameter], one) for one in plan.staying]
+        runs = _put_together([*plan.arriving, *plan.staying], [*arrived, *stayed])
+        with torch.autocast(curvature.stacks.flat_sums.device.type, enabled=False):
+            directions = (
+                polar(plan.batches, runs, names=curvature.polar_layers, unit=curvature.gradient_unit)
+                if is_polar
+                else natural(
+                    plan.batches,
+                    runs,
+                    roots=curvature.stacks.keeping is ROOT,
+                    unit=curvature.gradient_unit,
+                )
+            )
+        returned = self._swapped(
+            plan, [_rows_of_a_run(directions, one, plan) for one in plan.arriving], plan.leaving, back=True
+        )
+        remained = [_rows_of_a_run(directions, one, plan) for one in plan.staying]
+        return self._shards_of([*plan.leaving, *plan.staying], [*returned, *remained], shards)
+
+    def _rows(self, shard: Tensor, parcel: Parcel) -> Tensor:
+        """A parcel's rows, of what of its parameter lies here; a view."""
+        held = rows_of_a_process(parcel.parameter.shape[0], self._exchange.n_shares)
+        first = held * self._exchange.own_share
+        return shard[parcel.piece.start - first : parcel.piece.stop - first]
+
+    def _swapped(self, plan: Plan, sent: list[Tensor], expected: list[Parcel], *, back: bool) -> list[Tensor]:
+        """What comes for ``expected`` while ``sent`` leaves: one message, if any at all."""
+        if plan.dtype is None:
+            return []
+        device = self.curvature.stacks.flat_sums.device
+        none = torch.empty(0, dtype=plan.dtype, device=device)
+        flat = torch.cat([none, *(rows.flatten() for rows in sent)])
+        lengths = (plan.sent_lengths, plan.received_lengths)
+        received = self._exchange.swap(flat, *(reversed(lengths) if back else lengths))
+        parts = received.split([one.length for one in expected])
+        return [
+            part.view(-1, *one.parameter.shape[1:]).to(wide(one.dtype) if back else one.dtype)
+            for one, part in zip(expected, parts, strict=True)
+        ]
+
+    def _shards_of(
+        self, parcels: Sequence[Parcel], rows: Sequence[Tensor], shards: Mapping[nn.Parameter, Tensor]
+    ) -> dict[nn.Parameter, Tensor]:
+        """Directions of all that lies here, copies of the gradient where there are none."""
+        directions: dict[nn.Parameter, Tensor] = {}
+        for one, direction in zip(parcels, rows, strict=True):
+            shard = shards[one.parameter]
+            if len(direction) == len(shard):
+                directions[one.parameter] = direction
+                continue
+            if one.parameter not in directions:
+                directions[one.parameter] = shard.to(wide(shard.dtype), copy=True)
+            self._rows(directions[one.parameter], one).copy_(direction)
+        rest = {p: shard for p, shard in shards.items() if p not in directions}
+        directions.update((p, shard.to(wide(shard.dtype), copy=True)) for p, shard in rest.items())
+        return directions
+
+    def _plan(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> Plan:
+        n, own = self._exchange.n_shares, self._exchange.own_share
+        runs = share_out(cuttables_of(self.curvature, shards, is_polar=is_polar), n)
+        own_runs = {index: run_of(run.of, run.start, run.stop) for index, run in enumerate(runs) if run.owner == own}
+        starts: dict[nn.Parameter, int] = {}
+        parcels: list[Parcel] = []
+        travelling: set[torch.dtype] = set()
+        for piece in pieces_of(runs, n):
+            run = runs[piece.run]
+            p = run.of.layer.parameters[piece.parameter]
+            if piece.holder != piece.owner:
+                travelling.add(shards[p].dtype)
+            if own in (piece.holder, piece.owner):
+                name = own_runs[piece.run][0].parameters[piece.parameter] if piece.owner == own else None
+                parcels.append(Parcel(p, piece, name, n_numbers(piece, p), shards[p].dtype))
+                if name is not None:
+                    starts[name] = run.of.rows_in(p, run.start, run.stop)[0]
+        leaving = sorted((one for one in parcels if one.piece.owner != own), key=lambda one: one.piece.owner)
+        arriving = sorted((one for one in parcels if one.piece.holder != own), key=lambda one: one.piece.holder)
+        batches = batches_of(
+            [layer for layer, _ in own_runs.values()],
+            [kept for _, kept in own_runs.values()],
+            apart=lambda layer: layer.name in self.curvature.polar_layers,
+        )
+        return Plan(
+            list(batches),
+            starts,
+            leaving,
+            arriving,
+            [one for one in parcels if one.piece.owner == one.piece.holder],
+            [sum(one.length for one in leaving if one.piece.owner == other) for other in range(n)],
+            [sum(one.length for one in arriving if one.piece.holder == other) for other in range(n)],
+            message_dtype(travelling) if travelling else None,
+        )
+
+
+def cuttables_of(curvature: Curvature, parameters: Container[nn.Parameter], *, is_polar: bool) -> list[Cuttable]:
+    """What is to be shared out: of all layers whose parameters are there.
+
+    Args:
+        curvature: of the model.
+        parameters: those of which there are gradients.
+        is_polar: for polar directions, of the layers that have them.
+    """
+    parts: list[Cuttable] = []
+    for name, layer in curvature.layers.items():
+        if layer.is_preconditioned and all(p in parameters for p in layer.parameters):
+            parts += cuttable(layer, curvature.inverses_of(name), is_polar=is_polar and name in curvature.polar_layers)
+    return parts
+
+
+def _put_together(parcels: Sequence[Parcel], rows: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
+    """All rows of each run, by its name."""
+    found: dict[nn.Parameter, list[tuple[int, Tensor]]] = {}
+    for one, part in zip(parcels, rows, strict=True):
+        assert one.name is not None
+        found.setdefault(one.name, []).append((one.piece.start, part))
+    return {
+        name: parts[0][1] if len(parts) == 1 else torch.cat([part for _, part in sorted(parts, key=lambda x: x[0])])
+        for name, parts in found.items()
+    }
+
+
+def _rows_of_a_run(directions: Mapping[nn.Parameter, Tensor], parcel: Parcel, plan: Plan) -> Tensor:
+    assert parcel.name is not None
+    start = plan.starts[parcel.name]
+    return directions[parcel.name][parcel.piece.start - start : parcel.piece.stop - start]

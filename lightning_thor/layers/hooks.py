@@ -1,0 +1,418 @@
+"""Hands pairs (name, a, g) of the layers that are asked for to a listener."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_thor.layers.attention import Noting
+from lightning_thor.layers.weight_use import WeightUse, accumulates, backward_pass, find_use, graph_is_kept
+
+Listener = Callable[[str, Tensor, Tensor], None]
+
+
+IsOpen = Callable[[str], bool]
+
+
+IsDue = Callable[[str], bool]
+
+
+Announce = Callable[[str], None]
+
+
+Thin = Callable[[str, Tensor], Tensor]
+
+
+WeightOf = Callable[[str], Tensor | None]
+
+
+class Checks(Protocol):
+    """What is told, once per layer, the pairs and the weight's gradient that should be their product."""
+
+    def wants(self, name: str) -> bool:
+        """Whether the pairs of that name are still to be checked."""
+
+    def project(self, name: str, a: Tensor) -> Tensor | None:
+        """What of an input the check needs, in forward; None for the input itself."""
+
+    def add(self, name: str, a: Tensor, g: Tensor, accumulator: Any) -> None:
+        """A pair of the backward pass under way, and the node that will add to the weight's gradient in it.
+
+        Args:
+            name: of the layer.
+            a: what `project` gave, or else the input.
+            g: the gradient of its output.
+            accumulator: the node.
+        """
+
+
+class Hooks:
+    """Forward hooks that pair each layer's input with the gradient of its output.
+
+    The output is that of the operation that multiplied by the weight, which autograd's graph tells: whatever is done
+    to it afterwards, within the module, in other hooks, in place or through views, the gradient is the one that belongs
+    to the input. Where the graph does not tell (a compiled region), it is what the module returned.
+
+    A pair is handed over when its gradient arrives in a backward pass that adds to the weight's gradient: so activation
+    checkpointing, unused outputs, passes without gradients and `torch.autograd.grad` give exactly the pairs that made
+    the weight's gradient. Where a graph is kept (``retain_graph=True``) more backward passes may come, whose gradients
+    add up: such a pair waits for one that does not keep it, or for `flush`. The hooks change nothing and do nothing
+    unless ``is_open``.
+
+    Args:
+        modules: what to listen to, by name.
+        is_open: whether the module of that name is to be observed in the present forward pass.
+        listener: called in backward, without autograd, with the name, the input and the output's gradient.
+        attentions: further names, by what they stand for in an attention (see `lightning_thor.layers.attention.ROLES`);
+            their pairs are batch first, ``[batch, positions, width]``.
+        announce: called in forward with the name, for each pair that backward is to hand over.
+        thin: gives what of an input is needed, where autograd does not keep that input itself: under autocast, which
+            lets it save a copy in lower precision.
+        is_due: asked before all else, as it is in each forward pass of a training: false only where ``is_open`` would
+            be false too. A plain function that calls no other.
+        weight_of: gives the weight of that name; by default the module's ``weight``.
+        needs_returned: whether the gradient is to be that of what the module of that name returned, whatever it did
+            after its product with the weight.
+        note_output: called in forward with the name and the output of a module for which ``is_due`` is true and
+            ``is_open`` is not.
+        checks: see `Checks`.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        is_open: IsOpen,
+        listener: Listener,
+        attentions: Mapping[nn.MultiheadAttention, Mapping[str, str]] | None = None,
+        announce: Announce = lambda name: None,
+        thin: Thin = lambda name, a: a,
+        is_due: IsDue = lambda name: True,
+        weight_of: WeightOf | None = None,
+        needs_returned: Callable[[str], bool] = lambda name: False,
+        note_output: Callable[[str, Any], None] = lambda name, output: None,
+        checks: Checks | None = None,
+    ) -> None:
+        from torch._dynamo import decorators  # takes a second, like all of dynamo
+
+        # Under torch.compile hooks read Python counters, which would recompile at every step. What dynamo skips is as
+        # it was, while what is disabled (all that it calls with it) costs a wrapper, which is most of an idle hook. The
+        # former is no public function: where it is missing the latter does, at that cost.
+        skip = getattr(decorators, "skip", torch.compiler.disable)
+        is_due = skip(is_due)
+        if weight_of is None:
+
+            def weight_of(name: str) -> Tensor | None:
+                return getattr(modules.get(name), "weight", None)
+
+        self._pairing = _Pairing(listener, announce, thin, is_due, weight_of, needs_returned, checks)
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(
+                skip(_forward_hook(name, module, is_open, is_due, self._pairing, note_output)), with_kwargs=True
+            )
+            for name, module in modules.items()
+        ]
+        for attention, names in (attentions or {}).items():
+            before, after = _attention_hooks(names, attention, is_open, is_due, self._pairing)
+            self._handles.append(attention.register_forward_pre_hook(skip(before)))
+            # Whatever happens in between: a forward pass that fails must not leave its notes open.
+            self._handles.append(attention.register_forward_hook(skip(after), always_call=True))
+
+    @property
+    def backward_pass(self) -> int:
+        """The number of the backward pass that the pair at hand came in; below 0 outside of one. A segment that
+        reentrant checkpointing runs backward belongs to the pass around it."""
+        return backward_pass() if self._pairing.backward_pass is None else self._pairing.backward_pass
+
+    def flush(self) -> None:
+        """Hand over the pairs that wait for more backward passes through a kept graph: none is to come any more."""
+        self._pairing.flush()
+
+    def drop(self) -> None:
+        """Forget the pairs that wait: their step is skipped."""
+        self._pairing.drop()
+
+    def remove(self) -> None:
+        """Remove all hooks of modules; those of graphs go with their graph."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def are_removed(self) -> bool:
+        return not self._handles
+
+    def remove_from_copy(self, model: nn.Module) -> None:
+        """Remove what a copy of the model has of these hooks, which are silent there."""
+        ids = {handle.id for handle in self._handles}
+        for module in model.modules():
+            for hooks in (
+                module._forward_hooks,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+                module._forward_pre_hooks,
+                module._forward_pre_hooks_with_kwargs,
+            ):
+                for dead in ids & hooks.keys():
+                    del hooks[dead]
+
+
+def _forward_hook(
+    name: str,
+    owner: nn.Module,
+    is_open: IsOpen,
+    is_due: IsDue,
+    pairing: _Pairing,
+    note_output: Callable[[str, Any], None],
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+    # A closure, since copy.deepcopy of the model (SWA, EMA) copies hooks: it shares functions but would copy an object.
+    def pair(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if is_open(name):
+            a = args[0] if args else next(iter(kwargs.values()), None)
+            pairing.expect(name, a, output)
+        else:
+            note_output(name, output)
+
+    pair_unseen = torch.compiler.disable(pair)
+
+    def on_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if is_due(name) and torch.is_grad_enabled() and module is owner:
+            pair_unseen(args, kwargs, output)
+
+    return on_forward
+
+
+def _attention_hooks(
+    names: Mapping[str, str], owner: nn.Module, is_open: IsOpen, is_due: IsDue, pairing: _Pairing
+) -> tuple[Callable[[nn.Module, Any], None], Callable[[nn.Module, Any, Any], None]]:
+    entered: list[ExitStack] = []
+
+    def note(role: str, a: Tensor, output: Tensor, arranged: Callable[[Tensor], Tensor]) -> None:
+        if role in names and is_open(names[role]):
+            pairing.expect(names[role], a, output, arranged)
+
+    def enter() -> None:
+        if any(is_open(name) for name in names.values()):
+            entered.append(ExitStack())
+            entered[-1].enter_context(Noting(note))
+
+    def leave() -> None:
+        entered.pop().close()
+
+    enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
+
+    def before(module: nn.Module, args: Any) -> None:
+        for name in names.values():
+            if is_due(name) and torch.is_grad_enabled() and module is owner:
+                enter_unseen()
+                return
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if entered and module is owner:
+            leave_unseen()
+
+    return before, after
+
+
+class _Pair:
+    """An input that waits for the gradient of its output.
+
+    Args:
+        name: of the layer.
+        a: the input; let go of once it is handed over, for autograd frees what it saved after backward, but no hooks.
+        projected: what a check needs of the input, if not all of it.
+        arranged: what brings input and gradient to the form that is handed over.
+    """
+
+    def __init__(
+        self, name: str, a: Tensor, projected: Tensor | None, arranged: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.name, self.projected, self.arranged = name, projected, arranged
+        self.a: Tensor | None = a
+        # Tensors made in inference mode count no changes.
+        self._version = None if a.is_inference() or a.is_nested else a._version
+        self.g: Tensor | None = None
+        self.forward_in = backward_pass()
+        """The backward pass in which a reentrant checkpoint ran this forward again; below 0: none."""
+        self.backward_pass: int = -1
+
+    @property
+    def input_was_changed(self) -> bool:
+        return self.a is not None and self._version is not None and self.a._version != self._version
+
+    def take(self, g: Tensor) -> None:
+        """Add the gradient of a backward pass."""
+        if self.backward_pass < 0:
+            self.backward_pass = self.forward_in if self.forward_in >= 0 else backward_pass()
+        self.g = g if self.g is None else self.g + g
+
+
+class _Pairing:
+    """Waits for the gradients that belong to inputs, and hands both over."""
+
+    def __init__(
+        self,
+        listener: Listener,
+        announce: Announce,
+        thin: Thin,
+        is_due: IsDue,
+        weight_of: WeightOf,
+        needs_returned: Callable[[str], bool],
+        checks: Checks | None,
+    ) -> None:
+        self._listener, self._announce, self._thin = listener, announce, thin
+        self._is_due, self._weight_of, self._checks = is_due, weight_of, checks
+        self._needs_returned = needs_returned
+        self._waiting: dict[_Pair, None] = {}
+        """Pairs that have a gradient, of a graph that is kept."""
+        self.backward_pass: int | None = None
+        """Of the pair that is being handed over."""
+
+    def expect(self, name: str, a: Any, output: Any, arranged: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Hand ``(name, a, g)`` over when the gradient of ``output`` arrives, both ``arranged``."""
+        if not isinstance(a, Tensor) or a.layout not in (torch.strided, torch.jagged):
+            return
+        weight = self._weight_of(name)
+        with torch._C.DisableTorchFunctionSubclass():
+            use = None if weight is None else find_use(output, weight)
+            if use is None and not (isinstance(output, Tensor) and output.requires_grad):
+                return
+            a = _plain(a)
+            rows, device = a.shape[:-1], a.device.type
+            projected = None
+            if self._checks is not None and use is not None and self._checks.wants(name):
+                with torch.no_grad(), torch.autocast(device, enabled=False):
+                    projected = self._checks.project(name, a)
+            if torch.is_autocast_enabled(device) and a.dtype != torch.get_autocast_dtype(device):
+                a = self._thin(name, a)
+            pair = _Pair(name, a, projected, arranged)
+            del a
+            self._announce(name)
+            on_gradient = self._on_gradient(pair, use)
+            if use is not None and arranged is None and not self._needs_returned(name):
+                _before_product(use, rows, on_gradient)
+            else:
+                _before_backward_of(output, on_gradient)
+
+    def _on_gradient(self, pair: _Pair, use: WeightUse | None) -> Callable[[Tensor], None]:
+        # Not the node of the use, which would hold on to the graph that holds this.
+        accumulator = None if use is None else use.accumulator
+
+        def on_gradient(g: Tensor) -> None:
+            if pair.a is None or not self._is_due(pair.name):
+                pair.a = None
+                return
+            if accumulator is None:
+                # A create_graph pass is then taken for one that is no training, such as a gradient penalty's.
+                if torch.is_grad_enabled():
+                    return
+            elif not accumulates(accumulator):
+                return
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+                self._take(pair, _plain(g.detach()), accumulator)
+
+        return on_gradient
+
+    def _take(self, pair: _Pair, g: Tensor, accumulator: Any) -> None:
+        if pair.input_was_changed:
+            self._warn_of_change(pair)
+            return
+        if self._checks is not None and accumulator is not None and self._checks.wants(pair.name):
+            a = pair.a if pair.projected is None else pair.projected
+            assert a is not None
+            with torch.autocast(g.device.type, enabled=False):
+                self._checks.add(pair.name, a, g, accumulator)
+        pair.take(g)
+        if graph_is_kept():
+            self._waiting[pair] = None
+        else:
+            self._hand_over(pair)
+
+    def _hand_over(self, pair: _Pair) -> None:
+        self._waiting.pop(pair, None)
+        if pair.input_was_changed:
+            self._warn_of_change(pair)
+            return
+        a, g, arranged = pair.a, pair.g, pair.arranged or (lambda x: x)
+        pair.a = pair.g = None
+        assert a is not None
+        assert g is not None
+        self.backward_pass = pair.backward_pass
+        try:
+            if not torch.is_autocast_enabled(g.device.type):
+                self._listener(pair.name, arranged(a), arranged(g))
+                return
+            with torch.autocast(g.device.type, enabled=False):
+                self._listener(pair.name, arranged(a), arranged(g))
+        finally:
+            self.backward_pass = None
+
+    def flush(self) -> None:
+        """Hand over all pairs that wait."""
+        with torch.no_grad():
+            for pair in list(self._waiting):
+                self._hand_over(pair)
+
+    def drop(self) -> None:
+        """Forget all pairs that wait."""
+        for pair in self._waiting:
+            pair.a = pair.g = None
+        self._waiting.clear()
+
+    def _warn_of_change(self, pair: _Pair) -> None:
+        pair.a = pair.g = None
+        # Autograd notices that itself, unless autocast let it save a copy in lower precision.
+        warnings.warn(
+            f"The input of layer {pair.name!r} was changed in place after the layer used it; its statistics are "
+            "left out. Write x = x + layer(x) instead of x += layer(x).",
+            stacklevel=2,
+        )
+
+
+def _before_product(use: WeightUse, rows: torch.Size, on_gradient: Callable[[Tensor], None]) -> None:
+    """Call ``on_gradient`` with the gradient of what the use computed. It may have taken all ``rows``, the input's
+    dimensions before the last, as one dimension."""
+
+    def in_rows(g: Tensor) -> None:
+        if g.dim() == 2 and len(rows) != 1 and rows.numel() == len(g):
+            g = g.unflatten(0, rows) if rows else g[0]
+        on_gradient(g)
+
+    _register_before(use.node, use.output_number, in_rows)
+
+
+def _before_backward_of(output: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
+    """Call ``on_gradient`` with the gradient of ``output`` as it is now."""
+    base = output._base
+    if base is None or not base.requires_grad or not base.is_contiguous():
+        # A tensor hook, since a full backward hook fails if the next operation is in place (ReLU(inplace=True)).
+        output.register_hook(on_gradient)
+        return
+    # What is done in place to a view, or to what it is a view of, gives the view another place in the graph; that of
+    # its base stays. (A hook of a view that was changed already may crash the process: pytorch/pytorch#196459.)
+    place = output.shape, output.stride(), output.storage_offset() - base.storage_offset()
+    _register_before(base.grad_fn, base.output_nr, lambda g: on_gradient(g.contiguous().as_strided(*place)))
+
+
+def _register_before(node: Any, number: int, on_gradient: Callable[[Tensor], None]) -> None:
+    def before(gradients: tuple[Tensor | None, ...]) -> None:
+        g = gradients[number]
+        if g is not None:
+            on_gradient(g)
+
+    node.register_prehook(before)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A tensor of a subclass that only labels it as torch's own; the rows of a nested one as one tensor."""
+    if x.is_nested:
+        x = x.detach()
+        return x.values() if x.layout is torch.jagged else torch.cat([one.flatten(0, -2) for one in x.unbind()])
+    if type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return x
+    return x.as_subclass(Tensor)

@@ -1,0 +1,160 @@
+"""Patches of convolutions, looked up by one index: what each position of the output sees of the input."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_thor.layers.base import spread
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+
+def patches_and_values(
+    module: Convolution | TransposedConvolution, patched: Tensor, valued: Tensor, dtype: torch.dtype,
+    max_rows: int | None,
+) -> tuple[Tensor, Tensor, int, float]:  # fmt: skip
+    """The patches of one tensor and the values of another at the same positions.
+
+    Args:
+        module: whose kernel, stride, padding, dilation and groups.
+        patched: what patches are taken of, ``[batch, channels, *space]``.
+        valued: ``[batch, width, *positions]``.
+        dtype: of what is returned.
+        max_rows: take about so many positions; None takes all.
+
+    Returns:
+        ``[groups, channels / groups * kernel, rows]``, ``[groups, width / groups, rows]``, the number of rows, and that
+        of the samples that so many rows make, which need not be whole.
+    """
+    positions, groups = valued.shape[2:], module.groups
+    per_line = max(positions[1:].numel(), 1)
+    max_lines = None if max_rows is None else max(1, max_rows // per_line)
+    axes = tuple(zip(
+        patched.shape[2:], positions, module.kernel_size, module.stride, module.dilation, _padding_before(module),
+        strict=True,
+    ))  # fmt: skip
+    # Kept where it is small: it takes some dozens of operations.
+    find = _seen if max_lines is None else _seen_kept
+    seen = find(valued.shape[0], axes, max_lines, module.padding_mode, valued.device)
+    values, planes = _lines(valued, seen.taken), _lines(patched, seen.read)
+    windows = planes.to(dtype) if seen.places is None else _with_zero(planes, dtype).index_select(1, seen.places)
+    n_rows = values.shape[1:].numel()
+    width = patched.shape[1] // groups * torch.Size(module.kernel_size).numel()
+    return (
+        windows.reshape(groups, width, n_rows),
+        values.to(dtype).reshape(groups, valued.shape[1] // groups, n_rows),
+        n_rows,
+        n_rows / max(positions.numel(), 1),
+    )
+
+
+Lines = tuple[Tensor, Tensor]
+"""Of some lines the samples and the indices along the first axis of space, both ``[n]``."""
+
+
+class _Seen(NamedTuple):
+    """What the rows of a convolution see."""
+
+    taken: Lines | None
+    """Of the output; None stands for all."""
+    read: Lines | None
+    """Of the input, ``[kernel * taken]``; None stands for all."""
+    places: Tensor | None
+    """``[kernel * rows]``: of what is seen, among the positions of a channel in what is read. One past the end stands
+    for zero. None: each row sees its own place."""
+
+
+def _seen(
+    n_samples: int, axes: tuple[tuple[int, ...], ...], max_lines: int | None, mode: str, device: torch.device
+) -> _Seen:
+    """The rows that are taken, and what they see.
+
+    Args:
+        n_samples: in the batch.
+        axes: of each axis of space the size of the input and of the output; the kernel's size, stride and dilation; the
+            padding before the input.
+        max_lines: how many lines of the output (all behind one index of the first axis) to take at most; None: all.
+        mode: what stands in the padding, as `nn.Conv2d` names it.
+        device: of the indices.
+
+    >>> seen = _seen(1, ((3, 3, 3, 1, 1, 1),), 2, "circular", torch.device("cpu"))
+    >>> seen.taken, seen.places.view(3, 2)
+    ((tensor([0, 0]), tensor([0, 2])), tensor([[2, 1], [0, 2], [1, 0]]))
+    """
+    (n_inputs, n_outputs, size, *_), *others = axes
+    taken = spread(n_samples * n_outputs, max_lines, device)
+    every = torch.arange(n_samples * n_outputs, device=device) if taken is None else taken
+    samples, outputs = every.div(n_outputs, rounding_mode="floor"), every % n_outputs
+    inputs, outside = _inputs(axes[0], outputs, mode)
+    read, index, n_positions = None, samples * n_inputs + inputs, n_samples * n_inputs
+    if taken is not None and 2 * inputs.numel() <= n_positions:
+        # A pass over the whole input would take longer than all the rest.
+        read, n_positions = (samples.repeat(size), inputs.flatten()), inputs.numel()
+        index = torch.arange(n_positions, device=device).view(inputs.shape)
+    # A kernel of one position, which of lines that were read has no stride along the first axis any more.
+    unmoved = read is not None or (taken is None and n_inputs == n_outputs)
+    if unmoved and all(axis[0] == axis[1] for axis in others) and all((axis[2], axis[5]) == (1, 0) for axis in axes):
+        return _Seen(None if taken is None else (samples, outputs), read, None)
+    # From [kernel, lines] axis by axis to [*kernel, lines, *positions].
+    for number, axis in enumerate(others, 1):
+        more, more_outside = _inputs(axis, torch.arange(axis[1], device=device), mode)
+        shape = [1] * number + [axis[2]] + [1] * number + [axis[1]]
+        index = index.unsqueeze(number).unsqueeze(-1) * axis[0] + more.view(shape)
+        outside = outside.unsqueeze(number).unsqueeze(-1) | more_outside.view(shape)
+        n_positions *= axis[0]
+    places = index.masked_fill_(outside, n_positions).flatten()
+    return _Seen(None if taken is None else (samples, outputs), read, places)
+
+
+_seen_kept = lru_cache(maxsize=256)(_seen)
+
+
+def _inputs(axis: tuple[int, ...], outputs: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    """Which positions of an axis of the input some of the output see, ``[kernel, outputs]``, and where none is there
+    (and the position is any)."""
+    n_inputs, _, size, stride, dilation, before = axis
+    inputs = torch.arange(size, device=outputs.device)[:, None] * dilation + outputs * stride - before
+    last = n_inputs - 1
+    outside = ((inputs < 0) | (inputs > last)) if mode == "zeros" else torch.zeros_like(inputs, dtype=torch.bool)
+    if mode == "circular":
+        inputs = inputs % n_inputs
+    elif mode == "reflect":
+        inputs = last - (last - inputs.abs()).abs()
+    return inputs.clamp(0, last), outside
+
+
+def _lines(x: Tensor, lines: Lines | None) -> Tensor:
+    """Some of ``x [batch, channels, lines, *space]``, ``[channels, n, *space]``; of None a view of all,
+    ``[channels, batch, lines, *space]``."""
+    if lines is None:
+        return x.transpose(0, 1)
+    samples, indices = lines
+    # Laid out as x is, so that it needs no other copy to become rows: channels innermost, or outermost.
+    if x.stride(1) == 1:
+        return x.movedim(1, -1)[samples, indices].movedim(-1, 0)
+    return x.transpose(0, 1)[:, samples, indices]
+
+
+def _with_zero(planes: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[channels, *]`` as ``[channels, n + 1]`` with zeros at the end, contiguous."""
+    n = planes.shape[1:].numel()
+    flat = planes.new_empty(planes.shape[0], n + 1, dtype=dtype)
+    flat[:, :n].view(planes.shape).copy_(planes)
+    flat[:, n].zero_()
+    return flat
+
+
+def _padding_before(module: Convolution | TransposedConvolution) -> tuple[int, ...]:
+    """Of each axis; of an odd padding of "same" the larger part comes after."""
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    if module.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    return tuple(int(one) for one in module.padding)

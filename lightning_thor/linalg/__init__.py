@@ -1,0 +1,1 @@
+"""Tensors alone: blocks, their decompositions, matrix sign, packing, memory. Nothing here knows a layer."""

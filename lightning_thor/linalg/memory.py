@@ -1,0 +1,77 @@
+"""Tensors that are adjacent in memory as one view, and copies to the host that nobody waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALONE = {"cpu"}
+"""Devices on which each tensor is a run of its own: one operation costs little there, and on one tensor after the other
+it finds more in the processor's cache."""
+
+
+def runs_of(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The numbers of ``tensors`` in lists, each as long as can be, of tensors that lie one after the other in memory.
+
+    Args:
+        tensors: in any order; those of a run are contiguous, of one shape and dtype and in one storage.
+
+    >>> runs_of(torch.zeros(2, 3).unbind())  # of a GPU it is one
+    [[0], [1]]
+    """
+    if tensors and tensors[0].device.type in ALONE:
+        return [[index] for index in range(len(tensors))]
+    places = [tensor.data_ptr() for tensor in tensors]
+    runs: list[list[int]] = []
+    end, last = -1, None
+    for index in sorted(range(len(tensors)), key=places.__getitem__):
+        tensor = tensors[index]
+        form = tensor.shape, tensor.dtype
+        goes_on = places[index] == end and form == last and tensor.is_contiguous()
+        # Memory of two storages can be adjacent by chance.
+        if goes_on and tensor.untyped_storage().data_ptr() == tensors[runs[-1][0]].untyped_storage().data_ptr():
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+        end = places[index] + tensor.numel() * tensor.element_size() if tensor.is_contiguous() else -1
+        last = form
+    return runs
+
+
+def as_one(run: Sequence[Tensor]) -> Tensor:
+    """View of a run's ``n`` tensors as one, ``[n, *shape]``; what is changed in it is changed in them.
+
+    >>> both = torch.arange(6.0).view(2, 3)
+    >>> as_one(both.unbind()).equal(both)
+    True
+    """
+    first = run[0]
+    if len(run) == 1:
+        return first.unsqueeze(0)
+    return torch.as_strided(first, (len(run), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
+
+
+HOST = {"cpu"}
+"""Devices whose numbers the program can read without waiting for anything."""
+
+
+class HostCopy:
+    """A tensor on its way to the host, so that reading it a step later waits for nothing."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._copy = tensor
+        if tensor.device.type == "cuda":
+            self._copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def read(self) -> list[Any]:
+        """The numbers; waits for the copy if it has not arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: list[Any] = self._copy.tolist()
+        return numbers

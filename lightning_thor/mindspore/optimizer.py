@@ -1,0 +1,208 @@
+"""For users of MindSpore: ``thor(...)`` with the signature, the defaults and the numbers of ``mindspore.nn.thor``.
+
+A thin room over `Curvature` and `Thor`: it names the statistics, the cut, the damping rule and the order of a step that
+MindSpore 2.7 has. New programs are better served by `configure_thor` and `ThorCallback`.
+
+Its known defects are kept only where its numbers need them: the GPU version divides A of a dense layer by the number of
+inputs, and averages a convolution's patches over the batch before their covariance. Not kept: the wrong inverse of an
+embedding's G, patches that ignore padding, dilation and groups, and the averaging of inverses over devices.
+Parameter groups are MindSpore's too (`mindspore_groups`); what each argument may be is in `mindspore_arguments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_thor.curvature.callables import OfParameter
+from lightning_thor.curvature.curvature import Curvature
+from lightning_thor.layers.embedding import embedding_rows_of
+from lightning_thor.layers.registry import EXPAND, Statistics
+from lightning_thor.linalg.block_diagonal import cut_with_remainder
+from lightning_thor.mindspore.arguments import PerStep, StepFunction, check_arguments
+from lightning_thor.mindspore.param_groups import Group, Params, groups_of
+from lightning_thor.mindspore.rows import gpu_conv_rows, gpu_linear_rows
+from lightning_thor.optim.thor import Thor
+
+BLOCK_SIZE = 128
+
+
+CLIP_NORM = 1.0
+
+
+def thor(
+    net: nn.Module,
+    learning_rate: PerStep,
+    damping: PerStep,
+    momentum: float,
+    weight_decay: float = 0.0,
+    loss_scale: float = 1.0,
+    batch_size: int = 32,
+    use_nesterov: bool = False,
+    decay_filter: OfParameter = lambda parameter: True,
+    split_indices: Sequence[int] | None = None,
+    enable_clip_grad: bool = False,
+    frequency: int = 100,
+    variant: str = "gpu",
+    params: Params | None = None,
+) -> MindSporeThor:
+    """What ``mindspore.nn.thor`` computes, as a torch optimizer that carries its curvature.
+
+    In a plain loop: ``(loss * loss_scale).backward(); optimizer.step(); optimizer.zero_grad()``. Under a Trainer return
+    it from ``configure_optimizers``, without ThorCallback; its state, curvature included, is in the optimizer's
+    ``state_dict``.
+
+    Args:
+        net: the network, on its device; hooks listen to its layers from now on.
+        learning_rate: a number, or one per step (past the end the last one holds, with one warning).
+        damping: likewise; greater than 0.
+        momentum: in [0, 1).
+        weight_decay: 0 or greater; added to the preconditioned gradient where ``decay_filter`` allows.
+        loss_scale: what the loss is multiplied by before ``backward``; greater than 0.
+        batch_size: samples per batch (of each process, where there are several): nn.thor does not measure it.
+        use_nesterov: Nesterov's momentum.
+        decay_filter: called with an object whose ``.name`` is a parameter's name; whether it decays.
+        split_indices: there, the layers after which a new all-reduce begins. It is checked, and changes no number;
+            for several processes see `ThorDDPStrategy`.
+        enable_clip_grad: clip each tensor's update, before momentum, to an L2 norm of 1.
+        frequency: steps from one update of the curvature to the next; at least 2.
+        variant: ``"gpu"`` or ``"ascend"``, whose statistics differ.
+        params: what is trained: None for all of ``net``, a list of parameters, or MindSpore's list of dictionaries:
+            ``params`` (of ``net``), and if wanted ``lr`` (as ``learning_rate``), ``weight_decay`` (for all of the
+            group, whatever ``decay_filter`` says) and ``grad_centralization`` (True subtracts from each gradient,
+            before it is preconditioned, its mean over all axes but the first; parameters of convolutions only). One
+            more dictionary may have ``order_params`` alone, all parameters in the order that the groups keep.
+
+    Raises:
+        TypeError: an argument of a type that nn.thor refuses.
+        ValueError: an argument out of its range, or groups that cannot mean anything.
+    """
+    check_arguments(
+        net=net,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        loss_scale=loss_scale,
+        batch_size=batch_size,
+        use_nesterov=use_nesterov,
+        decay_filter=decay_filter,
+        split_indices=split_indices,
+        enable_clip_grad=enable_clip_grad,
+        frequency=frequency,
+        variant=variant,
+    )
+    dampings = StepFunction("damping", damping, may_be_zero=False)
+    groups = groups_of(net, params, StepFunction("learning_rate", learning_rate), weight_decay, decay_filter)
+    rows = {"convolution": EXPAND.rows["convolution"], "linear": EXPAND.rows["linear"]}
+    if variant == "gpu":
+        rows = {"convolution": gpu_conv_rows, "linear": gpu_linear_rows}
+    curvature = Curvature(
+        net,
+        damping=dampings,
+        damping_rule="sqrt",
+        block_size=BLOCK_SIZE,
+        update_every_n_steps=frequency,
+        averaging=0.0,
+        max_rows=None,
+        statistics=Statistics(
+            {**rows, "embedding": embedding_rows_of(batch_size)}, cut=cut_with_remainder, split_embedding_G=False
+        ),
+        # G there is that of the mean loss, times batch_size² / loss_scale².
+        loss_reduction="sum",
+        loss_multiplier=lambda: loss_scale / batch_size,
+        parameters=[p for group in groups for p in group.parameters],
+    )
+    return MindSporeThor(
+        groups,
+        _Preconditioner(curvature, groups, loss_scale, batch_size, without_G=_without_G(curvature, variant)),
+        momentum=momentum,
+        nesterov=use_nesterov and momentum > 0,
+        clip_norm=CLIP_NORM if enable_clip_grad else None,
+    )
+
+
+class MindSporeThor(Thor):
+    """The optimizer that `thor` makes: `Thor` without control of the scale, with learning rates of its own per step.
+
+    A torch scheduler would be overwritten at the next step: give ``learning_rate`` as a sequence instead.
+    """
+
+    def __init__(self, groups: list[Group], preconditioner: _Preconditioner, **options: Any) -> None:
+        plain: dict[str, Any] = {"match_rms": None, "decoupled_weight_decay": False}
+        torch_groups = [
+            {"params": group.parameters, "lr": group.learning_rate(0), "weight_decay": group.weight_decay}
+            for group in groups
+        ]
+        super().__init__(torch_groups, preconditioner=preconditioner, **plain, **options)
+        self.learning_rates = [group.learning_rate for group in groups]
+        self.curvature = preconditioner.curvature
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As `Thor.step`, at the learning rates of this step."""
+        # A group that was added later keeps the rate that it came with.
+        for group, learning_rate in zip(self.param_groups, self.learning_rates, strict=False):
+            group["lr"] = learning_rate(self.curvature.step)
+        return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer, with the curvature under ``"curvature"``."""
+        return {**super().state_dict(), "curvature": self.curvature.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave; a ValueError if it is another optimizer's, or of another network."""
+        if "curvature" not in state_dict:
+            raise ValueError(
+                "This optimizer state holds no curvature: it is not that of lightning_thor.mindspore.thor. Load a "
+                "checkpoint of the same optimizer, or load the model's weights alone."
+            )
+        self.curvature.load_state_dict(state_dict["curvature"])
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "curvature"})
+
+
+class _Preconditioner:
+    """nn.thor's first steps: unscale the gradient, precondition it; layer norms by their own gradient's square."""
+
+    def __init__(
+        self,
+        curvature: Curvature,
+        groups: list[Group],
+        loss_scale: float,
+        batch_size: int,
+        without_G: list[Tensor],
+    ) -> None:
+        self.curvature, self.loss_scale, self.batch_size = curvature, loss_scale, batch_size
+        self.without_G = without_G
+        self.centralized = {p for group in groups if group.grad_centralization for p in group.parameters if p.dim() > 1}
+        modules = curvature.model.modules()
+        self.norms = {p for module in modules if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+        self.damping = 0.0
+
+    def update(self) -> None:
+        self.damping = self.curvature.damping_now()
+        is_due = self.curvature.is_due()
+        self.curvature.update()
+        if is_due:
+            for G_inverse in self.without_G:
+                G_inverse.copy_(torch.eye(G_inverse.shape[-1], dtype=G_inverse.dtype, device=G_inverse.device))
+
+    def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        unscaled = {p: grad / self.loss_scale for p, grad in grads.items()}
+        for p in self.centralized & unscaled.keys():
+            unscaled[p].sub_(unscaled[p].mean(dim=tuple(range(1, p.dim())), keepdim=True))
+        directions = self.curvature.precondition(unscaled)
+        for p in self.norms & directions.keys():
+            directions[p].div_(directions[p].square() / self.batch_size + self.damping**0.5)
+        return directions
+
+
+def _without_G(curvature: Curvature, variant: str) -> list[Tensor]:
+    """G⁻¹ of the layers for which nn.thor takes the identity: on Ascend, dense ones with two outputs (BERT's next
+    sentence head, for which it was made)."""
+    return [
+        curvature.stacks.blocks_of(2 * index + 1, "inverse")
+        for index, layer in enumerate(curvature.layers.values())
+        if variant == "ascend" and isinstance(layer.module, nn.Linear) and layer.module.out_features == 2
+    ]

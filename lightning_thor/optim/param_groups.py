@@ -1,0 +1,43 @@
+"""``configure_thor``: a module's parameters, in groups, as one `Thor` optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_thor.optim.thor import Thor
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+
+
+def configure_thor(module: nn.Module, lr: float = 3e-3, *, weight_decay: float = 0.0, **options: Any) -> Thor:
+    """A `Thor` optimizer of everything in ``module`` that is trained, for ``return`` in ``configure_optimizers``.
+
+    Weights of two or more dimensions decay; biases, norms and scalars do not. Under a Trainer, `ThorCallback` supplies
+    the curvature; outside, pass ``preconditioner=Curvature(module)``.
+
+    Args:
+        module: frozen parameters (``requires_grad=False``) are left out.
+        lr: learning rate.
+        weight_decay: of the weights that decay.
+        options: the other arguments of `Thor`.
+
+    Raises:
+        ValueError: nothing in ``module`` is trained, or an option is out of its range.
+        TypeError: an option that `Thor` does not have.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    >>> [(len(g["params"]), g["weight_decay"]) for g in configure_thor(net, weight_decay=0.1).param_groups]
+    [(1, 0.1), (3, 0.0)]
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True: nothing to train.")
+    of_norms = {p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    decayed = [p for p in trained if p.dim() >= 2 and p not in of_norms]
+    plain = [p for p in trained if p.dim() < 2 or p in of_norms]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = Thor([group for group in groups if group["params"]], lr=lr, **options)
+    optimizer.numbered = tuple(module.parameters())
+    return optimizer

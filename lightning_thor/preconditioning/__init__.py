@@ -1,0 +1,1 @@
+"""From gradients and inverses to directions, by mode and in batches. Nothing here knows how inverses are refreshed."""

@@ -1,0 +1,143 @@
+"""``block_size="auto"``: a trial of the first training batch under a Trainer, of which the fit notices nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from lightning_thor.block_size.choose import BlockSplit, choose_block_size
+
+ADVICE = (
+    'Give block_size a number instead of "auto"; lightning_thor.split.choose_block_size finds one outside of a Trainer.'
+)
+
+
+def try_block_sizes(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[nn.Parameter], **options: Any
+) -> BlockSplit:
+    """`choose_block_size` on the first batch of the fit's training data, with the module's own ``training_step``.
+
+    The step runs on a copy of the module, with random numbers that are put back, loggers that log nothing and data
+    loaders of its own, so the fit that follows is bitwise the fit without it. Rank 0's choice is that of all ranks; all
+    of them must call this, since a synchronised batch norm waits for the others.
+
+    Args:
+        trainer: in ``on_fit_start``.
+        pl_module: on its device.
+        parameters: those of the Thor optimizer.
+        options: of `choose_block_size`.
+
+    Raises:
+        ValueError: manual optimization, a ``training_step`` without a loss, data that can be read only once, or a
+            module that cannot be copied.
+    """
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f'block_size="auto" tries {type(pl_module).__name__}.training_step, which in manual optimization would '
+            f"train. {ADVICE}"
+        )
+    with isolate_rng(), _silent(trainer):
+        batch = _first_batch(trainer)
+        trial = _copy_of(pl_module, trainer)
+        copies = dict(zip(pl_module.parameters(), trial.parameters(), strict=True))
+
+        def loss_of_a_batch() -> Tensor:
+            with isolate_rng():  # the same dropout in each pass
+                return _loss(trainer, trial, batch)
+
+        own_parameters = [copies[p] for p in parameters if p in copies]
+        own = choose_block_size(trial, loss_of_a_batch, parameters=own_parameters, **options)
+    split: BlockSplit = trainer.strategy.broadcast(own)
+    return split
+
+
+def _loss(trainer: pl.Trainer, trial: pl.LightningModule, batch: Any) -> Tensor:
+    arguments = (batch, 0) if is_param_in_hook_signature(trial.training_step, "batch_idx", min_args=2) else (batch,)
+    with trainer.precision_plugin.train_step_context():
+        output = trial.training_step(*arguments)
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f'block_size="auto" needs the loss of the first training batch, and {type(trial).__name__}.training_step '
+            f"returned {type(loss).__name__}. {ADVICE}"
+        )
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaled: Tensor = loss if scaler is None else scaler.scale(loss)  # or gradients in float16 would underflow
+    return scaled
+
+
+def _first_batch(trainer: pl.Trainer) -> Any:
+    # None until Lightning asks for it, which is after on_fit_start unless something needed the number of steps.
+    loaders = trainer.train_dataloader
+    if loaders is None:
+        loaders = trainer.fit_loop._data_source.dataloader()
+    loaders = getattr(loaders, "iterables", loaders)  # of a CombinedLoader
+    batch = trainer.precision_plugin.convert_input(tree_map(_first_of, loaders))
+    batch = trainer.lightning_module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch)
+
+
+def _first_of(loader: Any) -> Any:
+    """The first batch, by an iterator that ``loader`` does not know of."""
+    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    holders = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    states = [(generator, generator.get_state()) for generator in found if isinstance(generator, torch.Generator)]
+    try:
+        own = copy.copy(loader)  # a loader with persistent workers keeps its iterator
+        iterator = iter(own)
+    except TypeError as error:
+        raise ValueError(
+            f'block_size="auto" cannot look at the first batch of a {type(loader).__name__}: {error}. {ADVICE}'
+        ) from error
+    if iterator is own:
+        raise ValueError(
+            f'block_size="auto" would take the first batch away from a {type(loader).__name__}, which can be read '
+            f"only once. {ADVICE}"
+        )
+    batch = next(iterator, None)
+    for generator, state in states:
+        generator.set_state(state)
+    if batch is None:
+        raise ValueError(f'block_size="auto" needs a training batch, and the data loader has none. {ADVICE}')
+    return batch
+
+
+def _copy_of(pl_module: pl.LightningModule, trainer: pl.Trainer) -> pl.LightningModule:
+    """A deep copy with the trainer, whose ``log`` does nothing: metrics, buffers, counters and lists are its own."""
+    try:
+        trial = copy.deepcopy(pl_module)
+    except Exception as error:
+        raise ValueError(
+            f'block_size="auto" tries a copy of {type(pl_module).__name__}, which cannot be copied '
+            f"({type(error).__name__}: {error}). {ADVICE}"
+        ) from error
+    trial.trainer = trainer
+    for module in trial.modules():
+        if isinstance(module, pl.LightningModule):
+            module.log = module.log_dict = _log_nothing  # type: ignore[method-assign]
+    return trial
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+@contextmanager
+def _silent(trainer: pl.Trainer) -> Iterator[None]:
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers

@@ -1,0 +1,78 @@
+"""``lightning-thor fit --config x.yaml``: a LightningCLI that also finds classes of the current folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI, LRSchedulerTypeUnion
+from torch.optim import Optimizer
+
+from lightning_thor.trainer.callback import ThorCallback
+
+
+class _NothingToTrain(Callback):
+    """Ends a fit where training would begin, when everything is set up as for training."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.limit_train_batches = 0
+        trainer.num_sanity_val_steps = 0
+
+
+class SplitTrainer(Trainer):
+    """A Trainer with one more command."""
+
+    def split(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Measures which block size suits this network on this device; trains nothing."""
+        given = [callback for callback in self.callbacks if isinstance(callback, ThorCallback)]
+        callback = given[0] if given else ThorCallback()
+        callback.measure_block_size()
+        # Other callbacks have nothing to do here, and some (LearningRateFinder) would train.
+        self.callbacks: list[Callback] = [callback, _NothingToTrain()]
+        self.fit(model, datamodule=datamodule)
+
+
+class ThorCLI(LightningCLI):
+    """A LightningCLI with ``split``, which steps each epoch the schedulers that do not ask for another interval, as
+    `PerStepLR` does."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and which of their arguments are no options."""
+        return LightningCLI.subcommands() | {"split": {"model", "datamodule"}}
+
+    @staticmethod
+    def configure_optimizers(
+        lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
+    ) -> Any:
+        """What the model's ``configure_optimizers`` returns."""
+        interval = getattr(lr_scheduler, "interval", None)
+        if interval is None:
+            return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": interval}}
+
+
+def run(args: Sequence[str] | None = None) -> LightningCLI:
+    """Run one command (``sys.argv`` without ``args``) and give back the CLI with its trainer, model and data.
+
+    Every part (model, data, optimizer, scheduler, callbacks) is a ``class_path``. The current folder is put on the
+    import path, as ``python -m`` does, so that a project's own classes can be named.
+    """
+    here = os.getcwd()  # not "": jsonargparse changes folder while it reads a configuration
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    return ThorCLI(
+        save_config_kwargs={"overwrite": True},  # a second run in one folder is no error
+        trainer_class=SplitTrainer,
+        args=None if args is None else list(args),
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+    )
+
+
+def main() -> None:
+    """The ``lightning-thor`` command."""
+    run()  # its value is no exit status

@@ -1,0 +1,167 @@
+"""Lightning's strategy for models that ``fully_shard`` (FSDP2) shards, with THOR's directions shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+
+from lightning_thor.curvature.curvature import Curvature
+from lightning_thor.distributed import dtensor, process_group
+from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
+from lightning_thor.layers.discovery import some_of
+from lightning_thor.optim.thor import Thor
+from lightning_thor.trainer.checkpoints import whole
+from lightning_thor.trainer.strategies import Travel
+
+
+class ThorModelParallelStrategy(ModelParallelStrategy):
+    """Fully sharded data parallel (FSDP2), registered as ``"thor_fsdp2"``: weights, gradients, momentum are sharded.
+
+    As with `lightning.pytorch.strategies.ModelParallelStrategy` the module shards itself, in ``configure_model``, by
+    ``fully_shard(..., mesh=self.device_mesh["data_parallel"])``; all that is trained must be sharded, along its first
+    dimension. Factors and inverses are whole on each rank; each direction is computed once, see `ShardedCurvature`. The
+    factors of a refresh travel as with ``"thor_ddp"``: in buckets, in a process group of their own, from backward on,
+    but never in one that only accumulates (there FSDP2 sums gradients all the same, as Lightning has it). The results
+    are those of ``"thor_ddp"``. Not for a `Thor` that has ``mode="adam"``, nor for ``block_size="auto"``.
+
+    Args:
+        data_parallel_size: how many ranks share the weights and the batch; ``"auto"`` is all of them (of Lightning's
+            strategy, the number of nodes).
+        tensor_parallel_size: 1 or ``"auto"``, which is 1 too.
+        factor_bucket_mb, split_indices, bf16_factors: as of `lightning_thor.ThorDDPStrategy`.
+        **kwargs: as of Lightning's strategy; ``save_distributed_checkpoint`` among them.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: another ``tensor_parallel_size``, an argument out of its range, or both ways of making buckets.
+    """
+
+    strategy_name = "thor_fsdp2"
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: Literal["auto"] | int = 1,
+        *,
+        factor_bucket_mb: float | None = None,
+        split_indices: Sequence[int] | None = None,
+        bf16_factors: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if tensor_parallel_size not in ("auto", 1):
+            raise ValueError(
+                f"ThorModelParallelStrategy got tensor_parallel_size={tensor_parallel_size!r}, but it needs each "
+                "layer's inputs whole: shard over data_parallel alone (tensor_parallel_size=1)."
+            )
+        super().__init__(data_parallel_size, 1, **kwargs)
+        self._travel = Travel(factor_bucket_mb, split_indices, bf16_factors)
+        self._factor_group: Any = None
+        self._accumulates = False
+
+    def setup_environment(self) -> None:
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+        # Once, though fit, validate and test of one Trainer all come here.
+        if self._factor_group is None:
+            self._factor_group = process_group.new_factor_group(self._timeout)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)
+        # Or torch's distributed checkpoints would make the state by a step with gradients of zero.
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Thor):
+                optimizer.make_state()
+
+    def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> ShardedCurvature:
+        """What `Thor` is to precondition with, reaching the other ranks through this strategy.
+
+        Args:
+            curvature: of the sharded model.
+            parameters: all that the optimizer has, by name.
+
+        Raises:
+            ValueError: one of them is not sharded as it must be, or ``split_indices`` names a layer that is not there.
+        """
+        ranks = process_group.Ranks(self._factor_group)
+        faults = {name: dtensor.why_not_by_rows(p, ranks.n_shares) for name, p in parameters.items()}
+        wrong = [name for name, fault in faults.items() if fault is not None]
+        if wrong:
+            raise ValueError(
+                f"ThorModelParallelStrategy: {wrong[0]!r} {faults[wrong[0]]} (all such: {some_of(wrong)}). Shard all "
+                "that is trained over the data-parallel ranks, along its first dimension, in configure_model: "
+                'fully_shard(self.net, mesh=self.device_mesh["data_parallel"]), for modules inside first if you like.'
+            )
+        self._travel.connect(curvature, self._factor_group, may_start=self._is_last_backward)
+        return ShardedCurvature(curvature, ranks)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """As of Lightning's strategies: what it holds is a micro-batch whose gradients are only accumulated."""
+        before, self._accumulates = self._accumulates, True
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self._accumulates = before
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """As of Lightning's strategy, but the file or folder is there as a whole or not at all, and all ranks raise."""
+        with whole(self, filepath, by_all=self._save_distributed_checkpoint) as path:
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As of Lightning's strategy, which knows no sharded model where a validation left its weights whole.
+
+        The state of optimizers that one file holds, such as a single device or DDP wrote, is taken over as torch does
+        it: by the places of parameters in their groups. (Lightning takes their numbers for those of the model's
+        parameters, which torch's are not where there are groups, or frozen parameters.)
+        """
+        assert self.model is not None
+        dtensor.reshard(self.model)
+        path = Path(self.broadcast(args[0] if args else kwargs["checkpoint_path"]))
+        if not path.is_file() or not self.optimizers:
+            return super().load_checkpoint(*args, **kwargs)
+        optimizers, self._optimizers = self._optimizers, []
+        try:
+            checkpoint = super().load_checkpoint(*args, **kwargs)
+        finally:
+            self._optimizers = optimizers
+        for optimizer, saved in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            shards = {
+                number: {key: dtensor.shared_out_as(value, p) for key, value in saved["state"][number].items()}
+                # Of other lengths it is refused, below.
+                for number, p in zip(numbers, params, strict=False)
+                if number in saved["state"]
+            }
+            optimizer.load_state_dict({**saved, "state": shards})
+            if isinstance(optimizer, Thor):
+                optimizer.make_state()
+        return checkpoint
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        process_group.leave_without_others(exception, self._factor_group)
+
+    def _is_last_backward(self) -> bool:
+        """False in a micro-batch that only accumulates."""
+        return not self._accumulates
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Under ``"thor_fsdp2"``."""
+        strategy_registry.register(
+            cls.strategy_name, cls, description="FSDP2 with THOR's inversions and directions shared out"
+        )
+
+
+if ThorModelParallelStrategy.strategy_name not in StrategyRegistry:
+    ThorModelParallelStrategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,168 @@
+"""What is preconditioned, and how the block size was chosen: rich tables, and a picture."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lightning_thor.block_size.choose import BlockSplit
+from lightning_thor.curvature.curvature import Curvature
+from lightning_thor.layers.discovery import plain_name
+from lightning_thor.linalg.block_diagonal import Blocks
+from lightning_thor.preconditioning.modes import PLAIN
+
+
+def curvature_table(curvature: Curvature) -> Table:
+    """One line per weight: its factors, block sizes and memory, or why it has none. Modules that are tied to a layer
+    before them have lines of their own."""
+    total = sum(curvature.n_bytes(name) for name in curvature.layers)
+    table = Table(
+        title="THOR curvature",
+        caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all{_elsewhere(curvature)}; "
+        f"other parameters, their biases too, take {PLAIN[curvature.mode]}",
+    )
+    for column in ("layer", "type", "weight", "curvature"):
+        table.add_column(column, overflow="fold")
+    table.add_column("memory", justify="right", no_wrap=True)
+    modules = {plain_name(name): module for name, module in curvature.model.named_modules()}
+    place = {name: index for index, name in enumerate(modules)}
+    used = {use.name: (name, use) for name, layer in curvature.layers.items() for use in layer.uses}
+
+    def owner(name: str) -> str:
+        # The projections of an attention are no modules: they are in one.
+        return name if name in modules else name.rpartition(".")[0]
+
+    for name in sorted([*used, *curvature.left_out], key=lambda name: place[owner(name)]):
+        kind = type(modules[owner(name)]).__name__
+        if name in curvature.left_out:
+            table.add_row(name or "(root)", kind, "", f"plain: {curvature.left_out[name]}", style="dim")
+            continue
+        layer = curvature.layers[used[name][0]]
+        # Not a part of the parameter itself: of a sharded one it is a collective, and only one rank prints.
+        whole = torch.empty(layer.parameters[0].shape, device="meta")
+        shape = "×".join(map(str, layer.own_part(whole).shape)) + (" + bias" if layer.with_bias else "")
+        if name != layer.name:
+            table.add_row(name or "(root)", kind, shape, f"tied: its rows are added to {layer.name!r}")
+            continue
+        factors = f"G {_cut(layer.G)}" if layer.A is None else f"A {_cut(layer.A)}, G {_cut(layer.G)}"
+        factors += ", polar" if name in curvature.polar_layers else ""
+        if layer.folded_into is not None:
+            factors += f", tied: folded into {layer.folded_into!r}"
+        table.add_row(name or "(root)", kind, shape, factors, _size(curvature.n_bytes(name)))
+    return table
+
+
+def print_curvature(curvature: Curvature) -> None:
+    """Print `curvature_table` to standard output."""
+    Console().print(curvature_table(curvature))
+
+
+def report_split(split: BlockSplit, folder: str | Path) -> None:
+    """Print `split_table`; save ``thor_split.json`` in ``folder`` and, where matplotlib is, ``thor_split.png``."""
+    console = Console()
+    console.print(split_table(split))
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "thor_split.json").write_text(json.dumps(split.as_dict(), indent=1) + "\n", encoding="utf-8")
+    if find_spec("matplotlib") is None:
+        line = f"{path / 'thor_split.json'} holds the figures; with matplotlib there would be a picture too."
+        console.print(line, soft_wrap=True)
+        return
+    draw_split(split, path / "thor_split.png")
+    console.print(f"The two curves: {path / 'thor_split.png'}, thor_split.json", soft_wrap=True)
+
+
+def split_table(split: BlockSplit) -> Table:
+    """One line per candidate: both curves as bars and numbers, and the choice marked."""
+    caption = (
+        f"{split.n_factors} factors on {split.device}; the curves cross at {split.crossing:.0f}. "
+        "Kept: a factor loses less than 1 % of its spectral norm"
+    )
+    if split.left_out:
+        reasons = ", ".join(f"{key} ({why})" for key, why in list(split.left_out.items())[:5])
+        more = f" and {len(split.left_out) - 5} more" if len(split.left_out) > 5 else ""
+        caption += f". Not looked at: {reasons}{more}"
+    table = Table(title=f"THOR block size: {split.block_size}", caption=caption)
+    table.add_column("block size", justify="right")
+    table.add_column("factors kept")
+    table.add_column("speed of inversion")
+    table.add_column("time", justify="right", no_wrap=True)
+    fastest = max(split.speeds)
+    rows = zip(split.candidates, split.shares, split.speeds, split.seconds, strict=True)
+    for candidate, share, speed, seconds in rows:
+        table.add_row(
+            f"→ {candidate}" if candidate == split.block_size else str(candidate),
+            f"{_bar(share)} {share:4.0%}",
+            f"{_bar(speed / fastest)} {speed:5.3f}",
+            f"{seconds * 1e3:.3g} ms",
+            style="bold" if candidate == split.block_size else "",
+        )
+    return table
+
+
+def draw_split(split: BlockSplit, path: Path) -> None:
+    """The two curves over the block size, their crossing and the choice, as a picture."""
+    from matplotlib.figure import Figure
+
+    share_colour, speed_colour, quiet = "#1b6ca8", "#c8553d", "#555555"
+    figure = Figure(figsize=(7.5, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(split.candidates, split.shares, "o-", color=share_colour, label="factors that lose less than 1 %")
+    axes.plot(split.candidates, split.speeds, "s-", color=speed_colour, label="speed of inversion (size 1 is 1)")
+    axes.axvline(split.crossing, color=quiet, linewidth=1, linestyle=":")
+    axes.axvline(split.block_size, color=quiet, linewidth=6, alpha=0.2)
+    axes.set_xscale("log", base=2)
+    # The widest factor may be hardly wider than the last power of two: their numbers would lie on each other.
+    ticks = [size for size in split.candidates if size == split.candidates[-1] or size * 1.4 < split.candidates[-1]]
+    axes.set_xticks(ticks, [str(size) for size in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(0, max(1.0, *split.speeds) * 1.05)
+    axes.set_xlabel("block size")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    axes.set_title(
+        f"Block size {split.block_size}: the curves cross at {split.crossing:.0f} "
+        f"({split.n_factors} factors on {split.device})",
+        loc="left",
+        fontsize=11,
+    )
+    figure.savefig(path)
+
+
+def _elsewhere(curvature: Curvature) -> str:
+    n = len(curvature.layers) - len(curvature.stacks.kept)
+    return f" on this rank (others keep the inverses of {n})" if n else ""
+
+
+def _bar(share: float, width: int = 12) -> str:
+    """>>> _bar(0.5, 4), _bar(1.0, 4), _bar(0.0, 4)
+    ('━━  ', '━━━━', '    ')
+    """
+    return ("━" * round(share * width)).ljust(width)
+
+
+def _cut(blocks: Blocks) -> str:
+    """>>> _cut(Blocks(1, 256, 2, 128)), _cut(Blocks(1, 10, 10, 1)), _cut(Blocks(4, 9, 1, 9))
+    ('2 × 128²', 'diagonal 10', '4 × 9²')
+    """
+    if blocks.size == 1 and blocks.width > 1:
+        return f"diagonal {blocks.width}"
+    return f"{blocks.groups * blocks.n_blocks} × {blocks.size}²"
+
+
+def _size(n_bytes: int) -> str:
+    """>>> _size(512), _size(3 * 2**20)
+    ('512 B', '3.0 MiB')
+    """
+    size = float(n_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
