@@ -186,7 +186,7 @@ NATURAL = {
     "curvature": {"damping_rule": "pi", "damping": 0.03, "block_size": 128},
     "optimizer": {"match_rms": None, "kl_clip": 1e-3, "nesterov": False},
 }
-PLAIN = {
+FALLBACK = {
     "curvature": {"damping_rule": "sqrt", "damping": 0.03, "averaging": 0.0, "block_size": 128},
     "optimizer": {"match_rms": None, "nesterov": False},
 }
@@ -201,7 +201,7 @@ CONTENDERS = {
     # KL clip at kfac-pytorch's value; damping as in the trial of the design.
     "thor_natural": Contender("THOR, KL clip and π", thor, half_decades(3e-2), "tab:orange", NATURAL),
     # Damping of the size that nn.thor's published recipes begin with.
-    "thor_plain": Contender("THOR, as nn.thor", thor, half_decades(1e-3), "gold", PLAIN),
+    "thor_plain": Contender("THOR, as nn.thor", thor, half_decades(1e-3), "gold", FALLBACK),
     "sgd": Contender("momentum SGD", sgd, half_decades(1e-2), "tab:gray", {"momentum": 0.9}),
     "adamw": Contender("AdamW", adamw, half_decades(3e-4), "tab:blue"),
     # The rule for its rate that torch documents for rates known from AdamW, so that one rate serves both halves.

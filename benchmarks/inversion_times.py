@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.distributed.shared_inversions import plan
+from lightning_thor.distributed.shared_inversions import assign_inversions
 from lightning_thor.linalg.decompositions import damped_inverses
 
 Problem = tuple[Tensor, Tensor]
@@ -39,7 +39,7 @@ def share_ms(model: nn.Module, ranks: Sequence[int], rounds: int) -> dict[str, l
     n_blocks = {size: len(blocks) for size, (blocks, _) in problems.items()}
     shares: dict[str, list[list[Problem]]] = {}
     for n in ranks:
-        owns = [plan(n_blocks, n, share).own for share in range(n)]
+        owns = [assign_inversions(n_blocks, n, share).own for share in range(n)]
         shares[str(n)] = [
             [(problems[size][0][own], problems[size][1][own]) for size, own in by_size.items() if own]
             for by_size in owns

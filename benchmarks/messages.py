@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.distributed.communicator import Wait
-from lightning_thor.distributed.factor_reducer import DEFAULT_BUCKET_MB, Cut, Window, by_size, one_bucket
+from lightning_thor.distributed.communicator import Done, Work
+from lightning_thor.distributed.factor_reducer import DEFAULT_BUCKET_MB, BucketFn, FactorReducer, by_size, one_bucket
 from lightning_thor.distributed.shared_inversions import SharedInversions
 
 
@@ -16,9 +16,8 @@ from lightning_thor.distributed.shared_inversions import SharedInversions
 class Way:
     """One way in which factors travel."""
 
-    cut: Cut
+    bucket_fn: BucketFn
     from_backward: bool = False
-    bf16: bool = False
 
 
 def each_alone(layers: Sequence[int], n_bytes: Sequence[int]) -> list[list[int]]:
@@ -30,33 +29,27 @@ WAYS = {
     "layer by layer": Way(each_alone),
     "at once": Way(one_bucket),
     "buckets": Way(by_size(DEFAULT_BUCKET_MB * 2**20), from_backward=True),
-    "buckets, bf16": Way(by_size(DEFAULT_BUCKET_MB * 2**20), from_backward=True, bf16=True),
 }
 
 
 class Counting:
     """An exchange with nobody: notes each message as ``(collective, bytes that a rank gives to it)``."""
 
-    own_share = 0
+    rank = 0
 
-    def __init__(self, n_shares: int, bf16: bool) -> None:
-        self.n_shares, self.bf16 = n_shares, bf16
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
         self.messages: list[tuple[str, int]] = []
 
-    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Wait:
-        if self.bf16 and n_exact < len(flat):
-            part = 2 * -(-(len(flat) - n_exact) // self.n_shares)
-            self.messages.append(("all_to_all", self.n_shares * (part + n_exact * flat.element_size())))
-            self.messages.append(("all_gather", part))
-        else:
-            self.messages.append(("all_reduce", flat.numel() * flat.element_size()))
-        return lambda: None
+    def all_reduce(self, flat: Tensor) -> Work:
+        self.messages.append(("all_reduce", flat.numel() * flat.element_size()))
+        return Done()
 
-    def gather(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Tensor:
         self.messages.append(("all_gather", own.numel() * own.element_size()))
-        return own.repeat(self.n_shares)
+        return own.repeat(self.world_size)
 
-    def swap(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
+    def all_to_all(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
         self.messages.append(("all_to_all", sent.numel() * sent.element_size()))
         return sent.new_zeros(sum(received_lengths))
 
@@ -75,8 +68,8 @@ def counts(model: nn.Module, way: Way, n_ranks: int) -> dict[str, Any]:
     """What a refresh of all layers says: messages for factors, those for inverses, and what whole blocks would take."""
     curvature = Curvature(model)
     stacks, n_layers = curvature.stacks, len(curvature.layers)
-    factors, inverses = Counting(n_ranks, way.bf16), Counting(n_ranks, way.bf16)
-    Window(stacks, factors, lambda: (tuple(range(n_layers)), ()), way.cut).sum()
+    factors, inverses = Counting(n_ranks), Counting(n_ranks)
+    FactorReducer(stacks, factors, lambda: (tuple(range(n_layers)), ()), way.bucket_fn).sum()
     problems = {
         size: (stack.average, stack.average.new_ones(len(stack.average))) for size, stack in stacks.stacks.items()
     }
@@ -85,5 +78,5 @@ def counts(model: nn.Module, way: Way, n_ranks: int) -> dict[str, Any]:
         "factors": factors.messages,
         "inverses": inverses.messages,
         "whole_bytes": stacks.flat_sums.numel() * stacks.flat_sums.element_size(),
-        "travelling_bytes": sum(map(stacks.n_travelling_bytes, range(n_layers))),
+        "travelling_bytes": sum(map(stacks.packed_bytes, range(n_layers))),
     }

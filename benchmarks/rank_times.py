@@ -31,8 +31,8 @@ from benchmarks.models import gpt2, imagenet_resnet18
 from examples.char_gpt import CharGPT
 from examples.resnet import ResNet18, ResNet50
 from lightning_thor import Curvature, Thor
-from lightning_thor.distributed.communicator import Wait
-from lightning_thor.distributed.process_group import Ranks
+from lightning_thor.distributed.communicator import Work
+from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.linalg.decompositions import damped_inverses
@@ -86,11 +86,18 @@ WORKLOADS = {
 }
 
 
-class Traced(Ranks):
+class TimedWork:
+    """A collective under way, whose wait is timed."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
+
+
+class Traced(ProcessGroupCommunicator):
     """The ranks, with a clock: ``events`` are ``(what, start, stop)`` in seconds, ``messages`` as of `Counting`."""
 
-    def __init__(self, bf16: bool) -> None:
-        super().__init__(dist.new_group(), bf16)
+    def __init__(self) -> None:
+        super().__init__(dist.new_group())
         self.events: list[tuple[str, float, float]] = []
         self.messages: list[tuple[str, int]] = []
         self.inverting = 0.0
@@ -111,27 +118,22 @@ class Traced(Ranks):
         self.inverting += time.thread_time() - began
         return inverses
 
-    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Wait:
+    def all_reduce(self, flat: Tensor) -> Work:
         began = time.perf_counter()
-        wait = super().start_sum(flat, n_exact)
-        rounded = self._bf16 and n_exact < len(flat)
-        if not rounded:
-            self.messages.append(("all_reduce", flat.numel() * flat.element_size()))
-        else:
-            part = 2 * -(-(len(flat) - n_exact) // self.n_shares)
-            self.messages.append(("all_to_all", self.n_shares * (part + n_exact * flat.element_size())))
+        work = super().all_reduce(flat)
+        self.messages.append(("all_reduce", flat.numel() * flat.element_size()))
 
         def timed() -> None:
             with self.clock("wait"):
-                wait()
+                work.wait()
             self.events.append(("sum", began, time.perf_counter()))
 
-        return timed
+        return TimedWork(timed)
 
-    def gather(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Tensor:
         self.messages.append(("all_gather", own.numel() * own.element_size()))
         with self.clock("gather"):
-            return super().gather(own)
+            return super().all_gather(own)
 
 
 def run_rank(rank: int, n_ranks: int, name: str, rounds: int, folder: str) -> None:
@@ -159,23 +161,23 @@ def train(workload: Workload, way: Way, rank: int, rounds: int) -> dict[str, Any
     torch.manual_seed(rank)
     model = DistributedDataParallel(workload.model().train())
     curvature = Curvature(model.module, update_every_n_steps=1)
-    exchange = Traced(way.bf16)
-    curvature.connect(exchange, cut=way.cut, may_start=(lambda: True) if way.from_backward else None)
-    curvature.solve = SharedInversions(exchange, exchange.invert)
+    communicator = Traced()
+    curvature.connect(communicator, bucket_fn=way.bucket_fn, is_sync_step=(lambda: True) if way.from_backward else None)
+    curvature.solve = SharedInversions(communicator, communicator.invert)
     inputs, targets = workload.batch()
     events, inverting = [], []
     for _ in range(2 + rounds):  # the first refresh sends nothing from backward, the second one warms up
         model.zero_grad()
-        exchange.events, exchange.messages, exchange.inverting = [], [], 0.0
+        communicator.events, communicator.messages, communicator.inverting = [], [], 0.0
         loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
         dist.barrier()
-        with exchange.clock("backward"):
+        with communicator.clock("backward"):
             loss.backward()
-        with exchange.clock("update"):
+        with communicator.clock("update"):
             curvature.update()
-        events.append(exchange.events)
-        inverting.append(exchange.inverting)
-    return {"events": events[2:], "inverting": inverting[2:], "messages": exchange.messages}
+        events.append(communicator.events)
+        inverting.append(communicator.inverting)
+    return {"events": events[2:], "inverting": inverting[2:], "messages": communicator.messages}
 
 
 def steps(workload: Workload, rank: int, rounds: int, *, sharded: bool = False) -> dict[str, list[float]]:
@@ -191,8 +193,11 @@ def steps(workload: Workload, rank: int, rounds: int, *, sharded: bool = False) 
         models[name] = shard(module) if sharded else DistributedDataParallel(module)
         optimizers[name] = torch.optim.SGD(models[name].parameters(), lr=1e-4, momentum=0.9)
         if name == "thor":
-            curvature, ranks = Curvature(module, update_every_n_steps=INTERVAL), Ranks(dist.new_group())
-            curvature.connect(ranks, cut=WAYS["buckets"].cut, may_start=lambda: True)
+            curvature, ranks = (
+                Curvature(module, update_every_n_steps=INTERVAL),
+                ProcessGroupCommunicator(dist.new_group()),
+            )
+            curvature.connect(ranks, bucket_fn=WAYS["buckets"].bucket_fn, is_sync_step=lambda: True)
             preconditioner = ShardedCurvature(curvature, ranks) if sharded else curvature
             optimizers[name] = Thor(models[name].parameters(), lr=1e-4, preconditioner=preconditioner)
     seconds: dict[str, list[float]] = {name: [] for name in models}

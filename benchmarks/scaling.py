@@ -21,7 +21,7 @@ from benchmarks.readme import markdown_table
 from examples.char_gpt import CharGPT
 from examples.resnet import ResNet50
 from lightning_thor import Curvature
-from lightning_thor.distributed.assignment import spread
+from lightning_thor.distributed.assignment import assign_greedily
 from lightning_thor.layers.base import Layer
 from lightning_thor.layers.registry import EMBEDDING
 
@@ -149,7 +149,7 @@ def most(costs: list[float], n_ranks: int) -> float:
     4.0
     """
     loads = [0.0] * n_ranks
-    for cost, owner in zip(costs, spread(costs, n_ranks), strict=True):
+    for cost, owner in zip(costs, assign_greedily(costs, n_ranks), strict=True):
         loads[owner - 1] += cost
     return max(loads)
 
@@ -165,7 +165,6 @@ BYTES = Rates(latency=0.0, bandwidth=1e-6, inversion=1.0)
 
 COMPARED: dict[str, Callable[[Curvature, int, Rates], Cost]] = {
     "thor_ddp": ours,
-    "thor_ddp, bf16 factors": partial(ours, way="buckets, bf16"),
     "nn.thor's": nn_thor,
     "kfac-pytorch, COMM-OPT": partial(kfac, gradient_workers=1.0),
     "kfac-pytorch, HYBRID ½": partial(kfac, gradient_workers=0.5),

@@ -17,8 +17,8 @@ from benchmarks.environment import RESULTS
 from benchmarks.readme import markdown_table
 from benchmarks.scaling import MODELS
 from lightning_thor import Curvature
-from lightning_thor.fsdp.row_partition import n_numbers, pieces_of, share_out
-from lightning_thor.fsdp.sharded_curvature import cuttables_of
+from lightning_thor.fsdp.row_partition import assign_rows, n_numbers, pieces_of
+from lightning_thor.fsdp.sharded_curvature import row_blocks_of_layers
 from lightning_thor.preconditioning.modes import Mode
 
 RANKS = (2, 4, 8, 64)
@@ -33,7 +33,7 @@ def counted(curvature: Curvature, n_ranks: int) -> dict[str, float]:
     others (rings), and leaves all of the work to all.
     """
     everything = {p for layer in curvature.layers.values() for p in layer.parameters}
-    runs = share_out(cuttables_of(curvature, everything, is_polar=curvature.mode == "polar"), n_ranks)
+    runs = assign_rows(row_blocks_of_layers(curvature, everything, is_polar=curvature.mode == "polar"), n_ranks)
     sent, work = [0.0] * n_ranks, [0.0] * n_ranks
     for run in runs:
         work[run.owner] += run.cost

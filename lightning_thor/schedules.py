@@ -11,7 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_thor.curvature.callables import OfStep
+from lightning_thor.curvature.callables import StepFn
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class PerStepLR(LRScheduler):
     interval = "step"
     """How often it is to be stepped: what ``lightning-thor`` tells the Trainer."""
 
-    def __init__(self, optimizer: Optimizer, schedule: OfStep, last_epoch: int = -1) -> None:
+    def __init__(self, optimizer: Optimizer, schedule: StepFn, last_epoch: int = -1) -> None:
         self.schedule = schedule
         super().__init__(optimizer, last_epoch)
 

@@ -262,7 +262,7 @@ def fit(
         "window": float(curvature.stacks.flat_sums.abs().sum()),
         "inverse_bytes": sum(stack.inverse.nbytes for stack in curvature.stacks.stacks.values()),
         "said_bytes": sum(map(curvature.n_bytes, curvature.layers)),
-        "travelling": sum(map(curvature.stacks.n_travelling_bytes, range(len(curvature.layers))))
+        "travelling": sum(map(curvature.stacks.packed_bytes, range(len(curvature.layers))))
         // curvature.stacks.dtype.itemsize,
         "collectives": calls,
         "all_reduces": only("all_reduce", calls),
@@ -297,8 +297,8 @@ def plain_loop(folder: Path) -> Result:
     flat = torch.tensor([1.0 + rank, 10.0])
     same = flat
     group = process_group.new_factor_group()
-    process_group.Ranks(group).start_sum(flat)()
-    process_group.Ranks().start_sum(flat)()
+    process_group.ProcessGroupCommunicator(group).all_reduce(flat).wait()
+    process_group.ProcessGroupCommunicator().all_reduce(flat).wait()
     net = Net().double()
     curvature = Curvature(net, block_size=8)
     images, classes = (part.split([10, 22])[rank] for part in batch(0))
@@ -374,7 +374,6 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "buckets": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=in_buckets()),
     "split": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=ThorDDPStrategy(split_indices=[0, 2])),
     "static": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=in_buckets(static_graph=True)),
-    "rounded": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=ThorDDPStrategy(bf16_factors=True)),
     "irregular": lambda folder: fit(
         folder, Module(HALVES, extra=irregular), max_epochs=3, strategy=in_buckets(find_unused_parameters=True)
     ),

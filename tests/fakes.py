@@ -1,4 +1,4 @@
-"""Processes that are not there: an `Exchange` for tests in one process."""
+"""Processes that are not there: an `Communicator` for tests in one process."""
 
 from __future__ import annotations
 
@@ -9,60 +9,67 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_thor.distributed.communicator import Workers
+from lightning_thor.distributed.communicator import WorkerGrid
+
+
+class Work:
+    """A collective under way, of which ``wait`` is what is left to do."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
 
 
 class Twins:
     """Several processes that do the same at the same time: a sum is a multiple. They share nothing out: a curvature
     that has them needs a ``solve`` of its own."""
 
-    def __init__(self, n_shares: int = 2) -> None:
-        self.n_shares = n_shares
-        self.own_share = 0
+    def __init__(self, world_size: int = 2) -> None:
+        self.world_size = world_size
+        self.rank = 0
         self.log: list[str] = []
         """What happened to sums: ``start N`` and ``wait N``, N numbers long."""
         self.in_backward: list[bool] = []
         """Of each sum, whether it started in backward."""
 
-    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Callable[[], None]:
+    def all_reduce(self, flat: Tensor) -> Work:
         self.log.append(f"start {len(flat)}")
         self.in_backward.append(torch._C._current_graph_task_id() != -1)
-        summed = flat * self.n_shares
+        summed = flat * self.world_size
 
         def wait() -> None:
             self.log.append(f"wait {len(flat)}")
             flat.copy_(summed)
 
-        return wait
+        return Work(wait)
 
-    def gather(self, own: Tensor) -> Tensor:
-        return own.repeat(self.n_shares)
+    def all_gather(self, own: Tensor) -> Tensor:
+        return own.repeat(self.world_size)
 
 
 class Recorded:
     """One of several processes, which run one after the other: what they send is recorded, then replayed."""
 
-    def __init__(self, n_shares: int, own_share: int, sent: list[list[Tensor]], replay: bool = False) -> None:
-        self.n_shares, self.own_share, self.replay = n_shares, own_share, replay
+    def __init__(self, world_size: int, rank: int, sent: list[list[Tensor]], replay: bool = False) -> None:
+        self.world_size, self.rank, self.replay = world_size, rank, replay
         self._sent, self._calls = sent, 0
 
     def _all(self, own: Tensor) -> list[Tensor]:
         if not self.replay:
-            self._sent[self.own_share].append(own.clone())
-            return [own] * self.n_shares
-        torch.testing.assert_close(own, self._sent[self.own_share][self._calls], equal_nan=True)
+            self._sent[self.rank].append(own.clone())
+            return [own] * self.world_size
+        torch.testing.assert_close(own, self._sent[self.rank][self._calls], equal_nan=True)
         self._calls += 1
         return [sent[self._calls - 1] for sent in self._sent]
 
-    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Callable[[], None]:
+    def all_reduce(self, flat: Tensor) -> Work:
         summed = torch.stack(self._all(flat)).sum(0)
 
         def wait() -> None:
             flat.copy_(summed)
 
-        return wait
+        return Work(wait)
 
-    def gather(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Tensor:
         return torch.cat(self._all(own))
 
 
@@ -77,33 +84,33 @@ class Room:
 class Member:
     """One of them."""
 
-    def __init__(self, room: Room, own_share: int) -> None:
-        self.n_shares, self.own_share = len(room.given), own_share
+    def __init__(self, room: Room, rank: int) -> None:
+        self.world_size, self.rank = len(room.given), rank
         self.log: list[tuple[str, int, torch.dtype]] = []
         """What it gave: the name of the collective, how many numbers, and of which dtype."""
         self._room = room
 
     def _all(self, name: str, own: Tensor) -> list[Tensor]:
         self.log.append((name, len(own), own.dtype))
-        self._room.given[self.own_share] = own.clone()
+        self._room.given[self.rank] = own.clone()
         self._room.barrier.wait()
         given = [tensor for tensor in self._room.given if tensor is not None]
         self._room.barrier.wait()
         assert len({(len(tensor), tensor.dtype) for tensor in given}) == 1
         return given
 
-    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Callable[[], None]:
+    def all_reduce(self, flat: Tensor) -> Work:
         summed = torch.stack(self._all("sum", flat)).sum(0)
 
         def wait() -> None:
             flat.copy_(summed)
 
-        return wait
+        return Work(wait)
 
-    def gather(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Tensor:
         return torch.cat(self._all("gather", own))
 
-    def swap(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
+    def all_to_all(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
         raise AssertionError("these do not swap")
 
 
@@ -112,7 +119,7 @@ class Place(NamedTuple):
 
     rank: int
     world: Member
-    workers: Workers | None
+    workers: WorkerGrid | None
 
 
 def on_ranks(n_ranks: int, n_workers: int | None, work: Callable[[Place], Any]) -> list[Any]:
@@ -125,7 +132,7 @@ def on_ranks(n_ranks: int, n_workers: int | None, work: Callable[[Place], Any]) 
 
     def run(rank: int) -> None:
         place, group = divmod(rank, n_groups)
-        workers = Workers(Member(groups[group], place), Member(receivers[place], group))
+        workers = WorkerGrid(Member(groups[group], place), Member(receivers[place], group))
         try:
             results[rank] = work(Place(rank, Member(world, rank), None if n_workers is None else workers))
         except BaseException as error:
@@ -148,24 +155,24 @@ def on_ranks(n_ranks: int, n_workers: int | None, work: Callable[[Place], Any]) 
 class Threads:
     """One of several threads of this process, which swap; `run_in_threads` starts them."""
 
-    def __init__(self, n_shares: int, own_share: int, swapped: list[list[Tensor]], barrier: threading.Barrier) -> None:
-        self.n_shares, self.own_share = n_shares, own_share
+    def __init__(self, world_size: int, rank: int, swapped: list[list[Tensor]], barrier: threading.Barrier) -> None:
+        self.world_size, self.rank = world_size, rank
         self._swapped, self._barrier = swapped, barrier
         self.n_sent: list[int] = []
         """How many numbers went to others, of each swap."""
 
-    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Callable[[], None]:
+    def all_reduce(self, flat: Tensor) -> Work:
         raise AssertionError("these only swap")
 
-    def gather(self, own: Tensor) -> Tensor:
+    def all_gather(self, own: Tensor) -> Tensor:
         raise AssertionError("these only swap")
 
-    def swap(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
-        assert sent_lengths[self.own_share] == 0
+    def all_to_all(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
+        assert sent_lengths[self.rank] == 0
         self.n_sent.append(len(sent))
-        self._swapped[self.own_share] = list(sent.split(list(sent_lengths)))
+        self._swapped[self.rank] = list(sent.split(list(sent_lengths)))
         self._barrier.wait()
-        received = [parts[self.own_share] for parts in self._swapped]
+        received = [parts[self.rank] for parts in self._swapped]
         assert [len(part) for part in received] == list(received_lengths)
         self._barrier.wait()
         return torch.cat(received)

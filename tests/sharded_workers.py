@@ -135,7 +135,7 @@ class InTheStep(ThorModelParallelStrategy):
     def __init__(self) -> None:
         super().__init__(factor_bucket_mb=1e6)
 
-    def _is_last_backward(self) -> bool:
+    def is_sync_step(self) -> bool:
         return False
 
 
@@ -238,9 +238,6 @@ TWO: dict[str, Callable[[Path], Result]] = {
     "in_buckets": lambda folder: train(folder, Sharded(HALVES), in_buckets(), max_epochs=3),
     "in_the_step": lambda folder: train(folder, Sharded(HALVES), InTheStep(), max_epochs=3),
     "split": lambda folder: train(folder, Sharded(HALVES), ThorModelParallelStrategy(split_indices=[0]), max_epochs=3),
-    "rounded": lambda folder: train(
-        folder, Sharded(HALVES), ThorModelParallelStrategy(bf16_factors=True), max_epochs=3
-    ),
     "irregular_in_buckets": lambda folder: train(folder, Sharded(HALVES, extra=irregular), in_buckets(), max_epochs=3),
     "irregular_in_the_step": lambda folder: train(folder, Sharded(HALVES, extra=irregular), InTheStep(), max_epochs=3),
     "micro_batches_in_buckets": lambda folder: train(folder, Sharded(HALVES, micro_batches=2), in_buckets()),

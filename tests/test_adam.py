@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, configure_thor
-from lightning_thor.distributed.communicator import Alone, Workers
+from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.linalg.decompositions import eigenvectors
 from lightning_thor.optim.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
@@ -421,15 +421,15 @@ def test_a_curvature_of_another_mode_is_told() -> None:
 
 def test_sharded_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match='mode="adam" does not go with sharded parameters'):
-        ShardedCurvature(Curvature(net(), mode="adam"), Alone())
+        ShardedCurvature(Curvature(net(), mode="adam"), SingleProcess())
 
 
 def test_workers_that_keep_the_bases_of_some_layers_are_refused() -> None:
-    class Two(Alone):
-        n_shares = 2
+    class Two(SingleProcess):
+        world_size = 2
 
     with pytest.raises(ValueError, match="inverse_workers must be None with mode='adam'"):
-        Curvature(net(), mode="adam").connect(Alone(), workers=Workers(Alone(), Two()))
+        Curvature(net(), mode="adam").connect(SingleProcess(), workers=WorkerGrid(SingleProcess(), Two()))
 
 
 def test_a_preconditioner_without_a_basis_is_told() -> None:

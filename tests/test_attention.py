@@ -14,8 +14,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor
-from lightning_thor.layers.base import attentions_of
-from lightning_thor.layers.discovery import layers_of
+from lightning_thor.layers.base import attention_uses
+from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.hooks import Hooks
 from tests.test_no_sync import Watch
 
@@ -88,12 +88,12 @@ def weight_grad(attention: nn.MultiheadAttention, role: str) -> Tensor:
 
 def pairs_of(attention: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, list[tuple[Tensor, Tensor]]]:
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    layers, _ = layers_of(attention, block_size=None, precondition_bias=False)
+    layers, _ = discover_layers(attention, block_size=None, precondition_bias=False)
     hooks = Hooks(
         {},
         lambda name: True,
         lambda name, a, g: seen.setdefault(name, []).append((a.detach().clone(), g.clone())),
-        attentions_of(use for layer in layers.values() for use in layer.uses),
+        attention_uses(use for layer in layers.values() for use in layer.uses),
     )
     loss(attention).backward()
     hooks.remove()

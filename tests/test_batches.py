@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.layers.discovery import layers_of
+from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.linalg import block_diagonal, memory
-from lightning_thor.linalg.memory import as_one, runs_of
-from lightning_thor.optim.update_scaling import to_at_most_, to_rms_
-from lightning_thor.preconditioning import batching
-from lightning_thor.preconditioning.batching import Matrix, Slabs, Vectors, batches_of
+from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view
+from lightning_thor.optim.update_scaling import clip_norm_, scale_to_rms_
+from lightning_thor.preconditioning import grouping
+from lightning_thor.preconditioning.grouping import DenseGroup, NormGroup, RowChunkedLayer, group_layers
 from tests.formulas import preconditioned
 from tests.test_no_sync import Watch
 
@@ -25,7 +25,7 @@ def _together(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; all other tests are as on a CPU."""
     monkeypatch.setattr(memory, "ALONE", set())
     monkeypatch.setattr(memory, "HOST", set())
-    for module in (batching, block_diagonal):
+    for module in (grouping, block_diagonal):
         monkeypatch.setattr(module, "ONE_BY_ONE", set())
 
 
@@ -61,7 +61,13 @@ def test_directions_of_a_batch_are_those_of_each_layer(missing: tuple[str, ...])
     model = net()
     curvature, grads = observed(model)
     kinds = Counter((type(batch), len(batch.layers)) for batch in curvature._batches)
-    assert kinds == {(Matrix, 2): 1, (Matrix, 3): 1, (Vectors, 2): 2, (Vectors, 1): 1, (Slabs, 1): 1}
+    assert kinds == {
+        (DenseGroup, 2): 1,
+        (DenseGroup, 3): 1,
+        (NormGroup, 2): 2,
+        (NormGroup, 1): 1,
+        (RowChunkedLayer, 1): 1,
+    }
     names = {name: p for name, p in model.named_parameters() if name in missing}
     grads = {p: grad for p, grad in grads.items() if all(p is not one for one in names.values())}
     found = curvature.precondition(grads)
@@ -83,7 +89,7 @@ def test_a_curvature_that_keeps_some_inverses_batches_those() -> None:
     kept = {name: curvature.inverses_of(name) for name in names}
     copies = {name: tuple(None if one is None else one.clone() for one in own) for name, own in kept.items()}
     chosen = [index for index, name in enumerate(names) if name not in ("8", "2")]
-    stacks.keep(chosen)
+    stacks.set_inverse_owner(chosen)
     curvature._own_layers = [curvature.layers[names[index]] for index in chosen]
     curvature.__dict__.pop("_batches")
     for index in chosen:
@@ -91,7 +97,7 @@ def test_a_curvature_that_keeps_some_inverses_batches_those() -> None:
             if into is not None:
                 into.copy_(copy)  # type: ignore[arg-type]
     found = curvature.precondition(grads)
-    assert [len(batch.layers) for batch in curvature._batches if isinstance(batch, Matrix)] == [2, 2]
+    assert [len(batch.layers) for batch in curvature._batches if isinstance(batch, DenseGroup)] == [2, 2]
     for index in chosen:
         for p in curvature.layers[names[index]].parameters:
             torch.testing.assert_close(found[p], everything[p], rtol=1e-12, atol=1e-14)
@@ -106,9 +112,9 @@ def test_some_rows_at_a_time_are_the_whole_product(
     """Of an embedding, of a layer whose last block is smaller, of one with a diagonal G, and of a convolution, with
     factors that are not symmetric."""
     torch.manual_seed(5)
-    for module in (batching, block_diagonal):
+    for module in (grouping, block_diagonal):
         monkeypatch.setattr(module, "ONE_BY_ONE", one_by_one)
-    monkeypatch.setattr(batching, "ENTRIES_AT_ONCE", {"cpu": entries})
+    monkeypatch.setattr(grouping, "ENTRIES_AT_ONCE", {"cpu": entries})
     model = nn.ModuleDict(
         {
             "table": nn.Embedding(11, 12),
@@ -118,14 +124,14 @@ def test_some_rows_at_a_time_are_the_whole_product(
             "convolution": nn.Conv2d(2, 6, 2, bias=False),
         }
     ).double()
-    layers, _ = layers_of(model, block_size=4, precondition_bias=False, diagonal_G=["diagonal"])
+    layers, _ = discover_layers(model, block_size=4, precondition_bias=False, diagonal_G=["diagonal"])
     assert (layers["padded"].G.padding, layers["more"].G.padding) == (3, 1)
     for name, layer in layers.items():
         A, G = layer.A, layer.G
         assert A is not None
         kept = torch.randn(A.shape, dtype=torch.float64), torch.randn(G.shape, dtype=torch.float64)
-        (batch,) = batches_of([layer], [kept])
-        assert type(batch) is (Matrix if name == "convolution" and not one_by_one else Slabs)
+        (batch,) = group_layers([layer], [kept])
+        assert type(batch) is (DenseGroup if name == "convolution" and not one_by_one else RowChunkedLayer)
         (p,) = layer.parameters
         grad = torch.randn(p.shape, dtype=torch.float64)
         turned = [one.mT if turn else one for one, turn in zip(kept, transposed, strict=True)]
@@ -147,7 +153,7 @@ def test_more_layers_of_one_form_take_one_product_each_and_nothing_else() -> Non
         curvature.precondition(grads)  # batches are made once
         with Watch() as watch:
             found = curvature.precondition(grads)
-            to_rms_(list(found.values()), list(found), [0.2] * len(found))
+            scale_to_rms_(list(found.values()), list(found), [0.2] * len(found))
         views = {"view", "transpose", "unbind", "alias", "permute", "as_strided", "select", "unsqueeze", "dot"}
         return Counter({name: count for name, count in watch.called.items() if name not in views})
 
@@ -158,13 +164,13 @@ def test_more_layers_of_one_form_take_one_product_each_and_nothing_else() -> Non
 def test_runs_are_of_one_storage_and_shape_in_the_order_of_memory() -> None:
     three = torch.zeros(3, 4).unbind()
     other, empty = torch.zeros(4), torch.zeros(0, 4).unbind()
-    assert runs_of([three[2], three[0], three[1]]) == [[1, 2, 0]]
-    assert runs_of([three[0], three[2]]) == [[0], [1]]
-    assert sorted(runs_of([three[0], other])) == [[0], [1]]
-    assert runs_of([three[0], three[1][:2]]) == [[0], [1]]
-    assert runs_of(torch.zeros(4, 3).T.unbind()) == [[0], [1], [2]]
-    assert runs_of(list(empty)) == []
-    as_one([three[0], three[1]]).fill_(1.0)
+    assert adjacent_runs([three[2], three[0], three[1]]) == [[1, 2, 0]]
+    assert adjacent_runs([three[0], three[2]]) == [[0], [1]]
+    assert sorted(adjacent_runs([three[0], other])) == [[0], [1]]
+    assert adjacent_runs([three[0], three[1][:2]]) == [[0], [1]]
+    assert adjacent_runs(torch.zeros(4, 3).T.unbind()) == [[0], [1], [2]]
+    assert adjacent_runs(list(empty)) == []
+    as_stacked_view([three[0], three[1]]).fill_(1.0)
     assert torch.stack(three).sum() == 8
 
 
@@ -177,8 +183,8 @@ def test_updates_of_any_memory_order_and_type_are_brought_to_scale(dtype: torch.
     updates[3] = updates[3].to(memory_format=torch.channels_last)
     wanted = [0.5, 2.0, 0.1, 3.0, 1.0]
     for bring, sizes in (
-        (to_rms_, [rms * max(1, update.numel()) ** 0.5 for rms, update in zip(wanted, updates, strict=True)]),
-        (to_at_most_, [min(n, float(update.abs().double().norm())) for n, update in zip(wanted, updates, strict=True)]),
+        (scale_to_rms_, [rms * max(1, update.numel()) ** 0.5 for rms, update in zip(wanted, updates, strict=True)]),
+        (clip_norm_, [min(n, float(update.abs().double().norm())) for n, update in zip(wanted, updates, strict=True)]),
     ):
         scaled = [torch.empty_like(update).copy_(update) for update in updates]
         scaled[0:2] = torch.stack(updates[0:2]).unbind()

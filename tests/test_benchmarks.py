@@ -353,7 +353,7 @@ def test_the_messages_that_are_counted_are_those_that_two_processes_send(tmp_pat
 @pytest.mark.parametrize("workload", ["resnet18", "gpt"])
 def test_a_refresh_takes_few_messages_and_little_more_than_half_of_the_bytes_of_whole_blocks(workload: str) -> None:
     model = communication.WORKLOADS[workload].model()
-    for way in ("at once", "buckets", "buckets, bf16"):
+    for way in ("at once", "buckets"):
         counted = messages.counts(model, messages.WAYS[way], n_ranks=4)
         # One bucket is 4 MB and at most one layer more.
         n_buckets = 1 if way == "at once" else -(-counted["travelling_bytes"] // (4 * 2**20))

@@ -10,29 +10,45 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature
 from lightning_thor.linalg import block_diagonal
-from lightning_thor.linalg.block_diagonal import Blocks, add_covariance_, cut, diagonal, left_product, right_product
+from lightning_thor.linalg.block_diagonal import (
+    BlockPartition,
+    add_covariance_,
+    diagonal,
+    left_product,
+    partition,
+    right_product,
+)
 
-CUTS = [cut(12, 4), cut(12, None), cut(7, 3), cut(9, 2, groups=3), cut(5, 8), cut(1, 4), diagonal(6), cut(257, 128)]
+CUTS = [
+    partition(12, 4),
+    partition(12, None),
+    partition(7, 3),
+    partition(9, 2, groups=3),
+    partition(5, 8),
+    partition(1, 4),
+    diagonal(6),
+    partition(257, 128),
+]
 
 
-def dense(blocks: Tensor, layout: Blocks) -> Tensor:
+def dense(blocks: Tensor, layout: BlockPartition) -> Tensor:
     """``[groups, width, width]`` with the blocks on the diagonal."""
     return torch.stack([torch.block_diag(*group)[: layout.width, : layout.width] for group in blocks])
 
 
-def mask(layout: Blocks) -> Tensor:
+def mask(layout: BlockPartition) -> Tensor:
     return dense(torch.ones(layout.shape, dtype=torch.float64), layout)
 
 
 @pytest.mark.parametrize("layout", CUTS, ids=str)
-def test_a_cut_covers_the_width_in_equal_blocks(layout: Blocks) -> None:
+def test_a_cut_covers_the_width_in_equal_blocks(layout: BlockPartition) -> None:
     assert layout.n_blocks * layout.size >= layout.width
     assert 0 <= layout.padding < layout.n_blocks
     assert mask(layout).shape == (layout.groups, layout.width, layout.width)
 
 
 @pytest.mark.parametrize("layout", CUTS, ids=str)
-def test_covariance_is_the_dense_one_masked(layout: Blocks) -> None:
+def test_covariance_is_the_dense_one_masked(layout: BlockPartition) -> None:
     rows = torch.randn(layout.groups, layout.width, 11, dtype=torch.float64)
     out = torch.zeros(layout.shape, dtype=torch.float64)
     add_covariance_(out.view(layout.sums_shape), rows, layout)
@@ -42,7 +58,7 @@ def test_covariance_is_the_dense_one_masked(layout: Blocks) -> None:
 
 @pytest.mark.parametrize("scale", [-3.0, torch.tensor(-3.0, dtype=torch.float64)], ids=["number", "tensor"])
 @pytest.mark.parametrize("layout", CUTS, ids=str)
-def test_covariance_is_of_scaled_rows(layout: Blocks, scale: float | torch.Tensor) -> None:
+def test_covariance_is_of_scaled_rows(layout: BlockPartition, scale: float | torch.Tensor) -> None:
     rows = torch.randn(layout.groups, layout.width, 11, dtype=torch.float64)
     before = rows.clone()
     scaled, out = torch.zeros(2, *layout.shape, dtype=torch.float64)
@@ -53,14 +69,14 @@ def test_covariance_is_of_scaled_rows(layout: Blocks, scale: float | torch.Tenso
 
 
 def test_covariance_takes_rows_of_any_strides() -> None:
-    layout, rows = cut(12, 4), torch.randn(11, 12, dtype=torch.float64)
+    layout, rows = partition(12, 4), torch.randn(11, 12, dtype=torch.float64)
     out = torch.zeros(layout.shape, dtype=torch.float64)
     add_covariance_(out.view(layout.sums_shape), rows.T[None], layout)
     torch.testing.assert_close(dense(out, layout)[0], rows.T @ rows * mask(layout)[0])
 
 
 @pytest.mark.parametrize("layout", CUTS, ids=str)
-def test_products_are_the_dense_ones(layout: Blocks) -> None:
+def test_products_are_the_dense_ones(layout: BlockPartition) -> None:
     factor = torch.randn(layout.shape, dtype=torch.float64)
     full = dense(factor, layout)
     matrix = torch.randn(layout.groups, layout.width, 5, dtype=torch.float64)
@@ -70,8 +86,8 @@ def test_products_are_the_dense_ones(layout: Blocks) -> None:
     torch.testing.assert_close(right_product(matrix.mT, factor, layout), matrix.mT @ full)
 
 
-@pytest.mark.parametrize("layout", [cut(512, 128), cut(257, 128), cut(128, 64, groups=3)], ids=str)
-def test_large_products_in_float32_are_the_dense_ones(layout: Blocks) -> None:
+@pytest.mark.parametrize("layout", [partition(512, 128), partition(257, 128), partition(128, 64, groups=3)], ids=str)
+def test_large_products_in_float32_are_the_dense_ones(layout: BlockPartition) -> None:
     """Another algorithm, on a CPU."""
     factor = torch.randn(layout.shape)
     full = dense(factor, layout)
@@ -85,7 +101,10 @@ def test_large_products_in_float32_are_the_dense_ones(layout: Blocks) -> None:
 
 
 def test_a_divisor_of_the_width_needs_no_padding() -> None:
-    assert [(c.size, c.padding) for c in (cut(576, 128), cut(512, 128), cut(300, 128), cut(131, 128))] == [
+    assert [
+        (c.size, c.padding)
+        for c in (partition(576, 128), partition(512, 128), partition(300, 128), partition(131, 128))
+    ] == [
         (96, 0),
         (128, 0),
         (100, 0),

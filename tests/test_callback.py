@@ -274,14 +274,14 @@ def test_a_model_left_in_eval_mode_trains_as_any(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_kept_from_one_fit_to_the_next(tmp_path: Path) -> None:
-    class Keeping(Boring):
+    class Decomposition(Boring):
         kept: Any = None
 
         def configure_optimizers(self) -> Any:
             self.kept = self.kept or super().configure_optimizers()
             return self.kept
 
-    module = Keeping()
+    module = Decomposition()
     for _ in range(2):
         fit(tmp_path, module)
         assert module.kept["optimizer"].preconditioner is None

@@ -15,7 +15,10 @@ from tests.distributed_workers import STEPS_PER_EPOCH, Net, batch, two_ranks
 def test_one_process_is_alone() -> None:
     assert not process_group.is_distributed()
     assert process_group.new_factor_group() is None
-    assert (process_group.Ranks().n_shares, process_group.Ranks().own_share) == (1, 0)
+    assert (process_group.ProcessGroupCommunicator().world_size, process_group.ProcessGroupCommunicator().rank) == (
+        1,
+        0,
+    )
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from lightning_thor.schedules import GrowingInterval
 from tests.boring import Boring, callback_of, everything, trainer, without_words
 from tests.test_damage import Words
 
-Parts = tuple[nn.Module, Thor, Curvature]
+UnevenLayout = tuple[nn.Module, Thor, Curvature]
 
 
 class Net(Words):
@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def parts(name: str = "natural") -> Parts:
+def parts(name: str = "natural") -> UnevenLayout:
     model = Net()
     mode = name if name in ("polar", "adam") else "natural"
     options = {"update_every_n_steps": 2, **OPTIONS[name]}

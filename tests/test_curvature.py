@@ -132,12 +132,12 @@ def test_an_embedding_divides_by_its_damped_token_frequencies() -> None:
 
 
 def test_blocks_are_the_whole_factors_masked() -> None:
-    whole, cut = (Curvature(net(), block_size=size, averaging=0.0) for size in (None, 16))
-    for curvature in (whole, cut):
+    whole, partition = (Curvature(net(), block_size=size, averaging=0.0) for size in (None, 16))
+    for curvature in (whole, partition):
         observe(curvature.model, batch(8))
         curvature.update()
     A = whole.stacks.blocks_of(2 * 2, "average")[0, 0]
-    blocks = cut.stacks.blocks_of(2 * 2, "average")[0]
+    blocks = partition.stacks.blocks_of(2 * 2, "average")[0]
     assert blocks.shape == (6, 16, 16)
     for k, block in enumerate(blocks):
         torch.testing.assert_close(block, A[16 * k : 16 * k + 16, 16 * k : 16 * k + 16])
@@ -257,7 +257,7 @@ def test_a_block_that_never_had_an_inverse_falls_back_to_its_mean_eigenvalue() -
     curvature = Curvature(model)
     model(torch.randn(8, 3)).sum().backward()
     whole = curvature.stacks.select((0,))
-    curvature.stacks.average_window(whole, 0.0)
+    curvature.stacks.update_ema(whole, 0.0)
     A = curvature.stacks.blocks_of(0, "average")[0, 0]
     A[0, 0] -= 100.0
     A[1, 1] += 200.0
@@ -300,7 +300,7 @@ def test_a_refresh_of_some_layers_is_that_of_all_and_leaves_the_others(part: tup
         for chosen in ((0, 1, 2), *([layers] if layers else [])):
             model(torch.randn(6, 4)).sin().mean().backward()
             selection = curvature.stacks.select(chosen)
-            curvature.stacks.average_window(selection, 0.5)
+            curvature.stacks.update_ema(selection, 0.5)
             curvature.stacks.invert(selection, "trace", 0.2, curvature.solve)
         stacks = curvature.stacks
         of_layers = [(2 * layer, 2 * layer + 1) for layer in range(3)]

@@ -370,7 +370,7 @@ def test_a_curvature_knows_no_other_mode() -> None:
         Curvature(net(), mode="muon")  # type: ignore[arg-type]
 
 
-class Parts(nn.Module):
+class UnevenLayout(nn.Module):
     """Three linear layers whose outputs are put together, and a head."""
 
     def __init__(self, whole: nn.Sequential) -> None:
@@ -388,7 +388,7 @@ class Parts(nn.Module):
 
 def test_each_part_of_a_fused_layer_has_a_polar_direction_of_its_own(exact: None) -> None:
     whole = nn.Sequential(nn.Linear(5, 12, bias=False), nn.Tanh(), nn.Linear(12, 3)).double()
-    parts = Parts(whole)
+    parts = UnevenLayout(whole)
     x = torch.randn(20, 5, dtype=torch.float64)
     found = []
     for model, fused in ((whole, {"0": 3}), (parts, None)):

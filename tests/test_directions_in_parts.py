@@ -39,7 +39,7 @@ def observed(**options: Any) -> tuple[Net, Curvature]:
     return net, curvature
 
 
-def parts_of(net: nn.Module, curvature: Curvature) -> Iterator[dict[nn.Parameter, Tensor]]:
+def uneven_layout(net: nn.Module, curvature: Curvature) -> Iterator[dict[nn.Parameter, Tensor]]:
     return curvature.precondition_in_parts({p: p.grad for p in net.parameters() if p.grad is not None})
 
 
@@ -48,9 +48,9 @@ def test_each_parameter_is_in_one_part_and_parts_of_one_parameter_stay_together(
 ) -> None:
     net, curvature = observed()
     curvature.update()
-    (whole,) = parts_of(net, curvature)
-    monkeypatch.setitem(directions.AT_ONCE, "cpu", 1)
-    parts = list(parts_of(net, curvature))
+    (whole,) = uneven_layout(net, curvature)
+    monkeypatch.setitem(directions.DIRECTION_CHUNK_NUMEL, "cpu", 1)
+    parts = list(uneven_layout(net, curvature))
     assert len(parts) > 4
     names = {p: name for name, p in net.named_parameters()}
     found = [names[p] for part in parts for p in part]
@@ -87,15 +87,15 @@ def test_a_step_in_parts_is_bitwise_the_step(
         assert all(torch.isfinite(p).all() for p in net.parameters())
         return [p.detach() for p in net.parameters()]
 
-    monkeypatch.setitem(directions.AT_ONCE, "cpu", 10**9)
+    monkeypatch.setitem(directions.DIRECTION_CHUNK_NUMEL, "cpu", 10**9)
     expected = train()
-    monkeypatch.setitem(directions.AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(directions.DIRECTION_CHUNK_NUMEL, "cpu", at_once)
     torch.testing.assert_close(train(), expected, rtol=0, atol=0)
 
 
 def test_a_part_is_gone_when_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a model's directions would take as much memory as its weights."""
-    monkeypatch.setitem(directions.AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(directions.DIRECTION_CHUNK_NUMEL, "cpu", 1)
     made: list[StorageWeakRef] = []
     alive: list[int] = []
 
@@ -115,7 +115,7 @@ def test_a_part_is_gone_when_the_next_one_is_made(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_moves_where_a_later_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(directions.AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(directions.DIRECTION_CHUNK_NUMEL, "cpu", 1)
     net = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
     curvature = Curvature(net)
     net(torch.randn(5, 4)).square().mean().backward()

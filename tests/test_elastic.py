@@ -93,17 +93,17 @@ def test_two_ranks_under_torchrun_are_those_of_lightnings_launcher_and_one_that_
 
 def test_leaving_saving_and_restoring_say_nothing_to_other_ranks() -> None:
     """In the middle of a window, whose sums are on their way: another rank may have died."""
-    exchange: Any = Twins()
+    communicator: Any = Twins()
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     curvature = Curvature(model, update_every_n_steps=1)
-    curvature.connect(exchange, cut=by_size(1), may_start=lambda: True)
+    curvature.connect(communicator, bucket_fn=by_size(1), is_sync_step=lambda: True)
     curvature.solve = lambda problems: {size: (blocks, damping > 0) for size, (blocks, damping) in problems.items()}
     model(torch.randn(4, 3)).sum().backward()
     curvature.update()
     model(torch.randn(4, 3)).sum().backward()
-    said = list(exchange.log)
+    said = list(communicator.log)
     assert said[-1].startswith("start")
     saved = curvature.state_dict()
     curvature.load_state_dict(saved)
     curvature.close()
-    assert exchange.log == said
+    assert communicator.log == said

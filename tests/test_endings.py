@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from lightning_thor.distributed import process_group
-from lightning_thor.distributed.process_group import leave_without_others
+from lightning_thor.distributed.process_group import abort_process_groups
 from tests.endings import TIMEOUT
 from tests.lone_ranks import Ended, lone_ranks
 
@@ -74,6 +74,6 @@ def test_every_way_in_which_a_collective_tells_of_its_end_gets_the_advice(
     monkeypatch.setattr(process_group, "dist", Mock(get_rank=lambda: 0, get_world_size=lambda: 2))
     error, other = RuntimeError(words), RuntimeError("a batch of the wrong shape")
     for exception in (error, other):
-        leave_without_others(exception, None)
+        abort_process_groups(exception, None)
     assert str(error).startswith(f"{words}\nRank 0 {ADVICE}")
     assert str(other) == "a batch of the wrong shape"

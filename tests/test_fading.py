@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_thor import Curvature, Thor
 from lightning_thor.linalg import memory
 from lightning_thor.optim import fading
-from lightning_thor.optim.fading import ROUNDINGS, SLICE, fades
+from lightning_thor.optim.fading import ROUNDINGS, SLICE, fade_factors
 from tests.test_optimizer import Identity
 
 HOSTS = pytest.mark.parametrize("host", [{"cpu"}, set()], ids=["as on a CPU", "as on a GPU"])
@@ -24,7 +24,7 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def factors(sources: list[Tensor], largest: Any = 0.0, times: float = 1.0) -> tuple[list[float], float]:
-    found, after = fades(sources, sources, [times] * len(sources), largest)
+    found, after = fade_factors(sources, sources, [times] * len(sources), largest)
     return [float(one) for one in found], float(after)
 
 

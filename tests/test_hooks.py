@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature
-from lightning_thor.layers.base import spread
+from lightning_thor.layers.base import subsample
 from lightning_thor.layers.hooks import Hooks
 
 
@@ -344,6 +344,6 @@ def test_under_autocast_no_input_waits_whole_for_its_gradient() -> None:
         found.append(curvature.stacks.blocks_of(2, "sums").clone())
         curvature.close()
     whole = model[:2](x).detach().reshape(-1, 8)
-    taken = whole[spread(100, 30, torch.device("cpu"))]
+    taken = whole[subsample(100, 30, torch.device("cpu"))]
     for sums, those in zip(found, (taken, whole), strict=True):
         torch.testing.assert_close(sums[0, 0], those.T @ those, rtol=0.02, atol=0.1)

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_thor.factors.state import FactorStacks
-from lightning_thor.linalg.block_diagonal import Blocks
+from lightning_thor.factors.state import FactorState
+from lightning_thor.linalg.block_diagonal import BlockPartition
 from lightning_thor.linalg.decompositions import damped_inverse_roots, damped_inverses, eigenvectors
-from lightning_thor.preconditioning.modes import KEEPINGS
+from lightning_thor.preconditioning.modes import DECOMPOSITIONS
 
 
 @pytest.mark.parametrize("size", [1, 2, 17, 33, 100, 128])
@@ -126,12 +126,15 @@ def test_what_succeeds_is_finite_whatever_the_block(
     assert not succeeded or bool(torch.isfinite(kept).all())
 
 
-@pytest.mark.parametrize("keeping", KEEPINGS.values(), ids=lambda keeping: keeping.name)
+@pytest.mark.parametrize("keeping", DECOMPOSITIONS.values(), ids=lambda keeping: keeping.name)
 @given(exponent=st.floats(-45, 38), others=st.floats(-45, 38))
 def test_what_is_kept_of_a_block_is_finite_whatever_the_factor(keeping: Any, exponent: float, others: float) -> None:
     """Where it was never inverted too: its mean eigenvalue has an inverse, or it counts as one that says nothing."""
-    stacks = FactorStacks(
-        [(Blocks(1, 4, 1, 4), Blocks(1, 6, 2, 3))], torch.float32, torch.device("cpu"), keeping=keeping
+    stacks = FactorState(
+        [(BlockPartition(1, 4, 1, 4), BlockPartition(1, 6, 2, 3))],
+        torch.float32,
+        torch.device("cpu"),
+        decomposition=keeping,
     )
     for factor, power in ((0, exponent), (1, others)):
         blocks = stacks.blocks_of(factor, "average")

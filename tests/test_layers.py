@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_thor import Curvature, Thor
-from lightning_thor.layers.discovery import layers_of
+from lightning_thor.layers.discovery import discover_layers
 
 
 def found(model: nn.Module) -> tuple[list[str], dict[str, str]]:
-    layers, left_out = layers_of(model, block_size=128, precondition_bias=False)
+    layers, left_out = discover_layers(model, block_size=128, precondition_bias=False)
     return list(layers), left_out
 
 
@@ -121,7 +121,7 @@ def test_everything_else_takes_plain_momentum_in_the_same_optimizer() -> None:
 
 
 def test_blocks_of_grouped_convolutions() -> None:
-    layers, _ = layers_of(nn.Conv2d(8, 12, 3, groups=4), block_size=128, precondition_bias=True)
+    layers, _ = discover_layers(nn.Conv2d(8, 12, 3, groups=4), block_size=128, precondition_bias=True)
     assert layers[""].A is not None
     assert layers[""].A.shape == (4, 1, 19, 19)  # 2 channels x 3 x 3, and the bias
     assert layers[""].G.shape == (4, 1, 3, 3)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor
 from lightning_thor.distributed.factor_reducer import by_size
-from lightning_thor.distributed.process_group import Ranks
+from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 
 WIDTH, OUT = 6, 5
 
@@ -897,7 +897,7 @@ def trained(rows: slice, n_ranks: int, scale: float) -> dict[str, Any]:
     model, generator = Odd(), torch.Generator().manual_seed(2)
     curvature = Curvature(model, update_every_n_steps=1, averaging=0.5)
     if n_ranks > 1:
-        curvature.connect(Ranks(), cut=by_size(1), may_start=lambda: True)
+        curvature.connect(ProcessGroupCommunicator(), cut=by_size(1), is_sync_step=lambda: True)
     told = []
     for _ in range(2):
         clean(model)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.layers.base import Layer, RowsOf, spread
+from lightning_thor.layers.base import Layer, RowsOf, subsample
 from lightning_thor.layers.conv import conv_rows
-from lightning_thor.layers.discovery import layers_of
+from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.norm import batch_norm_rows, group_norm_rows
 from tests.fakes import Twins
 from tests.formulas import preconditioned
@@ -70,7 +70,7 @@ CASES: dict[str, Case] = {
 
 def seen_by(module: nn.Module, x: Tensor, precondition_bias: bool = False) -> tuple[Layer, Tensor, Tensor]:
     """The layer, its input and the gradient of a random smooth loss of its output; gradients are filled in."""
-    (layer,) = layers_of(module, block_size=None, precondition_bias=precondition_bias)[0].values()
+    (layer,) = discover_layers(module, block_size=None, precondition_bias=precondition_bias)[0].values()
     y = module(x)
     y.retain_grad()
     (y * torch.randn_like(y)).sin().mean().backward()
@@ -287,7 +287,7 @@ def test_lines_that_are_taken_are_those_of_the_whole_to_the_bit(
     a.view(-1)[0] = math.inf  # a line of zeros is not some line times zero
     g = torch.randn_like(module(a))
     first, rest = g.shape[2], g.shape[3:].numel()
-    index = spread(3 * first, n_lines, a.device)
+    index = subsample(3 * first, n_lines, a.device)
     index = torch.arange(3 * first) if index is None else index
     columns = (index[:, None] * rest + torch.arange(rest)).flatten()
     innermost = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (a, g)]

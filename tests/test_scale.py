@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_thor import Thor
 from lightning_thor.linalg import memory
-from lightning_thor.optim.update_scaling import to_at_most_, to_rms_
+from lightning_thor.optim.update_scaling import clip_norm_, scale_to_rms_
 from tests.test_optimizer import Identity
 
 HOSTS = pytest.mark.parametrize("host", [{"cpu"}, set()], ids=["as on a CPU", "as on a GPU"])
@@ -62,7 +62,7 @@ def test_any_finite_tensor_is_brought_to_its_root_mean_square(host: set[str], x:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "HOST", host)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
-        to_rms_([y], [x], [rms])
+        scale_to_rms_([y], [x], [rms])
     before, _ = norm_and_exponent(x)
     found, exponent = norm_and_exponent(y)
     if not before:
@@ -85,7 +85,7 @@ def test_a_tensor_is_shrunk_to_a_norm_or_left_as_it_is(host: set[str], x: Tensor
         patch.setattr(memory, "HOST", host)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
         if wanted:
-            to_at_most_([y], [x], [wanted])
+            clip_norm_([y], [x], [wanted])
     if relative > 1.0 or not wanted:
         assert torch.equal(x, y)
     elif wanted > 1e3 * limits.tiny * math.sqrt(x.numel()):  # below, numbers have few digits
@@ -102,7 +102,7 @@ def test_a_power_of_two_changes_no_bit(host: set[str], exponent: int, seed: int,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "HOST", host)
         for one in both:
-            to_rms_([one], [x], [0.2])
+            scale_to_rms_([one], [x], [0.2])
     torch.testing.assert_close(both[1], both[0], rtol=0, atol=0)
 
 
@@ -112,13 +112,13 @@ def test_ten_million_numbers_are_brought_to_scale(monkeypatch: pytest.MonkeyPatc
     """Of equal numbers all roundings of a sum have one sign; the fewer a processor adds at once, the more there are."""
     monkeypatch.setattr(memory, "HOST", host)
     x = draw(10**7) * 0.3
-    to_rms_([x], [x], [0.2])
+    scale_to_rms_([x], [x], [0.2])
     assert x.double().square().mean().sqrt().item() == pytest.approx(0.2, rel=5e-5 if draw is torch.ones else 1e-5)
 
 
 def test_a_factor_that_is_no_normal_number_keeps_its_digits() -> None:
     x = torch.tensor([1e18, -2e18])
-    to_rms_([x], [x], [1e-22 * math.sqrt(2.5)])
+    scale_to_rms_([x], [x], [1e-22 * math.sqrt(2.5)])
     torch.testing.assert_close(x, torch.tensor([1e-22, -2e-22]), rtol=1e-6, atol=0)
 
 

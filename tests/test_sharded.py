@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from benchmarks import sharded_updates
 from lightning_thor import Curvature, register_layer
-from lightning_thor.fsdp.row_partition import pieces_of, rows_of_a_process, share_out
-from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, cuttables_of
+from lightning_thor.fsdp.row_partition import assign_rows, pieces_of, rows_of_a_process
+from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, row_blocks_of_layers
 from lightning_thor.layers import registry
 from lightning_thor.preconditioning.modes import Mode
 from tests.fakes import Threads, run_in_threads
@@ -67,11 +67,11 @@ def directions_together(
 ) -> tuple[list[dict[nn.Parameter, Tensor]], list[Threads]]:
     found: list[dict[nn.Parameter, Tensor]] = [{} for _ in range(n)]
 
-    def work(exchange: Threads) -> None:
-        own = {p: shards_of(grad, n)[exchange.own_share] for p, grad in grads.items()}
-        sharded = ShardedCurvature(curvature, exchange)
+    def work(communicator: Threads) -> None:
+        own = {p: shards_of(grad, n)[communicator.rank] for p, grad in grads.items()}
+        sharded = ShardedCurvature(curvature, communicator)
         for _ in range(2):  # the second time by a plan that is there
-            found[exchange.own_share] = (sharded.precondition_polar if is_polar else sharded.precondition)(own)
+            found[communicator.rank] = (sharded.precondition_polar if is_polar else sharded.precondition)(own)
 
     return found, run_in_threads(n, work)
 
@@ -124,7 +124,7 @@ def test_nothing_travels_where_no_block_lies_on_two_processes() -> None:
 def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
     model = nn.Linear(3, 12, bias=False)  # 4, 4 and 4 rows; blocks of 0 to 6 and of 6 to 12
     curvature = Curvature(model, block_size=6)
-    runs = share_out(cuttables_of(curvature, set(model.parameters()), is_polar=False), 3)
+    runs = assign_rows(row_blocks_of_layers(curvature, set(model.parameters()), is_polar=False), 3)
     assert [(run.start, run.stop, run.owner) for run in runs] == [(0, 6, 0), (6, 12, 2)]
     pieces = pieces_of(runs, 3)
     assert [(one.start, one.stop, one.holder, one.owner) for one in pieces] == [
@@ -138,7 +138,7 @@ def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 16])
 def test_only_rows_of_blocks_that_lie_on_two_processes_travel(n: int) -> None:
     curvature = curvature_of("natural", block_size=3)
-    runs = share_out(cuttables_of(curvature, set(curvature.model.parameters()), is_polar=False), n)
+    runs = assign_rows(row_blocks_of_layers(curvature, set(curvature.model.parameters()), is_polar=False), n)
     for piece in pieces_of(runs, n):
         cut = runs[piece.run].of
         p = cut.layer.parameters[piece.parameter]
@@ -151,14 +151,14 @@ def test_only_rows_of_blocks_that_lie_on_two_processes_travel(n: int) -> None:
 
 def test_a_block_that_lies_on_two_processes_alike_goes_to_the_one_that_has_less_to_do() -> None:
     curvature = Curvature(model := nn.Sequential(*(nn.Linear(3, 8, bias=False) for _ in range(4))), block_size=8)
-    runs = share_out(cuttables_of(curvature, set(model.parameters()), is_polar=False), 2)
+    runs = assign_rows(row_blocks_of_layers(curvature, set(model.parameters()), is_polar=False), 2)
     assert [run.owner for run in runs] == [0, 1, 0, 1]
 
 
 def test_polar_layers_are_shared_out_whole_by_their_work() -> None:
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for width in (64, 32, 32, 32, 8)))
     curvature = Curvature(model, mode="polar", block_size=8)
-    runs = share_out(cuttables_of(curvature, set(model.parameters()), is_polar=True), 2)
+    runs = assign_rows(row_blocks_of_layers(curvature, set(model.parameters()), is_polar=True), 2)
     owners = {run.of.layer.name: run.owner for run in runs if run.of.side is None}
     assert set(owners) == {"0", "1", "2", "3"}
     assert owners["0"] not in {owners["1"], owners["2"], owners["3"]}
@@ -194,7 +194,7 @@ def test_a_weight_that_lies_the_other_way_round_is_cut_unless_its_bias_crosses_i
     curvature.update()
     grads = {p: p.grad for p in model.parameters() if p.grad is not None}
     assert_the_same(directions_together(curvature, grads, 3)[0], curvature.precondition(grads))
-    runs = share_out(cuttables_of(curvature, grads, is_polar=False), 3)
+    runs = assign_rows(row_blocks_of_layers(curvature, grads, is_polar=False), 3)
     assert len(runs) == (1 if precondition_bias else 3)
 
 
@@ -216,7 +216,7 @@ def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -
     curvature = Curvature(Columns(3, 10, bias=False).double(), block_size=2)
     grads = {p: torch.randn_like(p) for p in curvature.model.parameters()}
     assert_the_same(directions_together(curvature, grads, 3)[0], curvature.precondition(grads))
-    (run,) = share_out(cuttables_of(curvature, grads, is_polar=False), 3)
+    (run,) = assign_rows(row_blocks_of_layers(curvature, grads, is_polar=False), 3)
     assert (run.start, run.stop) == (0, 10)
 
 
@@ -226,9 +226,9 @@ def test_no_directions_wait_for_the_device(mode: Mode) -> None:
     grads = {p: p.grad for p in curvature.model.parameters() if p.grad is not None}
     waiting: set[str] = set()
 
-    def work(exchange: Threads) -> None:
-        own = {p: shards_of(grad, 3)[exchange.own_share] for p, grad in grads.items()}
-        sharded = ShardedCurvature(curvature, exchange)
+    def work(communicator: Threads) -> None:
+        own = {p: shards_of(grad, 3)[communicator.rank] for p, grad in grads.items()}
+        sharded = ShardedCurvature(curvature, communicator)
         with Watch() as watch:
             (sharded.precondition_polar if mode == "polar" else sharded.precondition)(own)
         assert watch.called

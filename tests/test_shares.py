@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_thor.distributed.shared_inversions import Problems, SharedInversions, Solutions, plan
+from lightning_thor.distributed.shared_inversions import Problems, SharedInversions, Solutions, assign_inversions
 from lightning_thor.linalg.decompositions import damped_inverses
-from lightning_thor.linalg.packing import n_packed
+from lightning_thor.linalg.packing import packed_numel
 from tests.fakes import Recorded
 
 
@@ -20,22 +20,24 @@ def problems(n_blocks: dict[int, int]) -> dict[int, tuple[Tensor, Tensor]]:
     return made
 
 
-def on_all(n_shares: int, given: Problems, **options: object) -> list[Solutions]:
+def on_all(world_size: int, given: Problems, **options: object) -> list[Solutions]:
     """What each of several processes has after it inverted ``given`` together with the others."""
-    sent: list[list[Tensor]] = [[] for _ in range(n_shares)]
-    for share in range(n_shares):
-        SharedInversions(Recorded(n_shares, share, sent), **options)(given)  # type: ignore[arg-type]
+    sent: list[list[Tensor]] = [[] for _ in range(world_size)]
+    for share in range(world_size):
+        SharedInversions(Recorded(world_size, share, sent), **options)(given)  # type: ignore[arg-type]
     return [
-        SharedInversions(Recorded(n_shares, share, sent, replay=True), **options)(given)  # type: ignore[arg-type]
-        for share in range(n_shares)
+        SharedInversions(Recorded(world_size, share, sent, replay=True), **options)(given)  # type: ignore[arg-type]
+        for share in range(world_size)
     ]
 
 
 @pytest.mark.parametrize("n_shares", [1, 2, 3, 8])
 @pytest.mark.parametrize("n_blocks", [{6: 5, 1: 4, 9: 2}, {32: 1, 2: 3}, {4: 1}, {1: 3}])
-def test_shared_inverses_are_those_of_one_process_and_the_same_on_all(n_shares: int, n_blocks: dict[int, int]) -> None:
+def test_shared_inverses_are_those_of_one_process_and_the_same_on_all(
+    world_size: int, n_blocks: dict[int, int]
+) -> None:
     given = problems(n_blocks)
-    for solutions in (everyone := on_all(n_shares, given)):
+    for solutions in (everyone := on_all(world_size, given)):
         for size, (blocks, damping) in given.items():
             inverses, succeeded = solutions[size]
             torch.testing.assert_close(inverses, damped_inverses(blocks, damping)[0], rtol=1e-12, atol=1e-12)
@@ -69,21 +71,21 @@ def test_inverses_that_are_not_symmetric_travel_too(form: str) -> None:
 def test_the_work_falls_as_one_over_the_number_of_processes() -> None:
     n_blocks = {128: 40, 96: 30, 64: 55, 10: 3}
     total = sum(n * size**3 for size, n in n_blocks.items())
-    for n_shares in (1, 2, 4, 8):
-        for share in range(n_shares):
-            own = plan(n_blocks, n_shares, share).own
-            assert sum(len(blocks) * size**3 for size, blocks in own.items()) <= 1.05 * total / n_shares
+    for world_size in (1, 2, 4, 8):
+        for share in range(world_size):
+            own = assign_inversions(n_blocks, world_size, share).own
+            assert sum(len(blocks) * size**3 for size, blocks in own.items()) <= 1.05 * total / world_size
 
 
 def test_each_block_is_inverted_by_one_process() -> None:
     n_blocks = {7: 11, 3: 5}
     for size, n in n_blocks.items():
-        owned = [block for share in range(4) for block in plan(n_blocks, 4, share).own[size]]
+        owned = [block for share in range(4) for block in assign_inversions(n_blocks, 4, share).own[size]]
         assert sorted(owned) == list(range(n))
 
 
 def test_what_is_brought_to_all_takes_whatever_is_fewer_bytes() -> None:
-    even, lone = plan({8: 8}, 4, 0).parts, plan({64: 1, 2: 3}, 4, 0).parts
-    assert (even.gathers, even.length) == (True, 8 * (n_packed(8) + 1))
+    even, lone = assign_inversions({8: 8}, 4, 0).parts, assign_inversions({64: 1, 2: 3}, 4, 0).parts
+    assert (even.gathers, even.length) == (True, 8 * (packed_numel(8) + 1))
     # Gathered, each of four processes would send as much as the one with the large block.
-    assert (lone.gathers, lone.length) == (False, n_packed(64) + 1 + 3 * (n_packed(2) + 1))
+    assert (lone.gathers, lone.length) == (False, packed_numel(64) + 1 + 3 * (packed_numel(2) + 1))

@@ -24,7 +24,7 @@ from lightning_thor import Curvature, ThorCallback, configure_thor
 from lightning_thor.block_size import choose
 from lightning_thor.block_size.choose import BlockSplit, candidates, choose_block_size, cross
 from lightning_thor.block_size.spectral_loss import spectral_loss, spectral_losses
-from lightning_thor.linalg.block_diagonal import cut
+from lightning_thor.linalg.block_diagonal import partition
 from lightning_thor.trainer import callback, report
 from tests.boring import Boring, callback_of, everything, trainer
 
@@ -39,7 +39,7 @@ def covariance(width: int, rows: int, seed: int = 0) -> Tensor:
 
 def block_diagonal(matrix: Tensor, block_size: int) -> Tensor:
     kept = torch.zeros_like(matrix)
-    size = cut(len(matrix), block_size).size
+    size = partition(len(matrix), block_size).size
     for start in range(0, len(matrix), size):
         kept[start : start + size, start : start + size] = matrix[start : start + size, start : start + size]
     return kept
@@ -76,7 +76,7 @@ def test_a_flat_spectrum_is_no_harder() -> None:
 
 def test_groups_are_one_matrix() -> None:
     parts = torch.stack([covariance(60, 100, seed) for seed in range(3)])
-    found = spectral_losses(parts, [1, 20, 60], cut)
+    found = spectral_losses(parts, [1, 20, 60], partition)
     whole = torch.block_diag(*parts)
     expected = torch.tensor([spectral_loss(whole, size) for size in (1, 20, 60)], dtype=torch.float64)
     torch.testing.assert_close(found, expected)
@@ -216,8 +216,8 @@ def test_many_blocks_are_timed_by_some_of_them(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(choose, "_seconds_of_inverting", seconds)
     monkeypatch.setattr(choose, "TIMED_ELEMENTS", 16**2 * 3)
-    whole = cut(160, None)
-    assert choose._inversion_seconds([whole], 16, cut, torch.device("cpu"), torch.float32) == pytest.approx(10.0)
+    whole = partition(160, None)
+    assert choose._inversion_seconds([whole], 16, partition, torch.device("cpu"), torch.float32) == pytest.approx(10.0)
     assert timed == [(3, 16)]
 
 

@@ -132,6 +132,12 @@ def test_bf16_factors_must_be_a_bool(strategy: Any) -> None:
         strategy(bf16_factors="bf16")
 
 
+@pytest.mark.parametrize("strategy", [ThorDDPStrategy, ThorModelParallelStrategy])
+def test_bf16_factors_has_no_effect_and_says_so(strategy: Any) -> None:
+    with pytest.warns(DeprecationWarning, match="bf16_factors=True has no effect any more"):
+        strategy(bf16_factors=True)
+
+
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [(ThorDDPStrategy, {}), (ThorModelParallelStrategy, {"parameters": {}})],
@@ -276,22 +282,6 @@ def test_micro_batches_that_only_accumulate_start_nothing() -> None:
 def test_a_layer_that_was_not_used_holds_its_bucket_back_until_the_step() -> None:
     for result in two_ranks("irregular"):
         assert {call["in_backward"] for call in result["all_reduces"]} == {True, False}
-
-
-@pytest.mark.slow
-def test_factors_in_bfloat16_take_two_messages_of_a_quarter_and_are_off_by_its_rounding() -> None:
-    for rounded, exact in zip(two_ranks("rounded"), two_ranks("halves"), strict=True):
-        assert not rounded["all_reduces"]
-        refreshes = len(exact["all_reduces"])
-        (there,) = {call["bytes"] for call in rounded["collectives"] if call["op"] == "all_to_all"}
-        assert len([call for call in rounded["collectives"] if call["op"] == "all_to_all"]) == refreshes
-        # The unit of gradients once, and in each refresh there, back, and the inverses.
-        assert len(rounded["collectives"]) == 1 + 3 * refreshes
-        # float64 to bfloat16, and what is counted of five layers, 160 bytes, twice.
-        assert there == pytest.approx(exact["travelling"] * 2 + 2 * 160, abs=100)
-        for name, layer in exact["curvature"]["layers"].items():
-            other = rounded["curvature"]["layers"][name]
-            assert_bitwise((other["updates"], other["positions"]), (layer["updates"], layer["positions"]))
 
 
 # ── inversions shared out ──

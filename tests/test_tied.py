@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.layers.discovery import layers_of
-from lightning_thor.linalg.block_diagonal import diagonal_as_blocks
+from lightning_thor.layers.discovery import discover_layers
+from lightning_thor.linalg.block_diagonal import diagonal_to_blocks
 from lightning_thor.trainer.report import curvature_table
 from tests.formulas import preconditioned
 from tests.test_no_sync import Watch
@@ -153,7 +153,7 @@ def test_a_table_tied_to_the_output_layer_has_the_balanced_sums_of_both_as_facto
     t_table, t_head = (trace(D) * trace(G_table)).sqrt(), (trace(A) * trace(G)).sqrt()
     scale = (t_table**2 + t_head**2).sqrt() / (t_table + t_head)
     cut = curvature.layers["head"].G
-    vocabulary = scale * (diagonal_as_blocks(D.flatten(), cut) * t_table / trace(D) + G * t_head / trace(G))
+    vocabulary = scale * (diagonal_to_blocks(D.flatten(), cut) * t_table / trace(D) + G * t_head / trace(G))
     width = scale * (G_table * t_table / trace(G_table) + A * t_head / trace(A))
     torch.testing.assert_close(trace(vocabulary) * trace(width), trace(D) * trace(G_table) + trace(A) * trace(G))
     for factor, expected, n in ((2 * head, width, 4), (2 * head + 1, vocabulary, 7)):
@@ -218,7 +218,7 @@ def test_the_state_of_a_tied_model_goes_on_bitwise() -> None:
 def test_tables_that_are_tied_are_one_layer() -> None:
     model = nn.ModuleDict({"encoder": nn.Embedding(7, 4), "decoder": nn.Embedding(7, 4)})
     model["decoder"].weight = model["encoder"].weight
-    layers, left_out = layers_of(model, block_size=None, precondition_bias=False)
+    layers, left_out = discover_layers(model, block_size=None, precondition_bias=False)
     assert [use.name for use in layers["encoder"].uses] == ["encoder", "decoder"]
     assert (list(layers), left_out) == (["encoder"], {})
 
@@ -226,7 +226,7 @@ def test_tables_that_are_tied_are_one_layer() -> None:
 def test_a_weight_shared_by_layers_of_other_kinds_is_preconditioned_as_the_first_has_it() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.ConvTranspose1d(3, 3, 1, bias=False)})
     model["b"].weight = model["a"].weight
-    layers, left_out = layers_of(model, block_size=None, precondition_bias=False)
+    layers, left_out = discover_layers(model, block_size=None, precondition_bias=False)
     assert list(layers) == ["a"]
     assert left_out == {"b": "shares its weight with 'a', which is preconditioned"}
 

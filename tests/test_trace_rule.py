@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature, ThorCallback, configure_thor
 from lightning_thor.curvature.refresh_schedule import LAG, RefreshSchedule
-from lightning_thor.factors.state import FactorStacks
+from lightning_thor.factors.state import FactorState
 from lightning_thor.factors.trace_rule import KEEP, STOP, UPDATE
-from lightning_thor.layers.discovery import layers_of
-from lightning_thor.layers.registry import EXPAND, REDUCE, Statistics
+from lightning_thor.layers.discovery import discover_layers
+from lightning_thor.layers.registry import EXPAND, REDUCE, KfacApprox
 from lightning_thor.linalg.block_diagonal import add_covariance_
 from tests.boring import Boring, callback_of, everything, trainer, without_words
 from tests.test_no_sync import Watch
@@ -170,9 +170,9 @@ LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
 @pytest.mark.parametrize(("module", "shape"), LAYERS)
 def test_squares_are_the_traces_of_the_covariances(
     module: Callable[[], nn.Module], shape: tuple[int, ...], precondition_bias: bool, max_rows: int | None,
-    statistics: Statistics,
+    statistics: KfacApprox,
 ) -> None:  # fmt: skip
-    layers, left_out = layers_of(
+    layers, left_out = discover_layers(
         module().double(), block_size=3, precondition_bias=precondition_bias, statistics=statistics
     )
     if left_out:  # "reduce" has no transposed convolutions
@@ -378,6 +378,6 @@ def test_a_training_with_a_rule_steps_with_the_kept_inverses() -> None:
         observe(model, batch(step))
         optimizer.step()
         if step == 0:
-            first = FactorStacks.blocks_of(curvature.stacks, 0, "inverse").clone()
+            first = FactorState.blocks_of(curvature.stacks, 0, "inverse").clone()
     torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse"), first, rtol=0, atol=0)
     assert not torch.equal(first[0, 0], torch.eye(6).double())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_thor import Curvature, ThorCallback, configure_thor
-from lightning_thor.layers.discovery import layers_of
+from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.trainer.report import curvature_table
 from tests.boring import callback_of, trainer
 
@@ -139,8 +139,8 @@ def test_every_matrix_is_preconditioned_and_the_table_says_so(name: str, tmp_pat
 
 def test_the_table_of_gpt2_is_its_output_layer_and_both_are_one_matrix() -> None:
     model = gpt2()
-    layers, left_out = layers_of(model, block_size=128, precondition_bias=False)
-    assert layers["transformer.wte"].folded_into == "lm_head"
+    layers, left_out = discover_layers(model, block_size=128, precondition_bias=False)
+    assert layers["transformer.wte"].tied_to == "lm_head"
     assert left_out == {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_thor.linalg.packing import n_packed, pack, unpack
+from lightning_thor.linalg.packing import pack, packed_numel, unpack
 
 SIZES = [1, 2, 3, 4, 5, 8, 13]
 
@@ -22,7 +22,7 @@ def test_packing_and_unpacking_give_the_same_bits(size: int, form: str) -> None:
         form, torch.randn(3, size, size)
     )
     packed = pack(blocks, form)  # type: ignore[arg-type]
-    assert packed.shape == (3, n_packed(size, form))  # type: ignore[arg-type]
+    assert packed.shape == (3, packed_numel(size, form))  # type: ignore[arg-type]
     torch.testing.assert_close(unpack(packed, size, form), blocks, rtol=0, atol=0)  # type: ignore[arg-type]
 
 
@@ -42,4 +42,4 @@ def test_a_number_that_is_not_finite_stays_where_it_is() -> None:
 
 @pytest.mark.parametrize("size", [16, 32, 96, 128])
 def test_what_travels_is_at_most_0_55_of_the_block_for_the_sizes_that_hold_most_of_the_bytes(size: int) -> None:
-    assert n_packed(size) <= 0.55 * size**2
+    assert packed_numel(size) <= 0.55 * size**2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, register_layer
-from lightning_thor.layers.discovery import layers_of
+from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.registry import REGISTERED
 from tests.formulas import preconditioned
 
@@ -92,7 +92,7 @@ def test_a_registered_layer_is_what_it_would_be_as_linear_layers(statistics: str
 def test_the_law_of_a_registered_layer() -> None:
     register_layer(Grouped, grouped_rows, matrix=grouped_matrix, weight="kernel")
     module = Grouped().double()
-    (layer,) = layers_of(module, block_size=None, precondition_bias=True)[0].values()
+    (layer,) = discover_layers(module, block_size=None, precondition_bias=True)[0].values()
     x = torch.randn(5, 6, dtype=torch.float64)
     y = module(x)
     y.retain_grad()
@@ -121,7 +121,7 @@ class Other(Grouped):
 
 def test_a_subclass_with_a_forward_of_its_own_is_left_out_and_its_base_is_not() -> None:
     register_layer(Grouped, grouped_rows, matrix=grouped_matrix, weight="kernel")
-    layers, left_out = layers_of(nn.Sequential(Other(), Grouped()), block_size=None, precondition_bias=False)
+    layers, left_out = discover_layers(nn.Sequential(Other(), Grouped()), block_size=None, precondition_bias=False)
     assert list(layers) == ["1"]
     assert left_out == {"0": "Other has a forward of its own, which may not be Grouped's"}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature
-from lightning_thor.distributed.factor_reducer import Window, by_layer, by_size, check_split_indices
+from lightning_thor.distributed.factor_reducer import FactorReducer, by_layer, by_size, check_split_indices
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from tests.boring import without_words
 from tests.fakes import Recorded, Twins
@@ -60,11 +60,11 @@ def sometimes(model: nn.ModuleList, x: Tensor, step: int) -> Tensor:
     return chain(model, x, step) if step % 2 == 0 else chain(model[1:], x, step)  # type: ignore[arg-type]
 
 
-def train(forward: Forward, exchange: Any = None, steps: int = 4, may_start: Any = lambda: True) -> Curvature:
+def train(forward: Forward, communicator: Any = None, steps: int = 4, is_sync_step: Any = lambda: True) -> Curvature:
     model = layers()
     curvature = Curvature(model, update_every_n_steps=1, block_size=3)
-    if exchange is not None:
-        curvature.connect(exchange, cut=by_size(1), may_start=may_start)
+    if communicator is not None:
+        curvature.connect(communicator, bucket_fn=by_size(1), is_sync_step=is_sync_step)
         curvature.solve = SharedInversions(Recorded(1, 0, []))  # twins invert everything
     for step in range(steps):
         x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64, requires_grad=True)
@@ -104,23 +104,23 @@ def test_twins_that_start_their_sums_in_backward_are_one_process(forward: Forwar
 def test_a_bucket_starts_in_backward_when_its_layers_have_given_all_they_promised(
     forward: Forward, early: list[int]
 ) -> None:
-    exchange = Twins()
-    train(forward, exchange, steps=3)
-    assert [sum(exchange.in_backward[4 * step :][:4]) for step in range(3)] == early
+    communicator = Twins()
+    train(forward, communicator, steps=3)
+    assert [sum(communicator.in_backward[4 * step :][:4]) for step in range(3)] == early
 
 
 def test_all_sums_start_before_the_first_wait_and_each_is_waited_for_once() -> None:
-    exchange = Twins()
-    train(chain, exchange, steps=2)
+    communicator = Twins()
+    train(chain, communicator, steps=2)
     # A and G of one layer, 6 x 6 in blocks of 3: 2 x 2 x 6 numbers, and 4 that are counted.
-    assert exchange.log == (["start 28"] * 4 + ["wait 28"] * 4) * 2
+    assert communicator.log == (["start 28"] * 4 + ["wait 28"] * 4) * 2
 
 
 def test_nothing_starts_in_a_backward_that_only_accumulates() -> None:
-    exchange = Twins()
-    train(chain, exchange, may_start=lambda: False)
-    assert not any(exchange.in_backward)
-    assert len(exchange.in_backward) == 16
+    communicator = Twins()
+    train(chain, communicator, is_sync_step=lambda: False)
+    assert not any(communicator.in_backward)
+    assert len(communicator.in_backward) == 16
 
 
 def test_a_pair_that_comes_late_is_left_out_with_a_warning_and_never_again() -> None:
@@ -134,7 +134,7 @@ def test_a_pair_that_comes_late_is_left_out_with_a_warning_and_never_again() -> 
 
     late, exact = layers(), layers()
     curvature = Curvature(late, update_every_n_steps=1, averaging=0.0)
-    curvature.connect(Twins(), cut=by_size(1), may_start=lambda: True)
+    curvature.connect(Twins(), bucket_fn=by_size(1), is_sync_step=lambda: True)
     curvature.solve = SharedInversions(Recorded(1, 0, []))
     expected = Curvature(exact, update_every_n_steps=1, averaging=0.0)
     passes(curvature, late, 1)
@@ -158,44 +158,44 @@ def test_a_pair_that_comes_late_is_left_out_with_a_warning_and_never_again() -> 
 
 
 def test_a_skipped_step_ends_what_is_on_its_way_and_leaves_no_trace() -> None:
-    exchange = Twins()
-    curvature = train(chain, exchange, steps=2)
+    communicator = Twins()
+    curvature = train(chain, communicator, steps=2)
     before = {name: tensor.clone() for name, tensor in curvature.state_dict()["layers"]["1"].items()}
     chain(curvature.model, torch.randn(5, 6, dtype=torch.float64), 0).mean().backward()  # type: ignore[arg-type]
     curvature.discard()
-    assert exchange.log[-8:] == ["start 28"] * 4 + ["wait 28"] * 4
+    assert communicator.log[-8:] == ["start 28"] * 4 + ["wait 28"] * 4
     assert curvature.stacks.flat_sums.abs().sum() == 0
     torch.testing.assert_close(curvature.state_dict()["layers"]["1"], before, rtol=0, atol=0)
 
 
 def test_a_skipped_step_ends_sums_that_only_others_have_started() -> None:
-    exchange = Twins()
-    curvature = train(chain, exchange, steps=1)
+    communicator = Twins()
+    curvature = train(chain, communicator, steps=1)
     curvature.discard()
-    assert exchange.log[8:] == ["start 28"] * 4 + ["wait 28"] * 4
+    assert communicator.log[8:] == ["start 28"] * 4 + ["wait 28"] * 4
 
 
 def test_without_early_starts_a_skipped_step_says_nothing_to_others() -> None:
-    exchange = Twins()
-    curvature = train(chain, exchange, steps=1, may_start=None)
+    communicator = Twins()
+    curvature = train(chain, communicator, steps=1, is_sync_step=None)
     curvature.discard()
-    assert len(exchange.log) == 8
+    assert len(communicator.log) == 8
 
 
 def test_no_step_with_other_processes_waits_for_the_device() -> None:
     class Echo(Twins):
-        def gather(self, own: Tensor) -> Tensor:
-            return own.repeat(self.n_shares)
+        def all_gather(self, own: Tensor) -> Tensor:
+            return own.repeat(self.world_size)
 
-    model, exchange = layers(), Echo()
+    model, communicator = layers(), Echo()
     curvature = Curvature(model, update_every_n_steps=1, block_size=3)
-    curvature.connect(exchange, cut=by_size(1), may_start=lambda: True)
+    curvature.connect(communicator, bucket_fn=by_size(1), is_sync_step=lambda: True)
     for step in range(3):
         with Watch() as watch:
             chain(model, torch.randn(5, 6, dtype=torch.float64), step).square().mean().backward()
             curvature.update()
         assert not watch.waiting, f"step {step} waits by {watch.waiting}"
-    assert any(exchange.in_backward)
+    assert any(communicator.in_backward)
 
 
 # ── what is counted on the host ──
@@ -255,11 +255,11 @@ ORDER = (2, 0, 3, 1)
 """In which modules run that were registered as 0, 1, 2, 3."""
 
 
-def misordered(model: nn.ModuleList, exchange: Twins, seed: int) -> None:
+def misordered(model: nn.ModuleList, communicator: Twins, seed: int) -> None:
     """Forward and backward; the log tells of each gradient too, after what happened when it came."""
 
     def told(layer: int) -> Callable[[Tensor], None]:
-        return lambda g: exchange.log.append(f"gradient {layer}")
+        return lambda g: communicator.log.append(f"gradient {layer}")
 
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for layer in ORDER:
@@ -269,9 +269,9 @@ def misordered(model: nn.ModuleList, exchange: Twins, seed: int) -> None:
     x.square().mean().backward()
 
 
-def in_twins(model: nn.ModuleList, exchange: Any, cut: Any = None, **options: Any) -> Curvature:
+def in_twins(model: nn.ModuleList, communicator: Any, cut: Any = None, **options: Any) -> Curvature:
     curvature = Curvature(model, block_size=3, **options)
-    curvature.connect(exchange, cut=cut or by_size(1), may_start=lambda: True)
+    curvature.connect(communicator, bucket_fn=cut or by_size(1), is_sync_step=lambda: True)
     curvature.solve = SharedInversions(Recorded(1, 0, []))
     return curvature
 
@@ -281,30 +281,30 @@ AS_IT_RUNS = ["gradient 1", "start 28", "gradient 3", "start 28", "gradient 0", 
 
 
 def test_from_the_second_refresh_on_buckets_start_in_the_order_in_which_modules_run() -> None:
-    model, exchange = layers(), Twins()
-    curvature = in_twins(model, exchange, update_every_n_steps=1)
+    model, communicator = layers(), Twins()
+    curvature = in_twins(model, communicator, update_every_n_steps=1)
     for step, expected in enumerate((AT_THE_END, AS_IT_RUNS, AS_IT_RUNS)):
-        exchange.log.clear()
-        misordered(model, exchange, step)
+        communicator.log.clear()
+        misordered(model, communicator, step)
         curvature.update()
-        assert exchange.log == [*expected, *["wait 28"] * 4]
+        assert communicator.log == [*expected, *["wait 28"] * 4]
 
 
 def test_staggered_and_resumed_each_turn_learns_its_own_order() -> None:
-    model, exchange = layers(), Twins()
-    curvature = in_twins(model, exchange, update_every_n_steps=2, stagger=True)
-    misordered(model, exchange, 0)
+    model, communicator = layers(), Twins()
+    curvature = in_twins(model, communicator, update_every_n_steps=2, stagger=True)
+    misordered(model, communicator, 0)
     curvature.update()
-    resumed = in_twins(model, exchange, update_every_n_steps=2, stagger=True)
+    resumed = in_twins(model, communicator, update_every_n_steps=2, stagger=True)
     resumed.load_state_dict(curvature.state_dict())
     curvature.close()
     for step in range(1, 5):
-        exchange.log.clear()
+        communicator.log.clear()
         due = resumed._schedule.due(resumed.step)
         assert len(due) == 2
-        misordered(model, exchange, step)
+        misordered(model, communicator, step)
         resumed.update()
-        early = [line for line in exchange.log if not line.startswith("wait")]
+        early = [line for line in communicator.log if not line.startswith("wait")]
         if step <= 2:
             assert early == [*AT_THE_END[:4], "start 28", "start 28"]
         else:
@@ -325,12 +325,12 @@ def test_processes_that_saw_other_orders_agree_on_one() -> None:
     sent: list[list[Tensor]] = [[] for _ in orders]
     for replay in (False, True):
         for share, order in enumerate(orders):
-            exchange: Any = Recorded(3, share, sent, replay)
+            communicator: Any = Recorded(3, share, sent, replay)
             stacks = Curvature(layers(), block_size=3).stacks
-            window = Window(stacks, exchange, lambda: ((0, 1, 2, 3), ()), by_size(1), lambda: False)
+            window = FactorReducer(stacks, communicator, lambda: ((0, 1, 2, 3), ()), by_size(1), lambda: False)
             for layer in order:
-                window.announce(layer)
-                window.given(layer)
+                window.expect(layer)
+                window.mark_ready(layer)
             window.sum()
             found = [bucket.layers for bucket in window._opened()]
             assert not replay or found == [[1], [0], [2], [3]]

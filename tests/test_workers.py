@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from benchmarks.messages import Counting, moved
 from examples.resnet import ResNet50
 from lightning_thor import Curvature, Thor, ThorDDPStrategy, configure_thor
-from lightning_thor.distributed.communicator import Alone, Workers
+from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
 from lightning_thor.distributed.shared_directions import SharedDirections
 from lightning_thor.linalg import memory
 from lightning_thor.trainer.report import curvature_table
@@ -88,7 +88,7 @@ def fresh(place: Place, **options: Any) -> Trained:
     mode = options.setdefault("mode", "natural")
     options = {"update_every_n_steps": 3, "block_size": 4, "precondition_bias": True, **options}
     curvature = Curvature(net, **options)
-    curvature.connect(place.world, workers=place.workers)
+    curvature.connect(place.world, worker_grid=place.workers)
     return Trained(net, configure_thor(net, lr=0.01, mode=mode, preconditioner=curvature), curvature, place)
 
 
@@ -96,12 +96,12 @@ def go_on(trained: Trained, steps: range, skip_at: int = -1) -> None:
     """Steps on each process's part of the batch, and the gradients' mean, as DDP takes it."""
     net, optimizer, _, place = trained
     for step in steps:
-        own = TOKENS.roll(step, 1).chunk(place.world.n_shares)[place.rank]
+        own = TOKENS.roll(step, 1).chunk(place.world.world_size)[place.rank]
         F.cross_entropy(net(own, skip=step == skip_at).flatten(0, 1), own.roll(1, 1).flatten()).backward()
         for p in net.parameters():
-            if p.grad is not None and place.world.n_shares > 1:
-                mean = p.grad.flatten() / place.world.n_shares
-                place.world.start_sum(mean)()
+            if p.grad is not None and place.world.world_size > 1:
+                mean = p.grad.flatten() / place.world.world_size
+                place.world.all_reduce(mean).wait()
                 p.grad.copy_(mean.view_as(p.grad))
         optimizer.step()
         optimizer.zero_grad()
@@ -117,7 +117,7 @@ def train(n_ranks: int, n_workers: int | None, n_steps: int = 8, skip_at: int = 
 
 
 def alone(**options: Any) -> Trained:
-    return fresh(Place(0, Alone(), None), **options)  # type: ignore[arg-type]
+    return fresh(Place(0, SingleProcess(), None), **options)  # type: ignore[arg-type]
 
 
 def state(trained: Trained) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def test_inverses_of_others_take_no_memory(mode: str) -> None:
 
     def storages(curvature: Curvature) -> int:
         stacks = curvature.stacks
-        held = [stacks.flat_sums, *(copy for copies in stacks.folded.values() for copy in copies)]
+        held = [stacks.flat_sums, *(copy for copies in stacks.tied_averages.values() for copy in copies)]
         for stack in stacks.stacks.values():
             assert all(tensor is not None for tensor in vars(stack).values())
             held += [tensor for name, tensor in vars(stack).items() if name in ("average", "inverse")]
@@ -198,15 +198,15 @@ def test_inverses_of_others_take_no_memory(mode: str) -> None:
 def test_the_table_at_the_start_of_a_fit_says_what_is_kept_here() -> None:
     curvature = Curvature(Net())
     whole = curvature_table(curvature)
-    exchange = Counting(2, bf16=False)
-    curvature.connect(exchange, workers=Workers(Alone(), exchange))
+    communicator = Counting(2)
+    curvature.connect(communicator, worker_grid=WorkerGrid(SingleProcess(), communicator))
     table = curvature_table(curvature)
-    n = len(curvature.layers) - len(curvature.stacks.kept)
+    n = len(curvature.layers) - len(curvature.stacks.has_inverse)
     assert f"KiB in all on this rank (others keep the inverses of {n}); " in str(table.caption)
     assert "in all; " in str(whole.caption)
     cells = [list(column.cells) for column in (whole.columns[0], whole.columns[4], table.columns[4])]
     for name, before, after in zip(*cells, strict=True):
-        own = name in curvature.layers and list(curvature.layers).index(str(name)) in curvature.stacks.kept
+        own = name in curvature.layers and list(curvature.layers).index(str(name)) in curvature.stacks.has_inverse
         assert (before == after) == (own or name not in curvature.layers)
 
 
@@ -217,13 +217,13 @@ def test_the_page_on_scaling_holds_what_is_kept_and_sent() -> None:
     inverses = n_bytes / 3e6  # as much as sums and averages each
     kept = []
     for group in range(8):
-        exchange = Counting(8, bf16=False)
-        exchange.own_share = group
-        curvature.connect(exchange, workers=Workers(Alone(), exchange))
+        communicator = Counting(8)
+        communicator.rank = group
+        curvature.connect(communicator, worker_grid=WorkerGrid(SingleProcess(), communicator))
         kept.append(inverses - (n_bytes - sum(map(curvature.n_bytes, curvature.layers))) / 1e6)
     grads = {p: p.detach() for p in model.parameters()}
-    list(curvature._shared.bring_to_all([dict(curvature._shared.own_part(grads))], grads))
-    sent = moved(exchange.messages, 8) / 1e6
+    list(curvature._shared.all_gather_uneven([dict(curvature._shared.own_grads(grads))], grads))
+    sent = moved(communicator.messages, 8) / 1e6
     ddp = moved([("all_reduce", sum(p.nbytes for p in grads))], 8) / 1e6
     page = " ".join((Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8").split())
     assert (
@@ -245,7 +245,7 @@ def test_a_step_takes_one_message_of_all_directions_and_a_refresh_one_number_mor
     lengths = []
     for trained in found[:2]:  # one of each group
         layers = list(trained.curvature.layers.values())
-        own = {p for index in trained.curvature.stacks.kept for p in layers[index].parameters}
+        own = {p for index in trained.curvature.stacks.has_inverse for p in layers[index].parameters}
         lengths.append(sum(p.numel() for p in own))
     number, directions = ("sum", 1, torch.int64), ("gather", max(lengths), torch.float64)
     assert max(lengths) < sum(lengths) == sum(p.numel() for p in NET.parameters())
@@ -266,14 +266,14 @@ def test_directions_travel_in_the_widest_dtype_of_the_gradients_but_not_in_float
 ) -> None:
     net = nn.Sequential(*(nn.Linear(4, 4, bias=False).to(dtype) for dtype in dtypes))
     layers = Curvature(net).layers
-    exchange = Counting(2, bf16=False)
-    shared = SharedDirections(exchange, layers, products=1, polar=())
+    communicator = Counting(2)
+    shared = SharedDirections(communicator, layers, products=1, polar=())
     grads = {p: torch.randn_like(p) for p in net.parameters()}
-    own_part = {p: grad.clone() for p, grad in shared.own_part(grads).items()}
-    (found,) = shared.bring_to_all([own_part], grads)
-    assert exchange.messages == [("all_gather", 16 * travels.itemsize)]
+    own_grads = {p: grad.clone() for p, grad in shared.own_grads(grads).items()}
+    (found,) = shared.all_gather_uneven([own_grads], grads)
+    assert communicator.messages == [("all_gather", 16 * travels.itemsize)]
     assert {direction.dtype for direction in found.values()} == {torch.float32}
-    (own,) = shared.own_part(grads)
+    (own,) = shared.own_grads(grads)
     torch.testing.assert_close(found[own], grads[own].float(), rtol=0, atol=0)
 
 
@@ -301,8 +301,8 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "HOST", set())
     net = Net()
     curvature = Curvature(net, mode="polar", update_every_n_steps=2, block_size=4)
-    exchange = Counting(2, bf16=False)
-    curvature.connect(exchange, workers=Workers(exchange, exchange))
+    communicator = Counting(2)
+    curvature.connect(communicator, worker_grid=WorkerGrid(communicator, communicator))
     optimizer = configure_thor(net, mode="polar", preconditioner=curvature)
     for step in range(3):
         with Watch() as watch:
@@ -317,13 +317,15 @@ def test_the_work_of_a_step_is_shared_out_evenly() -> None:
     layers = Curvature(model).layers
     found = []
     for group in range(4):
-        exchange = Counting(4, bf16=False)
-        exchange.own_share = group
-        found.append(SharedDirections(exchange, layers, products=2, polar=layers).own)
+        communicator = Counting(4)
+        communicator.rank = group
+        found.append(SharedDirections(communicator, layers, products=2, polar=layers).own)
     assert sorted(layer for own in found for layer in own) == list(range(12))
     assert [len(own) for own in found] == [3] * 4
     for trained in train(4, 1, n_steps=0):
-        own = {name for index, name in enumerate(trained.curvature.layers) if index in trained.curvature.stacks.kept}
+        own = {
+            name for index, name in enumerate(trained.curvature.layers) if index in trained.curvature.stacks.has_inverse
+        }
         for together in ({"table", "head"}, {f"attention.{role}_proj" for role in "qkv"}):
             assert together <= trained.curvature.layers.keys()
             assert together <= own or not together & own
@@ -357,10 +359,10 @@ def test_a_failure_is_counted_once_on_all_processes_and_keeps_the_older_inverse(
 def test_connecting_after_a_step_is_refused() -> None:
     (trained,) = on_ranks(1, None, lambda place: fresh(place))
     go_on(trained, range(1))
-    exchange = Counting(2, bf16=False)
-    trained.curvature.connect(exchange)  # as before: everyone keeps all
+    communicator = Counting(2)
+    trained.curvature.connect(communicator)  # as before: everyone keeps all
     with pytest.raises(RuntimeError, match=r"came after 1 steps.*Connect before the first"):
-        trained.curvature.connect(exchange, workers=Workers(Alone(), exchange))
+        trained.curvature.connect(communicator, worker_grid=WorkerGrid(SingleProcess(), communicator))
 
 
 # ── checkpoints ──
@@ -440,7 +442,7 @@ def test_a_block_whose_inversion_failed_has_lost_its_older_inverse_and_that_is_t
         return trained
 
     first = on_ranks(4, 1, work)[0].curvature
-    kept = [name for index, name in enumerate(first.layers) if index in first.stacks.kept]
+    kept = [name for index, name in enumerate(first.layers) if index in first.stacks.has_inverse]
     lost = [name for name in ("body", "conv", "back") if name not in kept]
     assert lost
     used = alone()
@@ -465,7 +467,7 @@ def test_a_factor_that_became_zero_keeps_its_inverse_but_not_through_a_checkpoin
     stacks, name = trained.curvature.stacks, "body"
     before = copy.deepcopy(trained.curvature.state_dict()["layers"][name])
     stacks.blocks_of(trained.curvature._factors[name]["G"], "average").zero_()
-    stacks.invert(stacks.select(tuple(stacks.kept)), "trace", 0.7, trained.curvature.solve)
+    stacks.invert(stacks.select(tuple(stacks.has_inverse)), "trace", 0.7, trained.curvature.solve)
     saved = copy.deepcopy(trained.curvature.state_dict())
     for key in ("G_added", "G_inverse"):
         torch.testing.assert_close(saved["layers"][name][key], before[key], rtol=0, atol=0)

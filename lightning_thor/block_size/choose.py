@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.block_size.spectral_loss import Cut, spectral_losses
-from lightning_thor.layers.base import Layer, Use, attentions_of
+from lightning_thor.block_size.spectral_loss import PartitionFn, spectral_losses
+from lightning_thor.layers.base import Layer, ModuleUse, attention_uses
 from lightning_thor.layers.custom import registered_uses
-from lightning_thor.layers.discovery import layers_of
+from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.hooks import Hooks
-from lightning_thor.layers.pair_checks import rows_fit
-from lightning_thor.layers.registry import LINEAR, MIRRORED, STATISTICS, Statistics
-from lightning_thor.linalg.block_diagonal import Blocks, add_covariance_
+from lightning_thor.layers.pair_checks import are_rows_of
+from lightning_thor.layers.registry import LINEAR, LINEAR_TRANSPOSED, STATISTICS, KfacApprox
+from lightning_thor.linalg.block_diagonal import BlockPartition, add_covariance_
 from lightning_thor.linalg.decompositions import damped_inverses
 
 TOLERABLE_LOSS = 0.01
@@ -79,7 +79,7 @@ def choose_block_size(
     *,
     precondition_bias: bool = False,
     max_rows: int | None = 1024,
-    statistics: str | Statistics = "expand",
+    statistics: str | KfacApprox = "expand",
     fused: Mapping[str, int] | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
 ) -> BlockSplit:
@@ -102,8 +102,8 @@ def choose_block_size(
     >>> split.candidates, split.shares[-1], split.block_size in split.candidates
     ([1, 16, 32, 40], 1.0, True)
     """
-    statistics = statistics if isinstance(statistics, Statistics) else STATISTICS[statistics]
-    layers, _ = layers_of(
+    statistics = statistics if isinstance(statistics, KfacApprox) else STATISTICS[statistics]
+    layers, _ = discover_layers(
         model,
         block_size=None,
         precondition_bias=precondition_bias,
@@ -126,14 +126,14 @@ def choose_block_size(
             if factor is None or not bool(torch.isfinite(factor).all()):
                 left_out[key] = "not observed" if factor is None else "not finite"
                 continue
-            kept.append(spectral_losses(factor, sizes, statistics.cut) < TOLERABLE_LOSS)
+            kept.append(spectral_losses(factor, sizes, statistics.partition) < TOLERABLE_LOSS)
     if left_out and not kept:
         raise ValueError(
             f"No factor could be looked at for the choice of block_size: {_some(left_out)}. Give block_size a number."
         )
     shares = torch.stack(kept).double().mean(0).tolist() if kept else [1.0] * len(sizes)
     cuts = [factors[key] for key in wanted if key not in left_out]
-    seconds = [_inversion_seconds(cuts, size, statistics.cut, device, dtype) for size in sizes]
+    seconds = [_inversion_seconds(cuts, size, statistics.partition, device, dtype) for size in sizes]
     crossing, block_size = cross(sizes, shares, [seconds[0] / each for each in seconds])
     return BlockSplit(block_size, crossing, sizes, shares, seconds, len(kept), left_out, _name(device))
 
@@ -167,7 +167,7 @@ def cross(candidates: Sequence[int], shares: Sequence[float], speeds: Sequence[f
     return 2.0**place, candidates[first if place >= (low + high) / 2 else first - 1]
 
 
-def _cuttable(layer: Layer) -> dict[str, Blocks]:
+def _cuttable(layer: Layer) -> dict[str, BlockPartition]:
     """The whole factors of a layer that could be cut: not those that are diagonal anyway, nor single numbers."""
     sides = {"A": layer.A, "G": layer.G}
     return {side: whole for side, whole in sides.items() if whole and whole.n_blocks == 1 and whole.width > 1}
@@ -175,7 +175,7 @@ def _cuttable(layer: Layer) -> dict[str, Blocks]:
 
 def _observed(
     layers: dict[str, Layer],
-    wanted: dict[str, Blocks],
+    wanted: dict[str, BlockPartition],
     loss_of_a_batch: Callable[[], Tensor],
     dtype: torch.dtype,
     max_rows: int | None,
@@ -189,10 +189,10 @@ def _observed(
 
         def observe(
             use_name: str, a: Tensor, g: Tensor, keys: set[str] = keys, sums: dict[str, Tensor] = sums,
-            uses: Mapping[str, tuple[str, Use]] = uses,
+            uses: Mapping[str, tuple[str, ModuleUse]] = uses,
         ) -> None:  # fmt: skip
             name, use = uses[use_name]
-            if layers[name].kind in (LINEAR, MIRRORED) and not rows_fit(layers[name], use.module, a, g):
+            if layers[name].kind in (LINEAR, LINEAR_TRANSPOSED) and not are_rows_of(layers[name], use.module, a, g):
                 return
             seen = layers[name].observe(a, g, dtype, max_rows, use.module)
             # The scale of a factor does not matter here.
@@ -207,7 +207,7 @@ def _observed(
             called,
             lambda name: True,
             observe,
-            attentions_of(use for _, use in uses.values()),
+            attention_uses(use for _, use in uses.values()),
             weight_of=lambda use_name, uses=uses: uses[use_name][1].weight,  # type: ignore[misc]
             needs_returned=registered_uses(layers[name] for name in names).__contains__,
         )
@@ -221,7 +221,7 @@ def _observed(
             yield key, None if factor is None else factor[:, 0]
 
 
-def _passes(wanted: dict[str, Blocks]) -> list[set[str]]:
+def _passes(wanted: dict[str, BlockPartition]) -> list[set[str]]:
     """The factors in portions of at most `PASS_ELEMENTS`."""
     passes: list[set[str]] = []
     room = 0
@@ -236,7 +236,7 @@ def _passes(wanted: dict[str, Blocks]) -> list[set[str]]:
 
 
 def _inversion_seconds(
-    factors: Sequence[Blocks], block_size: int, cut: Cut, device: torch.device, dtype: torch.dtype
+    factors: Sequence[BlockPartition], block_size: int, partition: PartitionFn, device: torch.device, dtype: torch.dtype
 ) -> float:
     """Time of inverting all blocks of these factors once, as a refresh does: those of one size together.
 
@@ -245,7 +245,7 @@ def _inversion_seconds(
     """
     numbers: dict[int, int] = {}
     for whole in factors:
-        blocks = cut(whole.width, block_size, whole.groups)
+        blocks = partition(whole.width, block_size, whole.groups)
         size = max(blocks.size, 2)
         numbers[size] = numbers.get(size, 0) + blocks.groups * blocks.n_blocks
     total = 0.0

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_thor.linalg.block_diagonal import Blocks, cut
+from lightning_thor.linalg.block_diagonal import BlockPartition, partition
 
 LANCZOS_STEPS = 48
 
 
-Cut = Callable[[int, int | None, int], Blocks]
-"""``(width, block_size, groups)`` to blocks, as `lightning_thor.linalg.block_diagonal.cut` does."""
+PartitionFn = Callable[[int, int | None, int], BlockPartition]
+"""``(width, block_size, groups)`` to blocks, as `lightning_thor.linalg.block_diagonal.partition` does."""
 
 
 def spectral_loss(matrix: Tensor, block_size: int) -> float:
@@ -25,15 +25,15 @@ def spectral_loss(matrix: Tensor, block_size: int) -> float:
 
     Args:
         matrix: A, symmetric positive semi-definite, ``[d, d]``.
-        block_size: Â is A in the blocks of `lightning_thor.linalg.block_diagonal.cut`, and zero elsewhere.
+        block_size: Â is A in the blocks of `lightning_thor.linalg.block_diagonal.partition`, and zero elsewhere.
 
     >>> spectral_loss(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), 1)
     0.3333
     """
-    return float(spectral_losses(matrix[None], [block_size], cut)[0])
+    return float(spectral_losses(matrix[None], [block_size], partition)[0])
 
 
-def spectral_losses(factor: Tensor, sizes: Sequence[int], cut: Cut) -> Tensor:
+def spectral_losses(factor: Tensor, sizes: Sequence[int], partition: PartitionFn) -> Tensor:
     """`spectral_loss` of one factor for each of several block sizes.
 
     Args:
@@ -45,12 +45,12 @@ def spectral_losses(factor: Tensor, sizes: Sequence[int], cut: Cut) -> Tensor:
         ``[len(sizes)]``, on the CPU.
     """
     groups, width, _ = factor.shape
-    largest = [_largest_eigenvalue(_diagonal_blocks(factor, cut(width, size, groups))) for size in sizes]
+    largest = [_largest_eigenvalue(_diagonal_blocks(factor, partition(width, size, groups))) for size in sizes]
     whole, parts = _largest_eigenvalue(factor), torch.stack(largest)
     return torch.where(whole > 0, 1 - parts / whole, 0.0).cpu()
 
 
-def _diagonal_blocks(factor: Tensor, blocks: Blocks) -> Tensor:
+def _diagonal_blocks(factor: Tensor, blocks: BlockPartition) -> Tensor:
     """``[groups, d, d]`` to ``[groups * n_blocks, size, size]``."""
     if blocks.n_blocks == 1:
         return factor

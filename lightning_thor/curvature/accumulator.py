@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from lightning_thor.curvature.refresh_schedule import RefreshSchedule
-from lightning_thor.distributed.factor_reducer import Window
-from lightning_thor.factors.state import FactorStacks
-from lightning_thor.layers.base import Layer, Use
-from lightning_thor.layers.discovery import some_of
-from lightning_thor.layers.linear import linear_rows, thin_linear
-from lightning_thor.layers.pair_checks import rows_fit
-from lightning_thor.layers.registry import LINEAR, MIRRORED, Statistics
-from lightning_thor.layers.weight_use import backward_pass
+from lightning_thor.distributed.factor_reducer import FactorReducer
+from lightning_thor.factors.state import FactorState
+from lightning_thor.layers.base import Layer, ModuleUse
+from lightning_thor.layers.discovery import name_some
+from lightning_thor.layers.linear import linear_rows, subsample_linear_input
+from lightning_thor.layers.pair_checks import are_rows_of
+from lightning_thor.layers.registry import LINEAR, LINEAR_TRANSPOSED, KfacApprox
+from lightning_thor.layers.weight_product import backward_pass
 from lightning_thor.linalg.block_diagonal import add_covariance_
 
 EXPONENT_STEP, LARGEST_EXPONENT = 32, 96
 """The unit of gradients is 2 to a multiple of the former, up to the latter: 1, but for very small or large losses."""
 
 
-class Observer:
+class FactorAccumulator:
     """Adds pairs to the open window, as covariances or, where a layer is only probed, as their traces.
 
     Args:
@@ -44,7 +44,7 @@ class Observer:
     def __init__(
         self,
         layers: Mapping[str, Layer],
-        stacks: FactorStacks,
+        stacks: FactorState,
         schedule: RefreshSchedule,
         backward_pass: Callable[[], int] = backward_pass,
     ) -> None:
@@ -71,9 +71,9 @@ class Observer:
         name: str,
         a: Tensor,
         g: Tensor,
-        window: Window,
+        window: FactorReducer,
         *,
-        statistics: Statistics,
+        statistics: KfacApprox,
         max_rows: int | None,
         loss_reduction: str,
         loss_multiplier: Callable[[], float | Tensor] | None,
@@ -105,10 +105,10 @@ class Observer:
         g = self._in_its_unit(g, scale)
         if self._schedule.is_probe[index]:
             squares = layer.squares(a, g, stacks.dtype, max_rows, use.module)
-            weight, n_samples = self._share_of(index, squares.n_samples, n_seen)
+            weight, n_samples = self._use_weight(index, squares.n_samples, n_seen)
             trace_A = 0.0 if squares.a is None else squares.a
             stacks.count(index, squares.n_rows, n_samples, trace_A, squares.g * (scale * weight) ** 2)
-            window.given(index)
+            window.mark_ready(index)
             return
         seen = layer.observe(a, g, stacks.dtype, max_rows, use.module)
         if layer.A is not None and seen.a is not None:
@@ -117,15 +117,15 @@ class Observer:
         if seen.token_counts is not None:
             assert sums_A is not None
             sums_A.add_(seen.token_counts)
-        weight, n_samples = self._share_of(index, seen.n_samples, n_seen)
+        weight, n_samples = self._use_weight(index, seen.n_samples, n_seen)
         if weight != 1.0:
             scale = scale * weight
         assert sums_G is not None
         add_covariance_(sums_G, seen.g, layer.G, scale)
         stacks.count(index, seen.n_rows, n_samples, a.numel() + g.numel() if self._schedule.stagger else 0.0)
-        window.given(index)
+        window.mark_ready(index)
 
-    def note_output(self, name: str, output: Any, statistics: Statistics) -> None:
+    def note_output(self, name: str, output: Any, statistics: KfacApprox) -> None:
         """The output of a module that is not observed in this step, while others are: of `loss_layer` it tells how many
         terms the loss has."""
         if name == self.loss_layer and isinstance(output, Tensor):
@@ -160,13 +160,13 @@ class Observer:
         unit = stacks.gradient_unit
         return g if unit is None or (not isinstance(unit, Tensor) and unit == 1.0) else g.to(stacks.dtype) / unit
 
-    def _is_misfit(self, index: int, use: Use, a: Tensor, g: Tensor, max_rows: int | None) -> bool:
+    def _is_misfit(self, index: int, use: ModuleUse, a: Tensor, g: Tensor, max_rows: int | None) -> bool:
         """Whether a pair is none of rows of the layer's weight, which is then noted."""
         layer = self._layers[index]
-        if layer.kind not in (LINEAR, MIRRORED):
+        if layer.kind not in (LINEAR, LINEAR_TRANSPOSED):
             return False
         is_thinned = a.dim() == 2 and len(a) == max_rows
-        if rows_fit(layer, use.module, a, g, whole=not is_thinned):
+        if are_rows_of(layer, use.module, a, g, whole=not is_thinned):
             return False
         self.misfits[index] = (
             f"its input {list(a.shape)} and its output's gradient {list(g.shape)} are not rows of its weight "
@@ -174,12 +174,12 @@ class Observer:
         )
         return True
 
-    def thin(self, name: str, a: Tensor, max_rows: int | None) -> Tensor:
+    def subsample_input(self, name: str, a: Tensor, max_rows: int | None) -> Tensor:
         """What of an input has to wait for its gradient: where rows are taken of it anyway, these alone."""
         index, _ = self.uses[name]
-        return thin_linear(a, max_rows) if self._layers[index].rows_of is linear_rows else a
+        return subsample_linear_input(a, max_rows) if self._layers[index].rows_of is linear_rows else a
 
-    def _share_of(self, index: int, n_taken: float, n_seen: float) -> tuple[float, float]:
+    def _use_weight(self, index: int, n_taken: float, n_seen: float) -> tuple[float, float]:
         """What to multiply the gradients of one use of a layer by, and how many samples it adds.
 
         G is an expectation over samples of a sum over uses, as it is of a sum over positions in a convolution: the
@@ -200,7 +200,7 @@ class Observer:
         share = 1.0 if self._terms[:2] == (backward, index) else n_seen / first[2]
         return math.sqrt(first[1] / n_taken * share) if n_taken else 1.0, 0.0
 
-    def take_window(self, other: Observer) -> None:
+    def take_window(self, other: FactorAccumulator) -> None:
         """Go on with what another one of the same layers has noted."""
         self._observed, self._backward = set(other._observed), dict(other._backward)
         self._terms, self._noted, self.loss_layer = other._terms, other._noted, other.loss_layer
@@ -242,10 +242,10 @@ class Observer:
         )
         # After the sum over ranks, so that all of them raise, or none: a rank alone would leave the others waiting.
         if len(silent) == n_due and not self._stacks.counts.any():
-            raise RuntimeError(f"No layer was observed before the first step ({some_of(silent)}). {advice}")
+            raise RuntimeError(f"No layer was observed before the first step ({name_some(silent)}). {advice}")
         warnings.warn(
             f"{len(silent)} of {n_due} layers with curvature were not observed before the first step (in "
-            f"this process) and take their plain gradient until they are: {some_of(silent)}. {advice}",
+            f"this process) and take their plain gradient until they are: {name_some(silent)}. {advice}",
             stacklevel=5,
         )
 
@@ -264,7 +264,7 @@ class Observer:
         names = [self._layers[index].name for index, rows in zip(new, n_rows, strict=True) if not rows]
         if names:
             warnings.warn(
-                f"{some_of(names)}: observed before, but not at this refresh, and goes on with the curvature that it "
+                f"{name_some(names)}: observed before, but not at this refresh, and goes on with the curvature that it "
                 "has. Its module was not called since the last step, was called without gradients or in another way "
                 "(F.linear with its weight), or was compiled anew without hooks. This is told once for each layer.",
                 stacklevel=5,

@@ -35,14 +35,14 @@ class _ByClassPath(ABCMeta):
 
 
 if TYPE_CHECKING:
-    OfStep = Callable[[int], float]
-    IntOfStep = Callable[[int], int]
-    OfNothing = Callable[[], Any]
-    OfParameter = Callable[[Any], bool]
-    OfBatch = Callable[[Any], Any]
+    StepFn = Callable[[int], float]
+    IntStepFn = Callable[[int], int]
+    NumberFn = Callable[[], Any]
+    ParameterFn = Callable[[Any], bool]
+    BatchFn = Callable[[Any], Any]
 else:
 
-    class OfStep(metaclass=_ByClassPath):
+    class StepFn(metaclass=_ByClassPath):
         """A function of the step."""
 
         n_arguments = 1
@@ -51,7 +51,7 @@ else:
         def __call__(self, step: int) -> float:
             """What is due at this step."""
 
-    class OfNothing(metaclass=_ByClassPath):
+    class NumberFn(metaclass=_ByClassPath):
         """A function without arguments."""
 
         n_arguments = 0
@@ -60,7 +60,7 @@ else:
         def __call__(self) -> float:
             """What it is now."""
 
-    class OfParameter(metaclass=_ByClassPath):
+    class ParameterFn(metaclass=_ByClassPath):
         """Whether something holds for a parameter."""
 
         n_arguments = 1
@@ -69,7 +69,7 @@ else:
         def __call__(self, parameter: Any) -> bool:
             """Of this one."""
 
-    class OfBatch(metaclass=_ByClassPath):
+    class BatchFn(metaclass=_ByClassPath):
         """A number of a batch of data."""
 
         n_arguments = 1
@@ -79,8 +79,8 @@ else:
             """Of this one."""
 
     # The names are what an error of jsonargparse says, and its help.
-    OfStep.__name__ = "a class with __call__(step), given by class_path, such as lightning_thor.schedules.Polynomial"
-    OfNothing.__name__ = "a class with __call__(), given by class_path"
-    OfParameter.__name__ = "a class with __call__(parameter), given by class_path"
-    OfBatch.__name__ = "a class with __call__(batch), given by class_path"
-    IntOfStep = OfStep
+    StepFn.__name__ = "a class with __call__(step), given by class_path, such as lightning_thor.schedules.Polynomial"
+    NumberFn.__name__ = "a class with __call__(), given by class_path"
+    ParameterFn.__name__ = "a class with __call__(parameter), given by class_path"
+    BatchFn.__name__ = "a class with __call__(batch), given by class_path"
+    IntStepFn = StepFn

@@ -14,35 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.curvature.accumulator import Observer
-from lightning_thor.curvature.callables import OfNothing
+from lightning_thor.curvature.accumulator import FactorAccumulator
+from lightning_thor.curvature.callables import NumberFn
 from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.refresh_schedule import Interval, RefreshSchedule
-from lightning_thor.curvature.state_dict import snapshot_of, take_over
+from lightning_thor.curvature.state_dict import curvature_state, load_curvature_state
 from lightning_thor.distributed import process_group
 from lightning_thor.distributed.assignment import refresh_costs
-from lightning_thor.distributed.communicator import Alone, Exchange, Workers
-from lightning_thor.distributed.factor_reducer import Cut, Turn, Window, one_bucket
+from lightning_thor.distributed.communicator import Communicator, SingleProcess, WorkerGrid
+from lightning_thor.distributed.factor_reducer import BucketFn, DueLayers, FactorReducer, one_bucket
 from lightning_thor.distributed.shared_directions import SharedDirections
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.factors.layout import factors_of, stacks_of
 from lightning_thor.factors.state import Solve
 from lightning_thor.factors.trace_rule import trace_rule_of, verdicts
-from lightning_thor.layers.base import Layer, attentions_of
+from lightning_thor.layers.base import Layer, attention_uses
 from lightning_thor.layers.custom import registered_uses
-from lightning_thor.layers.discovery import layers_of, matrices_of, plain_name, some_of, trained
+from lightning_thor.layers.discovery import discover_layers, matrix_layers, name_some, trained, uncompiled_name
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.pair_checks import NOT_A_PAIR, PairChecks
-from lightning_thor.layers.registry import STATISTICS, Statistics
+from lightning_thor.layers.registry import STATISTICS, KfacApprox
 from lightning_thor.linalg import memory
 from lightning_thor.linalg.decompositions import ROOT
 from lightning_thor.linalg.memory import HostCopy
-from lightning_thor.preconditioning.batching import Batch, Kept, batches_of
 from lightning_thor.preconditioning.directions import natural_in_parts, polar, to_eigenbasis
-from lightning_thor.preconditioning.modes import KEEPINGS, PLAIN, Mode
+from lightning_thor.preconditioning.grouping import FactorPair, LayerGroup, group_layers
+from lightning_thor.preconditioning.modes import DECOMPOSITIONS, FALLBACK, Mode
 
-LEAST_ROWS = 256
+MIN_ROWS_PER_RANK = 256
 """That each of several processes takes, however many there are: batch norms take a mean and a variance of some."""
 
 
@@ -128,10 +128,10 @@ class Curvature:
         stagger: bool = False,
         trace_rule: str | tuple[float, float] | None = None,
         max_rows: int | None = 1024,
-        statistics: str | Statistics = "expand",
+        statistics: str | KfacApprox = "expand",
         loss_reduction: str = "mean",
-        loss_multiplier: OfNothing | None = None,
-        loss_terms: OfNothing | None = None,
+        loss_multiplier: NumberFn | None = None,
+        loss_terms: NumberFn | None = None,
         fused: Mapping[str, int] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
@@ -157,7 +157,7 @@ class Curvature:
         self.damping_rule: DampingRule = damping_rule
         self.averaging = averaging
         self.max_rows = max_rows
-        self.statistics = statistics if isinstance(statistics, Statistics) else STATISTICS[statistics]
+        self.statistics = statistics if isinstance(statistics, KfacApprox) else STATISTICS[statistics]
         self.loss_reduction = loss_reduction
         self.loss_multiplier = loss_multiplier
         self.loss_terms = loss_terms
@@ -165,8 +165,8 @@ class Curvature:
         self.is_listening: Callable[[], bool] = partial(getattr, model, "training")
         self._paused = False
         parameters = None if parameters is None else set(parameters)
-        matrices = matrices_of(model) if mode != "natural" else []
-        self.layers, self.left_out = layers_of(
+        matrices = matrix_layers(model) if mode != "natural" else []
+        self.layers, self.left_out = discover_layers(
             model,
             block_size=block_size,
             precondition_bias=precondition_bias,
@@ -178,19 +178,19 @@ class Curvature:
         _warn_of_few_weights(model, self.layers, self.left_out, parameters)
         self.polar_layers = {name for name in matrices[:-1] if name in self.layers} if mode == "polar" else set()
         self._factors = factors_of(self.layers)
-        self.stacks = stacks_of(self.layers, keeping=KEEPINGS[mode])
+        self.stacks = stacks_of(self.layers, decomposition=DECOMPOSITIONS[mode])
         self._trace_rule = trace_rule_of(trace_rule)
         self._schedule = RefreshSchedule(
             update_every_n_steps, len(self.layers), stagger, probes=self._trace_rule is not None
         )
-        self._observer = Observer(self.layers, self.stacks, self._schedule, lambda: self._hooks.backward_pass)
+        self._observer = FactorAccumulator(self.layers, self.stacks, self._schedule, lambda: self._hooks.backward_pass)
         self._checks = PairChecks(model, self.layers, self._observer.uses)
         self._found: HostCopy | None = None
         """What `_agree` found, on its way to the host."""
         self._has_agreed = False
         """Whether the processes have come to one unit of gradients, and told each other of layers that do not fit."""
         self.step = 0
-        self.connect(process_group.Ranks())
+        self.connect(process_group.ProcessGroupCommunicator())
         uses = [use for layer in self.layers.values() for use in layer.uses]
         called = {use.name: use.module for use in uses if use.attention is None}
         indices = {name: index for name, (index, _) in self._observer.uses.items()}
@@ -204,9 +204,9 @@ class Curvature:
             called,
             self._is_open,
             self.observe,
-            attentions_of(uses),
-            self._announce,
-            thin=lambda name, a: self._observer.thin(name, a, self._rows_here()),
+            attention_uses(uses),
+            self._expect,
+            subsample_input=lambda name, a: self._observer.subsample_input(name, a, self._rows_here()),
             is_due=is_due,
             weight_of=lambda name: self._observer.uses[name][1].weight,
             needs_returned=registered_uses(self.layers.values()).__contains__,
@@ -216,47 +216,50 @@ class Curvature:
 
     def connect(
         self,
-        exchange: Exchange,
+        communicator: Communicator,
         *,
-        cut: Cut = one_bucket,
-        may_start: Callable[[], bool] | None = None,
-        workers: Workers | None = None,
+        bucket_fn: BucketFn = one_bucket,
+        is_sync_step: Callable[[], bool] | None = None,
+        worker_grid: WorkerGrid | None = None,
     ) -> None:
         """Say how processes that train together are to be reached; from the beginning all ranks of the default group.
 
         Args:
             exchange: what sums and gathers.
-            cut: which layers' factors travel together, see `lightning_thor.distributed.factor_reducer`.
+            bucket_fn: which layers' factors are sent together, see `lightning_thor.distributed.factor_reducer`.
             may_start: whether a backward is the last before the step, so that sums may start in it; None: in `update`.
-            workers: who keeps the inverses of which layers and makes their directions; None: everyone those of all.
+            worker_grid: who keeps the inverses of which layers and makes their directions; None: everyone those of all.
 
         Raises:
             RuntimeError: a step was made, and the inverses were to be kept elsewhere from now on.
         """
         self._connection: dict[str, Any] = {
-            "exchange": exchange,
-            "cut": cut,
-            "may_start": may_start,
-            "workers": workers,
+            "exchange": communicator,
+            "bucket_fn": bucket_fn,
+            "may_start": is_sync_step,
+            "worker_grid": worker_grid,
         }
-        keeping, (inverters, receivers) = self.stacks.keeping, workers or Workers(exchange, Alone())
-        if self.mode == "adam" and receivers.n_shares > 1:
+        decomposition, (inverters, receivers) = (
+            self.stacks.decomposition,
+            worker_grid or WorkerGrid(communicator, SingleProcess()),
+        )
+        if self.mode == "adam" and receivers.world_size > 1:
             raise ValueError(
                 "inverse_workers must be None with mode='adam': every rank needs the eigenvectors of all layers."
             )
-        shared = SharedDirections(receivers, self.layers, products=keeping.products, polar=self.polar_layers)
-        if self.stacks.kept != set(shared.own):
+        shared = SharedDirections(receivers, self.layers, products=decomposition.products, polar=self.polar_layers)
+        if self.stacks.has_inverse != set(shared.own):
             if self.step:
                 raise RuntimeError(
-                    f"Curvature.connect(workers=...) came after {self.step} steps, and the inverses are kept by other "
+                    f"Curvature.connect(worker_grid=...) came after {self.step} steps, and the inverses are kept by other "
                     "processes by now. Connect before the first step, and before load_state_dict."
                 )
-            self.stacks.keep(shared.own)
+            self.stacks.set_inverse_owner(shared.own)
             self.__dict__.pop("_batches", None)
-        self._exchange, self._shared, layers = exchange, shared, list(self.layers.values())
+        self._communicator, self._shared, layers = communicator, shared, list(self.layers.values())
         self._own_layers = [layers[index] for index in shared.own]
-        self._window = Window(self.stacks, exchange, self._turn, cut, may_start)
-        self.solve: Solve = SharedInversions(inverters, keeping.make, keeping.form)
+        self._window = FactorReducer(self.stacks, communicator, self._turn, bucket_fn, is_sync_step)
+        self.solve: Solve = SharedInversions(inverters, decomposition.make, decomposition.form)
 
     def is_due(self) -> bool:
         """True if the coming step refreshes some layer; those layers' forward and backward passes are observed.
@@ -270,7 +273,7 @@ class Curvature:
         layers = list(self.layers.values())
         return {p for index in self._schedule.due(self.step) for p in layers[index].parameters}
 
-    def _turn(self) -> Turn:
+    def _turn(self) -> DueLayers:
         """The layers to refresh and those to probe at this step."""
         return self._schedule.due(self.step), self._schedule.probed(self.step)
 
@@ -282,7 +285,7 @@ class Curvature:
 
     @property
     def gradient_unit(self) -> float | Tensor:
-        """What output gradients are divided by to be rows of G, see `FactorStacks.gradient_unit`."""
+        """What output gradients are divided by to be rows of G, see `FactorState.gradient_unit`."""
         unit = self.stacks.gradient_unit
         return 1.0 if unit is None else unit
 
@@ -359,7 +362,7 @@ class Curvature:
                 found = self._probe(probed) if probed else None
                 if due:
                     selection = self.stacks.select(due)
-                    self.stacks.average_window(selection, self.averaging)
+                    self.stacks.update_ema(selection, self.averaging)
                     failed = self.stacks.failed_inversions.clone()
                     self.stacks.invert(selection, self.damping_rule, self.damping_now(), self.solve)
                     self._shared.add_up_(self.stacks.failed_inversions, before=failed)
@@ -371,9 +374,9 @@ class Curvature:
     def _agree(self) -> None:
         """Before the sums of the first window: bring all processes to one unit of gradients, and leave out the layers
         of which one has found that they do not fit their weight's gradient. Alone, before all sums; no device sync."""
-        exchange, stacks, unit = self._exchange, self.stacks, self.stacks.gradient_unit
+        communicator, stacks, unit = self._communicator, self.stacks, self.stacks.gradient_unit
         is_first, self._has_agreed = not self._has_agreed, True
-        if exchange.n_shares > 1 and not is_first:
+        if communicator.world_size > 1 and not is_first:
             return
         verdicts, known = self._checks.collect(), self._observer.misfits.keys() - self._schedule.dismissed()
         if not (is_first or verdicts or known):
@@ -381,9 +384,9 @@ class Curvature:
         no, yes = stacks.counts.new_zeros(()), stacks.counts.new_ones(())
         flags = [yes if i in known else verdicts.get(i, no).to(stacks.dtype) for i in range(len(self.layers))]
         told = torch.stack([torch.as_tensor(1.0 if unit is None else unit).to(no).log2(), *flags])
-        if exchange.n_shares > 1:
+        if communicator.world_size > 1:
             self._checks.stop()
-            all_told = exchange.gather(told).view(exchange.n_shares, -1)
+            all_told = communicator.all_gather(told).view(communicator.world_size, -1)
             most, least = all_told.amax(0), all_told.amin(0)
             # The one farthest from 1: a process that has seen nothing, or zeros, says 1.
             told = torch.cat([torch.where(most[:1] >= -least[:1], most[:1], least[:1]), most[1:]])
@@ -406,7 +409,8 @@ class Curvature:
         if new:
             names = list(self.layers)
             warnings.warn(
-                f"{some_of([names[index] for index in new])}: without curvature from now on, with {PLAIN[self.mode]}. "
+                f"{name_some([names[index] for index in new])}: without curvature from now on, with "
+                f"{FALLBACK[self.mode]}. "
                 f"{names[new[0]] or '(the model itself)'}: {self.left_out[names[new[0]]]}.",
                 stacklevel=5,
             )
@@ -444,9 +448,9 @@ class Curvature:
         """What `precondition` gives, some tensors at a time: so each can be used while it is in the processor's cache,
         and memory is needed for some alone. On a GPU, and where directions come from other processes, all at once."""
         self.check_that_it_serves("natural", "polar")
-        roots, unit = self.stacks.keeping is ROOT, self.gradient_unit
-        own = natural_in_parts(self._batches, self._shared.own_part(grads), roots=roots, unit=unit)
-        parts = self._shared.bring_to_all(own, grads)
+        roots, unit = self.stacks.decomposition is ROOT, self.gradient_unit
+        own = natural_in_parts(self._batches, self._shared.own_grads(grads), roots=roots, unit=unit)
+        parts = self._shared.all_gather_uneven(own, grads)
         while True:
             # Not around what the caller does with a part.
             with self._full_precision():
@@ -468,9 +472,9 @@ class Curvature:
         """
         self.check_that_it_serves("polar")
         with self._full_precision():
-            own = self._shared.own_part(momenta)
+            own = self._shared.own_grads(momenta)
             made = polar(self._batches, own, names=self.polar_layers, unit=self.gradient_unit)
-            (directions,) = self._shared.bring_to_all([made], momenta)
+            (directions,) = self._shared.all_gather_uneven([made], momenta)
             return directions
 
     @torch.no_grad()
@@ -507,7 +511,7 @@ class Curvature:
 
         The tensors are the curvature's own, not copies, as in a module's ``state_dict``.
         """
-        state = snapshot_of(self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
+        state = curvature_state(self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
         return state | {"loss_layer": self._observer.loss_layer}
 
     @torch.no_grad()
@@ -523,7 +527,9 @@ class Curvature:
             ValueError: the state is of another mode, other layers, or of other block sizes, or it is damaged; nothing
                 was changed.
         """
-        self.step = take_over(state, self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
+        self.step = load_curvature_state(
+            state, self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode
+        )
         self._has_agreed, self._observer.loss_layer = self.stacks.gradient_unit is not None, state.get("loss_layer")
         for index in self._schedule.dismissed():
             self._leave_out(index, "found not to fit its weight's gradient in the run that was saved")
@@ -540,7 +546,7 @@ class Curvature:
         memo[id(self)] = twin
         if "_modules" not in vars(model):
             # The model holds this curvature, and is only being copied itself: hooks of its copy stay silent.
-            shared = (self._options, self.loss_multiplier, self.loss_terms, self._connection, self._exchange)
+            shared = (self._options, self.loss_multiplier, self.loss_terms, self._connection, self._communicator)
             memo.update((id(one), one) for one in shared)
             twin.__dict__ = copy.deepcopy(self.__dict__, memo)
             return twin
@@ -567,10 +573,10 @@ class Curvature:
         """This process's share of ``max_rows``."""
         if self.max_rows is None:
             return None
-        return max(-(-self.max_rows // self._exchange.n_shares), min(self.max_rows, LEAST_ROWS))
+        return max(-(-self.max_rows // self._communicator.world_size), min(self.max_rows, MIN_ROWS_PER_RANK))
 
-    def _announce(self, name: str) -> None:
-        self._window.announce(self._observer.uses[name][0])
+    def _expect(self, name: str) -> None:
+        self._window.expect(self._observer.uses[name][0])
 
     def _is_open(self, name: str) -> bool:
         index, use = self._observer.uses[name]
@@ -597,12 +603,12 @@ class Curvature:
         return damping
 
     @cached_property
-    def _batches(self) -> list[Batch]:
+    def _batches(self) -> list[LayerGroup]:
         """The layers whose directions are made here."""
         kept = [self.inverses_of(layer.name) for layer in self._own_layers]
-        return list(batches_of(self._own_layers, kept, apart=lambda layer: layer.name in self.polar_layers))
+        return list(group_layers(self._own_layers, kept, apart=lambda layer: layer.name in self.polar_layers))
 
-    def inverses_of(self, name: str) -> Kept:
+    def inverses_of(self, name: str) -> FactorPair:
         """Views of a layer's ``(A⁻¹, G⁻¹)``, in their blocks; of their roots or eigenvectors in the other modes."""
         views = {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors[name].items()}
         return views.get("A"), views["G"]
@@ -619,13 +625,13 @@ def _warn_of_few_weights(
         return
     sizes = {
         name: sum(p.numel() for p in module.parameters(recurse=False) if p in of_training - own and not _is_lazy(p))
-        for name, module in ((plain_name(name), module) for name, module in model.named_modules())
+        for name, module in ((uncompiled_name(name), module) for name, module in model.named_modules())
     }
     largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > 0]
     reasons = dict.fromkeys(left_out[name] for name in largest if name in left_out)
     warnings.warn(
         f"Curvature preconditions {n_own / n_trained:.0%} of the weights that are trained. The largest of the others "
-        f"are those of {some_of(largest, 3)} ({'; '.join(list(reasons)[:3]) or 'plain parameters'}). Give modules of "
+        f"are those of {name_some(largest, 3)} ({'; '.join(list(reasons)[:3]) or 'plain parameters'}). Give modules of "
         "your own curvature with lightning_thor.register_layer; write experts that lie in one stacked parameter as a "
         "list of nn.Linear, one for each expert.",
         stacklevel=3,

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_thor.curvature.callables import OfStep
+from lightning_thor.curvature.callables import StepFn
 from lightning_thor.curvature.refresh_schedule import Interval
 from lightning_thor.factors.damping import RULES
 from lightning_thor.factors.trace_rule import trace_rule_of
-from lightning_thor.layers.registry import STATISTICS, Statistics
+from lightning_thor.layers.registry import STATISTICS, KfacApprox
 from lightning_thor.preconditioning.modes import MODES
 
-Schedule = float | OfStep
+Schedule = float | StepFn
 
 
 def check_options(
@@ -26,7 +26,7 @@ def check_options(
     trace_rule: Any,
     averaging: float,
     max_rows: int | None,
-    statistics: str | Statistics,
+    statistics: str | KfacApprox,
     loss_reduction: str,
     fused: Mapping[str, int] | None = None,
 ) -> None:
@@ -58,7 +58,7 @@ def check_options(
         raise ValueError(f"averaging must lie in [0, 1); 0 uses the last batch alone. Got {averaging!r}.")
     if max_rows is not None and not _is_count(max_rows):
         raise ValueError(f"max_rows must be an int of at least 1, or None for all rows, got {max_rows!r}.")
-    if not isinstance(statistics, Statistics) and statistics not in STATISTICS:
+    if not isinstance(statistics, KfacApprox) and statistics not in STATISTICS:
         raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}.")
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")

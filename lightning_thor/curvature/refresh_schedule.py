@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from lightning_thor.curvature.callables import IntOfStep
-from lightning_thor.distributed.assignment import spread
+from lightning_thor.curvature.callables import IntStepFn
+from lightning_thor.distributed.assignment import assign_greedily
 from lightning_thor.factors.trace_rule import KEEP, STOP, UPDATE
 
-Interval = int | IntOfStep
+Interval = int | IntStepFn
 
 
 # Steps from a probe to the refresh that it asks for: the verdict reaches the host meanwhile, and nobody waits for it.
@@ -96,7 +96,7 @@ class RefreshSchedule:
         after_probes = self.probes and self._turns > 0
         offsets = [max(1, every - LAG) if after_probes else every] * len(due)
         if self.stagger and len(due) == sum(step < NEVER for step in self.next_steps):
-            offsets = spread([1.0 if costs is None else costs[layer] for layer in due], every)
+            offsets = assign_greedily([1.0 if costs is None else costs[layer] for layer in due], every)
         for layer, offset in zip(due, offsets, strict=True):
             self.next_steps[layer] = step + offset
             self.is_probe[layer] = self.probes

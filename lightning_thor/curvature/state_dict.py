@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_thor.curvature.refresh_schedule import RefreshSchedule
 from lightning_thor.factors.layout import Factors
-from lightning_thor.factors.state import FactorStacks
-from lightning_thor.layers.discovery import some_of
-from lightning_thor.preconditioning.modes import KEEPINGS, Mode
+from lightning_thor.factors.state import FactorState
+from lightning_thor.layers.discovery import name_some
+from lightning_thor.preconditioning.modes import DECOMPOSITIONS, Mode
 
 COUNTS = ("step", "refreshes", "turns", "failed_inversions", "rejected_windows")
 """What a state counts, each at least 0."""
@@ -24,8 +24,8 @@ LAYER_COUNTS = ("updates", "positions", "next_turn", "_added")
 """How the names of those tensors of a layer end that are at least 0 too."""
 
 
-def refuse_damaged(state: Any) -> None:
-    """Refuse a state that lacks a part, or in which a part is of another kind; see `refuse_damaged_layers`.
+def check_state(state: Any) -> None:
+    """Refuse a state that lacks a part, or in which a part is of another kind; see `check_layer_tensors`.
 
     Raises:
         ValueError: what is missing or wrong, and what to do.
@@ -55,7 +55,7 @@ def refuse_damaged(state: Any) -> None:
             raise _damaged(f"layer {name!r} is a {type(tensors).__name__}, not a dict")
 
 
-def refuse_damaged_layers(layers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Tensor]]) -> None:
+def check_layer_tensors(layers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Refuse tensors that are of another kind than this curvature's own, not finite, or negative where they count.
 
     Args:
@@ -100,12 +100,12 @@ def _damaged(fault: str) -> ValueError:
     )
 
 
-KEPT = (*(f"_{keeping.name}" for keeping in KEEPINGS.values()), "_inverted")
+KEPT = (*(f"_{decomposition.name}" for decomposition in DECOMPOSITIONS.values()), "_inverted")
 """How the names of those tensors end that only the processes have which keep a layer's inverses."""
 
 
-def snapshot_of(
-    factors: Factors, stacks: FactorStacks, schedule: RefreshSchedule, *, step: int, mode: Mode
+def curvature_state(
+    factors: Factors, stacks: FactorState, schedule: RefreshSchedule, *, step: int, mode: Mode
 ) -> dict[str, Any]:
     """Steps, factors and the inverses that are kept, by layer name; the tensors are those of ``stacks``, not copies.
 
@@ -118,7 +118,7 @@ def snapshot_of(
     """
     schedule.settle()
     done, turns = schedule.refreshes, schedule.turns(step)
-    kept = stacks.keeping.name
+    kept = stacks.decomposition.name
     layers: dict[str, dict[str, Tensor]] = {}
     for index, (name, sides) in enumerate(factors.items()):
         layers[name] = {
@@ -130,12 +130,12 @@ def snapshot_of(
         }
         for side, factor in sides.items():
             layers[name][side] = stacks.blocks_of(factor, "average")
-            layers[name][f"{side}_added"] = stacks.added[factor]
-            if index in stacks.kept:
+            layers[name][f"{side}_added"] = stacks.last_damping[factor]
+            if index in stacks.has_inverse:
                 layers[name][f"{side}_{kept}"] = stacks.blocks_of(factor, "inverse")
                 layers[name][f"{side}_inverted"] = stacks.inverted_of(factor)
-        if index in stacks.folded:
-            layers[name]["table_A"], layers[name]["table_G"] = stacks.folded[index]
+        if index in stacks.tied_averages:
+            layers[name]["table_A"], layers[name]["table_G"] = stacks.tied_averages[index]
     return {
         "step": step,
         "refreshes": done,
@@ -148,20 +148,20 @@ def snapshot_of(
     }
 
 
-def take_over(
+def load_curvature_state(
     state: Mapping[str, Any],
     factors: Factors,
-    stacks: FactorStacks,
+    stacks: FactorState,
     schedule: RefreshSchedule,
     *,
     step: int,
     mode: Mode,
 ) -> int:
-    """Bring ``stacks`` and ``schedule`` to what `snapshot_of` gave; inverses that it lacks are computed again.
+    """Bring ``stacks`` and ``schedule`` to what `curvature_state` gave; inverses that it lacks are computed again.
 
     Args:
         state: the snapshot.
-        factors, stacks, schedule, step, mode: of the curvature as it is, see `snapshot_of`.
+        factors, stacks, schedule, step, mode: of the curvature as it is, see `curvature_state`.
 
     Returns:
         The snapshot's step.
@@ -170,7 +170,7 @@ def take_over(
         ValueError: the snapshot is of another mode, other layers, or of other block sizes, or it is damaged; nothing
             was changed.
     """
-    refuse_damaged(state)
+    check_state(state)
     its_mode = state.get("mode", "natural")  # there was no other before there were modes
     if its_mode != mode:
         raise ValueError(
@@ -179,14 +179,14 @@ def take_over(
             "checkpoint's weights alone."
         )
     layers = state["layers"]
-    own = snapshot_of(factors, stacks, schedule, step=step, mode=mode)["layers"]
+    own = curvature_state(factors, stacks, schedule, step=step, mode=mode)["layers"]
     _check_that_layers_are_the_same(layers, own)
-    refuse_damaged_layers(layers, own)
+    check_layer_tensors(layers, own)
     for name, tensors in own.items():
         for key in tensors.keys() & layers[name].keys():
             tensors[key].copy_(layers[name][key])
     elsewhere = [index for index, name in enumerate(own) if own[name].keys() - layers[name].keys()]
-    failed = int(stacks.invert_again(elsewhere)) if elsewhere else 0
+    failed = int(stacks.recompute_inverses(elsewhere)) if elsewhere else 0
     if failed:
         warnings.warn(
             f"The checkpoint holds no inverses of some layers, which other processes kept, and {failed} blocks of them "
@@ -223,8 +223,8 @@ def _check_that_layers_are_the_same(
     if missing or unknown or differing:
         raise ValueError(
             "The checkpoint's curvature is of another architecture or of other block sizes. "
-            f"Not in the checkpoint: {some_of(missing)}. Only in the checkpoint: {some_of(unknown)}. "
-            f"Other shapes: {some_of(differing)}. Use the model, block_size and precondition_bias of the run that "
+            f"Not in the checkpoint: {name_some(missing)}. Only in the checkpoint: {name_some(unknown)}. "
+            f"Other shapes: {name_some(differing)}. Use the model, block_size and precondition_bias of the run that "
             "was saved, with the same layers frozen; or start without its curvature by deleting "
             "checkpoint['callbacks']['ThorCallback']."
         )

@@ -1,119 +1,149 @@
-"""What curvature asks of the processes that train together; it knows neither ranks nor how they are connected."""
+"""What curvature asks of the processes that train together; nothing here knows how they are connected."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-Wait = Callable[[], None]
+
+class Work(Protocol):
+    """A collective that has begun, such as `torch.distributed.Work`."""
+
+    def wait(self) -> Any:
+        """Return when its result may be used; on a GPU, by what follows on the current stream."""
 
 
-class Exchange(Protocol):
-    """All processes call the same methods in the same order, with tensors of the same length."""
+class Communicator(Protocol):
+    """A group of processes. All of them call the same methods in the same order, with tensors of the same length."""
 
     @property
-    def n_shares(self) -> int:
-        """How many processes there are; with 1, nothing below is called."""
+    def world_size(self) -> int:
+        """Number of processes; with 1, nothing below is called."""
 
     @property
-    def own_share(self) -> int:
-        """Which of them this one is, counted from 0."""
+    def rank(self) -> int:
+        """Number of this process in the group, from 0."""
 
-    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Wait:
-        """Begin to add up ``flat`` over the processes, in place; what is returned waits for it.
-
-        Args:
-            flat: one-dimensional; not to be touched before the wait.
-            n_exact: of how many numbers at the end the sum must not be rounded to fewer digits.
-        """
-
-    def gather(self, own: Tensor) -> Tensor:
-        """``own`` of every process, one after the other: ``[n]`` to ``[n_shares * n]``."""
-
-    def swap(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
-        """Give each process its part of ``sent``, and get what each of them has for this one.
+    def all_reduce(self, flat: Tensor) -> Work:
+        """Begin to sum ``flat`` over the processes, in place.
 
         Args:
-            sent: one-dimensional, the parts in the order of the processes.
-            sent_lengths: how many numbers each process gets.
-            received_lengths: how many each gives to this one.
+            flat: ``[n]``; not to be touched before the wait.
 
         Returns:
-            What they give, in the order of the processes.
+            The collective under way.
+        """
+
+    def all_gather(self, own: Tensor) -> Tensor:
+        """``own`` of every process, one after the other.
+
+        Args:
+            own: ``[n]``.
+
+        Returns:
+            ``[world_size * n]``, in the order of ranks.
+        """
+
+    def all_to_all(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
+        """Send each process its part of ``sent``, and receive the part that each has for this one.
+
+        Args:
+            sent: one-dimensional, the parts in the order of ranks.
+            sent_lengths: numbers sent to each rank.
+            received_lengths: numbers received from each rank.
+
+        Returns:
+            The received parts, in the order of ranks, ``[sum(received_lengths)]``.
         """
 
 
-class Alone:
-    """One process."""
+class Done:
+    """A collective that was over at once."""
 
-    n_shares = 1
-    own_share = 0
+    def wait(self) -> None:
+        """Return."""
 
-    def start_sum(self, flat: Tensor, n_exact: int = 0) -> Wait:
-        """Nothing is to be added."""
-        return lambda: None
 
-    def gather(self, own: Tensor) -> Tensor:
-        """``own``."""
+class SingleProcess:
+    """The communicator of a process that trains alone."""
+
+    world_size = 1
+    rank = 0
+
+    def all_reduce(self, flat: Tensor) -> Work:
+        """Leave ``flat`` as it is."""
+        return Done()
+
+    def all_gather(self, own: Tensor) -> Tensor:
+        """Return ``own``."""
         return own
 
-    def swap(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
-        """``sent``."""
+    def all_to_all(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
+        """Return ``sent``."""
         return sent
 
 
-class Workers(NamedTuple):
-    """The places of one process in a grid of them, for keeping a layer's inverses on some processes alone.
+class WorkerGrid(NamedTuple):
+    """The row and the column of one process in a grid of all of them (KAISA: Pauloski et al. 2021, arXiv:2107.01739).
 
-    The processes of a group keep the inverses of the same layers. Each group has one process in every set of receivers.
+    A layer's inverses are stored on one row alone; each column has one process of every row.
     """
 
-    inversions: Exchange
-    """Its group, which shares the inversions of its layers out."""
-    directions: Exchange
-    """Its receivers, one of each group, which give each other the directions of their layers."""
+    inverse_workers: Communicator
+    """The row: processes that store the inverses of the same layers and share out their inversion."""
+    gradient_workers: Communicator
+    """The column: processes that send each other the directions of their rows' layers."""
 
 
-class Parts(NamedTuple):
-    """How the parts lie in what is brought to all."""
+class UnevenLayout(NamedTuple):
+    """Where parts of unequal lengths, one of each process, lie in what `all_gather_uneven` returns."""
 
     starts: list[int]
-    """Where the part of each process begins."""
+    """First number of each rank's part."""
     length: int
-    """How many numbers are brought to all."""
-    gathers: bool
-    """Whether all parts are gathered at one length, or summed into zeros: whatever takes fewer bytes."""
+    """Numbers in all, padding included."""
+    is_gathered: bool
+    """Whether all parts are padded to one length and gathered, or summed into zeros: whichever sends fewer bytes."""
 
 
-def parts_of(lengths: Sequence[int]) -> Parts:
-    """How parts of these ``lengths``, one for each process, are best brought to all.
+def uneven_layout(lengths: Sequence[int]) -> UnevenLayout:
+    """The layout of parts with these ``lengths``.
 
-    >>> parts_of([4, 3])
-    Parts(starts=[0, 4], length=8, gathers=True)
-    >>> parts_of([9, 1, 1])
-    Parts(starts=[0, 9, 10], length=11, gathers=False)
+    Args:
+        lengths: numbers in the part of each rank.
+
+    Returns:
+        The layout, the same on all processes.
+
+    >>> uneven_layout([4, 3])
+    UnevenLayout(starts=[0, 4], length=8, is_gathered=True)
+    >>> uneven_layout([9, 1, 1])
+    UnevenLayout(starts=[0, 9, 10], length=11, is_gathered=False)
     """
-    # On a ring an all-gather moves what it gives once, an all-reduce moves it twice.
-    gathers = len(lengths) * max(lengths) <= 2 * sum(lengths)
-    starts = [share * max(lengths) if gathers else sum(lengths[:share]) for share in range(len(lengths))]
-    return Parts(starts, len(lengths) * max(lengths) if gathers else sum(lengths), gathers)
+    # On a ring an all-gather sends each part once, an all-reduce sends it twice.
+    is_gathered = len(lengths) * max(lengths) <= 2 * sum(lengths)
+    starts = [rank * max(lengths) if is_gathered else sum(lengths[:rank]) for rank in range(len(lengths))]
+    return UnevenLayout(starts, len(lengths) * max(lengths) if is_gathered else sum(lengths), is_gathered)
 
 
-def bring_to_all(own: Tensor, parts: Parts, exchange: Exchange) -> Tensor:
-    """The parts of all processes, ``[parts.length]``; the same on all of them.
+def all_gather_uneven(own: Tensor, layout: UnevenLayout, communicator: Communicator) -> Tensor:
+    """The parts of all processes.
 
     Args:
         own: this process's part, one-dimensional.
-        parts: see `parts_of`.
-        exchange: the processes; several.
+        layout: see `uneven_layout`.
+        communicator: of several processes.
+
+    Returns:
+        ``[layout.length]``, the same on all processes.
     """
-    length = parts.length // len(parts.starts) if parts.gathers else parts.length
-    start = 0 if parts.gathers else parts.starts[exchange.own_share]
+    length = layout.length // len(layout.starts) if layout.is_gathered else layout.length
+    start = 0 if layout.is_gathered else layout.starts[communicator.rank]
     flat = own.new_zeros(length)
     flat[start : start + len(own)] = own
-    if parts.gathers:
-        return exchange.gather(flat)
-    exchange.start_sum(flat, n_exact=length)()
+    if layout.is_gathered:
+        return communicator.all_gather(flat)
+    communicator.all_reduce(flat).wait()
     return flat

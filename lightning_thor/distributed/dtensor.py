@@ -28,7 +28,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, _SHARDED)
 
 
-def is_cut(tensor: Tensor) -> bool:
+def is_split(tensor: Tensor) -> bool:
     """True for a DTensor of which a part lies on another rank."""
     return is_sharded(tensor) and tensor.device_mesh.size() > 1  # type: ignore[attr-defined]
 
@@ -41,7 +41,7 @@ def local(tensor: Tensor) -> Tensor:
     return own
 
 
-def shared_out_as(value: Any, like: Tensor) -> Any:
+def shard_like(value: Any, like: Tensor) -> Any:
     """A tensor of the shape of ``like`` sharded as that is, from the first rank's copy; anything else as it is.
 
     Every rank must call it, at the same place.
@@ -75,13 +75,13 @@ def max_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
 
 
 def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tensor:
-    if is_cut(of[0]):
+    if is_split(of[0]):
         group = of[0].device_mesh.get_group()  # type: ignore[attr-defined]
         dist.all_reduce(partial, op=getattr(dist.ReduceOp, operation), group=group)
     return partial
 
 
-def why_not_by_rows(tensor: Tensor, n_ranks: int) -> str | None:
+def reason_not_sharded_by_rows(tensor: Tensor, n_ranks: int) -> str | None:
     """What keeps each of ``n_ranks`` ranks from holding its run of rows of ``tensor``; None if nothing does."""
     if n_ranks == 1:
         return None

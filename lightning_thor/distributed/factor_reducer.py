@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_thor.distributed.communicator import Exchange, Wait
-from lightning_thor.factors.state import N_COUNTS, FactorStacks, Selection
+from lightning_thor.distributed.communicator import Communicator, Work
+from lightning_thor.factors.state import BlockIndex, FactorState
 from lightning_thor.linalg.memory import HostCopy
 
-Cut = Callable[[Sequence[int], Sequence[int]], list[list[int]]]
+BucketFn = Callable[[Sequence[int], Sequence[int]], list[list[int]]]
 """Layers in the order in which backward comes to them, and the bytes that each sends, to buckets in that order."""
 
 
@@ -26,7 +26,7 @@ def one_bucket(layers: Sequence[int], n_bytes: Sequence[int]) -> list[list[int]]
     return [list(layers)]
 
 
-def by_size(limit: float) -> Cut:
+def by_size(limit: float) -> BucketFn:
     """Close a bucket as soon as it has ``limit`` bytes.
 
     >>> by_size(10)([3, 2, 1, 0], [4, 7, 12, 1])
@@ -47,7 +47,7 @@ def by_size(limit: float) -> Cut:
     return cut
 
 
-def by_layer(split_indices: Sequence[int], has_A: Sequence[bool]) -> Cut:
+def by_layer(split_indices: Sequence[int], has_A: Sequence[bool]) -> BucketFn:
     """Groups that end with the given layers, as nn.thor's ``split_indices``: [26, 53] makes 0 to 26 and 27 to 53.
 
     As there, layers are counted that have A and G; a norm goes with the layer before it. Layers after the last index
@@ -80,7 +80,7 @@ def by_layer(split_indices: Sequence[int], has_A: Sequence[bool]) -> Cut:
     return cut
 
 
-def bucket_bytes_of(factor_bucket_mb: Any) -> float:
+def bucket_bytes(factor_bucket_mb: Any) -> float:
     """Megabytes (2²⁰ bytes) as bytes, `DEFAULT_BUCKET_MB` for None; a ValueError if they are no number above 0."""
     if factor_bucket_mb is None:
         factor_bucket_mb = DEFAULT_BUCKET_MB
@@ -100,7 +100,7 @@ def check_split_indices(split_indices: Any) -> None:
         raise ValueError(f"split_indices must not be empty and increase from 0 on, got {split_indices!r}.")
 
 
-Turn = tuple[tuple[int, ...], tuple[int, ...]]
+DueLayers = tuple[tuple[int, ...], tuple[int, ...]]
 """The layers to refresh and those to probe at a step."""
 
 
@@ -108,10 +108,10 @@ class Bucket(NamedTuple):
     """What is summed in one go."""
 
     layers: list[int]
-    selection: Selection
+    selection: BlockIndex
 
 
-class Window:
+class FactorReducer:
     """Sums the layers' windows over processes.
 
     Every process sums the same buckets in the same order, in that of backward: the last layers first, until a layer's
@@ -131,15 +131,21 @@ class Window:
 
     def __init__(
         self,
-        stacks: FactorStacks,
-        exchange: Exchange,
-        turn: Callable[[], Turn],
-        cut: Cut = one_bucket,
-        may_start: Callable[[], bool] | None = None,
+        stacks: FactorState,
+        communicator: Communicator,
+        turn: Callable[[], DueLayers],
+        cut: BucketFn = one_bucket,
+        is_sync_step: Callable[[], bool] | None = None,
     ) -> None:
-        self._stacks, self._exchange, self._turn, self._cut, self._may_start = stacks, exchange, turn, cut, may_start
+        self._stacks, self._communicator, self._turn, self._cut, self._may_start = (
+            stacks,
+            communicator,
+            turn,
+            cut,
+            is_sync_step,
+        )
         n_layers = len(stacks.updates)
-        self._announced = [0] * n_layers
+        self._expected = [0] * n_layers
         """Pairs that forward passes promised and backward has not given yet."""
         self._given = [0] * n_layers
         self._most: list[float] = [0] * n_layers
@@ -151,14 +157,14 @@ class Window:
         self._unplaced = set(range(n_layers))
         self._found: tuple[list[int], HostCopy] | None = None
         """Layers whose places are on their way to the host."""
-        self._plans: dict[Turn, list[Bucket]] = {}
+        self._plans: dict[DueLayers, list[Bucket]] = {}
         self._buckets: list[Bucket] | None = None
         """Those of the open window, once they are asked for."""
-        self._started: list[tuple[Tensor, Wait]] = []
+        self._started: list[tuple[Tensor, Work]] = []
 
-    def announce(self, layer: int) -> None:
+    def expect(self, layer: int) -> None:
         """A forward pass of a layer, whose pair is to come."""
-        self._announced[layer] += 1
+        self._expected[layer] += 1
 
     def is_late(self, layer: int) -> bool:
         """True if a layer's bucket is on its way: a further pair of it cannot be taken any more.
@@ -170,13 +176,13 @@ class Window:
             self._most[layer] = math.inf
         return late
 
-    def given(self, layer: int) -> None:
+    def mark_ready(self, layer: int) -> None:
         """A layer's pair was added to its window; start what is whole now."""
-        self._announced[layer] -= 1
+        self._expected[layer] -= 1
         self._given[layer] += 1
         self._arrived.pop(layer, None)
         self._arrived[layer] = None
-        if self._may_start is None or self._exchange.n_shares == 1 or not self._may_start():
+        if self._may_start is None or self._communicator.world_size == 1 or not self._may_start():
             return
         buckets = self._opened()
         while len(self._started) < len(buckets) and self._is_whole(buckets[len(self._started)]):
@@ -184,12 +190,12 @@ class Window:
 
     def sum(self) -> None:
         """Have the windows of the step's layers summed over all processes: start what has not, and wait."""
-        if self._exchange.n_shares > 1:
+        if self._communicator.world_size > 1:
             buckets = self._opened()
             unplaced = self._note_places()
             self._start_all()
-            for bucket, (flat, wait) in zip(buckets, self._started, strict=True):
-                wait()
+            for bucket, (flat, work) in zip(buckets, self._started, strict=True):
+                work.wait()
                 self._stacks.set_window_(bucket.selection, flat)
             if unplaced:
                 self._found = unplaced, HostCopy(self._stacks.counts[unplaced, 3])
@@ -199,15 +205,15 @@ class Window:
     def drop(self) -> None:
         """The step is skipped, on all processes: let what was started anywhere come to its end, for nothing."""
         # Others may have started buckets that were not whole here: all take part in all of them, or in none.
-        if self._exchange.n_shares > 1 and self._may_start is not None:
+        if self._communicator.world_size > 1 and self._may_start is not None:
             self._start_all()
-            for _, wait in self._started:
-                wait()
+            for _, work in self._started:
+                work.wait()
         self.forget()
 
     def forget(self) -> None:
         """Go back to an empty window, without a word to the other processes."""
-        self._announced = [0] * len(self._announced)
+        self._expected = [0] * len(self._expected)
         self._given = [0] * len(self._given)
         self._arrived = {}
         self._buckets = None
@@ -231,7 +237,7 @@ class Window:
     def _is_whole(self, bucket: Bucket) -> bool:
         # The last of a bucket's layers first: it is the last that backward comes to.
         return all(
-            self._announced[layer] <= 0 and 0 < self._most[layer] <= self._given[layer]
+            self._expected[layer] <= 0 and 0 < self._most[layer] <= self._given[layer]
             for layer in reversed(bucket.layers)
         )
 
@@ -242,7 +248,7 @@ class Window:
     def _start_next(self) -> None:
         selection = self._opened()[len(self._started)].selection
         flat = self._stacks.window_of(selection)
-        self._started.append((flat, self._exchange.start_sum(flat, N_COUNTS * len(selection.numbers))))
+        self._started.append((flat, self._communicator.all_reduce(flat)))
 
     def _opened(self) -> list[Bucket]:
         if self._buckets is None:
@@ -259,7 +265,7 @@ class Window:
 
     def _plan(self, due: tuple[int, ...], probed: tuple[int, ...]) -> list[Bucket]:
         layers = sorted(due + probed, key=lambda layer: (self._places[layer], -layer))
-        n_bytes = [0 if layer in probed else self._stacks.n_travelling_bytes(layer) for layer in layers]
+        n_bytes = [0 if layer in probed else self._stacks.packed_bytes(layer) for layer in layers]
         buckets = self._cut(layers, n_bytes) if layers else []
         return [
             Bucket(

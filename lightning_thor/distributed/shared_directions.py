@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.distributed.assignment import inversion_cost, product_cost, sign_cost, spread
-from lightning_thor.distributed.communicator import Exchange, bring_to_all, parts_of
+from lightning_thor.distributed.assignment import assign_greedily, inversion_cost, product_cost, sign_cost
+from lightning_thor.distributed.communicator import Communicator, all_gather_uneven, uneven_layout
 from lightning_thor.layers.base import Layer
 from lightning_thor.linalg.dtypes import message_dtype, wide
 
@@ -37,30 +37,32 @@ class SharedDirections:
     """
 
     def __init__(
-        self, exchange: Exchange, layers: Mapping[str, Layer], *, products: int, polar: Container[str]
+        self, communicator: Communicator, layers: Mapping[str, Layer], *, products: int, polar: Container[str]
     ) -> None:
-        self._exchange = exchange
+        self._communicator = communicator
         costs = [_cost(layer, products, name in polar) for name, layer in layers.items()]
         units = _units(list(layers.values()))
-        groups = spread([sum(costs[layer] for layer in unit) for unit in units], exchange.n_shares)
-        members: list[list[int]] = [[] for _ in range(exchange.n_shares)]
+        groups = assign_greedily([sum(costs[layer] for layer in unit) for unit in units], communicator.world_size)
+        members: list[list[int]] = [[] for _ in range(communicator.world_size)]
         for unit, group in zip(units, groups, strict=True):
             members[group - 1] += unit
-        self.own = sorted(members[exchange.own_share])
+        self.own = sorted(members[communicator.rank])
         # Ordered, unlike sets.
         parameters = [layer.parameters for layer in layers.values()]
         self._parameters = [dict.fromkeys(p for layer in group for p in parameters[layer]) for group in members]
-        self._elsewhere = set().union(*self._parameters) - self._parameters[exchange.own_share].keys()
+        self._elsewhere = set().union(*self._parameters) - self._parameters[communicator.rank].keys()
 
-    def own_part(self, grads: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Parameter, Tensor]:
+    def own_grads(self, grads: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Parameter, Tensor]:
         """Those of ``grads`` whose directions this process makes: its layers', and of parameters without curvature."""
         return {p: grad for p, grad in grads.items() if p not in self._elsewhere} if self._elsewhere else grads
 
-    def bring_to_all(self, parts: Iterable[Directions], grads: Mapping[nn.Parameter, Tensor]) -> Iterator[Directions]:
-        """The parts of the directions of `own_part`, as they come, if this process is alone; else one that has those
+    def all_gather_uneven(
+        self, parts: Iterable[Directions], grads: Mapping[nn.Parameter, Tensor]
+    ) -> Iterator[Directions]:
+        """The parts of the directions of `own_grads`, as they come, if this process is alone; else one that has those
         of the others too, bitwise the same on all processes, by one message in the widest dtype of the gradients, or in
         float32 where that is float16, which directions may leave."""
-        if self._exchange.n_shares == 1:
+        if self._communicator.world_size == 1:
             yield from parts
             return
         directions: Directions = {}
@@ -70,11 +72,11 @@ class SharedDirections:
         travelling = [grads[p].dtype for group in given for p in group]
         if travelling:
             dtype = message_dtype(travelling)
-            own = [directions[p].flatten().to(dtype) for p in given[self._exchange.own_share]]
-            places = parts_of([sum(p.numel() for p in group) for group in given])
+            own = [directions[p].flatten().to(dtype) for p in given[self._communicator.rank]]
+            places = uneven_layout([sum(p.numel() for p in group) for group in given])
             device = next(iter(grads.values())).device
             message = torch.cat(own or [torch.empty(0, dtype=dtype, device=device)])
-            flat = bring_to_all(message, places, self._exchange)
+            flat = all_gather_uneven(message, places, self._communicator)
             for start, group in zip(places.starts, given, strict=True):
                 for p in group:
                     directions[p] = flat[start : start + p.numel()].view(p.shape).to(wide(grads[p].dtype))
@@ -83,9 +85,9 @@ class SharedDirections:
 
     def add_up_(self, count: Tensor, before: Tensor) -> None:
         """Let ``count``, which rose from ``before`` by what happened to own layers, rise by what did to all layers."""
-        if self._exchange.n_shares > 1:
+        if self._communicator.world_size > 1:
             risen = (count - before).view(1)
-            self._exchange.start_sum(risen, n_exact=1)()
+            self._communicator.all_reduce(risen).wait()
             count.copy_(before + risen[0])
 
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_thor.distributed.assignment import spread
-from lightning_thor.distributed.communicator import Exchange, Parts, bring_to_all, parts_of
+from lightning_thor.distributed.assignment import assign_greedily
+from lightning_thor.distributed.communicator import Communicator, UnevenLayout, all_gather_uneven, uneven_layout
 from lightning_thor.linalg.decompositions import damped_inverses
-from lightning_thor.linalg.packing import Form, n_packed, pack, unpack
+from lightning_thor.linalg.packing import Form, pack, packed_numel, unpack
 
 Problems = Mapping[int, tuple[Tensor, Tensor]]
 """By block size: blocks ``[n, size, size]`` and what is added to their eigenvalues ``[n]``."""
@@ -24,18 +24,20 @@ Solutions = Mapping[int, tuple[Tensor, Tensor]]
 Invert = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class Plan(NamedTuple):
+class InversionAssignment(NamedTuple):
     """Who inverts which block, and where its inverse then lies; the same on all processes."""
 
     own: dict[int, list[int]]
     """By size: the blocks that are this process's."""
     starts: dict[int, list[int]]
     """By size: where each block's numbers begin in what is brought to all."""
-    parts: Parts
+    parts: UnevenLayout
     """How the shares of all processes lie there."""
 
 
-def plan(n_blocks: Mapping[int, int], n_shares: int, own_share: int, form: Form = "symmetric") -> Plan:
+def assign_inversions(
+    n_blocks: Mapping[int, int], world_size: int, rank: int, form: Form = "symmetric"
+) -> InversionAssignment:
     """Share blocks out by cost (size³), the largest first, each to the process that has least so far.
 
     Args:
@@ -44,23 +46,25 @@ def plan(n_blocks: Mapping[int, int], n_shares: int, own_share: int, form: Form 
         own_share: this one.
         form: of the inverses.
 
-    >>> plan({16: 8, 32: 1}, n_shares=2, own_share=1).own
+    >>> assign_inversions({16: 8, 32: 1}, world_size=2, rank=1).own
     {32: [], 16: [0, 1, 2, 3, 4, 5, 6, 7]}
     """
     sizes = sorted(n_blocks, reverse=True)
-    owners = iter(spread([float(size**3) for size in sizes for _ in range(n_blocks[size])], n_shares))
+    owners = iter(assign_greedily([float(size**3) for size in sizes for _ in range(n_blocks[size])], world_size))
     own: dict[int, list[int]] = {size: [] for size in sizes}
     places: dict[int, list[tuple[int, int]]] = {size: [] for size in sizes}
-    lengths = [0] * n_shares
+    lengths = [0] * world_size
     for size in sizes:
         for block in range(n_blocks[size]):
             share = next(owners) - 1
             places[size].append((share, lengths[share]))
-            lengths[share] += n_packed(size, form) + 1
-            if share == own_share:
+            lengths[share] += packed_numel(size, form) + 1
+            if share == rank:
                 own[size].append(block)
-    parts = parts_of(lengths)
-    return Plan(own, {size: [parts.starts[share] + start for share, start in places[size]] for size in sizes}, parts)
+    parts = uneven_layout(lengths)
+    return InversionAssignment(
+        own, {size: [parts.starts[share] + start for share, start in places[size]] for size in sizes}, parts
+    )
 
 
 class SharedInversions:
@@ -72,27 +76,29 @@ class SharedInversions:
         form: of the inverses that ``invert`` gives.
     """
 
-    def __init__(self, exchange: Exchange, invert: Invert = damped_inverses, form: Form = "symmetric") -> None:
-        self._exchange, self._invert, self._form = exchange, invert, form
-        self._plans: dict[tuple[tuple[int, int], ...], tuple[Plan, dict[int, Tensor], dict[int, Tensor]]] = {}
+    def __init__(self, communicator: Communicator, invert: Invert = damped_inverses, form: Form = "symmetric") -> None:
+        self._communicator, self._invert, self._form = communicator, invert, form
+        self._plans: dict[
+            tuple[tuple[int, int], ...], tuple[InversionAssignment, dict[int, Tensor], dict[int, Tensor]]
+        ] = {}
 
     def __call__(self, problems: Problems) -> Solutions:
         """Inverses of all ``problems``: each is bitwise the same on all processes."""
         # Diagonal factors are divisions: everyone does them.
         shared = {size: problem for size, problem in problems.items() if size > 1}
         solutions = {size: self._invert(*problem) for size, problem in problems.items() if size == 1}
-        if not shared or self._exchange.n_shares == 1:
+        if not shared or self._communicator.world_size == 1:
             return {**solutions, **{size: self._invert(*problem) for size, problem in shared.items()}}
         plan, own, starts = self._plan_of(shared)
         flat = self._brought_together(plan, own, shared)
         for size, (blocks, _) in shared.items():
             # A view of every run of the numbers that one block takes; only those that begin at a block are copied.
-            records = flat.unfold(0, n_packed(size, self._form) + 1, 1)[starts[size]]
+            records = flat.unfold(0, packed_numel(size, self._form) + 1, 1)[starts[size]]
             inverses = unpack(records[:, :-1].contiguous(), blocks.shape[-1], self._form)
             solutions[size] = inverses, records[:, -1] > 0
         return solutions
 
-    def _brought_together(self, plan: Plan, own: dict[int, Tensor], problems: Problems) -> Tensor:
+    def _brought_together(self, plan: InversionAssignment, own: dict[int, Tensor], problems: Problems) -> Tensor:
         dtype, device = (some := next(iter(problems.values()))[0]).dtype, some.device
         records = [torch.empty(0, dtype=dtype, device=device)]
         for size, mine in own.items():
@@ -100,15 +106,15 @@ class SharedInversions:
                 blocks, damping = problems[size]
                 inverses, succeeded = self._invert(blocks[mine], damping[mine])
                 records.append(torch.cat([pack(inverses, self._form), succeeded[:, None].to(dtype)], dim=1).flatten())
-        return bring_to_all(torch.cat(records), plan.parts, self._exchange)
+        return all_gather_uneven(torch.cat(records), plan.parts, self._communicator)
 
-    def _plan_of(self, problems: Problems) -> tuple[Plan, dict[int, Tensor], dict[int, Tensor]]:
+    def _plan_of(self, problems: Problems) -> tuple[InversionAssignment, dict[int, Tensor], dict[int, Tensor]]:
         """Remembered with its numbers on the device, since the same selections of layers come again."""
         n_blocks = {size: len(blocks) for size, (blocks, _) in problems.items()}
         key = tuple(n_blocks.items())
         if key not in self._plans:
             device = next(iter(problems.values()))[0].device
-            made = plan(n_blocks, self._exchange.n_shares, self._exchange.own_share, self._form)
+            made = assign_inversions(n_blocks, self._communicator.world_size, self._communicator.rank, self._form)
             own, starts = (
                 {size: torch.tensor(numbers, dtype=torch.int64, device=device) for size, numbers in by_size.items()}
                 for by_size in (made.own, made.starts)

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 import torch
 
-from lightning_thor.factors.state import FactorStacks
+from lightning_thor.factors.state import FactorState
 from lightning_thor.layers.base import Layer
-from lightning_thor.linalg.decompositions import Keeping
+from lightning_thor.linalg.decompositions import Decomposition
 
 Factors = Mapping[str, Mapping[str, int]]
 """By name of a layer, in the order of the stacks: which factor is its ``"A"``, if it has one, and which its ``"G"``."""
 
 
-def stacks_of(layers: Mapping[str, Layer], keeping: Keeping) -> FactorStacks:
+def stacks_of(layers: Mapping[str, Layer], decomposition: Decomposition) -> FactorState:
     """Stacks for all factors of ``layers``, on their device; in float64 if any of them is, else in float32.
 
     Args:
@@ -35,17 +35,17 @@ def stacks_of(layers: Mapping[str, Layer], keeping: Keeping) -> FactorStacks:
     device = devices.pop() if devices else torch.device("cpu")
     cuts = [(layer.A, layer.G) for layer in layers.values()]
     index = {name: index for index, name in enumerate(layers)}
-    folds = [(index[name], index[layer.folded_into]) for name, layer in layers.items() if layer.folded_into]
-    return FactorStacks(cuts, dtype, device, folds, keeping=keeping)
+    tied = [(index[name], index[layer.tied_to]) for name, layer in layers.items() if layer.tied_to]
+    return FactorState(cuts, dtype, device, tied, decomposition=decomposition)
 
 
 def factors_of(layers: Mapping[str, Layer]) -> Factors:
     """Where the factors of ``layers`` lie in `stacks_of` them.
 
     >>> from torch import nn
-    >>> from lightning_thor.layers.discovery import layers_of
+    >>> from lightning_thor.layers.discovery import discover_layers
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    >>> factors_of(layers_of(model, block_size=None, precondition_bias=False)[0])
+    >>> factors_of(discover_layers(model, block_size=None, precondition_bias=False)[0])
     {'0': {'A': 0, 'G': 1}, '1': {'G': 3}}
     """
     return {

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from lightning_thor.factors.damping import DampingRule, split_damping
-from lightning_thor.factors.tied_embedding import fold_in_
-from lightning_thor.linalg.block_diagonal import Blocks
-from lightning_thor.linalg.decompositions import INVERSE, Keeping, traces
-from lightning_thor.linalg.packing import n_packed, pack, unpack
+from lightning_thor.factors.tied_embedding import add_table_factors_
+from lightning_thor.linalg.block_diagonal import BlockPartition
+from lightning_thor.linalg.decompositions import INVERSE, Decomposition, traces
+from lightning_thor.linalg.packing import pack, packed_numel, unpack
 
-Places = Tensor | slice
+Index = Tensor | slice
 """Which of several blocks, by their numbers."""
 
 
-class Stack:
+class BlockBatch:
     """Window sums and averages of all blocks, ``[n, size, size]``, and the inverses of those that are kept.
 
     Args:
@@ -50,10 +50,10 @@ class Stack:
         """Which of them have ever had an inverse, ``[kept]``; the others have the identity, or its multiple."""
         return torch.zeros(self._n_kept, dtype=torch.bool, device=self.sums.device)
 
-    def take_inverses(
+    def store_inverses(
         self,
-        place: Places,
-        kept: Places,
+        place: Index,
+        kept: Index,
         solution: tuple[Tensor, Tensor],
         added: Tensor,
         means: Tensor,
@@ -92,13 +92,13 @@ class Stack:
         return failed
 
 
-def put(into: Tensor, place: Places, part: Tensor) -> None:
+def put(into: Tensor, place: Index, part: Tensor) -> None:
     """``into[place] = part`` where ``part`` is what lay there, changed: a view of a slice still does."""
     if not isinstance(place, slice):
         into[place] = part
 
 
-def clear(tensor: Tensor, place: Places) -> None:
+def clear(tensor: Tensor, place: Index) -> None:
     """``tensor[place] = 0``, which would wait for the device where ``place`` is a tensor: a number has to go there."""
     if isinstance(place, slice):
         tensor[place].zero_()
@@ -118,13 +118,13 @@ N_COUNTS = 4
 """How many numbers are counted of each layer."""
 
 
-class Selection(NamedTuple):
+class BlockIndex(NamedTuple):
     """Some of the layers: where their counts and, unless they are only probed, their blocks lie."""
 
-    layers: Places
-    places: dict[int, Places]
+    layers: Index
+    places: dict[int, Index]
     """By block size: which blocks of the stack."""
-    kept: dict[int, tuple[Places, Places]]
+    kept: dict[int, tuple[Index, Index]]
     """Those of them whose inverses are kept: which blocks of the stack, and which inverses."""
     outputs: list[int]
     """Output layers among them that a table is folded into."""
@@ -132,7 +132,7 @@ class Selection(NamedTuple):
     """All of them, in order."""
 
 
-class FactorStacks:
+class FactorState:
     """Factors of layers 0, 1, ...: layer ``i`` has A as factor ``2 i`` and G as factor ``2 i + 1``.
 
     Args:
@@ -146,12 +146,12 @@ class FactorStacks:
 
     def __init__(
         self,
-        cuts: Sequence[tuple[Blocks | None, Blocks]],
+        cuts: Sequence[tuple[BlockPartition | None, BlockPartition]],
         dtype: torch.dtype,
         device: torch.device,
-        folds: Sequence[tuple[int, int]] = (),
+        tied: Sequence[tuple[int, int]] = (),
         *,
-        keeping: Keeping = INVERSE,
+        decomposition: Decomposition = INVERSE,
     ) -> None:
         factors = [factor for cut in cuts for factor in cut]
         by_size: dict[int, list[int]] = {}
@@ -165,20 +165,20 @@ class FactorStacks:
             size: sum(_n_blocks(factors[index]) for index in members) * size * size for size, members in by_size.items()
         }
         self.dtype = dtype
-        self.keeping = keeping
+        self.decomposition = decomposition
         self._factors = factors
-        self._tables = {output: table for table, output in folds}
+        self._tables = {output: table for table, output in tied}
         self.flat_sums = torch.zeros(sum(lengths.values()) + N_COUNTS * len(cuts), dtype=dtype, device=device)
         """What is summed over micro-batches and processes: blocks by size, then what is counted of each layer."""
         *segments, counts = self.flat_sums.split([*lengths.values(), N_COUNTS * len(cuts)])
         self._counts: Tensor = counts.view(len(cuts), N_COUNTS)
         self._counted: dict[int, list[float]] = {}
         """By layer: what is to be added to these, on the host; it goes to the device in one piece."""
-        self.stacks: dict[int, Stack] = {}
+        self.stacks: dict[int, BlockBatch] = {}
         self._slots: dict[int, tuple[int, slice]] = {}
         for (size, members), segment in zip(by_size.items(), segments, strict=True):
             owners = [index for index in members for _ in range(_n_blocks(factors[index]))]
-            self.stacks[size] = Stack(segment.view(-1, size, size), torch.tensor(owners, device=device))
+            self.stacks[size] = BlockBatch(segment.view(-1, size, size), torch.tensor(owners, device=device))
             start = 0
             for index in members:
                 stop = start + _n_blocks(factors[index])
@@ -198,9 +198,9 @@ class FactorStacks:
         """Rows per sample of each layer, as last seen."""
         self.failed_inversions = torch.zeros((), dtype=torch.int64, device=device)
         self.rejected_windows = torch.zeros((), dtype=torch.int64, device=device)
-        self.added = torch.zeros(len(factors), dtype=dtype, device=device)
+        self.last_damping = torch.zeros(len(factors), dtype=dtype, device=device)
         """What was added to each factor's eigenvalues when it was last inverted; 0: it never was."""
-        self.folded = {
+        self.tied_averages = {
             output: [self.blocks_of(2 * table + side, "average").clone() for side in (0, 1)]
             for output, table in self._tables.items()
         }
@@ -209,7 +209,7 @@ class FactorStacks:
         """What output gradients are divided by to be rows of G: a power of two, so that squares of them are in the
         range of their dtype; 1, unless the first ones were below 10⁻⁵ or above 10⁵. None until those were seen; a
         tensor as long as the host does not know it."""
-        self.keep(range(len(cuts)))
+        self.set_inverse_owner(range(len(cuts)))
 
     def change_unit_(self, unit: Tensor) -> None:
         """Bring the open window's sums of G to another unit of gradients."""
@@ -220,14 +220,14 @@ class FactorStacks:
                 sums.mul_(ratio).mul_(ratio)
         self.gradient_unit = unit
 
-    def keep(self, layers: Iterable[int]) -> None:
+    def set_inverse_owner(self, layers: Iterable[int]) -> None:
         """Keep the inverses of these layers alone; the identity until they are inverted."""
-        self.kept = set(layers)
-        self._selections: dict[tuple[tuple[int, ...], tuple[int, ...]], Selection] = {}
+        self.has_inverse = set(layers)
+        self._selections: dict[tuple[tuple[int, ...], tuple[int, ...]], BlockIndex] = {}
         self._kept_slots: dict[int, tuple[int, slice]] = {}
         n_kept = dict.fromkeys(self.stacks, 0)
         for factor, (size, place) in self._slots.items():
-            if factor // 2 in self.kept:
+            if factor // 2 in self.has_inverse:
                 start = n_kept[size]
                 n_kept[size] += place.stop - place.start
                 self._kept_slots[factor] = size, slice(start, n_kept[size])
@@ -269,7 +269,7 @@ class FactorStacks:
         self.flat_sums.zero_()
         self._counted.clear()
 
-    def take_window(self, other: FactorStacks) -> None:
+    def take_window(self, other: FactorState) -> None:
         """Bring the open window to that of other stacks of the same layers."""
         self.flat_sums.copy_(other.flat_sums)
         self.gradient_unit = other.gradient_unit
@@ -288,13 +288,13 @@ class FactorStacks:
         size, place = self._kept_slots[factor]
         return self.stacks[size].inverted[place]
 
-    def select(self, layers: tuple[int, ...], probed: tuple[int, ...] = ()) -> Selection:
+    def select(self, layers: tuple[int, ...], probed: tuple[int, ...] = ()) -> BlockIndex:
         """Where ``layers`` lie, and others that are only ``probed``; remembered, since the same ones come again."""
         if (layers, probed) not in self._selections:
             places = self._places(layers, self._slots)
-            kept = [layer for layer in layers if layer in self.kept]
+            kept = [layer for layer in layers if layer in self.has_inverse]
             blocks, inverses = self._places(kept, self._slots), self._places(kept, self._kept_slots)
-            self._selections[layers, probed] = Selection(
+            self._selections[layers, probed] = BlockIndex(
                 self._index(sorted(layers + probed)),
                 places,
                 {size: (blocks[size], inverses[size]) for size in blocks},
@@ -303,7 +303,7 @@ class FactorStacks:
             )
         return self._selections[layers, probed]
 
-    def _places(self, layers: Sequence[int], slots: Mapping[int, tuple[int, slice]]) -> dict[int, Places]:
+    def _places(self, layers: Sequence[int], slots: Mapping[int, tuple[int, slice]]) -> dict[int, Index]:
         """By block size: which places of ``slots`` the factors of some layers have."""
         places: dict[int, list[int]] = {}
         for factor in (factor for layer in layers for factor in (2 * layer, 2 * layer + 1) if factor in slots):
@@ -311,32 +311,34 @@ class FactorStacks:
             places.setdefault(size, []).extend(range(place.start, place.stop))
         return {size: self._index(sorted(blocks)) for size, blocks in places.items()}
 
-    def _index(self, numbers: list[int]) -> Places:
+    def _index(self, numbers: list[int]) -> Index:
         """A slice where that is possible: it copies nothing."""
         start, stop = numbers[0], numbers[-1] + 1
         if stop - start == len(numbers):
             return slice(start, stop)
         return torch.tensor(numbers, device=self.flat_sums.device)
 
-    def window_of(self, selection: Selection) -> Tensor:
+    def window_of(self, selection: BlockIndex) -> Tensor:
         """The open window of some layers as one flat tensor that may travel: a triangle of each block, then counts."""
         # Of no other layers: what they are still to count is added up on the host, and so rounded once.
         self._put_counts(selection.numbers)
         blocks = [pack(self.stacks[size].sums[place]).flatten() for size, place in selection.places.items()]
         return torch.cat([*blocks, self._counts[selection.layers].flatten()])
 
-    def set_window_(self, selection: Selection, flat: Tensor) -> None:
+    def set_window_(self, selection: BlockIndex, flat: Tensor) -> None:
         """Put what `window_of` gave, after it was summed, in the place of those layers' window."""
         counts = self.counts[selection.layers]
-        lengths = [len(self.stacks[size].owners[place]) * n_packed(size) for size, place in selection.places.items()]
+        lengths = [
+            len(self.stacks[size].owners[place]) * packed_numel(size) for size, place in selection.places.items()
+        ]
         *parts, summed = flat.split([*lengths, counts.numel()])
         for (size, place), part in zip(selection.places.items(), parts, strict=True):
-            self.stacks[size].sums[place] = unpack(part.view(-1, n_packed(size)), size)
+            self.stacks[size].sums[place] = unpack(part.view(-1, packed_numel(size)), size)
         self.counts[selection.layers] = summed.view(counts.shape)
 
-    def n_travelling_bytes(self, layer: int) -> int:
+    def packed_bytes(self, layer: int) -> int:
         """How many bytes `window_of` takes for one layer."""
-        numbers = sum(_n_blocks(blocks) * n_packed(blocks.size) for blocks in self._cut(layer))
+        numbers = sum(_n_blocks(blocks) * packed_numel(blocks.size) for blocks in self._cut(layer))
         numbers += N_COUNTS
         return numbers * self.flat_sums.element_size()
 
@@ -366,7 +368,7 @@ class FactorStacks:
         traces = [self._damped_trace(trace, layers, rule, damping) for trace in (old, new)]
         return torch.where(none, 0.0, traces[0]), torch.where(silent, torch.nan, traces[1])
 
-    def _damped_trace(self, trace: Tensor, layers: Places, rule: DampingRule, damping: float) -> Tensor:
+    def _damped_trace(self, trace: Tensor, layers: Index, rule: DampingRule, damping: float) -> Tensor:
         """tr(F + λI) from the traces of A and of G, ``[n, 2]``."""
         widths, has_A = self._widths.view(-1, 2)[layers], self._has_A[layers]
         added = self._dampings(trace / widths, layers, rule, damping)
@@ -374,7 +376,7 @@ class FactorStacks:
         # A layer without A has the diagonal of its own Fisher matrix as G.
         return torch.where(has_A[:, None], parts[..., 0], 1.0).mul(parts[..., 1]).sum(1)
 
-    def _dampings(self, means: Tensor, layers: Places, rule: DampingRule, damping: float) -> Tensor:
+    def _dampings(self, means: Tensor, layers: Index, rule: DampingRule, damping: float) -> Tensor:
         """What is added to the eigenvalues of A and of G whose means these are, both ``[n, 2]``."""
         # That of "trace" has no unit; that of the others is in the units of the Fisher matrix, which has G's.
         unit = 1.0 if rule == "trace" or self.gradient_unit is None else self.gradient_unit
@@ -391,7 +393,7 @@ class FactorStacks:
         added = torch.stack([added_A, added_G], dim=1)
         return added if is_one else added.clamp_min(torch.finfo(self.dtype).tiny)
 
-    def average_window(self, selection: Selection, averaging: float) -> None:
+    def update_ema(self, selection: BlockIndex, averaging: float) -> None:
         """Take the window's sums of the selected layers into their averages, and clear them; no device sync.
 
         A layer that was silent, or whose statistics are not finite, keeps its average (the latter is counted). The
@@ -424,10 +426,10 @@ class FactorStacks:
             clear(stack.sums, place)
         self.counts.zero_()
 
-    def invert(self, selection: Selection, rule: DampingRule, damping: float, solve: Solve) -> None:
+    def invert(self, selection: BlockIndex, rule: DampingRule, damping: float, solve: Solve) -> None:
         """New inverses of the selected layers' averages; no device sync.
 
-        What becomes of a block that fails: `Stack.take_inverses`; it is counted.
+        What becomes of a block that fails: `BlockBatch.store_inverses`; it is counted.
 
         Args:
             selection: the layers; of those whose inverses are not kept it is only noted what would be added.
@@ -436,7 +438,7 @@ class FactorStacks:
                 `lightning_thor.distributed.shared_inversions.SharedInversions`.
         """
         for output in selection.outputs:
-            for side, copy in enumerate(self.folded[output]):
+            for side, copy in enumerate(self.tied_averages[output]):
                 copy.copy_(self.blocks_of(2 * self._tables[output] + side, "average"))
         averages, updates = self._folded(), self.updates
         if self._tables:
@@ -449,12 +451,12 @@ class FactorStacks:
         # numbers that directions could leave the range of their dtype says as little.
         least = torch.finfo(self.dtype).tiny ** SMALLEST_POWER
         observed = (updates > 0)[:, None] & (dampings > 0) & ((means.view(-1, 2) + dampings).abs() >= least)
-        added = self.added.view(-1, 2)
+        added = self.last_damping.view(-1, 2)
         added[selection.layers] = torch.where(observed, dampings, added)[selection.layers]
         now = torch.where(observed, dampings, 0.0).flatten()
         self.failed_inversions += self._solve(selection, averages, now, means, solve)
 
-    def invert_again(self, layers: Sequence[int]) -> Tensor:
+    def recompute_inverses(self, layers: Sequence[int]) -> Tensor:
         """The inverses of layers that had them elsewhere, from their averages and what was added to them there.
 
         They are those that `invert` made then, since averages change only in steps in which the layer is inverted. But
@@ -472,12 +474,12 @@ class FactorStacks:
         means = self._factor_traces(averages, selection) / self._widths
 
         def solve(problems: Mapping[int, tuple[Tensor, Tensor]]) -> Mapping[int, tuple[Tensor, Tensor]]:
-            return {size: self.keeping.make(*problem) for size, problem in problems.items()}
+            return {size: self.decomposition.make(*problem) for size, problem in problems.items()}
 
-        return self._solve(selection, averages, self.added, means, solve)
+        return self._solve(selection, averages, self.last_damping, means, solve)
 
     def _solve(
-        self, selection: Selection, averages: Mapping[int, Tensor], added: Tensor, means: Tensor, solve: Solve
+        self, selection: BlockIndex, averages: Mapping[int, Tensor], added: Tensor, means: Tensor, solve: Solve
     ) -> Tensor:
         """Inverses of ``averages``, of those selected layers whose inverses are kept; how many blocks failed."""
         problems = {
@@ -488,16 +490,16 @@ class FactorStacks:
         failed = torch.zeros_like(self.failed_inversions)
         for size, (place, kept) in selection.kept.items():
             stack = self.stacks[size]
-            failed += stack.take_inverses(place, kept, solutions[size], added, means, power=self.keeping.power)
+            failed += stack.store_inverses(place, kept, solutions[size], added, means, power=self.decomposition.power)
         return failed
 
     def n_bytes(self, layer: int) -> int:
         """Memory of one layer: window sums, averages, and inverses if they are kept, in bytes."""
         numbers = [_n_blocks(blocks) * blocks.size**2 for blocks in self._cut(layer)]
-        copies = sum(copy.numel() for copy in self.folded.get(layer, []))
-        return ((3 if layer in self.kept else 2) * sum(numbers) + copies) * self.flat_sums.element_size()
+        copies = sum(copy.numel() for copy in self.tied_averages.get(layer, []))
+        return ((3 if layer in self.has_inverse else 2) * sum(numbers) + copies) * self.flat_sums.element_size()
 
-    def _cut(self, layer: int) -> list[Blocks]:
+    def _cut(self, layer: int) -> list[BlockPartition]:
         """How the factors of a layer are cut."""
         return [blocks for blocks in self._factors[2 * layer : 2 * layer + 2] if blocks is not None]
 
@@ -506,11 +508,11 @@ class FactorStacks:
         averages = {size: stack.average for size, stack in self.stacks.items()}
         for size in {self._slots[2 * output + side][0] for output in self._tables for side in (0, 1)}:
             averages[size] = averages[size].clone()
-        for output, (D, G_table) in self.folded.items():
+        for output, (D, G_table) in self.tied_averages.items():
             A, G = (self._view(averages, 2 * output + side) for side in (0, 1))
             cut = self._factors[2 * output + 1]
             assert cut is not None
-            fold_in_(A, G, D, G_table, cut)
+            add_table_factors_(A, G, D, G_table, cut)
         return averages
 
     def _view(self, tensors: Mapping[int, Tensor], factor: int) -> Tensor:
@@ -519,7 +521,7 @@ class FactorStacks:
         assert blocks is not None
         return tensors[size][place].view(blocks.shape)
 
-    def _factor_traces(self, tensors: Mapping[int, Tensor], selection: Selection) -> Tensor:
+    def _factor_traces(self, tensors: Mapping[int, Tensor], selection: BlockIndex) -> Tensor:
         """Traces of the selected layers' factors, zero for the others, from their blocks by size."""
         total = torch.zeros(len(self._factors), dtype=self.dtype, device=self.flat_sums.device)
         for size, place in selection.places.items():
@@ -533,5 +535,5 @@ def _weight(averaging: float, n_windows: Tensor) -> Tensor:
     return (1.0 - averaging) / (1.0 - averaging**n_windows)
 
 
-def _n_blocks(blocks: Blocks | None) -> int:
+def _n_blocks(blocks: BlockPartition | None) -> int:
     return 0 if blocks is None else blocks.groups * blocks.n_blocks

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_thor.linalg.block_diagonal import Blocks, diagonal_as_blocks
+from lightning_thor.linalg.block_diagonal import BlockPartition, diagonal_to_blocks
 
 
-def fold_in_(A: Tensor, G: Tensor, D: Tensor, G_table: Tensor, cut: Blocks) -> None:
+def add_table_factors_(A: Tensor, G: Tensor, D: Tensor, G_table: Tensor, partition: BlockPartition) -> None:
     """Take the factors of a table into those of the output layer that has the same weight.
 
     A table ``W [vocabulary, width]`` that also is the weight of an output layer has two roles, whose Fisher matrices
@@ -37,5 +37,5 @@ def fold_in_(A: Tensor, G: Tensor, D: Tensor, G_table: Tensor, cut: Blocks) -> N
         torch.where(trace > 0, t * scale / trace, 0.0)
         for t, trace in ((t_table, trace_D), (t_table, trace_G_table), (t_output, trace_A), (t_output, trace_G))
     ]
-    G.mul_(weights[3]).add_(diagonal_as_blocks(D.flatten(), cut) * weights[0])
+    G.mul_(weights[3]).add_(diagonal_to_blocks(D.flatten(), partition) * weights[0])
     A.mul_(weights[2]).add_(G_table * weights[1])

@@ -9,47 +9,47 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.curvature.curvature import Curvature
-from lightning_thor.distributed.communicator import Exchange
-from lightning_thor.distributed.process_group import Ranks
+from lightning_thor.distributed.communicator import Communicator
+from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.fsdp.row_partition import (
-    Cuttable,
-    Piece,
-    cuttable,
+    RowBlocks,
+    RowTransfer,
+    assign_rows,
+    layer_of_rows,
     n_numbers,
     pieces_of,
+    row_blocks_of,
     rows_of_a_process,
-    run_of,
-    share_out,
 )
 from lightning_thor.linalg.decompositions import ROOT
 from lightning_thor.linalg.dtypes import message_dtype, wide
-from lightning_thor.preconditioning.batching import Batch, batches_of
 from lightning_thor.preconditioning.directions import natural, polar
+from lightning_thor.preconditioning.grouping import LayerGroup, group_layers
 
 
-class Parcel(NamedTuple):
+class LocalTransfer(NamedTuple):
     """Rows of a parameter on their way to the process that computes their direction, and back."""
 
     parameter: nn.Parameter
-    piece: Piece
+    piece: RowTransfer
     name: nn.Parameter | None
     """Of the rows' run, if it is this process's."""
     length: int
     dtype: torch.dtype
 
 
-class Plan(NamedTuple):
+class RowExchangePlan(NamedTuple):
     """Who does what with the shards of some parameters, as one process sees it."""
 
-    batches: list[Batch]
+    batches: list[LayerGroup]
     """The runs whose directions this process computes."""
     starts: dict[nn.Parameter, int]
     """Of those: where in the parameter each begins, by name."""
-    leaving: list[Parcel]
+    leaving: list[LocalTransfer]
     """What this process holds and another one computes, in the order of those."""
-    arriving: list[Parcel]
+    arriving: list[LocalTransfer]
     """What another one holds and this process computes, in the order of those."""
-    staying: list[Parcel]
+    staying: list[LocalTransfer]
     sent_lengths: list[int]
     received_lengths: list[int]
     dtype: torch.dtype | None
@@ -72,15 +72,15 @@ class ShardedCurvature:
         ValueError: the curvature is of ``mode="adam"``, whose coordinates mix rows of different processes.
     """
 
-    def __init__(self, curvature: Curvature, exchange: Exchange | None = None) -> None:
+    def __init__(self, curvature: Curvature, communicator: Communicator | None = None) -> None:
         if curvature.mode == "adam":
             raise ValueError(
                 'mode="adam" does not go with sharded parameters: its second moments lie in coordinates that mix rows '
                 'of several processes. Take mode="natural" or "polar" with thor_fsdp2, or strategy="thor_ddp".'
             )
         self.curvature = curvature
-        self._exchange = exchange or Ranks()
-        self._plans: dict[tuple[bool, frozenset[nn.Parameter]], Plan] = {}
+        self._communicator = communicator or ProcessGroupCommunicator()
+        self._plans: dict[tuple[bool, frozenset[nn.Parameter]], RowExchangePlan] = {}
 
     def update(self) -> None:
         """As `Curvature.update`."""
@@ -114,7 +114,7 @@ class ShardedCurvature:
                 else natural(
                     plan.batches,
                     runs,
-                    roots=curvature.stacks.keeping is ROOT,
+                    roots=curvature.stacks.decomposition is ROOT,
                     unit=curvature.gradient_unit,
                 )
             )
@@ -124,13 +124,15 @@ class ShardedCurvature:
         remained = [_rows_of_a_run(directions, one, plan) for one in plan.staying]
         return self._shards_of([*plan.leaving, *plan.staying], [*returned, *remained], shards)
 
-    def _rows(self, shard: Tensor, parcel: Parcel) -> Tensor:
+    def _rows(self, shard: Tensor, parcel: LocalTransfer) -> Tensor:
         """A parcel's rows, of what of its parameter lies here; a view."""
-        held = rows_of_a_process(parcel.parameter.shape[0], self._exchange.n_shares)
-        first = held * self._exchange.own_share
+        held = rows_of_a_process(parcel.parameter.shape[0], self._communicator.world_size)
+        first = held * self._communicator.rank
         return shard[parcel.piece.start - first : parcel.piece.stop - first]
 
-    def _swapped(self, plan: Plan, sent: list[Tensor], expected: list[Parcel], *, back: bool) -> list[Tensor]:
+    def _swapped(
+        self, plan: RowExchangePlan, sent: list[Tensor], expected: list[LocalTransfer], *, back: bool
+    ) -> list[Tensor]:
         """What comes for ``expected`` while ``sent`` leaves: one message, if any at all."""
         if plan.dtype is None:
             return []
@@ -138,7 +140,7 @@ class ShardedCurvature:
         none = torch.empty(0, dtype=plan.dtype, device=device)
         flat = torch.cat([none, *(rows.flatten() for rows in sent)])
         lengths = (plan.sent_lengths, plan.received_lengths)
-        received = self._exchange.swap(flat, *(reversed(lengths) if back else lengths))
+        received = self._communicator.all_to_all(flat, *(reversed(lengths) if back else lengths))
         parts = received.split([one.length for one in expected])
         return [
             part.view(-1, *one.parameter.shape[1:]).to(wide(one.dtype) if back else one.dtype)
@@ -146,7 +148,7 @@ class ShardedCurvature:
         ]
 
     def _shards_of(
-        self, parcels: Sequence[Parcel], rows: Sequence[Tensor], shards: Mapping[nn.Parameter, Tensor]
+        self, parcels: Sequence[LocalTransfer], rows: Sequence[Tensor], shards: Mapping[nn.Parameter, Tensor]
     ) -> dict[nn.Parameter, Tensor]:
         """Directions of all that lies here, copies of the gradient where there are none."""
         directions: dict[nn.Parameter, Tensor] = {}
@@ -162,12 +164,14 @@ class ShardedCurvature:
         directions.update((p, shard.to(wide(shard.dtype), copy=True)) for p, shard in rest.items())
         return directions
 
-    def _plan(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> Plan:
-        n, own = self._exchange.n_shares, self._exchange.own_share
-        runs = share_out(cuttables_of(self.curvature, shards, is_polar=is_polar), n)
-        own_runs = {index: run_of(run.of, run.start, run.stop) for index, run in enumerate(runs) if run.owner == own}
+    def _plan(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> RowExchangePlan:
+        n, own = self._communicator.world_size, self._communicator.rank
+        runs = assign_rows(row_blocks_of_layers(self.curvature, shards, is_polar=is_polar), n)
+        own_runs = {
+            index: layer_of_rows(run.of, run.start, run.stop) for index, run in enumerate(runs) if run.owner == own
+        }
         starts: dict[nn.Parameter, int] = {}
-        parcels: list[Parcel] = []
+        parcels: list[LocalTransfer] = []
         travelling: set[torch.dtype] = set()
         for piece in pieces_of(runs, n):
             run = runs[piece.run]
@@ -176,17 +180,17 @@ class ShardedCurvature:
                 travelling.add(shards[p].dtype)
             if own in (piece.holder, piece.owner):
                 name = own_runs[piece.run][0].parameters[piece.parameter] if piece.owner == own else None
-                parcels.append(Parcel(p, piece, name, n_numbers(piece, p), shards[p].dtype))
+                parcels.append(LocalTransfer(p, piece, name, n_numbers(piece, p), shards[p].dtype))
                 if name is not None:
                     starts[name] = run.of.rows_in(p, run.start, run.stop)[0]
         leaving = sorted((one for one in parcels if one.piece.owner != own), key=lambda one: one.piece.owner)
         arriving = sorted((one for one in parcels if one.piece.holder != own), key=lambda one: one.piece.holder)
-        batches = batches_of(
+        batches = group_layers(
             [layer for layer, _ in own_runs.values()],
             [kept for _, kept in own_runs.values()],
             apart=lambda layer: layer.name in self.curvature.polar_layers,
         )
-        return Plan(
+        return RowExchangePlan(
             list(batches),
             starts,
             leaving,
@@ -198,7 +202,9 @@ class ShardedCurvature:
         )
 
 
-def cuttables_of(curvature: Curvature, parameters: Container[nn.Parameter], *, is_polar: bool) -> list[Cuttable]:
+def row_blocks_of_layers(
+    curvature: Curvature, parameters: Container[nn.Parameter], *, is_polar: bool
+) -> list[RowBlocks]:
     """What is to be shared out: of all layers whose parameters are there.
 
     Args:
@@ -206,14 +212,16 @@ def cuttables_of(curvature: Curvature, parameters: Container[nn.Parameter], *, i
         parameters: those of which there are gradients.
         is_polar: for polar directions, of the layers that have them.
     """
-    parts: list[Cuttable] = []
+    parts: list[RowBlocks] = []
     for name, layer in curvature.layers.items():
         if layer.is_preconditioned and all(p in parameters for p in layer.parameters):
-            parts += cuttable(layer, curvature.inverses_of(name), is_polar=is_polar and name in curvature.polar_layers)
+            parts += row_blocks_of(
+                layer, curvature.inverses_of(name), is_polar=is_polar and name in curvature.polar_layers
+            )
     return parts
 
 
-def _put_together(parcels: Sequence[Parcel], rows: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
+def _put_together(parcels: Sequence[LocalTransfer], rows: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
     """All rows of each run, by its name."""
     found: dict[nn.Parameter, list[tuple[int, Tensor]]] = {}
     for one, part in zip(parcels, rows, strict=True):
@@ -225,7 +233,7 @@ def _put_together(parcels: Sequence[Parcel], rows: Sequence[Tensor]) -> dict[nn.
     }
 
 
-def _rows_of_a_run(directions: Mapping[nn.Parameter, Tensor], parcel: Parcel, plan: Plan) -> Tensor:
+def _rows_of_a_run(directions: Mapping[nn.Parameter, Tensor], parcel: LocalTransfer, plan: RowExchangePlan) -> Tensor:
     assert parcel.name is not None
     start = plan.starts[parcel.name]
     return directions[parcel.name][parcel.piece.start - start : parcel.piece.stop - start]

@@ -31,7 +31,7 @@ IS_SUPPORTED = {"linear", "_in_projection_packed", "_in_projection", "has_torch_
 """False if this torch's attention is written in another way than 2.5 to 2.13's."""
 
 
-class Noting(TorchFunctionMode):
+class RecordProducts(TorchFunctionMode):
     """A context in which calls of `F.multi_head_attention_forward` are noted; everything else passes through.
 
     Args:

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.linalg import block_diagonal
-from lightning_thor.linalg.block_diagonal import Blocks
+from lightning_thor.linalg.block_diagonal import BlockPartition
 from lightning_thor.linalg.dtypes import wide
 
 
 @lru_cache(maxsize=256)
-def spread(n: int, max_rows: int | None, device: torch.device) -> Tensor | None:
+def subsample(n: int, max_rows: int | None, device: torch.device) -> Tensor | None:
     """Indices of at most ``max_rows`` of ``n`` rows, spread evenly; None stands for all.
 
     A multiplicative sequence by the golden ratio rather than every k-th row: a stride that divides the length of a
     sequence would see the same few positions for ever.
 
-    >>> spread(10, 3, torch.device("cpu")), spread(3, 10, torch.device("cpu"))
+    >>> subsample(10, 3, torch.device("cpu")), subsample(3, 10, torch.device("cpu"))
     (tensor([0, 4, 7]), None)
     """
     if max_rows is None or n <= max_rows:
@@ -76,13 +76,13 @@ SquaresOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], Squares]
 
 
 @dataclass(frozen=True)
-class Use:
+class ModuleUse:
     """A module through which a weight is used; tied weights have several."""
 
     name: str
     module: nn.Module
     weight_name: str = "weight"
-    part: slice | None = None
+    param_slice: slice | None = None
     """Which rows of the parameter, where several weights are packed into one."""
     attention: nn.MultiheadAttention | None = None
     """What uses the weight without calling the module."""
@@ -101,7 +101,7 @@ class Use:
         return weight
 
 
-def attentions_of(uses: Iterable[Use]) -> dict[nn.MultiheadAttention, dict[str, str]]:
+def attention_uses(uses: Iterable[ModuleUse]) -> dict[nn.MultiheadAttention, dict[str, str]]:
     """Of the uses inside attentions: their names, by attention and role."""
     attentions: dict[nn.MultiheadAttention, dict[str, str]] = {}
     for use in uses:
@@ -117,16 +117,16 @@ class Layer:
     A may have one group where G has several: a linear layer whose outputs are a concatenation.
     """
 
-    uses: tuple[Use, ...]
+    uses: tuple[ModuleUse, ...]
     parameters: tuple[nn.Parameter, ...]
-    A: Blocks | None
+    A: BlockPartition | None
     """None: no input factor (the scale and shift of a norm have the diagonal of their own Fisher matrix as G)."""
-    G: Blocks
-    kind: Kind
+    G: BlockPartition
+    kind: LayerKind
     rows_of: RowsOf
     squares_of: SquaresOf | None = None
     """Of the same rows, where that is cheaper without making them."""
-    folded_into: str | None = None
+    tied_to: str | None = None
     """The layer that preconditions the weight with these statistics too: an embedding tied to an output layer."""
     is_left_out: bool = False
     """Whether training has shown that its statistics are not those of its weight."""
@@ -134,7 +134,7 @@ class Layer:
     @property
     def is_preconditioned(self) -> bool:
         """True if its parameters have directions of its own."""
-        return self.folded_into is None and not self.is_left_out
+        return self.tied_to is None and not self.is_left_out
 
     @property
     def name(self) -> str:
@@ -145,9 +145,9 @@ class Layer:
         return self.uses[0].module
 
     @property
-    def part(self) -> slice | None:
+    def param_slice(self) -> slice | None:
         """Which rows of the parameters, where several layers are packed into one; None: all."""
-        return self.uses[0].part
+        return self.uses[0].param_slice
 
     @property
     def with_bias(self) -> bool:
@@ -179,9 +179,9 @@ class Layer:
             return seen
         return seen._replace(a=seen.a + self.A.groups * seen.n_rows)
 
-    def own_part(self, tensor: Tensor) -> Tensor:
+    def slice_of(self, tensor: Tensor) -> Tensor:
         """View of this layer's part of something in the shape of one of its parameters."""
-        return tensor if self.part is None else tensor[self.part]
+        return tensor if self.param_slice is None else tensor[self.param_slice]
 
     def to_matrix(self, grads: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Gradients (one for each parameter) as one matrix ``[groups, out, in]``; not a copy where none is needed."""
@@ -203,7 +203,7 @@ class Layer:
         ]
 
 
-class Kind(NamedTuple):
+class LayerKind(NamedTuple):
     """How the gradients of a layer's parameters are a matrix ``[groups, out, in]``, and back."""
 
     name: str

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_thor.layers.base import Layer, Rows, Squares, _pick, spread
+from lightning_thor.layers.base import Layer, Rows, Squares, _pick, subsample
 from lightning_thor.layers.patches import Convolution, TransposedConvolution, patches_and_values
 
 
@@ -63,7 +63,7 @@ def reduced_conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dt
     """
     a, g = _batched(module, a, g)
     positions = g.shape[2:].numel()
-    index = spread(a.shape[0], None if max_rows is None else max(1, max_rows // max(positions, 1)), a.device)
+    index = subsample(a.shape[0], None if max_rows is None else max(1, max_rows // max(positions, 1)), a.device)
     windows, gradients, _, _ = patches_and_values(module, _pick(a.detach(), index), _pick(g, index), dtype, None)
     n_samples = gradients.shape[-1] // max(positions, 1)
     split = (n_samples, positions)

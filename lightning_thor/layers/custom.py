@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.layers import base, registry
-from lightning_thor.layers.base import Kind, Layer, RowsOf, spread
+from lightning_thor.layers.base import Layer, LayerKind, RowsOf, subsample
 from lightning_thor.layers.registry import KINDS, REGISTERED, register
 
 UserRows = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -97,7 +97,7 @@ def register_layer(
         raise ValueError(
             f"{module_type.__name__} has curvature already. To overrule it, register a subclass and use that."
         )
-    kind = Kind(
+    kind = LayerKind(
         f"{module_type.__module__}.{module_type.__qualname__}", _user_to_matrix, _matrix_to_user, is_matrix=True
     )
     _TOLD[module_type] = _Told(matrix, weight)
@@ -156,7 +156,7 @@ def _user_rows(rows_of: UserRows, reduce: bool) -> RowsOf:
                 )
             a, g = a.unflatten(1, by_sample).mean(2, dtype=dtype), g.unflatten(1, by_sample).sum(2, dtype=dtype)
             return base.Rows(a.mT, g.mT, terms, terms)
-        index = spread(n, max_rows, a.device)
+        index = subsample(n, max_rows, a.device)
         if index is not None:
             a, g, n_samples = a.index_select(1, index), g.index_select(1, index), terms * len(index) / n
         return base.Rows(a.to(dtype).mT, g.to(dtype).mT, a.shape[1], n_samples)

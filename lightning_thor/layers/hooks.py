@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_thor.layers.attention import Noting
-from lightning_thor.layers.weight_use import WeightUse, accumulates, backward_pass, find_use, graph_is_kept
+from lightning_thor.layers.attention import RecordProducts
+from lightning_thor.layers.weight_product import WeightProduct, accumulates, backward_pass, find_product, graph_is_kept
 
 Listener = Callable[[str, Tensor, Tensor], None]
 
@@ -23,10 +23,10 @@ IsOpen = Callable[[str], bool]
 IsDue = Callable[[str], bool]
 
 
-Announce = Callable[[str], None]
+Expect = Callable[[str], None]
 
 
-Thin = Callable[[str, Tensor], Tensor]
+Subsample = Callable[[str, Tensor], Tensor]
 
 
 WeightOf = Callable[[str], Tensor | None]
@@ -90,8 +90,8 @@ class Hooks:
         is_open: IsOpen,
         listener: Listener,
         attentions: Mapping[nn.MultiheadAttention, Mapping[str, str]] | None = None,
-        announce: Announce = lambda name: None,
-        thin: Thin = lambda name, a: a,
+        expect: Expect = lambda name: None,
+        subsample_input: Subsample = lambda name, a: a,
         is_due: IsDue = lambda name: True,
         weight_of: WeightOf | None = None,
         needs_returned: Callable[[str], bool] = lambda name: False,
@@ -110,7 +110,7 @@ class Hooks:
             def weight_of(name: str) -> Tensor | None:
                 return getattr(modules.get(name), "weight", None)
 
-        self._pairing = _Pairing(listener, announce, thin, is_due, weight_of, needs_returned, checks)
+        self._pairing = _Pairing(listener, expect, subsample_input, is_due, weight_of, needs_returned, checks)
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(
                 skip(_forward_hook(name, module, is_open, is_due, self._pairing, note_output)), with_kwargs=True
@@ -199,7 +199,7 @@ def _attention_hooks(
     def enter() -> None:
         if any(is_open(name) for name in names.values()):
             entered.append(ExitStack())
-            entered[-1].enter_context(Noting(note))
+            entered[-1].enter_context(RecordProducts(note))
 
     def leave() -> None:
         entered.pop().close()
@@ -258,14 +258,14 @@ class _Pairing:
     def __init__(
         self,
         listener: Listener,
-        announce: Announce,
-        thin: Thin,
+        expect: Expect,
+        subsample_input: Subsample,
         is_due: IsDue,
         weight_of: WeightOf,
         needs_returned: Callable[[str], bool],
         checks: Checks | None,
     ) -> None:
-        self._listener, self._announce, self._thin = listener, announce, thin
+        self._listener, self._expect, self._thin = listener, expect, subsample_input
         self._is_due, self._weight_of, self._checks = is_due, weight_of, checks
         self._needs_returned = needs_returned
         self._waiting: dict[_Pair, None] = {}
@@ -279,7 +279,7 @@ class _Pairing:
             return
         weight = self._weight_of(name)
         with torch._C.DisableTorchFunctionSubclass():
-            use = None if weight is None else find_use(output, weight)
+            use = None if weight is None else find_product(output, weight)
             if use is None and not (isinstance(output, Tensor) and output.requires_grad):
                 return
             a = _plain(a)
@@ -292,14 +292,14 @@ class _Pairing:
                 a = self._thin(name, a)
             pair = _Pair(name, a, projected, arranged)
             del a
-            self._announce(name)
+            self._expect(name)
             on_gradient = self._on_gradient(pair, use)
             if use is not None and arranged is None and not self._needs_returned(name):
                 _before_product(use, rows, on_gradient)
             else:
                 _before_backward_of(output, on_gradient)
 
-    def _on_gradient(self, pair: _Pair, use: WeightUse | None) -> Callable[[Tensor], None]:
+    def _on_gradient(self, pair: _Pair, use: WeightProduct | None) -> Callable[[Tensor], None]:
         # Not the node of the use, which would hold on to the graph that holds this.
         accumulator = None if use is None else use.accumulator
 
@@ -374,7 +374,7 @@ class _Pairing:
         )
 
 
-def _before_product(use: WeightUse, rows: torch.Size, on_gradient: Callable[[Tensor], None]) -> None:
+def _before_product(use: WeightProduct, rows: torch.Size, on_gradient: Callable[[Tensor], None]) -> None:
     """Call ``on_gradient`` with the gradient of what the use computed. It may have taken all ``rows``, the input's
     dimensions before the last, as one dimension."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.layers.base import Layer, Rows, _pick, spread
+from lightning_thor.layers.base import Layer, Rows, _pick, subsample
 
 
 def _with_column(layer: Layer, weight: Tensor, grads: Sequence[Tensor]) -> Tensor:
@@ -26,31 +26,31 @@ def matrix_to_weight(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
     return [matrix[..., :-1], matrix[..., -1]] if layer.with_bias else [matrix]
 
 
-def mirrored_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+def transposed_linear_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
     """``[in, out]``, and perhaps a bias ``[out]``."""
     return _with_column(layer, grads[0].T.reshape(layer.G.groups, layer.G.width, -1), grads)
 
 
-def matrix_to_mirrored(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
-    """The way back of `mirrored_to_matrix`."""
+def matrix_to_transposed_linear(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+    """The way back of `transposed_linear_to_matrix`."""
     weight, *bias = matrix_to_weight(layer, matrix)
     return [weight.flatten(0, 1).T, *bias]
 
 
 def linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-    """``a [..., in]`` or what `thin_linear` leaves of it, ``g [..., out]``: every position is a row."""
+    """``a [..., in]`` or what `subsample_linear_input` leaves of it, ``g [..., out]``: every position is a row."""
     # reshape, never view: gradients can come in any memory format.
     a, g = a.detach().reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
-    index = spread(g.shape[0], max_rows, g.device)
+    index = subsample(g.shape[0], max_rows, g.device)
     if len(a) == len(g):
         a = _pick(a, index)
     a, g = a.to(dtype), _pick(g, index).to(dtype)
     return Rows(a.T[None], g.T[None], a.shape[0], a.shape[0])
 
 
-def thin_linear(a: Tensor, max_rows: int | None) -> Tensor:
+def subsample_linear_input(a: Tensor, max_rows: int | None) -> Tensor:
     """The rows that `linear_rows` takes of ``a [..., in]``, which it also takes in the place of ``a``."""
-    index = spread(a.numel() // max(a.shape[-1], 1), max_rows, a.device)
+    index = subsample(a.numel() // max(a.shape[-1], 1), max_rows, a.device)
     return a if index is None else a.detach().reshape(-1, a.shape[-1]).index_select(0, index)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_thor.layers.base import Layer, Rows, _pick, spread
+from lightning_thor.layers.base import Layer, Rows, _pick, subsample
 
 
 def vectors_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
@@ -30,7 +30,7 @@ def _positions(
     """Inputs and gradients at some positions, ``[rows, width]``."""
     width = torch.Size(module.normalized_shape).numel()
     a, g = a.detach().reshape(-1, width), g.reshape(-1, width)
-    index = spread(a.shape[0], max_rows, a.device)
+    index = subsample(a.shape[0], max_rows, a.device)
     return _pick(a, index).to(dtype), _pick(g, index).to(dtype)
 
 

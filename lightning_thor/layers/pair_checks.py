@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_thor.layers.base import Layer, Use
-from lightning_thor.layers.registry import EXPAND, LINEAR, MIRRORED, REGISTERED
+from lightning_thor.layers.base import Layer, ModuleUse
+from lightning_thor.layers.registry import EXPAND, LINEAR, LINEAR_TRANSPOSED, REGISTERED
 
-EXACT, ROUNDED = 0.01, 0.05
+EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05
 """The largest relative difference between both: of float32 products, and of those in lower precision."""
 
 
@@ -50,7 +50,9 @@ class PairChecks:
         uses: the number of the layer and the use of it, by the name of the module.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], uses: Mapping[str, tuple[int, Use]]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, Layer], uses: Mapping[str, tuple[int, ModuleUse]]
+    ) -> None:
         self._layers = list(layers.values())
         owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
         self._numbers = {
@@ -71,9 +73,9 @@ class PairChecks:
         """An input of a linear layer ``[..., in]`` times a fixed vector, ``[...]``; of another layer the whole input is
         needed, which None stands for."""
         layer = self._layers[self._numbers[name]]
-        if layer.kind not in (LINEAR, MIRRORED) or not a.is_floating_point() or not a.dim():
+        if layer.kind not in (LINEAR, LINEAR_TRANSPOSED) or not a.is_floating_point() or not a.dim():
             return None
-        width = self._modules[name].weight.shape[0 if layer.kind is MIRRORED else 1]
+        width = self._modules[name].weight.shape[0 if layer.kind is LINEAR_TRANSPOSED else 1]
         if a.shape[-1] != width:
             self._unchecked.discard(self._numbers[name])  # the observer tells of what does not fit at all
             return None
@@ -91,7 +93,7 @@ class PairChecks:
         """
         number = self._numbers[name]
         layer, dtype = self._layers[number], torch.promote_types(g.dtype, torch.float32)
-        if layer.kind in (LINEAR, MIRRORED):
+        if layer.kind in (LINEAR, LINEAR_TRANSPOSED):
             if not g.dim() or a.numel() * g.shape[-1] != g.numel():
                 self._unchecked.discard(number)
                 return
@@ -145,7 +147,9 @@ class PairChecks:
                 smallest = torch.finfo(gradient.dtype).smallest_normal * torch.finfo(gradient.dtype).eps
                 matrix = _matrix(self._layers[number], gradient.detach().to(sums.product.dtype))
                 found = (matrix @ _vector(len(matrix), matrix.shape[-1], matrix)[..., None]).flatten()
-                allowed = (ROUNDED if sums.is_rounded else EXACT) * (found.norm() + sums.squares.sqrt())
+                allowed = (ROUNDED_TOLERANCE if sums.is_rounded else EXACT_TOLERANCE) * (
+                    found.norm() + sums.squares.sqrt()
+                )
                 # Below the least normal number entries are rounded by so much, however small they are.
                 allowed += smallest * math.sqrt(matrix.numel())
                 self._verdicts[number] = (found - sums.product).norm() > allowed  # False where it is not finite
@@ -153,25 +157,27 @@ class PairChecks:
         return compare
 
 
-def rows_fit(layer: Layer, module: Any, a: Tensor, g: Tensor, *, whole: bool = True) -> bool:
+def are_rows_of(layer: Layer, module: Any, a: Tensor, g: Tensor, *, whole: bool = True) -> bool:
     """Whether ``a [..., in]`` and ``g [..., out]`` can be rows of a linear layer's weight; as many of both, if ``a`` is
     ``whole``."""
     weight = module.weight
-    out, width = (weight.shape[1], weight.shape[0]) if layer.kind is MIRRORED else (len(weight), weight.shape[1])
+    out, width = (
+        (weight.shape[1], weight.shape[0]) if layer.kind is LINEAR_TRANSPOSED else (len(weight), weight.shape[1])
+    )
     shapes_fit = a.dim() > 0 and g.dim() > 0 and a.shape[-1] == width and g.shape[-1] == out
     return shapes_fit and a.is_floating_point() and not (whole and a.numel() * out != g.numel() * width)
 
 
 def _matrix(layer: Layer, gradient: Tensor) -> Tensor:
     """A weight's gradient as ``[groups, out, in]``, in the groups of its rows."""
-    if layer.kind in (LINEAR, MIRRORED):
-        return (gradient.T if layer.kind is MIRRORED else gradient)[None]
+    if layer.kind in (LINEAR, LINEAR_TRANSPOSED):
+        return (gradient.T if layer.kind is LINEAR_TRANSPOSED else gradient)[None]
     return layer.kind.to_matrix(layer, [gradient])
 
 
-def _is_checked(layer: Layer, use: Use) -> bool:
-    known = layer.kind in (LINEAR, MIRRORED) or layer.kind in REGISTERED.values()
-    return known and use.attention is None and layer.part is None
+def _is_checked(layer: Layer, use: ModuleUse) -> bool:
+    known = layer.kind in (LINEAR, LINEAR_TRANSPOSED) or layer.kind in REGISTERED.values()
+    return known and use.attention is None and layer.param_slice is None
 
 
 def _vector(groups: int, width: int, of: Tensor) -> Tensor:

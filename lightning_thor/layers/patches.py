@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.layers.base import spread
+from lightning_thor.layers.base import subsample
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -89,7 +89,7 @@ def _seen(
     ((tensor([0, 0]), tensor([0, 2])), tensor([[2, 1], [0, 2], [1, 0]]))
     """
     (n_inputs, n_outputs, size, *_), *others = axes
-    taken = spread(n_samples * n_outputs, max_lines, device)
+    taken = subsample(n_samples * n_outputs, max_lines, device)
     every = torch.arange(n_samples * n_outputs, device=device) if taken is None else taken
     samples, outputs = every.div(n_outputs, rounding_mode="floor"), every % n_outputs
     inputs, outside = _inputs(axes[0], outputs, mode)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_thor.layers import conv, embedding, linear, norm
-from lightning_thor.layers.base import Kind, RowsOf, SquaresOf
+from lightning_thor.layers.base import LayerKind, RowsOf, SquaresOf
 from lightning_thor.layers.norm import BatchNorm
 from lightning_thor.layers.patches import Convolution, TransposedConvolution
 from lightning_thor.linalg import block_diagonal
-from lightning_thor.linalg.block_diagonal import Blocks
+from lightning_thor.linalg.block_diagonal import BlockPartition
 
 
 def loss_terms(module: nn.Module, g: Tensor) -> int:
@@ -32,49 +32,56 @@ def batch_size(module: nn.Module, g: Tensor) -> int:
     return g.shape[0]
 
 
-LINEAR = Kind("linear", linear.weight_to_matrix, linear.matrix_to_weight, takes_bias=True, is_matrix=True, rows="G")
-
-
-MIRRORED = Kind(
-    "mirrored linear", linear.mirrored_to_matrix, linear.matrix_to_mirrored, takes_bias=True, is_matrix=True, rows="A"
+LINEAR = LayerKind(
+    "linear", linear.weight_to_matrix, linear.matrix_to_weight, takes_bias=True, is_matrix=True, rows="G"
 )
 
 
-ATTENTION = Kind(
+LINEAR_TRANSPOSED = LayerKind(
+    "mirrored linear",
+    linear.transposed_linear_to_matrix,
+    linear.matrix_to_transposed_linear,
+    takes_bias=True,
+    is_matrix=True,
+    rows="A",
+)
+
+
+ATTENTION = LayerKind(
     "attention", linear.weight_to_matrix, linear.matrix_to_weight, takes_bias=True, is_matrix=True, rows="G"
 )
 
 
-CONVOLUTION = Kind(
+CONVOLUTION = LayerKind(
     "convolution", linear.weight_to_matrix, linear.matrix_to_weight, takes_bias=True, is_matrix=True, rows="G"
 )
 
 
-TRANSPOSED = Kind(
+TRANSPOSED = LayerKind(
     "transposed convolution", conv.transposed_to_matrix, conv.matrix_to_transposed, is_matrix=True, rows="A"
 )
 
 
-EMBEDDING = Kind("embedding", embedding.table_to_matrix, embedding.matrix_to_table, rows="A")
+EMBEDDING = LayerKind("embedding", embedding.table_to_matrix, embedding.matrix_to_table, rows="A")
 
 
-LAYER_NORM = Kind("layer norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
+LAYER_NORM = LayerKind("layer norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
 
 
-RMS_NORM = Kind("rms norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
+RMS_NORM = LayerKind("rms norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
 
 
-GROUP_NORM = Kind("group norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
+GROUP_NORM = LayerKind("group norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
 
 
-BATCH_NORM = Kind("batch norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
+BATCH_NORM = LayerKind("batch norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
 
 
 NORMS = (LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM)
 
 
 # isinstance, not type: FSDP2, LoRA and torch's own Linear subclasses swap or extend classes.
-KINDS: tuple[tuple[tuple[type[nn.Module], ...], Kind], ...] = (
+KINDS: tuple[tuple[tuple[type[nn.Module], ...], LayerKind], ...] = (
     ((nn.Linear,), LINEAR),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONVOLUTION),
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), TRANSPOSED),
@@ -87,15 +94,15 @@ KINDS: tuple[tuple[tuple[type[nn.Module], ...], Kind], ...] = (
 )
 
 
-BY_CLASS_NAME: Mapping[str, Kind] = {"transformers.pytorch_utils.Conv1D": MIRRORED}
+BY_CLASS_NAME: Mapping[str, LayerKind] = {"transformers.pytorch_utils.Conv1D": LINEAR_TRANSPOSED}
 """Of libraries that are not imported here."""
 
 
-REGISTERED: dict[type[nn.Module], Kind] = {}
+REGISTERED: dict[type[nn.Module], LayerKind] = {}
 """Of users: see `lightning_thor.layers.custom.register_layer`."""
 
 
-WHY_NOT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+UNSUPPORTED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.RNNBase, nn.RNNCellBase), "all its steps and gates are one call, inside which no hook can see"),
     ((nn.Bilinear,), "its weight has two inputs"),
 )
@@ -104,14 +111,14 @@ WHY_NOT: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
 _LOSS_TERMS = loss_terms
 
 
-class Statistics(NamedTuple):
+class KfacApprox(NamedTuple):
     """What is gathered from each kind of layer: a named choice of functions."""
 
     rows: Mapping[str, RowsOf]
     """By kind; a kind that is not here has no curvature."""
     loss_terms: Callable[[nn.Module, Tensor], int] = _LOSS_TERMS
     """Over how many terms the mean of the loss is taken to be, from a module and its output's gradient."""
-    cut: Callable[[int, int | None, int], Blocks] = block_diagonal.cut
+    partition: Callable[[int, int | None, int], BlockPartition] = block_diagonal.partition
     """``(width, block_size, groups)`` to blocks, for all factors but the diagonal ones."""
     squares: Mapping[str, SquaresOf] = MappingProxyType({})
     """By kind: how the sums of squares of rows are found without making the rows, where that is cheaper."""
@@ -141,31 +148,31 @@ _REDUCE: dict[str, RowsOf] = {
 }
 
 
-EXPAND = Statistics(_EXPAND, squares={"convolution": conv.conv_squares})
+EXPAND = KfacApprox(_EXPAND, squares={"convolution": conv.conv_squares})
 
 
-REDUCE = Statistics(_REDUCE, batch_size)
+REDUCE = KfacApprox(_REDUCE, batch_size)
 
 
 # As MindSpore's nn.thor has them on Ascend: norms take plain momentum, and the loss is a mean over the batch.
-THOR = Statistics(
+THOR = KfacApprox(
     {"linear": linear.linear_rows, "convolution": conv.conv_rows, "embedding": embedding.ascend_embedding_rows},
     batch_size,
-    block_diagonal.cut_with_remainder,
+    block_diagonal.partition_with_remainder,
     split_embedding_G=False,
 )
 
 
-STATISTICS: Mapping[str, Statistics] = {"expand": EXPAND, "reduce": REDUCE, "thor": THOR}
+STATISTICS: Mapping[str, KfacApprox] = {"expand": EXPAND, "reduce": REDUCE, "thor": THOR}
 
 
-def register(module_type: type[nn.Module], kind: Kind, expanded: RowsOf, reduced: RowsOf) -> None:
+def register(module_type: type[nn.Module], kind: LayerKind, expanded: RowsOf, reduced: RowsOf) -> None:
     """A new line of the table, which goes before those of torch's types."""
     REGISTERED[module_type] = kind
     _EXPAND[kind.name], _REDUCE[kind.name] = expanded, reduced
 
 
-def kind_of(module: nn.Module) -> tuple[Kind, type[nn.Module]] | None:
+def find_kind(module: nn.Module) -> tuple[LayerKind, type[nn.Module]] | None:
     """The kind of a module, and the class that it has it from; None if there is none."""
     for base in type(module).__mro__:
         if base in REGISTERED:
@@ -175,7 +182,7 @@ def kind_of(module: nn.Module) -> tuple[Kind, type[nn.Module]] | None:
     return next(((kind, base) for types, kind in KINDS for base in types if isinstance(module, base)), None)
 
 
-def why_not(module: nn.Module) -> str:
+def unsupported_reason(module: nn.Module) -> str:
     """Why a module without a kind has none."""
-    reason = next((f": {why}" for types, why in WHY_NOT if isinstance(module, types)), "")
+    reason = next((f": {why}" for types, why in UNSUPPORTED if isinstance(module, types)), "")
     return f"no curvature for {type(module).__name__}{reason}"

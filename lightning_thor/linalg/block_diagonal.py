@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ONE_BY_ONE = {"cpu"}
+UNBATCHED_DEVICES = {"cpu"}
 """Devices on which torch makes a batch of products one after the other unless the result is contiguous, which takes
 longer than to copy a contiguous one."""
 
 
-class Blocks(NamedTuple):
+class BlockPartition(NamedTuple):
     """How a factor is cut: ``groups`` independent ones (grouped convolutions), each ``n_blocks`` blocks of ``size``."""
 
     groups: int
@@ -43,45 +43,45 @@ class Blocks(NamedTuple):
         return self.groups * self.n_blocks, self.size, self.size
 
 
-def cut(width: int, block_size: int | None, groups: int = 1) -> Blocks:
+def partition(width: int, block_size: int | None, groups: int = 1) -> BlockPartition:
     """Cut ``width`` into equal blocks of at most ``block_size``; ``None`` keeps it whole.
 
     A size that divides the width is preferred, if it is no smaller than half of ``block_size``: it needs no padding.
 
-    >>> cut(100, 128).shape, cut(576, 128).shape, cut(257, 128)
+    >>> partition(100, 128).shape, partition(576, 128).shape, partition(257, 128)
     ((1, 1, 100, 100), (1, 6, 96, 96), Blocks(groups=1, width=257, n_blocks=3, size=86))
     """
     if block_size is None or width <= block_size:
-        return Blocks(groups, width, 1, width)
+        return BlockPartition(groups, width, 1, width)
     for size in range(block_size, max(block_size // 2, 1) - 1, -1):
         if width % size == 0:
-            return Blocks(groups, width, width // size, size)
+            return BlockPartition(groups, width, width // size, size)
     n_blocks = -(-width // block_size)
-    return Blocks(groups, width, n_blocks, -(-width // n_blocks))
+    return BlockPartition(groups, width, n_blocks, -(-width // n_blocks))
 
 
-def cut_with_remainder(width: int, block_size: int | None, groups: int = 1) -> Blocks:
+def partition_with_remainder(width: int, block_size: int | None, groups: int = 1) -> BlockPartition:
     """Cut ``width`` as MindSpore's nn.thor does: blocks of ``block_size`` in order, a smaller one last.
 
     The remainder is stored as a block of full size, padded with zeros, and gives the same numbers.
 
-    >>> cut_with_remainder(300, 128).n_blocks, cut_with_remainder(300, 128).padding
+    >>> partition_with_remainder(300, 128).n_blocks, partition_with_remainder(300, 128).padding
     (3, 84)
     """
     if block_size is None or width <= block_size:
-        return Blocks(groups, width, 1, width)
-    return Blocks(groups, width, -(-width // block_size), block_size)
+        return BlockPartition(groups, width, 1, width)
+    return BlockPartition(groups, width, -(-width // block_size), block_size)
 
 
-def diagonal(width: int) -> Blocks:
+def diagonal(width: int) -> BlockPartition:
     """A diagonal factor: blocks of size 1."""
-    return Blocks(1, width, width, 1)
+    return BlockPartition(1, width, width, 1)
 
 
-def diagonal_as_blocks(diagonal: Tensor, blocks: Blocks) -> Tensor:
+def diagonal_to_blocks(diagonal: Tensor, blocks: BlockPartition) -> Tensor:
     """A diagonal matrix in the blocks of another factor: ``[groups * width]`` to ``[groups, n_blocks, size, size]``.
 
-    >>> diagonal_as_blocks(torch.tensor([1.0, 2.0, 3.0]), cut_with_remainder(3, 2))[0, 1]
+    >>> diagonal_to_blocks(torch.tensor([1.0, 2.0, 3.0]), partition_with_remainder(3, 2))[0, 1]
     tensor([[3., 0.],
             [0., 0.]])
     """
@@ -89,7 +89,7 @@ def diagonal_as_blocks(diagonal: Tensor, blocks: Blocks) -> Tensor:
     return padded.view(blocks.groups, blocks.n_blocks, blocks.size).diag_embed()
 
 
-def add_covariance_(into: Tensor, rows: Tensor, blocks: Blocks, scale: float | Tensor = 1.0) -> None:
+def add_covariance_(into: Tensor, rows: Tensor, blocks: BlockPartition, scale: float | Tensor = 1.0) -> None:
     """Add the diagonal blocks of ``(scale * rows) @ (scale * rows).T`` to ``into``.
 
     Args:
@@ -115,7 +115,7 @@ def add_covariance_(into: Tensor, rows: Tensor, blocks: Blocks, scale: float | T
     into.baddbmm_(x, x.mT, alpha=scale**2)
 
 
-def left_product(factor: Tensor, matrix: Tensor, blocks: Blocks) -> Tensor:
+def left_product(factor: Tensor, matrix: Tensor, blocks: BlockPartition) -> Tensor:
     """``blockdiag(factor) @ matrix``.
 
     Args:
@@ -135,7 +135,7 @@ def left_product(factor: Tensor, matrix: Tensor, blocks: Blocks) -> Tensor:
     return product.view(groups, blocks.n_blocks * blocks.size, n)[:, :width]
 
 
-def right_product(matrix: Tensor, factor: Tensor, blocks: Blocks) -> Tensor:
+def right_product(matrix: Tensor, factor: Tensor, blocks: BlockPartition) -> Tensor:
     """``matrix @ blockdiag(factor)``.
 
     Args:
@@ -164,10 +164,10 @@ def columns_product(matrix: Tensor, factor: Tensor, into: Tensor, scale: Tensor 
     Args:
         matrix: ``[m, n_blocks, size]``.
         factor: ``[n_blocks, size, size]``.
-        into: ``[m, n_blocks, size]``, contiguous; on a device of `ONE_BY_ONE` it may be ``matrix`` itself.
+        into: ``[m, n_blocks, size]``, contiguous; on a device of `UNBATCHED_DEVICES` it may be ``matrix`` itself.
         scale: ``[m, 1, 1]``; None for ones.
     """
-    if into.device.type not in ONE_BY_ONE:
+    if into.device.type not in UNBATCHED_DEVICES:
         torch.bmm(matrix.transpose(0, 1), factor, out=into.transpose(0, 1))
         if scale is not None:
             into.mul_(scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_thor.linalg.packing import Form
 
-LEAF = 32
+LAPACK_SIZE = 32
 """Blocks up to this size go to LAPACK as they are."""
 
 
@@ -96,7 +96,7 @@ def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
         Above 0 for blocks that are not positive definite, ``[n]``; what is put in their place is meaningless.
     """
     size = damped.shape[-1]
-    if size <= LEAF:
+    if size <= LAPACK_SIZE:
         failed: Tensor
         factors, failed = torch.linalg.cholesky_ex(damped)
         identity = torch.eye(size, dtype=damped.dtype, device=damped.device)
@@ -113,7 +113,7 @@ def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
 
 def _gram(W: Tensor) -> Tensor:
     """``WᵀW`` of lower triangular matrices, symmetric to the last bit; of large ones by halves, which spares zeros."""
-    if W.shape[-1] <= 2 * LEAF:
+    if W.shape[-1] <= 2 * LAPACK_SIZE:
         return _symmetric(torch.bmm(W.mT, W))
     half = W.shape[-1] // 2
     U, gram = W[:, half:, half:], torch.empty_like(W)
@@ -197,7 +197,7 @@ def eigenvectors(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     return found, finite & torch.isfinite(found).flatten(1).all(1)
 
 
-class Keeping(NamedTuple):
+class Decomposition(NamedTuple):
     """One of them; where the code speaks of inverses, it is what takes their place."""
 
     name: str
@@ -212,10 +212,10 @@ class Keeping(NamedTuple):
     """How many times a direction multiplies a layer's matrix by those of both its factors."""
 
 
-INVERSE = Keeping("inverse", damped_inverses, "symmetric", -1.0, 1)
+INVERSE = Decomposition("inverse", damped_inverses, "symmetric", -1.0, 1)
 
 
-ROOT = Keeping("root", damped_inverse_roots, "lower", -0.5, 2)
+ROOT = Decomposition("root", damped_inverse_roots, "lower", -0.5, 2)
 
 
-EIGENVECTORS = Keeping("eigenvectors", eigenvectors, "full", 0.0, 2)
+EIGENVECTORS = Decomposition("eigenvectors", eigenvectors, "full", 0.0, 2)

@@ -8,21 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ALONE = {"cpu"}
+UNMERGED_DEVICES = {"cpu"}
 """Devices on which each tensor is a run of its own: one operation costs little there, and on one tensor after the other
 it finds more in the processor's cache."""
 
 
-def runs_of(tensors: Sequence[Tensor]) -> list[list[int]]:
+def adjacent_runs(tensors: Sequence[Tensor]) -> list[list[int]]:
     """The numbers of ``tensors`` in lists, each as long as can be, of tensors that lie one after the other in memory.
 
     Args:
         tensors: in any order; those of a run are contiguous, of one shape and dtype and in one storage.
 
-    >>> runs_of(torch.zeros(2, 3).unbind())  # of a GPU it is one
+    >>> adjacent_runs(torch.zeros(2, 3).unbind())  # of a GPU it is one
     [[0], [1]]
     """
-    if tensors and tensors[0].device.type in ALONE:
+    if tensors and tensors[0].device.type in UNMERGED_DEVICES:
         return [[index] for index in range(len(tensors))]
     places = [tensor.data_ptr() for tensor in tensors]
     runs: list[list[int]] = []
@@ -41,11 +41,11 @@ def runs_of(tensors: Sequence[Tensor]) -> list[list[int]]:
     return runs
 
 
-def as_one(run: Sequence[Tensor]) -> Tensor:
+def as_stacked_view(run: Sequence[Tensor]) -> Tensor:
     """View of a run's ``n`` tensors as one, ``[n, *shape]``; what is changed in it is changed in them.
 
     >>> both = torch.arange(6.0).view(2, 3)
-    >>> as_one(both.unbind()).equal(both)
+    >>> as_stacked_view(both.unbind()).equal(both)
     True
     """
     first = run[0]

@@ -12,17 +12,17 @@ Form = Literal["symmetric", "lower", "full"]
 """What blocks are: the same on both sides of the diagonal, zero above it, or neither."""
 
 
-def n_packed(size: int, form: Form = "symmetric") -> int:
+def packed_numel(size: int, form: Form = "symmetric") -> int:
     """How many numbers one block of ``size`` x ``size`` takes when packed.
 
-    >>> n_packed(3), n_packed(4), n_packed(4, "full")
+    >>> packed_numel(3), packed_numel(4), packed_numel(4, "full")
     (6, 10, 16)
     """
     return size * size if form == "full" else size * (size + 1) // 2
 
 
 def pack(blocks: Tensor, form: Form = "symmetric") -> Tensor:
-    """The lower triangle of each block, row by row: ``[n, size, size]`` to ``[n, n_packed]``.
+    """The lower triangle of each block, row by row: ``[n, size, size]`` to ``[n, packed_numel]``.
 
     >>> pack(torch.tensor([[[1.0, 9.0, 9.0], [2.0, 3.0, 9.0], [4.0, 5.0, 6.0]]]))
     tensor([[1., 2., 3., 4., 5., 6.]])
@@ -33,7 +33,7 @@ def pack(blocks: Tensor, form: Form = "symmetric") -> Tensor:
 
 
 def unpack(packed: Tensor, size: int, form: Form = "symmetric") -> Tensor:
-    """What `pack` took: ``[n, n_packed]`` to ``[n, size, size]``.
+    """What `pack` took: ``[n, packed_numel]`` to ``[n, size, size]``.
 
     >>> unpack(pack(torch.tensor([[[2.0, 1.0], [1.0, 3.0]]])), 2)
     tensor([[[2., 1.],

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.curvature.callables import OfParameter
+from lightning_thor.curvature.callables import ParameterFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.layers.embedding import embedding_rows_of
-from lightning_thor.layers.registry import EXPAND, Statistics
-from lightning_thor.linalg.block_diagonal import cut_with_remainder
+from lightning_thor.layers.registry import EXPAND, KfacApprox
+from lightning_thor.linalg.block_diagonal import partition_with_remainder
 from lightning_thor.mindspore.arguments import PerStep, StepFunction, check_arguments
 from lightning_thor.mindspore.param_groups import Group, Params, groups_of
 from lightning_thor.mindspore.rows import gpu_conv_rows, gpu_linear_rows
@@ -42,7 +42,7 @@ def thor(
     loss_scale: float = 1.0,
     batch_size: int = 32,
     use_nesterov: bool = False,
-    decay_filter: OfParameter = lambda parameter: True,
+    decay_filter: ParameterFn = lambda parameter: True,
     split_indices: Sequence[int] | None = None,
     enable_clip_grad: bool = False,
     frequency: int = 100,
@@ -106,8 +106,10 @@ def thor(
         update_every_n_steps=frequency,
         averaging=0.0,
         max_rows=None,
-        statistics=Statistics(
-            {**rows, "embedding": embedding_rows_of(batch_size)}, cut=cut_with_remainder, split_embedding_G=False
+        statistics=KfacApprox(
+            {**rows, "embedding": embedding_rows_of(batch_size)},
+            partition=partition_with_remainder,
+            split_embedding_G=False,
         ),
         # G there is that of the mean loss, times batch_size² / loss_scale².
         loss_reduction="sum",

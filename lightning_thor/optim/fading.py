@@ -39,7 +39,7 @@ Largest = float | Tensor
 device would have to be waited for to have a number."""
 
 
-def fades(
+def fade_factors(
     made_of: Sequence[Tensor], of: Sequence[Tensor], times: Sequence[float], largest: Largest
 ) -> tuple[list[float] | list[Tensor], Largest]:
     """``min(1, r / (8 eps R))²`` of each tensor, where r is the root mean square of what its direction is made of and R
@@ -58,12 +58,12 @@ def fades(
     Returns:
         The factors, and R with this step.
 
-    >>> fades([torch.tensor([1e-9]), torch.tensor([1.0])], [torch.zeros(1)] * 2, [1.0, 1.0], 0.0)
+    >>> fade_factors([torch.tensor([1e-9]), torch.tensor([1.0])], [torch.zeros(1)] * 2, [1.0, 1.0], 0.0)
     ([1.1e-06, 1.0], 1.0)
     """
     made_of = [one.resolve_conj() if one.is_conj() else one for one in made_of]
     rounding = [ROUNDINGS * _eps(p.dtype) for p in of]
-    if norms.is_read_at_once(made_of, of):
+    if norms.can_read_on_host(made_of, of):
         return _on_host(made_of, rounding, times, float(largest))
     r, scales = norms.norms([as_real(one) for one in made_of], of)
     means = [own / math.sqrt(max(1, p.numel())) for own, p in zip(times, of, strict=True)]

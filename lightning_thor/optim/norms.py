@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_thor.distributed.dtensor import is_cut, max_over_shards, sum_over_shards
+from lightning_thor.distributed.dtensor import is_split, max_over_shards, sum_over_shards
 from lightning_thor.linalg import memory
 
 PIECE = 2**16
@@ -21,14 +21,14 @@ LEAST_MEAN_SQUARE = 1e-24
 still count, have squares that are no normal numbers."""
 
 
-def is_read_at_once(tensors: Sequence[Tensor], of: Sequence[Tensor]) -> bool:
+def can_read_on_host(tensors: Sequence[Tensor], of: Sequence[Tensor]) -> bool:
     """True if what is done with ``tensors`` may depend on their numbers: they are whole, and no device is waited for.
 
     Args:
         tensors: what of each lies in this process.
         of: the parameters, whole or sharded.
     """
-    return not is_cut(of[0]) and all(one.device.type in memory.HOST for one in tensors)
+    return not is_split(of[0]) and all(one.device.type in memory.HOST for one in tensors)
 
 
 def as_real(x: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from torch.optim.sgd import sgd
 from lightning_thor.distributed.dtensor import local
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.optim.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
-from lightning_thor.optim.fading import fades
-from lightning_thor.optim.update_scaling import Numbers, Updates, times, to_at_most_, to_at_most_kl_, to_rms_
+from lightning_thor.optim.fading import fade_factors
+from lightning_thor.optim.update_scaling import Numbers, Updates, clip_kl_, clip_norm_, scale_to_rms_, times
 from lightning_thor.preconditioning.modes import MODES, Mode
 
 OPTIONS = (
@@ -332,7 +332,7 @@ class Thor(Optimizer):
         if not of:
             return {}
         before = self.param_groups[0][GRADIENT_RMS]
-        found, largest = fades([made_of[p] for p in of], list(of), list(of.values()), before)
+        found, largest = fade_factors([made_of[p] for p in of], list(of), list(of.values()), before)
         for group in self.param_groups:
             group[GRADIENT_RMS] = largest
         if found and not isinstance(found[0], Tensor) and all(factor == 1.0 for factor in found):
@@ -350,7 +350,7 @@ class Thor(Optimizer):
             if group["mode"] == "natural":
                 # Last of all: see `Preconditioner.precondition`.
                 own = [u if u.dtype == w.dtype else u.to(w.dtype) for u, w in zip(own, weights, strict=True)]
-                _move(weights, own, self._momenta(params) if group["momentum"] else [], group)
+                sgd_step(weights, own, self._momenta(params) if group["momentum"] else [], group)
             elif params:
                 torch._foreach_add_(weights, own, alpha=-group["lr"])
 
@@ -421,10 +421,10 @@ class Thor(Optimizer):
             rms: Numbers = list(matched.values())
             if faded:
                 rms = times([faded[p] for p in matched], list(matched.values()))
-            to_rms_([updates[p] for p in matched], list(matched), rms)
+            scale_to_rms_([updates[p] for p in matched], list(matched), rms)
         clipped = [(p, group) for group, params in steps if group["kl_clip"] is not None for p in params]
         if clipped:
-            to_at_most_kl_(clipped, grads, updates)
+            clip_kl_(clipped, grads, updates)
 
     def _decay(self, steps: Steps, updates: Updates) -> None:
         """Weight decay, of the weights or added to the updates."""
@@ -439,7 +439,7 @@ class Thor(Optimizer):
         """``clip_norm``, in place."""
         clipped = {p: group["clip_norm"] for group, params in steps if group["clip_norm"] is not None for p in params}
         if clipped:
-            to_at_most_([updates[p] for p in clipped], list(clipped), list(clipped.values()))
+            clip_norm_([updates[p] for p in clipped], list(clipped), list(clipped.values()))
 
     def _with_momentum(self, group: dict[str, Any], params: list[Any], grads: list[Tensor]) -> list[Tensor]:
         """The momentum of ``params`` after ``grads``; neither is to be changed."""
@@ -459,7 +459,7 @@ class Thor(Optimizer):
         return [local(self.state[p]["momentum_buffer"]) for p in params]
 
 
-def _move(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor], group: Mapping[str, Any]) -> None:
+def sgd_step(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor], group: Mapping[str, Any]) -> None:
     """A step of momentum SGD; ``updates`` are lost.
 
     By torch's fused kernel, in one pass instead of four, where it can be trusted: it takes all tensors as contiguous,

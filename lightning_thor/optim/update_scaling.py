@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.linalg.dtypes import wide
-from lightning_thor.linalg.memory import as_one, runs_of
+from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view
 from lightning_thor.optim import norms
 from lightning_thor.optim.norms import as_real
 
@@ -26,7 +26,7 @@ LEAST_NORM = 1e-100
 """Far below the least that is not 0; a factor of infinity would make NaN of zeros."""
 
 
-def to_rms_(updates: Sequence[Tensor], of: Sequence[Tensor], rms: Numbers) -> None:
+def scale_to_rms_(updates: Sequence[Tensor], of: Sequence[Tensor], rms: Numbers) -> None:
     """Bring each tensor to its root mean square ``rms``, whatever finite numbers it has; one of zeros stays zero.
 
     A tensor times a power of two is brought to bitwise the same. Nothing waits for a device.
@@ -37,7 +37,7 @@ def to_rms_(updates: Sequence[Tensor], of: Sequence[Tensor], rms: Numbers) -> No
         rms: of each; tensors only where there is a device that would be waited for, or shards.
 
     >>> both = [torch.full((4,), 1e-30), torch.zeros(2)]
-    >>> to_rms_(both, both, [0.2, 0.2])
+    >>> scale_to_rms_(both, both, [0.2, 0.2])
     >>> both
     [tensor([0.2000, 0.2000, 0.2000, 0.2000]), tensor([0., 0.])]
     """
@@ -51,18 +51,18 @@ def times(numbers: Numbers, by: Sequence[float]) -> Numbers:
     return [own * one for own, one in zip(numbers, by, strict=True)]
 
 
-def to_at_most_(updates: Sequence[Tensor], of: Sequence[Tensor], norms: Sequence[float]) -> None:
-    """Bring each tensor to at most its L2 norm ``norms``; arguments as of `to_rms_`.
+def clip_norm_(updates: Sequence[Tensor], of: Sequence[Tensor], norms: Sequence[float]) -> None:
+    """Bring each tensor to at most its L2 norm ``norms``; arguments as of `scale_to_rms_`.
 
     >>> both = [torch.full((4,), 2.0), torch.ones(1)]
-    >>> to_at_most_(both, both, [1.0, 1.0])
+    >>> clip_norm_(both, both, [1.0, 1.0])
     >>> both
     [tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([1.])]
     """
     _bring(updates, of, norms, at_most=True)
 
 
-def to_at_most_kl_(
+def clip_kl_(
     clipped: Sequence[tuple[nn.Parameter, dict[str, Any]]], grads: Mapping[nn.Parameter, Tensor], updates: Updates
 ) -> None:
     """Multiply all updates by ``min(1, sqrt(kl_clip / sum lr² |direction · grad|))``; nothing waits for a device.
@@ -83,7 +83,7 @@ def to_at_most_kl_(
     limits = torch.finfo(roots.dtype)
     largest = roots.clamp_(max=limits.max).amax().clamp_min(limits.tiny)
     shrink = (roots.div_(largest).norm() * largest).reciprocal().clamp_max(1.0)
-    if norms.is_read_at_once(own, of):
+    if norms.can_read_on_host(own, of):
         _multiply_on_host(own, [float(shrink)] * len(own))
     else:
         _multiply_on_device(own, shrink.expand(len(own)))
@@ -92,7 +92,7 @@ def to_at_most_kl_(
 def _bring(updates: Sequence[Tensor], of: Sequence[Tensor], wanted: Numbers, *, at_most: bool) -> None:
     """To L2 norms."""
     real = [as_real(update) for update in updates]
-    if not norms.is_read_at_once(real, of):
+    if not norms.can_read_on_host(real, of):
         _bring_on_device(real, of, wanted, at_most=at_most)
         return
     factors: list[float] = []
@@ -151,8 +151,8 @@ def _bring_on_device(real: Sequence[Tensor], of: Sequence[Tensor], wanted: Numbe
 
 def _multiply_on_device(real: Sequence[Tensor], *factors: Tensor) -> None:
     """By each of ``factors``, ``[n]`` in float64, and in float64: it has numbers for which float32 has none."""
-    runs = runs_of(real)
-    together = [as_one([real[index] for index in run]) for run in runs]
+    runs = adjacent_runs(real)
+    together = [as_stacked_view([real[index] for index in run]) for run in runs]
     for each in factors:
         ordered = torch.stack([each[index] for run in runs for index in run]).split([len(run) for run in runs])
         # With dimensions: a 0-dimensional factor would be rounded to the dtype of what it multiplies.

@@ -10,43 +10,45 @@ from torch import Tensor, nn
 
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.linalg.matrix_sign import msign
-from lightning_thor.preconditioning.batching import Batch, Matrices, Single, Tensors
+from lightning_thor.preconditioning.grouping import LayerGroup, Matrices, SingleLayer, Tensors
 
 Unit = float | Tensor
 
 
-MAX_ENTRIES = 2**24
+MSIGN_CHUNK_NUMEL = 2**24
 """Of all matrices that are made polar at once: enough to fill a device, and a bound on the memory."""
 
 
-AT_ONCE = {"cpu": 2**21}
+DIRECTION_CHUNK_NUMEL = {"cpu": 2**21}
 """Of natural directions, before they are used: what is still in the processor's cache then, and whose memory the next
 ones find there. A device that is not named makes all at once, since it takes longer to be told more often."""
 
 
-def natural(batches: Iterable[Batch], grads: Tensors, *, roots: bool, unit: Unit = 1.0) -> dict[nn.Parameter, Tensor]:
+def natural(
+    batches: Iterable[LayerGroup], grads: Tensors, *, roots: bool, unit: Unit = 1.0
+) -> dict[nn.Parameter, Tensor]:
     """``G⁻¹ grad A⁻¹`` of each layer, and copies of the gradients of other parameters.
 
     Args:
         batches: all layers with curvature.
         grads: by parameter; nothing in it is changed.
         roots: whether roots of the inverses are kept.
-        unit: what output gradients were divided by to be rows of G, see `FactorStacks.gradient_unit`.
+        unit: what output gradients were divided by to be rows of G, see `FactorState.gradient_unit`.
     """
     parts = natural_in_parts(batches, grads, roots=roots, unit=unit)
     return {p: one for part in parts for p, one in part.items()}
 
 
 def natural_in_parts(
-    batches: Iterable[Batch], grads: Tensors, *, roots: bool, unit: Unit = 1.0
+    batches: Iterable[LayerGroup], grads: Tensors, *, roots: bool, unit: Unit = 1.0
 ) -> Iterator[dict[nn.Parameter, Tensor]]:
-    """What `natural` gives, about `AT_ONCE` entries at a time; each parameter once."""
+    """What `natural` gives, about `DIRECTION_CHUNK_NUMEL` entries at a time; each parameter once."""
     directions: dict[nn.Parameter, Tensor] = {}
     rest, n_entries = dict(grads), 0
     # All of them are looked at before anything is used.
     for batch in list(_complete(batches, grads)):
         own = [p for layer in batch.layers for p in layer.parameters]
-        at_once = AT_ONCE.get(batch.kept[0][1].device.type, math.inf)
+        at_once = DIRECTION_CHUNK_NUMEL.get(batch.kept[0][1].device.type, math.inf)
         # A batch of a parameter that is there already (the parts of an attention) goes with it.
         if n_entries >= at_once and not any(p in directions for p in own):
             yield directions
@@ -59,7 +61,9 @@ def natural_in_parts(
     yield directions
 
 
-def _put_natural(directions: dict[nn.Parameter, Tensor], batch: Batch, grads: Tensors, roots: bool, unit: Unit) -> None:
+def _put_natural(
+    directions: dict[nn.Parameter, Tensor], batch: LayerGroup, grads: Tensors, roots: bool, unit: Unit
+) -> None:
     # A function, so that nothing holds what it made when the part is used up.
     matrices = _over(batch.to_matrices(grads), unit)
     found = _whiten_again(batch, _whiten(batch, matrices)) if roots else batch.product(matrices)
@@ -82,7 +86,7 @@ def _in_units(direction: Tensor, unit: Unit) -> Tensor:
 
 
 def polar(
-    batches: Iterable[Batch], momenta: Tensors, *, names: Container[str], unit: Unit = 1.0
+    batches: Iterable[LayerGroup], momenta: Tensors, *, names: Container[str], unit: Unit = 1.0
 ) -> dict[nn.Parameter, Tensor]:
     """``Wᵀ msign(W M Vᵀ) V`` of each layer that is in ``names``: steepest descent in the spectral norm, whitened.
 
@@ -94,10 +98,10 @@ def polar(
         batches: all layers with curvature; roots are kept of them.
         momenta: by parameter; nothing in it is changed.
         names: of the layers that are to be polar: of a batch all or none.
-        unit: what output gradients were divided by to be rows of G, see `FactorStacks.gradient_unit`.
+        unit: what output gradients were divided by to be rows of G, see `FactorState.gradient_unit`.
     """
     directions: dict[nn.Parameter, Tensor] = {}
-    of_shape: dict[torch.Size, list[tuple[Batch, Tensor]]] = {}
+    of_shape: dict[torch.Size, list[tuple[LayerGroup, Tensor]]] = {}
     for batch in _complete(batches, momenta):
         matrices = _whiten(batch, _over(batch.to_matrices(momenta), unit))
         if batch.layers[0].name in names:
@@ -113,7 +117,7 @@ def polar(
     return _with_others(directions, momenta)
 
 
-def to_eigenbasis(batches: Iterable[Batch], grads: Tensors, *, back: bool = False) -> dict[nn.Parameter, Tensor]:
+def to_eigenbasis(batches: Iterable[LayerGroup], grads: Tensors, *, back: bool = False) -> dict[nn.Parameter, Tensor]:
     """``Q_Gᵀ grad Q_A`` of each layer, with the eigenvectors of its blocks as columns, and copies of the gradients of
     other parameters: in these coordinates A ⊗ G is diagonal, as far as its blocks go.
 
@@ -129,24 +133,24 @@ def to_eigenbasis(batches: Iterable[Batch], grads: Tensors, *, back: bool = Fals
     return _with_others(directions, grads)
 
 
-def _whiten(batch: Batch, matrices: Matrices) -> Tensor:
+def _whiten(batch: LayerGroup, matrices: Matrices) -> Tensor:
     """``W M Vᵀ``."""
     return batch.product(matrices, transposed=(True, False))
 
 
-def _whiten_again(batch: Batch, matrices: Tensor) -> Tensor:
+def _whiten_again(batch: LayerGroup, matrices: Tensor) -> Tensor:
     """``Wᵀ X V``."""
     return batch.product(matrices, transposed=(False, True))
 
 
 def _signs(matrices: Tensor) -> Tensor:
-    """`msign` of ``[n, rows, columns]``, of at most `MAX_ENTRIES` entries at once (or one matrix that has more)."""
-    at_once = max(1, MAX_ENTRIES // matrices[0].numel())
+    """`msign` of ``[n, rows, columns]``, at most `MSIGN_CHUNK_NUMEL` entries at once (or one matrix that has more)."""
+    at_once = max(1, MSIGN_CHUNK_NUMEL // matrices[0].numel())
     signs = [msign(some) for some in matrices.split(at_once)]
     return signs[0] if len(signs) == 1 else torch.cat(signs)
 
 
-def _complete(batches: Iterable[Batch], grads: Tensors) -> Iterator[Batch]:
+def _complete(batches: Iterable[LayerGroup], grads: Tensors) -> Iterator[LayerGroup]:
     """The layers of which all gradients are there; not those that others precondition, or none.
 
     Raises:
@@ -155,7 +159,9 @@ def _complete(batches: Iterable[Batch], grads: Tensors) -> Iterator[Batch]:
     for batch in batches:
         there = [layer.is_preconditioned and all(p in grads for p in layer.parameters) for layer in batch.layers]
         for layer, is_there in zip(batch.layers, there, strict=True):
-            shards = [p for p in layer.parameters if is_there and layer.part is None and grads[p].shape != p.shape]
+            shards = [
+                p for p in layer.parameters if is_there and layer.param_slice is None and grads[p].shape != p.shape
+            ]
             if shards:
                 raise ValueError(
                     f"The gradient of {layer.name!r} is {list(grads[shards[0]].shape)}, a shard of its weight "
@@ -167,7 +173,7 @@ def _complete(batches: Iterable[Batch], grads: Tensors) -> Iterator[Batch]:
             continue
         for layer, kept, is_there in zip(batch.layers, batch.kept, there, strict=True):
             if is_there:
-                yield Single([layer], [kept])
+                yield SingleLayer([layer], [kept])
 
 
 def _with_others(directions: dict[nn.Parameter, Tensor], grads: Tensors) -> dict[nn.Parameter, Tensor]:

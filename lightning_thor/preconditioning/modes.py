@@ -9,7 +9,7 @@ from lightning_thor.linalg.decompositions import (
     EIGENVECTORS,
     INVERSE,
     ROOT,
-    Keeping,
+    Decomposition,
 )
 
 Mode = Literal["natural", "polar", "adam"]
@@ -18,9 +18,9 @@ Mode = Literal["natural", "polar", "adam"]
 MODES: tuple[str, ...] = get_args(Mode)
 
 
-KEEPINGS: Mapping[str, Keeping] = {"natural": INVERSE, "polar": ROOT, "adam": EIGENVECTORS}
+DECOMPOSITIONS: Mapping[str, Decomposition] = {"natural": INVERSE, "polar": ROOT, "adam": EIGENVECTORS}
 """By mode."""
 
 
-PLAIN: Mapping[str, str] = {"natural": "plain momentum", "polar": "plain momentum", "adam": "plain Adam"}
+FALLBACK: Mapping[str, str] = {"natural": "plain momentum", "polar": "plain momentum", "adam": "plain Adam"}
 """By mode: what parameters without curvature take."""

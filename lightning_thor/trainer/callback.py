@@ -13,20 +13,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_thor.block_size.choose import BlockSplit
-from lightning_thor.curvature.callables import IntOfStep, OfBatch, OfStep
+from lightning_thor.curvature.callables import BatchFn, IntStepFn, StepFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.refresh_schedule import Interval
 from lightning_thor.factors.damping import DampingRule
-from lightning_thor.layers.discovery import plain_name
+from lightning_thor.layers.discovery import uncompiled_name
 from lightning_thor.optim.thor import Preconditioner, Thor
-from lightning_thor.preconditioning.modes import PLAIN, Mode
+from lightning_thor.preconditioning.modes import FALLBACK, Mode
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.trainer.block_size_trial import try_block_sizes
-from lightning_thor.trainer.ddp_strategy import ThorDDPStrategy
-from lightning_thor.trainer.fsdp2_strategy import ThorModelParallelStrategy
 from lightning_thor.trainer.report import print_curvature, report_split
-from lightning_thor.trainer.strategies import check_strategy
+from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
 
 
 class ThorCallback(Callback):
@@ -56,10 +54,10 @@ class ThorCallback(Callback):
     def __init__(
         self,
         *,
-        damping: float | OfStep = 0.2,
+        damping: float | StepFn = 0.2,
         damping_rule: DampingRule = "trace",
         block_size: int | Literal["auto"] | None = 64,
-        update_every_n_steps: int | IntOfStep = 10,
+        update_every_n_steps: int | IntStepFn = 10,
         averaging: float = 0.8,
         precondition_bias: bool = False,
         stagger: bool = False,
@@ -68,7 +66,7 @@ class ThorCallback(Callback):
         statistics: Literal["expand", "reduce", "thor"] = "expand",
         loss_reduction: str = "mean",
         fused: dict[str, int] | None = None,
-        loss_terms: OfBatch | None = None,
+        loss_terms: BatchFn | None = None,
         summary: bool = True,
     ) -> None:
         super().__init__()
@@ -165,9 +163,7 @@ class ThorCallback(Callback):
             **{**self._options, "block_size": self.block_size},
         )
         preconditioner: Preconditioner = self.curvature
-        if isinstance(trainer.strategy, ThorDDPStrategy):
-            trainer.strategy.connect_curvature(self.curvature)
-        elif isinstance(trainer.strategy, ThorModelParallelStrategy):
+        if isinstance(trainer.strategy, ThorStrategyMixin):
             own = set(parameters)
             named = {name: p for name, p in pl_module.named_parameters() if p in own}
             preconditioner = trainer.strategy.connect_curvature(self.curvature, named)
@@ -183,7 +179,7 @@ class ThorCallback(Callback):
         if not self.curvature.layers:
             rank_zero_warn(
                 "ThorCallback found no layer to precondition: all parameters take "
-                f"{PLAIN[self.curvature.mode]}. Its table of left-out layers says why (summary=True)."
+                f"{FALLBACK[self.curvature.mode]}. Its table of left-out layers says why (summary=True)."
             )
         if self.summary and self.split is not None:
             folder = trainer.log_dir or trainer.default_root_dir  # on all ranks: it is a broadcast
@@ -262,13 +258,14 @@ class ThorCallback(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.curvature is None:
             return
-        modules = {plain_name(name): module for name, module in self.curvature.model.named_modules()}
+        modules = {uncompiled_name(name): module for name, module in self.curvature.model.named_modules()}
         for name, reason in self.curvature.left_out.items():
             if reason == "frozen" and _weight_trains(name, modules):
                 self.curvature.left_out[name] = "frozen when fit began"
                 rank_zero_warn(
-                    f"{name!r} was frozen when fit began and has no curvature: it takes {PLAIN[self.curvature.mode]} "
-                    "now that it trains. Start another fit from this one's weights to precondition it."
+                    f"{name!r} was frozen when fit began and has no curvature: it takes "
+                    f"{FALLBACK[self.curvature.mode]} now "
+                    "that it trains. Start another fit from this one's weights to precondition it."
                 )
 
     def _troubles(self) -> tuple[int, int]:

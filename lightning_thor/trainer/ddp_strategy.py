@@ -1,4 +1,4 @@
-"""Lightning strategies that carry the curvature's factors."""
+"""``thor_ddp``: distributed data parallel that hides the all-reduce of factors behind backward."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.distributed import process_group
-from lightning_thor.distributed.communicator import Workers
-from lightning_thor.trainer.checkpoints import whole
-from lightning_thor.trainer.strategies import Travel
+from lightning_thor.distributed.communicator import WorkerGrid
+from lightning_thor.trainer.strategies import ThorStrategyMixin
 
 
-class ThorDDPStrategy(DDPStrategy):
-    """Distributed data parallel, registered as ``"thor_ddp"``, that hides the sums of a refresh behind backward.
+class ThorDDPStrategy(ThorStrategyMixin, DDPStrategy):
+    """Distributed data parallel, registered as ``"thor_ddp"``, that hides the all-reduce of factors behind backward.
 
-    The factors of a refresh travel in buckets, a triangle of each block, in a process group of their own; a bucket's
+    The factors of a refresh are sent in buckets, a triangle of each block, in a process group of their own; a bucket's
     all-reduce starts in backward, when its layers have their gradients, and is waited for in the optimizer's step.
-    (With plain ``"ddp"`` they travel all at once, in the step.) Then, with both, each rank inverts its share of the
-    blocks, and one collective brings the inverses to all. The results are those of ``"ddp"``.
+    (With plain ``"ddp"`` all factors are sent at once, in the step.) Then, with both, each rank inverts its share of
+    the blocks, and one collective brings the inverses to all. The results are those of ``"ddp"``.
 
     Args:
         *args, **kwargs: as of `lightning.pytorch.strategies.DDPStrategy`.
@@ -28,15 +26,14 @@ class ThorDDPStrategy(DDPStrategy):
             ``split_indices`` is given.
         split_indices: instead, the last layer of each bucket, as ``nn.thor`` counts: of the layers that have A and G,
             [26, 53] makes the buckets 0 to 26 and 27 to 53.
-        bf16_factors: send factors in bfloat16; sums are taken in float32 and rounded once more on their way back.
-            It pays on few ranks or a slow network: each rank sends a message to every other one (docs/scaling.md).
-        inverse_workers: on how many ranks each layer's inverses are kept, a divisor of the number of ranks; None: on
-            all. Those ranks alone make the layer's direction, at every step, and send it to the others: less memory,
+        bf16_factors: has no effect any more (a DeprecationWarning says why).
+        inverse_workers: on how many ranks each layer's inverses are stored, a divisor of the number of ranks; None: on
+            all. Those ranks alone compute the layer's direction, at every step, and send it to the others: less memory,
             and the products of a step are shared out, for one more message a step, of the size of the weights. That
             pays in polar mode, whose Newton-Schulz products are most of a step's work (distributed Muon shares them
             out in the same way), and where the inverses do not fit. 1 takes least memory, the number of ranks is None.
             The dial of KAISA (Pauloski et al. 2021, arXiv:2107.01739). Checkpoints then lack the inverses of layers
-            that rank 0 does not keep; they are computed again on load, see `Curvature.load_state_dict`. Not for a
+            that rank 0 does not store; they are computed again on load, see `Curvature.load_state_dict`. Not for a
             `Thor` that has ``mode="adam"``.
 
     Raises:
@@ -56,38 +53,22 @@ class ThorDDPStrategy(DDPStrategy):
         inverse_workers: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self._travel = Travel(factor_bucket_mb, split_indices, bf16_factors)
+        super().__init__(
+            *args,
+            factor_bucket_mb=factor_bucket_mb,
+            split_indices=split_indices,
+            bf16_factors=bf16_factors,
+            **kwargs,
+        )
         _check_inverse_workers(inverse_workers)
-        self._factor_group: Any = None
         self._inverse_workers = inverse_workers
-        self._workers: Workers | None = None
 
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        # Once, though fit, validate and test of one Trainer all come here.
-        if self._factor_group is None:
-            self._factor_group = process_group.new_factor_group(self._timeout)
-            self._workers = self._new_workers()
+    def is_sync_step(self) -> bool:
+        """False in a micro-batch whose gradients DDP only accumulates."""
+        return bool(getattr(self.model, "require_backward_grad_sync", False))
 
-    def connect_curvature(self, curvature: Curvature) -> None:
-        """Let ``curvature`` reach the other ranks through this strategy.
-
-        Raises:
-            ValueError: ``split_indices`` names a layer that the model does not have.
-        """
-        self._travel.connect(curvature, self._factor_group, may_start=self._is_last_backward, workers=self._workers)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """As of Lightning's strategy, but the file is there as a whole or not at all, and all ranks raise."""
-        with whole(self, filepath) as path:
-            super().save_checkpoint(checkpoint, path, storage_options)
-
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        process_group.leave_without_others(exception, self._factor_group)
-
-    def _new_workers(self) -> Workers | None:
+    def new_worker_grid(self) -> WorkerGrid | None:
+        """Rows of ``inverse_workers`` ranks each."""
         if self._inverse_workers in (None, self.world_size):
             return None
         if self.world_size % self._inverse_workers:
@@ -96,15 +77,11 @@ class ThorDDPStrategy(DDPStrategy):
                 f"inverse_workers={self._inverse_workers} does not divide the {self.world_size} processes of this run "
                 f"into equal groups: give {', '.join(divisors)}, or None to keep all inverses everywhere."
             )
-        return process_group.new_workers(self._inverse_workers, self._timeout)
-
-    def _is_last_backward(self) -> bool:
-        """False in a micro-batch whose gradients DDP only accumulates."""
-        return bool(getattr(self.model, "require_backward_grad_sync", False))
+        return process_group.new_worker_grid(self._inverse_workers, self._timeout)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Every form that Lightning registers for ``"ddp"``, under ``"thor_ddp"``."""
+        """Register every form that Lightning registers for ``"ddp"``, as ``"thor_ddp"``."""
         for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
             name = cls.strategy_name + suffix
             description = f"DDP with THOR's factors in buckets and inversions shared out, started by {start_method}"

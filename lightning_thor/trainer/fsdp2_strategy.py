@@ -1,4 +1,4 @@
-"""Lightning's strategy for models that ``fully_shard`` (FSDP2) shards, with THOR's directions shared out."""
+"""``thor_fsdp2``: models that ``fully_shard`` (FSDP2) shards, with THOR's directions shared out."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 
 from lightning_thor.curvature.curvature import Curvature
-from lightning_thor.distributed import dtensor, process_group
+from lightning_thor.distributed import dtensor
+from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
-from lightning_thor.layers.discovery import some_of
-from lightning_thor.optim.thor import Thor
-from lightning_thor.trainer.checkpoints import whole
-from lightning_thor.trainer.strategies import Travel
+from lightning_thor.layers.discovery import name_some
+from lightning_thor.optim.thor import Preconditioner, Thor
+from lightning_thor.trainer.strategies import ThorStrategyMixin
 
 
-class ThorModelParallelStrategy(ModelParallelStrategy):
+class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
     """Fully sharded data parallel (FSDP2), registered as ``"thor_fsdp2"``: weights, gradients, momentum are sharded.
 
     As with `lightning.pytorch.strategies.ModelParallelStrategy` the module shards itself, in ``configure_model``, by
     ``fully_shard(..., mesh=self.device_mesh["data_parallel"])``; all that is trained must be sharded, along its first
     dimension. Factors and inverses are whole on each rank; each direction is computed once, see `ShardedCurvature`. The
-    factors of a refresh travel as with ``"thor_ddp"``: in buckets, in a process group of their own, from backward on,
+    factors of a refresh are sent as with ``"thor_ddp"``: in buckets, in a process group of their own, from backward on,
     but never in one that only accumulates (there FSDP2 sums gradients all the same, as Lightning has it). The results
     are those of ``"thor_ddp"``. Not for a `Thor` that has ``mode="adam"``, nor for ``block_size="auto"``.
 
@@ -59,18 +59,24 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
                 f"ThorModelParallelStrategy got tensor_parallel_size={tensor_parallel_size!r}, but it needs each "
                 "layer's inputs whole: shard over data_parallel alone (tensor_parallel_size=1)."
             )
-        super().__init__(data_parallel_size, 1, **kwargs)
-        self._travel = Travel(factor_bucket_mb, split_indices, bf16_factors)
-        self._factor_group: Any = None
+        super().__init__(
+            data_parallel_size,
+            1,
+            factor_bucket_mb=factor_bucket_mb,
+            split_indices=split_indices,
+            bf16_factors=bf16_factors,
+            **kwargs,
+        )
         self._accumulates = False
+
+    @property
+    def has_sharded_checkpoints(self) -> bool:  # type: ignore[override]
+        return bool(self._save_distributed_checkpoint)
 
     def setup_environment(self) -> None:
         if self._data_parallel_size == "auto":
             self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-        # Once, though fit, validate and test of one Trainer all come here.
-        if self._factor_group is None:
-            self._factor_group = process_group.new_factor_group(self._timeout)
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
@@ -79,26 +85,33 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
             if isinstance(optimizer, Thor):
                 optimizer.make_state()
 
-    def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> ShardedCurvature:
-        """What `Thor` is to precondition with, reaching the other ranks through this strategy.
+    def is_sync_step(self) -> bool:
+        """False in a micro-batch that only accumulates."""
+        return not self._accumulates
+
+    def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> Preconditioner:
+        """As `ThorStrategyMixin.connect_curvature`, with directions shared out over the shards.
 
         Args:
             curvature: of the sharded model.
             parameters: all that the optimizer has, by name.
 
+        Returns:
+            A `ShardedCurvature`.
+
         Raises:
             ValueError: one of them is not sharded as it must be, or ``split_indices`` names a layer that is not there.
         """
-        ranks = process_group.Ranks(self._factor_group)
-        faults = {name: dtensor.why_not_by_rows(p, ranks.n_shares) for name, p in parameters.items()}
+        ranks = ProcessGroupCommunicator(self._factor_group)
+        faults = {name: dtensor.reason_not_sharded_by_rows(p, ranks.world_size) for name, p in parameters.items()}
         wrong = [name for name, fault in faults.items() if fault is not None]
         if wrong:
             raise ValueError(
-                f"ThorModelParallelStrategy: {wrong[0]!r} {faults[wrong[0]]} (all such: {some_of(wrong)}). Shard all "
+                f"ThorModelParallelStrategy: {wrong[0]!r} {faults[wrong[0]]} (all such: {name_some(wrong)}). Shard all "
                 "that is trained over the data-parallel ranks, along its first dimension, in configure_model: "
                 'fully_shard(self.net, mesh=self.device_mesh["data_parallel"]), for modules inside first if you like.'
             )
-        self._travel.connect(curvature, self._factor_group, may_start=self._is_last_backward)
+        super().connect_curvature(curvature, parameters)
         return ShardedCurvature(curvature, ranks)
 
     @contextmanager
@@ -110,11 +123,6 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
                 yield
         finally:
             self._accumulates = before
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """As of Lightning's strategy, but the file or folder is there as a whole or not at all, and all ranks raise."""
-        with whole(self, filepath, by_all=self._save_distributed_checkpoint) as path:
-            super().save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As of Lightning's strategy, which knows no sharded model where a validation left its weights whole.
@@ -137,7 +145,7 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [number for group in saved["param_groups"] for number in group["params"]]
             shards = {
-                number: {key: dtensor.shared_out_as(value, p) for key, value in saved["state"][number].items()}
+                number: {key: dtensor.shard_like(value, p) for key, value in saved["state"][number].items()}
                 # Of other lengths it is refused, below.
                 for number, p in zip(numbers, params, strict=False)
                 if number in saved["state"]
@@ -146,14 +154,6 @@ class ThorModelParallelStrategy(ModelParallelStrategy):
             if isinstance(optimizer, Thor):
                 optimizer.make_state()
         return checkpoint
-
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        process_group.leave_without_others(exception, self._factor_group)
-
-    def _is_last_backward(self) -> bool:
-        """False in a micro-batch that only accumulates."""
-        return not self._accumulates
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from lightning_thor.block_size.choose import BlockSplit
 from lightning_thor.curvature.curvature import Curvature
-from lightning_thor.layers.discovery import plain_name
-from lightning_thor.linalg.block_diagonal import Blocks
-from lightning_thor.preconditioning.modes import PLAIN
+from lightning_thor.layers.discovery import uncompiled_name
+from lightning_thor.linalg.block_diagonal import BlockPartition
+from lightning_thor.preconditioning.modes import FALLBACK
 
 
 def curvature_table(curvature: Curvature) -> Table:
@@ -24,12 +24,12 @@ def curvature_table(curvature: Curvature) -> Table:
     table = Table(
         title="THOR curvature",
         caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all{_elsewhere(curvature)}; "
-        f"other parameters, their biases too, take {PLAIN[curvature.mode]}",
+        f"other parameters, their biases too, take {FALLBACK[curvature.mode]}",
     )
     for column in ("layer", "type", "weight", "curvature"):
         table.add_column(column, overflow="fold")
     table.add_column("memory", justify="right", no_wrap=True)
-    modules = {plain_name(name): module for name, module in curvature.model.named_modules()}
+    modules = {uncompiled_name(name): module for name, module in curvature.model.named_modules()}
     place = {name: index for index, name in enumerate(modules)}
     used = {use.name: (name, use) for name, layer in curvature.layers.items() for use in layer.uses}
 
@@ -45,14 +45,14 @@ def curvature_table(curvature: Curvature) -> Table:
         layer = curvature.layers[used[name][0]]
         # Not a part of the parameter itself: of a sharded one it is a collective, and only one rank prints.
         whole = torch.empty(layer.parameters[0].shape, device="meta")
-        shape = "×".join(map(str, layer.own_part(whole).shape)) + (" + bias" if layer.with_bias else "")
+        shape = "×".join(map(str, layer.slice_of(whole).shape)) + (" + bias" if layer.with_bias else "")
         if name != layer.name:
             table.add_row(name or "(root)", kind, shape, f"tied: its rows are added to {layer.name!r}")
             continue
         factors = f"G {_cut(layer.G)}" if layer.A is None else f"A {_cut(layer.A)}, G {_cut(layer.G)}"
         factors += ", polar" if name in curvature.polar_layers else ""
-        if layer.folded_into is not None:
-            factors += f", tied: folded into {layer.folded_into!r}"
+        if layer.tied_to is not None:
+            factors += f", tied: folded into {layer.tied_to!r}"
         table.add_row(name or "(root)", kind, shape, factors, _size(curvature.n_bytes(name)))
     return table
 
@@ -136,7 +136,7 @@ def draw_split(split: BlockSplit, path: Path) -> None:
 
 
 def _elsewhere(curvature: Curvature) -> str:
-    n = len(curvature.layers) - len(curvature.stacks.kept)
+    n = len(curvature.layers) - len(curvature.stacks.has_inverse)
     return f" on this rank (others keep the inverses of {n})" if n else ""
 
 
@@ -147,7 +147,7 @@ def _bar(share: float, width: int = 12) -> str:
     return ("━" * round(share * width)).ljust(width)
 
 
-def _cut(blocks: Blocks) -> str:
+def _cut(blocks: BlockPartition) -> str:
     """>>> _cut(Blocks(1, 256, 2, 128)), _cut(Blocks(1, 10, 10, 1)), _cut(Blocks(4, 9, 1, 9))
     ('2 × 128²', 'diagonal 10', '4 × 9²')
     """

@@ -16,11 +16,11 @@ from lightning_thor.layers.base import Layer
 from lightning_thor.layers.embedding import table_to_matrix
 from lightning_thor.layers.linear import weight_to_matrix
 from lightning_thor.layers.norm import vectors_to_matrix
-from lightning_thor.linalg.block_diagonal import ONE_BY_ONE, columns_product
+from lightning_thor.linalg.block_diagonal import UNBATCHED_DEVICES, columns_product
 from lightning_thor.linalg.dtypes import wide
-from lightning_thor.linalg.memory import as_one, runs_of
+from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view
 
-Kept = tuple[Tensor | None, Tensor]
+FactorPair = tuple[Tensor | None, Tensor]
 """Of one layer ``(A⁻¹, G⁻¹)``, or the roots ``(V, W)`` with ``VᵀV = A⁻¹`` and ``WᵀW = G⁻¹``, or their eigenvectors, as
 columns."""
 
@@ -32,15 +32,15 @@ Matrices = Tensor | Sequence[Tensor]
 """One for each layer of a batch."""
 
 
-ENTRIES_AT_ONCE = {"cpu": 2**22}
+ROW_CHUNK_NUMEL = {"cpu": 2**22}
 """Of a weight's rows. A device that is not named makes all at once."""
 
 
-class Batch(Protocol):
+class LayerGroup(Protocol):
     """Some layers whose directions are made together."""
 
     layers: Sequence[Layer]
-    kept: Sequence[Kept]
+    kept: Sequence[FactorPair]
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
         """What there is of their parameters, as a matrix for each layer; may be views."""
@@ -53,14 +53,14 @@ class Batch(Protocol):
         float32."""
 
 
-class Matrix:
+class DenseGroup:
     """Weights ``[out, ...]`` of one shape, with whole blocks on both sides: one product from the left for all."""
 
-    def __init__(self, layers: Sequence[Layer], kept: Sequence[Kept]) -> None:
+    def __init__(self, layers: Sequence[Layer], kept: Sequence[FactorPair]) -> None:
         self.layers, self.kept = layers, kept
         A = [A.view(A.shape[1:]) for A, _ in kept if A is not None]
         self._A, self._A_transposed = A, [one.mT for one in A]
-        self._G = as_one([G for _, G in kept]).flatten(0, 2)
+        self._G = as_stacked_view([G for _, G in kept]).flatten(0, 2)
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
         dtype = self._G.dtype
@@ -82,11 +82,11 @@ class Matrix:
             directions[p] = matrix.view(tensors[p].shape).to(wide(tensors[p].dtype))
 
 
-class Slabs:
+class RowChunkedLayer:
     """One weight ``[rows, ...]`` with whole blocks across its rows, some rows at a time: it may be many times a cache.
     The factor along the rows may be diagonal, as an embedding's is, or end in a smaller block."""
 
-    def __init__(self, layers: Sequence[Layer], kept: Sequence[Kept]) -> None:
+    def __init__(self, layers: Sequence[Layer], kept: Sequence[FactorPair]) -> None:
         self.layers, self.kept = layers, kept
         (layer,), ((A, G),) = layers, kept
         assert A is not None
@@ -113,7 +113,7 @@ class Slabs:
                 columns_product(some.view(place.shape), across, into=place, scale=factor)
                 continue
             # From the left first: what the product from the right is copied into is memory that there is already.
-            halfway = place if place.device.type in ONE_BY_ONE else torch.empty_like(place)
+            halfway = place if place.device.type in UNBATCHED_DEVICES else torch.empty_like(place)
             shape = *factor.shape[:2], n_columns
             torch.bmm(factor.mT if of_along else factor, some.view(shape), out=halfway.view(shape))
             columns_product(halfway, across, into=place)
@@ -131,7 +131,7 @@ def lengths_of(n_rows: int, size: int, n_columns: int, device: str) -> list[int]
     [4, 2, 1]
     """
     whole = n_rows - n_rows % size
-    at_once = size * max(1, ENTRIES_AT_ONCE.get(device, n_rows * n_columns) // (size * n_columns))
+    at_once = size * max(1, ROW_CHUNK_NUMEL.get(device, n_rows * n_columns) // (size * n_columns))
     lengths = [min(at_once, whole - start) for start in range(0, whole, at_once)]
     return lengths + [n_rows - whole] * (whole < n_rows)
 
@@ -147,13 +147,13 @@ def _factors_of(lengths: Sequence[int], along: Tensor) -> list[Tensor]:
     return factors
 
 
-class Vectors:
+class NormGroup:
     """The parameters of norms of one shape, whose factor is diagonal: one division for all."""
 
-    def __init__(self, layers: Sequence[Layer], kept: Sequence[Kept]) -> None:
+    def __init__(self, layers: Sequence[Layer], kept: Sequence[FactorPair]) -> None:
         self.layers, self.kept = layers, kept
         self._parameters = [p for layer in layers for p in layer.parameters]
-        self._G = as_one([G for _, G in kept]).view(len(self._parameters), *self._parameters[0].shape)
+        self._G = as_stacked_view([G for _, G in kept]).view(len(self._parameters), *self._parameters[0].shape)
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
         return torch.stack([tensors[p].to(self._G.dtype) for p in self._parameters])
@@ -167,15 +167,15 @@ class Vectors:
             directions[p] = direction.to(wide(tensors[p].dtype))
 
 
-class Single:
+class SingleLayer:
     """A layer of any form."""
 
-    def __init__(self, layers: Sequence[Layer], kept: Sequence[Kept]) -> None:
+    def __init__(self, layers: Sequence[Layer], kept: Sequence[FactorPair]) -> None:
         self.layers, self.kept = layers, kept
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
         (layer,), ((_, G),) = self.layers, self.kept
-        own = [layer.own_part(tensors[p]) for p in layer.parameters]
+        own = [layer.slice_of(tensors[p]) for p in layer.parameters]
         return layer.to_matrix(own, G.dtype)[None]
 
     def product(self, matrices: Matrices, *, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
@@ -185,25 +185,25 @@ class Single:
 
     def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:
         (layer,) = self.layers
-        found = layer.from_matrix(matrices[0], [layer.own_part(tensors[p]) for p in layer.parameters])
+        found = layer.from_matrix(matrices[0], [layer.slice_of(tensors[p]) for p in layer.parameters])
         for p, direction in zip(layer.parameters, found, strict=True):
-            if layer.part is None:
+            if layer.param_slice is None:
                 directions[p] = direction
                 continue
             if p not in directions:
                 directions[p] = tensors[p].to(wide(tensors[p].dtype), copy=True)
-            layer.own_part(directions[p]).copy_(direction)
+            layer.slice_of(directions[p]).copy_(direction)
 
 
-Form = Callable[[Sequence[Layer], Sequence[Kept]], Batch]
+Form = Callable[[Sequence[Layer], Sequence[FactorPair]], LayerGroup]
 
 
-OF_ONE_LAYER = (Single, Slabs)
+OF_ONE_LAYER = (SingleLayer, RowChunkedLayer)
 
 
-def batches_of(
-    layers: Sequence[Layer], kept: Sequence[Kept], apart: Callable[[Layer], Hashable] = lambda layer: None
-) -> Iterator[Batch]:
+def group_layers(
+    layers: Sequence[Layer], kept: Sequence[FactorPair], apart: Callable[[Layer], Hashable] = lambda layer: None
+) -> Iterator[LayerGroup]:
     """All of ``layers``, in batches as large as can be.
 
     Args:
@@ -216,24 +216,24 @@ def batches_of(
         form, key = form_of(layer, kept[index])
         forms.setdefault(index if form in OF_ONE_LAYER else (key, apart(layer)), (form, []))[1].append(index)
     for form, members in forms.values():
-        for run in runs_of([kept[index][1] for index in members]):
+        for run in adjacent_runs([kept[index][1] for index in members]):
             chosen = [members[place] for place in run]
             yield form([layers[index] for index in chosen], [kept[index] for index in chosen])
 
 
-def form_of(layer: Layer, kept: Kept) -> tuple[Form, Hashable]:
+def form_of(layer: Layer, kept: FactorPair) -> tuple[Form, Hashable]:
     """Which kind of batch a layer can be in, and what the others in it must have in common with it."""
     (A_kept, G_kept), (A, G), p = kept, (layer.A, layer.G), layer.parameters[0]
     key = A, G, p.shape, len(layer.parameters), G_kept.dtype
-    if layer.part is None and layer.kind.to_matrix is vectors_to_matrix and G_kept.is_contiguous():
+    if layer.param_slice is None and layer.kind.to_matrix is vectors_to_matrix and G_kept.is_contiguous():
         same = all(one.shape == p.shape for one in layer.parameters)
-        return (Vectors if same and A is None else Single), key
-    whole = layer.part is None and len(layer.parameters) == 1
+        return (NormGroup if same and A is None else SingleLayer), key
+    whole = layer.param_slice is None and len(layer.parameters) == 1
     if not whole or A is None or A_kept is None or not (A_kept.is_contiguous() and G_kept.is_contiguous()):
-        return Single, key
+        return SingleLayer, key
     is_table = layer.kind.to_matrix is table_to_matrix
     along, across = (A, G) if is_table else (G, A)
     if not (is_table or layer.kind.to_matrix is weight_to_matrix) or A.groups > 1 or across.padding or across.size == 1:
-        return Single, key
-    alone = G_kept.device.type in ONE_BY_ONE or is_table or along.padding or along.size == 1
-    return (Slabs if alone else Matrix), key
+        return SingleLayer, key
+    alone = G_kept.device.type in UNBATCHED_DEVICES or is_table or along.padding or along.size == 1
+    return (RowChunkedLayer if alone else DenseGroup), key

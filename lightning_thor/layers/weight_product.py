@@ -35,7 +35,7 @@ VIEWS = (
 )
 
 
-class WeightUse(NamedTuple):
+class WeightProduct(NamedTuple):
     """The operation of a forward pass that used a weight."""
 
     node: Any
@@ -47,7 +47,7 @@ class WeightUse(NamedTuple):
     """The node that adds to the weight's gradient."""
 
 
-def find_use(output: Any, weight: Tensor) -> WeightUse | None:
+def find_product(output: Any, weight: Tensor) -> WeightProduct | None:
     """The operation nearest to ``output`` that used ``weight``; None if none is found.
 
     Args:
@@ -97,7 +97,7 @@ def _tensors_in(output: Any) -> Iterable[Tensor]:
             yield from _tensors_in(value)
 
 
-def _find_use(output: Tensor, weight: Tensor) -> WeightUse | None:
+def _find_use(output: Tensor, weight: Tensor) -> WeightProduct | None:
     layer: list[tuple[Any, int]] = [(output.grad_fn, output.output_nr)]
     seen = {output.grad_fn}
     of_its_shape = None
@@ -107,9 +107,9 @@ def _find_use(output: Tensor, weight: Tensor) -> WeightUse | None:
             for child, number in node.next_functions:
                 accumulator = _accumulator_behind(child, any_operation=_is_product(node))
                 if accumulator is not None and accumulator.variable is weight:
-                    return WeightUse(node, output_number, accumulator)
+                    return WeightProduct(node, output_number, accumulator)
                 if accumulator is not None and accumulator.variable.shape == weight.shape and _is_product(node):
-                    of_its_shape = of_its_shape or WeightUse(node, output_number, accumulator)
+                    of_its_shape = of_its_shape or WeightProduct(node, output_number, accumulator)
                 if child is not None and child not in seen and not hasattr(child, "variable"):
                     seen.add(child)
                     behind.append((child, number))
