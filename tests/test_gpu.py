@@ -20,8 +20,8 @@ from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.linalg.decompositions import damped_inverses
 from lightning_thor.linalg.matrix_sign import msign
-from tests.boring import Boring, callback_of, everything, trainer
-from tests.fakes import Twins
+from tests.helpers.boring import Boring, callback_of, everything, trainer
+from tests.helpers.fakes import Twins
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

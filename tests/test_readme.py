@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_thor import Curvature, Thor, ThorCallback
-from tests.boring import Boring
+from tests.helpers.boring import Boring
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

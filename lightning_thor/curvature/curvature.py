@@ -251,8 +251,8 @@ class Curvature:
         if self.stacks.has_inverse != set(shared.own):
             if self.step:
                 raise RuntimeError(
-                    f"Curvature.connect(worker_grid=...) came after {self.step} steps, and the inverses are kept by other "
-                    "processes by now. Connect before the first step, and before load_state_dict."
+                    f"Curvature.connect(worker_grid=...) came after {self.step} steps, and the inverses are kept by "
+                    "other processes by now. Connect before the first step, and before load_state_dict."
                 )
             self.stacks.set_inverse_owner(shared.own)
             self.__dict__.pop("_batches", None)

@@ -1,0 +1,383 @@
+"""Laws of the trace rule: what is decided, when, at what price, alike on all ranks and after a resume."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_thor import Curvature, ThorCallback, configure_thor
+from lightning_thor.curvature.refresh_schedule import LAG, RefreshSchedule
+from lightning_thor.factors.state import FactorState
+from lightning_thor.factors.trace_rule import KEEP, STOP, UPDATE
+from lightning_thor.layers.discovery import discover_layers
+from lightning_thor.layers.registry import EXPAND, REDUCE, KfacApprox
+from lightning_thor.linalg.block_diagonal import add_covariance_
+from tests.curvature.test_no_sync import Watch
+from tests.helpers.boring import Boring, callback_of, everything, trainer, without_words
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
+
+
+def batch(number: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+
+
+def observe(model: nn.Module, x: Tensor) -> None:
+    """Forward and backward of a mean loss; the weights are left alone, so a batch has the same rows at any step."""
+    model(x).sin().sum(1).mean().backward()
+
+
+# ── what is decided ──
+
+
+@pytest.mark.parametrize("rule", [(0.1, 0.03), (0.05, 0.05), (0.2, 0.0)])
+@pytest.mark.parametrize("averaging", [0.0, 0.6])
+@pytest.mark.parametrize(("damping_rule", "damping"), [("sqrt", 0.01), ("pi", 0.01), ("trace", 0.2)])
+def test_each_layer_does_what_the_papers_inequalities_say(
+    rule: tuple[float, float], averaging: float, damping_rule: Any, damping: float
+) -> None:
+    """Every layer against a bookkeeping in float64 of its own: factors of each batch, Δ, and what follows."""
+    every, steps = 4, 25
+    options: dict[str, Any] = {"damping_rule": damping_rule, "damping": damping, "averaging": averaging}
+    model = net()
+    curvature = Curvature(model, trace_rule=rule, update_every_n_steps=every, **options)
+    scales = torch.linspace(1.0, 0.7, steps).tolist()
+    factors = [factors_of(batch(step, scales[step])) for step in range(steps)]
+    expected = {name: Bookkeeping(rule, averaging, damping_rule, damping, every) for name in curvature.layers}
+    seen: set[int] = set()
+    for step in range(steps):
+        observe(model, batch(step, scales[step]))
+        curvature.update()
+        for name, book in expected.items():
+            book.step(step, factors[step][name], factors)
+            index = list(curvature.layers).index(name)
+            assert int(curvature.stacks.updates[index]) == book.updates, f"{name} after step {step}"
+            seen |= book.verdicts
+    turns = len(range(0, steps, every)) * len(expected)
+    assert curvature.refreshes == (sum(book.updates for book in expected.values()), turns)
+    assert UPDATE in seen
+    assert len(seen) > 1, "these thresholds decide nothing"
+
+
+def factors_of(x: Tensor) -> dict[str, tuple[Tensor | None, Tensor]]:
+    """A and G of each layer of `net` from one batch: a curvature that sees nothing else."""
+    model = net()
+    alone = Curvature(model, averaging=0.0)
+    observe(model, x)
+    alone.update()
+    layers = alone.state_dict()["layers"]
+    return {name: (layers[name].get("A"), layers[name]["G"]) for name in layers}
+
+
+class Bookkeeping:
+    """The rule in plain numbers, for one layer with factors of one block."""
+
+    def __init__(self, rule: tuple[float, float], averaging: float, damping_rule: str, damping: float, every: int):
+        self.rule, self.averaging, self.damping_rule, self.damping = rule, averaging, damping_rule, damping
+        self.every = every
+        self.average: tuple[Tensor | None, Tensor] | None = None
+        self.updates, self.turn, self.refresh_at, self.stopped = 0, 0, 0, False
+        self.verdicts: set[int] = set()
+
+    def trace(self, pair: tuple[Tensor | None, Tensor]) -> float:
+        sides = [(f.diagonal(dim1=-2, dim2=-1).sum(), f.shape[1] * f.shape[2]) for f in pair if f is not None]
+        product, added = 1.0, self.damping if self.damping_rule != "trace" else 1.0
+        for trace, width in sides:
+            product *= float(trace)
+            added *= width * (self.damping * float(trace) / width if self.damping_rule == "trace" else 1.0)
+        return product + added
+
+    def mixed(self, pair: tuple[Tensor | None, Tensor]) -> tuple[Tensor | None, Tensor]:
+        if self.average is None:
+            return pair
+        weight = (1 - self.averaging) / (1 - self.averaging ** (self.updates + 1))
+        (old_A, old_G), (A, G) = self.average, pair
+        return None if A is None or old_A is None else old_A.lerp(A, weight), old_G.lerp(G, weight)
+
+    def step(self, step: int, pair: tuple[Tensor | None, Tensor], factors: list[Any]) -> None:
+        if self.refresh_at == step:
+            self.average = self.mixed(pair)
+            self.updates += 1
+        if step == 0:
+            self.turn = self.every
+        elif step == self.turn and not self.stopped:
+            assert self.average is not None
+            old, new = self.trace(self.average), self.trace(self.mixed(pair))
+            change = abs(new - old) / old
+            self.turn = step + self.every
+            if change > self.rule[0]:
+                self.refresh_at = step + LAG
+            self.stopped = change < self.rule[1]
+            self.verdicts |= {UPDATE if change > self.rule[0] else STOP if self.stopped else KEEP}
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_thor_nt_is_no_rule_at_all(stagger: bool) -> None:
+    states = []
+    for rule in ("THOR_NT", (0, 0), None):
+        model = net()
+        curvature = Curvature(model, trace_rule=rule, update_every_n_steps=3, stagger=stagger)
+        for step in range(8):
+            observe(model, batch(step))
+            curvature.update()
+        states.append(without_words(curvature.state_dict()))
+    torch.testing.assert_close(states[1:], [states[0]] * 2, rtol=0, atol=0)
+
+
+def test_the_loss_scale_and_accumulation_change_no_verdict() -> None:
+    """Four parts of a batch, scaled by 128 / 4, are the batch: also for the traces."""
+    whole, parts = net(), net()
+    one = Curvature(whole, trace_rule=(0.2, 0.05), update_every_n_steps=2)
+    four = Curvature(parts, trace_rule=(0.2, 0.05), update_every_n_steps=2, loss_multiplier=lambda: 128 / 4)
+    for step in range(13):
+        x = batch(step, 0.9**step)
+        observe(whole, x)
+        for part in x.chunk(4):
+            (parts(part).sin().sum(1).mean() * (128 / 4)).backward()
+        one.update()
+        four.update()
+    assert one.refreshes == four.refreshes
+    assert 0 < one.refreshes[0] < one.refreshes[1]
+    torch.testing.assert_close(without_words(four.state_dict()), without_words(one.state_dict()))
+
+
+# ── the traces, without the covariance ──
+
+LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
+    (lambda: nn.Linear(5, 4), (7, 3, 5)),
+    (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2, padding_mode="circular"), (5, 4, 9)),
+    (lambda: nn.Conv2d(3, 4, (3, 2), stride=(1, 2), padding="valid"), (5, 3, 7, 6)),
+    (lambda: nn.Conv2d(4, 4, 3, padding="same", groups=4, padding_mode="reflect"), (5, 4, 7, 6)),
+    (lambda: nn.Conv3d(2, 3, 2, padding=1), (3, 2, 3, 4, 3)),
+    (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2), (3, 4, 3, 4)),
+    (lambda: nn.GroupNorm(2, 4), (5, 4, 3)),
+]
+
+
+@pytest.mark.parametrize("statistics", [EXPAND, REDUCE], ids=["expand", "reduce"])
+@pytest.mark.parametrize("precondition_bias", [False, True])
+@pytest.mark.parametrize("max_rows", [None, 40])
+@pytest.mark.parametrize(("module", "shape"), LAYERS)
+def test_squares_are_the_traces_of_the_covariances(
+    module: Callable[[], nn.Module], shape: tuple[int, ...], precondition_bias: bool, max_rows: int | None,
+    statistics: KfacApprox,
+) -> None:  # fmt: skip
+    layers, left_out = discover_layers(
+        module().double(), block_size=3, precondition_bias=precondition_bias, statistics=statistics
+    )
+    if left_out:  # "reduce" has no transposed convolutions
+        assert statistics is REDUCE
+        return
+    (layer,) = layers.values()
+    a = torch.randn(shape, dtype=torch.float64)
+    g = torch.randn_like(layer.module(a))
+    rows = layer.observe(a, g, torch.float64, max_rows)
+    squares = layer.squares(a, g, torch.float64, max_rows)
+    torch.testing.assert_close(squares.g, rows.g.square().sum())
+    if rows.a is not None:
+        torch.testing.assert_close(squares.a, rows.a.square().sum())
+    assert (squares.n_rows, squares.n_samples) == (rows.n_rows, rows.n_samples)
+
+
+def test_a_probe_makes_no_covariance_no_patches_and_no_inverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a layer's turn the only work is a pass over its rows; one that is kept has no other work at all."""
+    covariances: list[Any] = []
+
+    def listed(*args: Any) -> None:
+        covariances.append(args)
+        add_covariance_(*args)
+
+    monkeypatch.setattr("lightning_thor.curvature.accumulator.add_covariance_", listed)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 9, 3), nn.Flatten(), nn.Linear(9 * 36, 3))
+    curvature = Curvature(model, trace_rule=(1e9, 0.0), update_every_n_steps=3)
+    x = torch.randn(4, 8, 8, 8)
+    for step in range(9):
+        covariances.clear()
+        with Watch() as watch:
+            model(x).square().mean().backward()
+            curvature.update()
+        is_first = step == 0
+        assert bool(covariances) == is_first
+        assert (watch.called["linalg_cholesky_ex"] > 0) == is_first
+        assert not watch.waiting, f"step {step} waits by {watch.waiting}"
+    assert curvature.refreshes == (2, 6)
+
+
+def test_steps_between_turns_launch_nothing() -> None:
+    model = net()
+    curvature = Curvature(model, trace_rule=(1e9, 0.0), update_every_n_steps=4)
+    launched = []
+    for step in range(9):
+        observe(model, batch(step))
+        with Watch() as watch:
+            curvature.update()
+        launched.append(watch.called.total())
+    assert [count > 0 for count in launched] == [step % 4 == 0 for step in range(9)]
+
+
+# ── what goes wrong ──
+
+
+def test_a_batch_that_is_not_finite_keeps_the_curvature_and_is_counted() -> None:
+    model = net()
+    curvature = Curvature(model, trace_rule="THOR_stop", update_every_n_steps=3)
+    for step in range(6):
+        observe(model, batch(step) * (float("inf") if step == 3 else 1.0))
+        curvature.update()
+    assert curvature.refreshes == (4, 8)
+    assert int(curvature.stacks.rejected_windows) == 4
+    assert not any(curvature._schedule.has_stopped)
+
+
+def test_a_layer_that_was_silent_is_refreshed_once_it_speaks() -> None:
+    model = nn.ModuleDict({"always": nn.Linear(3, 2), "late": nn.Linear(3, 2)})
+    curvature = Curvature(model, trace_rule="THOR_stop", update_every_n_steps=3)
+
+    def run() -> None:
+        for step in range(9):
+            x = torch.randn(5, 3)
+            y = model["always"](x) + (model["late"](x) if step > 3 else 0.0)
+            y.square().mean().backward()
+            curvature.update()
+
+    with pytest.warns(UserWarning, match="late"):
+        run()
+    late = curvature.state_dict()["layers"]["late"]
+    assert float(late["updates"]) == 1.0  # probed at 3, silent; probed at 6, refreshed at 8
+    assert bool(late["A_inverted"].all())
+
+
+@pytest.mark.parametrize("wrong", ["thor", (0.01,), (0.001, 0.01), (-1, -2), (float("nan"), 0), ("a", "b"), 0.01, True])
+def test_a_rule_that_means_nothing_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="trace_rule must be one of THOR, THOR_stop, THOR_NT"):
+        Curvature(net(), trace_rule=wrong)
+    with pytest.raises(ValueError, match="trace_rule must be one of"):
+        ThorCallback(trace_rule=wrong)
+
+
+# ── when ──
+
+
+class Given:
+    """Verdicts that are given."""
+
+    def __init__(self, *verdicts: int) -> None:
+        self.verdicts = list(verdicts)
+
+    def read(self) -> list[int]:
+        return self.verdicts
+
+
+def test_a_turn_comes_once_in_an_interval_whatever_was_decided() -> None:
+    schedule = RefreshSchedule(5, n_layers=3, probes=True)
+    events = []
+    for step in range(16):
+        due, probed = schedule.due(step), schedule.probed(step)
+        if due or probed:
+            events.append((step, due, probed))
+            verdicts = {0: UPDATE, 1: KEEP, 2: STOP}
+            schedule.refreshed(step, verdicts=Given(*(verdicts[i] for i in probed)) if probed else None)
+        schedule.settle(step + 1)
+        assert schedule.turns(step + 1) == 3 * (step // 5 + 1)
+    assert events == [
+        (0, (0, 1, 2), ()),
+        (5, (), (0, 1, 2)), (5 + LAG, (0,), ()),
+        (10, (), (0, 1)), (10 + LAG, (0,), ()),
+        (15, (), (0, 1)),
+    ]  # fmt: skip
+    assert (schedule.refreshes, schedule.turns(16)) == (3 + 2, 3 * 4)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_short_intervals_wait_for_their_verdicts(every: int) -> None:
+    model = net()
+    curvature = Curvature(model, trace_rule=(1e-9, 0.0), update_every_n_steps=every)
+    updates = []
+    for step in range(12):
+        observe(model, batch(step))
+        curvature.update()
+        updates.append(int(curvature.stacks.updates[0]))
+    between = max(every, LAG + 1)
+    assert updates == [1] * (every + LAG) + [2 + (step - every - LAG) // between for step in range(every + LAG, 12)]
+
+
+# ── resume, ranks, Trainer ──
+
+
+@pytest.mark.parametrize("saved_after", range(1, 12))
+def test_a_state_saved_at_any_step_goes_on_bitwise(saved_after: int) -> None:
+    """Also between a probe and the refresh that it asked for, and after a layer stopped."""
+
+    def run(curvature: Curvature, model: nn.Module, steps: range) -> None:
+        for step in steps:
+            observe(model, batch(step, 1 + 0.2 * (step % 2)))
+            curvature.update()
+
+    options: dict[str, Any] = {"trace_rule": (0.3, 0.15), "update_every_n_steps": 3, "stagger": saved_after % 2 == 0}
+    model = net()
+    unbroken = Curvature(model, **options)
+    run(unbroken, model, range(saved_after))
+    saved = copy.deepcopy(unbroken.state_dict())
+    run(unbroken, model, range(saved_after, 14))
+    assert any(unbroken._schedule.has_stopped)
+    model = net()
+    resumed = Curvature(model, **options)
+    resumed.load_state_dict(saved)
+    run(resumed, model, range(saved_after, 14))
+    torch.testing.assert_close(
+        without_words(resumed.state_dict()), without_words(unbroken.state_dict()), rtol=0, atol=0
+    )
+
+
+def test_a_fit_with_a_rule_logs_the_share_and_resumes_bitwise(tmp_path: Path) -> None:
+    def callback() -> ThorCallback:
+        return ThorCallback(update_every_n_steps=3, trace_rule=(0.4, 0.01), summary=False)
+
+    each = L.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    unbroken = trainer(tmp_path, callback(), each, enable_checkpointing=True, max_epochs=3)
+    unbroken.fit(Boring())
+    curvature = callback_of(unbroken).curvature
+    assert curvature is not None
+    done, turns = curvature.refreshes
+    assert 0 < done < turns
+    resumed = trainer(tmp_path, callback(), max_epochs=3)
+    resumed.fit(Boring(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    torch.testing.assert_close(everything(resumed), everything(unbroken), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_two_ranks_decide_alike_and_as_one_rank_does(tmp_path: Path) -> None:
+    from tests.helpers.distributed_workers import two_ranks
+    from tests.trainer.test_strategy import one_rank, state
+
+    alone = one_rank(tmp_path, max_epochs=3, trace_rule=(0.2, 0.02))
+    done, turns = (int(alone["curvature"][key]) for key in ("refreshes", "turns"))
+    assert 0 < done < turns
+    for result in two_ranks("trace_rule"):
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
+
+
+def test_a_training_with_a_rule_steps_with_the_kept_inverses() -> None:
+    """A layer that is kept is preconditioned with its old inverse, not with its plain gradient."""
+    model = net()
+    curvature = Curvature(model, trace_rule=(1e9, 0.0), update_every_n_steps=2)
+    optimizer = configure_thor(model, preconditioner=curvature)
+    for step in range(5):
+        optimizer.zero_grad()
+        observe(model, batch(step))
+        optimizer.step()
+        if step == 0:
+            first = FactorState.blocks_of(curvature.stacks, 0, "inverse").clone()
+    torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse"), first, rtol=0, atol=0)
+    assert not torch.equal(first[0, 0], torch.eye(6).double())

@@ -1,0 +1,427 @@
+"""Laws of models that FSDP2 shards: they train as on one device, and go on with another number of ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrategy
+from lightning_thor.distributed import dtensor
+from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
+from lightning_thor.trainer.report import curvature_table
+from tests.helpers.boring import Boring
+from tests.helpers.distributed_workers import ROOT, ROWS, Result, batch, fit, only, whole
+from tests.helpers.sharded_workers import (
+    BF16,
+    KL,
+    MODULES,
+    Sharded,
+    Words,
+    consolidated,
+    fully_shard,
+    ranks,
+    results_folder,
+    train,
+)
+from tests.trainer.test_strategy import assert_bitwise, clean_environment, state
+
+__all__ = ["clean_environment"]
+
+
+def one_device(folder: Path, *module: Any, mode: str = "natural", **options: Any) -> Result:
+    return fit(folder, Sharded((ROWS,), *module, mode=mode), devices=1, **options)
+
+
+@pytest.fixture
+def one_process(clean_environment: None) -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def four_processes() -> Iterator[None]:
+    """Of which this is the first one, and the others are not there."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+# ── two ranks are one device ──
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("training", "module", "options"),
+    [
+        ("natural", (), {"max_epochs": 3}),
+        ("micro_batches", (), {}),
+        ("kl_clip", (KL,), {"gradient_clip_val": 0.05}),
+        ("polar", (), {"mode": "polar"}),
+    ],
+)
+def test_two_ranks_with_shards_are_one_device(
+    tmp_path: Path, training: str, module: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """Weights, momentum, factors, inverses and learning rates."""
+    alone = one_device(tmp_path, *module, **options)
+    found = ranks(training)
+    for result in found:
+        assert (result["strategy"], result["world_size"]) == ("ThorModelParallelStrategy", 2)
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
+        assert_bitwise(state(result), state(found[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("training", "first_step"), [("four", 1), ("four_resumed", 5)])
+@pytest.mark.parametrize(("suffix", "options"), [("", {"max_epochs": 3}), ("_polar", {"mode": "polar"})])
+def test_four_ranks_with_uneven_and_empty_shards_are_one_device_and_go_on_from_checkpoints_of_two(
+    tmp_path: Path, training: str, first_step: int, suffix: str, options: dict[str, Any]
+) -> None:
+    alone = one_device(tmp_path, **options)
+    found = ranks(training.replace("four", f"four{suffix}"))
+    assert (0, 12) in found[3]["shards"]  # of a table with five rows
+    for result in found:
+        assert (result["world_size"], result["steps"][0]) == (4, first_step)
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
+        assert_bitwise(state(result), state(found[0]))
+
+
+# ── what lies and travels where ──
+
+
+@pytest.mark.slow
+def test_momentum_is_sharded_as_the_weights_are() -> None:
+    for result in ranks("natural"):
+        assert len(result["shards"]) == result["n_momenta"] == len(result["weights"])
+    shapes = [shape for result in ranks("natural") for shape in result["shards"] if shape[1:] == (96,)]
+    assert shapes == [(6, 96), (6, 96)]  # of the hidden layer's 12 rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["natural", "polar"])
+def test_a_step_sends_rows_there_and_back_and_sums_all_norms_at_once(training: str) -> None:
+    """Those of what directions are made of and those of the directions, in float64 after the largest numbers of each:
+    their squares would leave its range."""
+    for result in ranks(training):
+        ops = [call["op"] for call in result["collectives"]]
+        n_steps, refreshes = result["steps"][-1], (result["steps"][-1] + 2) // 3
+        assert ops.count("all_to_all") == 2 * n_steps
+        assert ops.count("all_reduce") == 4 * n_steps + refreshes
+        assert ops[0] == "all_gather"  # once in a run: the unit of gradients
+        assert ops.count("all_gather") == 1 + refreshes
+        assert len(ops) == 1 + 6 * n_steps + 2 * refreshes
+        norms = [call["numel"] for call in result["collectives"] if not call["own_group"]]
+        assert norms == [len(result["weights"])] * 4 * n_steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["", "irregular_", "growing_"])
+def test_how_factors_travel_changes_no_number(training: str) -> None:
+    """In a bucket for each layer from backward on, or at once in the step; layers that are used 0 to 2 times;
+    windows of one micro-batch, and then of two, the first of which must not take the second for late."""
+    for result, plain in zip(ranks(f"{training}in_buckets"), ranks(f"{training}in_the_step"), strict=True):
+        assert_bitwise(state(result), state(plain))
+        assert not any(call["in_backward"] for call in only("all_reduce", plain["collectives"]))
+
+
+@pytest.mark.slow
+def test_split_indices_make_two_buckets_which_change_no_number() -> None:
+    for result, plain in zip(ranks("split"), ranks("in_the_step"), strict=True):
+        assert_bitwise(state(result), state(plain))
+        refreshes = (result["steps"][-1] + 2) // 3
+        assert len([call for call in only("all_reduce", result["collectives"]) if call["own_group"]]) == 2 * refreshes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("training", "micro_batches"), [("in_buckets", 1), ("micro_batches_in_buckets", 2)])
+def test_from_the_second_refresh_on_buckets_start_in_backward_but_in_none_that_only_accumulates(
+    training: str, micro_batches: int
+) -> None:
+    """Six layers, each in a bucket of its own; every step has four messages of the norms besides."""
+    for result in ranks(training):
+        calls = [call for call in only("all_reduce", result["collectives"]) if call["own_group"]]
+        n_steps = result["steps"][-1]
+        refreshes = (n_steps + 2) // 3
+        assert [call["in_backward"] for call in calls] == [False] * 6 + [True] * 6 * (refreshes - 1)
+        sent = [after - before for before, after in pairwise([0, *result["counts"]])]
+        accumulated, stepped = sent[::micro_batches], sent[micro_batches - 1 :: micro_batches]
+        assert stepped == [4 if step % 3 else 10 for step in range(n_steps)]
+        assert micro_batches == 1 or not any(accumulated)
+
+
+@pytest.mark.slow
+def test_a_layer_that_was_not_used_holds_its_bucket_and_those_behind_it_back_until_the_step() -> None:
+    for result in ranks("irregular_in_buckets"):
+        calls = [call["in_backward"] for call in only("all_reduce", result["collectives"]) if call["own_group"]]
+        assert calls[6:12] == [False] * 6  # nobody uses the layer that comes first in backward
+        assert all(calls[12:18])
+
+
+@pytest.mark.slow
+def test_in_mixed_precision_factors_are_float32_and_the_training_is_that_of_one_device(tmp_path: Path) -> None:
+    alone = fit(tmp_path, Sharded((ROWS,), **BF16), devices=1, max_epochs=1, precision="bf16-mixed")
+    for result in ranks("bf16"):
+        kept = [layer[key] for layer in result["curvature"]["layers"].values() for key in ("G", "G_inverse")]
+        assert {tensor.dtype for tensor in kept} == {torch.float32}
+        assert {weight.dtype for weight in result["weights"].values()} == {torch.float32}
+        # Halves of a batch round otherwise than the whole.
+        torch.testing.assert_close(result["weights"], alone["weights"], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.slow
+def test_an_overflow_on_one_rank_is_skipped_and_forgotten_on_both() -> None:
+    """In float16 with a loss scale; batch 3, whose step would refresh, overflows on rank 1 alone."""
+    for overflow, left_out in zip(ranks("overflow"), ranks("overflow_left_out"), strict=True):
+        assert overflow["steps"] == [1, 2, 3, 3, 4, 5]
+        assert (overflow["window"], int(overflow["curvature"]["rejected_windows"])) == (0.0, 0)
+        assert_bitwise(state(overflow, "epochs"), state(left_out, "epochs"))
+
+
+@pytest.mark.slow
+def test_an_overflow_in_the_first_step_after_a_resume_is_forgotten_too() -> None:
+    """Step 3, in which a refresh is due."""
+    for result in ranks("overflow_resumed"):
+        assert result["steps"] == [3, 4, 5]
+        assert int(result["curvature"]["rejected_windows"]) == 0
+
+
+# ── checkpoints ──
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("resumed", "unbroken"),
+    [
+        ("resumed", "natural"),
+        ("unused_resumed", "unused"),
+        ("one_file_resumed", "one_file"),
+        ("polar_resumed", "polar"),
+    ],
+)
+def test_a_resumed_run_is_bitwise_the_unbroken_one(resumed: str, unbroken: str) -> None:
+    """Of a folder, also where parameters never had a gradient, and of one file; all between refreshes."""
+    assert (results_folder() / "one_file" / "epoch=0.ckpt").is_file()
+    for again, once in zip(ranks(resumed), ranks(unbroken), strict=True):
+        assert again["steps"][0] == 5
+        assert_bitwise(state(again), state(once))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, one_process: None, mode: str) -> None:
+    """A distributed one, and in polar mode one that is consolidated."""
+    unbroken = one_device(tmp_path, mode=mode)
+    file = results_folder() / mode / "epoch=0.ckpt"
+    assert file.is_dir() == (mode == "natural")
+    strategy = "thor_fsdp2" if mode == "natural" else consolidated()
+    resumed = train(tmp_path, Sharded((ROWS,), mode=mode), strategy, resume=file)
+    assert resumed["steps"][0] == 5
+    torch.testing.assert_close(state(resumed), state(unbroken), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [*MODULES, "alone_grouped_of_old"])
+def test_a_checkpoint_of_one_device_goes_on_with_two_ranks(training: str) -> None:
+    """Whatever the groups of parameters, and with a layer that does not train or has had no gradient yet."""
+    (unbroken,) = ranks(training.removesuffix("_of_old"))
+    for result in ranks(f"{training}_goes_on"):
+        assert (result["strategy"], result["steps"][0]) == ("ThorModelParallelStrategy", 5)
+        torch.testing.assert_close(
+            {"momenta": momenta(result), **state(result, "optimizer")},
+            {"momenta": momenta(unbroken), **state(unbroken, "optimizer")},
+            rtol=1e-9,
+            atol=1e-9,
+        )
+
+
+def momenta(result: Result) -> dict[int, torch.Tensor]:
+    """By number; without those of parameters that never had a gradient, which only sharded ones have."""
+    states = result["optimizer"]["state"].items()
+    found = {number: one["momentum_buffer"] for number, one in states if one.get("momentum_buffer") is not None}
+    return {number: momentum for number, momentum in sorted(found.items()) if momentum.any()}
+
+
+@pytest.mark.slow
+def test_one_file_of_two_ranks_goes_on_on_one_device(tmp_path: Path) -> None:
+    file = results_folder() / "one_file" / "epoch=0.ckpt"
+    (unbroken,) = ranks("alone")
+    resumed = one_device(tmp_path, max_epochs=3, resume=file)
+    assert resumed["steps"][0] == 5
+    torch.testing.assert_close(state(resumed), state(unbroken), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("searching", "plain"), [("searching", "natural"), ("searching_in_one_file", "one_file")])
+def test_a_fit_after_a_search_for_a_learning_rate_is_the_fit_without_it(searching: str, plain: str) -> None:
+    for result, expected in zip(ranks(searching), ranks(plain), strict=True):
+        assert len(result["collectives"]) > len(expected["collectives"])
+        assert_bitwise(state(result), state(expected))
+
+
+@pytest.mark.slow
+def test_saving_an_optimizer_without_momentum_is_no_step_of_the_curvature() -> None:
+    for result in ranks("no_momentum"):
+        assert result["steps"] == [1, 2, 3, 4]
+        assert result["curvature"]["step"] == 4
+        assert result["n_momenta"] == 0
+    assert (results_folder() / "no_momentum" / "epoch=0.ckpt").is_dir()
+
+
+def test_state_that_is_made_beforehand_changes_no_step() -> None:
+    torch.manual_seed(4)
+    weights, grads = [nn.Parameter(torch.randn(4, 3)) for _ in range(2)], torch.randn(3, 4, 3)
+    with torch.no_grad():
+        weights[1].copy_(weights[0])
+
+    class Identity:
+        def update(self) -> None:
+            pass
+
+        def precondition(self, grads: Any) -> Any:
+            return {p: grad.clone() for p, grad in grads.items()}
+
+    optimizers = [Thor([weight], preconditioner=Identity()) for weight in weights]
+    optimizers[1].make_state()
+    for grad in grads:
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = grad.clone()
+            optimizer.step()
+    assert_bitwise(weights[1].data, weights[0].data)
+
+
+# ── the strategy ──
+
+
+def test_it_is_registered_and_shares_the_data_among_all_ranks(clean_environment: None) -> None:
+    assert StrategyRegistry["thor_fsdp2"]["strategy"] is ThorModelParallelStrategy
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="thor_fsdp2", logger=False)
+    assert isinstance(trainer.strategy, ThorModelParallelStrategy)
+    assert issubclass(ThorModelParallelStrategy, ModelParallelStrategy)
+    assert trainer.world_size == 2
+    assert trainer.strategy._save_distributed_checkpoint
+
+
+def test_tensor_parallel_is_refused() -> None:
+    with pytest.raises(ValueError, match="got tensor_parallel_size=2, but it needs each layer's inputs whole"):
+        ThorModelParallelStrategy(tensor_parallel_size=2)
+
+
+def test_weights_that_are_not_sharded_by_rows_are_refused(four_processes: None) -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    square, weight = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), torch.randn(8, 8)
+    model = nn.Linear(8, 8, bias=False)
+    curvature = Curvature(model)
+    for tensor, fault in (
+        (weight, "is not sharded"),
+        (distribute_tensor(weight, square, [Replicate(), Shard(0)]), "is sharded over a mesh of 2 dimensions"),
+        (distribute_tensor(weight, square["b"], [Shard(0)]), "is sharded over 2 of 4 processes"),
+        (distribute_tensor(weight, mesh, [Shard(1)]), r"is placed as S\(1\), not as Shard\(dim=0\)"),
+        (distribute_tensor(weight, mesh, [Replicate()]), r"is placed as R, not as Shard\(dim=0\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"'weight' {fault}.*fully_shard\(self.net, mesh=self.device_mesh"):
+            ThorModelParallelStrategy().connect_curvature(curvature, {"weight": nn.Parameter(tensor)})
+    ThorModelParallelStrategy().connect_curvature(
+        curvature, {"weight": nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))}
+    )
+
+
+def test_the_summary_of_a_sharded_model_is_that_of_the_whole_and_asks_no_other_rank(four_processes: None) -> None:
+    """Only one rank prints it: an attention's packed weight must not be gathered for its three parts."""
+    tables = []
+    for is_sharded in (False, True):
+        model = nn.MultiheadAttention(8, 2)
+        if is_sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+        curvature = Curvature(model)
+        with CommDebugMode() as communication:
+            table = curvature_table(curvature)
+        assert communication.get_total_counts() == 0
+        tables.append([list(column.cells) for column in table.columns if column.header != "type"])
+    assert tables[1] == tables[0]
+
+
+def test_a_shard_without_the_sharded_curvature_is_told(four_processes: None) -> None:
+    model = nn.Linear(8, 8, bias=False)
+    model.weight = nn.Parameter(distribute_tensor(model.weight.data, init_device_mesh("cpu", (4,)), [Shard(0)]))
+    curvature = Curvature(model)
+    assert dtensor.local(model.weight.data).shape == (2, 8)
+    with pytest.raises(ValueError, match=r"\[2, 8\], a shard of its weight \[8, 8\].*ShardedCurvature\(curvature\)"):
+        curvature.precondition({model.weight: dtensor.local(model.weight.data)})
+
+
+# ── what the documentation shows ──
+
+
+@pytest.mark.slow
+def test_the_readmes_sharded_model_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: None) -> None:
+    (snippet,) = re.findall(r"```python\n([^`]*fully_shard[^`]*)```", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+    class Model(Boring):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.blocks = nn.Sequential()  # empty: the net's own layers are sharded with it
+
+    monkeypatch.chdir(tmp_path)
+    quiet = partial(
+        L.Trainer, accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    names: dict[str, Any] = {
+        "Model": Model,
+        "L": SimpleNamespace(Trainer=quiet),
+        "ThorCallback": partial(ThorCallback, summary=False),
+        "train_dataloader": Boring().data(),
+    }
+    exec(snippet, names)
+    trainer = names["trainer"]
+    assert trainer.global_step == 4
+    assert all(dtensor.is_sharded(p) for p in trainer.lightning_module.parameters())
+    assert (tmp_path / "checkpoints").is_dir()
+    trainer.validate(trainer.lightning_module, verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(trainer.lightning_module)
+    assert trainer.global_step == 8
+
+
+@pytest.mark.slow
+def test_a_block_size_that_would_need_a_copy_of_the_module_is_refused(tmp_path: Path, one_process: None) -> None:
+    with pytest.raises(ValueError, match=r'block_size="auto" tries a copy of Sharded.*Give block_size a number'):
+        train(tmp_path, Sharded((ROWS,)), block_size="auto")
+
+
+@pytest.mark.slow
+def test_without_lightning_shards_train_as_the_whole_model(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not bitwise: shards lie elsewhere in memory, by which some processors' products round."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    models = [Words().double() for _ in range(2)]
+    fully_shard(models[0], mesh=init_device_mesh("cpu", (1,)))
+    curvatures = [Curvature(model, block_size=8) for model in models]
+    preconditioners: list[Any] = [ShardedCurvature(curvatures[0]), curvatures[1]]
+    for model, preconditioner in zip(models, preconditioners, strict=True):
+        optimizer = Thor(model.parameters(), preconditioner=preconditioner)
+        for number in range(3):
+            images, classes = batch(number)
+            nn.functional.cross_entropy(model(images, 1), classes).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    shards, alone = whole(dict(models[0].named_parameters())), dict(models[1].named_parameters())
+    torch.testing.assert_close(shards, alone, rtol=1e-13, atol=1e-15)

@@ -1,0 +1,238 @@
+"""Laws of directions that several processes compute together: they are those that one process computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import sharded_updates
+from lightning_thor import Curvature, register_layer
+from lightning_thor.fsdp.row_partition import assign_rows, pieces_of, rows_of_a_process
+from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, row_blocks_of_layers
+from lightning_thor.layers import registry
+from lightning_thor.preconditioning.modes import Mode
+from tests.curvature.test_no_sync import Watch
+from tests.helpers.fakes import Threads, run_in_threads
+
+
+class Everything(nn.Module):
+    """Each kind of layer, with widths that few numbers of processes divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 12)
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+        self.norm = nn.LayerNorm((5, 12))
+        self.fused = nn.Linear(12, 30)
+        self.scale = nn.RMSNorm(30)
+        self.convolution = nn.Conv1d(30, 14, 3, groups=2, padding=1)
+        self.transposed = nn.ConvTranspose1d(14, 10, 3, groups=2, padding=1)
+        self.recurrent = nn.GRU(10, 3, batch_first=True)
+        self.head = nn.Linear(3, 13)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.table(tokens)
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        x = self.scale(self.fused(x)).mT
+        x = self.transposed(F.relu(self.convolution(x))).mT
+        return self.head(self.recurrent(x)[0])
+
+
+def curvature_of(
+    mode: Mode, block_size: int | None = 4, precondition_bias: bool = False, model: nn.Module | None = None
+) -> Curvature:
+    """Of `Everything`, in float64, after two refreshes; gradients are those of the last one."""
+    torch.manual_seed(2)
+    model = model or Everything()
+    curvature = Curvature(
+        model.double(), mode=mode, block_size=block_size, precondition_bias=precondition_bias, update_every_n_steps=1
+    )
+    for _ in range(2):
+        model.zero_grad()
+        F.cross_entropy(model(torch.randint(11, (8, 5))).flatten(0, 1), torch.randint(13, (40,))).backward()
+        curvature.update()
+    return curvature
+
+
+def shards_of(tensor: Tensor, n: int) -> list[Tensor]:
+    """As FSDP2 cuts: the last of them may have fewer rows, or none."""
+    parts = list(tensor.chunk(n))
+    return parts + [tensor[:0]] * (n - len(parts))
+
+
+def directions_together(
+    curvature: Curvature, grads: dict[nn.Parameter, Tensor], n: int, is_polar: bool = False
+) -> tuple[list[dict[nn.Parameter, Tensor]], list[Threads]]:
+    found: list[dict[nn.Parameter, Tensor]] = [{} for _ in range(n)]
+
+    def work(communicator: Threads) -> None:
+        own = {p: shards_of(grad, n)[communicator.rank] for p, grad in grads.items()}
+        sharded = ShardedCurvature(curvature, communicator)
+        for _ in range(2):  # the second time by a plan that is there
+            found[communicator.rank] = (sharded.precondition_polar if is_polar else sharded.precondition)(own)
+
+    return found, run_in_threads(n, work)
+
+
+def assert_the_same(together: list[dict[nn.Parameter, Tensor]], alone: dict[nn.Parameter, Tensor]) -> None:
+    for p, direction in alone.items():
+        parts = [found[p] for found in together]
+        assert [part.shape for part in parts] == [part.shape for part in shards_of(direction, len(parts))]
+        torch.testing.assert_close(torch.cat(parts), direction, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+@pytest.mark.parametrize(("block_size", "precondition_bias"), [(4, False), (5, True), (None, True)])
+def test_the_directions_of_all_kinds_of_layers_are_those_of_one_process(
+    mode: Mode, n: int, block_size: int | None, precondition_bias: bool
+) -> None:
+    curvature = curvature_of(mode, block_size, precondition_bias)
+    grads = {p: p.grad.clone() for p in curvature.model.parameters() if p.grad is not None}
+    before = {p: grad.clone() for p, grad in grads.items()}
+    assert_the_same(directions_together(curvature, grads, n)[0], curvature.precondition(grads))
+    if mode == "polar":
+        found, _ = directions_together(curvature, grads, n, is_polar=True)
+        assert_the_same(found, curvature.precondition_polar(grads))
+    for p, grad in grads.items():
+        assert torch.equal(grad, before[p])
+
+
+@pytest.mark.parametrize("n", [2, 3, 16])
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+def test_what_travels_is_what_the_benchmark_counts(mode: Mode, n: int) -> None:
+    curvature = curvature_of(mode)
+    grads = {p: p.grad for p in curvature.model.parameters() if p.grad is not None}
+    _, threads = directions_together(curvature, grads, n, is_polar=mode == "polar")
+    sent = [sum(one.n_sent) * 8 / 2 for one in threads]  # of float64, twice
+    counted = sharded_updates.counted(curvature, n)
+    assert (sum(sent) / n, max(sent)) == pytest.approx((counted["sent"], counted["busiest"]))
+
+
+def test_nothing_travels_where_no_block_lies_on_two_processes() -> None:
+    model = nn.Sequential(nn.Embedding(8, 6), nn.LayerNorm(6), nn.Linear(6, 16), nn.Linear(16, 8))
+    curvature = Curvature(model, block_size=4)
+    grads = {p: torch.randn_like(p) for p in model.parameters()}
+    _, threads = directions_together(curvature, grads, 2)
+    assert [one.n_sent for one in threads] == [[], []]
+    _, threads = directions_together(curvature, grads, 4)
+    assert {len(one.n_sent) for one in threads} == {4}  # of 8 rows each has 2, and a block has 4
+
+
+def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
+    model = nn.Linear(3, 12, bias=False)  # 4, 4 and 4 rows; blocks of 0 to 6 and of 6 to 12
+    curvature = Curvature(model, block_size=6)
+    runs = assign_rows(row_blocks_of_layers(curvature, set(model.parameters()), is_polar=False), 3)
+    assert [(run.start, run.stop, run.owner) for run in runs] == [(0, 6, 0), (6, 12, 2)]
+    pieces = pieces_of(runs, 3)
+    assert [(one.start, one.stop, one.holder, one.owner) for one in pieces] == [
+        (0, 4, 0, 0),
+        (4, 6, 1, 0),
+        (6, 8, 1, 2),
+        (8, 12, 2, 2),
+    ]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 16])
+def test_only_rows_of_blocks_that_lie_on_two_processes_travel(n: int) -> None:
+    curvature = curvature_of("natural", block_size=3)
+    runs = assign_rows(row_blocks_of_layers(curvature, set(curvature.model.parameters()), is_polar=False), n)
+    for piece in pieces_of(runs, n):
+        cut = runs[piece.run].of
+        p = cut.layer.parameters[piece.parameter]
+        first = cut.rows_in(p, 0, 0)[0]
+        unit = (piece.start - first) // cut.unit * cut.unit + first
+        held = rows_of_a_process(p.shape[0], n)
+        straddles = unit // held != (min(unit + cut.unit, cut.rows_in(p, 0, cut.n_rows)[1]) - 1) // held
+        assert piece.holder == piece.owner or straddles
+
+
+def test_a_block_that_lies_on_two_processes_alike_goes_to_the_one_that_has_less_to_do() -> None:
+    curvature = Curvature(model := nn.Sequential(*(nn.Linear(3, 8, bias=False) for _ in range(4))), block_size=8)
+    runs = assign_rows(row_blocks_of_layers(curvature, set(model.parameters()), is_polar=False), 2)
+    assert [run.owner for run in runs] == [0, 1, 0, 1]
+
+
+def test_polar_layers_are_shared_out_whole_by_their_work() -> None:
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for width in (64, 32, 32, 32, 8)))
+    curvature = Curvature(model, mode="polar", block_size=8)
+    runs = assign_rows(row_blocks_of_layers(curvature, set(model.parameters()), is_polar=True), 2)
+    owners = {run.of.layer.name: run.owner for run in runs if run.of.side is None}
+    assert set(owners) == {"0", "1", "2", "3"}
+    assert owners["0"] not in {owners["1"], owners["2"], owners["3"]}
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+def test_rows_of_several_dtypes_keep_theirs(mode: Mode) -> None:
+    curvature, is_polar = curvature_of(mode), mode == "polar"
+    dtypes = [torch.float32, torch.float64]
+    grads = {p: p.grad.to(dtypes[len(p) % 4 // 2]) for p in curvature.model.parameters()}
+    alone = curvature.precondition_polar(grads) if is_polar else curvature.precondition(grads)
+    together, _ = directions_together(curvature, grads, 3, is_polar)
+    for p, direction in alone.items():
+        assert {found[p].dtype for found in together} == {direction.dtype} == {grads[p].dtype}
+        torch.testing.assert_close(torch.cat([found[p] for found in together]), direction, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precondition_bias", [False, True])
+def test_a_weight_that_lies_the_other_way_round_is_cut_unless_its_bias_crosses_it(precondition_bias: bool) -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(10, 7)), nn.Parameter(torch.zeros(7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight + self.bias
+
+    Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+    curvature = Curvature(
+        (model := Conv1D().double()), block_size=4, precondition_bias=precondition_bias, update_every_n_steps=1
+    )
+    model(torch.randn(30, 10).double()).pow(3).mean().backward()
+    curvature.update()
+    grads = {p: p.grad for p in model.parameters() if p.grad is not None}
+    assert_the_same(directions_together(curvature, grads, 3)[0], curvature.precondition(grads))
+    runs = assign_rows(row_blocks_of_layers(curvature, grads, is_polar=False), 3)
+    assert len(runs) == (1 if precondition_bias else 3)
+
+
+def test_polar_directions_of_a_natural_curvature_are_refused() -> None:
+    with pytest.raises(RuntimeError, match='got a curvature of mode="natural"'):
+        ShardedCurvature(curvature_of("natural")).precondition_polar({})
+
+
+def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "REGISTERED", {})
+
+    class Columns(nn.Linear):
+        """Its rows are the same as a linear layer's; nobody knows where they may be cut."""
+
+    register_layer(
+        Columns, lambda module, a, g: (a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])),
+        matrix=lambda module, weight: weight,
+    )  # fmt: skip
+    curvature = Curvature(Columns(3, 10, bias=False).double(), block_size=2)
+    grads = {p: torch.randn_like(p) for p in curvature.model.parameters()}
+    assert_the_same(directions_together(curvature, grads, 3)[0], curvature.precondition(grads))
+    (run,) = assign_rows(row_blocks_of_layers(curvature, grads, is_polar=False), 3)
+    assert (run.start, run.stop) == (0, 10)
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+def test_no_directions_wait_for_the_device(mode: Mode) -> None:
+    curvature = curvature_of(mode)
+    grads = {p: p.grad for p in curvature.model.parameters() if p.grad is not None}
+    waiting: set[str] = set()
+
+    def work(communicator: Threads) -> None:
+        own = {p: shards_of(grad, 3)[communicator.rank] for p, grad in grads.items()}
+        sharded = ShardedCurvature(curvature, communicator)
+        with Watch() as watch:
+            (sharded.precondition_polar if mode == "polar" else sharded.precondition)(own)
+        assert watch.called
+        waiting.update(watch.waiting)
+
+    run_in_threads(3, work)
+    assert not waiting

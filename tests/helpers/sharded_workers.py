@@ -1,0 +1,335 @@
+"""Trainings of sharded models, on one, two and four ranks, as `tests.helpers.distributed_workers` has them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateFinder
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_thor import Thor, ThorCallback, ThorModelParallelStrategy
+from tests.helpers.distributed_workers import HALVES, QUARTERS, ROWS, STEPS_PER_EPOCH, Module, Net, Result, fit, run
+from tests.helpers.full_disks import SavesOntoAFullDisk
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # torch 2.5
+    from torch.distributed._composable.fsdp import fully_shard
+
+
+class Words(Net):
+    """With a table whose weight is the output layer's too. Four ranks do not divide its widths; of five rows one of
+    them has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 12)
+        self.head.weight = self.table.weight
+
+    def forward(self, images: Tensor, extra: int) -> Tensor:
+        images = images.to(self.extra.bias.dtype)
+        tokens = images.flatten(1)[:, :4].gt(0).long() + torch.arange(4)
+        hidden = self.hidden(self.norm(self.conv(images).relu().flatten(1))) + self.table(tokens).mean(1)
+        logits: Tensor = self.head(hidden.tanh())
+        for times in range(extra):
+            logits = logits + self.extra((hidden * (1 + times)).tanh())
+        return logits
+
+
+class Sharded(Module):
+    """Trains `Words`, sharded where the strategy has a mesh.
+
+    Args:
+        options: of `configure_thor`.
+    """
+
+    def __init__(self, parts: tuple[int, ...], options: dict[str, Any] | None = None, **others: Any) -> None:
+        super().__init__(parts, **others)
+        self.net = Words().to(others.get("dtype", torch.float64))
+        self.options = options or {}
+        self.kinds: set[str] = set()
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.net.hidden, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+    def configure_optimizers(self) -> Any:
+        found, schedules = super().configure_optimizers()
+        for group in found[0].param_groups:
+            group.update(self.options)
+        return found, schedules
+
+
+class Grouped(Sharded):
+    """With a layer in its middle that does not train, and groups of parameters that go backwards through the model."""
+
+    def __init__(self, parts: tuple[int, ...], **others: Any) -> None:
+        super().__init__(parts, **others)
+        self.net.norm.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        params = [p for p in self.parameters() if p.requires_grad][::-1]
+        groups = [{"params": params[1::2], "weight_decay": 0.1}, {"params": params[::2]}]
+        optimizer = Thor(groups, lr=0.02, mode=self.mode)  # type: ignore[arg-type]
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)]
+
+
+class Searching(Sharded):
+    """Looks for a learning rate before it trains, in as many steps as an epoch has: a validation is the last of it."""
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [LearningRateFinder(num_training_steps=STEPS_PER_EPOCH, max_lr=0.1, update_attr=False)]
+
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
+    def validation_step(self, piece: tuple[Tensor, Tensor, Tensor], index: int) -> None:
+        self.training_step(piece, index)
+
+
+class Growing(Sharded):
+    """Steps after each micro-batch of the first epoch, after every second one of the next ones."""
+
+    def on_train_epoch_start(self) -> None:
+        self.trainer.accumulate_grad_batches = 1 + min(self.trainer.current_epoch, 1)
+
+
+def train(
+    folder: Path, module: Sharded, strategy: str | ThorModelParallelStrategy = "thor_fsdp2", **options: Any
+) -> Any:
+    """As `fit`, and how the momentum lies at its end."""
+    n = len(module.parts)
+    if isinstance(strategy, ThorModelParallelStrategy):
+        options["precision"] = "32-true"
+    result = fit(folder, module, devices=n, strategy=strategy, **options)
+    momenta = [state.get("momentum_buffer") for state in module.optimizers().optimizer.state.values()]
+    rows = [tuple(one.to_local().shape) for one in momenta if isinstance(one, DTensor)]
+    return result | {"n_momenta": len([one for one in momenta if one is not None]), "shards": rows}
+
+
+def consolidated() -> ThorModelParallelStrategy:
+    """An instance: of those Lightning checks the precision, and refuses 64-true; the weights are float64 anyway."""
+    return ThorModelParallelStrategy(save_distributed_checkpoint=False)
+
+
+class InTheStep(ThorModelParallelStrategy):
+    """All factors at once, when backward is over."""
+
+    def __init__(self) -> None:
+        super().__init__(factor_bucket_mb=1e6)
+
+    def is_sync_step(self) -> bool:
+        return False
+
+
+def in_buckets() -> ThorModelParallelStrategy:
+    """One for each layer."""
+    return ThorModelParallelStrategy(factor_bucket_mb=1e-6)
+
+
+def on_a_full_disk(folder: Path, name: str, when: str, ranks: tuple[int, ...], strategy: Any) -> Result:
+    """What a callback found that saves in the middle of a fit onto a disk that is full for some ranks."""
+    saver = SavesOntoAFullDisk(folder / name, when, ranks)
+    module = Sharded(HALVES, dtype=torch.float32)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, callbacks=[ThorCallback(summary=False), saver],
+        default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module)
+    return {"error": saver.error, "found": saver.found, "step_of_last": saver.step_of_last}
+
+
+def irregular(rank: int, number: int) -> int:
+    """Once or twice, other on each rank; in batch 3 not at all, on all ranks: FSDP2 allows no less."""
+    return 0 if number == 3 else 1 + (number + rank) % 2
+
+
+def never(rank: int, number: int) -> int:
+    return 0
+
+
+def with_loss_scaling(folder: Path, max_epochs: int = 1, resume: Path | None = None, **options: Any) -> Any:
+    """As `tests.helpers.distributed_workers.fit_with_loss_scaling`."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))  # type: ignore[arg-type]
+    checkpoints = options.pop("checkpoints", None)
+    module = Sharded(HALVES, dtype=torch.float32, **options)
+    return train(folder, module, max_epochs=max_epochs, resume=resume, checkpoints=checkpoints, plugins=[plugin])
+
+
+KL = {"match_rms": None, "kl_clip": 1e-7, "weight_decay": 0.1, "decoupled_weight_decay": False, "clip_norm": 0.02}
+BF16 = {"dtype": torch.float32}
+
+MODULES: dict[str, Callable[[tuple[int, ...]], Sharded]] = {
+    "alone": Sharded,
+    "alone_polar": lambda parts: Sharded(parts, mode="polar"),
+    "alone_grouped": Grouped,
+    "alone_grouped_polar": lambda parts: Grouped(parts, mode="polar"),
+    "alone_unused": lambda parts: Sharded(parts, extra=never),
+    "alone_without_momentum": lambda parts: Sharded(parts, {"momentum": 0.0}),
+}
+"""What begins on one device and goes on with two ranks."""
+
+
+def begin(name: str, folder: Path) -> Result:
+    """On one device, unbroken, with a checkpoint after each epoch; and once more as versions before wrote it."""
+    result = fit(folder, MODULES[name]((ROWS,)), devices=1, max_epochs=3, checkpoints=name)
+    checkpoint = torch.load(folder / name / "epoch=0.ckpt", weights_only=True)
+    (saved,) = checkpoint["optimizer_states"]
+    places: dict[int, int] = {}
+    for group in saved["param_groups"]:
+        group["params"] = [places.setdefault(number, len(places)) for number in group["params"]]
+    saved["state"] = {places[number]: state for number, state in saved["state"].items()}
+    torch.save(checkpoint, folder / name / "old.ckpt")
+    return result
+
+
+def go_on(name: str, folder: Path, file: str = "epoch=0.ckpt") -> Result:
+    return train(folder, MODULES[name](HALVES), max_epochs=3, resume=folder / name / file)
+
+
+ONE: dict[str, Callable[[Path], Result]] = {name: partial(begin, name) for name in MODULES}
+TWO: dict[str, Callable[[Path], Result]] = {
+    "natural": lambda folder: train(folder, Sharded(HALVES), max_epochs=3, checkpoints="natural"),
+    "polar": lambda folder: train(folder, Sharded(HALVES, mode="polar"), consolidated(), checkpoints="polar"),
+    "resumed": lambda folder: train(folder, Sharded(HALVES), max_epochs=3, resume=folder / "natural" / "epoch=0.ckpt"),
+    "polar_resumed": lambda folder: train(
+        folder, Sharded(HALVES, mode="polar"), consolidated(), resume=folder / "polar" / "epoch=0.ckpt"
+    ),
+    "one_file": lambda folder: train(folder, Sharded(HALVES), consolidated(), max_epochs=3, checkpoints="one_file"),
+    "one_file_resumed": lambda folder: train(
+        folder, Sharded(HALVES), consolidated(), max_epochs=3, resume=folder / "one_file" / "epoch=0.ckpt"
+    ),
+    "searching": lambda folder: train(folder, Searching(HALVES), max_epochs=3),
+    "searching_in_one_file": lambda folder: train(folder, Searching(HALVES), consolidated(), max_epochs=3),
+    "micro_batches": lambda folder: train(folder, Sharded(HALVES, micro_batches=2)),
+    "kl_clip": lambda folder: train(folder, Sharded(HALVES, KL), gradient_clip_val=0.05),
+    "no_momentum": lambda folder: train(
+        folder, Sharded(HALVES, {"momentum": 0.0}), max_epochs=1, checkpoints="no_momentum"
+    ),
+    "unused": lambda folder: train(folder, Sharded(HALVES, extra=never), checkpoints="unused"),
+    "unused_resumed": lambda folder: train(
+        folder, Sharded(HALVES, extra=never), resume=folder / "unused" / "epoch=0.ckpt"
+    ),
+    "overflow": lambda folder: with_loss_scaling(folder, batches=(0, 1, 2, 3, 4, 5), overflow=3),
+    "overflow_left_out": lambda folder: with_loss_scaling(folder, batches=(0, 1, 2, 4, 5)),
+    "scaled": lambda folder: with_loss_scaling(folder, batches=(0, 1, 2), checkpoints="scaled"),
+    "overflow_resumed": lambda folder: with_loss_scaling(
+        folder, 2, folder / "scaled" / "epoch=0.ckpt", batches=(0, 1, 2), overflow=0
+    ),
+    "bf16": lambda folder: train(folder, Sharded(HALVES, **BF16), max_epochs=1, precision="bf16-mixed"),
+    "in_buckets": lambda folder: train(folder, Sharded(HALVES), in_buckets(), max_epochs=3),
+    "in_the_step": lambda folder: train(folder, Sharded(HALVES), InTheStep(), max_epochs=3),
+    "split": lambda folder: train(folder, Sharded(HALVES), ThorModelParallelStrategy(split_indices=[0]), max_epochs=3),
+    "irregular_in_buckets": lambda folder: train(folder, Sharded(HALVES, extra=irregular), in_buckets(), max_epochs=3),
+    "irregular_in_the_step": lambda folder: train(folder, Sharded(HALVES, extra=irregular), InTheStep(), max_epochs=3),
+    "micro_batches_in_buckets": lambda folder: train(folder, Sharded(HALVES, micro_batches=2), in_buckets()),
+    "growing_in_buckets": lambda folder: train(folder, Growing(HALVES, micro_batches=2), in_buckets()),
+    "growing_in_the_step": lambda folder: train(folder, Growing(HALVES, micro_batches=2), InTheStep()),
+    "full_disk_of_shards": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_shards", "shards", (0, 1), ThorModelParallelStrategy()
+    ),
+    "full_disk_of_the_last_rank": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_the_last_rank", "shards", (1,), ThorModelParallelStrategy()
+    ),
+    "full_disk_of_metadata": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_metadata", "metadata", (0,), ThorModelParallelStrategy()
+    ),
+    "full_disk_of_one_file": lambda folder: on_a_full_disk(
+        folder, "full_disk_of_one_file", "file", (0,), consolidated()
+    ),
+    "full_disk_of_ddp": lambda folder: on_a_full_disk(folder, "full_disk_of_ddp", "file", (0,), "thor_ddp"),
+    **{f"{name}_goes_on": partial(go_on, name) for name in MODULES},
+    "alone_grouped_of_old_goes_on": partial(go_on, "alone_grouped", file="old.ckpt"),
+}
+FOUR: dict[str, Callable[[Path], Result]] = {
+    "four": lambda folder: train(folder, Sharded(QUARTERS), max_epochs=3),
+    "four_polar": lambda folder: train(folder, Sharded(QUARTERS, mode="polar")),
+    "four_resumed": lambda folder: train(
+        folder, Sharded(QUARTERS), max_epochs=3, resume=folder / "natural" / "epoch=0.ckpt"
+    ),
+    "four_polar_resumed": lambda folder: train(
+        folder, Sharded(QUARTERS, mode="polar"), consolidated(), resume=folder / "polar" / "epoch=0.ckpt"
+    ),
+}
+
+
+def work(folder: Path, names: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    for name in names:
+        result = (ONE | TWO | FOUR)[name](folder)
+        torch.save(result, folder / f"{name}-{os.environ['RANK']}.pt")
+
+
+def fork(n_ranks: int, folder: Path, names: Sequence[str]) -> None:
+    """``n_ranks`` processes as torchrun would start them, but without importing everything once more in each.
+
+    Raises:
+        SystemExit: one of them failed; the others are ended then.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks: set[int] = set()
+    for rank in map(str, range(n_ranks)):
+        pid = os.fork()
+        if pid:
+            ranks.add(pid)
+            continue
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(n_ranks), "GROUP_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+        try:
+            work(folder, names)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    while ranks:
+        pid, status = os.wait()
+        ranks.discard(pid)
+        if status:
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+            raise SystemExit(f"A rank of {n_ranks} failed.")
+
+
+@functools.lru_cache(maxsize=1)
+def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
+    """The folder with the results of all trainings (it goes with the cache), and what the processes printed."""
+    folder = tempfile.TemporaryDirectory(prefix="lightning_thor_sharded_")
+    return folder, run([__file__, folder.name])[1]
+
+
+def results_folder() -> Path:
+    return Path(launched()[0].name)
+
+
+def ranks(name: str) -> list[Result]:
+    """What the training ``name`` gave on each rank."""
+    files = [results_folder() / f"{name}-{rank}.pt" for rank in range(1 if name in ONE else 2 if name in TWO else 4)]
+    assert all(file.is_file() for file in files), f"{name!r} did not end. They printed: ...{launched()[1][-6000:]}"
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+if __name__ == "__main__":
+    fork(1, Path(sys.argv[1]), list(ONE))
+    fork(2, Path(sys.argv[1]), list(TWO))
+    fork(4, Path(sys.argv[1]), list(FOUR))

@@ -1,0 +1,419 @@
+"""Laws of the polar mode: what it computes, that roots do not matter, and what it is without curvature."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from lightning_thor import Curvature, Thor, configure_thor
+from lightning_thor.layers.base import Layer
+from lightning_thor.linalg.decompositions import damped_inverse_roots, damped_inverses
+from lightning_thor.linalg.matrix_sign import msign
+from lightning_thor.preconditioning import directions
+from lightning_thor.trainer.report import curvature_table
+from tests.layers.test_attention import ByLinears, E
+from tests.optim.test_optimizer import Identity
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The polar factor by as many polynomials as it takes."""
+    monkeypatch.setattr(directions, "msign", lambda x: msign(x, steps=14))
+
+
+def net() -> nn.Sequential:
+    """Two linear layers with padded blocks, a plain, a grouped and a transposed convolution, an embedding, a norm."""
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Embedding(9, 12),
+        nn.Linear(12, 18),
+        nn.Unflatten(1, (2, 3, 3)),
+        nn.Conv2d(2, 4, 2, padding=1),
+        nn.Conv2d(4, 6, 2, groups=2),
+        nn.ConvTranspose2d(6, 4, 2, groups=2, bias=False),
+        nn.Flatten(),
+        nn.LayerNorm(64),
+        nn.Linear(64, 5),
+    )
+    return model.double()
+
+
+def observed(model: nn.Module, mode: Any = "polar", **options: Any) -> Curvature:
+    """A curvature after one batch; the model has its gradients."""
+    curvature = Curvature(model, mode=mode, **{"block_size": 5, "damping": 0.1, **options})
+    tokens = torch.randint(9, (40,), generator=torch.Generator().manual_seed(3))
+    model.zero_grad()
+    model(tokens).square().mean().backward()
+    curvature.update()
+    return curvature
+
+
+def grads_of(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    return {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
+
+
+def dense(curvature: Curvature, name: str, side: str) -> Tensor:
+    """The damped factor, ``[groups, width, width]``, from its averages alone."""
+    layer = curvature.layers[name]
+    blocks = layer.A if side == "A" else layer.G
+    assert blocks is not None
+    average = curvature.stacks.blocks_of(curvature._factors[name][side], "average")
+    full = torch.stack([torch.block_diag(*group)[: blocks.width, : blocks.width] for group in average])
+    mean = full.diagonal(dim1=-2, dim2=-1).sum() / (blocks.groups * blocks.width)
+    return full + 0.1 * mean * torch.eye(blocks.width, dtype=full.dtype)
+
+
+def power(matrices: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrices)
+    return vectors * values[:, None, :] ** exponent @ vectors.mT
+
+
+def polar_by_square_roots(curvature: Curvature, layer: Layer, grad: Tensor) -> Tensor:
+    A, G = (power(dense(curvature, layer.name, side), -0.5) for side in ("A", "G"))
+    U, _, Vh = torch.linalg.svd(G @ layer.to_matrix([grad], torch.float64) @ A, full_matrices=False)
+    return layer.from_matrix(G @ (U @ Vh) @ A, [grad])[0]
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("block_size", [5, None])
+def test_the_polar_direction_is_that_of_symmetric_square_roots(block_size: int | None) -> None:
+    """G^-½ msign(G^-½ M A^-½) A^-½ by eigenvalues and SVD, from roots that are neither symmetric nor its own."""
+    model = net()
+    curvature = observed(model, block_size=block_size)
+    grads = {p: torch.randn_like(p) for p in model.parameters()}  # of full rank: else the polar factor is not unique
+    found = curvature.precondition_polar(grads)
+    assert curvature.polar_layers == {"1", "3", "4", "5"}
+    for name in curvature.polar_layers:
+        weight = curvature.layers[name].parameters[0]
+        expected = polar_by_square_roots(curvature, curvature.layers[name], grads[weight])
+        torch.testing.assert_close(found[weight], expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.usefixtures("exact")
+def test_any_root_gives_the_same_direction() -> None:
+    model = net()
+    curvature = observed(model)
+    grads = grads_of(model)
+    before = curvature.precondition_polar(grads)
+    for stack in curvature.stacks.stacks.values():
+        rotations = torch.linalg.qr(torch.randn_like(stack.inverse))[0]
+        stack.inverse.copy_(rotations @ stack.inverse)
+    after = curvature.precondition_polar(grads)
+    for p, direction in before.items():
+        torch.testing.assert_close(after[p], direction, rtol=1e-7, atol=1e-7 * direction.abs().max().item())
+
+
+def test_roots_give_the_natural_direction_too() -> None:
+    model = net()
+    roots, inverses = observed(model, "polar"), observed(model, "natural")
+    grads = grads_of(model)
+    found, expected = roots.precondition(grads), inverses.precondition(grads)
+    polar = roots.precondition_polar(grads)
+    output = model[8].weight
+    for p, direction in expected.items():
+        if p is not output:  # whose G is cut otherwise, see below
+            torch.testing.assert_close(found[p], direction, rtol=1e-8, atol=1e-8 * direction.abs().max().item())
+    for p in (*model[0].parameters(), *model[7].parameters(), *model[8].parameters(), model[1].bias):
+        torch.testing.assert_close(polar[p], found[p], rtol=0, atol=0)
+
+
+def test_the_output_layer_has_the_diagonal_of_its_G_alone() -> None:
+    """What lies beside it in E[g gᵀ] is the errors' mean, which an inverse would take out of the direction."""
+    model = net()
+    curvature, whole = observed(model), observed(model, "natural", block_size=None)
+    weight = model[8].weight
+    assert weight.grad is not None
+    A = torch.block_diag(*curvature.stacks.blocks_of(curvature._factors["8"]["A"], "average")[0])[:64, :64]
+    A = A + 0.1 * A.trace() / 64 * torch.eye(64, dtype=A.dtype)
+    G = dense(whole, "8", "G")[0].diagonal()
+    expected = torch.linalg.solve(A, weight.grad.T).T / G[:, None]
+    torch.testing.assert_close(curvature.precondition({weight: weight.grad})[weight], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_the_table_says_which_layers_are_polar() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(curvature_table(Curvature(net(), mode="polar")))
+    lines = console.export_text().splitlines()
+    assert [line.split()[1] for line in lines if ", polar" in line] == ["1", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 33, 100, 128])
+def test_a_root_is_a_root_of_the_inverse(size: int) -> None:
+    rows = torch.randn(5, size, 3, dtype=torch.float64)
+    blocks, damping = rows @ rows.mT, torch.tensor([0.1, 1.0, 10.0, 0.5, 2.0], dtype=torch.float64)
+    roots, succeeded = damped_inverse_roots(blocks, damping)
+    assert succeeded.all()
+    torch.testing.assert_close(roots.mT @ roots, damped_inverses(blocks, damping)[0])
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("entry", [float("nan"), float("inf"), -5.0])
+def test_a_bad_block_has_no_root_and_hurts_no_other(size: int, entry: float) -> None:
+    blocks = torch.eye(size).repeat(3, 1, 1)
+    blocks[1, 0, 0] = entry
+    roots, succeeded = damped_inverse_roots(blocks, torch.ones(3))
+    assert succeeded.tolist() == [True, False, True]
+    torch.testing.assert_close(roots[::2], torch.eye(size).repeat(2, 1, 1) / 2**0.5)
+
+
+def test_a_block_that_fails_has_a_root_of_what_natural_mode_has() -> None:
+    """The last good one, or before there ever was one that of the mean eigenvalue."""
+    kept = []
+    for mode in ("natural", "polar"):
+        curvature = observed(net(), mode)
+        stack = curvature.stacks.stacks[4]
+        stack.average[:2, 0, 1] += 10.0
+        stack.average[:2, 1, 0] += 10.0
+        stack.inverted[1], stack.inverse[1] = False, torch.eye(4)
+        curvature.stacks.invert(
+            curvature.stacks.select(tuple(range(len(curvature.layers)))), "sqrt", 1e-4, curvature.solve
+        )
+        assert int(curvature.stacks.failed_inversions) == 2
+        kept.append(stack.inverse)
+    torch.testing.assert_close(kept[1].mT @ kept[1], kept[0], rtol=1e-8, atol=1e-8)
+
+
+def test_batches_of_one_layer_give_what_one_batch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+    curvature = Curvature(model, mode="polar")
+    model(torch.randn(16, 8)).square().mean().backward()
+    curvature.update()
+    together = curvature.precondition_polar(grads_of(model))
+    monkeypatch.setattr(directions, "MAX_ENTRIES", 64 * 3)
+    torch.testing.assert_close(curvature.precondition_polar(grads_of(model)), together)
+
+
+class Unpolar(Identity):
+    """Without curvature: the polar factor of each matrix."""
+
+    def precondition_polar(self, momenta: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        return {p: directions.msign(momentum[None])[0] for p, momentum in momenta.items()}
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("through", ["a preconditioner that changes nothing", "a curvature that saw nothing"])
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"momentum": 0.6}, {"weight_decay": 0.1}], ids=str)
+def test_without_curvature_it_is_muon(options: dict[str, Any], through: str) -> None:
+    """torch's own, made to iterate to the end too (by the classical quintic, in bfloat16: hence the tolerance)."""
+    options = {"momentum": 0.9, "nesterov": False, "weight_decay": 0.0, **options}
+    targets = torch.randn(20, 6, 9)
+
+    def train(make: Callable[[nn.Sequential], torch.optim.Optimizer]) -> Tensor:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(9, 6, bias=False), nn.Linear(6, 4, bias=False))
+        weight, start = model[0].weight, model[0].weight.detach().clone()
+        optimizer = make(model)
+        for target in targets:
+            weight.grad = weight.detach() - target
+            optimizer.step()
+        return weight.detach() - start
+
+    def muon(model: nn.Sequential) -> torch.optim.Optimizer:
+        classical = {"ns_coefficients": (1.875, -1.25, 0.375), "ns_steps": 30, "adjust_lr_fn": "match_rms_adamw"}
+        return torch.optim.Muon([model[0].weight], lr=0.05, **options, **classical)
+
+    def thor(model: nn.Sequential) -> torch.optim.Optimizer:
+        # Silent layers keep the identity; one that never fires is an error, so the step is one that refreshes nothing.
+        curvature = Curvature(model, mode="polar", update_every_n_steps=100)
+        curvature._schedule.next_steps = [100, 100]
+        preconditioner = Unpolar() if through.startswith("a preconditioner") else curvature
+        return Thor([model[0].weight], lr=0.05, mode="polar", preconditioner=preconditioner, **options)
+
+    found, expected = train(thor), train(muon)
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_comes_first_and_is_that_of_the_raw_gradients(nesterov: bool) -> None:
+    model = net()
+    curvature = observed(model)
+    optimizer = Thor(
+        model.parameters(), lr=0.1, mode="polar", match_rms=None, nesterov=nesterov, preconditioner=curvature
+    )
+    momentum = {p: torch.zeros_like(p) for p in model.parameters()}
+    for _ in range(3):
+        grads = {p: torch.randn_like(p) for p in model.parameters()}
+        for p, grad in grads.items():
+            p.grad = grad.clone()
+            momentum[p] = 0.9 * momentum[p] + grad
+        looked_at = {p: grads[p] + 0.9 * momentum[p] for p in grads} if nesterov else momentum
+        before = {p: p.detach().clone() for p in model.parameters()}
+        expected = curvature.precondition_polar(looked_at)
+        optimizer.step()
+        for p in model.parameters():
+            torch.testing.assert_close(before[p] - p.detach(), 0.1 * expected[p])
+            torch.testing.assert_close(p.grad, grads[p], rtol=0, atol=0)
+
+
+def trained(model: nn.Module, curvature: Curvature, optimizer: Thor, steps: range, scale: float = 1.0) -> list[Tensor]:
+    for step in steps:
+        optimizer.zero_grad()
+        tokens = torch.randint(9, (40,), generator=torch.Generator().manual_seed(step))
+        (scale * (model(tokens) - 1.0).square().mean()).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def fresh(**options: Any) -> tuple[nn.Module, Curvature, Thor]:
+    model = net()
+    curvature = Curvature(model, mode="polar", update_every_n_steps=3, block_size=5)
+    return model, curvature, configure_thor(model, lr=0.01, mode="polar", preconditioner=curvature, **options)
+
+
+def test_the_scale_of_the_loss_does_not_matter() -> None:
+    runs = [trained(*fresh(), range(7), scale) for scale in (1.0, 1000.0)]
+    torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-9)
+
+
+def test_it_trains() -> None:
+    model, curvature, optimizer = fresh()
+    tokens = torch.arange(9)
+    before = (model(tokens) - 1.0).square().mean().item()
+    trained(model, curvature, optimizer, range(60))
+    assert (model(tokens) - 1.0).square().mean().item() < 0.05 * before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_gradients_move_nothing(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    curvature = Curvature(model, mode="polar")
+    curvature._schedule.next_steps = [9] * len(curvature.layers)
+    optimizer = Thor(model.parameters(), lr=0.1, mode="polar", nesterov=True, preconditioner=curvature)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close([p.detach() for p in model.parameters()], before, rtol=0, atol=0)
+
+
+def test_a_group_of_natural_mode_beside_a_polar_one_takes_the_natural_steps() -> None:
+    """Bitwise those of a model whose only group is natural, on the same roots."""
+    weights = []
+    for others in ("polar", "natural"):
+        model = net()
+        curvature = observed(model)
+        own = list(model[3].parameters())
+        rest = [p for p in model.parameters() if all(p is not q for q in own)]
+        groups = [{"params": rest, "mode": others}, {"params": own, "mode": "natural"}]
+        optimizer = Thor(groups, lr=0.01, preconditioner=curvature)
+        for _ in range(3):
+            optimizer.step()
+        weights.append([p.detach().clone() for p in own])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_a_resumed_plain_loop_is_bitwise_the_unbroken_one() -> None:
+    model, curvature, optimizer = fresh(nesterov=True)
+    trained(model, curvature, optimizer, range(5))
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict(), curvature.state_dict()), file)
+    expected = trained(model, curvature, optimizer, range(5, 11))
+    file.seek(0)
+    parts = fresh(nesterov=True)
+    states = torch.load(file, weights_only=True)
+    for part, state in zip((parts[0], parts[2], parts[1]), states, strict=True):
+        part.load_state_dict(state)
+    assert {key for layer in states[2]["layers"].values() for key in layer} >= {"A_root", "G_root"}
+    torch.testing.assert_close(trained(*parts, range(5, 11)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("saved", "loading"), [("natural", "polar"), ("polar", "natural")])
+def test_a_state_of_the_other_mode_is_refused_and_changes_nothing(saved: Any, loading: Any) -> None:
+    state = observed(net(), saved).state_dict()
+    other = Curvature(net(), mode=loading, block_size=5)
+    with pytest.raises(ValueError, match=rf"of mode='{saved}', this one of mode='{loading}'.*Thor\(mode='{saved}'\)"):
+        other.load_state_dict(state)
+    assert other.step == 0
+
+
+def test_a_state_from_before_there_were_modes_is_natural() -> None:
+    state = observed(net(), "natural").state_dict()
+    del state["mode"]
+    Curvature(net(), block_size=5).load_state_dict(state)
+    with pytest.raises(ValueError, match="of mode='natural'"):
+        Curvature(net(), mode="polar", block_size=5).load_state_dict(state)
+
+
+def test_a_polar_optimizer_on_a_natural_curvature_is_told_what_to_build() -> None:
+    model = net()
+    curvature = observed(model, "natural")
+    with pytest.raises(RuntimeError, match=r'Curvature\(model, mode="polar"\)'):
+        Thor(model.parameters(), mode="polar", preconditioner=curvature).step()
+    with pytest.raises(RuntimeError, match=r"got a Identity without precondition_polar"):
+        Thor(model.parameters(), mode="polar", preconditioner=Identity()).step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "muon"}, "mode must be one of natural, polar, adam, got 'muon'"),
+        ({"mode": None}, "mode must be one of natural, polar, adam, got None"),
+        ({"mode": "polar", "match_rms": None, "kl_clip": 1e-3}, "kl_clip is for natural directions"),
+    ],
+)
+def test_bad_modes_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Thor(net().parameters(), **options)
+    with pytest.raises(ValueError, match=message):
+        Thor([{"params": list(net().parameters()), **options}])
+
+
+def test_a_curvature_knows_no_other_mode() -> None:
+    with pytest.raises(ValueError, match="mode must be one of natural, polar, adam, got 'muon'"):
+        Curvature(net(), mode="muon")  # type: ignore[arg-type]
+
+
+class UnevenLayout(nn.Module):
+    """Three linear layers whose outputs are put together, and a head."""
+
+    def __init__(self, whole: nn.Sequential) -> None:
+        super().__init__()
+        assert isinstance(whole[0], nn.Linear)
+        self.parts = nn.ModuleList(nn.Linear(5, 4, bias=False).double() for _ in range(3))
+        for part, weight in zip(self.parts, whole[0].weight.detach().chunk(3), strict=True):
+            part.weight.data = weight.clone()
+        self.rest = whole[1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.rest(torch.cat([part(x) for part in self.parts], dim=-1))
+        return y
+
+
+def test_each_part_of_a_fused_layer_has_a_polar_direction_of_its_own(exact: None) -> None:
+    whole = nn.Sequential(nn.Linear(5, 12, bias=False), nn.Tanh(), nn.Linear(12, 3)).double()
+    parts = UnevenLayout(whole)
+    x = torch.randn(20, 5, dtype=torch.float64)
+    found = []
+    for model, fused in ((whole, {"0": 3}), (parts, None)):
+        # An absolute damping: a relative one is one number for the whole of a layer.
+        curvature = Curvature(model, mode="polar", fused=fused, block_size=3, damping_rule="sqrt", damping=0.01)
+        model.zero_grad()
+        model(x).square().mean().backward()
+        curvature.update()
+        curvature.close()
+        found.append((model, curvature.precondition_polar(grads_of(model))))
+    (_, ours), (_, theirs) = found
+    torch.testing.assert_close(ours[whole[0].weight], torch.cat([theirs[part.weight] for part in parts.parts]))
+
+
+def test_each_projection_of_an_attention_has_a_polar_direction_of_its_own(exact: None) -> None:
+    attention = nn.MultiheadAttention(E, 1, batch_first=True).double()
+    linears = ByLinears(attention)
+    query, memory = (torch.randn(3, length, E, dtype=torch.float64) for length in (4, 5))
+    ours, theirs = (Curvature(m, mode="polar", block_size=3) for m in (attention, linears))
+    attention(query, memory, memory, need_weights=False)[0].sin().mean().backward()
+    linears(query, memory).sin().mean().backward()
+    for curvature in (ours, theirs):
+        curvature.update()
+    packed = ours.precondition_polar(grads_of(attention))[attention.in_proj_weight]
+    apart = theirs.precondition_polar(grads_of(linears))
+    assert ours.polar_layers == {"q_proj", "k_proj", "v_proj"}
+    weights = (linears.q_proj.weight, linears.k_proj.weight, linears.v_proj.weight)
+    torch.testing.assert_close(packed, torch.cat([apart[p] for p in weights]), rtol=1e-6, atol=1e-8)

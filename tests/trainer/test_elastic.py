@@ -1,0 +1,117 @@
+"""Other launchers, other numbers of ranks, and ranks that fail."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_thor import Curvature
+from lightning_thor.distributed.factor_reducer import by_size
+from tests.helpers.distributed_workers import (
+    ROWS,
+    four_ranks,
+    launched_four,
+    results,
+    results_folder,
+    torchrun,
+    two_ranks,
+)
+from tests.helpers.fakes import Twins
+from tests.helpers.lone_ranks import lone_ranks
+from tests.helpers.option_trainings import fit_all_at_once
+from tests.helpers.text_trainings import Text, train, with_gradients_times
+from tests.trainer.test_strategy import assert_bitwise, one_rank, state
+
+
+@pytest.mark.slow
+def test_four_ranks_under_torchrun_are_one_and_go_on_from_a_checkpoint_of_two(tmp_path: Path) -> None:
+    _, status, printed = launched_four()
+    assert status == 0, printed[-6000:]
+    alone = one_rank(tmp_path, max_epochs=3)
+    for name, first_step in (("four", 1), ("four_resumed", 5)):
+        for result in (ranks := four_ranks(name)):
+            assert (result["world_size"], result["steps"][0]) == (4, first_step)
+            torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
+            assert_bitwise(state(result), state(ranks[0]))
+
+
+@pytest.mark.slow
+def test_four_ranks_of_a_language_model_with_parts_of_four_sizes_are_one(tmp_path: Path) -> None:
+    alone = train(tmp_path, Text(), (ROWS,), summed=True)
+    for result in (ranks := four_ranks("four_texts")):
+        found = with_gradients_times(state(result), 4)
+        torch.testing.assert_close(found, state(alone), rtol=1e-8, atol=1e-9)
+        assert_bitwise(state(result), state(ranks[0]))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_with_all_options_goes_on_with_one_two_and_four(tmp_path: Path) -> None:
+    """Polar, staggered, with a trace rule that keeps some layers as they are."""
+    alone = fit_all_at_once(tmp_path, (ROWS,))
+    done, turns = (int(alone["curvature"][key]) for key in ("refreshes", "turns"))
+    assert 0 < done < turns
+    saved = results_folder() / "all_at_once" / "epoch=0.ckpt"
+    resumed = [
+        fit_all_at_once(tmp_path, (ROWS,), resume=saved),
+        *two_ranks("all_at_once_resumed"),
+        *four_ranks("four_all_at_once_resumed"),
+    ]
+    assert [result["world_size"] for result in resumed] == [1, 2, 2, 4, 4, 4, 4]
+    for result in resumed:
+        assert result["steps"][0] == 5
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-8, atol=1e-8)
+    for result, unbroken in zip(resumed[1:3], two_ranks("all_at_once"), strict=True):
+        assert_bitwise(state(result), state(unbroken))
+
+
+@pytest.mark.slow
+def test_two_ranks_under_slurm_are_those_of_lightnings_launcher_also_when_the_job_is_requeued(tmp_path: Path) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/told\n")
+    scontrol.chmod(0o755)
+    ended = lone_ranks(tmp_path, "slurm", "halves", "requeued", PATH=f"{scontrol.parent}:{os.environ['PATH']}")
+    for name, first_step in (("halves", 1), ("requeued", 5)):
+        printed = "".join(one.printed for one in ended[name])
+        assert [one.status for one in ended[name]] == [0, 0], printed[-6000:]
+        for result, launched in zip(results(tmp_path, name, 2, printed), two_ranks("halves"), strict=True):
+            assert (result["environment"], result["world_size"]) == ("SLURMEnvironment", 2)
+            assert result["steps"][0] == first_step
+            assert_bitwise(state(result), state(launched))
+    assert (tmp_path / "told").read_text() == "requeue 4321\n"
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun_are_those_of_lightnings_launcher_and_one_that_dies_ends_the_other(
+    tmp_path: Path,
+) -> None:
+    status, printed = torchrun(2, tmp_path, "halves", "dies")
+    for result, launched in zip(results(tmp_path, "halves", 2, printed), two_ranks("halves"), strict=True):
+        assert_bitwise(state(result), state(launched))
+    assert status not in (0, None)
+    assert "Ended after" not in printed
+    assert "exitcode  : 13" in printed
+    assert not list(tmp_path.glob("dies-*.pt"))
+
+
+def test_leaving_saving_and_restoring_say_nothing_to_other_ranks() -> None:
+    """In the middle of a window, whose sums are on their way: another rank may have died."""
+    communicator: Any = Twins()
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    curvature = Curvature(model, update_every_n_steps=1)
+    curvature.connect(communicator, bucket_fn=by_size(1), is_sync_step=lambda: True)
+    curvature.solve = lambda problems: {size: (blocks, damping > 0) for size, (blocks, damping) in problems.items()}
+    model(torch.randn(4, 3)).sum().backward()
+    curvature.update()
+    model(torch.randn(4, 3)).sum().backward()
+    said = list(communicator.log)
+    assert said[-1].startswith("start")
+    saved = curvature.state_dict()
+    curvature.load_state_dict(saved)
+    curvature.close()
+    assert communicator.log == said
