@@ -1,9 +1,9 @@
 """Ranks that no launcher watches, each a process with the variables that a cluster would set.
 
-``python lone_ranks.py FOLDER CLUSTER NAME ...`` runs each of the trainings (see
-`tests.helpers.distributed_workers`) on two ranks of a cluster of `CLUSTERS`, one after the other, until the ranks end by themselves, and writes what became of them
-to ``FOLDER/ended.json``. Ranks are forked from a process that has imported everything, which takes longer than their
-training; they leave as any program does, by the end of this file.
+``python lone_ranks.py FOLDER CLUSTER NAME ...`` runs each of the trainings (see `tests.helpers.distributed_workers`)
+on two ranks of a cluster of `CLUSTERS`, one after the other, until the ranks end by themselves, and writes what became
+of them to ``FOLDER/ended.json``. Ranks are forked from a process that has imported everything, which takes longer than
+their training; they leave as any program does, by the end of this file.
 """
 
 from __future__ import annotations
