@@ -34,7 +34,7 @@ def some_problem(n_blocks: int, size: int) -> Problem:
 
 def share_ms(model: nn.Module, ranks: Sequence[int], rounds: int) -> dict[str, list[float]]:
     """By the number of ranks, milliseconds of each rank's share: a median over rounds in which all take turns."""
-    stacks = Curvature(model).stacks.stacks
+    stacks = Curvature(model).factors.batches
     problems = {size: some_problem(len(stack.sums), size) for size, stack in stacks.items() if size > 1}
     n_blocks = {size: len(blocks) for size, (blocks, _) in problems.items()}
     shares: dict[str, list[list[Problem]]] = {}

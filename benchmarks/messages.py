@@ -67,11 +67,11 @@ def moved(messages: Sequence[Sequence[Any]], n_ranks: int) -> float:
 def counts(model: nn.Module, way: Way, n_ranks: int) -> dict[str, Any]:
     """What a refresh of all layers says: messages for factors, those for inverses, and what whole blocks would take."""
     curvature = Curvature(model)
-    stacks, n_layers = curvature.stacks, len(curvature.layers)
+    stacks, n_layers = curvature.factors, len(curvature.layers)
     factors, inverses = Counting(n_ranks), Counting(n_ranks)
-    FactorReducer(stacks, factors, lambda: (tuple(range(n_layers)), ()), way.bucket_fn).sum()
+    FactorReducer(stacks, factors, lambda: tuple(range(n_layers)), way.bucket_fn).sum()
     problems = {
-        size: (stack.average, stack.average.new_ones(len(stack.average))) for size, stack in stacks.stacks.items()
+        size: (stack.average, stack.average.new_ones(len(stack.average))) for size, stack in stacks.batches.items()
     }
     SharedInversions(inverses, lambda blocks, damping: (blocks, damping > 0))(problems)
     return {

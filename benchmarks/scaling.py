@@ -101,7 +101,7 @@ def ours(curvature: Curvature, n_ranks: int, rates: Rates, way: str = "buckets")
     """This package: triangles of blocks reduced, inversions shared block by block, triangles of inverses gathered."""
     counted = counts(curvature.model, WAYS[way], n_ranks)
     messages = counted["factors"] + counted["inverses"]
-    stacks = curvature.stacks.stacks.items()
+    stacks = curvature.factors.batches.items()
     work = most([float(size**3) for size, stack in stacks if size > 1 for _ in range(len(stack.sums))], n_ranks)
     ms = sum(getattr(rates, kind)(n_bytes, n_ranks) for kind, n_bytes in messages) + rates.inverting(work)
     return Cost(ms, sum(getattr(BYTES, kind)(n_bytes, n_ranks) for kind, n_bytes in messages), work)
@@ -109,7 +109,7 @@ def ours(curvature: Curvature, n_ranks: int, rates: Rates, way: str = "buckets")
 
 def nn_thor(curvature: Curvature, n_ranks: int, rates: Rates) -> Cost:
     """MindSpore's: every rank inverts all blocks of its own batch's factors; the inverses are averaged, as squares."""
-    stacks = curvature.stacks.stacks
+    stacks = curvature.factors.batches
     n_bytes = 4 * sum(stack.sums.numel() for stack in stacks.values())
     work = float(sum(len(stack.sums) * size**3 for size, stack in stacks.items() if size > 1))
     ms = rates.all_reduce(n_bytes, n_ranks) + rates.inverting(work)

@@ -42,7 +42,7 @@ class TimedCurvature(Curvature):
         """As `Curvature.update`: averages and inverses."""
         blocks = [cut for layer in self.layers.values() for cut in (layer.A, layer.G) if cut is not None]
         self.flops["inversion"] += sum(cut.groups * cut.n_blocks * cut.size**3 for cut in blocks if cut.size > 1)
-        with self.timed("inversion", self.stacks.flat_sums.device):
+        with self.timed("inversion", self.factors.device):
             super().update()
 
     def precondition_in_parts(self, grads: Any) -> Iterator[dict[nn.Parameter, Tensor]]:
@@ -52,7 +52,7 @@ class TimedCurvature(Curvature):
             self.flops["preconditioning"] += 2.0 * layer.parameters[0].numel() * sum(sizes)
         parts = super().precondition_in_parts(grads)
         while True:
-            with self.timed("preconditioning", self.stacks.flat_sums.device):
+            with self.timed("preconditioning", self.factors.device):
                 part = next(parts, None)
             if part is None:
                 return

@@ -222,7 +222,7 @@ def test_a_trainer_of_one_rank_over_nccl_is_one_without(
     for one in ("auto", strategy):
         found = trainer(tmp_path, precision=precision, strategy=one, use_distributed_sampler=False, **deterministic)
         found.fit(Boring())
-        assert callback_of(found).curvature.stacks.flat_sums.isfinite().all()  # type: ignore[union-attr]
+        assert callback_of(found).curvature.factors.flat_sums.isfinite().all()  # type: ignore[union-attr]
         fits.append([tensor.cpu() for tensor in everything(found)])
     torch.testing.assert_close(*fits, rtol=0, atol=0)
 
@@ -235,7 +235,7 @@ def test_a_step_that_overflows_is_skipped_and_the_curvature_with_it(tmp_path: Pa
     assert curvature is not None
     assert 0 < curvature.step < found.global_step == 48
     assert all(torch.isfinite(tensor).all() for tensor in everything(found))
-    assert curvature.stacks.rejected_windows == 0
+    assert curvature.factors.rejected_windows == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -259,6 +259,6 @@ def test_a_compiled_model_has_the_statistics_of_one_that_is_not() -> None:
         run = torch.compile(model) if compiled else model
         run(torch.randn(64, 16, device="cuda")).square().sum().backward()
         curvature.update()
-        return [stack.average for stack in curvature.stacks.stacks.values()]
+        return [stack.average for stack in curvature.factors.batches.values()]
 
     torch.testing.assert_close(averages(True), averages(False), rtol=1e-4, atol=1e-5)

@@ -1,237 +1,269 @@
-"""What happens to a pair (a, g) on its way into the open window."""
+"""The way of a pair (a, g) from the hooks into the sums of the open window."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_thor.curvature.refresh_schedule import RefreshSchedule
 from lightning_thor.distributed.factor_reducer import FactorReducer
-from lightning_thor.factors.state import FactorState
+from lightning_thor.factors.state import ROWS, FactorState
 from lightning_thor.layers.base import Layer, ModuleUse
 from lightning_thor.layers.discovery import name_some
 from lightning_thor.layers.linear import linear_rows, subsample_linear_input
 from lightning_thor.layers.pair_checks import are_rows_of
 from lightning_thor.layers.registry import LINEAR, LINEAR_TRANSPOSED, KfacApprox
 from lightning_thor.layers.weight_product import backward_pass
-from lightning_thor.linalg.block_diagonal import add_covariance_
 
 EXPONENT_STEP, LARGEST_EXPONENT = 32, 96
 """The unit of gradients is 2 to a multiple of the former, up to the latter: 1, but for very small or large losses."""
 
+MIN_ROWS_PER_RANK = 256
+"""Lower bound on the rows that each rank samples: batch norm needs a mean and a variance of them."""
+
+NumberOrTensor = Callable[[], float | Tensor]
+
 
 class FactorAccumulator:
-    """Adds pairs to the open window, as covariances or, where a layer is only probed, as their traces.
+    """Adds the covariances of pairs to the open window.
 
     Args:
-        layers: with curvature, by name; in the order of ``stacks`` and ``schedule``.
-        stacks: where the sums of the open window lie.
-        schedule: says which layers are only probed.
-        backward_pass: gives the number of the backward pass that a pair comes in, below 0 outside of one.
+        layers: with curvature, by name; numbered in this order.
+        factors: holds the open window's sums.
+        statistics: which rows a pair is.
+        loss_reduction: ``"mean"`` or ``"sum"``.
+        loss_multiplier: see `lightning_thor.Curvature`.
+        loss_terms: see `lightning_thor.Curvature`.
+        max_rows: rows to take of a pair, of all processes together; None for all.
+        counts_elements: whether to count the numbers of inputs and gradients, for the cost of a layer.
+        backward_pass: returns the number of the backward pass that a pair comes in, below 0 outside of one.
 
     Attributes:
-        uses: the index of the layer and the use of it, by the name of the module.
-        loss_layer: the name of the module whose output's gradient came first in the first backward pass: its output is
-            taken to be what the loss is a mean over.
-        misfits: why layers cannot have the curvature that they were thought to have, by index.
+        uses: the number of the layer and its use, by the name of the module.
+        reducer: sums the open window over processes, see `connect`.
+        loss_layer: the name of the module whose output's gradient came first in the first backward pass: the loss is
+            taken to be a mean over the rows of its output.
+        misfits: why pairs of a layer are not rows of its weight, by number of the layer.
     """
+
+    reducer: FactorReducer
 
     def __init__(
         self,
         layers: Mapping[str, Layer],
-        stacks: FactorState,
-        schedule: RefreshSchedule,
+        factors: FactorState,
+        statistics: KfacApprox,
+        *,
+        loss_reduction: str = "mean",
+        loss_multiplier: NumberOrTensor | None = None,
+        loss_terms: NumberOrTensor | None = None,
+        max_rows: int | None = None,
+        counts_elements: bool = False,
         backward_pass: Callable[[], int] = backward_pass,
     ) -> None:
-        self._layers, self._stacks, self._schedule = list(layers.values()), stacks, schedule
-        self.uses = {use.name: (index, use) for index, layer in enumerate(self._layers) for use in layer.uses}
+        self._layers, self._factors, self._statistics = list(layers.values()), factors, statistics
+        self._loss_reduction, self._loss_multiplier, self._loss_terms = loss_reduction, loss_multiplier, loss_terms
+        self._max_rows, self._counts_elements, self._backward_pass = max_rows, counts_elements, backward_pass
+        self.uses = {use.name: (number, use) for number, layer in enumerate(self._layers) for use in layer.uses}
         self.loss_layer: str | None = None
         self.misfits: dict[int, str] = {}
-        self._backward_pass = backward_pass
         self._observed: set[int] = set()
         """The layers that had a pair in the open window."""
         self._backward: dict[int, tuple[int, float, float]] = {}
-        """The last backward pass that used a layer, how many samples were taken of its first use in it, and of how
-        many."""
+        """By layer: the last backward pass that used it; of its first use there, the samples taken, and all samples."""
         self._terms: tuple[int, int, float] = -1, -1, 0
-        """A backward pass, the layer whose output goes into its loss, and how many terms the mean of that has."""
-        self._noted: float | None = None
-        """The same of the coming backward pass, from the output of `loss_layer` where that is not observed."""
-        self._told_late = False
-        self._told_silent: set[int] = set()
+        """A backward pass, the layer whose output goes into its loss, and the number of terms in the mean loss."""
+        self._noted_terms: float | None = None
+        """The number of terms for the coming backward pass, from the output of `loss_layer` where it is not due."""
+        self._warned_of_late_pair = False
+        self._warned_of_silence: set[int] = set()
         self._checked = False
 
-    def observe(
-        self,
-        name: str,
-        a: Tensor,
-        g: Tensor,
-        window: FactorReducer,
-        *,
-        statistics: KfacApprox,
-        max_rows: int | None,
-        loss_reduction: str,
-        loss_multiplier: Callable[[], float | Tensor] | None,
-        loss_terms: Callable[[], float | Tensor] | None = None,
-    ) -> None:
-        """Add one call of a layer to the open window; a pair that comes too late for it is left out, with a warning.
+    def connect(self, reducer: FactorReducer) -> None:
+        """Use ``reducer`` from now on; its processes share out ``max_rows``."""
+        self.reducer = reducer
+        self.__dict__.pop("max_rows", None)
+
+    @cached_property
+    def max_rows(self) -> int | None:
+        """Rows that this process takes of a pair; None for all."""
+        if self._max_rows is None:
+            return None
+        return max(-(-self._max_rows // self.reducer.world_size), min(self._max_rows, MIN_ROWS_PER_RANK))
+
+    def observe(self, name: str, a: Tensor, g: Tensor) -> None:
+        """Add one call of a layer to the open window; leave a late pair out, with a warning.
 
         Args:
             name: of the layer, or of another module that is tied to it.
             a: its input.
             g: the gradient of the loss, as it was differentiated, with respect to its output.
-            window: the open window's way over processes, which is told.
-            statistics, max_rows, loss_reduction, loss_multiplier, loss_terms: see `lightning_thor.Curvature`.
         """
-        index, use = self.uses[name]
-        self._observed.add(index)
-        layer, stacks = self._layers[index], self._stacks
-        if index in self.misfits or self._is_misfit(index, use, a, g, max_rows):
+        number, use = self.uses[name]
+        self._observed.add(number)
+        layer, factors = self._layers[number], self._factors
+        if number in self.misfits or self._is_misfit(number, use, a, g):
             return
-        if window.is_late(index):
+        if self.reducer.is_late(number):
             self._warn_of_late_pair(layer.name)
             return
-        sums_A, sums_G = stacks.sums[2 * index : 2 * index + 2]
-        # To the gradient of the per-sample loss. Rows are converted first: a float16 gradient would overflow.
-        n_seen, per_sample = statistics.loss_terms(use.module, g), 1.0 if loss_terms is None else loss_terms()
-        if loss_reduction == "mean" and loss_terms is None:
-            per_sample = self._terms_of_the_loss(index, name, n_seen)
-        scale = per_sample / (1.0 if loss_multiplier is None else loss_multiplier())
-        g = self._in_its_unit(g, scale)
-        if self._schedule.is_probe[index]:
-            squares = layer.squares(a, g, stacks.dtype, max_rows, use.module)
-            weight, n_samples = self._use_weight(index, squares.n_samples, n_seen)
-            trace_A = 0.0 if squares.a is None else squares.a
-            stacks.count(index, squares.n_rows, n_samples, trace_A, squares.g * (scale * weight) ** 2)
-            window.mark_ready(index)
-            return
-        seen = layer.observe(a, g, stacks.dtype, max_rows, use.module)
-        if layer.A is not None and seen.a is not None:
-            assert sums_A is not None
-            add_covariance_(sums_A, seen.a, layer.A)
-        if seen.token_counts is not None:
-            assert sums_A is not None
-            sums_A.add_(seen.token_counts)
-        weight, n_samples = self._use_weight(index, seen.n_samples, n_seen)
+        n_seen = self._statistics.loss_terms(use.module, g)
+        scale = self._scale(number, name, n_seen)
+        rows = layer.observe(a, self._in_its_unit(g, scale), factors.dtype, self.max_rows, use.module)
+        weight, n_samples = self._use_weight(number, rows.n_samples, n_seen)
         if weight != 1.0:
             scale = scale * weight
-        assert sums_G is not None
-        add_covariance_(sums_G, seen.g, layer.G, scale)
-        stacks.count(index, seen.n_rows, n_samples, a.numel() + g.numel() if self._schedule.stagger else 0.0)
-        window.mark_ready(index)
+        factors.add(number, rows, scale, n_samples, a.numel() + g.numel() if self._counts_elements else 0.0)
+        self.reducer.mark_ready(number)
 
-    def note_output(self, name: str, output: Any, statistics: KfacApprox) -> None:
-        """The output of a module that is not observed in this step, while others are: of `loss_layer` it tells how many
-        terms the loss has."""
-        if name == self.loss_layer and isinstance(output, Tensor):
-            self._noted = statistics.loss_terms(self.uses[name][1].module, output)
-
-    def _terms_of_the_loss(self, index: int, name: str, n_seen: float) -> float:
-        """How many terms the mean of the loss has: as many as the output whose gradient comes first in a backward pass
-        has rows, for that goes into the loss. A layer that saw some of them (an expert, a region, masked tokens) is one
-        of the same loss. Each output of the layer that comes first is taken to go into a mean of its own.
+    def note_output(self, name: str, output: Any) -> None:
+        """Note how many terms the loss has, where `loss_layer` is not due and others are.
 
         Args:
-            index: of the layer.
-            name: of the module that a pair came from.
-            n_seen: the number of terms, if what this module saw is all.
+            name: of the module.
+            output: what it returned.
         """
-        number = self._backward_pass()
-        if number < 0 or not n_seen:
+        if name == self.loss_layer and isinstance(output, Tensor):
+            self._noted_terms = self._statistics.loss_terms(self.uses[name][1].module, output)
+
+    def _scale(self, number: int, name: str, n_seen: float) -> float | Tensor:
+        """Factor from the gradient of the loss as it was differentiated to that of the per-sample loss."""
+        per_sample: float | Tensor = 1.0 if self._loss_terms is None else self._loss_terms()
+        if self._loss_reduction == "mean" and self._loss_terms is None:
+            per_sample = self._terms_of_the_loss(number, name, n_seen)
+        return per_sample / (1.0 if self._loss_multiplier is None else self._loss_multiplier())
+
+    def _terms_of_the_loss(self, number: int, name: str, n_seen: float) -> float:
+        """The number of terms in the mean loss: the rows of the output whose gradient comes first in a backward pass,
+        for that output goes into the loss. A layer that saw some of these rows (an expert, a region, masked tokens) is
+        part of the same loss. Each output of the layer that comes first is taken to go into a mean of its own.
+
+        Args:
+            number: of the layer.
+            name: of the module that the pair came from.
+            n_seen: the number of terms, if this module saw all of them.
+
+        Returns:
+            The number of terms.
+        """
+        backward = self._backward_pass()
+        if backward < 0 or not n_seen:
             return n_seen
-        if self._terms[0] != number:
-            self._terms = number, index, n_seen if self._noted is None else self._noted
+        if self._terms[0] != backward:
+            self._terms = backward, number, n_seen if self._noted_terms is None else self._noted_terms
             self.loss_layer = self.loss_layer or name
-        return n_seen if index == self._terms[1] and self._noted is None else self._terms[2]
+        return n_seen if number == self._terms[1] and self._noted_terms is None else self._terms[2]
 
     def _in_its_unit(self, g: Tensor, scale: float | Tensor) -> Tensor:
         """``g`` over the unit of gradients, which the first pair decides; no device sync."""
-        stacks = self._stacks
-        if stacks.gradient_unit is None and g.numel():
+        factors = self._factors
+        if factors.gradient_unit is None and g.numel():
             largest = torch.log2(g.detach().abs().amax().double() * scale)
             steps = (largest / EXPONENT_STEP).nan_to_num(0.0, 0.0, 0.0).round()
             exponent = (EXPONENT_STEP * steps).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
-            stacks.gradient_unit = torch.exp2(exponent).to(stacks.dtype)
-        unit = stacks.gradient_unit
-        return g if unit is None or (not isinstance(unit, Tensor) and unit == 1.0) else g.to(stacks.dtype) / unit
+            factors.gradient_unit = torch.exp2(exponent).to(factors.dtype)
+        unit = factors.gradient_unit
+        return g if unit is None or (not isinstance(unit, Tensor) and unit == 1.0) else g.to(factors.dtype) / unit
 
-    def _is_misfit(self, index: int, use: ModuleUse, a: Tensor, g: Tensor, max_rows: int | None) -> bool:
-        """Whether a pair is none of rows of the layer's weight, which is then noted."""
-        layer = self._layers[index]
+    def _is_misfit(self, number: int, use: ModuleUse, a: Tensor, g: Tensor) -> bool:
+        """Whether the pair cannot be rows of the layer's weight; this is noted in `misfits`."""
+        layer = self._layers[number]
         if layer.kind not in (LINEAR, LINEAR_TRANSPOSED):
             return False
-        is_thinned = a.dim() == 2 and len(a) == max_rows
-        if are_rows_of(layer, use.module, a, g, whole=not is_thinned):
+        is_subsampled = a.dim() == 2 and len(a) == self.max_rows
+        if are_rows_of(layer, use.module, a, g, whole=not is_subsampled):
             return False
-        self.misfits[index] = (
+        self.misfits[number] = (
             f"its input {list(a.shape)} and its output's gradient {list(g.shape)} are not rows of its weight "
             f"{list(use.weight.shape)}"
         )
         return True
 
-    def subsample_input(self, name: str, a: Tensor, max_rows: int | None) -> Tensor:
-        """What of an input has to wait for its gradient: where rows are taken of it anyway, these alone."""
-        index, _ = self.uses[name]
-        return subsample_linear_input(a, max_rows) if self._layers[index].rows_of is linear_rows else a
+    def subsample_input(self, name: str, a: Tensor) -> Tensor:
+        """What has to be stored of an input until its gradient comes: only the rows that are taken, if that is known.
 
-    def _use_weight(self, index: int, n_taken: float, n_seen: float) -> tuple[float, float]:
-        """What to multiply the gradients of one use of a layer by, and how many samples it adds.
+        Args:
+            name: of the module.
+            a: its input.
+
+        Returns:
+            Some rows ``[n, in]``, or the input.
+        """
+        number, _ = self.uses[name]
+        return subsample_linear_input(a, self.max_rows) if self._layers[number].rows_of is linear_rows else a
+
+    def _use_weight(self, number: int, n_taken: float, n_seen: float) -> tuple[float, float]:
+        """Weight of the gradients of one use of a layer, and the samples that it adds.
 
         G is an expectation over samples of a sum over uses, as it is of a sum over positions in a convolution: the
         uses of one backward pass share their samples, which count once, as those of the first use. So A ⊗ G has the
         scale of E[Σ_uses gᵤgᵤᵀ ⊗ aᵤaᵤᵀ], whatever the number of uses. A use that saw fewer samples than the first is
-        one of fewer, but for the layer that the loss is a mean over the outputs of: there each has its own expectation.
+        weighted by them, but for the layer whose outputs the loss is a mean over: there each has its own expectation.
 
         Args:
-            index: of the layer.
-            n_taken: how many samples the rows that were taken belong to.
-            n_seen: how many there were.
+            number: of the layer.
+            n_taken: samples that the rows taken belong to.
+            n_seen: samples in all.
+
+        Returns:
+            ``(weight, samples)``.
         """
-        backward, first = self._backward_pass(), self._backward.get(index)
+        backward, first = self._backward_pass(), self._backward.get(number)
         if backward < 0 or first is None or first[0] != backward or not first[1]:
-            self._backward[index] = backward, n_taken, n_seen
+            self._backward[number] = backward, n_taken, n_seen
             return 1.0, n_taken
         # Of a convolution of which few rows are taken they may be fewer than one; none: no rows, whatever their weight.
-        share = 1.0 if self._terms[:2] == (backward, index) else n_seen / first[2]
+        share = 1.0 if self._terms[:2] == (backward, number) else n_seen / first[2]
         return math.sqrt(first[1] / n_taken * share) if n_taken else 1.0, 0.0
 
-    def take_window(self, other: FactorAccumulator) -> None:
-        """Go on with what another one of the same layers has noted."""
+    # ── windows ──
+
+    def copy_window_(self, other: FactorAccumulator) -> None:
+        """Go on with what another accumulator of the same layers has noted.
+
+        Args:
+            other: of a copied model.
+        """
         self._observed, self._backward = set(other._observed), dict(other._backward)
-        self._terms, self._noted, self.loss_layer = other._terms, other._noted, other.loss_layer
-        self._told_late, self._checked = other._told_late, other._checked
-        self._told_silent, self.misfits = set(other._told_silent), dict(other.misfits)
+        self._terms, self._noted_terms, self.loss_layer = other._terms, other._noted_terms, other.loss_layer
+        self._warned_of_late_pair, self._checked = other._warned_of_late_pair, other._checked
+        self._warned_of_silence, self.misfits = set(other._warned_of_silence), dict(other.misfits)
 
     def next_window(self) -> None:
-        """The sums of the open window were taken out of it: from now on pairs are of the next."""
+        """Start the next window: the sums of the open one were taken."""
         self._observed.clear()
-        self._noted = None
+        self._noted_terms = None
 
-    def forget(self) -> None:
-        """Clear what was observed in the open window."""
+    def reset(self) -> None:
+        """Empty the open window."""
         if self._observed:
-            self._stacks.clear_window()
+            self._factors.clear_window()
         self.next_window()
+
+    # ── layers that are silent ──
 
     def check_that_layers_fire(self, due: tuple[int, ...]) -> None:
         """Warn of layers that are due and had no pair: at the first refresh of all such, later once of each that had
-        one before. After the sum over processes.
+        one before. Called after the sum over processes.
+
+        Args:
+            due: numbers of the layers.
 
         Raises:
             RuntimeError: at the first refresh no layer had one, on any process.
         """
-        silent = [index for index in due if index not in self._observed]
+        silent = [number for number in due if number not in self._observed]
         if self._checked:
             self._check_that_layers_still_fire(silent)
         elif silent:
-            self._check_that_layers_fire_at_first([self._layers[index].name for index in silent], len(due))
+            self._check_that_layers_fire_at_first([self._layers[number].name for number in silent], len(due))
         if not self._checked:
-            self._told_silent.update(silent)
+            self._warned_of_silence.update(silent)
         self._checked = True
 
     def _check_that_layers_fire_at_first(self, silent: list[str], n_due: int) -> None:
@@ -241,7 +273,7 @@ class FactorAccumulator:
             "model (or call torch._dynamo.reset()), and call optimizer.step() after a backward pass in training mode."
         )
         # After the sum over ranks, so that all of them raise, or none: a rank alone would leave the others waiting.
-        if len(silent) == n_due and not self._stacks.counts.any():
+        if len(silent) == n_due and not self._factors.counts.any():
             raise RuntimeError(f"No layer was observed before the first step ({name_some(silent)}). {advice}")
         warnings.warn(
             f"{len(silent)} of {n_due} layers with curvature were not observed before the first step (in "
@@ -252,16 +284,16 @@ class FactorAccumulator:
     def _check_that_layers_still_fire(self, silent: list[int]) -> None:
         # Frozen layers are silent by intent.
         new = [
-            index
-            for index in silent
-            if index not in self._told_silent and any(use.trains for use in self._layers[index].uses)
+            number
+            for number in silent
+            if number not in self._warned_of_silence and any(use.trains for use in self._layers[number].uses)
         ]
         if not new:
             return
-        self._told_silent.update(new)
-        # Looked at once for each layer: it waits for the device.
-        n_rows = self._stacks.counts[new, 0].tolist()
-        names = [self._layers[index].name for index, rows in zip(new, n_rows, strict=True) if not rows]
+        self._warned_of_silence.update(new)
+        # Read once for each layer: it waits for the device.
+        n_rows = self._factors.counts[new, ROWS].tolist()
+        names = [self._layers[number].name for number, rows in zip(new, n_rows, strict=True) if not rows]
         if names:
             warnings.warn(
                 f"{name_some(names)}: observed before, but not at this refresh, and goes on with the curvature that it "
@@ -271,8 +303,8 @@ class FactorAccumulator:
             )
 
     def _warn_of_late_pair(self, name: str) -> None:
-        if not self._told_late:
-            self._told_late = True
+        if not self._warned_of_late_pair:
+            self._warned_of_late_pair = True
             warnings.warn(
                 f"Layer {name!r} was used again after its factors were on their way to the other processes: what came "
                 "late is left out of this refresh, and from now on they wait for optimizer.step(). It has several "

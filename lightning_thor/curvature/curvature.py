@@ -19,16 +19,15 @@ from lightning_thor.curvature.callables import NumberFn
 from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.refresh_schedule import Interval, RefreshSchedule
 from lightning_thor.curvature.state_dict import curvature_state, load_curvature_state
-from lightning_thor.distributed import process_group
 from lightning_thor.distributed.assignment import refresh_costs
 from lightning_thor.distributed.communicator import Communicator, SingleProcess, WorkerGrid
-from lightning_thor.distributed.factor_reducer import BucketFn, DueLayers, FactorReducer, one_bucket
+from lightning_thor.distributed.factor_reducer import BucketFn, FactorReducer, one_bucket
+from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.distributed.shared_directions import SharedDirections
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.damping import DampingRule
-from lightning_thor.factors.layout import factors_of, stacks_of
-from lightning_thor.factors.state import Solve
-from lightning_thor.factors.trace_rule import trace_rule_of, verdicts
+from lightning_thor.factors.state import ELEMENTS, ROWS, Solve, factor_state_of
+from lightning_thor.factors.trace_rule import UPDATE, decide, trace_rule_of
 from lightning_thor.layers.base import Layer, attention_uses
 from lightning_thor.layers.custom import registered_uses
 from lightning_thor.layers.discovery import discover_layers, matrix_layers, name_some, trained, uncompiled_name
@@ -41,9 +40,6 @@ from lightning_thor.linalg.memory import HostCopy
 from lightning_thor.preconditioning.directions import natural_in_parts, polar, to_eigenbasis
 from lightning_thor.preconditioning.grouping import FactorPair, LayerGroup, group_layers
 from lightning_thor.preconditioning.modes import DECOMPOSITIONS, FALLBACK, Mode
-
-MIN_ROWS_PER_RANK = 256
-"""That each of several processes takes, however many there are: batch norms take a mean and a variance of some."""
 
 
 class Curvature:
@@ -135,32 +131,15 @@ class Curvature:
         fused: Mapping[str, int] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
-        options: dict[str, Any] = {
-            "mode": mode,
-            "damping": damping,
-            "damping_rule": damping_rule,
-            "block_size": block_size,
-            "update_every_n_steps": update_every_n_steps,
-            "trace_rule": trace_rule,
-            "averaging": averaging,
-            "max_rows": max_rows,
-            "statistics": statistics,
-            "loss_reduction": loss_reduction,
-            "fused": fused,
-        }
-        check_options(**options)
-        others = {"precondition_bias": precondition_bias, "stagger": stagger}
-        self._options = options | others | {"loss_multiplier": loss_multiplier, "loss_terms": loss_terms}
+        options = check_options(locals())
+        self._options = options | {"loss_multiplier": loss_multiplier, "loss_terms": loss_terms}
         self.model = model
         self.mode: Mode = mode
         self.damping = damping
         self.damping_rule: DampingRule = damping_rule
         self.averaging = averaging
         self.max_rows = max_rows
-        self.statistics = statistics if isinstance(statistics, KfacApprox) else STATISTICS[statistics]
-        self.loss_reduction = loss_reduction
-        self.loss_multiplier = loss_multiplier
-        self.loss_terms = loss_terms
+        statistics = statistics if isinstance(statistics, KfacApprox) else STATISTICS[statistics]
         # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
         self.is_listening: Callable[[], bool] = partial(getattr, model, "training")
         self._paused = False
@@ -171,46 +150,56 @@ class Curvature:
             block_size=block_size,
             precondition_bias=precondition_bias,
             only=parameters,
-            statistics=self.statistics,
+            statistics=statistics,
             fused=fused,
             diagonal_G=matrices[-1:],
         )
         _warn_of_few_weights(model, self.layers, self.left_out, parameters)
         self.polar_layers = {name for name in matrices[:-1] if name in self.layers} if mode == "polar" else set()
-        self._factors = factors_of(self.layers)
-        self.stacks = stacks_of(self.layers, decomposition=DECOMPOSITIONS[mode])
+        self.factors = factor_state_of(self.layers, DECOMPOSITIONS[mode])
         self._trace_rule = trace_rule_of(trace_rule)
-        self._schedule = RefreshSchedule(
-            update_every_n_steps, len(self.layers), stagger, probes=self._trace_rule is not None
+        has_rule = self._trace_rule is not None
+        self._schedule = RefreshSchedule(update_every_n_steps, len(self.layers), stagger, has_rule)
+        self._accumulator = FactorAccumulator(
+            self.layers,
+            self.factors,
+            statistics,
+            loss_reduction=loss_reduction,
+            loss_multiplier=loss_multiplier,
+            loss_terms=loss_terms,
+            max_rows=max_rows,
+            counts_elements=stagger,
+            backward_pass=lambda: self._hooks.backward_pass,
         )
-        self._observer = FactorAccumulator(self.layers, self.stacks, self._schedule, lambda: self._hooks.backward_pass)
-        self._checks = PairChecks(model, self.layers, self._observer.uses)
+        self._checks = PairChecks(model, self.layers, self._accumulator.uses)
         self._found: HostCopy | None = None
         """What `_agree` found, on its way to the host."""
         self._has_agreed = False
         """Whether the processes have come to one unit of gradients, and told each other of layers that do not fit."""
-        self.step = 0
-        self.connect(process_group.ProcessGroupCommunicator())
+        self.connect(ProcessGroupCommunicator())
+        self._hooks = self._listen()
+
+    def _listen(self) -> Hooks:
+        accumulator, schedule = self._accumulator, self._schedule
         uses = [use for layer in self.layers.values() for use in layer.uses]
-        called = {use.name: use.module for use in uses if use.attention is None}
-        indices = {name: index for name, (index, _) in self._observer.uses.items()}
+        numbers = {name: number for name, (number, _) in accumulator.uses.items()}
 
         def is_due(name: str) -> bool:
-            steps = self._schedule.next_steps
-            # What tells how many terms the loss has is asked whenever any layer is due.
-            return self.step >= (steps[indices[name]] if name != self._observer.loss_layer else min(steps))
+            # The module that shows how many terms the loss has is asked whenever any layer is due.
+            step, steps = schedule.step, schedule.next_steps
+            return step >= (steps[numbers[name]] if name != accumulator.loss_layer else min(steps))
 
-        self._hooks = Hooks(
-            called,
+        return Hooks(
+            {use.name: use.module for use in uses if use.attention is None},
             self._is_open,
-            self.observe,
+            accumulator.observe,
             attention_uses(uses),
-            self._expect,
-            subsample_input=lambda name, a: self._observer.subsample_input(name, a, self._rows_here()),
+            lambda name: accumulator.reducer.expect(numbers[name]),
+            subsample_input=accumulator.subsample_input,
             is_due=is_due,
-            weight_of=lambda name: self._observer.uses[name][1].weight,
+            weight_of=lambda name: accumulator.uses[name][1].weight,
             needs_returned=registered_uses(self.layers.values()).__contains__,
-            note_output=lambda name, output: self._observer.note_output(name, output, self.statistics),
+            note_output=accumulator.note_output,
             checks=self._checks,
         )
 
@@ -225,7 +214,7 @@ class Curvature:
         """Say how processes that train together are to be reached; from the beginning all ranks of the default group.
 
         Args:
-            exchange: what sums and gathers.
+            communicator: of the processes.
             bucket_fn: which layers' factors are sent together, see `lightning_thor.distributed.factor_reducer`.
             may_start: whether a backward is the last before the step, so that sums may start in it; None: in `update`.
             worker_grid: who keeps the inverses of which layers and makes their directions; None: everyone those of all.
@@ -234,13 +223,13 @@ class Curvature:
             RuntimeError: a step was made, and the inverses were to be kept elsewhere from now on.
         """
         self._connection: dict[str, Any] = {
-            "exchange": communicator,
+            "communicator": communicator,
             "bucket_fn": bucket_fn,
-            "may_start": is_sync_step,
+            "is_sync_step": is_sync_step,
             "worker_grid": worker_grid,
         }
         decomposition, (inverters, receivers) = (
-            self.stacks.decomposition,
+            self.factors.decomposition,
             worker_grid or WorkerGrid(communicator, SingleProcess()),
         )
         if self.mode == "adam" and receivers.world_size > 1:
@@ -248,45 +237,44 @@ class Curvature:
                 "inverse_workers must be None with mode='adam': every rank needs the eigenvectors of all layers."
             )
         shared = SharedDirections(receivers, self.layers, products=decomposition.products, polar=self.polar_layers)
-        if self.stacks.has_inverse != set(shared.own):
+        if self.factors.has_inverse != set(shared.own):
             if self.step:
                 raise RuntimeError(
                     f"Curvature.connect(worker_grid=...) came after {self.step} steps, and the inverses are kept by "
                     "other processes by now. Connect before the first step, and before load_state_dict."
                 )
-            self.stacks.set_inverse_owner(shared.own)
+            self.factors.set_inverse_owner(shared.own)
             self.__dict__.pop("_batches", None)
         self._communicator, self._shared, layers = communicator, shared, list(self.layers.values())
         self._own_layers = [layers[index] for index in shared.own]
-        self._window = FactorReducer(self.stacks, communicator, self._turn, bucket_fn, is_sync_step)
+        reducer = FactorReducer(self.factors, communicator, self._schedule.due, bucket_fn, is_sync_step)
+        self._reducer = reducer
+        self._accumulator.connect(reducer)
         self.solve: Solve = SharedInversions(inverters, decomposition.make, decomposition.form)
 
-    def is_due(self) -> bool:
-        """True if the coming step refreshes some layer; those layers' forward and backward passes are observed.
+    @property
+    def step(self) -> int:
+        """Applied steps so far."""
+        return self._schedule.step
 
-        With a trace rule also if the step only looks at traces.
-        """
-        return any(self._turn())
+    def is_due(self) -> bool:
+        """True if the coming step refreshes some layer; these layers' forward and backward passes are observed."""
+        return self._schedule.is_any_due
 
     def about_to_change(self) -> set[nn.Parameter]:
-        """The parameters of the layers that the coming step refreshes."""
+        """The parameters of the layers that the coming step inverts."""
         layers = list(self.layers.values())
-        return {p for index in self._schedule.due(self.step) for p in layers[index].parameters}
-
-    def _turn(self) -> DueLayers:
-        """The layers to refresh and those to probe at this step."""
-        return self._schedule.due(self.step), self._schedule.probed(self.step)
+        return {p for number in self._schedule.due_inversions() for p in layers[number].parameters}
 
     @property
     def refreshes(self) -> tuple[int, int]:
         """Refreshes that were done, and that would have been without a trace rule, so far; counted by layer."""
-        self._schedule.settle()
-        return self._schedule.refreshes, self._schedule.turns(self.step)
+        return self._schedule.refreshes, self._schedule.turns()
 
     @property
     def gradient_unit(self) -> float | Tensor:
         """What output gradients are divided by to be rows of G, see `FactorState.gradient_unit`."""
-        unit = self.stacks.gradient_unit
+        unit = self.factors.gradient_unit
         return 1.0 if unit is None else unit
 
     def close(self) -> None:
@@ -311,78 +299,81 @@ class Curvature:
             a: its input.
             g: the gradient of the loss, as it was differentiated, with respect to its output.
         """
-        if torch.is_grad_enabled():
-            # Not for each pair of a backward pass, in which gradients are off.
-            with torch.no_grad():
-                return Curvature.observe(self, name, a, g)
-        self._observer.observe(
-            name,
-            a,
-            g,
-            self._window,
-            statistics=self.statistics,
-            max_rows=self._rows_here(),
-            loss_reduction=self.loss_reduction,
-            loss_multiplier=self.loss_multiplier,
-            loss_terms=self.loss_terms,
-        )
+        with torch.no_grad():
+            self._accumulator.observe(name, a, g)
 
     def discard(self) -> None:
-        """Forget the open window: its step was skipped (a loss scale that overflowed), on all processes alike."""
-        if self.is_due():
-            self._window.drop()
-        self._forget()
+        """Empty the open window: its step was skipped (a loss scale that overflowed), on all processes alike."""
+        self._reset(finish=self.is_due())
 
-    def _forget(self) -> None:
+    def _reset(self, *, finish: bool = False) -> None:
         self._hooks.drop()
         self._checks.forget()
-        self._window.forget()
-        self._observer.forget()
+        self._reducer.reset(finish=finish)
+        self._accumulator.reset()
         if not self._has_agreed:
-            self.stacks.gradient_unit = None
+            self.factors.gradient_unit = None
 
     @torch.no_grad()
     def update(self) -> None:
-        """Once per applied step, between backward and `precondition`: average and refresh if that is due.
+        """Average and refresh what is due; once per applied step, between backward and `precondition`.
 
         Raises:
             RuntimeError: at the first refresh, if no layer at all was observed.
         """
-        self._settle()
-        due, probed = self._turn()
-        if due or probed:
+        if self._found is not None:
+            self._settle()
+        if self._schedule.has_work:
+            self._refresh()
+        else:
+            self._schedule.advance()
+
+    def _refresh(self) -> None:
+        schedule, factors, costs, decisions = self._schedule, self.factors, None, None
+        if schedule.is_any_due:
             self._hooks.flush()
             self._agree()
-            due, probed = self._turn()
-            self._window.sum()
+            self._reducer.sum()
+        # Fewer than before, if `_agree` left some out.
+        due = schedule.due()
+        if due:
+            self._accumulator.check_that_layers_fire(due)
+            costs = self._refresh_costs() if schedule.stagger and self.step == 0 else None
+        with self._full_precision():
             if due:
-                self._observer.check_that_layers_fire(due)
-            costs = self._refresh_costs() if self._schedule.stagger and self.step == 0 else None
-            with self._full_precision():
-                found = self._probe(probed) if probed else None
-                if due:
-                    selection = self.stacks.select(due)
-                    self.stacks.update_ema(selection, self.averaging)
-                    failed = self.stacks.failed_inversions.clone()
-                    self.stacks.invert(selection, self.damping_rule, self.damping_now(), self.solve)
-                    self._shared.add_up_(self.stacks.failed_inversions, before=failed)
-            self._schedule.refreshed(self.step, costs, found)
-            self._observer.next_window()
-        self.step += 1
-        self._schedule.settle(self.step)
+                decisions = self._average(due)
+            inverted = schedule.due_inversions()
+            if inverted:
+                failed = factors.failed_inversions.clone()
+                factors.invert(factors.index(inverted), self.damping_rule, self.damping_now(), self.solve)
+                self._shared.add_up_(factors.failed_inversions, before=failed)
+        schedule.advance(costs, decisions)
+        self._accumulator.next_window()
+
+    def _average(self, due: tuple[int, ...]) -> HostCopy | None:
+        """Take the open window into the averages; with a trace rule those of layers whose traces moved."""
+        index, wanted, decisions = self.factors.index(due), None, None
+        if self._trace_rule is not None and self._schedule.decides:
+            old, new = self.factors.traces(index, self.averaging, self.damping_rule, self.damping_now())
+            decided = decide(self._trace_rule, old, new)
+            wanted = torch.zeros(len(self.layers), dtype=torch.bool, device=decided.device)
+            wanted[index.layers] = decided == UPDATE
+            decisions = HostCopy(decided)
+        self.factors.update_ema(index, self.averaging, wanted)
+        return decisions
 
     def _agree(self) -> None:
         """Before the sums of the first window: bring all processes to one unit of gradients, and leave out the layers
         of which one has found that they do not fit their weight's gradient. Alone, before all sums; no device sync."""
-        communicator, stacks, unit = self._communicator, self.stacks, self.stacks.gradient_unit
+        communicator, factors, unit = self._communicator, self.factors, self.factors.gradient_unit
         is_first, self._has_agreed = not self._has_agreed, True
         if communicator.world_size > 1 and not is_first:
             return
-        verdicts, known = self._checks.collect(), self._observer.misfits.keys() - self._schedule.dismissed()
+        verdicts, known = self._checks.collect(), self._accumulator.misfits.keys() - self._schedule.dismissed()
         if not (is_first or verdicts or known):
             return
-        no, yes = stacks.counts.new_zeros(()), stacks.counts.new_ones(())
-        flags = [yes if i in known else verdicts.get(i, no).to(stacks.dtype) for i in range(len(self.layers))]
+        no, yes = factors.counts.new_zeros(()), factors.counts.new_ones(())
+        flags = [yes if i in known else verdicts.get(i, no).to(factors.dtype) for i in range(len(self.layers))]
         told = torch.stack([torch.as_tensor(1.0 if unit is None else unit).to(no).log2(), *flags])
         if communicator.world_size > 1:
             self._checks.stop()
@@ -390,9 +381,9 @@ class Curvature:
             most, least = all_told.amax(0), all_told.amin(0)
             # The one farthest from 1: a process that has seen nothing, or zeros, says 1.
             told = torch.cat([torch.where(most[:1] >= -least[:1], most[:1], least[:1]), most[1:]])
-            stacks.change_unit_(told[0].exp2())
+            factors.change_unit_(told[0].exp2())
         # A layer that does not fit was not observed, as long as the host does not know of it.
-        stacks.counts.mul_((told[1:] == 0)[:, None])
+        factors.counts.mul_((told[1:] == 0)[:, None])
         self._found = HostCopy(told)
         if told.device.type in memory.HOST:
             self._settle()
@@ -402,10 +393,10 @@ class Curvature:
         if self._found is None:
             return
         (exponent, *flags), self._found = self._found.read(), None
-        self.stacks.gradient_unit = 2.0**exponent
+        self.factors.gradient_unit = 2.0**exponent
         new = [index for index, is_misfit in enumerate(flags) if is_misfit]
         for index in new:
-            self._leave_out(index, self._observer.misfits.get(index, NOT_A_PAIR))
+            self._leave_out(index, self._accumulator.misfits.get(index, NOT_A_PAIR))
         if new:
             names = list(self.layers)
             warnings.warn(
@@ -421,15 +412,10 @@ class Curvature:
         self.left_out[name] = reason
         self.layers[name] = replace(self.layers[name], is_left_out=True)
         self.polar_layers.discard(name)
-        self._observer.misfits.setdefault(index, reason)
+        self._accumulator.misfits.setdefault(index, reason)
         self._schedule.dismiss(index)
         self._own_layers = [self.layers[layer.name] for layer in self._own_layers]
         self.__dict__.pop("_batches", None)
-
-    def _probe(self, probed: tuple[int, ...]) -> HostCopy:
-        assert self._trace_rule is not None
-        old, new = self.stacks.probe(probed, self.averaging, self.damping_rule, self.damping_now())
-        return HostCopy(verdicts(self._trace_rule, old, new))
 
     @torch.no_grad()
     def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -448,7 +434,7 @@ class Curvature:
         """What `precondition` gives, some tensors at a time: so each can be used while it is in the processor's cache,
         and memory is needed for some alone. On a GPU, and where directions come from other processes, all at once."""
         self.check_that_it_serves("natural", "polar")
-        roots, unit = self.stacks.decomposition is ROOT, self.gradient_unit
+        roots, unit = self.factors.decomposition is ROOT, self.gradient_unit
         own = natural_in_parts(self._batches, self._shared.own_grads(grads), roots=roots, unit=unit)
         parts = self._shared.all_gather_uneven(own, grads)
         while True:
@@ -511,8 +497,8 @@ class Curvature:
 
         The tensors are the curvature's own, not copies, as in a module's ``state_dict``.
         """
-        state = curvature_state(self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode)
-        return state | {"loss_layer": self._observer.loss_layer}
+        state = curvature_state(list(self.layers), self.factors, self._schedule, mode=self.mode)
+        return state | {"loss_layer": self._accumulator.loss_layer}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -527,13 +513,11 @@ class Curvature:
             ValueError: the state is of another mode, other layers, or of other block sizes, or it is damaged; nothing
                 was changed.
         """
-        self.step = load_curvature_state(
-            state, self._factors, self.stacks, self._schedule, step=self.step, mode=self.mode
-        )
-        self._has_agreed, self._observer.loss_layer = self.stacks.gradient_unit is not None, state.get("loss_layer")
+        load_curvature_state(state, list(self.layers), self.factors, self._schedule, mode=self.mode)
+        self._has_agreed, self._accumulator.loss_layer = self.factors.gradient_unit is not None, state.get("loss_layer")
         for index in self._schedule.dismissed():
             self._leave_out(index, "found not to fit its weight's gradient in the run that was saved")
-        self._forget()
+        self._reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
         """A curvature of a copy of the model, with hooks of its own there, which goes on as this one does.
@@ -546,7 +530,7 @@ class Curvature:
         memo[id(self)] = twin
         if "_modules" not in vars(model):
             # The model holds this curvature, and is only being copied itself: hooks of its copy stay silent.
-            shared = (self._options, self.loss_multiplier, self.loss_terms, self._connection, self._communicator)
+            shared = (self._options, *self._options.values(), self._connection, self._communicator)
             memo.update((id(one), one) for one in shared)
             twin.__dict__ = copy.deepcopy(self.__dict__, memo)
             return twin
@@ -558,8 +542,8 @@ class Curvature:
         twin.connect(**self._connection)
         twin.load_state_dict(self.state_dict())
         # Micro-batches since the last step.
-        twin.stacks.take_window(self.stacks)
-        twin._observer.take_window(self._observer)
+        twin.factors.copy_window_(self.factors)
+        twin._accumulator.copy_window_(self._accumulator)
         twin._paused, twin.is_listening = self._paused, copy.deepcopy(self.is_listening, memo)
         if self._hooks.are_removed:
             twin.close()
@@ -567,31 +551,22 @@ class Curvature:
 
     def n_bytes(self, name: str) -> int:
         """Memory that one layer's window sums, factors and, if they are kept here, inverses take, in bytes."""
-        return self.stacks.n_bytes(self._factors[name]["G"] // 2)
-
-    def _rows_here(self) -> int | None:
-        """This process's share of ``max_rows``."""
-        if self.max_rows is None:
-            return None
-        return max(-(-self.max_rows // self._communicator.world_size), min(self.max_rows, MIN_ROWS_PER_RANK))
-
-    def _expect(self, name: str) -> None:
-        self._window.expect(self._observer.uses[name][0])
+        return self.factors.n_bytes(list(self.layers).index(name))
 
     def _is_open(self, name: str) -> bool:
-        index, use = self._observer.uses[name]
-        if not self._schedule.is_due(index, self.step) or self._paused or not self.is_listening():
+        index, use = self._accumulator.uses[name]
+        if not self._schedule.is_due(index) or self._paused or not self.is_listening():
             return False
         return use.trains
 
     def _refresh_costs(self) -> list[float]:
         # Waits for the device, once in a run: what a layer costs is known only when its rows have been seen.
-        n_rows, _, n_numbers, _ = self.stacks.counts.T.tolist()
-        return refresh_costs([(layer.A, layer.G) for layer in self.layers.values()], n_rows, n_numbers)
+        counts = self.factors.counts.T.tolist()
+        return refresh_costs(self.factors.layout.shapes, counts[ROWS], counts[ELEMENTS])
 
     def _full_precision(self) -> torch.autocast:
         # A plain loop may call optimizer.step() within autocast.
-        return torch.autocast(self.stacks.flat_sums.device.type, enabled=False)
+        return torch.autocast(self.factors.device.type, enabled=False)
 
     def damping_now(self) -> float:
         """The damping of the coming step; a ValueError if a schedule gives one that is not above 0."""
@@ -610,7 +585,8 @@ class Curvature:
 
     def inverses_of(self, name: str) -> FactorPair:
         """Views of a layer's ``(A⁻¹, G⁻¹)``, in their blocks; of their roots or eigenvectors in the other modes."""
-        views = {side: self.stacks.blocks_of(factor, "inverse") for side, factor in self._factors[name].items()}
+        number = list(self.layers).index(name)
+        views = {side: self.factors.blocks(number, side, "inverse") for side, _ in self.factors.layout.factors(number)}
         return views.get("A"), views["G"]
 
 

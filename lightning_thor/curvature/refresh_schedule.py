@@ -1,147 +1,204 @@
-"""Which layers are refreshed at which step."""
+"""Which layers are observed and which are inverted at which step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lightning_thor.curvature.callables import IntStepFn
 from lightning_thor.distributed.assignment import assign_greedily
-from lightning_thor.factors.trace_rule import KEEP, STOP, UPDATE
+from lightning_thor.factors.trace_rule import STOP, UPDATE
 
 Interval = int | IntStepFn
 
-
-# Steps from a probe to the refresh that it asks for: the verdict reaches the host meanwhile, and nobody waits for it.
-LAG = 2
-
-
+# Steps from a decision by traces to the inversions that follow it: it reaches the host meanwhile, and nobody waits.
+DECISION_DELAY_STEPS = 2
 NEVER = 2**62
 """The next step of a layer that is left out."""
 
 
-class Verdicts(Protocol):
-    """Where verdicts can be read once they have arrived (`trace_rule.HostCopy`)."""
+class HostNumbers(Protocol):
+    """Numbers on their way to the host (`lightning_thor.linalg.memory.HostCopy`)."""
+
+    def read(self) -> list[Any]:
+        """The numbers."""
+
+
+class Known(NamedTuple):
+    """Numbers that the host has."""
+
+    numbers: list[int]
 
     def read(self) -> list[int]:
-        """One of ``KEEP``, ``UPDATE``, ``STOP`` for each probed layer."""
+        """The numbers."""
+        return self.numbers
 
 
-class _Probe(NamedTuple):
-    """Layers that were probed and what was found, on its way."""
+class _Pending(NamedTuple):
+    """Layers whose traces were compared, and what was decided for each, on its way."""
 
     step: int
-    every: int
     layers: tuple[int, ...]
-    verdicts: Verdicts
+    decisions: HostNumbers
 
 
 class RefreshSchedule:
     """Every layer at step 0, then each time ``every_n_steps`` applied steps have passed since its last turn.
 
-    With a trace rule a layer's turn is a *probe*, which only looks at traces; ``LAG`` steps later the layer is
-    refreshed, if the verdict was to update, or else waits for its next turn. A layer that stopped has no more turns.
+    At its turn a layer is observed, averaged and inverted. With a trace rule the traces of its statistics decide first:
+    its average takes them only if they moved, and it is inverted `DECISION_DELAY_STEPS` later. A layer that stopped has
+    no more turns.
 
-    It reads nothing but applied steps, costs and verdicts, which are the same on every rank, so all ranks decide alike.
+    Nothing is read here but applied steps, costs and decisions, which are equal on all ranks: all ranks decide alike.
 
     Args:
         every_n_steps: a number, or a function of the step.
         n_layers: how many there are.
         stagger: spread the layers over the interval, so that each step refreshes about its share of them.
-        probes: probe before each refresh but the first.
+        has_trace_rule: whether traces decide, at all turns but the first.
 
     >>> schedule = RefreshSchedule(10, n_layers=2)
-    >>> schedule.due(0), schedule.refreshed(0), schedule.due(9), schedule.due(10)
-    ((0, 1), None, (), (0, 1))
+    >>> schedule.due(), schedule.due_inversions()
+    ((0, 1), (0, 1))
+    >>> schedule.advance()
+    >>> schedule.due()
+    ()
     """
 
-    def __init__(self, every_n_steps: Interval, n_layers: int, stagger: bool = False, probes: bool = False) -> None:
-        self.every_n_steps = every_n_steps
-        self.stagger = stagger
-        self.probes = probes
+    def __init__(
+        self, every_n_steps: Interval, n_layers: int, stagger: bool = False, has_trace_rule: bool = False
+    ) -> None:
+        self.every_n_steps, self.stagger, self.has_trace_rule = every_n_steps, stagger, has_trace_rule
+        self.step = 0
+        """Applied steps so far."""
         self.next_steps = [0] * n_layers
-        self.is_probe = [False] * n_layers
-        """Whether a layer's next turn is a probe."""
         self.has_stopped = [False] * n_layers
         self.refreshes = 0
-        """How many there were, counted by layer."""
+        """Inversions so far, counted by layer."""
         self._turns = 0
-        self._probes_under_way: list[_Probe] = []
+        self._pending: list[_Pending] = []
+        self._earliest = 0
 
-    def is_due(self, layer: int, step: int) -> bool:
-        """True if the layer is probed or refreshed at ``step``."""
-        return step >= self.next_steps[layer] and not self.has_stopped[layer]
+    def is_due(self, layer: int) -> bool:
+        """True if the coming step observes the layer."""
+        return self.step >= self.next_steps[layer] and not self.has_stopped[layer]
 
-    def due(self, step: int) -> tuple[int, ...]:
-        """The layers to refresh at ``step``, in order."""
-        return tuple(i for i, probe in enumerate(self.is_probe) if not probe and self.is_due(i, step))
+    @property
+    def is_any_due(self) -> bool:
+        """True if the coming step observes some layer."""
+        return self.step >= self._earliest
 
-    def probed(self, step: int) -> tuple[int, ...]:
-        """The layers to probe at ``step``, in order."""
-        return tuple(i for i, probe in enumerate(self.is_probe) if probe and self.is_due(i, step))
+    @property
+    def has_work(self) -> bool:
+        """True if the coming step observes or inverts some layer, or reads a decision."""
+        return self.step >= self._earliest or bool(self._pending)
 
-    def refreshed(self, step: int, costs: Sequence[float] | None = None, verdicts: Verdicts | None = None) -> None:
-        """Note that the layers due at ``step`` were refreshed, and that those to be probed were probed.
+    @property
+    def decides(self) -> bool:
+        """True if traces decide at the coming step whether averages take what was observed."""
+        return self.has_trace_rule and self._turns > 0
+
+    def due(self) -> tuple[int, ...]:
+        """The layers that the coming step observes, in order."""
+        if self.step < self._earliest:
+            return ()
+        return tuple(layer for layer in range(len(self.next_steps)) if self.is_due(layer))
+
+    def due_inversions(self) -> tuple[int, ...]:
+        """The layers that the coming step inverts, in order."""
+        return self._decided(UPDATE) if self.decides else self.due()
+
+    def advance(self, costs: Sequence[float] | None = None, decisions: HostNumbers | None = None) -> None:
+        """Go on to the next step: the due layers were observed, and those of `due_inversions` inverted.
 
         Args:
-            step: of now.
             costs: of refreshing each layer, for the first staggered round; None takes them as equal.
-            verdicts: on the probed layers.
+            decisions: for the due layers, where traces decide: ``KEEP``, ``UPDATE`` or ``STOP``.
 
         Raises:
-            ValueError: the interval function gave something that is not a whole number of at least 1.
+            ValueError: the interval function returned something that is not a whole number of at least 1.
         """
-        every = self._every(step)
-        due, probed = self.due(step), self.probed(step)
-        after_probes = self.probes and self._turns > 0
-        offsets = [max(1, every - LAG) if after_probes else every] * len(due)
-        if self.stagger and len(due) == sum(step < NEVER for step in self.next_steps):
-            offsets = assign_greedily([1.0 if costs is None else costs[layer] for layer in due], every)
-        for layer, offset in zip(due, offsets, strict=True):
-            self.next_steps[layer] = step + offset
-            self.is_probe[layer] = self.probes
-        self.refreshes += len(due)
-        self._turns += len(probed) if after_probes else len(due)
-        if verdicts is not None:
-            for layer in probed:
-                self.next_steps[layer] = step + LAG
-            self._probes_under_way.append(_Probe(step, every, probed, verdicts))
+        due = self.due()
+        self.refreshes += len(self.due_inversions())
+        for layer in self._decided(STOP):
+            self.has_stopped[layer] = True
+        self._pending = [one for one in self._pending if one.step + DECISION_DELAY_STEPS > self.step]
+        if due:
+            every = self._every(self.step)
+            offsets = [every] * len(due)
+            if self.stagger and len(due) == sum(step < NEVER for step in self.next_steps):
+                own = [1.0 if costs is None else costs[layer] for layer in due]
+                offsets = assign_greedily(own, every)
+            for layer, offset in zip(due, offsets, strict=True):
+                self.next_steps[layer] = self.step + offset
+            self._turns += len(due)
+            if decisions is not None:
+                self._pending.append(_Pending(self.step, due, decisions))
+        self.step += 1
+        self._find_earliest()
+
+    def set_next_steps(self, next_steps: Sequence[int]) -> None:
+        """Choose the next turn of each layer."""
+        self.next_steps = list(next_steps)
+        self._find_earliest()
 
     def dismiss(self, layer: int) -> None:
-        """Neither refresh nor probe a layer any more."""
-        self.next_steps[layer], self.is_probe[layer], self.has_stopped[layer] = NEVER, False, False
+        """Have no more turns of a layer."""
+        self.next_steps[layer], self.has_stopped[layer] = NEVER, False
+        self._find_earliest()
 
     def dismissed(self) -> list[int]:
-        """The layers that are neither refreshed nor probed any more."""
+        """The layers that have no more turns because they are left out."""
         return [layer for layer, step in enumerate(self.next_steps) if step >= NEVER]
 
-    def settle(self, step: int | None = None) -> None:
-        """Read the verdicts that count from ``step`` on; all of them without it."""
-        while self._probes_under_way and (step is None or step >= self._probes_under_way[0].step + LAG):
-            probe = self._probes_under_way.pop(0)
-            for layer, verdict in zip(probe.layers, probe.verdicts.read(), strict=True):
-                self.is_probe[layer] = verdict != UPDATE
-                if verdict in (KEEP, STOP):
-                    self.next_steps[layer] = probe.step + max(probe.every, LAG)
-                self.has_stopped[layer] = verdict == STOP
-
-    def turns(self, step: int) -> int:
-        """How many refreshes, counted by layer, there would have been before ``step`` without a trace rule."""
+    def turns(self) -> int:
+        """How many refreshes, counted by layer, there would have been so far without a trace rule."""
         for layer, stopped in enumerate(self.has_stopped):
-            while stopped and self.next_steps[layer] < step:
+            while stopped and self.next_steps[layer] < self.step:
                 self.next_steps[layer] += self._every(self.next_steps[layer])
                 self._turns += 1
         return self._turns
 
+    def pending(self) -> list[dict[str, Any]]:
+        """Decisions that are still to be followed, as plain types; waits for them."""
+        return [
+            {"step": one.step, "layers": list(one.layers), "decisions": [int(each) for each in one.decisions.read()]}
+            for one in self._pending
+        ]
+
     def restore(
-        self, *, next_steps: list[int], is_probe: list[bool], has_stopped: list[bool], refreshes: int, turns: int
+        self,
+        *,
+        step: int,
+        next_steps: list[int],
+        has_stopped: list[bool],
+        refreshes: int,
+        turns: int,
+        pending: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """Go on from another schedule's state; probes of one that had a trace rule are refreshes without it."""
-        self._probes_under_way.clear()
-        self.next_steps = next_steps
-        self.is_probe = [probe and self.probes for probe in is_probe]
-        self.has_stopped = [stopped and self.probes for stopped in has_stopped]
+        """Go on from another schedule's state; without a trace rule no layer has stopped."""
+        self.step, self.next_steps = step, next_steps
+        self.has_stopped = [stopped and self.has_trace_rule for stopped in has_stopped]
         self.refreshes, self._turns = refreshes, turns
+        self._pending = [_Pending(one["step"], tuple(one["layers"]), Known(one["decisions"])) for one in pending]
+        if not self.has_trace_rule:
+            self._pending = []
+        self._find_earliest()
+
+    def _decided(self, decision: int) -> tuple[int, ...]:
+        """The layers for which it was decided so, where the coming step follows it."""
+        found = [
+            layer
+            for one in self._pending
+            if self.step >= one.step + DECISION_DELAY_STEPS
+            for layer, each in zip(one.layers, one.decisions.read(), strict=True)
+            if each == decision and self.next_steps[layer] < NEVER
+        ]
+        return tuple(sorted(found))
+
+    def _find_earliest(self) -> None:
+        going = [step for step, stopped in zip(self.next_steps, self.has_stopped, strict=True) if not stopped]
+        self._earliest = min(going, default=NEVER)
 
     def _every(self, step: int) -> int:
         every = self.every_n_steps(step) if callable(self.every_n_steps) else self.every_n_steps

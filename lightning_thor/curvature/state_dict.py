@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_thor.curvature.refresh_schedule import RefreshSchedule
-from lightning_thor.factors.layout import Factors
+from lightning_thor.factors.layout import SIDES
 from lightning_thor.factors.state import FactorState
 from lightning_thor.layers.discovery import name_some
 from lightning_thor.preconditioning.modes import DECOMPOSITIONS, Mode
@@ -46,6 +46,8 @@ def check_state(state: Any) -> None:
         raise _damaged(f"its gradient_unit is no number above 0, but {unit!r}")
     if not isinstance(loss_layer, str | None):
         raise _damaged(f"its loss_layer is no name of a layer, but {loss_layer!r}")
+    if not _is_pending(state.get("pending", [])):
+        raise _damaged(f"its pending decisions are none, but {state['pending']!r}")
     if not isinstance(state["layers"], Mapping):
         raise _damaged(f"its layers are a {type(state['layers']).__name__}, not a dict")
     for name, tensors in state["layers"].items():
@@ -53,6 +55,17 @@ def check_state(state: Any) -> None:
             raise _damaged(f"the name of a layer is {name!r}, not a string")
         if not isinstance(tensors, Mapping):
             raise _damaged(f"layer {name!r} is a {type(tensors).__name__}, not a dict")
+
+
+def _is_pending(pending: Any) -> bool:
+    """True for what `RefreshSchedule.pending` returns."""
+    numbers = {"step": int, "layers": list, "decisions": list}
+    return isinstance(pending, list) and all(
+        isinstance(one, Mapping)
+        and all(isinstance(one.get(key), kind) for key, kind in numbers.items())
+        and all(isinstance(number, int) for number in (*one["layers"], *one["decisions"]))
+        for one in pending
+    )
 
 
 def check_layer_tensors(layers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -100,74 +113,68 @@ def _damaged(fault: str) -> ValueError:
     )
 
 
-KEPT = (*(f"_{decomposition.name}" for decomposition in DECOMPOSITIONS.values()), "_inverted")
-"""How the names of those tensors end that only the processes have which keep a layer's inverses."""
+STORED = (*(f"_{decomposition.name}" for decomposition in DECOMPOSITIONS.values()), "_inverted")
+"""Endings of keys that only the processes have which store a layer's inverses."""
 
 
 def curvature_state(
-    factors: Factors, stacks: FactorState, schedule: RefreshSchedule, *, step: int, mode: Mode
+    names: Sequence[str], factors: FactorState, schedule: RefreshSchedule, *, mode: Mode
 ) -> dict[str, Any]:
-    """Steps, factors and the inverses that are kept, by layer name; the tensors are those of ``stacks``, not copies.
+    """Steps, factors and the inverses that are stored here, by layer name.
 
     Args:
-        factors: of each layer.
-        stacks: where they lie.
-        schedule: which layers are due when; verdicts that are under way are waited for.
-        step: applied steps so far.
+        names: of the layers, in the order of ``factors``.
+        factors: whose tensors the state has; they are not copied.
+        schedule: which layers are due when; decisions under way are waited for.
         mode: of the curvature.
+
+    Returns:
+        Plain types and tensors.
     """
-    schedule.settle()
-    done, turns = schedule.refreshes, schedule.turns(step)
-    kept = stacks.decomposition.name
     layers: dict[str, dict[str, Tensor]] = {}
-    for index, (name, sides) in enumerate(factors.items()):
+    turns = schedule.turns()
+    for number, name in enumerate(names):
         layers[name] = {
-            "updates": stacks.updates[index],
-            "positions": stacks.positions[index],
-            "next_turn": torch.tensor(schedule.next_steps[index]),
-            "turn_is_probe": torch.tensor(schedule.is_probe[index]),
-            "has_stopped": torch.tensor(schedule.has_stopped[index]),
+            "updates": factors.updates[number],
+            "positions": factors.positions[number],
+            "next_turn": torch.tensor(schedule.next_steps[number]),
+            "has_stopped": torch.tensor(schedule.has_stopped[number]),
         }
-        for side, factor in sides.items():
-            layers[name][side] = stacks.blocks_of(factor, "average")
-            layers[name][f"{side}_added"] = stacks.last_damping[factor]
-            if index in stacks.has_inverse:
-                layers[name][f"{side}_{kept}"] = stacks.blocks_of(factor, "inverse")
-                layers[name][f"{side}_inverted"] = stacks.inverted_of(factor)
-        if index in stacks.tied_averages:
-            layers[name]["table_A"], layers[name]["table_G"] = stacks.tied_averages[index]
+        for side, _ in factors.layout.factors(number):
+            layers[name][side] = factors.blocks(number, side, "average")
+            layers[name][f"{side}_added"] = factors.last_damping[number, SIDES.index(side)]
+            if number in factors.has_inverse:
+                layers[name][f"{side}_{factors.decomposition.name}"] = factors.blocks(number, side, "inverse")
+                layers[name][f"{side}_inverted"] = factors.inverted(number, side)
+        if number in factors.tied_averages:
+            layers[name]["table_A"], layers[name]["table_G"] = factors.tied_averages[number]
     return {
-        "step": step,
-        "refreshes": done,
+        "step": schedule.step,
+        "refreshes": schedule.refreshes,
         "turns": turns,
+        "pending": schedule.pending(),
         "mode": mode,
-        "failed_inversions": stacks.failed_inversions,
-        "rejected_windows": stacks.rejected_windows,
-        "gradient_unit": None if stacks.gradient_unit is None else float(stacks.gradient_unit),
+        "failed_inversions": factors.failed_inversions,
+        "rejected_windows": factors.rejected_windows,
+        "gradient_unit": None if factors.gradient_unit is None else float(factors.gradient_unit),
         "layers": layers,
     }
 
 
 def load_curvature_state(
-    state: Mapping[str, Any],
-    factors: Factors,
-    stacks: FactorState,
-    schedule: RefreshSchedule,
-    *,
-    step: int,
-    mode: Mode,
-) -> int:
-    """Bring ``stacks`` and ``schedule`` to what `curvature_state` gave; inverses that it lacks are computed again.
+    state: Mapping[str, Any], names: Sequence[str], factors: FactorState, schedule: RefreshSchedule, *, mode: Mode
+) -> None:
+    """Bring factors and schedule to a state; inverses that it lacks are computed again.
 
     Args:
-        state: the snapshot.
-        factors, stacks, schedule, step, mode: of the curvature as it is, see `curvature_state`.
-
-    Returns:
-        The snapshot's step.
+        state: what `curvature_state` returned.
+        names: of the layers, in the order of ``factors``.
+        factors: changed in place.
+        schedule: changed in place.
+        mode: of this curvature.
 
     Raises:
-        ValueError: the snapshot is of another mode, other layers, or of other block sizes, or it is damaged; nothing
+        ValueError: the state is of another mode, other layers, or of other block sizes, or it is damaged; nothing
             was changed.
     """
     check_state(state)
@@ -179,14 +186,14 @@ def load_curvature_state(
             "checkpoint's weights alone."
         )
     layers = state["layers"]
-    own = curvature_state(factors, stacks, schedule, step=step, mode=mode)["layers"]
+    own = curvature_state(names, factors, schedule, mode=mode)["layers"]
     _check_that_layers_are_the_same(layers, own)
     check_layer_tensors(layers, own)
     for name, tensors in own.items():
         for key in tensors.keys() & layers[name].keys():
             tensors[key].copy_(layers[name][key])
-    elsewhere = [index for index, name in enumerate(own) if own[name].keys() - layers[name].keys()]
-    failed = int(stacks.recompute_inverses(elsewhere)) if elsewhere else 0
+    elsewhere = [number for number, name in enumerate(own) if own[name].keys() - layers[name].keys()]
+    failed = int(factors.recompute_inverses(elsewhere)) if elsewhere else 0
     if failed:
         warnings.warn(
             f"The checkpoint holds no inverses of some layers, which other processes kept, and {failed} blocks of them "
@@ -194,18 +201,18 @@ def load_curvature_state(
             "their mean eigenvalue until their next refresh. If this goes on, raise damping.",
             stacklevel=4,
         )
-    stacks.failed_inversions.fill_(int(state["failed_inversions"]))
-    stacks.rejected_windows.fill_(int(state["rejected_windows"]))
-    stacks.gradient_unit = state.get("gradient_unit", 1.0)  # which it was before it was saved
+    factors.failed_inversions.fill_(int(state["failed_inversions"]))
+    factors.rejected_windows.fill_(int(state["rejected_windows"]))
+    factors.gradient_unit = state.get("gradient_unit", 1.0)  # which it was before it was saved
     saved = [layers[name] for name in own]
     schedule.restore(
+        step=int(state["step"]),
         next_steps=[int(layer["next_turn"]) for layer in saved],
-        is_probe=[bool(layer["turn_is_probe"]) for layer in saved],
         has_stopped=[bool(layer["has_stopped"]) for layer in saved],
         refreshes=int(state["refreshes"]),
         turns=int(state["turns"]),
+        pending=state.get("pending", ()),
     )
-    return int(state["step"])
 
 
 def _check_that_layers_are_the_same(
@@ -217,7 +224,7 @@ def _check_that_layers_are_the_same(
         for name in own
         if name in layers
         for key, tensor in own[name].items()
-        if key in layers[name] or not key.endswith(KEPT)
+        if key in layers[name] or not key.endswith(STORED)
         if _shape(layers[name].get(key)) != _shape(tensor)
     ]
     if missing or unknown or differing:

@@ -1,39 +1,47 @@
-"""The open window's way over the processes: bucket by bucket, begun while backward still runs."""
+"""The all-reduce of the open window: bucket by bucket, begun while backward still runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_thor.distributed.communicator import Communicator, Work
-from lightning_thor.factors.state import BlockIndex, FactorState
+from lightning_thor.factors.layout import BlockIndex
+from lightning_thor.factors.state import BACKWARD_POSITION, FactorState
 from lightning_thor.linalg.memory import HostCopy
 
 BucketFn = Callable[[Sequence[int], Sequence[int]], list[list[int]]]
-"""Layers in the order in which backward comes to them, and the bytes that each sends, to buckets in that order."""
+"""From layers in the order of backward, and the bytes that each sends, to buckets in this order."""
 
-
-# A bucket leaves when backward has the first of its layers: with DDP's 25 for gradients, all factors of a ResNet-50,
-# 20 MB as triangles, would be one bucket that leaves when backward is over. A few megabytes still outweigh the latency.
+# A bucket is sent when backward has reached the first of its layers: with DDP's 25 for gradients, all factors of a
+# ResNet-50, 20 MB as triangles, would be one bucket, sent when backward is over. A few megabytes still outweigh the
+# latency.
 DEFAULT_BUCKET_MB = 4.0
 
 
 def one_bucket(layers: Sequence[int], n_bytes: Sequence[int]) -> list[list[int]]:
-    """All of them together."""
+    """The `BucketFn` that sends all layers together."""
     return [list(layers)]
 
 
 def by_size(limit: float) -> BucketFn:
     """Close a bucket as soon as it has ``limit`` bytes.
 
+    Args:
+        limit: bytes.
+
+    Returns:
+        The function.
+
     >>> by_size(10)([3, 2, 1, 0], [4, 7, 12, 1])
     [[3, 2], [1], [0]]
     """
 
-    def cut(layers: Sequence[int], n_bytes: Sequence[int]) -> list[list[int]]:
+    def bucket_fn(layers: Sequence[int], n_bytes: Sequence[int]) -> list[list[int]]:
         buckets: list[list[int]] = []
         filled = limit
         for layer, size in zip(layers, n_bytes, strict=True):
@@ -44,18 +52,21 @@ def by_size(limit: float) -> BucketFn:
             filled += size
         return buckets
 
-    return cut
+    return bucket_fn
 
 
 def by_layer(split_indices: Sequence[int], has_A: Sequence[bool]) -> BucketFn:
-    """Groups that end with the given layers, as nn.thor's ``split_indices``: [26, 53] makes 0 to 26 and 27 to 53.
+    """Buckets that end with the given layers, as nn.thor's ``split_indices``: [26, 53] makes 0 to 26 and 27 to 53.
 
     As there, layers are counted that have A and G; a norm goes with the layer before it. Layers after the last index
-    are a group of their own.
+    are a bucket of their own.
 
     Args:
         split_indices: see `check_split_indices`.
         has_A: of every layer, in the order of the model.
+
+    Returns:
+        The function.
 
     Raises:
         ValueError: an index that no layer has.
@@ -72,16 +83,26 @@ def by_layer(split_indices: Sequence[int], has_A: Sequence[bool]) -> BucketFn:
     numbers = [max(sum(has_A[: layer + 1]) - 1, 0) for layer in range(len(has_A))]
     groups = [sum(number > index for index in split_indices) for number in numbers]
 
-    def cut(layers: Sequence[int], n_bytes: Sequence[int]) -> list[list[int]]:
-        # In the order in which they are whole: that of each group's last layer.
+    def bucket_fn(layers: Sequence[int], n_bytes: Sequence[int]) -> list[list[int]]:
+        # In the order in which they are complete: that of each group's last layer.
         own = list(dict.fromkeys(groups[layer] for layer in reversed(layers)))
         return [[layer for layer in layers if groups[layer] == group] for group in reversed(own)]
 
-    return cut
+    return bucket_fn
 
 
 def bucket_bytes(factor_bucket_mb: Any) -> float:
-    """Megabytes (2²⁰ bytes) as bytes, `DEFAULT_BUCKET_MB` for None; a ValueError if they are no number above 0."""
+    """Megabytes (2²⁰ bytes) as bytes, checked.
+
+    Args:
+        factor_bucket_mb: a number above 0; None for `DEFAULT_BUCKET_MB`.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: not a number above 0.
+    """
     if factor_bucket_mb is None:
         factor_bucket_mb = DEFAULT_BUCKET_MB
     number = isinstance(factor_bucket_mb, int | float) and not isinstance(factor_bucket_mb, bool)
@@ -100,177 +121,173 @@ def check_split_indices(split_indices: Any) -> None:
         raise ValueError(f"split_indices must not be empty and increase from 0 on, got {split_indices!r}.")
 
 
-DueLayers = tuple[tuple[int, ...], tuple[int, ...]]
-"""The layers to refresh and those to probe at a step."""
-
-
 class Bucket(NamedTuple):
-    """What is summed in one go."""
+    """Layers whose windows are one all-reduce."""
 
     layers: list[int]
-    selection: BlockIndex
+    blocks: BlockIndex
 
 
 class FactorReducer:
-    """Sums the layers' windows over processes.
+    """Sums the open window of the due layers over processes.
 
     Every process sums the same buckets in the same order, in that of backward: the last layers first, until a layer's
-    first window has shown where it comes; a model may run in another order than its modules were registered in. Only
-    *when* a bucket starts is each process's own affair. It starts from backward if it is its turn, each of its layers
-    has handed over all pairs that its forward passes announced, and no fewer than in any earlier window. What has not
-    started by then starts in `sum`, zeros for layers that were silent here; so a layer that is used several times, late
-    or never holds its bucket back, and nobody waits for it.
+    first window has shown its position; a model may run in another order than its modules were registered in. Only
+    *when* a bucket is sent is each process's own affair. It is sent from backward if all before it were, and each of
+    its layers has had all pairs that its forward passes promised, and no fewer than in any earlier window. All others
+    are sent in `sum`, zeros for layers that were silent here; so a layer that is used several times, late or never
+    holds its bucket back, and nobody waits for it.
 
     Args:
-        stacks: where the windows lie.
-        exchange: the processes.
-        turn: the layers of the present step, which must be the same on all processes.
-        cut: how they are shared out to buckets.
-        may_start: whether this backward is the last before the step; None never starts from backward.
+        factors: holds the windows.
+        communicator: of the processes.
+        due: returns the layers of the present step, equal on all processes.
+        bucket_fn: makes buckets of them.
+        is_sync_step: whether this backward is the last before the step; None never sends from backward.
     """
 
     def __init__(
         self,
-        stacks: FactorState,
+        factors: FactorState,
         communicator: Communicator,
-        turn: Callable[[], DueLayers],
-        cut: BucketFn = one_bucket,
+        due: Callable[[], tuple[int, ...]],
+        bucket_fn: BucketFn = one_bucket,
         is_sync_step: Callable[[], bool] | None = None,
     ) -> None:
-        self._stacks, self._communicator, self._turn, self._cut, self._may_start = (
-            stacks,
-            communicator,
-            turn,
-            cut,
-            is_sync_step,
-        )
-        n_layers = len(stacks.updates)
+        self._factors, self._communicator, self._due = factors, communicator, due
+        self._bucket_fn, self._is_sync_step = bucket_fn, is_sync_step
+        n_layers = len(factors.updates)
         self._expected = [0] * n_layers
-        """Pairs that forward passes promised and backward has not given yet."""
-        self._given = [0] * n_layers
+        """Pairs that forward passes promised and backward has not brought yet."""
+        self._ready = [0] * n_layers
+        """Pairs in the open window."""
         self._most: list[float] = [0] * n_layers
         """The most pairs that a window ever had here; 0 for a layer of which nothing is known."""
         self._arrived: dict[int, None] = {}
         """The layers of the open window, in the order of their last pairs."""
-        self._places: list[float] = [-layer for layer in range(n_layers)]
-        """Where in backward each layer comes; the same on all processes, as are those that are not known yet:"""
-        self._unplaced = set(range(n_layers))
+        self._positions: list[float] = [-layer for layer in range(n_layers)]
+        """Each layer's position in backward, equal on all processes; so is the set of unknown ones:"""
+        self._unknown = set(range(n_layers))
         self._found: tuple[list[int], HostCopy] | None = None
-        """Layers whose places are on their way to the host."""
-        self._plans: dict[DueLayers, list[Bucket]] = {}
+        """Layers whose positions are on their way to the host."""
+        self._plans: dict[tuple[int, ...], list[Bucket]] = {}
         self._buckets: list[Bucket] | None = None
-        """Those of the open window, once they are asked for."""
-        self._started: list[tuple[Tensor, Work]] = []
+        """Of the open window, once they are asked for."""
+        self._sent: list[tuple[Tensor, Work]] = []
+
+    @cached_property
+    def world_size(self) -> int:
+        """Number of processes, asked at the first pair: a curvature may be built before the process group."""
+        return self._communicator.world_size
 
     def expect(self, layer: int) -> None:
-        """A forward pass of a layer, whose pair is to come."""
+        """Note a forward pass of ``layer``, whose pair is to come."""
         self._expected[layer] += 1
 
     def is_late(self, layer: int) -> bool:
-        """True if a layer's bucket is on its way: a further pair of it cannot be taken any more.
-
-        From then on that layer's bucket does not start from backward.
-        """
-        late = any(layer in bucket.layers for bucket in (self._buckets or [])[: len(self._started)])
+        """True if the layer's bucket was sent: a further pair cannot be taken any more. From then on its bucket is not
+        sent from backward."""
+        if self.world_size == 1:
+            return False
+        late = any(layer in bucket.layers for bucket in (self._buckets or [])[: len(self._sent)])
         if late:
             self._most[layer] = math.inf
         return late
 
     def mark_ready(self, layer: int) -> None:
-        """A layer's pair was added to its window; start what is whole now."""
+        """Note that a pair of ``layer`` was added to its window, and send the buckets that are complete."""
+        if self.world_size == 1:
+            return
         self._expected[layer] -= 1
-        self._given[layer] += 1
+        self._ready[layer] += 1
         self._arrived.pop(layer, None)
         self._arrived[layer] = None
-        if self._may_start is None or self._communicator.world_size == 1 or not self._may_start():
+        if self._is_sync_step is None or not self._is_sync_step():
             return
         buckets = self._opened()
-        while len(self._started) < len(buckets) and self._is_whole(buckets[len(self._started)]):
-            self._start_next()
+        while len(self._sent) < len(buckets) and self._is_complete(buckets[len(self._sent)]):
+            self._send_next()
 
     def sum(self) -> None:
-        """Have the windows of the step's layers summed over all processes: start what has not, and wait."""
-        if self._communicator.world_size > 1:
-            buckets = self._opened()
-            unplaced = self._note_places()
-            self._start_all()
-            for bucket, (flat, work) in zip(buckets, self._started, strict=True):
-                work.wait()
-                self._stacks.set_window_(bucket.selection, flat)
-            if unplaced:
-                self._found = unplaced, HostCopy(self._stacks.counts[unplaced, 3])
-        self._most = [max(most, given) for most, given in zip(self._most, self._given, strict=True)]
-        self.forget()
+        """Sum the windows of the due layers over all processes: send what was not sent, and wait."""
+        if self.world_size == 1:
+            return
+        buckets = self._opened()
+        unknown = self._note_positions()
+        self._send_all()
+        for bucket, (flat, work) in zip(buckets, self._sent, strict=True):
+            work.wait()
+            self._factors.unpack_window_(bucket.blocks, flat)
+        if unknown:
+            self._found = unknown, HostCopy(self._factors.counts[unknown, BACKWARD_POSITION])
+        self._most = [max(most, ready) for most, ready in zip(self._most, self._ready, strict=True)]
+        self.reset()
 
-    def drop(self) -> None:
-        """The step is skipped, on all processes: let what was started anywhere come to its end, for nothing."""
-        # Others may have started buckets that were not whole here: all take part in all of them, or in none.
-        if self._communicator.world_size > 1 and self._may_start is not None:
-            self._start_all()
-            for _, work in self._started:
-                work.wait()
-        self.forget()
+    def reset(self, *, finish: bool = False) -> None:
+        """Go back to an empty window.
 
-    def forget(self) -> None:
-        """Go back to an empty window, without a word to the other processes."""
+        Args:
+            finish: the step is skipped, on all processes: let all-reduces that were begun anywhere come to their end.
+        """
+        # Others may have sent buckets that were not complete here: all take part in all of them, or in none.
+        if finish and self.world_size > 1 and self._is_sync_step is not None:
+            self._send_all()
+            for _, work in self._sent:
+                work.wait()
         self._expected = [0] * len(self._expected)
-        self._given = [0] * len(self._given)
+        self._ready = [0] * len(self._ready)
         self._arrived = {}
         self._buckets = None
-        self._started = []
+        self._sent = []
 
-    def _note_places(self) -> list[int]:
-        """Let the sums tell where in backward the layers come that had no window before, and which those are.
+    def _note_positions(self) -> list[int]:
+        """Add the position in backward of layers that have none yet to their counts, which the all-reduce sums.
 
-        Added up over processes, a place is the same on all of them, whatever each has seen; it counts from the next
-        window on. A layer that was silent here comes last. Once for each layer this waits for the device.
+        The sum over processes is equal on all of them, whatever each has seen; it holds from the next window on. A
+        layer that was silent here comes last. Once for each layer this waits for the device.
+
+        Returns:
+            These layers.
         """
-        # Nothing of them has started: buckets with a layer of which nothing is known start in `sum`.
-        unplaced = [] if self._may_start is None else sorted(self._unplaced.intersection(self._turn()[0]))
-        if unplaced:
-            self._unplaced.difference_update(unplaced)
-            places = {layer: place for place, layer in enumerate(self._arrived)}
-            own = [places.get(layer, len(self._most)) for layer in unplaced]
-            self._stacks.counts[unplaced, 3] = self._stacks.counts.new_tensor(own)
-        return unplaced
+        # None of them was sent: buckets with a layer of which nothing is known are sent in `sum`.
+        unknown = [] if self._is_sync_step is None else sorted(self._unknown.intersection(self._due()))
+        if unknown:
+            self._unknown.difference_update(unknown)
+            positions = {layer: position for position, layer in enumerate(self._arrived)}
+            own = [positions.get(layer, len(self._most)) for layer in unknown]
+            self._factors.counts[unknown, BACKWARD_POSITION] = self._factors.counts.new_tensor(own)
+        return unknown
 
-    def _is_whole(self, bucket: Bucket) -> bool:
-        # The last of a bucket's layers first: it is the last that backward comes to.
+    def _is_complete(self, bucket: Bucket) -> bool:
+        # The last of a bucket's layers first: backward reaches it last.
         return all(
-            self._expected[layer] <= 0 and 0 < self._most[layer] <= self._given[layer]
+            self._expected[layer] <= 0 and 0 < self._most[layer] <= self._ready[layer]
             for layer in reversed(bucket.layers)
         )
 
-    def _start_all(self) -> None:
-        for _ in self._opened()[len(self._started) :]:
-            self._start_next()
+    def _send_all(self) -> None:
+        for _ in self._opened()[len(self._sent) :]:
+            self._send_next()
 
-    def _start_next(self) -> None:
-        selection = self._opened()[len(self._started)].selection
-        flat = self._stacks.window_of(selection)
-        self._started.append((flat, self._communicator.all_reduce(flat)))
+    def _send_next(self) -> None:
+        flat = self._factors.pack_window(self._opened()[len(self._sent)].blocks)
+        self._sent.append((flat, self._communicator.all_reduce(flat)))
 
     def _opened(self) -> list[Bucket]:
         if self._buckets is None:
-            turn = self._turn()
+            due = self._due()
             if self._found is not None:
-                for layer, place in zip(self._found[0], self._found[1].read(), strict=True):
-                    self._places[layer] = place
+                for layer, position in zip(self._found[0], self._found[1].read(), strict=True):
+                    self._positions[layer] = position
                 self._found = None
                 self._plans.clear()
-            if turn not in self._plans:
-                self._plans[turn] = self._plan(*turn)
-            self._buckets = self._plans[turn]
+            if due not in self._plans:
+                self._plans[due] = self._plan(due)
+            self._buckets = self._plans[due]
         return self._buckets
 
-    def _plan(self, due: tuple[int, ...], probed: tuple[int, ...]) -> list[Bucket]:
-        layers = sorted(due + probed, key=lambda layer: (self._places[layer], -layer))
-        n_bytes = [0 if layer in probed else self._stacks.packed_bytes(layer) for layer in layers]
-        buckets = self._cut(layers, n_bytes) if layers else []
-        return [
-            Bucket(
-                bucket,
-                self._stacks.select(tuple(sorted(set(bucket) & set(due))), tuple(sorted(set(bucket) & set(probed)))),
-            )
-            for bucket in buckets
-        ]
+    def _plan(self, due: tuple[int, ...]) -> list[Bucket]:
+        layers = sorted(due, key=lambda layer: (self._positions[layer], -layer))
+        n_bytes = [self._factors.packed_bytes(layer) for layer in layers]
+        buckets = self._bucket_fn(layers, n_bytes) if layers else []
+        return [Bucket(bucket, self._factors.index(sorted(bucket))) for bucket in buckets]

@@ -1,4 +1,4 @@
-"""How the damping of a layer's curvature A (x) G is shared between its two factors."""
+"""How the damping of a layer's curvature A ⊗ G is shared between its two factors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 DampingRule = Literal["trace", "pi", "sqrt"]
-
-
 RULES: tuple[str, ...] = get_args(DampingRule)
 
 
@@ -27,8 +25,12 @@ def split_damping(
     Args:
         rule: one of the three.
         damping: greater than 0; relative for ``"trace"``, else in the units of the Fisher matrix.
-        mean_A, mean_G: mean eigenvalue (trace / width) of each layer's factors, ``[layers]``.
+        mean_A: mean eigenvalue (trace / width) of each layer's A, ``[layers]``.
+        mean_G: of each layer's G, ``[layers]``.
         positions: rows per sample of each layer (1, or the output positions of a convolution), ``[layers]``.
+
+    Returns:
+        Two tensors ``[layers]``, for A and for G.
 
     >>> one, four = torch.ones(1), torch.full((1,), 4.0)
     >>> split_damping("pi", 0.25, four, one, one)

@@ -1,54 +1,136 @@
-"""The stacks for some layers, and where in them the factors of each layer lie."""
+"""Which blocks belong to which factor: all blocks of one size, of all layers, are consecutive in one tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
-from lightning_thor.factors.state import FactorState
-from lightning_thor.layers.base import Layer
-from lightning_thor.linalg.decompositions import Decomposition
+from lightning_thor.linalg.block_diagonal import BlockPartition
+from lightning_thor.linalg.packing import packed_numel
 
-Factors = Mapping[str, Mapping[str, int]]
-"""By name of a layer, in the order of the stacks: which factor is its ``"A"``, if it has one, and which its ``"G"``."""
+Side = Literal["A", "G"]
+SIDES: tuple[Side, ...] = get_args(Side)
+"""In this order, the columns of every tensor ``[layers, 2]``."""
+FactorShapes = tuple[BlockPartition | None, BlockPartition]
+"""How A and G of a layer are partitioned; A is None where there is no input factor."""
+Index = Tensor | slice
+"""Some rows of a tensor; a slice wherever possible, since it copies nothing."""
 
 
-def stacks_of(layers: Mapping[str, Layer], decomposition: Decomposition) -> FactorState:
-    """Stacks for all factors of ``layers``, on their device; in float64 if any of them is, else in float32.
+class BlockIndex(NamedTuple):
+    """Where some layers are in the tensors of a `FactorState`."""
+
+    layers: Index
+    """Their rows in tensors ``[layers, ...]``."""
+    blocks: dict[int, Index]
+    """By block size: their blocks."""
+    stored: dict[int, tuple[Index, Index]]
+    """By block size: the blocks whose inverses this process stores, and the rows of these inverses."""
+    numbers: tuple[int, ...]
+    """The layers, in order."""
+
+
+class FactorLayout:
+    """The order of blocks. Layers are numbered 0, 1, ...; a factor is ``(layer, "A" | "G")``.
 
     Args:
-        layers: by name.
-        keeping: what is kept of each block.
-
-    Raises:
-        ValueError: the layers lie on several devices.
+        shapes: of each layer.
+        device: of index tensors.
     """
-    weights = [layer.parameters[0] for layer in layers.values()]
-    devices = {weight.device for weight in weights}
-    if len(devices) > 1:
-        raise ValueError(
-            f"The layers of one model lie on several devices ({', '.join(sorted(map(str, devices)))}); Curvature "
-            "needs them on one. Build it after the model was moved, or give `parameters` of one device."
-        )
-    dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
-    device = devices.pop() if devices else torch.device("cpu")
-    cuts = [(layer.A, layer.G) for layer in layers.values()]
-    index = {name: index for index, name in enumerate(layers)}
-    tied = [(index[name], index[layer.tied_to]) for name, layer in layers.items() if layer.tied_to]
-    return FactorState(cuts, dtype, device, tied, decomposition=decomposition)
+
+    def __init__(self, shapes: Sequence[FactorShapes], device: torch.device) -> None:
+        self.shapes, self._device = shapes, device
+        self._offsets: dict[tuple[int, Side], tuple[int, slice]] = {}
+        self._stored: dict[tuple[int, Side], tuple[int, slice]] = {}
+        self.n_blocks: dict[int, int] = {}
+        """By block size."""
+        owners: dict[int, list[int]] = {}
+        # The factors of layers with equal shapes are adjacent, all A and then all G: a product takes them as one batch.
+        first = {one: layer for layer, one in reversed(list(enumerate(shapes)))}
+        factors = [(first[shapes[layer]], column, layer) for layer in range(len(shapes)) for column in (0, 1)]
+        for _, column, layer in sorted(factors):
+            partition = shapes[layer][column]
+            if partition is not None:
+                start = self.n_blocks.get(partition.size, 0)
+                self.n_blocks[partition.size] = stop = start + _count(partition)
+                self._offsets[layer, SIDES[column]] = partition.size, slice(start, stop)
+                owners.setdefault(partition.size, []).extend([2 * layer + column] * (stop - start))
+        self.owners = {size: torch.tensor(numbers, device=device) for size, numbers in owners.items()}
+        """By block size: the factor of each block, ``[n]``, as a row of ``[layers, 2]`` flattened."""
+        self.set_inverse_owner(range(len(shapes)))
+
+    def partition(self, layer: int, side: Side) -> BlockPartition:
+        """The partition of a factor."""
+        partition = self.shapes[layer][SIDES.index(side)]
+        assert partition is not None, f"layer {layer} has no {side}"
+        return partition
+
+    def factors(self, layer: int) -> Iterator[tuple[Side, BlockPartition]]:
+        """The factors that a layer has, with their partitions."""
+        return ((side, one) for side, one in zip(SIDES, self.shapes[layer], strict=True) if one is not None)
+
+    def offset(self, layer: int, side: Side, *, stored: bool = False) -> tuple[int, slice]:
+        """Where a factor is.
+
+        Args:
+            layer: its number.
+            side: ``"A"`` or ``"G"``.
+            stored: among the inverses that this process stores, rather than among all blocks.
+
+        Returns:
+            The block size, and the blocks of this size.
+        """
+        return (self._stored if stored else self._offsets)[layer, side]
+
+    def set_inverse_owner(self, layers: Iterable[int]) -> None:
+        """Store on this process the inverses of ``layers`` alone."""
+        self.has_inverse = set(layers)
+        self._indices: dict[tuple[int, ...], BlockIndex] = {}
+        self._stored.clear()
+        self.n_stored = dict.fromkeys(self.n_blocks, 0)
+        """By block size: inverses on this process."""
+        for (layer, side), (size, blocks) in self._offsets.items():
+            if layer in self.has_inverse:
+                start = self.n_stored[size]
+                self.n_stored[size] += blocks.stop - blocks.start
+                self._stored[layer, side] = size, slice(start, self.n_stored[size])
+
+    def index(self, layers: tuple[int, ...]) -> BlockIndex:
+        """The index of ``layers``, in order; remembered, since the same layers come again."""
+        if layers not in self._indices:
+            owned = [layer for layer in layers if layer in self.has_inverse]
+            blocks, inverses = self._blocks(owned, self._offsets), self._blocks(owned, self._stored)
+            self._indices[layers] = BlockIndex(
+                self._as_index(list(layers)),
+                self._blocks(layers, self._offsets),
+                {size: (blocks[size], inverses[size]) for size in blocks},
+                layers,
+            )
+        return self._indices[layers]
+
+    def packed_numel(self, layer: int) -> int:
+        """Numbers in the triangles of one layer's blocks."""
+        return sum(_count(one) * packed_numel(one.size) for _, one in self.factors(layer))
+
+    def numel(self, layer: int) -> int:
+        """Numbers in one layer's blocks."""
+        return sum(_count(one) * one.size**2 for _, one in self.factors(layer))
+
+    def _blocks(self, layers: Iterable[int], offsets: dict[tuple[int, Side], tuple[int, slice]]) -> dict[int, Index]:
+        found: dict[int, list[int]] = {}
+        for factor in ((layer, side) for layer in layers for side in SIDES):
+            if factor in offsets:
+                size, blocks = offsets[factor]
+                found.setdefault(size, []).extend(range(blocks.start, blocks.stop))
+        return {size: self._as_index(sorted(numbers)) for size, numbers in found.items()}
+
+    def _as_index(self, numbers: list[int]) -> Index:
+        start, stop = numbers[0], numbers[-1] + 1
+        return slice(start, stop) if stop - start == len(numbers) else torch.tensor(numbers, device=self._device)
 
 
-def factors_of(layers: Mapping[str, Layer]) -> Factors:
-    """Where the factors of ``layers`` lie in `stacks_of` them.
-
-    >>> from torch import nn
-    >>> from lightning_thor.layers.discovery import discover_layers
-    >>> model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    >>> factors_of(discover_layers(model, block_size=None, precondition_bias=False)[0])
-    {'0': {'A': 0, 'G': 1}, '1': {'G': 3}}
-    """
-    return {
-        name: {"G": 2 * index + 1} if layer.A is None else {"A": 2 * index, "G": 2 * index + 1}
-        for index, (name, layer) in enumerate(layers.items())
-    }
+def _count(partition: BlockPartition) -> int:
+    return partition.groups * partition.n_blocks

@@ -1,260 +1,260 @@
-"""All blocks of one size, of all layers: one tensor each for their sums, averages and inverses."""
+"""The factors of all layers: sums of the open window, moving averages, and inverses.
+
+All blocks of one size, of all layers, are one tensor, so that averaging, inversion and packing for other processes are
+a few batched operations whatever the number of layers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_thor.factors.damping import DampingRule, split_damping
+from lightning_thor.factors.layout import SIDES, BlockIndex, FactorLayout, FactorShapes, Index, Side
 from lightning_thor.factors.tied_embedding import add_table_factors_
-from lightning_thor.linalg.block_diagonal import BlockPartition
+from lightning_thor.layers.base import Layer, Rows
+from lightning_thor.linalg.block_diagonal import add_covariance_
 from lightning_thor.linalg.decompositions import INVERSE, Decomposition, traces
 from lightning_thor.linalg.packing import pack, packed_numel, unpack
 
-Index = Tensor | slice
-"""Which of several blocks, by their numbers."""
+Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tensor, Tensor]]]
+"""By block size: ``(blocks [n, size, size], damping [n])`` to ``(inverses [n, size, size], succeeded [n])``."""
+SMALLEST_POWER = 0.8
+"""A factor counts if its mean damped eigenvalue is at least this power of the smallest normal number (10⁻³⁰)."""
+ROWS, SAMPLES, ELEMENTS, BACKWARD_POSITION = range(4)
+"""Columns of `FactorState.counts`."""
+N_COUNTS = 4
 
 
 class BlockBatch:
-    """Window sums and averages of all blocks, ``[n, size, size]``, and the inverses of those that are kept.
+    """All blocks of one size: window sums and averages, ``[n, size, size]``, and the inverses stored on this process.
 
     Args:
-        sums: where the sums of the open window lie.
-        owners: the factor that each block belongs to, ``[n]``.
+        sums: view of the open window's sums, ``[n, size, size]``.
+        owners: the factor of each block, as a row of ``[layers, 2]`` flattened, ``[n]``.
+        n_stored: blocks whose inverses are stored here.
     """
 
-    def __init__(self, sums: Tensor, owners: Tensor) -> None:
-        self.sums = sums
-        self.owners = owners
+    def __init__(self, sums: Tensor, owners: Tensor, n_stored: int) -> None:
+        self.sums, self.owners, self._n_stored = sums, owners, n_stored
         self.average = torch.zeros_like(sums)
-        self._n_kept = len(sums)
 
-    def keep(self, n: int) -> None:
-        """Keep inverses of ``n`` blocks, and forget those that there were."""
-        self._n_kept = n
+    def set_n_stored(self, n: int) -> None:
+        """Drop all inverses, and store those of ``n`` blocks from now on."""
+        self._n_stored = n
         self.__dict__.pop("inverse", None)
         self.__dict__.pop("inverted", None)
 
     @cached_property
     def inverse(self) -> Tensor:
-        """``[kept, size, size]``; not made before it is needed, so that what is not kept never takes memory."""
+        """``[n_stored, size, size]``, the identity at first; allocated at its first use."""
         identity = torch.eye(self.sums.shape[-1], dtype=self.sums.dtype, device=self.sums.device)
-        return identity.repeat(self._n_kept, 1, 1)
+        return identity.repeat(self._n_stored, 1, 1)
 
     @cached_property
     def inverted(self) -> Tensor:
-        """Which of them have ever had an inverse, ``[kept]``; the others have the identity, or its multiple."""
-        return torch.zeros(self._n_kept, dtype=torch.bool, device=self.sums.device)
+        """Whether each block has ever been inverted, ``[n_stored]``; the others hold a multiple of the identity."""
+        return torch.zeros(self._n_stored, dtype=torch.bool, device=self.sums.device)
 
     def store_inverses(
         self,
-        place: Index,
-        kept: Index,
+        blocks: Index,
+        stored: Index,
         solution: tuple[Tensor, Tensor],
-        added: Tensor,
+        damping: Tensor,
         means: Tensor,
         *,
         power: float,
     ) -> Tensor:
-        """Put new inverses in their place; no device sync.
+        """Store new inverses; no device sync.
 
-        A block that failed keeps its last inverse, or before it ever had one gets the identity over its mean damped
-        eigenvalue. One to whose eigenvalues nothing is added was not observed, and keeps what it has.
+        A block that failed keeps its last inverse; if it never had one, it gets the identity times a power of its mean
+        damped eigenvalue. A block without damping was not observed, and keeps its inverse.
 
         Args:
-            place: the blocks.
-            kept: where their inverses lie among those that are kept.
+            blocks: which blocks were inverted.
+            stored: the rows of their inverses.
             solution: ``(inverses [n, size, size], succeeded [n])``.
-            added: to the eigenvalues of each factor, ``[factors]``.
-            means: of the eigenvalues of each factor, ``[factors]``.
-            power: of its mean damped eigenvalue that a block without an inverse has on its diagonal.
+            damping: added to the eigenvalues of each factor, ``[layers * 2]``.
+            means: mean eigenvalue of each factor, ``[layers * 2]``.
+            power: of the mean damped eigenvalue.
 
         Returns:
-            How many blocks failed, of those that had been observed.
+            How many observed blocks failed, 0-dimensional.
         """
         inverse, succeeded = solution
-        owners, inverted = self.owners[place], self.inverted[kept]
-        own, observed = added[owners], added[owners] > 0
+        owners, inverted = self.owners[blocks], self.inverted[stored]
+        own, observed = damping[owners], damping[owners] > 0
         failed = (observed & ~succeeded).sum()
         succeeded = succeeded & observed
         last_resort = torch.where(observed, (means[owners] + own) ** power, 1.0)
-        before = self.inverse[kept]
-        # A block that never had an inverse has zeros beside its diagonal.
+        before = self.inverse[stored]
+        # A block that was never inverted has zeros beside its diagonal.
         diagonal = before.diagonal(dim1=-2, dim2=-1)
         torch.where(inverted[:, None], diagonal, last_resort[:, None], out=diagonal)
         torch.where(succeeded[:, None, None], inverse, before, out=before)
-        put(self.inverse, kept, before)
-        self.inverted[kept] = inverted | succeeded
+        _put(self.inverse, stored, before)
+        self.inverted[stored] = inverted | succeeded
         return failed
 
 
-def put(into: Tensor, place: Index, part: Tensor) -> None:
-    """``into[place] = part`` where ``part`` is what lay there, changed: a view of a slice still does."""
-    if not isinstance(place, slice):
-        into[place] = part
-
-
-def clear(tensor: Tensor, place: Index) -> None:
-    """``tensor[place] = 0``, which would wait for the device where ``place`` is a tensor: a number has to go there."""
-    if isinstance(place, slice):
-        tensor[place].zero_()
-    else:
-        tensor.index_fill_(0, place, 0.0)
-
-
-Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tensor, Tensor]]]
-"""By block size: ``(blocks, damping)`` to ``(inverses, succeeded)``."""
-
-
-SMALLEST_POWER = 0.8
-"""A factor counts if its mean damped eigenvalue is at least this power of the smallest normal number (10⁻³⁰)."""
-
-
-N_COUNTS = 4
-"""How many numbers are counted of each layer."""
-
-
-class BlockIndex(NamedTuple):
-    """Some of the layers: where their counts and, unless they are only probed, their blocks lie."""
-
-    layers: Index
-    places: dict[int, Index]
-    """By block size: which blocks of the stack."""
-    kept: dict[int, tuple[Index, Index]]
-    """Those of them whose inverses are kept: which blocks of the stack, and which inverses."""
-    outputs: list[int]
-    """Output layers among them that a table is folded into."""
-    numbers: list[int]
-    """All of them, in order."""
-
-
 class FactorState:
-    """Factors of layers 0, 1, ...: layer ``i`` has A as factor ``2 i`` and G as factor ``2 i + 1``.
+    """Factors ``(layer, "A" | "G")`` of layers 0, 1, ...
 
     Args:
-        cuts: ``(A, G)`` of each layer; A is None where there is no input factor.
+        shapes: how A and G of each layer are partitioned.
         dtype: of everything here, at least float32.
         device: of everything here.
-        folds: ``(table, output)``: layers whose weight is the same one ``[vocabulary, width]``, an embedding's and a
-            linear layer's; see `lightning_thor.factors.tied_embedding`.
-        keeping: what is kept of each block wherever an inverse is spoken of here.
+        tied: ``(table, output)``: an embedding and a linear layer with the same weight ``[vocabulary, width]``; the
+            table's factors are added to the output layer's when these are inverted.
+        decomposition: what is stored of each block wherever an inverse is spoken of here.
     """
 
     def __init__(
         self,
-        cuts: Sequence[tuple[BlockPartition | None, BlockPartition]],
+        shapes: Sequence[FactorShapes],
         dtype: torch.dtype,
         device: torch.device,
         tied: Sequence[tuple[int, int]] = (),
         *,
         decomposition: Decomposition = INVERSE,
     ) -> None:
-        factors = [factor for cut in cuts for factor in cut]
-        by_size: dict[int, list[int]] = {}
-        # Those of layers that are cut alike lie together, all A and then all G, so that products take them as one.
-        first = {cut: layer for layer, cut in reversed(list(enumerate(cuts)))}
-        for index in sorted(range(len(factors)), key=lambda index: (first[cuts[index // 2]], index % 2, index)):
-            blocks = factors[index]
-            if blocks is not None:
-                by_size.setdefault(blocks.size, []).append(index)
-        lengths = {
-            size: sum(_n_blocks(factors[index]) for index in members) * size * size for size, members in by_size.items()
+        n_layers = len(shapes)
+        self.dtype, self.device, self.decomposition = dtype, device, decomposition
+        self.layout = FactorLayout(shapes, device)
+        lengths = [n * size * size for size, n in self.layout.n_blocks.items()]
+        self.flat_sums = torch.zeros(sum(lengths) + N_COUNTS * n_layers, dtype=dtype, device=device)
+        """Everything that is summed over micro-batches and processes: blocks by size, then `counts`."""
+        *segments, counts = self.flat_sums.split([*lengths, N_COUNTS * n_layers])
+        self._counts: Tensor = counts.view(n_layers, N_COUNTS)
+        self._host_counts: dict[int, list[float]] = {}
+        """By layer: counts that wait on the host; one copy brings them all to the device."""
+        self.batches = {
+            size: BlockBatch(segment.view(-1, size, size), self.layout.owners[size], self.layout.n_stored[size])
+            for size, segment in zip(self.layout.n_blocks, segments, strict=True)
         }
-        self.dtype = dtype
-        self.decomposition = decomposition
-        self._factors = factors
-        self._tables = {output: table for table, output in tied}
-        self.flat_sums = torch.zeros(sum(lengths.values()) + N_COUNTS * len(cuts), dtype=dtype, device=device)
-        """What is summed over micro-batches and processes: blocks by size, then what is counted of each layer."""
-        *segments, counts = self.flat_sums.split([*lengths.values(), N_COUNTS * len(cuts)])
-        self._counts: Tensor = counts.view(len(cuts), N_COUNTS)
-        self._counted: dict[int, list[float]] = {}
-        """By layer: what is to be added to these, on the host; it goes to the device in one piece."""
-        self.stacks: dict[int, BlockBatch] = {}
-        self._slots: dict[int, tuple[int, slice]] = {}
-        for (size, members), segment in zip(by_size.items(), segments, strict=True):
-            owners = [index for index in members for _ in range(_n_blocks(factors[index]))]
-            self.stacks[size] = BlockBatch(segment.view(-1, size, size), torch.tensor(owners, device=device))
-            start = 0
-            for index in members:
-                stop = start + _n_blocks(factors[index])
-                self._slots[index] = size, slice(start, stop)
-                start = stop
-        self.sums = [
-            None if blocks is None else self.blocks_of(index, "sums").view(blocks.sums_shape)
-            for index, blocks in enumerate(factors)
+        self.sums: list[dict[Side, Tensor]] = [
+            {side: self.blocks(layer, side, "sums").view(one.sums_shape) for side, one in self.layout.factors(layer)}
+            for layer in range(n_layers)
         ]
-        """By factor: the sums of its open window, as `add_covariance_` takes them."""
-        widths = [1 if blocks is None else blocks.groups * blocks.width for blocks in factors]
-        self._widths = torch.tensor(widths, dtype=dtype, device=device)
-        self._has_A = torch.tensor([A is not None for A, _ in cuts], dtype=torch.bool, device=device)
-        self.updates = torch.zeros(len(cuts), dtype=dtype, device=device)
-        """How many windows each layer's average holds."""
-        self.positions = torch.ones(len(cuts), dtype=dtype, device=device)
-        """Rows per sample of each layer, as last seen."""
+        """By layer and side: the sums of the open window, as `add_covariance_` takes them."""
+        widths = [[1 if one is None else one.groups * one.width for one in both] for both in shapes]
+        self._widths = torch.tensor(widths, dtype=dtype, device=device).view(n_layers, 2)
+        self._has_A = torch.tensor([A is not None for A, _ in shapes], dtype=torch.bool, device=device)
+        self.updates = torch.zeros(n_layers, dtype=dtype, device=device)
+        """Windows that each layer's average holds, ``[layers]``."""
+        self.positions = torch.ones(n_layers, dtype=dtype, device=device)
+        """Rows per sample of each layer, as last seen, ``[layers]``."""
         self.failed_inversions = torch.zeros((), dtype=torch.int64, device=device)
         self.rejected_windows = torch.zeros((), dtype=torch.int64, device=device)
-        self.last_damping = torch.zeros(len(factors), dtype=dtype, device=device)
-        """What was added to each factor's eigenvalues when it was last inverted; 0: it never was."""
+        self.last_damping = torch.zeros(n_layers, 2, dtype=dtype, device=device)
+        """What was added to each factor's eigenvalues at its last inversion, ``[layers, 2]``; 0 before the first."""
+        self._tables = {output: table for table, output in tied}
         self.tied_averages = {
-            output: [self.blocks_of(2 * table + side, "average").clone() for side in (0, 1)]
+            output: [self.blocks(table, side, "average").clone() for side in SIDES]
             for output, table in self._tables.items()
         }
         """By output layer: the averages of its table, A and G, when it was last inverted."""
         self.gradient_unit: float | Tensor | None = None
-        """What output gradients are divided by to be rows of G: a power of two, so that squares of them are in the
-        range of their dtype; 1, unless the first ones were below 10⁻⁵ or above 10⁵. None until those were seen; a
-        tensor as long as the host does not know it."""
-        self.set_inverse_owner(range(len(cuts)))
+        """A power of two that output gradients are divided by, so that their squares stay in the range of the dtype;
+        1, unless the first gradients were below 10⁻⁵ or above 10⁵. None until these were seen; a 0-dimensional tensor
+        until the host knows it."""
 
-    def change_unit_(self, unit: Tensor) -> None:
-        """Bring the open window's sums of G to another unit of gradients."""
-        if self.gradient_unit is not None:
-            ratio = self.gradient_unit / unit
-            for sums in self.sums[1::2]:
-                assert sums is not None
-                sums.mul_(ratio).mul_(ratio)
-        self.gradient_unit = unit
+    # ── where factors are ──
+
+    @property
+    def has_inverse(self) -> set[int]:
+        """The layers whose inverses this process stores."""
+        return self.layout.has_inverse
 
     def set_inverse_owner(self, layers: Iterable[int]) -> None:
-        """Keep the inverses of these layers alone; the identity until they are inverted."""
-        self.has_inverse = set(layers)
-        self._selections: dict[tuple[tuple[int, ...], tuple[int, ...]], BlockIndex] = {}
-        self._kept_slots: dict[int, tuple[int, slice]] = {}
-        n_kept = dict.fromkeys(self.stacks, 0)
-        for factor, (size, place) in self._slots.items():
-            if factor // 2 in self.has_inverse:
-                start = n_kept[size]
-                n_kept[size] += place.stop - place.start
-                self._kept_slots[factor] = size, slice(start, n_kept[size])
-        for size, stack in self.stacks.items():
-            stack.keep(n_kept[size])
+        """Store the inverses of ``layers`` alone on this process: the identity until they are inverted."""
+        self.layout.set_inverse_owner(layers)
+        for size, batch in self.batches.items():
+            batch.set_n_stored(self.layout.n_stored[size])
+
+    def blocks(self, layer: int, side: Side, kind: str) -> Tensor:
+        """View of the blocks of one factor.
+
+        Args:
+            layer: its number.
+            side: ``"A"`` or ``"G"``.
+            kind: ``"sums"``, ``"average"`` or ``"inverse"``.
+
+        Returns:
+            ``[groups, n_blocks, size, size]``.
+        """
+        size, place = self.layout.offset(layer, side, stored=kind == "inverse")
+        tensor: Tensor = getattr(self.batches[size], kind)
+        return tensor[place].view(self.layout.partition(layer, side).shape)
+
+    def inverted(self, layer: int, side: Side) -> Tensor:
+        """View of whether each block of a factor has ever been inverted, ``[groups * n_blocks]``."""
+        size, place = self.layout.offset(layer, side, stored=True)
+        return self.batches[size].inverted[place]
+
+    def index(self, layers: Sequence[int]) -> BlockIndex:
+        """Where ``layers`` are."""
+        return self.layout.index(tuple(layers))
+
+    def n_bytes(self, layer: int) -> int:
+        """Memory of one layer's window sums, averages, and inverses if they are stored here, in bytes."""
+        copies = sum(copy.numel() for copy in self.tied_averages.get(layer, []))
+        n_tensors = 3 if layer in self.has_inverse else 2
+        return (n_tensors * self.layout.numel(layer) + copies) * self.flat_sums.element_size()
+
+    # ── the open window ──
 
     @property
     def counts(self) -> Tensor:
-        """Of each layer: rows, samples, and the traces of A and of G if it is only probed; else how many numbers its
-        inputs and gradients had, and where in backward it came (see `lightning_thor.distributed.factor_reducer`).
-        ``[layers, 4]``"""
-        self._put_counts(self._counted)
+        """Of each layer in the open window ``[layers, 4]``: rows, samples, numbers in its inputs and gradients (where
+        refreshes are staggered), and its position in backward (see `lightning_thor.distributed.factor_reducer`)."""
+        self._put_counts(self._host_counts)
         return self._counts
 
-    def count(self, layer: int, *numbers: float | Tensor) -> None:
-        """Add to the first of a layer's `counts`. Numbers of the host wait there, for one operation costs as much as
-        all of them together."""
-        waiting = self._counted.setdefault(layer, [0.0] * N_COUNTS)
-        for column, number in enumerate(numbers):
+    def count(self, layer: int, rows: float | Tensor, samples: float | Tensor, elements: float) -> None:
+        """Add to a layer's `counts`. Numbers of the host wait there: one operation costs as much as all together.
+
+        Args:
+            layer: its number.
+            rows: rows in A's sum.
+            samples: samples that they belong to.
+            elements: numbers in the layer's input and gradient.
+        """
+        waiting = self._host_counts.setdefault(layer, [0.0] * N_COUNTS)
+        for column, number in enumerate((rows, samples, elements)):
             if isinstance(number, Tensor):
                 self._counts[layer, column] += number
             else:
                 waiting[column] += number
 
+    def add(
+        self, layer: int, rows: Rows, scale: float | Tensor = 1.0, samples: float | Tensor = 0.0, elements: float = 0.0
+    ) -> None:
+        """Add the covariances of one call's rows to the open window; no device sync.
+
+        Args:
+            layer: its number.
+            rows: inputs ``[groups, in, n]`` and output gradients ``[groups, out, n]``.
+            scale: of the output gradients; a number, or a 0-dimensional tensor.
+            samples: samples that the rows add to `counts`.
+            elements: numbers in the layer's input and gradient.
+        """
+        (A, G), sums = self.layout.shapes[layer], self.sums[layer]
+        if A is not None and rows.a is not None:
+            add_covariance_(sums["A"], rows.a, A)
+        if rows.token_counts is not None:
+            sums["A"].add_(rows.token_counts)
+        add_covariance_(sums["G"], rows.g, G, scale)
+        self.count(layer, rows.n_rows, samples, elements)
+
     def _put_counts(self, layers: Iterable[int]) -> None:
-        """Bring what was counted of these layers to the device; no device sync."""
-        counted = {layer: self._counted.pop(layer) for layer in list(layers) if layer in self._counted}
+        """Bring the host's counts of ``layers`` to the device; no device sync."""
+        counted = {layer: self._host_counts.pop(layer) for layer in list(layers) if layer in self._host_counts}
         if not counted:
             return
         start, stop = min(counted), max(counted) + 1
@@ -265,119 +265,200 @@ class FactorState:
         self._counts[start:stop] += new.to(self._counts.device, non_blocking=True)
 
     def clear_window(self) -> None:
-        """Nothing was observed."""
+        """Empty the open window."""
         self.flat_sums.zero_()
-        self._counted.clear()
+        self._host_counts.clear()
 
-    def take_window(self, other: FactorState) -> None:
-        """Bring the open window to that of other stacks of the same layers."""
+    def copy_window_(self, other: FactorState) -> None:
+        """Set the open window to that of another state of the same layers."""
         self.flat_sums.copy_(other.flat_sums)
         self.gradient_unit = other.gradient_unit
-        self._counted = {layer: list(numbers) for layer, numbers in other._counted.items()}
+        self._host_counts = {layer: list(numbers) for layer, numbers in other._host_counts.items()}
 
-    def blocks_of(self, factor: int, kind: str) -> Tensor:
-        """View of one factor's ``"sums"``, ``"average"`` or ``"inverse"``: ``[groups, n_blocks, size, size]``."""
-        size, place = (self._kept_slots if kind == "inverse" else self._slots)[factor]
-        tensor: Tensor = getattr(self.stacks[size], kind)
-        blocks = self._factors[factor]
-        assert blocks is not None
-        return tensor[place].view(blocks.shape)
+    def pack_window(self, index: BlockIndex) -> Tensor:
+        """The open window of some layers: a triangle of each block, then their counts.
 
-    def inverted_of(self, factor: int) -> Tensor:
-        """View of which blocks of a factor have ever been inverted: ``[groups * n_blocks]``."""
-        size, place = self._kept_slots[factor]
-        return self.stacks[size].inverted[place]
-
-    def select(self, layers: tuple[int, ...], probed: tuple[int, ...] = ()) -> BlockIndex:
-        """Where ``layers`` lie, and others that are only ``probed``; remembered, since the same ones come again."""
-        if (layers, probed) not in self._selections:
-            places = self._places(layers, self._slots)
-            kept = [layer for layer in layers if layer in self.has_inverse]
-            blocks, inverses = self._places(kept, self._slots), self._places(kept, self._kept_slots)
-            self._selections[layers, probed] = BlockIndex(
-                self._index(sorted(layers + probed)),
-                places,
-                {size: (blocks[size], inverses[size]) for size in blocks},
-                [layer for layer in layers if layer in self._tables],
-                sorted(layers + probed),
-            )
-        return self._selections[layers, probed]
-
-    def _places(self, layers: Sequence[int], slots: Mapping[int, tuple[int, slice]]) -> dict[int, Index]:
-        """By block size: which places of ``slots`` the factors of some layers have."""
-        places: dict[int, list[int]] = {}
-        for factor in (factor for layer in layers for factor in (2 * layer, 2 * layer + 1) if factor in slots):
-            size, place = slots[factor]
-            places.setdefault(size, []).extend(range(place.start, place.stop))
-        return {size: self._index(sorted(blocks)) for size, blocks in places.items()}
-
-    def _index(self, numbers: list[int]) -> Index:
-        """A slice where that is possible: it copies nothing."""
-        start, stop = numbers[0], numbers[-1] + 1
-        if stop - start == len(numbers):
-            return slice(start, stop)
-        return torch.tensor(numbers, device=self.flat_sums.device)
-
-    def window_of(self, selection: BlockIndex) -> Tensor:
-        """The open window of some layers as one flat tensor that may travel: a triangle of each block, then counts."""
-        # Of no other layers: what they are still to count is added up on the host, and so rounded once.
-        self._put_counts(selection.numbers)
-        blocks = [pack(self.stacks[size].sums[place]).flatten() for size, place in selection.places.items()]
-        return torch.cat([*blocks, self._counts[selection.layers].flatten()])
-
-    def set_window_(self, selection: BlockIndex, flat: Tensor) -> None:
-        """Put what `window_of` gave, after it was summed, in the place of those layers' window."""
-        counts = self.counts[selection.layers]
-        lengths = [
-            len(self.stacks[size].owners[place]) * packed_numel(size) for size, place in selection.places.items()
-        ]
-        *parts, summed = flat.split([*lengths, counts.numel()])
-        for (size, place), part in zip(selection.places.items(), parts, strict=True):
-            self.stacks[size].sums[place] = unpack(part.view(-1, packed_numel(size)), size)
-        self.counts[selection.layers] = summed.view(counts.shape)
-
-    def packed_bytes(self, layer: int) -> int:
-        """How many bytes `window_of` takes for one layer."""
-        numbers = sum(_n_blocks(blocks) * packed_numel(blocks.size) for blocks in self._cut(layer))
-        numbers += N_COUNTS
-        return numbers * self.flat_sums.element_size()
-
-    def probe(
-        self, probed: tuple[int, ...], averaging: float, rule: DampingRule, damping: float
-    ) -> tuple[Tensor, Tensor]:
-        """tr(F + λI) of the probed layers as it is, and as the open window would make it; their window is cleared.
-
-        As in the paper tr(A ⊗ G) = tr A · tr G; λ is the product of what is added to A and to G, which under the
-        absolute rules is the damping itself. No device sync.
+        Args:
+            index: of the layers.
 
         Returns:
-            Two tensors ``[probed]``. The first is 0 for a layer that has no curvature yet, the second not finite where
-            the window is not, or where there is none.
+            One-dimensional and new.
         """
-        selection = self.select(probed)
-        layers = selection.layers
-        n_rows, n_samples, squares_A, squares_G = self.counts[layers].unbind(1)
-        averages = {size: stack.average for size, stack in self.stacks.items()}
-        old = self._factor_traces(averages, selection).view(-1, 2)[layers]
-        tiny = torch.finfo(self.dtype).tiny
-        means = torch.stack([squares_A / n_rows.clamp_min(tiny), squares_G / n_samples.clamp_min(tiny)], dim=1)
-        self.rejected_windows += (~torch.isfinite(means).all(1)).sum()
-        new = old.lerp(means, _weight(averaging, self.updates[layers] + 1.0)[:, None])
-        none, silent = self.updates[layers] == 0, n_rows == 0
-        clear(self.counts, layers)
-        traces = [self._damped_trace(trace, layers, rule, damping) for trace in (old, new)]
-        return torch.where(none, 0.0, traces[0]), torch.where(silent, torch.nan, traces[1])
+        # Not of other layers: what these still count on the host is added up there, and so rounded once.
+        self._put_counts(index.numbers)
+        blocks = [pack(self.batches[size].sums[place]).flatten() for size, place in index.blocks.items()]
+        return torch.cat([*blocks, self._counts[index.layers].flatten()])
+
+    def unpack_window_(self, index: BlockIndex, flat: Tensor) -> None:
+        """Set the window of some layers to what `pack_window` returned, summed over processes."""
+        counts = self.counts[index.layers]
+        lengths = [len(self.batches[size].owners[place]) * packed_numel(size) for size, place in index.blocks.items()]
+        *parts, summed = flat.split([*lengths, counts.numel()])
+        for (size, place), part in zip(index.blocks.items(), parts, strict=True):
+            self.batches[size].sums[place] = unpack(part.view(-1, packed_numel(size)), size)
+        self.counts[index.layers] = summed.view(counts.shape)
+
+    def packed_bytes(self, layer: int) -> int:
+        """Bytes that `pack_window` takes for one layer."""
+        return (self.layout.packed_numel(layer) + N_COUNTS) * self.flat_sums.element_size()
+
+    def change_unit_(self, unit: Tensor) -> None:
+        """Convert the open window's sums of G to another unit of gradients.
+
+        Args:
+            unit: 0-dimensional.
+        """
+        if self.gradient_unit is not None:
+            ratio = self.gradient_unit / unit
+            for sums in self.sums:
+                sums["G"].mul_(ratio).mul_(ratio)
+        self.gradient_unit = unit
+
+    # ── averages ──
+
+    def traces(self, index: BlockIndex, averaging: float, rule: DampingRule, damping: float) -> tuple[Tensor, Tensor]:
+        """tr(F + λI) of some layers as it is, and as the open window would make it; no device sync.
+
+        As in THOR's paper (AAAI 2021) tr(A ⊗ G) = tr A · tr G; λ is the product of what is added to A and to G, which
+        under the absolute rules is the damping itself.
+
+        Args:
+            index: of the layers.
+            averaging, rule, damping: see `update_ema` and `invert`.
+
+        Returns:
+            Two tensors ``[n]``. The first is 0 for a layer that has no curvature yet; the second is not finite where
+            the window is not, or is empty.
+        """
+        layers = index.layers
+        counts = self.counts[layers][:, : SAMPLES + 1]
+        old = self._factor_traces("average", index)[layers]
+        batch = self._factor_traces("sums", index)[layers] / counts.clamp_min(torch.finfo(self.dtype).tiny)
+        new = old.lerp(batch, _weight(averaging, self.updates[layers] + 1.0)[:, None])
+        found = [self._damped_trace(trace, layers, rule, damping) for trace in (old, new)]
+        none, silent = self.updates[layers] == 0, counts[:, 0] == 0
+        return torch.where(none, 0.0, found[0]), torch.where(silent, torch.nan, found[1])
 
     def _damped_trace(self, trace: Tensor, layers: Index, rule: DampingRule, damping: float) -> Tensor:
         """tr(F + λI) from the traces of A and of G, ``[n, 2]``."""
-        widths, has_A = self._widths.view(-1, 2)[layers], self._has_A[layers]
+        widths, has_A = self._widths[layers], self._has_A[layers]
         added = self._dampings(trace / widths, layers, rule, damping)
         parts = torch.stack([trace, widths * added], dim=1)
         # A layer without A has the diagonal of its own Fisher matrix as G.
         return torch.where(has_A[:, None], parts[..., 0], 1.0).mul(parts[..., 1]).sum(1)
 
+    def update_ema(self, index: BlockIndex, averaging: float, wanted: Tensor | None = None) -> None:
+        """Take the open window of some layers into their averages, and empty it; no device sync.
+
+        A layer that was silent, or whose statistics are not finite, keeps its average (the latter is counted). The
+        n-th window has the weight ``(1 - averaging) / (1 - averaging ** n)``: an exponential average without bias
+        (Adam's correction: Kingma & Ba 2015, arXiv:1412.6980).
+
+        Args:
+            index: of the layers.
+            averaging: weight of the past, in [0, 1).
+            wanted: bool, ``[layers]``: of which layers to take the window; None for all.
+        """
+        counts = self.counts[:, : SAMPLES + 1]
+        # A silent layer has no rows, and a layer of which few rows were taken less than a sample.
+        tiny = torch.finfo(self.dtype).tiny
+        # E over rows for A, E over samples of the sum over positions for G: then A ⊗ G has the Fisher matrix's scale.
+        divisors = counts.flatten().clamp_min(tiny)
+        # A covariance has a number that is not finite only if its diagonal has one, so its trace tells.
+        finite = torch.isfinite(self._factor_traces("sums", index)).all(1) & torch.isfinite(self.counts).all(1)
+        taken = finite & (counts[:, 0] > 0)
+        taken = taken if wanted is None else taken & wanted
+        self.rejected_windows += (~finite).sum()
+        updates = self.updates + taken
+        weight = _weight(averaging, updates.clamp_min(1.0))
+        self.positions.copy_(torch.where(taken, counts[:, 0] / counts[:, 1].clamp_min(tiny), self.positions))
+        self.updates.copy_(updates)
+        weight, taken = weight.repeat_interleave(2), taken.repeat_interleave(2)
+        for size, place in index.blocks.items():
+            batch = self.batches[size]
+            # Views where the place is a slice: their own memory takes all that follows.
+            owners, average, window = batch.owners[place], batch.average[place], batch.sums[place]
+            window.div_(divisors[owners, None, None])
+            # where, not a weight of 0: what is left out may not be finite.
+            torch.where(taken[owners, None, None], window, average, out=window)
+            average.lerp_(window, weight[owners, None, None])
+            _put(batch.average, place, average)
+            _clear(batch.sums, place)
+        self.counts.zero_()
+
+    # ── inverses ──
+
+    def invert(self, index: BlockIndex, rule: DampingRule, damping: float, solve: Solve) -> None:
+        """Invert the averages of some layers; no device sync.
+
+        A block that fails is counted; `BlockBatch.store_inverses` says what it keeps.
+
+        Args:
+            index: of the layers; of those whose inverses are stored elsewhere only the damping is noted.
+            rule, damping: what is added to eigenvalues, see `split_damping`.
+            solve: inverts: `damped_inverses` for each size, or
+                `lightning_thor.distributed.shared_inversions.SharedInversions`.
+        """
+        updates = self.updates
+        for output, table in self._tables.items():
+            if output in index.numbers:
+                for side, copy in zip(SIDES, self.tied_averages[output], strict=True):
+                    copy.copy_(self.blocks(table, side, "average"))
+            updates = updates.clone() if updates is self.updates else updates
+            updates[output] = torch.maximum(updates[output], updates[table])
+        averages = self._with_tables()
+        means = self._factor_traces(averages, index) / self._widths
+        dampings = self._dampings(means, slice(None), rule, damping)
+        # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too. One of so small
+        # numbers that directions could leave the range of their dtype says as little.
+        least = torch.finfo(self.dtype).tiny ** SMALLEST_POWER
+        observed = (updates > 0)[:, None] & (dampings > 0) & ((means + dampings).abs() >= least)
+        self.last_damping[index.layers] = torch.where(observed, dampings, self.last_damping)[index.layers]
+        self.failed_inversions += self._solve(index, averages, torch.where(observed, dampings, 0.0), means, solve)
+
+    def recompute_inverses(self, layers: Sequence[int]) -> Tensor:
+        """Invert again, from averages and last damping, layers whose inverses another process stored.
+
+        They are those that `invert` made then, since averages change only in steps in which the layer is inverted. But
+        where it kept an older inverse, that is lost: a block that fails again gets the identity over its mean damped
+        eigenvalue, one of a factor of zeros the identity over what was last added.
+
+        Args:
+            layers: their numbers.
+
+        Returns:
+            How many blocks failed, 0-dimensional.
+        """
+        index = self.index(layers)
+        for size, (_, stored) in index.stored.items():
+            self.batches[size].inverted[stored] = False
+            self.batches[size].inverse[stored] = 0.0
+        averages = self._with_tables()
+        means = self._factor_traces(averages, index) / self._widths
+
+        def solve(problems: Mapping[int, tuple[Tensor, Tensor]]) -> Mapping[int, tuple[Tensor, Tensor]]:
+            return {size: self.decomposition.make(*problem) for size, problem in problems.items()}
+
+        return self._solve(index, averages, self.last_damping, means, solve)
+
+    def _solve(
+        self, index: BlockIndex, averages: Mapping[int, Tensor], damping: Tensor, means: Tensor, solve: Solve
+    ) -> Tensor:
+        """Store the inverses of ``averages`` of some layers, with ``damping [layers, 2]``; how many blocks failed."""
+        damping, means = damping.flatten(), means.flatten()
+        problems = {
+            size: (averages[size][place], damping[self.batches[size].owners[place]])
+            for size, (place, _) in index.stored.items()
+        }
+        solutions = solve(problems)
+        failed = torch.zeros_like(self.failed_inversions)
+        for size, (place, stored) in index.stored.items():
+            power = self.decomposition.power
+            failed += self.batches[size].store_inverses(place, stored, solutions[size], damping, means, power=power)
+        return failed
+
     def _dampings(self, means: Tensor, layers: Index, rule: DampingRule, damping: float) -> Tensor:
-        """What is added to the eigenvalues of A and of G whose means these are, both ``[n, 2]``."""
+        """What is added to the eigenvalues of A and of G, ``[n, 2]``, from their means, ``[n, 2]``."""
         # That of "trace" has no unit; that of the others is in the units of the Fisher matrix, which has G's.
         unit = 1.0 if rule == "trace" or self.gradient_unit is None else self.gradient_unit
         is_one = not isinstance(unit, Tensor) and unit == 1.0
@@ -393,147 +474,75 @@ class FactorState:
         added = torch.stack([added_A, added_G], dim=1)
         return added if is_one else added.clamp_min(torch.finfo(self.dtype).tiny)
 
-    def update_ema(self, selection: BlockIndex, averaging: float) -> None:
-        """Take the window's sums of the selected layers into their averages, and clear them; no device sync.
-
-        A layer that was silent, or whose statistics are not finite, keeps its average (the latter is counted). The
-        n-th window has the weight ``(1 - averaging) / (1 - averaging ** n)``: an exponential average without bias.
-        """
-        n_rows, n_samples = self.counts[:, :2].unbind(1)
-        # A silent layer has no rows, and one of which few were taken less than a sample.
-        tiny = torch.finfo(self.dtype).tiny
-        # E over rows for A, E over samples of the sum over positions for G: then A (x) G is the Fisher matrix's scale.
-        per_factor = torch.stack([n_rows, n_samples], dim=1).flatten().clamp_min(tiny)
-        sums = self._factor_traces({size: stack.sums for size, stack in self.stacks.items()}, selection)
-        # A covariance has a number that is not finite only if its diagonal has one, so its trace tells.
-        finite = torch.isfinite(sums).view(-1, 2).all(1) & torch.isfinite(self.counts).all(1)
-        taken = finite & (n_rows > 0)
-        self.rejected_windows += (~finite).sum()
-        updates = self.updates + taken
-        weight = _weight(averaging, updates.clamp_min(1.0))
-        self.positions.copy_(torch.where(taken, n_rows / n_samples.clamp_min(tiny), self.positions))
-        self.updates.copy_(updates)
-        weight, taken = weight.repeat_interleave(2), taken.repeat_interleave(2)
-        for size, place in selection.places.items():
-            stack = self.stacks[size]
-            # Views where the place is a slice: their own memory takes all that follows.
-            owners, average, batch = stack.owners[place], stack.average[place], stack.sums[place]
-            batch.div_(per_factor[owners, None, None])
-            # where, not a weight of 0: what is left out may not be finite.
-            torch.where(taken[owners, None, None], batch, average, out=batch)
-            average.lerp_(batch, weight[owners, None, None])
-            put(stack.average, place, average)
-            clear(stack.sums, place)
-        self.counts.zero_()
-
-    def invert(self, selection: BlockIndex, rule: DampingRule, damping: float, solve: Solve) -> None:
-        """New inverses of the selected layers' averages; no device sync.
-
-        What becomes of a block that fails: `BlockBatch.store_inverses`; it is counted.
-
-        Args:
-            selection: the layers; of those whose inverses are not kept it is only noted what would be added.
-            rule, damping: what is added to eigenvalues, see `split_damping`.
-            solve: what inverts: `damped_inverses` for each size, or
-                `lightning_thor.distributed.shared_inversions.SharedInversions`.
-        """
-        for output in selection.outputs:
-            for side, copy in enumerate(self.tied_averages[output]):
-                copy.copy_(self.blocks_of(2 * self._tables[output] + side, "average"))
-        averages, updates = self._folded(), self.updates
-        if self._tables:
-            updates = updates.clone()
-            for output, table in self._tables.items():
-                updates[output] = torch.maximum(updates[output], updates[table])
-        means = self._factor_traces(averages, selection) / self._widths
-        dampings = self._dampings(means.view(-1, 2), slice(None), rule, damping)
-        # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too. One of so small
-        # numbers that directions could leave the range of their dtype says as little.
-        least = torch.finfo(self.dtype).tiny ** SMALLEST_POWER
-        observed = (updates > 0)[:, None] & (dampings > 0) & ((means.view(-1, 2) + dampings).abs() >= least)
-        added = self.last_damping.view(-1, 2)
-        added[selection.layers] = torch.where(observed, dampings, added)[selection.layers]
-        now = torch.where(observed, dampings, 0.0).flatten()
-        self.failed_inversions += self._solve(selection, averages, now, means, solve)
-
-    def recompute_inverses(self, layers: Sequence[int]) -> Tensor:
-        """The inverses of layers that had them elsewhere, from their averages and what was added to them there.
-
-        They are those that `invert` made then, since averages change only in steps in which the layer is inverted. But
-        where it kept an older inverse, that is lost: a block that fails again gets the identity over its mean damped
-        eigenvalue, one of a factor of zeros the identity over what was last added.
-
-        Returns:
-            How many blocks failed.
-        """
-        selection = self.select(tuple(layers))
-        for size, (_, inverses) in selection.kept.items():
-            self.stacks[size].inverted[inverses] = False
-            self.stacks[size].inverse[inverses] = 0.0
-        averages = self._folded()
-        means = self._factor_traces(averages, selection) / self._widths
-
-        def solve(problems: Mapping[int, tuple[Tensor, Tensor]]) -> Mapping[int, tuple[Tensor, Tensor]]:
-            return {size: self.decomposition.make(*problem) for size, problem in problems.items()}
-
-        return self._solve(selection, averages, self.last_damping, means, solve)
-
-    def _solve(
-        self, selection: BlockIndex, averages: Mapping[int, Tensor], added: Tensor, means: Tensor, solve: Solve
-    ) -> Tensor:
-        """Inverses of ``averages``, of those selected layers whose inverses are kept; how many blocks failed."""
-        problems = {
-            size: (averages[size][place], added[self.stacks[size].owners[place]])
-            for size, (place, _) in selection.kept.items()
-        }
-        solutions = solve(problems)
-        failed = torch.zeros_like(self.failed_inversions)
-        for size, (place, kept) in selection.kept.items():
-            stack = self.stacks[size]
-            failed += stack.store_inverses(place, kept, solutions[size], added, means, power=self.decomposition.power)
-        return failed
-
-    def n_bytes(self, layer: int) -> int:
-        """Memory of one layer: window sums, averages, and inverses if they are kept, in bytes."""
-        numbers = [_n_blocks(blocks) * blocks.size**2 for blocks in self._cut(layer)]
-        copies = sum(copy.numel() for copy in self.tied_averages.get(layer, []))
-        return ((3 if layer in self.has_inverse else 2) * sum(numbers) + copies) * self.flat_sums.element_size()
-
-    def _cut(self, layer: int) -> list[BlockPartition]:
-        """How the factors of a layer are cut."""
-        return [blocks for blocks in self._factors[2 * layer : 2 * layer + 2] if blocks is not None]
-
-    def _folded(self) -> dict[int, Tensor]:
-        """What is inverted, by block size: the averages, those of `folded` tables in them."""
-        averages = {size: stack.average for size, stack in self.stacks.items()}
-        for size in {self._slots[2 * output + side][0] for output in self._tables for side in (0, 1)}:
+    def _with_tables(self) -> dict[int, Tensor]:
+        """What is inverted, by block size: the averages, with the factors of tied tables added to their outputs'."""
+        averages = {size: batch.average for size, batch in self.batches.items()}
+        for size in {self.layout.offset(output, side)[0] for output in self._tables for side in SIDES}:
             averages[size] = averages[size].clone()
         for output, (D, G_table) in self.tied_averages.items():
-            A, G = (self._view(averages, 2 * output + side) for side in (0, 1))
-            cut = self._factors[2 * output + 1]
-            assert cut is not None
-            add_table_factors_(A, G, D, G_table, cut)
+            A, G = (self._blocks_in(averages, output, side) for side in SIDES)
+            add_table_factors_(A, G, D, G_table, self.layout.partition(output, "G"))
         return averages
 
-    def _view(self, tensors: Mapping[int, Tensor], factor: int) -> Tensor:
-        """One factor's blocks among all of them by size: ``[groups, n_blocks, size, size]``."""
-        (size, place), blocks = self._slots[factor], self._factors[factor]
-        assert blocks is not None
-        return tensors[size][place].view(blocks.shape)
+    def _blocks_in(self, tensors: Mapping[int, Tensor], layer: int, side: Side) -> Tensor:
+        size, place = self.layout.offset(layer, side)
+        return tensors[size][place].view(self.layout.partition(layer, side).shape)
 
-    def _factor_traces(self, tensors: Mapping[int, Tensor], selection: BlockIndex) -> Tensor:
-        """Traces of the selected layers' factors, zero for the others, from their blocks by size."""
-        total = torch.zeros(len(self._factors), dtype=self.dtype, device=self.flat_sums.device)
-        for size, place in selection.places.items():
-            stack = self.stacks[size]
-            total.index_add_(0, stack.owners[place], traces(tensors[size][place]))
-        return total
+    def _factor_traces(self, tensors: str | Mapping[int, Tensor], index: BlockIndex) -> Tensor:
+        """Traces ``[layers, 2]`` of some layers' factors, 0 for the others, from their blocks by size."""
+        total = torch.zeros(self._widths.numel(), dtype=self.dtype, device=self.device)
+        for size, place in index.blocks.items():
+            batch = self.batches[size]
+            blocks: Tensor = getattr(batch, tensors) if isinstance(tensors, str) else tensors[size]
+            total.index_add_(0, batch.owners[place], traces(blocks[place]))
+        return total.view(-1, 2)
+
+
+def factor_state_of(layers: Mapping[str, Layer], decomposition: Decomposition) -> FactorState:
+    """The state for all factors of some layers, on their device; in float64 if any weight is, else in float32.
+
+    Args:
+        layers: by name; numbered in this order.
+        decomposition: what is stored of each block.
+
+    Returns:
+        The state, without curvature yet.
+
+    Raises:
+        ValueError: the layers are on several devices.
+    """
+    weights = [layer.parameters[0] for layer in layers.values()]
+    devices = {weight.device for weight in weights}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The layers of one model lie on several devices ({', '.join(sorted(map(str, devices)))}); Curvature "
+            "needs them on one. Build it after the model was moved, or give `parameters` of one device."
+        )
+    dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
+    number = {name: number for number, name in enumerate(layers)}
+    return FactorState(
+        [(layer.A, layer.G) for layer in layers.values()],
+        dtype,
+        devices.pop() if devices else torch.device("cpu"),
+        [(number[name], number[layer.tied_to]) for name, layer in layers.items() if layer.tied_to],
+        decomposition=decomposition,
+    )
 
 
 def _weight(averaging: float, n_windows: Tensor) -> Tensor:
-    """Of the n-th window in an exponential average without bias: Adam's correction (Kingma & Ba 2015)."""
+    """Weight of the n-th window in an exponential average without bias."""
     return (1.0 - averaging) / (1.0 - averaging**n_windows)
 
 
-def _n_blocks(blocks: BlockPartition | None) -> int:
-    return 0 if blocks is None else blocks.groups * blocks.n_blocks
+def _put(into: Tensor, place: Index, part: Tensor) -> None:
+    """``into[place] = part`` where ``part`` is ``into[place]``, changed: a view of a slice still is."""
+    if not isinstance(place, slice):
+        into[place] = part
+
+
+def _clear(tensor: Tensor, place: Index) -> None:
+    """``tensor[place] = 0``, which would wait for the device where ``place`` is a tensor: a number has to go there."""
+    if isinstance(place, slice):
+        tensor[place].zero_()
+    else:
+        tensor.index_fill_(0, place, 0.0)

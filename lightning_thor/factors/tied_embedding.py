@@ -1,4 +1,4 @@
-"""One pair of factors for a weight of two roles: a table of embeddings that also is the weight of an output layer."""
+"""One pair of factors for a weight of two roles: a table of embeddings tied to an output layer."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from lightning_thor.linalg.block_diagonal import BlockPartition, diagonal_to_blo
 
 
 def add_table_factors_(A: Tensor, G: Tensor, D: Tensor, G_table: Tensor, partition: BlockPartition) -> None:
-    """Take the factors of a table into those of the output layer that has the same weight.
+    """Add the factors of a table to those of the output layer with the same weight.
 
-    A table ``W [vocabulary, width]`` that also is the weight of an output layer has two roles, whose Fisher matrices
-    add up: ``F ≈ D ⊗ Gₑ + Gₗ ⊗ Aₗ``, with ``D`` the (diagonal) frequencies of tokens and ``Gₑ`` the covariance of the
-    gradients of their vectors, and ``Gₗ``, ``Aₗ`` of the output layer. The sum of two Kronecker products is none, so
-    it is taken to be ``s (D + Gₗ) ⊗ (Gₑ + Aₗ)``, each product balanced first so that both of its factors have the same
-    trace (t for a product of trace t²), and s such that the trace is F's, tₑ² + tₗ².
+    The two roles of a weight ``[vocabulary, width]`` have Fisher matrices that add up: ``F ≈ D ⊗ Gₑ + Gₗ ⊗ Aₗ``, with
+    the (diagonal) frequencies D of tokens and the covariance Gₑ of the gradients of their vectors, and Gₗ, Aₗ of the
+    output layer. The sum of two Kronecker products is none, so it is taken to be ``s (D + Gₗ) ⊗ (Gₑ + Aₗ)``. Each
+    product is balanced first, so that both of its factors have the same trace (t for a product of trace t²), and s is
+    such that the trace is F's, tₑ² + tₗ².
 
-    Approximated: the cross terms ``D ⊗ Aₗ`` and ``Gₗ ⊗ Gₑ`` are none of F's, and what a sample's gradients in the two
-    roles have to do with each other is left out. Where one role says nothing it is the other's own product.
+    Approximated: the cross terms ``D ⊗ Aₗ`` and ``Gₗ ⊗ Gₑ`` are none of F's, and the correlation of a sample's
+    gradients in the two roles is left out. Where one role has no gradients, the result is the other's own product.
 
     Args:
-        A, G: of the output layer, ``[1, n_blocks, size, size]``; changed in place.
-        D, G_table: of the table; ``G_table`` is cut as ``A``.
-        cut: of ``G``.
+        A: of the output layer, ``[1, n_blocks, size, size]``; changed in place.
+        G: of the output layer, ``[1, n_blocks, size, size]``; changed in place.
+        D: of the table, ``[1, vocabulary, 1, 1]``.
+        G_table: of the table, partitioned as ``A``.
+        partition: of ``G``.
     """
     tiny = torch.finfo(A.dtype).tiny
     trace_D, trace_G_table, trace_A, trace_G = (

@@ -30,9 +30,14 @@ NAMED: Mapping[str, TraceRule] = {
 
 
 def trace_rule_of(choice: Any) -> TraceRule | None:
-    """The rule that an option names: None, one of the paper's three, or its two thresholds.
+    """The rule that an option names.
 
-    "THOR_NT" is the paper's name for updating whatever the trace says: there is nothing to decide, so it gives None.
+    Args:
+        choice: None, one of the paper's three names, or two thresholds. "THOR_NT" is the paper's name for updating
+            whatever the trace says.
+
+    Returns:
+        The thresholds; None where there is nothing to decide.
 
     Raises:
         ValueError: another name, or thresholds that are not ``(ω1, ω2)`` with ω1 >= ω2 >= 0.
@@ -57,18 +62,21 @@ def trace_rule_of(choice: Any) -> TraceRule | None:
     return None if rule.update_above == 0 else rule
 
 
-def verdicts(rule: TraceRule, old: Tensor, new: Tensor) -> Tensor:
-    """What is to be done with each layer: ``KEEP``, ``UPDATE`` or ``STOP``; no device sync.
+def decide(rule: TraceRule, old: Tensor, new: Tensor) -> Tensor:
+    """Compare traces; no device sync.
 
     Args:
         rule: the thresholds.
-        old: tr(F + λI) of the curvature that is in use, ``[layers]``; 0 for a layer that has none yet.
-        new: of the one that would follow it, ``[layers]``; a number that is not finite keeps the old one.
+        old: tr(F + λI) of the curvature in use, ``[layers]``; 0 for a layer that has none yet.
+        new: of the curvature that would follow it, ``[layers]``; a number that is not finite keeps the old one.
 
-    >>> verdicts(TraceRule(0.1, 0.01), torch.tensor([0.0, 1.0, 1.0, 1.0]), torch.tensor([1.0, 1.2, 1.05, 1.001]))
+    Returns:
+        ``KEEP``, ``UPDATE`` or ``STOP`` for each layer, ``[layers]``, int8.
+
+    >>> decide(TraceRule(0.1, 0.01), torch.tensor([0.0, 1.0, 1.0, 1.0]), torch.tensor([1.0, 1.2, 1.05, 1.001]))
     tensor([1, 1, 0, 2], dtype=torch.int8)
     """
     change = (new - old).abs() / old
-    verdict = torch.where(change < rule.stop_below, STOP, KEEP)
-    verdict = torch.where(change > rule.update_above, UPDATE, verdict)
-    return torch.where(torch.isfinite(new), verdict, KEEP).to(torch.int8)
+    decision = torch.where(change < rule.stop_below, STOP, KEEP)
+    decision = torch.where(change > rule.update_above, UPDATE, decision)
+    return torch.where(torch.isfinite(new), decision, KEEP).to(torch.int8)

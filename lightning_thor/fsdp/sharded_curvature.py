@@ -107,14 +107,14 @@ class ShardedCurvature:
         )
         stayed = [self._rows(shards[one.parameter], one) for one in plan.staying]
         runs = _put_together([*plan.arriving, *plan.staying], [*arrived, *stayed])
-        with torch.autocast(curvature.stacks.flat_sums.device.type, enabled=False):
+        with torch.autocast(curvature.factors.device.type, enabled=False):
             directions = (
                 polar(plan.batches, runs, names=curvature.polar_layers, unit=curvature.gradient_unit)
                 if is_polar
                 else natural(
                     plan.batches,
                     runs,
-                    roots=curvature.stacks.decomposition is ROOT,
+                    roots=curvature.factors.decomposition is ROOT,
                     unit=curvature.gradient_unit,
                 )
             )
@@ -136,7 +136,7 @@ class ShardedCurvature:
         """What comes for ``expected`` while ``sent`` leaves: one message, if any at all."""
         if plan.dtype is None:
             return []
-        device = self.curvature.stacks.flat_sums.device
+        device = self.curvature.factors.device
         none = torch.empty(0, dtype=plan.dtype, device=device)
         flat = torch.cat([none, *(rows.flatten() for rows in sent)])
         lengths = (plan.sent_lengths, plan.received_lengths)

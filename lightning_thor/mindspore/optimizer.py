@@ -204,7 +204,7 @@ def _without_G(curvature: Curvature, variant: str) -> list[Tensor]:
     """G⁻¹ of the layers for which nn.thor takes the identity: on Ascend, dense ones with two outputs (BERT's next
     sentence head, for which it was made)."""
     return [
-        curvature.stacks.blocks_of(2 * index + 1, "inverse")
+        curvature.factors.blocks(index, "G", "inverse")
         for index, layer in enumerate(curvature.layers.values())
         if variant == "ascend" and isinstance(layer.module, nn.Linear) and layer.module.out_features == 2
     ]

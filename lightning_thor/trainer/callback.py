@@ -15,8 +15,7 @@ from torch import Tensor
 from lightning_thor.block_size.choose import BlockSplit
 from lightning_thor.curvature.callables import BatchFn, IntStepFn, StepFn
 from lightning_thor.curvature.curvature import Curvature
-from lightning_thor.curvature.options import Schedule, check_options
-from lightning_thor.curvature.refresh_schedule import Interval
+from lightning_thor.curvature.options import check_options
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.layers.discovery import uncompiled_name
 from lightning_thor.optim.thor import Preconditioner, Thor
@@ -70,35 +69,9 @@ class ThorCallback(Callback):
         summary: bool = True,
     ) -> None:
         super().__init__()
-        # Schedule and Interval are spelled out above for jsonargparse, which reads the signature for the YAML.
-        damping_option: Schedule = damping
-        interval: Interval = update_every_n_steps
-        check_options(
-            damping=damping_option,
-            damping_rule=damping_rule,
-            block_size=None if block_size == "auto" else block_size,
-            update_every_n_steps=interval,
-            trace_rule=trace_rule,
-            averaging=averaging,
-            max_rows=max_rows,
-            statistics=statistics,
-            loss_reduction=loss_reduction,
-            fused=fused,
-        )
-        self._options: dict[str, Any] = {
-            "damping": damping_option,
-            "damping_rule": damping_rule,
-            "block_size": block_size,
-            "update_every_n_steps": interval,
-            "averaging": averaging,
-            "precondition_bias": precondition_bias,
-            "stagger": stagger,
-            "trace_rule": trace_rule,
-            "max_rows": max_rows,
-            "statistics": statistics,
-            "loss_reduction": loss_reduction,
-            "fused": fused,
-        }
+        # "auto" is the callback's own value.
+        self._options = check_options(locals() | {"block_size": None if block_size == "auto" else block_size})
+        self._options["block_size"] = block_size
         if loss_terms is not None and not callable(loss_terms):
             raise ValueError(f"loss_terms must be a function of a batch, or None, got {loss_terms!r}.")
         self._loss_terms = loss_terms
@@ -271,7 +244,7 @@ class ThorCallback(Callback):
     def _troubles(self) -> tuple[int, int]:
         """Blocks that could not be inverted, and layers' windows that were not finite, so far. Waits for the device."""
         assert self.curvature is not None
-        return int(self.curvature.stacks.failed_inversions), int(self.curvature.stacks.rejected_windows)
+        return int(self.curvature.factors.failed_inversions), int(self.curvature.factors.rejected_windows)
 
     # ── leaving ──
 

@@ -136,7 +136,7 @@ def draw_split(split: BlockSplit, path: Path) -> None:
 
 
 def _elsewhere(curvature: Curvature) -> str:
-    n = len(curvature.layers) - len(curvature.stacks.has_inverse)
+    n = len(curvature.layers) - len(curvature.factors.has_inverse)
     return f" on this rank (others keep the inverses of {n})" if n else ""
 
 

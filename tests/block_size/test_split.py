@@ -201,7 +201,7 @@ def test_what_is_timed_is_what_a_refresh_inverts(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(choose, "_seconds_of_inverting", seconds)
         monkeypatch.setattr(choose, "candidates", lambda widest, size=size: [size])
         choose_block_size(module, lambda: module.loss(module(x), y))
-        stacks = Curvature(module, block_size=size).stacks.stacks
+        stacks = Curvature(module, block_size=size).factors.batches
         # Norms are diagonal whatever the block size, and so is everything else with blocks of 1, timed as 2.
         n_single = sum(whole.width for whole in wholes if size == 1)
         assert timed == ({2: n_single} if size == 1 else {own: len(s.sums) for own, s in stacks.items() if own > 1})

@@ -185,7 +185,7 @@ def test_a_model_that_holds_its_optimizer_and_curvature_can_be_copied() -> None:
     twin_optimizer, twin_curvature = twin.held
     assert twin_optimizer.preconditioner is None
     assert twin_curvature.model is twin
-    assert not curvature.stacks.flat_sums.any()
+    assert not curvature.factors.flat_sums.any()
     train(model, optimizer, range(2, 4))
     unbroken = parts()
     train(*unbroken[:2], range(4))
@@ -197,7 +197,7 @@ def test_a_closed_curvatures_copy_is_closed_and_a_paused_ones_paused() -> None:
     with curvature.paused():
         paused = copy.deepcopy(curvature)
     backward(paused.model, 0)
-    assert not paused.stacks.flat_sums.any()
+    assert not paused.factors.flat_sums.any()
     curvature.close()
     closed = copy.deepcopy(curvature)
     assert not any(hooks_of(closed.model))
@@ -210,7 +210,7 @@ def test_a_function_that_says_when_to_listen_is_shared() -> None:
     copied = copy.deepcopy(curvature)
     listens[0] = False
     backward(copied.model, 0)
-    assert not copied.stacks.flat_sums.any()
+    assert not copied.factors.flat_sums.any()
 
 
 def test_without_a_function_a_copy_listens_when_its_own_model_trains() -> None:
@@ -218,7 +218,7 @@ def test_without_a_function_a_copy_listens_when_its_own_model_trains() -> None:
     copied = copy.deepcopy(curvature)
     model.eval()
     backward(copied.model, 0)
-    assert copied.stacks.flat_sums.any()
+    assert copied.factors.flat_sums.any()
 
 
 def test_a_fit_whose_optimizer_and_module_are_copied_goes_on_unmoved(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor
+from lightning_thor.factors.layout import SIDES
 from lightning_thor.schedules import Exponential
 
 
@@ -27,11 +28,11 @@ def batch(n: int, seed: int = 0) -> Tensor:
 
 
 def averages(curvature: Curvature) -> dict[int, Tensor]:
-    return {size: stack.average.clone() for size, stack in curvature.stacks.stacks.items()}
+    return {size: stack.average.clone() for size, stack in curvature.factors.batches.items()}
 
 
 def inverses(curvature: Curvature) -> dict[int, Tensor]:
-    return {size: stack.inverse.clone() for size, stack in curvature.stacks.stacks.items()}
+    return {size: stack.inverse.clone() for size, stack in curvature.factors.batches.items()}
 
 
 def observe(model: nn.Module, x: Tensor) -> None:
@@ -52,7 +53,7 @@ def test_the_kronecker_product_of_a_linear_model_is_its_fisher(precondition_bias
     y = layer(x)
     (0.5 * (y - (y.detach() + residuals)).square().sum(1)).mean().backward()
     curvature.update()
-    A, G = (curvature.stacks.blocks_of(factor, "average")[0, 0] for factor in (0, 1))
+    A, G = (curvature.factors.blocks(0, side, "average")[0, 0] for side in SIDES)
     homogeneous = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1) if precondition_bias else x
     per_sample = torch.einsum("ni,nj->nij", homogeneous, -residuals).flatten(1)
     torch.testing.assert_close(torch.kron(A, G), per_sample.T @ per_sample / len(x))
@@ -67,7 +68,7 @@ def test_preconditioning_solves_with_the_damped_factors(precondition_bias: bool)
     curvature.update()
     layer, module = curvature.layers["4"], model[4]
     index = 2 * list(curvature.layers).index("4")
-    A, G = (curvature.stacks.blocks_of(factor, "average")[0, 0] for factor in (index, index + 1))
+    A, G = (curvature.factors.blocks(index // 2, side, "average")[0, 0] for side in SIDES)
     pi = (A.trace() / len(A) / (G.trace() / len(G))).sqrt()
     A_damped = A + pi * 0.3**0.5 * torch.eye(len(A), dtype=A.dtype)
     G_damped = G + 0.3**0.5 / pi * torch.eye(len(G), dtype=G.dtype)
@@ -92,7 +93,7 @@ def test_the_sqrt_rule_on_a_convolution_is_nn_thors() -> None:
     curvature = Curvature(model, damping_rule="sqrt", damping=0.02, block_size=None, averaging=0.0)
     observe(model, batch(8))
     curvature.update()
-    A, G = (curvature.stacks.blocks_of(factor, "average")[0, 0] for factor in (0, 1))
+    A, G = (curvature.factors.blocks(0, side, "average")[0, 0] for side in SIDES)
     G_mean, damping = G / positions, (0.02 / positions) ** 0.5
     grad = model[0].weight.grad
     expected = torch.linalg.inv(G_mean + damping * torch.eye(6, dtype=G.dtype)) @ grad.view(6, 18)
@@ -107,8 +108,7 @@ def test_a_norm_divides_by_its_damped_diagonal(damping_rule: Any) -> None:
     curvature = Curvature(model, averaging=0.0, damping=0.5, damping_rule=damping_rule)
     observe(model, batch(8))
     curvature.update()
-    index = 2 * list(curvature.layers).index("5") + 1
-    diagonal = curvature.stacks.blocks_of(index, "average").flatten()
+    diagonal = curvature.factors.blocks(list(curvature.layers).index("5"), "G", "average").flatten()
     grads: dict[nn.Parameter, Tensor] = {p: p.grad for p in model.parameters() if p.grad is not None}
     damping = 0.5 * (diagonal.mean() if damping_rule == "trace" else 1.0)
     expected = torch.cat([grads[model[5].weight], grads[model[5].bias]]) / (diagonal + damping)
@@ -124,7 +124,7 @@ def test_an_embedding_divides_by_its_damped_token_frequencies() -> None:
     table(tokens).sin().mean().backward()
     curvature.update()
     frequency = tokens.flatten().bincount(minlength=7).double() / 6
-    G = curvature.stacks.blocks_of(1, "average")[0, 0]
+    G = curvature.factors.blocks(0, "G", "average")[0, 0]
     G_inverse = torch.linalg.inv(G + 0.5 * G.trace() / 4 * torch.eye(4, dtype=G.dtype))
     assert table.weight.grad is not None
     expected = (table.weight.grad / (frequency + 0.5 / 7)[:, None]) @ G_inverse
@@ -136,8 +136,8 @@ def test_blocks_are_the_whole_factors_masked() -> None:
     for curvature in (whole, partition):
         observe(curvature.model, batch(8))
         curvature.update()
-    A = whole.stacks.blocks_of(2 * 2, "average")[0, 0]
-    blocks = partition.stacks.blocks_of(2 * 2, "average")[0]
+    A = whole.factors.blocks(2, "A", "average")[0, 0]
+    blocks = partition.factors.blocks(2, "A", "average")[0]
     assert blocks.shape == (6, 16, 16)
     for k, block in enumerate(blocks):
         torch.testing.assert_close(block, A[16 * k : 16 * k + 16, 16 * k : 16 * k + 16])
@@ -182,7 +182,7 @@ def test_averaging_is_an_exponential_average_without_bias() -> None:
         curvature.update()
     weights = torch.tensor([0.8**3, 0.8**2, 0.8, 1.0], dtype=torch.float64)
     expected = sum(w * A for w, A in zip(weights / weights.sum(), seen, strict=True))
-    torch.testing.assert_close(curvature.stacks.blocks_of(0, "average")[0, 0], expected)
+    torch.testing.assert_close(curvature.factors.blocks(0, "A", "average")[0, 0], expected)
 
 
 def test_without_averaging_only_the_last_batch_counts() -> None:
@@ -223,7 +223,7 @@ def test_a_batch_that_is_not_finite_is_left_out_and_counted() -> None:
     observe(model, x)
     curvature.update()
     torch.testing.assert_close((averages(curvature), inverses(curvature)), before, rtol=0, atol=0)
-    assert curvature.stacks.rejected_windows == 4
+    assert curvature.factors.rejected_windows == 4
     observe(model, batch(8, seed=1))
     curvature.update()
     assert all(torch.isfinite(average).all() for average in averages(curvature).values())
@@ -235,9 +235,9 @@ def test_one_bad_layer_does_not_keep_the_others() -> None:
     for name, rows in (("0", torch.full((4, 3), float("nan"))), ("1", torch.randn(4, 3))):
         curvature.observe(name, rows, torch.randn(4, 3))
     curvature.update()
-    assert curvature.stacks.updates.tolist() == [0, 1]
-    assert curvature.stacks.rejected_windows == 1
-    torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse")[0, 0], torch.eye(3))
+    assert curvature.factors.updates.tolist() == [0, 1]
+    assert curvature.factors.rejected_windows == 1
+    torch.testing.assert_close(curvature.factors.blocks(0, "A", "inverse")[0, 0], torch.eye(3))
 
 
 def test_a_failed_inversion_keeps_the_last_good_inverse_and_is_counted() -> None:
@@ -246,24 +246,24 @@ def test_a_failed_inversion_keeps_the_last_good_inverse_and_is_counted() -> None
     observe(model, batch(8))
     curvature.update()
     good = inverses(curvature)
-    curvature.stacks.blocks_of(0, "average")[0, 0, 0, 0] = -1e6  # no covariance could become indefinite by itself
-    curvature.stacks.invert(curvature.stacks.select(tuple(range(4))), "sqrt", 1e-3, curvature.solve)
-    assert curvature.stacks.failed_inversions == 1
-    torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse"), good[18][:1][None], rtol=0, atol=0)
+    curvature.factors.blocks(0, "A", "average")[0, 0, 0, 0] = -1e6  # no covariance could become indefinite by itself
+    curvature.factors.invert(curvature.factors.index(tuple(range(4))), "sqrt", 1e-3, curvature.solve)
+    assert curvature.factors.failed_inversions == 1
+    torch.testing.assert_close(curvature.factors.blocks(0, "A", "inverse"), good[18][:1][None], rtol=0, atol=0)
 
 
 def test_a_block_that_never_had_an_inverse_falls_back_to_its_mean_eigenvalue() -> None:
     model = nn.Linear(3, 2, bias=False)
     curvature = Curvature(model)
     model(torch.randn(8, 3)).sum().backward()
-    whole = curvature.stacks.select((0,))
-    curvature.stacks.update_ema(whole, 0.0)
-    A = curvature.stacks.blocks_of(0, "average")[0, 0]
+    whole = curvature.factors.index((0,))
+    curvature.factors.update_ema(whole, 0.0)
+    A = curvature.factors.blocks(0, "A", "average")[0, 0]
     A[0, 0] -= 100.0
     A[1, 1] += 200.0
-    curvature.stacks.invert(whole, "trace", 0.2, curvature.solve)
+    curvature.factors.invert(whole, "trace", 0.2, curvature.solve)
     mean = A.trace() / 3
-    torch.testing.assert_close(curvature.stacks.blocks_of(0, "inverse")[0, 0], torch.eye(3) / (1.2 * mean))
+    torch.testing.assert_close(curvature.factors.blocks(0, "A", "inverse")[0, 0], torch.eye(3) / (1.2 * mean))
 
 
 def test_a_dead_layer_gets_no_inverse_until_it_lives() -> None:
@@ -282,11 +282,11 @@ def test_a_layer_that_is_silent_in_a_window_keeps_its_curvature() -> None:
     curvature = Curvature(model, update_every_n_steps=1, averaging=0.0)
     model[1](model[0](torch.randn(4, 3))).sin().mean().backward()
     curvature.update()
-    before = curvature.stacks.blocks_of(2, "inverse").clone()
+    before = curvature.factors.blocks(1, "A", "inverse").clone()
     model[0](torch.randn(4, 3)).sin().mean().backward()
     curvature.update()
-    torch.testing.assert_close(curvature.stacks.blocks_of(2, "inverse"), before, rtol=0, atol=0)
-    assert curvature.stacks.updates.tolist() == [2, 1]
+    torch.testing.assert_close(curvature.factors.blocks(1, "A", "inverse"), before, rtol=0, atol=0)
+    assert curvature.factors.updates.tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("part", [(0, 1), (0, 2), (1,)], ids=str)
@@ -299,15 +299,15 @@ def test_a_refresh_of_some_layers_is_that_of_all_and_leaves_the_others(part: tup
         curvature = Curvature(model, averaging=0.5)
         for chosen in ((0, 1, 2), *([layers] if layers else [])):
             model(torch.randn(6, 4)).sin().mean().backward()
-            selection = curvature.stacks.select(chosen)
-            curvature.stacks.update_ema(selection, 0.5)
-            curvature.stacks.invert(selection, "trace", 0.2, curvature.solve)
-        stacks = curvature.stacks
+            selection = curvature.factors.index(chosen)
+            curvature.factors.update_ema(selection, 0.5)
+            curvature.factors.invert(selection, "trace", 0.2, curvature.solve)
+        stacks = curvature.factors
         of_layers = [(2 * layer, 2 * layer + 1) for layer in range(3)]
         return [
             (
-                torch.cat([stacks.blocks_of(i, "average") for i in own]),
-                torch.cat([stacks.blocks_of(i, "inverse") for i in own]),
+                torch.cat([stacks.blocks(i // 2, SIDES[i % 2], "average") for i in own]),
+                torch.cat([stacks.blocks(i // 2, SIDES[i % 2], "inverse") for i in own]),
             )
             for own in of_layers
         ]
@@ -371,10 +371,10 @@ def refreshed_in(curvature: Curvature, steps: int, x: Tensor) -> list[set[str]]:
     """The layers that each of the next steps refreshes, by what changes."""
     found = []
     for _ in range(steps):
-        before = curvature.stacks.updates.clone()
+        before = curvature.factors.updates.clone()
         observe(curvature.model, x)
         curvature.update()
-        changed = (curvature.stacks.updates > before).tolist()
+        changed = (curvature.factors.updates > before).tolist()
         found.append({name for name, is_changed in zip(curvature.layers, changed, strict=True) if is_changed})
     return found
 
@@ -434,7 +434,7 @@ def test_staggered_a_layer_that_is_not_due_is_not_observed() -> None:
     curvature = Curvature(net(), update_every_n_steps=2, stagger=True)
     refreshed_in(curvature, 1, batch(8))
     observe(curvature.model, batch(8))
-    seen = curvature.stacks.counts[:, 0] > 0
+    seen = curvature.factors.counts[:, 0] > 0
     assert 0 < int(seen.sum()) < len(seen)
 
 

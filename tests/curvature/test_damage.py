@@ -117,7 +117,7 @@ def test_what_is_no_state_is_refused(state: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["updates", "positions", "next_turn", "turn_is_probe", "has_stopped", "A", "G", "A_added", "table_A", "table_G"],
+    ["updates", "positions", "next_turn", "has_stopped", "A", "G", "A_added", "table_A", "table_G"],
 )
 def test_a_layer_that_lacks_a_tensor_is_refused(key: str) -> None:
     state = saved()

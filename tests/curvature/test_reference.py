@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, register_layer
+from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers.registry import REGISTERED
 
 curvlinops = pytest.importorskip("curvlinops", reason="the reference K-FAC is not installed (make test installs it)")
@@ -60,7 +61,7 @@ def observed(model: nn.Module, x: Tensor, y: Tensor, statistics: str) -> Curvatu
 
 def dense_of(curvature: Curvature, name: str) -> Tensor:
     index = list(curvature.layers).index(name)
-    A, G = (curvature.stacks.blocks_of(factor, "average")[0, 0] for factor in (2 * index, 2 * index + 1))
+    A, G = (curvature.factors.blocks(index, side, "average")[0, 0] for side in SIDES)
     return torch.kron(G, A)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_thor import Curvature
 from lightning_thor.distributed.factor_reducer import FactorReducer, by_layer, by_size, check_split_indices
 from lightning_thor.distributed.shared_inversions import SharedInversions
+from lightning_thor.factors.layout import SIDES
 from tests.curvature.test_no_sync import Watch
 from tests.helpers.boring import without_words
 from tests.helpers.fakes import Recorded, Twins
@@ -142,18 +144,18 @@ def test_a_pair_that_comes_late_is_left_out_with_a_warning_and_never_again() -> 
         passes(curvature, late, 2)
     assert len(told) == 1
     passes(expected, exact, 1)
-    expected.step = 2
-    for factor in range(8):
+    expected._schedule.step = 2
+    for factor in product(range(4), SIDES):
         torch.testing.assert_close(
-            curvature.stacks.blocks_of(factor, "average"), expected.stacks.blocks_of(factor, "average")
+            curvature.factors.blocks(*factor, "average"), expected.factors.blocks(*factor, "average")
         )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         passes(curvature, late, 2)
     passes(expected, exact, 2)
-    for factor in range(8):
+    for factor in product(range(4), SIDES):
         torch.testing.assert_close(
-            curvature.stacks.blocks_of(factor, "average"), expected.stacks.blocks_of(factor, "average")
+            curvature.factors.blocks(*factor, "average"), expected.factors.blocks(*factor, "average")
         )
 
 
@@ -164,7 +166,7 @@ def test_a_skipped_step_ends_what_is_on_its_way_and_leaves_no_trace() -> None:
     chain(curvature.model, torch.randn(5, 6, dtype=torch.float64), 0).mean().backward()  # type: ignore[arg-type]
     curvature.discard()
     assert communicator.log[-8:] == ["start 28"] * 4 + ["wait 28"] * 4
-    assert curvature.stacks.flat_sums.abs().sum() == 0
+    assert curvature.factors.flat_sums.abs().sum() == 0
     torch.testing.assert_close(curvature.state_dict()["layers"]["1"], before, rtol=0, atol=0)
 
 
@@ -207,10 +209,10 @@ def test_counts_go_to_the_device_in_one_piece_whatever_the_number_of_layers() ->
         for _ in range(2):
             curvature.model(torch.randn(4, 3)).sum().backward()
         with Watch() as watch:
-            counts = curvature.stacks.counts
+            counts = curvature.factors.counts
         assert counts[:, :2].tolist() == [[8.0, 8.0]] * n
         with Watch() as again:
-            assert curvature.stacks.counts is counts
+            assert curvature.factors.counts is counts
         assert not again.called
         return sum(watch.called.values())
 
@@ -219,33 +221,32 @@ def test_counts_go_to_the_device_in_one_piece_whatever_the_number_of_layers() ->
 
 def test_a_bucket_that_starts_early_takes_the_counts_of_its_own_layers_alone() -> None:
     """Of fractions that are added up on the host the sum does not tell when other layers' buckets started."""
-    stacks = Curvature(layers().float(), block_size=3).stacks
-    whole, parts = Curvature(layers().float(), block_size=3).stacks, [0.1, 1e6 / 7, 0.3]
+    stacks = Curvature(layers().float(), block_size=3).factors
+    whole, parts = Curvature(layers().float(), block_size=3).factors, [0.1, 1e6 / 7, 0.3]
     for part in parts:
         for each in (stacks, whole):
             for layer in (0, 2, 3):
-                each.count(layer, 1, part)
-        flat = stacks.window_of(stacks.select((1,), (3,)))
-        torch.testing.assert_close(flat[-8:-4], torch.zeros(4), rtol=0, atol=0)
+                each.count(layer, 1, part, 0.0)
+        flat = stacks.pack_window(stacks.index((3,)))
     assert flat[-3] > 0
     torch.testing.assert_close(stacks.counts[:3], whole.counts[:3], rtol=0, atol=0)
     assert whole.counts[2, 1] == torch.tensor(sum(parts), dtype=torch.float32)
 
 
 def test_numbers_of_the_host_and_of_the_device_add_up() -> None:
-    stacks = Curvature(layers(), block_size=3).stacks
-    stacks.count(2, torch.tensor(3.0), 2.0)
-    stacks.count(2, 4, 0.5, 0.0, torch.tensor(7.0))
-    assert stacks.counts[2].tolist() == [7.0, 2.5, 0.0, 7.0]
-    stacks.count(2, 1, 1)
-    assert stacks.counts.tolist() == [[0.0] * 4, [0.0] * 4, [8.0, 3.5, 0.0, 7.0], [0.0] * 4]
+    stacks = Curvature(layers(), block_size=3).factors
+    stacks.count(2, torch.tensor(3.0), torch.tensor(2.0), 0.0)
+    stacks.count(2, 4, 0.5, 7.0)
+    assert stacks.counts[2].tolist() == [7.0, 2.5, 7.0, 0.0]
+    stacks.count(2, 1, 1, 0.0)
+    assert stacks.counts.tolist() == [[0.0] * 4, [0.0] * 4, [8.0, 3.5, 7.0, 0.0], [0.0] * 4]
 
 
 def test_what_is_counted_of_a_skipped_step_is_forgotten_with_it() -> None:
     curvature = train(chain, steps=1)
     chain(curvature.model, torch.randn(5, 6, dtype=torch.float64), 0).mean().backward()  # type: ignore[arg-type]
     curvature.discard()
-    assert not curvature.stacks.counts.any()
+    assert not curvature.factors.counts.any()
 
 
 # ── the order of backward ──
@@ -300,7 +301,7 @@ def test_staggered_and_resumed_each_turn_learns_its_own_order() -> None:
     curvature.close()
     for step in range(1, 5):
         communicator.log.clear()
-        due = resumed._schedule.due(resumed.step)
+        due = resumed._schedule.due()
         assert len(due) == 2
         misordered(model, communicator, step)
         resumed.update()
@@ -326,8 +327,8 @@ def test_processes_that_saw_other_orders_agree_on_one() -> None:
     for replay in (False, True):
         for share, order in enumerate(orders):
             communicator: Any = Recorded(3, share, sent, replay)
-            stacks = Curvature(layers(), block_size=3).stacks
-            window = FactorReducer(stacks, communicator, lambda: ((0, 1, 2, 3), ()), by_size(1), lambda: False)
+            stacks = Curvature(layers(), block_size=3).factors
+            window = FactorReducer(stacks, communicator, lambda: (0, 1, 2, 3), by_size(1), lambda: False)
             for layer in order:
                 window.expect(layer)
                 window.mark_ready(layer)

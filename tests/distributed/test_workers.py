@@ -175,9 +175,9 @@ def test_inverses_of_others_take_no_memory(mode: str) -> None:
     """All tensors that a curvature holds, by their storages, are what it says; and its share falls as 1 / groups."""
 
     def storages(curvature: Curvature) -> int:
-        stacks = curvature.stacks
+        stacks = curvature.factors
         held = [stacks.flat_sums, *(copy for copies in stacks.tied_averages.values() for copy in copies)]
-        for stack in stacks.stacks.values():
+        for stack in stacks.batches.values():
             assert all(tensor is not None for tensor in vars(stack).values())
             held += [tensor for name, tensor in vars(stack).items() if name in ("average", "inverse")]
         n_counts = stacks.counts.numel() * stacks.counts.element_size()
@@ -188,7 +188,7 @@ def test_inverses_of_others_take_no_memory(mode: str) -> None:
 
     whole = train(2, None, n_steps=1, mode=mode)[0].curvature
     parts = [one.curvature for one in train(4, 1, n_steps=1, mode=mode)]
-    inverses = sum(stack.inverse.nbytes for stack in whole.stacks.stacks.values())
+    inverses = sum(stack.inverse.nbytes for stack in whole.factors.batches.values())
     assert storages(whole) == said(whole)
     assert [storages(part) for part in parts] == [said(part) for part in parts]
     assert sum(said(whole) - said(part) for part in parts) == 3 * inverses
@@ -201,12 +201,12 @@ def test_the_table_at_the_start_of_a_fit_says_what_is_kept_here() -> None:
     communicator = Counting(2)
     curvature.connect(communicator, worker_grid=WorkerGrid(SingleProcess(), communicator))
     table = curvature_table(curvature)
-    n = len(curvature.layers) - len(curvature.stacks.has_inverse)
+    n = len(curvature.layers) - len(curvature.factors.has_inverse)
     assert f"KiB in all on this rank (others keep the inverses of {n}); " in str(table.caption)
     assert "in all; " in str(whole.caption)
     cells = [list(column.cells) for column in (whole.columns[0], whole.columns[4], table.columns[4])]
     for name, before, after in zip(*cells, strict=True):
-        own = name in curvature.layers and list(curvature.layers).index(str(name)) in curvature.stacks.has_inverse
+        own = name in curvature.layers and list(curvature.layers).index(str(name)) in curvature.factors.has_inverse
         assert (before == after) == (own or name not in curvature.layers)
 
 
@@ -234,7 +234,7 @@ def test_the_page_on_scaling_holds_what_is_kept_and_sent() -> None:
 
 def test_nothing_is_allocated_for_inverses_before_it_is_said_who_keeps_them() -> None:
     curvature = Curvature(Net())
-    assert not any("inverse" in vars(stack) for stack in curvature.stacks.stacks.values())
+    assert not any("inverse" in vars(stack) for stack in curvature.factors.batches.values())
 
 
 # ── messages ──
@@ -245,7 +245,7 @@ def test_a_step_takes_one_message_of_all_directions_and_a_refresh_one_number_mor
     lengths = []
     for trained in found[:2]:  # one of each group
         layers = list(trained.curvature.layers.values())
-        own = {p for index in trained.curvature.stacks.has_inverse for p in layers[index].parameters}
+        own = {p for index in trained.curvature.factors.has_inverse for p in layers[index].parameters}
         lengths.append(sum(p.numel() for p in own))
     number, directions = ("sum", 1, torch.int64), ("gather", max(lengths), torch.float64)
     assert max(lengths) < sum(lengths) == sum(p.numel() for p in NET.parameters())
@@ -324,7 +324,9 @@ def test_the_work_of_a_step_is_shared_out_evenly() -> None:
     assert [len(own) for own in found] == [3] * 4
     for trained in train(4, 1, n_steps=0):
         own = {
-            name for index, name in enumerate(trained.curvature.layers) if index in trained.curvature.stacks.has_inverse
+            name
+            for index, name in enumerate(trained.curvature.layers)
+            if index in trained.curvature.factors.has_inverse
         }
         for together in ({"table", "head"}, {f"attention.{role}_proj" for role in "qkv"}):
             assert together <= trained.curvature.layers.keys()
@@ -336,7 +338,7 @@ def test_the_work_of_a_step_is_shared_out_evenly() -> None:
 
 def spoil(curvature: Curvature, name: str) -> None:
     """Make a block of a layer's A indefinite, which no covariance becomes by itself."""
-    curvature.stacks.blocks_of(curvature._factors[name]["A"], "average")[0, 0, 0, 0] = -1e6
+    curvature.factors.blocks(list(curvature.layers).index(name), "A", "average")[0, 0, 0, 0] = -1e6
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
@@ -350,9 +352,9 @@ def test_a_failure_is_counted_once_on_all_processes_and_keeps_the_older_inverse(
         return trained
 
     (expected, *_), found = (on_ranks(4, n, work) for n in (None, n_workers))
-    assert int(expected.curvature.stacks.failed_inversions) == 2
+    assert int(expected.curvature.factors.failed_inversions) == 2
     for trained in found:
-        assert int(trained.curvature.stacks.failed_inversions) == 2
+        assert int(trained.curvature.factors.failed_inversions) == 2
         torch.testing.assert_close(trained.weights(), expected.weights(), rtol=1e-10, atol=1e-12)
 
 
@@ -418,7 +420,7 @@ def test_a_silent_layer_has_the_identity_after_a_checkpoint_too() -> None:
     def silent(place: Place) -> Trained:
         trained = fresh(place)
         trained.curvature.is_listening = lambda: False
-        trained.curvature._observer._checked = True
+        trained.curvature._accumulator._checked = True
         go_on(trained, range(1))
         return trained
 
@@ -442,7 +444,7 @@ def test_a_block_whose_inversion_failed_has_lost_its_older_inverse_and_that_is_t
         return trained
 
     first = on_ranks(4, 1, work)[0].curvature
-    kept = [name for index, name in enumerate(first.layers) if index in first.stacks.has_inverse]
+    kept = [name for index, name in enumerate(first.layers) if index in first.factors.has_inverse]
     lost = [name for name in ("body", "conv", "back") if name not in kept]
     assert lost
     used = alone()
@@ -450,7 +452,7 @@ def test_a_block_whose_inversion_failed_has_lost_its_older_inverse_and_that_is_t
     restored = used.curvature
     with pytest.warns(UserWarning, match=rf"and {len(lost)} blocks of them cannot be inverted.*raise damping"):
         restored.load_state_dict(first.state_dict())
-    assert int(restored.stacks.failed_inversions) == 3  # counted before, not again
+    assert int(restored.factors.failed_inversions) == 3  # counted before, not again
     for name in lost:
         own = restored.state_dict()["layers"][name]
         trace = own["A"].diagonal(dim1=-2, dim2=-1).sum()
@@ -464,10 +466,10 @@ def test_a_factor_that_became_zero_keeps_its_inverse_but_not_through_a_checkpoin
     """It has the identity over its last damping then."""
     trained = alone()
     go_on(trained, range(1))
-    stacks, name = trained.curvature.stacks, "body"
+    stacks, name = trained.curvature.factors, "body"
     before = copy.deepcopy(trained.curvature.state_dict()["layers"][name])
-    stacks.blocks_of(trained.curvature._factors[name]["G"], "average").zero_()
-    stacks.invert(stacks.select(tuple(stacks.has_inverse)), "trace", 0.7, trained.curvature.solve)
+    stacks.blocks(list(trained.curvature.layers).index(name), "G", "average").zero_()
+    stacks.invert(stacks.index(tuple(stacks.has_inverse)), "trace", 0.7, trained.curvature.solve)
     saved = copy.deepcopy(trained.curvature.state_dict())
     for key in ("G_added", "G_inverse"):
         torch.testing.assert_close(saved["layers"][name][key], before[key], rtol=0, atol=0)

@@ -100,7 +100,7 @@ def everything(trainer: L.Trainer) -> list[Tensor]:
     tensors = [p.detach().clone() for p in module.parameters()]
     for p in module.parameters():
         tensors += [torch.as_tensor(value) for value in optimizer.state[p].values()] if p in optimizer.state else []
-    for stack in curvature.stacks.stacks.values():
+    for stack in curvature.factors.batches.values():
         tensors += [stack.average, stack.inverse, stack.inverted.float()]
     tensors += [torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64)]
     tensors += [torch.tensor([curvature.step, trainer.global_step])]

@@ -259,11 +259,11 @@ def fit(
         "optimizer": whole(optimizer),
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "curvature": curvature.state_dict(),
-        "window": float(curvature.stacks.flat_sums.abs().sum()),
-        "inverse_bytes": sum(stack.inverse.nbytes for stack in curvature.stacks.stacks.values()),
+        "window": float(curvature.factors.flat_sums.abs().sum()),
+        "inverse_bytes": sum(stack.inverse.nbytes for stack in curvature.factors.batches.values()),
         "said_bytes": sum(map(curvature.n_bytes, curvature.layers)),
-        "travelling": sum(map(curvature.stacks.packed_bytes, range(len(curvature.layers))))
-        // curvature.stacks.dtype.itemsize,
+        "travelling": sum(map(curvature.factors.packed_bytes, range(len(curvature.layers))))
+        // curvature.factors.dtype.itemsize,
         "collectives": calls,
         "all_reduces": only("all_reduce", calls),
         "counts": log.counts,

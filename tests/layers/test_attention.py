@@ -14,6 +14,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor
+from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers.base import attention_uses
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.hooks import Hooks
@@ -119,7 +120,7 @@ def test_the_numbers_of_the_model_do_not_change(name: str) -> None:
     values = [loss(model) for model in (attention, watched)]
     for value in values:
         value.backward()
-    assert curvature.stacks.flat_sums.abs().sum() > 0
+    assert curvature.factors.flat_sums.abs().sum() > 0
     torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)
     for p, q in zip(attention.parameters(), watched.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
@@ -165,8 +166,8 @@ def test_it_is_preconditioned_as_the_same_attention_written_with_linear_layers(
         ours_index, theirs_index = list(ours.layers).index(name), list(theirs.layers).index(name)
         for side in (0, 1):
             torch.testing.assert_close(
-                ours.stacks.blocks_of(2 * ours_index + side, "average"),
-                theirs.stacks.blocks_of(2 * theirs_index + side, "average"),
+                ours.factors.blocks(ours_index, SIDES[side], "average"),
+                theirs.factors.blocks(theirs_index, SIDES[side], "average"),
                 rtol=1e-8,
                 atol=1e-12,
             )
@@ -188,7 +189,7 @@ def averages(model: nn.Module, backward: Callable[[nn.Module], None]) -> list[Te
     curvature.update()
     curvature.close()
     assert not _get_current_function_mode_stack()
-    found = [stack.average for stack in curvature.stacks.stacks.values()]
+    found = [stack.average for stack in curvature.factors.batches.values()]
     assert all(average.abs().sum() > 0 for average in found)
     return found
 
@@ -244,7 +245,7 @@ def test_statistics_are_float32_under_autocast() -> None:
         model(X.float()).float().sin().mean().backward()
     curvature.update()
     x = X.float().flatten(0, 1)
-    A = curvature.stacks.blocks_of(0, "average")[0, 0]
+    A = curvature.factors.blocks(0, "A", "average")[0, 0]
     torch.testing.assert_close(A, x.T @ x / len(x), rtol=1e-5, atol=1e-6)  # bfloat16 would be 1e-2 off
 
 
@@ -276,7 +277,7 @@ def test_only_the_projection_that_is_due_is_observed() -> None:
     observed = []
     for _ in range(5):
         attention(x, x, x)[0].square().mean().backward()
-        observed.append((curvature.stacks.counts[:, 0] > 0).sum().item())
+        observed.append((curvature.factors.counts[:, 0] > 0).sum().item())
         optimizer.step()
         optimizer.zero_grad()
     assert observed == [4, 1, 1, 1, 1]
@@ -288,7 +289,7 @@ def test_a_frozen_input_projection_leaves_the_output_projection_observed() -> No
     attention.in_proj_weight.requires_grad_(False)
     x = torch.randn(L, N, E, requires_grad=True)
     attention(x, x, x)[0].square().mean().backward()
-    assert (curvature.stacks.counts[:, 0] > 0).tolist() == [False, False, False, True]
+    assert (curvature.factors.counts[:, 0] > 0).tolist() == [False, False, False, True]
 
 
 def test_on_a_step_that_is_not_due_it_runs_as_without_hooks_and_on_no_step_does_it_wait() -> None:
@@ -314,4 +315,4 @@ def test_an_empty_batch_is_observed_as_nothing() -> None:
     curvature = Curvature(attention)
     x = torch.randn(L, 0, E)
     attention(x, x, x)[0].sum().backward()
-    assert curvature.stacks.flat_sums.abs().sum() == 0
+    assert curvature.factors.flat_sums.abs().sum() == 0

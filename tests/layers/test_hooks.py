@@ -26,7 +26,7 @@ def curvature_of(model: nn.Module, backward: Callable[[nn.Module], None]) -> Cur
 
 
 def factors(curvature: Curvature) -> list[Tensor]:
-    return [stack.average for stack in curvature.stacks.stacks.values()]
+    return [stack.average for stack in curvature.factors.batches.values()]
 
 
 def assert_same_statistics(one: Curvature, other: Curvature) -> None:
@@ -108,8 +108,8 @@ def test_a_layer_called_twice_sums_both_calls() -> None:
     curvature = curvature_of(layer, backward)
     A = sum(a.T @ a for a, _ in seen) / (2 * len(X))
     G = sum((len(X) * g).T @ (len(X) * g) for _, g in seen) / len(X)
-    torch.testing.assert_close(curvature.stacks.blocks_of(0, "average")[0, 0], A)
-    torch.testing.assert_close(curvature.stacks.blocks_of(1, "average")[0, 0], G)
+    torch.testing.assert_close(curvature.factors.blocks(0, "A", "average")[0, 0], A)
+    torch.testing.assert_close(curvature.factors.blocks(0, "G", "average")[0, 0], G)
 
 
 def test_a_gradient_penalty_pass_contributes_nothing(reference: Curvature) -> None:
@@ -147,7 +147,7 @@ def test_a_layer_frozen_later_contributes_nothing() -> None:
     plain(model)
     with pytest.warns(UserWarning, match="not observed before the first step"):
         curvature.update()
-    assert curvature.stacks.updates.tolist() == [1, 0, 1]
+    assert curvature.factors.updates.tolist() == [1, 0, 1]
 
 
 def test_channels_last_gives_the_same_statistics() -> None:
@@ -189,7 +189,7 @@ def test_no_hook_makes_a_compiled_model_compile_again(options: dict[str, Any]) -
         # The first layer's input has no gradient, so that some code is compiled twice in the first step.
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             compiled(X).sin().mean().backward()
-        observed.append(int((curvature.stacks.counts[:, 0] > 0).sum()))
+        observed.append(int((curvature.factors.counts[:, 0] > 0).sum()))
         curvature.update()
         frames = len(graphs), sum(torch._dynamo.utils.counters["frames"].values())
         if step == 0:
@@ -243,10 +243,10 @@ def test_hooks_do_nothing_on_steps_where_no_layer_is_due() -> None:
     curvature.update()
     for _ in range(2):
         plain(model)
-        assert curvature.stacks.flat_sums.abs().sum() == 0
+        assert curvature.factors.flat_sums.abs().sum() == 0
         curvature.update()
     plain(model)
-    assert curvature.stacks.flat_sums.abs().sum() > 0
+    assert curvature.factors.flat_sums.abs().sum() > 0
 
 
 def test_no_hook_is_left_after_close() -> None:
@@ -263,7 +263,7 @@ def test_statistics_are_float32_under_autocast(dtype: torch.dtype) -> None:
         loss = model(X.float()).float().sin().mean()
     loss.backward()
     curvature.update()
-    A = curvature.stacks.blocks_of(0, "average")[0, 0]
+    A = curvature.factors.blocks(0, "A", "average")[0, 0]
     assert A.dtype == torch.float32
     torch.testing.assert_close(A, (X.T @ X / len(X)).float(), rtol=1e-5, atol=1e-6)  # bfloat16 would be 1e-2 off
 
@@ -307,7 +307,7 @@ def test_an_input_changed_in_place_afterwards_is_left_out_and_told() -> None:
         x += 1.0
     with pytest.warns(UserWarning, match="input of layer '0' was changed in place"):
         y.float().sin().mean().backward()
-    assert (curvature.stacks.counts[:, 0] > 0).tolist() == [False, True, True]
+    assert (curvature.factors.counts[:, 0] > 0).tolist() == [False, True, True]
 
 
 def test_a_linear_layer_called_with_another_keyword() -> None:
@@ -318,7 +318,7 @@ def test_a_linear_layer_called_with_another_keyword() -> None:
     layer = Mine(5, 3).double()
     curvature = Curvature(layer)
     layer(rows=X).sum().backward()
-    torch.testing.assert_close(curvature.stacks.blocks_of(0, "sums")[0, 0], X.T @ X)
+    torch.testing.assert_close(curvature.factors.blocks(0, "A", "sums")[0, 0], X.T @ X)
 
 
 class Full(nn.Module):
@@ -341,7 +341,7 @@ def test_under_autocast_no_input_waits_whole_for_its_gradient() -> None:
             loss = model(x).float().square().mean()
         assert (inputs[-1]() is None) == (max_rows == 30)
         loss.backward()
-        found.append(curvature.stacks.blocks_of(2, "sums").clone())
+        found.append(curvature.factors.blocks(1, "A", "sums").clone())
         curvature.close()
     whole = model[:2](x).detach().reshape(-1, 8)
     taken = whole[subsample(100, 30, torch.device("cpu"))]

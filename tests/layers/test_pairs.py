@@ -23,12 +23,13 @@ from torch.utils.checkpoint import checkpoint
 from lightning_thor import Curvature, Thor
 from lightning_thor.distributed.factor_reducer import by_size
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
+from lightning_thor.factors.layout import SIDES
 
 WIDTH, OUT = 6, 5
 
 
 def factors(curvature: Curvature) -> list[Tensor]:
-    return [stack.average for stack in curvature.stacks.stacks.values()]
+    return [stack.average for stack in curvature.factors.batches.values()]
 
 
 def observed(model: nn.Module, train: Callable[[nn.Module], Any], **options: Any) -> Curvature:
@@ -505,7 +506,7 @@ def test_a_backward_pass_of_some_leaves_observes_these_alone() -> None:
     loss_of(model).backward(inputs=[model[3].weight, model[5].bias])
     with pytest.warns(UserWarning, match="3 of 4 layers with curvature were not observed"):
         curvature.update()
-    assert curvature.stacks.updates.tolist() == [0, 0, 1, 0]
+    assert curvature.factors.updates.tolist() == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -541,8 +542,8 @@ def test_a_pair_whose_gradient_comes_after_the_step_is_none_of_the_next_refresh(
     curvature.update()
     (1000 * kept.mean()).backward()
     (1000 * late.mean()).backward()
-    assert curvature.stacks.flat_sums.abs().sum() == 0
-    assert not curvature.stacks.counts.any()
+    assert curvature.factors.flat_sums.abs().sum() == 0
+    assert not curvature.factors.counts.any()
 
 
 # ── inputs of other kinds ──
@@ -622,7 +623,7 @@ def test_features_made_in_inference_mode_under_autocast() -> None:
         loss.backward()
 
     curvature = observed(model, train)
-    assert curvature.stacks.updates.tolist() == [1, 1, 1, 1]
+    assert curvature.factors.updates.tolist() == [1, 1, 1, 1]
 
 
 # ── silence ──
@@ -828,7 +829,7 @@ def test_the_scale_of_the_loss_does_not_matter(mode: str, dtype: torch.dtype, ex
         torch.testing.assert_close(
             one.abs() if mode == "adam" else one, other.abs() if mode == "adam" else other, rtol=rtol, atol=rtol
         )
-    assert curvature.stacks.failed_inversions == curvature.stacks.rejected_windows == 0
+    assert curvature.factors.failed_inversions == curvature.factors.rejected_windows == 0
 
 
 @pytest.mark.parametrize("rule", ["trace", "pi", "sqrt"])
@@ -842,7 +843,7 @@ def test_weights_stay_finite_whatever_the_scale_of_the_loss(mode: Any, rule: Any
         optimizer.zero_grad()
         (model(X.float()).sin().mean() * 10.0**exponent).backward()
         optimizer.step()
-    kept = [stack.inverse for stack in curvature.stacks.stacks.values()]
+    kept = [stack.inverse for stack in curvature.factors.batches.values()]
     assert all(bool(torch.isfinite(x).all()) for x in [*kept, *factors(curvature), *model.parameters()])
 
 
@@ -897,7 +898,7 @@ def trained(rows: slice, n_ranks: int, scale: float) -> dict[str, Any]:
     model, generator = Odd(), torch.Generator().manual_seed(2)
     curvature = Curvature(model, update_every_n_steps=1, averaging=0.5)
     if n_ranks > 1:
-        curvature.connect(ProcessGroupCommunicator(), cut=by_size(1), is_sync_step=lambda: True)
+        curvature.connect(ProcessGroupCommunicator(), bucket_fn=by_size(1), is_sync_step=lambda: True)
     told = []
     for _ in range(2):
         clean(model)
@@ -920,7 +921,7 @@ def true_factors(curvature: Curvature) -> list[Tensor]:
     found = []
     for index, layer in enumerate(curvature.layers.values()):
         if layer.is_preconditioned and layer.A is not None:
-            A, G = (curvature.stacks.blocks_of(2 * index + side, "average").clone() for side in (0, 1))
+            A, G = (curvature.factors.blocks(index, SIDES[side], "average").clone() for side in (0, 1))
             found += [A, G * curvature.gradient_unit * curvature.gradient_unit]
     return found
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
+from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers.base import Layer, RowsOf, subsample
 from lightning_thor.layers.conv import conv_rows
 from lightning_thor.layers.discovery import discover_layers
@@ -164,8 +165,8 @@ def test_factors_are_those_of_per_sample_gradients(name: str, loss_reduction: st
         A += (a @ a.mT)[:, None] / (len(x) * g.shape[-1])
         G += (g @ g.mT)[:, None] / len(x)
     if A is not None:
-        torch.testing.assert_close(curvature.stacks.blocks_of(0, "average"), A, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(curvature.stacks.blocks_of(1, "average"), G, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(curvature.factors.blocks(0, "A", "average"), A, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(curvature.factors.blocks(0, "G", "average"), G, rtol=1e-10, atol=1e-12)
 
 
 def brute_force_patches(layer: Layer, sample: Tensor, y: Tensor) -> Tensor:
@@ -191,10 +192,8 @@ def test_positions_of_a_sequence_are_samples() -> None:
     sequence.model(x).sin().mean().backward()
     for curvature in (flat, sequence):
         curvature.update()
-    for factor in (0, 1):
-        torch.testing.assert_close(
-            sequence.stacks.blocks_of(factor, "average"), flat.stacks.blocks_of(factor, "average")
-        )
+    for side in SIDES:
+        torch.testing.assert_close(sequence.factors.blocks(0, side, "average"), flat.factors.blocks(0, side, "average"))
 
 
 def test_max_rows_takes_rows_evenly_and_keeps_their_scale() -> None:
@@ -204,9 +203,9 @@ def test_max_rows_takes_rows_evenly_and_keeps_their_scale() -> None:
     model(x).square().mean().backward()
     for curvature in (whole, part):
         curvature.update()
-    assert part.stacks.counts.sum() == 0  # cleared
-    for factor in (0, 1):  # all rows are alike, so some of them give the same expectation
-        torch.testing.assert_close(part.stacks.blocks_of(factor, "average"), whole.stacks.blocks_of(factor, "average"))
+    assert part.factors.counts.sum() == 0  # cleared
+    for side in SIDES:  # all rows are alike, so some of them give the same expectation
+        torch.testing.assert_close(part.factors.blocks(0, side, "average"), whole.factors.blocks(0, side, "average"))
 
 
 @pytest.mark.parametrize(
@@ -219,12 +218,12 @@ def test_processes_share_max_rows(n_processes: int, max_rows: int | None, rows: 
     curvature = Curvature(model, max_rows=max_rows)
     curvature.connect(Twins(n_processes))
     model(torch.randn(3000, 4)).square().mean().backward()
-    assert curvature.stacks.counts[0, 0] == rows
+    assert curvature.factors.counts[0, 0] == rows
     model.zero_grad()
     curvature.discard()
     with torch.autocast("cpu", torch.bfloat16):  # the input is kept by the hooks, thinned
         model(torch.randn(3000, 4)).square().mean().backward()
-    assert curvature.stacks.counts[0, 0] == rows
+    assert curvature.factors.counts[0, 0] == rows
 
 
 LINES = {
@@ -351,8 +350,8 @@ def test_norms_of_some_samples_have_the_expectation_of_all(norm: nn.Module, max_
         model(x.roll(start, 0)).sin().sum((1, 2, 3)).mean().backward()
         for curvature in (whole, part):
             curvature.update()
-        found.append(part.stacks.blocks_of(1, "average").clone())
-    torch.testing.assert_close(torch.stack(found).mean(0), whole.stacks.blocks_of(1, "average"))
+        found.append(part.factors.blocks(0, "G", "average").clone())
+    torch.testing.assert_close(torch.stack(found).mean(0), whole.factors.blocks(0, "G", "average"))
     assert not torch.allclose(found[0], found[1])
 
 
@@ -367,7 +366,7 @@ def test_of_samples_that_are_alike_some_give_a_norm_the_same_G(norm: nn.Module, 
     (losses.mean() if loss_reduction == "mean" else losses.sum()).backward()
     for curvature in (whole, part):
         curvature.update()
-    torch.testing.assert_close(part.stacks.blocks_of(1, "average"), whole.stacks.blocks_of(1, "average"))
+    torch.testing.assert_close(part.factors.blocks(0, "G", "average"), whole.factors.blocks(0, "G", "average"))
 
 
 def test_rows_that_are_left_out_do_not_change_the_expectation() -> None:
@@ -378,9 +377,9 @@ def test_rows_that_are_left_out_do_not_change_the_expectation() -> None:
     model(x).square().mean().backward()
     for curvature in (whole, part):
         curvature.update()
-    torch.testing.assert_close(part.stacks.positions, whole.stacks.positions)
-    for factor in (0, 1):
-        torch.testing.assert_close(part.stacks.blocks_of(factor, "average"), whole.stacks.blocks_of(factor, "average"))
+    torch.testing.assert_close(part.factors.positions, whole.factors.positions)
+    for side in SIDES:
+        torch.testing.assert_close(part.factors.blocks(0, side, "average"), whole.factors.blocks(0, side, "average"))
 
 
 @pytest.mark.parametrize(
@@ -396,9 +395,9 @@ def test_rows_that_are_left_out_do_not_change_the_expectation() -> None:
 def test_an_empty_batch_is_observed_as_nothing(layer: nn.Module, x: Tensor) -> None:
     curvature = Curvature(layer)
     layer(x).sum().backward()
-    assert curvature.stacks.flat_sums.abs().sum() == 0
+    assert curvature.factors.flat_sums.abs().sum() == 0
     curvature.update()
-    assert curvature.stacks.updates.sum() == 0
+    assert curvature.factors.updates.sum() == 0
     assert all(torch.isfinite(d).all() for d in curvature.precondition({layer.weight: layer.weight.grad}).values())
 
 
@@ -425,8 +424,8 @@ def test_reduced_factors_are_those_of_averaged_inputs_and_summed_gradients(name:
         a, g = a.mean(-1, keepdim=True), g.sum(-1, keepdim=True)
         A += (a @ a.mT)[:, None] / len(x)
         G += (g @ g.mT)[:, None] / len(x)
-    torch.testing.assert_close(curvature.stacks.blocks_of(0, "average"), A, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(curvature.stacks.blocks_of(1, "average"), G, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(curvature.factors.blocks(0, "A", "average"), A, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(curvature.factors.blocks(0, "G", "average"), G, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("precondition_bias", [False, True])

@@ -121,7 +121,7 @@ def test_every_matrix_is_preconditioned_and_the_table_says_so(name: str, tmp_pat
     table = curvature_table(curvature)
     said = dict(zip(table.columns[0].cells, table.columns[3].cells, strict=True))
     used = {use.name: layer for layer in curvature.layers.values() for use in layer.uses}
-    updates = dict(zip(curvature.layers, curvature.stacks.updates.tolist(), strict=True))
+    updates = dict(zip(curvature.layers, curvature.factors.updates.tolist(), strict=True))
     matrices = {
         module_name: layer
         for module_name, layer in module.named_modules()

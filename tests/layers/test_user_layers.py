@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, register_layer
+from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.registry import REGISTERED
 from tests.helpers.formulas import preconditioned
@@ -48,7 +49,7 @@ def statistics_of(model: nn.Module, x: Tensor, name: str, **options: Any) -> tup
     curvature.update()
     curvature.close()
     index = list(curvature.layers).index(name)
-    return curvature, [curvature.stacks.blocks_of(2 * index + side, "average") for side in (0, 1)]
+    return curvature, [curvature.factors.blocks(index, SIDES[side], "average") for side in (0, 1)]
 
 
 @pytest.mark.parametrize("max_rows", [None, 7])
@@ -73,8 +74,8 @@ def test_a_registered_layer_is_what_it_would_be_as_linear_layers(statistics: str
     halves = Halves()
     theirs, _ = statistics_of(halves, x, "halves.0", **options)
     for index in (0, 1):
-        torch.testing.assert_close(A[index], theirs.stacks.blocks_of(2 * index, "average")[0])
-        torch.testing.assert_close(G[index], theirs.stacks.blocks_of(2 * index + 1, "average")[0])
+        torch.testing.assert_close(A[index], theirs.factors.blocks(index, "A", "average")[0])
+        torch.testing.assert_close(G[index], theirs.factors.blocks(index, "G", "average")[0])
     kernel = model[0].kernel
     assert kernel.grad is not None
     layer = ours.layers["0"]
@@ -203,9 +204,9 @@ def test_the_blocks_of_a_fused_layer_are_those_of_its_parts(precondition_bias: b
     assert y.grad is not None
     full = y.grad.T @ y.grad * len(x)
     expected = torch.stack([full[i : i + 3, i : i + 3] for i in range(0, 18, 3)])
-    torch.testing.assert_close(curvature.stacks.blocks_of(1, "average").flatten(0, 1), expected)
+    torch.testing.assert_close(curvature.factors.blocks(0, "G", "average").flatten(0, 1), expected)
     found = curvature.precondition({p: p.grad for p in model.parameters() if p.grad is not None})
-    A_inverse, G_inverse = (curvature.stacks.blocks_of(i, "inverse") for i in (0, 1))
+    A_inverse, G_inverse = (curvature.factors.blocks(0, side, "inverse") for side in SIDES)
     A_dense, G_dense = (torch.block_diag(*inverse.flatten(0, 1)) for inverse in (A_inverse, G_inverse))
     weight, bias = model[0].weight, model[0].bias
     assert weight.grad is not None
@@ -259,5 +260,5 @@ def test_the_trained_matrices_of_a_lora_have_curvature_and_the_frozen_one_has_no
     optimizer = Thor([p for p in model.parameters() if p.requires_grad], preconditioner=curvature)
     model(x).sin().mean().backward()
     optimizer.step()
-    assert curvature.stacks.updates.tolist() == [1, 1, 1, 1]
-    torch.testing.assert_close(curvature.stacks.blocks_of(0, "average")[0, 0], x.T @ x / len(x))
+    assert curvature.factors.updates.tolist() == [1, 1, 1, 1]
+    torch.testing.assert_close(curvature.factors.blocks(0, "A", "average")[0, 0], x.T @ x / len(x))

@@ -114,7 +114,7 @@ def test_a_divisor_of_the_width_needs_no_padding() -> None:
 
 @pytest.mark.parametrize("one_by_one", [set(), {"cpu"}], ids=["as on a GPU", "as on a CPU"])
 def test_a_product_with_blocks_goes_to_its_columns(monkeypatch: pytest.MonkeyPatch, one_by_one: set[str]) -> None:
-    monkeypatch.setattr(block_diagonal, "ONE_BY_ONE", one_by_one)
+    monkeypatch.setattr(block_diagonal, "UNBATCHED_DEVICES", one_by_one)
     torch.manual_seed(3)
     matrix, factor = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(3, 4, 4, dtype=torch.float64)
     expected = (matrix.flatten(1) @ torch.block_diag(*factor)).view_as(matrix)

@@ -136,14 +136,14 @@ def test_what_is_kept_of_a_block_is_finite_whatever_the_factor(keeping: Any, exp
         torch.device("cpu"),
         decomposition=keeping,
     )
-    for factor, power in ((0, exponent), (1, others)):
-        blocks = stacks.blocks_of(factor, "average")
+    for factor, power in (("A", exponent), ("G", others)):
+        blocks = stacks.blocks(0, factor, "average")
         x = torch.randn_like(blocks)
         blocks.copy_((x @ x.mT * 10.0**power).nan_to_num(posinf=3e38))
         # Indefinite: not to be inverted.
         blocks[0, 0, 0, 0] = -blocks[0, 0, 0, 0].abs()
     stacks.updates.fill_(1.0)
-    selection = stacks.select((0,))
+    selection = stacks.index((0,))
     stacks.invert(selection, "trace", 0.2, lambda problems: {n: keeping.make(*one) for n, one in problems.items()})
-    for stack in stacks.stacks.values():
+    for stack in stacks.batches.values():
         assert bool(torch.isfinite(stack.inverse).all())

@@ -132,22 +132,22 @@ def follow_factors(
     optimizer: MindSporeThor, z: dict[str, Any], meta: dict[str, Any], update: int, case: str, first: bool
 ) -> None:
     """Raw A and G, and the inverses, in nn.thor's units: G without its factor batch_size² / loss_scale²."""
-    stacks, names = optimizer.curvature.stacks, list(optimizer.curvature.layers)
+    stacks, names = optimizer.curvature.factors, list(optimizer.curvature.layers)
     assert names == meta["layers"]
     per_sample = (meta["batch_size"] / meta["loss_scale"]) ** 2
     for i, name in enumerate(names):
         positions = float(stacks.positions[i])
         counted = meta["batch_size"] if name == "embedding" else 1  # recorded: counts, not yet over batch_size
-        A = counted * stacks.blocks_of(2 * i, "average")
+        A = counted * stacks.blocks(i, "A", "average")
         close(A, z[f"A/{name}"][update], first, f"A of {name}, update {update}")
-        G = stacks.blocks_of(2 * i + 1, "average") / positions / per_sample
+        G = stacks.blocks(i, "G", "average") / positions / per_sample
         close(G, z[f"G/{name}"][update], first, f"G of {name}, update {update}")
         # Convolutions there: 1 / positions is shared by both inverses on a GPU, and a factor of its own on Ascend.
         share = 0.0 if case.endswith("ascend_translit") else 0.5
-        A_inverse = stacks.blocks_of(2 * i, "inverse") / positions**share
+        A_inverse = stacks.blocks(i, "A", "inverse") / positions**share
         close(A_inverse, z[f"Ainv/{name}"][update], first, f"A⁻¹ of {name}, update {update}")
         if name != "embedding":  # wrong there
-            G_inverse = stacks.blocks_of(2 * i + 1, "inverse") * positions ** (1 - share)
+            G_inverse = stacks.blocks(i, "G", "inverse") * positions ** (1 - share)
             close(G_inverse, z[f"Ginv/{name}"][update], first, f"G⁻¹ of {name}, update {update}")
 
 
@@ -283,7 +283,9 @@ def test_its_state_can_be_saved_without_a_trainer() -> None:
     twin = thor(copy.deepcopy(net), 0.1, 0.1, 0.9)
     twin.load_state_dict(torch.load(file, weights_only=True))
     assert twin.curvature.step == 1
-    torch.testing.assert_close(twin.curvature.stacks.stacks[4].inverse, optimizer.curvature.stacks.stacks[4].inverse)
+    torch.testing.assert_close(
+        twin.curvature.factors.batches[4].inverse, optimizer.curvature.factors.batches[4].inverse
+    )
 
 
 def test_the_callback_beside_it_is_told(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def basis(curvature: Curvature, name: str, side: str) -> Tensor:
     layer = curvature.layers[name]
     blocks = layer.A if side == "A" else layer.G
     assert blocks is not None
-    average = curvature.stacks.blocks_of(curvature._factors[name][side], "average")
+    average = curvature.factors.blocks(list(curvature.layers).index(name), side, "average")
     widths = [min(blocks.size, blocks.width - start) for start in range(0, blocks.width, blocks.size)]
     return torch.stack(
         [
@@ -114,7 +114,7 @@ def test_a_block_that_failed_keeps_its_basis(monkeypatch: pytest.MonkeyPatch) ->
     curvature.update()
     after = {name: list(curvature.inverses_of(name)) for name in curvature.layers}
     torch.testing.assert_close(after, before, rtol=0, atol=0)
-    assert curvature.stacks.failed_inversions > 0
+    assert curvature.factors.failed_inversions > 0
 
 
 # ── coordinates ──
@@ -429,7 +429,7 @@ def test_workers_that_keep_the_bases_of_some_layers_are_refused() -> None:
         world_size = 2
 
     with pytest.raises(ValueError, match="inverse_workers must be None with mode='adam'"):
-        Curvature(net(), mode="adam").connect(SingleProcess(), workers=WorkerGrid(SingleProcess(), Two()))
+        Curvature(net(), mode="adam").connect(SingleProcess(), worker_grid=WorkerGrid(SingleProcess(), Two()))
 
 
 def test_a_preconditioner_without_a_basis_is_told() -> None:

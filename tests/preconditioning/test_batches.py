@@ -23,10 +23,10 @@ from tests.helpers.formulas import preconditioned
 @pytest.fixture(autouse=True)
 def _together(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; all other tests are as on a CPU."""
-    monkeypatch.setattr(memory, "ALONE", set())
+    monkeypatch.setattr(memory, "UNMERGED_DEVICES", set())
     monkeypatch.setattr(memory, "HOST", set())
     for module in (grouping, block_diagonal):
-        monkeypatch.setattr(module, "ONE_BY_ONE", set())
+        monkeypatch.setattr(module, "UNBATCHED_DEVICES", set())
 
 
 def net() -> nn.Module:
@@ -85,7 +85,7 @@ def test_a_curvature_that_keeps_some_inverses_batches_those() -> None:
     """The inverses of the others are not there, so what is kept lies otherwise."""
     curvature, grads = observed(net())
     everything = curvature.precondition(grads)
-    stacks, names = curvature.stacks, list(curvature.layers)
+    stacks, names = curvature.factors, list(curvature.layers)
     kept = {name: curvature.inverses_of(name) for name in names}
     copies = {name: tuple(None if one is None else one.clone() for one in own) for name, own in kept.items()}
     chosen = [index for index, name in enumerate(names) if name not in ("8", "2")]
@@ -113,8 +113,8 @@ def test_some_rows_at_a_time_are_the_whole_product(
     factors that are not symmetric."""
     torch.manual_seed(5)
     for module in (grouping, block_diagonal):
-        monkeypatch.setattr(module, "ONE_BY_ONE", one_by_one)
-    monkeypatch.setattr(grouping, "ENTRIES_AT_ONCE", {"cpu": entries})
+        monkeypatch.setattr(module, "UNBATCHED_DEVICES", one_by_one)
+    monkeypatch.setattr(grouping, "ROW_CHUNK_NUMEL", {"cpu": entries})
     model = nn.ModuleDict(
         {
             "table": nn.Embedding(11, 12),

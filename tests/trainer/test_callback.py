@@ -146,8 +146,8 @@ def test_an_uneven_last_window_is_weighed_by_its_rows(tmp_path: Path) -> None:
     reference.update()
     curvature = callback_of(found).curvature
     assert curvature is not None
-    for size, stack in reference.stacks.stacks.items():
-        torch.testing.assert_close(curvature.stacks.stacks[size].average, stack.average, rtol=1e-9, atol=1e-12)
+    for size, stack in reference.factors.batches.items():
+        torch.testing.assert_close(curvature.factors.batches[size].average, stack.average, rtol=1e-9, atol=1e-12)
 
 
 def test_a_training_step_without_loss_is_no_step(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_gradients_are_clipped_before_they_are_preconditioned(tmp_path: Path, al
 def callback_state(found: L.Trainer) -> list[Tensor]:
     curvature = callback_of(found).curvature
     assert curvature is not None
-    return [stack.inverse for stack in curvature.stacks.stacks.values()]
+    return [stack.inverse for stack in curvature.factors.batches.values()]
 
 
 def test_manual_optimization(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_another_optimizer_between_two_steps_throws_no_window_away(tmp_path: Pat
             self.manual_backward(self.loss(self(batch[0]), batch[1]))
             other.step()
             if batch_idx % 2:
-                assert callback_of(self.trainer).curvature.stacks.counts[0, 1] == 16  # type: ignore[union-attr]
+                assert callback_of(self.trainer).curvature.factors.counts[0, 1] == 16  # type: ignore[union-attr]
                 thor.step()
                 thor.zero_grad()
 

@@ -38,10 +38,10 @@ def test_every_precision_trains_with_factors_of_at_least_float32(tmp_path: Path,
     found = fit(tmp_path, module, precision=precision)
     curvature = callback_of(found).curvature
     assert curvature is not None
-    assert curvature.stacks.dtype == (torch.float64 if precision == "64-true" else torch.float32)
+    assert curvature.factors.dtype == (torch.float64 if precision == "64-true" else torch.float32)
     assert all(torch.isfinite(tensor).all() for tensor in everything(found))
-    assert (curvature.stacks.updates > 0).all()
-    assert curvature.stacks.rejected_windows == 0
+    assert (curvature.factors.updates > 0).all()
+    assert curvature.factors.rejected_windows == 0
 
 
 class Full(Boring):
@@ -94,9 +94,9 @@ def test_a_skipped_step_leaves_no_trace_in_the_curvature(tmp_path: Path, refresh
     assert ours is not None
     assert theirs is not None
     assert ours.step == theirs.step == 3
-    assert ours.stacks.rejected_windows == 0
-    for size, stack in theirs.stacks.stacks.items():
-        torch.testing.assert_close(ours.stacks.stacks[size].average, stack.average, rtol=0, atol=0)
+    assert ours.factors.rejected_windows == 0
+    for size, stack in theirs.factors.batches.items():
+        torch.testing.assert_close(ours.factors.batches[size].average, stack.average, rtol=0, atol=0)
 
 
 def test_an_overflow_in_the_middle_of_a_window_discards_the_window(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_an_overflow_in_the_middle_of_a_window_discards_the_window(tmp_path: Pat
     curvature = callback_of(found).curvature
     assert curvature is not None
     assert (found.global_step, curvature.step) == (2, 1)
-    assert curvature.stacks.rejected_windows == 0
+    assert curvature.factors.rejected_windows == 0
     assert all(torch.isfinite(tensor).all() for tensor in everything(found))
 
 
