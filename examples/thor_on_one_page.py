@@ -1,0 +1,98 @@
+"""THOR on one page of plain torch: ``python -m examples.thor_on_one_page`` learns to read digits in a few seconds.
+
+A linear layer y = W a + b has an input a and a gradient g = dloss/dy for each sample. K-FAC (Martens & Grosse 2015,
+arXiv:1503.05671, section 3) approximates its Fisher matrix by A ⊗ G, where A = E[a aᵀ] and G = E[g gᵀ]. THOR (Chen et
+al., AAAI 2021) keeps only diagonal blocks of A and G, inverts them every n steps, and takes g from the true labels.
+tests/test_thor_on_one_page.py holds `lightning_thor` to this page, to rounding, after every step. Left out, since it
+does nothing here: `lightning_thor` shortens the steps of gradients that are only rounding errors.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def block_covariance(x: Tensor, block_size: int) -> Tensor:
+    """E[x xᵀ] over the rows of ``x [batch, width]``, and 0 outside of equal diagonal blocks."""
+    width = x.shape[1]
+    divisors = [n for n in range(block_size, max(block_size // 2, 1) - 1, -1) if width % n == 0]
+    size = divisors[0] if divisors else math.ceil(width / math.ceil(width / block_size))
+    block = torch.arange(width, device=x.device) // size  # in which block a row or column lies
+    return x.T @ x / len(x) * (block[:, None] == block)
+
+
+def damped_inverse(C: Tensor, damping: float) -> Tensor:
+    """(C + damping · mean eigenvalue of C · I)⁻¹: K-FAC's factored damping (section 6.3), relative to each factor."""
+    # THOR is cheap because it inverts, and multiplies, block by block. The whole matrix gives the same.
+    return (C + damping * C.diag().mean() * torch.eye(len(C)).to(C)).inverse()
+
+
+@dataclass
+class ThorOnOnePage:
+    """For a loss that is a mean over the batch, and one backward pass per step. Options as in `lightning_thor`."""
+
+    model: nn.Module
+    lr: float = 3e-3
+    momentum: float = 0.9
+    match_rms: float = 0.2  # root mean square of each direction, about that of AdamW's (Liu et al., arXiv:2502.16982)
+    damping: float = 0.2  # relative to the mean eigenvalue of A and of G
+    averaging: float = 0.8  # weight of the past in A and G
+    block_size: int = 64  # at most
+    update_every_n_steps: int = 10  # A, G and their inverses
+
+    def __post_init__(self) -> None:
+        self.n_steps = 0
+        self.momenta: dict[Tensor, Tensor] = {p: torch.zeros_like(p) for p in self.model.parameters()}
+        self.average: dict[tuple[nn.Module, str], Tensor] = {}
+        self.inverse: dict[tuple[nn.Module, str], Tensor] = {}
+        self.layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
+        for layer in self.layers:
+            layer.register_forward_hook(self.observe)
+
+    def observe(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # a forward hook
+        if output.requires_grad and self.n_steps % self.update_every_n_steps == 0:
+            # In backward. The loss is a mean: the gradient of a sample's own loss is g times the batch size.
+            output.register_hook(lambda g: self.refresh(layer, A=inputs[0].detach(), G=g * len(g)))
+
+    def refresh(self, layer: nn.Module, **rows: Tensor) -> None:
+        # Exponential moving average (K-FAC, section 5), bias-corrected as in Adam (Kingma & Ba 2015, arXiv:1412.6980).
+        weight = (1 - self.averaging) / (1 - self.averaging ** (1 + self.n_steps // self.update_every_n_steps))
+        for factor, x in rows.items():
+            average = self.average.get((layer, factor), torch.tensor(0.0))
+            self.average[layer, factor] = (1 - weight) * average + weight * block_covariance(x, self.block_size)
+            self.inverse[layer, factor] = damped_inverse(self.average[layer, factor], self.damping)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        directions: dict[Tensor, Tensor] = {p: p.grad for p in self.momenta if p.grad is not None}
+        for layer in self.layers:  # the natural gradient, (A ⊗ G)⁻¹ vec(grad) = vec(G⁻¹ grad A⁻¹): K-FAC, section 4.2
+            directions[layer.weight] = self.inverse[layer, "G"] @ directions[layer.weight] @ self.inverse[layer, "A"]
+        for p, direction in directions.items():  # that of a bias is its gradient; one of zeros stays zero
+            update = direction * (self.match_rms / direction.square().mean().sqrt().clamp_min(1e-30))
+            self.momenta[p].mul_(self.momentum).add_(update)
+            p -= self.lr * (update + self.momentum * self.momenta[p])  # Nesterov's momentum, as in torch.optim.SGD
+        self.n_steps += 1
+
+
+def main(n_steps: int = 200) -> float:
+    """Train on scikit-learn's digits; returns the accuracy on the 360 of 1,797 that are held out, 0..1."""
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
+    train, held_out = torch.randperm(1797).split([1437, 360])
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)).double()
+    optimizer = ThorOnOnePage(model)
+    for _ in range(n_steps):
+        batch = train[torch.randint(1437, (64,))]
+        model.zero_grad()
+        F.cross_entropy(model(pixels[batch] / 16), labels[batch]).backward()
+        optimizer.step()
+    return float((model(pixels[held_out] / 16).argmax(dim=1) == labels[held_out]).double().mean())
+
+
+if __name__ == "__main__":
+    print(f"held-out accuracy: {main():.1%}")
