@@ -26,7 +26,8 @@ from lightning_thor.distributed import dtensor
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.trainer.report import curvature_table
 from tests.helpers.boring import Boring
-from tests.helpers.distributed_workers import ROOT, ROWS, Result, batch, fit, only, whole
+from tests.helpers.distributed_workers import ROWS, Result, batch, fit, only, whole
+from tests.helpers.launching import ROOT
 from tests.helpers.sharded_workers import (
     BF16,
     KL,

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,12 +31,10 @@ from torch.utils.data import DataLoader
 from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, configure_thor
 from lightning_thor.block_size import choose
 from lightning_thor.distributed import process_group
+from tests.helpers.launching import run
 
-# Generous, since the machine may be busy; a rank that waits for the other one for ever is what it is for.
-SECONDS = 300
 ROWS = 32
 STEPS_PER_EPOCH = 4
-ROOT = Path(__file__).parents[2]
 HALVES = (16, 16)
 
 Result = dict[str, Any]
@@ -426,32 +422,6 @@ NAMED_ONLY: dict[str, Callable[[Path], Result]] = {
     "three_of_four": lambda folder: fit(folder, Module(QUARTERS), devices=4, strategy=keeping(3)),
     "dies": lambda folder: fit(folder, Module(HALVES, fail=dies), strategy=in_buckets()),
 }
-
-
-def environment() -> dict[str, str]:
-    """What a launcher left in this process would make a new one believe that it is a rank already."""
-    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    path = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    return env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def run(command: list[str], **env: str) -> tuple[int, str]:
-    """Exit status and output of a command with all processes that it starts; ended after `SECONDS`."""
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment() | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that a hanging rank can be ended with the process that started it
-    )
-    try:
-        printed, _ = process.communicate(timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        printed = f"Ended after {SECONDS} seconds. {process.communicate()[0]}"
-    return process.returncode, printed
 
 
 @functools.lru_cache(maxsize=1)

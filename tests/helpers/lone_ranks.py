@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.helpers.distributed_workers import run, train
+from tests.helpers.distributed_workers import train
+from tests.helpers.launching import run
 
 N_RANKS = 2
 LIMIT = 60  # seconds, until what hangs is killed

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
-import socket
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_thor import Thor, ThorCallback, ThorModelParallelStrategy
-from tests.helpers.distributed_workers import HALVES, QUARTERS, ROWS, STEPS_PER_EPOCH, Module, Net, Result, fit, run
+from tests.helpers.distributed_workers import HALVES, QUARTERS, ROWS, STEPS_PER_EPOCH, Module, Net, Result, fit
 from tests.helpers.full_disks import SavesOntoAFullDisk
+from tests.helpers.launching import fork, run
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -278,39 +276,6 @@ def work(folder: Path, names: Sequence[str]) -> None:
         torch.save(result, folder / f"{name}-{os.environ['RANK']}.pt")
 
 
-def fork(n_ranks: int, folder: Path, names: Sequence[str]) -> None:
-    """``n_ranks`` processes as torchrun would start them, but without importing everything once more in each.
-
-    Raises:
-        SystemExit: one of them failed; the others are ended then.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks: set[int] = set()
-    for rank in map(str, range(n_ranks)):
-        pid = os.fork()
-        if pid:
-            ranks.add(pid)
-            continue
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(n_ranks), "GROUP_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
-        try:
-            work(folder, names)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        sys.stdout.flush()
-        os._exit(0)
-    while ranks:
-        pid, status = os.wait()
-        ranks.discard(pid)
-        if status:
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-            raise SystemExit(f"A rank of {n_ranks} failed.")
-
-
 @functools.lru_cache(maxsize=1)
 def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
     """The folder with the results of all trainings (it goes with the cache), and what the processes printed."""
@@ -330,6 +295,6 @@ def ranks(name: str) -> list[Result]:
 
 
 if __name__ == "__main__":
-    fork(1, Path(sys.argv[1]), list(ONE))
-    fork(2, Path(sys.argv[1]), list(TWO))
-    fork(4, Path(sys.argv[1]), list(FOUR))
+    fork(1, partial(work, Path(sys.argv[1]), list(ONE)))
+    fork(2, partial(work, Path(sys.argv[1]), list(TWO)))
+    fork(4, partial(work, Path(sys.argv[1]), list(FOUR)))

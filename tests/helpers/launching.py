@@ -1,0 +1,75 @@
+"""How tests start several ranks: real processes, which can be ended; what they train is other files' matter."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+# Generous, since the machine may be busy; a rank that waits for the other one for ever is what it is for.
+SECONDS = 300
+ROOT = Path(__file__).parents[2]
+
+
+def environment() -> dict[str, str]:
+    """What a launcher left in this process would make a new one believe that it is a rank already."""
+    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    path = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    return env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def run(command: list[str], **env: str) -> tuple[int, str]:
+    """Exit status and output of a command with all processes that it starts; ended after `SECONDS`."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment() | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that a hanging rank can be ended with the process that started it
+    )
+    try:
+        printed, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        printed = f"Ended after {SECONDS} seconds. {process.communicate()[0]}"
+    return process.returncode, printed
+
+
+def fork(n_ranks: int, work: Callable[[], None]) -> None:
+    """``n_ranks`` processes as torchrun would start them, but without importing everything once more in each.
+
+    Raises:
+        SystemExit: one of them failed; the others are ended then.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks: set[int] = set()
+    for rank in map(str, range(n_ranks)):
+        pid = os.fork()
+        if pid:
+            ranks.add(pid)
+            continue
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(n_ranks), "GROUP_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    while ranks:
+        pid, status = os.wait()
+        ranks.discard(pid)
+        if status:
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+            raise SystemExit(f"A rank of {n_ranks} failed.")
