@@ -1,20 +1,37 @@
 """THOR for PyTorch Lightning: second-order training as a callback, a strategy and an optimizer."""
 
+from importlib import import_module
+from typing import Any
+
+from lightning_thor import schedules as schedules
+from lightning_thor.block_size.choose import choose_block_size
 from lightning_thor.curvature.curvature import Curvature
+from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.layers.custom import register_layer
 from lightning_thor.optim.param_groups import configure_thor
 from lightning_thor.optim.thor import Thor
 from lightning_thor.trainer.callback import ThorCallback
 from lightning_thor.trainer.ddp_strategy import ThorDDPStrategy
 from lightning_thor.trainer.fsdp2_strategy import ThorModelParallelStrategy
+from lightning_thor.trainer.strategies import ThorStrategyMixin
 
 __version__ = "0.1.0"
 __all__ = [
     "Curvature",
+    "ShardedCurvature",
     "Thor",
     "ThorCallback",
     "ThorDDPStrategy",
     "ThorModelParallelStrategy",
+    "ThorStrategyMixin",
+    "choose_block_size",
     "configure_thor",
     "register_layer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Former modules, which an ``import lightning_thor`` alone brought along.
+    if name in ("split", "sharded"):
+        return import_module(f"lightning_thor.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,4 +5,4 @@ import warnings
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 
 __all__ = ["ShardedCurvature"]
-warnings.warn("lightning_thor.sharded is now lightning_thor.fsdp.sharded_curvature.", DeprecationWarning, stacklevel=2)
+warnings.warn("lightning_thor.sharded is now lightning_thor.ShardedCurvature.", DeprecationWarning, stacklevel=2)

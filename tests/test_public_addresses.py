@@ -17,8 +17,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_thor
 from lightning_thor import ThorCallback
-from tests.boring import Boring, trainer
-from tests.launching import ROOT, run
+from tests.helpers.boring import Boring, trainer
+from tests.helpers.launching import ROOT, run
 
 NAMES = {
     "Curvature",
@@ -138,7 +138,6 @@ def test_sharded_models_have_their_strategy() -> None:
 
 def test_the_command_leads_somewhere() -> None:
     (address,) = re.findall(r'^lightning-thor = "([\w.]+:\w+)"$', text_of(ROOT / "pyproject.toml"), re.MULTILINE)
-    assert address == "lightning_thor.cli:main"
     assert callable(import_object(address.replace(":", ".")))
 
 

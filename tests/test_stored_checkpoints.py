@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import stored_checkpoints
-from tests.launching import run
-from tests.stored_checkpoints import ON_OTHER_RANKS, STORED, TRAININGS, Result, train
+from tests.helpers import stored_checkpoints
+from tests.helpers.launching import run
+from tests.helpers.stored_checkpoints import ON_OTHER_RANKS, STORED, TRAININGS, Result, train
 
 ALONE = [name for name, training in TRAININGS.items() if training.n_ranks == 1]
 TOGETHER = [name for name, training in TRAININGS.items() if training.n_ranks == 2]
+SINCE_THEN = re.compile(r"\.turn_is_probe is missing$|\.curvature\.pending is new$")
+"""Keys that came and went: a layer's turn under a trace rule is one like any other, and decisions may be pending."""
 COMPARED = ("state_dict", "optimizer_states", "callbacks", "global_step")
 """Of a checkpoint, what is the package's; the rest is Lightning's, and torch's schedulers'."""
 
@@ -44,7 +47,7 @@ def differences(found: Any, stored: Any, place: str = "") -> Iterator[str]:
 
 def assert_loaded(saved_at_once: Path, name: str) -> None:
     found, stored = ({key: load(path)[key] for key in COMPARED} for path in (saved_at_once, STORED / f"{name}.ckpt"))
-    wrong = "\n".join(differences(found, stored))
+    wrong = "\n".join(one for one in differences(found, stored) if not SINCE_THEN.search(one))
     assert not wrong, wrong
     assert stored["callbacks"]["ThorCallback"]["curvature"]["step"] == stored_checkpoints.SAVED_AT
 

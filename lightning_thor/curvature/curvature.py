@@ -62,7 +62,7 @@ class Curvature:
             eigenvalue, else in the units of the Fisher matrix.
         damping_rule: ``"trace"``, ``"pi"`` or ``"sqrt"``, see `lightning_thor.factors.damping.split_damping`.
         block_size: the largest diagonal block of a factor; None keeps factors whole. A measured choice:
-            `lightning_thor.split.choose_block_size`.
+            `lightning_thor.choose_block_size`.
         update_every_n_steps: statistics are gathered and inverted in every n-th step; or a function of the step that
             gives the steps until the next time.
         stagger: refresh each layer at a step of its own within the interval (all of them at the first step), balanced

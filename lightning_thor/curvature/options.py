@@ -99,7 +99,7 @@ def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("block_size") == "auto":
         raise ValueError(
             'block_size="auto" needs a batch of data to measure with: under a Trainer give it to ThorCallback; '
-            "outside, call lightning_thor.block_size.choose.choose_block_size(model, loss_of_a_batch) and give "
+            "outside, call lightning_thor.choose_block_size(model, loss_of_a_batch) and give "
             "its block_size here."
         )
     for name, value in options.items():

@@ -17,9 +17,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_thor.block_size.choose import BlockSplit, choose_block_size
 
-ADVICE = (
-    'Give block_size a number instead of "auto"; lightning_thor.split.choose_block_size finds one outside of a Trainer.'
-)
+ADVICE = 'Give block_size a number instead of "auto"; lightning_thor.choose_block_size finds one outside of a Trainer.'
 
 
 def try_block_sizes(

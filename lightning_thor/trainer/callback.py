@@ -33,7 +33,7 @@ class ThorCallback(Callback):
     Args:
         damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, stagger,
             trace_rule, max_rows, statistics, loss_reduction, fused: as in `Curvature`. With ``block_size="auto"`` it is
-            chosen when fit starts, on the first training batch, by `lightning_thor.split.choose_block_size`; a resumed
+            chosen when fit starts, on the first training batch, by `lightning_thor.choose_block_size`; a resumed
             run goes on with its checkpoint's. A function of the step is in a configuration file a class of such, by
             ``class_path``: one of `lightning_thor.schedules`, or your own.
         loss_terms: gives, of a training batch, how many terms the mean of its loss has: a number, or a 0-dimensional

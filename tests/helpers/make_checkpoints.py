@@ -1,7 +1,8 @@
-"""``python -m tests.make_checkpoints`` trains what is missing in ``tests/data/checkpoints``.
+"""``python -m tests.helpers.make_checkpoints`` trains what is missing in ``tests/data/checkpoints``.
 
 What is there stays as it is: its worth is that an earlier version wrote it. So this is for a training that was added to
-`tests.stored_checkpoints.TRAININGS`; to replace a file because a change of the numbers is meant, delete it first.
+`tests.helpers.stored_checkpoints.TRAININGS`; to replace a file because a change of the
+numbers is meant, delete it first.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from tests.launching import fork
-from tests.stored_checkpoints import STORED, TRAININGS, train
+from tests.helpers.launching import fork
+from tests.helpers.stored_checkpoints import STORED, TRAININGS, train
 
 
 def make(name: str) -> None:
