@@ -61,45 +61,44 @@ class Curvature:
         damping: greater than 0, or a function of the step. For ``damping_rule="trace"`` relative to the factors' mean
             eigenvalue, else in the units of the Fisher matrix.
         damping_rule: ``"trace"``, ``"pi"`` or ``"sqrt"``, see `lightning_thor.factors.damping.split_damping`.
-        block_size: the largest diagonal block of a factor; None keeps factors whole. A measured choice:
+        block_size: size of the largest diagonal block of a factor; None keeps factors whole. A measured choice:
             `lightning_thor.choose_block_size`.
-        update_every_n_steps: statistics are gathered and inverted in every n-th step; or a function of the step that
-            gives the steps until the next time.
-        stagger: refresh each layer at a step of its own within the interval (all of them at the first step), balanced
-            by cost, so that no step takes much longer than another.
-        trace_rule: refresh a layer only when the trace of its curvature moved: ``"THOR"``, ``"THOR_stop"``,
-            ``"THOR_NT"`` (the paper's thresholds) or ``(update_above, stop_below)``, see
-            `lightning_thor.factors.trace_rule`.
-            When a layer's turn comes its traces are looked at first, which costs a pass over its rows; it is observed
-            and inverted two steps later, if at all. None refreshes every layer at its turn.
-        averaging: weight of the past in the factors' moving average; 0 uses the last refresh's batch alone, as the
-            paper does.
+        update_every_n_steps: steps from one refresh to the next; or a function of the step that returns them.
+        averaging: weight of the past in the factors' exponential moving average (factor decay); 0 uses the last
+            refresh's batch alone, as the paper does.
         precondition_bias: take biases of linear layers and convolutions into A, as its last coordinate; otherwise they
             take plain momentum.
-        max_rows: take statistics from at most about that many rows of a batch, spread over it: positions of linear
+        stagger: refresh each layer at a step of its own within the interval (all of them at the first step), balanced
+            by cost, so that no step takes much longer than another.
+        trace_rule: refresh a layer only if the trace of its curvature moved: ``"THOR"``, ``"THOR_stop"``,
+            ``"THOR_NT"`` (the paper's thresholds) or ``(update_above, stop_below)``, see
+            `lightning_thor.factors.trace_rule`. At its turn a layer is observed; its average takes the statistics only
+            if the trace moved, and it is inverted two steps later. None refreshes every layer at its turn.
+        max_rows: take statistics from at most about so many rows of a batch, spread over it: positions of linear
             layers, of layer and RMS norms, and of convolutions (in whole lines). Batch and group norms take whole
             samples, at most so many, of 16 times as many positions (but at least a 32nd of ``max_rows``); a batch norm
             then uses the mean and variance of these samples. Embeddings always take all. Of several processes that
             train together each takes its share of ``max_rows`` of its own batch, but at least 256. None takes all
             everywhere.
-        statistics: for layers that one sample uses at many positions (convolutions, sequences): ``"expand"`` takes
-            each position as a row, ``"reduce"`` averages inputs and sums gradients over them first, which suits losses
-            that have one term per sample (Eschenhagen et al. 2023, arXiv:2311.00636). ``"thor"`` takes each position
-            as a row, the loss as a mean over the batch, and leaves norms to plain momentum, as MindSpore's nn.thor does
-            on Ascend: for its published recipes, whose damping is in these units.
-        loss_reduction: whether the loss is a ``"mean"`` or a ``"sum"`` over samples. A mean is taken to be one over
-            all positions of the output if a layer on the last dimension gives it, and over the batch if a convolution
-            does; over the batch in any case with ``statistics="reduce"`` or ``"thor"``.
-        loss_multiplier: gives what the loss was multiplied by before backward besides that: the loss scale over the
-            number of accumulated micro-batches. Called once per observed pair; a 0-dimensional tensor avoids a sync.
-        loss_terms: gives how many terms the mean of the loss has, where the model does not tell: called once per
-            observed pair; a number, or a 0-dimensional tensor. None takes as many as the output has rows whose gradient
-            comes first in a backward pass: that of the layer whose output goes into the loss, so that layers which see
-            some of its tokens (experts, regions, masked ones) are ones of the same loss. Give it where labels are left
-            out of the mean (``ignore_index``) and their number differs between micro-batches or processes.
-        fused: linear layers whose outputs are a concatenation, such as queries, keys and values: of how many equal
-            parts, by pattern of the layer's name (``{"*.qkv": 3}``). Their G is cut at the borders, so that no block
-            mixes parts; None takes every linear layer as one. (Those of `nn.MultiheadAttention` are always three.)
+        statistics: for layers that one sample uses at many positions (convolutions, sequences): ``"expand"``
+            (K-FAC-expand) takes each position as a row, ``"reduce"`` (K-FAC-reduce) averages inputs and sums gradients
+            over them first, which suits losses with one term per sample (Eschenhagen et al. 2023, arXiv:2311.00636).
+            ``"thor"`` takes each position as a row, the loss as a mean over the batch, and leaves norms to plain
+            momentum, as MindSpore's nn.thor does on Ascend: for its published recipes, whose damping is in these units.
+        loss_reduction: ``"mean"`` or ``"sum"`` over samples. A mean is taken to be over all positions of the output of
+            a layer on the last dimension, and over the batch for a convolution; over the batch in any case with
+            ``statistics="reduce"`` or ``"thor"``.
+        loss_multiplier: returns a further factor of the loss that is differentiated: the loss scale over the number of
+            accumulated micro-batches. Called once per observed pair; a 0-dimensional tensor avoids a sync.
+        loss_terms: returns the number of terms in the mean loss, where the model does not show it: called once per
+            observed pair; a number, or a 0-dimensional tensor. None counts the rows of the output whose gradient comes
+            first in a backward pass: the layer's whose output goes into the loss, so that layers which see some of its
+            tokens (experts, regions, masked ones) are part of the same loss. Needed where labels are left out of the
+            mean (``ignore_index``) and their number differs between micro-batches or processes.
+        fused: number of equal parts of linear layers whose outputs are a concatenation, such as queries, keys and
+            values, by pattern of the layer's name (``{"*.qkv": 3}``). Their G is partitioned at the borders, so that no
+            block mixes parts; None takes every linear layer as one. (Those of `nn.MultiheadAttention` are always
+            three.)
         parameters: leave out layers whose weight is not among these, and norms of which any parameter is not, and take
             no other biases into A; None for all.
 
@@ -211,16 +210,18 @@ class Curvature:
         is_sync_step: Callable[[], bool] | None = None,
         worker_grid: WorkerGrid | None = None,
     ) -> None:
-        """Say how processes that train together are to be reached; from the beginning all ranks of the default group.
+        """Choose how this process reaches the others; at first by the default process group.
 
         Args:
             communicator: of the processes.
             bucket_fn: which layers' factors are sent together, see `lightning_thor.distributed.factor_reducer`.
-            may_start: whether a backward is the last before the step, so that sums may start in it; None: in `update`.
-            worker_grid: who keeps the inverses of which layers and makes their directions; None: everyone those of all.
+            is_sync_step: whether a backward is the last before the step, so that buckets may be sent from it; None
+                sends all of them in `update`.
+            worker_grid: which processes store the inverses of a layer and compute its direction; None: all do.
 
         Raises:
-            RuntimeError: a step was made, and the inverses were to be kept elsewhere from now on.
+            RuntimeError: a step was made, and the inverses were to be stored elsewhere from now on.
+            ValueError: with ``mode="adam"`` not every process would store all inverses.
         """
         self._connection: dict[str, Any] = {
             "communicator": communicator,
@@ -247,9 +248,8 @@ class Curvature:
             self.__dict__.pop("_batches", None)
         self._communicator, self._shared, layers = communicator, shared, list(self.layers.values())
         self._own_layers = [layers[index] for index in shared.own]
-        reducer = FactorReducer(self.factors, communicator, self._schedule.due, bucket_fn, is_sync_step)
-        self._reducer = reducer
-        self._accumulator.connect(reducer)
+        self._reducer = FactorReducer(self.factors, communicator, self._schedule.due, bucket_fn, is_sync_step)
+        self._accumulator.connect(self._reducer)
         self.solve: Solve = SharedInversions(inverters, decomposition.make, decomposition.form)
 
     @property
@@ -273,7 +273,7 @@ class Curvature:
 
     @property
     def gradient_unit(self) -> float | Tensor:
-        """What output gradients are divided by to be rows of G, see `FactorState.gradient_unit`."""
+        """Power of two that output gradients are divided by to be rows of G, see `FactorState.gradient_unit`."""
         unit = self.factors.gradient_unit
         return 1.0 if unit is None else unit
 
@@ -296,8 +296,8 @@ class Curvature:
 
         Args:
             name: of the layer, or of another module that is tied to it.
-            a: its input.
-            g: the gradient of the loss, as it was differentiated, with respect to its output.
+            a: its input, ``[..., in]`` (an image ``[batch, channels, *space]``, tokens ``[...]``).
+            g: the gradient of the loss, as it was differentiated, with respect to its output, ``[..., out]``.
         """
         with torch.no_grad():
             self._accumulator.observe(name, a, g)
@@ -326,7 +326,7 @@ class Curvature:
         if self._schedule.has_work:
             self._refresh()
         else:
-            self._schedule.advance()
+            self._schedule.step += 1
 
     def _refresh(self) -> None:
         schedule, factors, costs, decisions = self._schedule, self.factors, None, None
@@ -363,8 +363,9 @@ class Curvature:
         return decisions
 
     def _agree(self) -> None:
-        """Before the sums of the first window: bring all processes to one unit of gradients, and leave out the layers
-        of which one has found that they do not fit their weight's gradient. Alone, before all sums; no device sync."""
+        """Before the all-reduce of the first window: agree with all processes on one unit of gradients, and leave out
+        the layers whose pairs one of them found not to be their weight's. One small all-gather; no device sync. A
+        process that is alone does so before every refresh."""
         communicator, factors, unit = self._communicator, self.factors, self.factors.gradient_unit
         is_first, self._has_agreed = not self._has_agreed, True
         if communicator.world_size > 1 and not is_first:
@@ -389,7 +390,7 @@ class Curvature:
             self._settle()
 
     def _settle(self) -> None:
-        """Have the host know what `_agree` found."""
+        """Read what `_agree` found."""
         if self._found is None:
             return
         (exponent, *flags), self._found = self._found.read(), None
@@ -407,7 +408,7 @@ class Curvature:
             )
 
     def _leave_out(self, index: int, reason: str) -> None:
-        """A layer is not refreshed any more, and its parameters take their plain gradient."""
+        """Refresh a layer no more, and let its parameters take their plain gradient."""
         name = list(self.layers)[index]
         self.left_out[name] = reason
         self.layers[name] = replace(self.layers[name], is_left_out=True)
@@ -493,7 +494,7 @@ class Curvature:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, factors and the inverses that are kept here, by layer name: plain types and tensors only.
+        """Steps, factors and the inverses that are stored here, by layer name: plain types and tensors only.
 
         The tensors are the curvature's own, not copies, as in a module's ``state_dict``.
         """
@@ -502,12 +503,15 @@ class Curvature:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave; a following step is bitwise the one that would have followed there.
+        """Go on from what `state_dict` returned; a following step is bitwise the one that would have followed there.
 
-        Inverses that it lacks, since another process kept them, are computed again from the averages and from what was
-        added to their eigenvalues then: the same on all processes, and the lost ones to rounding, which depends on the
-        batch that a block is in and where it lies there. One thing cannot come back: the older inverse that was kept
-        of a block whose last inversion failed (a warning says so), or whose factor had become zero.
+        Inverses that the state lacks, since another process stored them, are computed again from the averages and the
+        last damping: equal on all processes, and to the lost ones to rounding, which depends on the batch that a block
+        is in and its place there. One thing cannot come back: the older inverse of a block whose last inversion failed
+        (a warning says so), or whose factor had become zero.
+
+        Args:
+            state: see `state_dict`.
 
         Raises:
             ValueError: the state is of another mode, other layers, or of other block sizes, or it is damaged; nothing
@@ -550,7 +554,7 @@ class Curvature:
         return twin
 
     def n_bytes(self, name: str) -> int:
-        """Memory that one layer's window sums, factors and, if they are kept here, inverses take, in bytes."""
+        """Memory of one layer's window sums, factors and, if they are stored here, inverses, in bytes."""
         return self.factors.n_bytes(list(self.layers).index(name))
 
     def _is_open(self, name: str) -> bool:
@@ -560,7 +564,7 @@ class Curvature:
         return use.trains
 
     def _refresh_costs(self) -> list[float]:
-        # Waits for the device, once in a run: what a layer costs is known only when its rows have been seen.
+        # Waits for the device, once in a run: a layer's cost is known only when its rows have been seen.
         counts = self.factors.counts.T.tolist()
         return refresh_costs(self.factors.layout.shapes, counts[ROWS], counts[ELEMENTS])
 
@@ -593,7 +597,7 @@ class Curvature:
 def _warn_of_few_weights(
     model: nn.Module, layers: Mapping[str, Layer], left_out: Mapping[str, str], only: set[nn.Parameter] | None
 ) -> None:
-    """Say so where less than half of the weights that are trained have curvature, and which have not."""
+    """Warn where less than half of the trained weights have curvature, and name the largest that have none."""
     of_training = {p for p in model.parameters() if p.requires_grad and (only is None or p in only)}
     own = {p for layer in layers.values() for p in layer.parameters}
     n_trained, n_own = (sum(p.numel() for p in some if not _is_lazy(p)) for some in (of_training, own))

@@ -102,14 +102,16 @@ class RefreshSchedule:
         """The layers that the coming step observes, in order."""
         if self.step < self._earliest:
             return ()
-        return tuple(layer for layer in range(len(self.next_steps)) if self.is_due(layer))
+        step, both = self.step, zip(self.next_steps, self.has_stopped, strict=True)
+        return tuple([layer for layer, (next_step, stopped) in enumerate(both) if step >= next_step and not stopped])
 
     def due_inversions(self) -> tuple[int, ...]:
         """The layers that the coming step inverts, in order."""
         return self._decided(UPDATE) if self.decides else self.due()
 
     def advance(self, costs: Sequence[float] | None = None, decisions: HostNumbers | None = None) -> None:
-        """Go on to the next step: the due layers were observed, and those of `due_inversions` inverted.
+        """Go on to the next step: the due layers were observed, and those of `due_inversions` inverted. Where there
+        was no work, adding 1 to `step` does the same.
 
         Args:
             costs: of refreshing each layer, for the first staggered round; None takes them as equal.
@@ -119,7 +121,7 @@ class RefreshSchedule:
             ValueError: the interval function returned something that is not a whole number of at least 1.
         """
         due = self.due()
-        self.refreshes += len(self.due_inversions())
+        self.refreshes += len(self._decided(UPDATE) if self.decides else due)
         for layer in self._decided(STOP):
             self.has_stopped[layer] = True
         self._pending = [one for one in self._pending if one.step + DECISION_DELAY_STEPS > self.step]
