@@ -16,9 +16,9 @@ from lightning_thor import Curvature
 from lightning_thor.distributed.factor_reducer import FactorReducer, by_layer, by_size, check_split_indices
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.layout import SIDES
-from tests.curvature.test_no_sync import Watch
 from tests.helpers.boring import without_words
 from tests.helpers.fakes import Recorded, Twins
+from tests.helpers.watch import Watch
 
 Forward = Callable[[nn.ModuleList, Tensor, int], Tensor]
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,14 +21,11 @@ from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
 from lightning_thor.distributed.shared_directions import SharedDirections
 from lightning_thor.linalg import memory
 from lightning_thor.trainer.report import curvature_table
-from tests.curvature.test_no_sync import Watch
-from tests.helpers.boring import without_words
+from tests.helpers.boring import assert_bitwise, without_words
 from tests.helpers.distributed_workers import ROWS, Module, fit, four_ranks, results_folder, two_ranks
+from tests.helpers.distributed_workers import state as strategy_state
 from tests.helpers.fakes import Member, Place, on_ranks
-from tests.trainer.test_strategy import assert_bitwise, clean_environment
-from tests.trainer.test_strategy import state as strategy_state
-
-__all__ = ["clean_environment"]  # a fixture
+from tests.helpers.watch import Watch
 
 N, WIDTH, VOCABULARY = 12, 8, 7
 LAYOUTS = [(2, 1), (3, 1), (4, 2)]
@@ -594,12 +590,8 @@ def test_inverse_workers_that_do_not_divide_the_ranks_are_refused() -> None:
     assert strategy._new_workers() is None
 
 
-def test_one_worker_on_one_process_is_bitwise_a_single_device(tmp_path: Path, clean_environment: None) -> None:
-    try:
-        found = fit(tmp_path, Module((ROWS,)), devices=1, max_epochs=1, strategy=ThorDDPStrategy(inverse_workers=1))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def test_one_worker_on_one_process_is_bitwise_a_single_device(tmp_path: Path, clean_process: None) -> None:
+    found = fit(tmp_path, Module((ROWS,)), devices=1, max_epochs=1, strategy=ThorDDPStrategy(inverse_workers=1))
     assert found["strategy"] == "ThorDDPStrategy"
     assert found["collectives"] == []
     assert_bitwise(strategy_state(found), strategy_state(fit(tmp_path, Module((ROWS,)), devices=1, max_epochs=1)))

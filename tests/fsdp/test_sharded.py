@@ -13,8 +13,8 @@ from lightning_thor.fsdp.row_partition import assign_rows, pieces_of, rows_of_a_
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, row_blocks_of_layers
 from lightning_thor.layers import registry
 from lightning_thor.preconditioning.modes import Mode
-from tests.curvature.test_no_sync import Watch
 from tests.helpers.fakes import Threads, run_in_threads
+from tests.helpers.watch import Watch
 
 
 class Everything(nn.Module):

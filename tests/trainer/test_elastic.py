@@ -12,12 +12,15 @@ from torch import nn
 
 from lightning_thor import Curvature
 from lightning_thor.distributed.factor_reducer import by_size
+from tests.helpers.boring import assert_bitwise
 from tests.helpers.distributed_workers import (
     ROWS,
     four_ranks,
     launched_four,
+    one_rank,
     results,
     results_folder,
+    state,
     torchrun,
     two_ranks,
 )
@@ -25,7 +28,6 @@ from tests.helpers.fakes import Twins
 from tests.helpers.lone_ranks import lone_ranks
 from tests.helpers.option_trainings import fit_all_at_once
 from tests.helpers.text_trainings import Text, train, with_gradients_times
-from tests.trainer.test_strategy import assert_bitwise, one_rank, state
 
 
 @pytest.mark.slow
