@@ -113,13 +113,10 @@ def test_bf16_factors_has_no_effect_and_says_so(strategy: Any) -> None:
         strategy(bf16_factors=True)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "options"),
-    [(ThorDDPStrategy, {}), (ThorModelParallelStrategy, {"parameters": {}})],
-)
-def test_split_indices_of_another_model_are_refused_when_fit_starts(strategy: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("strategy", [ThorDDPStrategy, ThorModelParallelStrategy])
+def test_split_indices_of_another_model_are_refused_when_fit_starts(strategy: Any) -> None:
     with pytest.raises(ValueError, match="names layer 4, but this model has 4 layers"):
-        strategy(split_indices=[1, 4]).connect_curvature(Curvature(Net()), **options)
+        strategy(split_indices=[1, 4]).connect_curvature(Curvature(Net()), parameters={})
 
 
 def test_thor_ddp_takes_the_options_of_ddp() -> None:
