@@ -24,7 +24,7 @@ from lightning_thor.trainer.report import curvature_table
 from tests.helpers.boring import assert_bitwise, without_words
 from tests.helpers.distributed_workers import ROWS, Module, fit, four_ranks, results_folder, two_ranks
 from tests.helpers.distributed_workers import state as strategy_state
-from tests.helpers.fakes import Member, Place, on_ranks
+from tests.helpers.fakes import FakeCommunicator, Place, on_ranks
 from tests.helpers.watch import Watch
 
 N, WIDTH, VOCABULARY = 12, 8, 7
@@ -73,10 +73,9 @@ class Trained(NamedTuple):
         return dict(self.net.named_parameters())
 
     @property
-    def receivers(self) -> Member:
+    def receivers(self) -> FakeCommunicator:
         assert self.place.workers is not None
-        member: Any = self.place.workers.gradient_workers
-        return member
+        return self.place.workers.gradient_workers  # type: ignore[return-value]
 
 
 def fresh(place: Place, **options: Any) -> Trained:
@@ -243,10 +242,11 @@ def test_a_step_takes_one_message_of_all_directions_and_a_refresh_one_number_mor
         layers = list(trained.curvature.layers.values())
         own = {p for index in trained.curvature.factors.has_inverse for p in layers[index].parameters}
         lengths.append(sum(p.numel() for p in own))
-    number, directions = ("sum", 1, torch.int64), ("gather", max(lengths), torch.float64)
+    number, directions = [("all_reduce", 1), ("wait", 1)], ("all_gather", max(lengths))
     assert max(lengths) < sum(lengths) == sum(p.numel() for p in NET.parameters())
     for trained in found:
-        assert trained.receivers.log == [number, directions, directions, directions, number, directions, directions]
+        assert trained.receivers.log == [*number, *[directions] * 3, *number, *[directions] * 2]
+        assert trained.receivers.dtypes == [torch.int64, *[torch.float64] * 3, torch.int64, *[torch.float64] * 2]
 
 
 @pytest.mark.parametrize(
