@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from tests.launching import fork
+from tests.helpers.launching import fork
 from tests.stored_checkpoints import STORED, TRAININGS, train
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from lightning_thor import ThorCallback, ThorDDPStrategy, ThorModelParallelStrategy, configure_thor
 from lightning_thor.schedules import Exponential, PerStepLR, Polynomial
-from tests.launching import fork
+from tests.helpers.launching import fork
 
 try:
     from torch.distributed.fsdp import fully_shard

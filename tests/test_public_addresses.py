@@ -17,8 +17,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_thor
 from lightning_thor import ThorCallback
-from tests.boring import Boring, trainer
-from tests.launching import ROOT, run
+from tests.helpers.boring import Boring, trainer
+from tests.helpers.launching import ROOT, run
 
 NAMES = {
     "Curvature",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests import stored_checkpoints
-from tests.launching import run
+from tests.helpers.launching import run
 from tests.stored_checkpoints import ON_OTHER_RANKS, STORED, TRAININGS, Result, train
 
 ALONE = [name for name, training in TRAININGS.items() if training.n_ranks == 1]
