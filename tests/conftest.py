@@ -4,8 +4,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -19,3 +22,14 @@ settings.load_profile("fuzz" if os.environ.get("LIGHTNING_THOR_FUZZ") == "1" els
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Removes what a strategy leaves in this process: variables for the ranks that it starts, and a process group."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -105,6 +105,14 @@ def test_imports_go_downstairs_only():
     assert broken_rules(sources) == []
 
 
+def test_no_test_imports_a_test():
+    """What tests share is in tests/helpers."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        names = imported_names(path.read_text(encoding="utf-8"), path.stem)
+        tests = {name for name in names if name.startswith("tests.") and ".test_" in name}
+        assert not tests, f"{path.name} imports {tests}: move what it needs to tests/helpers"
+
+
 def test_every_floor_of_the_list_exists():
     assert {floor_of(module) for module in sources_of_the_package()} == set(FLOORS)
 

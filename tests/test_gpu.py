@@ -21,7 +21,7 @@ from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.linalg.decompositions import damped_inverses
 from lightning_thor.linalg.matrix_sign import msign
 from tests.helpers.boring import Boring, callback_of, everything, trainer
-from tests.helpers.fakes import Twins
+from tests.helpers.fakes import FakeCommunicator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -154,7 +154,7 @@ def nccl(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-class OneOfTwo(Twins):
+class OneOfTwo(FakeCommunicator):
     """As if there were two ranks, of which one sends nothing: sums are NCCL's, of one rank."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from lightning_thor import ThorCallback
 from lightning_thor.schedules import Exponential, GrowingInterval, Polynomial
 from tests.helpers.boring import Boring
 from tests.helpers.boring import trainer as trainer_of
-from tests.trainer.test_cli import TINY_DIGITS, run
+from tests.helpers.commands import TINY_DIGITS, run
 
 # jsonargparse, about how LightningCLI calls it.
 pytestmark = pytest.mark.filterwarnings(r"ignore:(.|\n)*(deprecated in v4|JsonargparseDeprecationWarning)")

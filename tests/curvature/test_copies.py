@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_thor import Curvature, Thor, configure_thor
 from lightning_thor.optim.thor import Preconditioner
 from lightning_thor.schedules import GrowingInterval
-from tests.curvature.test_damage import Words
 from tests.helpers.boring import Boring, callback_of, everything, trainer, without_words
+from tests.helpers.models import Words
 
 UnevenLayout = tuple[nn.Module, Thor, Curvature]
 

@@ -10,26 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, ThorCallback
 from tests.helpers.boring import Boring, trainer, without_words
+from tests.helpers.models import Words
 
 State = dict[str, Any]
 NAN, INF = float("nan"), float("inf")
-
-
-class Words(nn.Module):
-    """A table that is the output layer too, and a norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.norm, self.out = nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 6, bias=False)
-        self.out.weight = self.table.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.out(self.norm(self.table(tokens)))
-        return logits
 
 
 def trained(mode: Any = "natural", n_steps: int = 3) -> Curvature:

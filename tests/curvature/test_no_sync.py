@@ -7,74 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from lightning_thor import Curvature, Thor, configure_thor
-from lightning_thor.linalg import memory
-from lightning_thor.linalg.memory import HostCopy
-
-# What copies a number to the host, or makes a tensor whose shape depends on data.
-# cholesky_inverse looks at LAPACK's info, inside the operator.
-WAITING = {
-    "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "bincount", "cholesky_inverse",
-}  # fmt: skip
-
-
-class Watch(TorchDispatchMode):
-    """Counts operators, and remembers those that would wait for a device.
-
-    On a CPU there is nothing to wait for, so a step may read its numbers: here it takes the way of other devices. A
-    copy that an earlier step sent to the host is there when it is read.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._patch = pytest.MonkeyPatch()
-        self.called: Counter[str] = Counter()
-        self._lists = _Lists(self.called)
-
-    def __enter__(self) -> Watch:
-        self._patch.setattr(memory, "HOST", set())
-        self._patch.setattr(HostCopy, "read", _read_of_the_host)
-        self._lists.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._lists.__exit__(*exception)
-        self._patch.undo()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.called[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def waiting(self) -> set[str]:
-        return WAITING & self.called.keys()
-
-
-class _Lists(TorchFunctionMode):
-    """Counts ``tolist``, which on a CPU calls no operator."""
-
-    def __init__(self, called: Counter[str]) -> None:
-        super().__init__()
-        self._called = called
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.tolist, Tensor.numpy):
-            self._called["_local_scalar_dense"] += 1
-        return func(*args, **(kwargs or {}))
-
-
-_read = HostCopy.read
-
-
-def _read_of_the_host(copy: HostCopy) -> list[Any]:
-    with torch._C.DisableTorchFunction():
-        return _read(copy)
+from tests.helpers.preconditioners import Identity
+from tests.helpers.watch import Watch
 
 
 def net() -> nn.Sequential:
@@ -131,16 +68,6 @@ def test_a_check_that_would_wait_is_seen() -> None:
         assert watch.waiting == {"_local_scalar_dense"}
 
 
-class Plain:
-    """No curvature at all."""
-
-    def update(self) -> None:
-        pass
-
-    def precondition(self, grads: Any) -> dict[nn.Parameter, Tensor]:
-        return {p: grad.clone() for p, grad in grads.items()}
-
-
 def test_forward_and_backward_of_a_step_that_is_not_due_are_those_without_hooks() -> None:
     def passes(model: nn.Module) -> Counter[str]:
         model.zero_grad()
@@ -170,7 +97,7 @@ def test_a_refresh_takes_as_many_inversions_as_there_are_block_sizes(layers: int
 
 def test_thor_needs_no_curvature_of_ours() -> None:
     model = net()
-    optimizer = Thor(model.parameters(), preconditioner=Plain())
+    optimizer = Thor(model.parameters(), preconditioner=Identity())
     before = model[1].weight.detach().clone()
     model(torch.ones(6, dtype=torch.int64)).square().sum().backward()
     optimizer.step()

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_thor.distributed.shared_inversions import Problems, SharedInversions, Solutions, assign_inversions
 from lightning_thor.linalg.decompositions import damped_inverses
 from lightning_thor.linalg.packing import packed_numel
-from tests.helpers.fakes import Recorded
+from tests.helpers.fakes import on_ranks
 
 
 def problems(n_blocks: dict[int, int]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -22,13 +22,7 @@ def problems(n_blocks: dict[int, int]) -> dict[int, tuple[Tensor, Tensor]]:
 
 def on_all(world_size: int, given: Problems, **options: object) -> list[Solutions]:
     """What each of several processes has after it inverted ``given`` together with the others."""
-    sent: list[list[Tensor]] = [[] for _ in range(world_size)]
-    for share in range(world_size):
-        SharedInversions(Recorded(world_size, share, sent), **options)(given)  # type: ignore[arg-type]
-    return [
-        SharedInversions(Recorded(world_size, share, sent, replay=True), **options)(given)  # type: ignore[arg-type]
-        for share in range(world_size)
-    ]
+    return on_ranks(world_size, None, lambda place: SharedInversions(place.world, **options)(given))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -86,6 +80,6 @@ def test_each_block_is_inverted_by_one_process() -> None:
 
 def test_what_is_brought_to_all_takes_whatever_is_fewer_bytes() -> None:
     even, lone = assign_inversions({8: 8}, 4, 0).parts, assign_inversions({64: 1, 2: 3}, 4, 0).parts
-    assert (even.gathers, even.length) == (True, 8 * (packed_numel(8) + 1))
+    assert (even.is_gathered, even.length) == (True, 8 * (packed_numel(8) + 1))
     # Gathered, each of four processes would send as much as the one with the large block.
-    assert (lone.gathers, lone.length) == (False, packed_numel(64) + 1 + 3 * (packed_numel(2) + 1))
+    assert (lone.is_gathered, lone.length) == (False, packed_numel(64) + 1 + 3 * (packed_numel(2) + 1))

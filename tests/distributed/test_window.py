@@ -13,13 +13,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature
+from lightning_thor.distributed.communicator import SingleProcess
 from lightning_thor.distributed.factor_reducer import FactorReducer, by_layer, by_size, check_split_indices
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.layout import SIDES
-from tests.curvature.test_no_sync import Watch
 from tests.helpers.boring import without_words
-from tests.helpers.fakes import Recorded, Twins
+from tests.helpers.fakes import FakeCommunicator, Place, on_ranks
+from tests.helpers.watch import Watch
 
+START, WAIT = ("all_reduce", 28), ("wait", 28)
+"""A and G of one layer, 6 x 6 in blocks of 3: 2 x 2 x 6 numbers, and 4 that are counted."""
+UNIT = ("all_gather", 5)
+"""Once in a run: the unit of gradients, and a number of each layer."""
 Forward = Callable[[nn.ModuleList, Tensor, int], Tensor]
 
 
@@ -67,7 +72,7 @@ def train(forward: Forward, communicator: Any = None, steps: int = 4, is_sync_st
     curvature = Curvature(model, update_every_n_steps=1, block_size=3)
     if communicator is not None:
         curvature.connect(communicator, bucket_fn=by_size(1), is_sync_step=is_sync_step)
-        curvature.solve = SharedInversions(Recorded(1, 0, []))  # twins invert everything
+        curvature.solve = SharedInversions(SingleProcess())  # twins invert everything
     for step in range(steps):
         x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64, requires_grad=True)
         forward(model, x, step).square().mean().backward()
@@ -84,7 +89,7 @@ def test_twins_that_start_their_sums_in_backward_are_one_process(forward: Forwar
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "0: observed before")  # it is silent in every second step of one model
-        actual, expected = train(forward, Twins()), train(forward)
+        actual, expected = train(forward, FakeCommunicator()), train(forward)
     torch.testing.assert_close(
         without_words(actual.state_dict()), without_words(expected.state_dict()), rtol=1e-14, atol=1e-14
     )
@@ -106,20 +111,19 @@ def test_twins_that_start_their_sums_in_backward_are_one_process(forward: Forwar
 def test_a_bucket_starts_in_backward_when_its_layers_have_given_all_they_promised(
     forward: Forward, early: list[int]
 ) -> None:
-    communicator = Twins()
+    communicator = FakeCommunicator()
     train(forward, communicator, steps=3)
     assert [sum(communicator.in_backward[4 * step :][:4]) for step in range(3)] == early
 
 
 def test_all_sums_start_before_the_first_wait_and_each_is_waited_for_once() -> None:
-    communicator = Twins()
+    communicator = FakeCommunicator()
     train(chain, communicator, steps=2)
-    # A and G of one layer, 6 x 6 in blocks of 3: 2 x 2 x 6 numbers, and 4 that are counted.
-    assert communicator.log == (["start 28"] * 4 + ["wait 28"] * 4) * 2
+    assert communicator.log == [UNIT] + ([START] * 4 + [WAIT] * 4) * 2
 
 
 def test_nothing_starts_in_a_backward_that_only_accumulates() -> None:
-    communicator = Twins()
+    communicator = FakeCommunicator()
     train(chain, communicator, is_sync_step=lambda: False)
     assert not any(communicator.in_backward)
     assert len(communicator.in_backward) == 16
@@ -136,8 +140,8 @@ def test_a_pair_that_comes_late_is_left_out_with_a_warning_and_never_again() -> 
 
     late, exact = layers(), layers()
     curvature = Curvature(late, update_every_n_steps=1, averaging=0.0)
-    curvature.connect(Twins(), bucket_fn=by_size(1), is_sync_step=lambda: True)
-    curvature.solve = SharedInversions(Recorded(1, 0, []))
+    curvature.connect(FakeCommunicator(), bucket_fn=by_size(1), is_sync_step=lambda: True)
+    curvature.solve = SharedInversions(SingleProcess())
     expected = Curvature(exact, update_every_n_steps=1, averaging=0.0)
     passes(curvature, late, 1)
     with pytest.warns(UserWarning, match=r"Layer '3' was used again after its factors were on their way") as told:
@@ -160,36 +164,32 @@ def test_a_pair_that_comes_late_is_left_out_with_a_warning_and_never_again() -> 
 
 
 def test_a_skipped_step_ends_what_is_on_its_way_and_leaves_no_trace() -> None:
-    communicator = Twins()
+    communicator = FakeCommunicator()
     curvature = train(chain, communicator, steps=2)
     before = {name: tensor.clone() for name, tensor in curvature.state_dict()["layers"]["1"].items()}
     chain(curvature.model, torch.randn(5, 6, dtype=torch.float64), 0).mean().backward()  # type: ignore[arg-type]
     curvature.discard()
-    assert communicator.log[-8:] == ["start 28"] * 4 + ["wait 28"] * 4
+    assert communicator.log[-8:] == [START] * 4 + [WAIT] * 4
     assert curvature.factors.flat_sums.abs().sum() == 0
     torch.testing.assert_close(curvature.state_dict()["layers"]["1"], before, rtol=0, atol=0)
 
 
 def test_a_skipped_step_ends_sums_that_only_others_have_started() -> None:
-    communicator = Twins()
+    communicator = FakeCommunicator()
     curvature = train(chain, communicator, steps=1)
     curvature.discard()
-    assert communicator.log[8:] == ["start 28"] * 4 + ["wait 28"] * 4
+    assert communicator.log[9:] == [START] * 4 + [WAIT] * 4
 
 
 def test_without_early_starts_a_skipped_step_says_nothing_to_others() -> None:
-    communicator = Twins()
+    communicator = FakeCommunicator()
     curvature = train(chain, communicator, steps=1, is_sync_step=None)
     curvature.discard()
-    assert len(communicator.log) == 8
+    assert len(communicator.log) == 9
 
 
 def test_no_step_with_other_processes_waits_for_the_device() -> None:
-    class Echo(Twins):
-        def all_gather(self, own: Tensor) -> Tensor:
-            return own.repeat(self.world_size)
-
-    model, communicator = layers(), Echo()
+    model, communicator = layers(), FakeCommunicator()
     curvature = Curvature(model, update_every_n_steps=1, block_size=3)
     curvature.connect(communicator, bucket_fn=by_size(1), is_sync_step=lambda: True)
     for step in range(3):
@@ -256,11 +256,11 @@ ORDER = (2, 0, 3, 1)
 """In which modules run that were registered as 0, 1, 2, 3."""
 
 
-def misordered(model: nn.ModuleList, communicator: Twins, seed: int) -> None:
+def misordered(model: nn.ModuleList, communicator: FakeCommunicator, seed: int) -> None:
     """Forward and backward; the log tells of each gradient too, after what happened when it came."""
 
     def told(layer: int) -> Callable[[Tensor], None]:
-        return lambda g: communicator.log.append(f"gradient {layer}")
+        return lambda g: communicator.log.append(("gradient", layer))
 
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     for layer in ORDER:
@@ -273,26 +273,26 @@ def misordered(model: nn.ModuleList, communicator: Twins, seed: int) -> None:
 def in_twins(model: nn.ModuleList, communicator: Any, cut: Any = None, **options: Any) -> Curvature:
     curvature = Curvature(model, block_size=3, **options)
     curvature.connect(communicator, bucket_fn=cut or by_size(1), is_sync_step=lambda: True)
-    curvature.solve = SharedInversions(Recorded(1, 0, []))
+    curvature.solve = SharedInversions(SingleProcess())
     return curvature
 
 
-AT_THE_END = ["gradient 1", "gradient 3", "gradient 0", "gradient 2", *["start 28"] * 4]
-AS_IT_RUNS = ["gradient 1", "start 28", "gradient 3", "start 28", "gradient 0", "start 28", "gradient 2", "start 28"]
+AT_THE_END = [("gradient", 1), ("gradient", 3), ("gradient", 0), ("gradient", 2), *[START] * 4]
+AS_IT_RUNS = [("gradient", 1), START, ("gradient", 3), START, ("gradient", 0), START, ("gradient", 2), START]
 
 
 def test_from_the_second_refresh_on_buckets_start_in_the_order_in_which_modules_run() -> None:
-    model, communicator = layers(), Twins()
+    model, communicator = layers(), FakeCommunicator()
     curvature = in_twins(model, communicator, update_every_n_steps=1)
     for step, expected in enumerate((AT_THE_END, AS_IT_RUNS, AS_IT_RUNS)):
         communicator.log.clear()
         misordered(model, communicator, step)
         curvature.update()
-        assert communicator.log == [*expected, *["wait 28"] * 4]
+        assert [call for call in communicator.log if call != UNIT] == [*expected, *[WAIT] * 4]
 
 
 def test_staggered_and_resumed_each_turn_learns_its_own_order() -> None:
-    model, communicator = layers(), Twins()
+    model, communicator = layers(), FakeCommunicator()
     curvature = in_twins(model, communicator, update_every_n_steps=2, stagger=True)
     misordered(model, communicator, 0)
     curvature.update()
@@ -305,13 +305,13 @@ def test_staggered_and_resumed_each_turn_learns_its_own_order() -> None:
         assert len(due) == 2
         misordered(model, communicator, step)
         resumed.update()
-        early = [line for line in communicator.log if not line.startswith("wait")]
+        early = [call for call in communicator.log if call != WAIT]
         if step <= 2:
-            assert early == [*AT_THE_END[:4], "start 28", "start 28"]
+            assert early == [*AT_THE_END[:4], START, START]
         else:
-            expected = [f"gradient {layer}" for layer in reversed(ORDER)]
+            expected = [("gradient", layer) for layer in reversed(ORDER)]
             for layer in due:
-                expected.insert(expected.index(f"gradient {layer}") + 1, "start 28")
+                expected.insert(expected.index(("gradient", layer)) + 1, START)
             assert early == expected
 
 
@@ -323,18 +323,18 @@ def test_groups_of_split_indices_stay_together_in_the_order_in_which_they_are_wh
 def test_processes_that_saw_other_orders_agree_on_one() -> None:
     """That of the sums of places, 4 2 6 7 here: a layer that was silent on one of the three is the last there."""
     orders = ([0, 1, 2, 3], [0, 1, 3, 2], [1, 2, 3])
-    sent: list[list[Tensor]] = [[] for _ in orders]
-    for replay in (False, True):
-        for share, order in enumerate(orders):
-            communicator: Any = Recorded(3, share, sent, replay)
-            stacks = Curvature(layers(), block_size=3).factors
-            window = FactorReducer(stacks, communicator, lambda: (0, 1, 2, 3), by_size(1), lambda: False)
-            for layer in order:
-                window.expect(layer)
-                window.mark_ready(layer)
-            window.sum()
-            found = [bucket.layers for bucket in window._opened()]
-            assert not replay or found == [[1], [0], [2], [3]]
+    models = [layers() for _ in orders]
+
+    def found(place: Place) -> list[list[int]]:
+        stacks = Curvature(models[place.rank], block_size=3).factors
+        reducer = FactorReducer(stacks, place.world, lambda: (0, 1, 2, 3), by_size(1), lambda: False)
+        for layer in orders[place.rank]:
+            reducer.expect(layer)
+            reducer.mark_ready(layer)
+        reducer.sum()
+        return [bucket.layers for bucket in reducer._opened()]
+
+    assert on_ranks(3, None, found) == [[[1], [0], [2], [3]]] * 3
 
 
 # ── buckets ──

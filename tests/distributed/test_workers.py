@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,14 +21,11 @@ from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
 from lightning_thor.distributed.shared_directions import SharedDirections
 from lightning_thor.linalg import memory
 from lightning_thor.trainer.report import curvature_table
-from tests.curvature.test_no_sync import Watch
-from tests.helpers.boring import without_words
+from tests.helpers.boring import assert_bitwise, without_words
 from tests.helpers.distributed_workers import ROWS, Module, fit, four_ranks, results_folder, two_ranks
-from tests.helpers.fakes import Member, Place, on_ranks
-from tests.trainer.test_strategy import assert_bitwise, clean_environment
-from tests.trainer.test_strategy import state as strategy_state
-
-__all__ = ["clean_environment"]  # a fixture
+from tests.helpers.distributed_workers import state as strategy_state
+from tests.helpers.fakes import FakeCommunicator, Place, on_ranks
+from tests.helpers.watch import Watch
 
 N, WIDTH, VOCABULARY = 12, 8, 7
 LAYOUTS = [(2, 1), (3, 1), (4, 2)]
@@ -77,10 +73,9 @@ class Trained(NamedTuple):
         return dict(self.net.named_parameters())
 
     @property
-    def receivers(self) -> Member:
+    def receivers(self) -> FakeCommunicator:
         assert self.place.workers is not None
-        member: Any = self.place.workers.directions
-        return member
+        return self.place.workers.gradient_workers  # type: ignore[return-value]
 
 
 def fresh(place: Place, **options: Any) -> Trained:
@@ -247,10 +242,11 @@ def test_a_step_takes_one_message_of_all_directions_and_a_refresh_one_number_mor
         layers = list(trained.curvature.layers.values())
         own = {p for index in trained.curvature.factors.has_inverse for p in layers[index].parameters}
         lengths.append(sum(p.numel() for p in own))
-    number, directions = ("sum", 1, torch.int64), ("gather", max(lengths), torch.float64)
+    number, directions = [("all_reduce", 1), ("wait", 1)], ("all_gather", max(lengths))
     assert max(lengths) < sum(lengths) == sum(p.numel() for p in NET.parameters())
     for trained in found:
-        assert trained.receivers.log == [number, directions, directions, directions, number, directions, directions]
+        assert trained.receivers.log == [*number, *[directions] * 3, *number, *[directions] * 2]
+        assert trained.receivers.dtypes == [torch.int64, *[torch.float64] * 3, torch.int64, *[torch.float64] * 2]
 
 
 @pytest.mark.parametrize(
@@ -589,17 +585,13 @@ def test_inverse_workers_that_do_not_divide_the_ranks_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"inverse_workers=4 does not divide the 6 processes.*give 1, 2, 3, 6, or None"
     ):
-        strategy._new_workers()
+        strategy.new_worker_grid()
     strategy.cluster_environment.set_world_size(4)
-    assert strategy._new_workers() is None
+    assert strategy.new_worker_grid() is None
 
 
-def test_one_worker_on_one_process_is_bitwise_a_single_device(tmp_path: Path, clean_environment: None) -> None:
-    try:
-        found = fit(tmp_path, Module((ROWS,)), devices=1, max_epochs=1, strategy=ThorDDPStrategy(inverse_workers=1))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def test_one_worker_on_one_process_is_bitwise_a_single_device(tmp_path: Path, clean_process: None) -> None:
+    found = fit(tmp_path, Module((ROWS,)), devices=1, max_epochs=1, strategy=ThorDDPStrategy(inverse_workers=1))
     assert found["strategy"] == "ThorDDPStrategy"
     assert found["collectives"] == []
     assert_bitwise(strategy_state(found), strategy_state(fit(tmp_path, Module((ROWS,)), devices=1, max_epochs=1)))

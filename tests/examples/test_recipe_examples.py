@@ -16,7 +16,7 @@ from examples.imagenet import MEAN, STD, ImageFolderData, middle_box, random_box
 from examples.resnet import ResNet50
 from lightning_thor import Curvature
 from lightning_thor.recipes import ResNet50LearningRate, bert_large
-from tests.trainer.test_cli import DATA, checkpoint_in, command, metrics_in
+from tests.helpers.commands import DATA, checkpoint_in, command, metrics_in
 
 # ── ResNet-50 ──
 

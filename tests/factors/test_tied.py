@@ -11,8 +11,8 @@ from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.linalg.block_diagonal import diagonal_to_blocks
 from lightning_thor.trainer.report import curvature_table
-from tests.curvature.test_no_sync import Watch
 from tests.helpers.formulas import preconditioned
+from tests.helpers.watch import Watch
 
 N, POSITIONS, WIDTH = 6, 4, 5
 

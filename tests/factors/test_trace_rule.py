@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_thor import Curvature, ThorCallback, configure_thor
 from lightning_thor.curvature.refresh_schedule import DECISION_DELAY_STEPS, RefreshSchedule
 from lightning_thor.factors.trace_rule import KEEP, STOP, UPDATE
-from tests.curvature.test_no_sync import Watch
 from tests.helpers.boring import Boring, callback_of, everything, trainer, without_words
+from tests.helpers.watch import Watch
 
 
 def net() -> nn.Sequential:
@@ -313,8 +313,7 @@ def test_a_fit_with_a_rule_logs_the_share_and_resumes_bitwise(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_two_ranks_decide_alike_and_as_one_rank_does(tmp_path: Path) -> None:
-    from tests.helpers.distributed_workers import two_ranks
-    from tests.trainer.test_strategy import one_rank, state
+    from tests.helpers.distributed_workers import one_rank, state, two_ranks
 
     alone = one_rank(tmp_path, max_epochs=3, trace_rule=(0.2, 0.02))
     done, turns = (int(alone["curvature"][key]) for key in ("refreshes", "turns"))

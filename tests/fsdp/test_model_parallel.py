@@ -25,8 +25,8 @@ from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrat
 from lightning_thor.distributed import dtensor
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.trainer.report import curvature_table
-from tests.helpers.boring import Boring
-from tests.helpers.distributed_workers import ROWS, Result, batch, fit, only, whole
+from tests.helpers.boring import Boring, assert_bitwise
+from tests.helpers.distributed_workers import ROWS, Result, batch, fit, only, state, whole
 from tests.helpers.launching import ROOT
 from tests.helpers.sharded_workers import (
     BF16,
@@ -40,20 +40,10 @@ from tests.helpers.sharded_workers import (
     results_folder,
     train,
 )
-from tests.trainer.test_strategy import assert_bitwise, clean_environment, state
-
-__all__ = ["clean_environment"]
 
 
 def one_device(folder: Path, *module: Any, mode: str = "natural", **options: Any) -> Result:
     return fit(folder, Sharded((ROWS,), *module, mode=mode), devices=1, **options)
-
-
-@pytest.fixture
-def one_process(clean_environment: None) -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -226,7 +216,7 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(resumed: str, unbroken: str) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["natural", "polar"])
-def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, one_process: None, mode: str) -> None:
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, clean_process: None, mode: str) -> None:
     """A distributed one, and in polar mode one that is consolidated."""
     unbroken = one_device(tmp_path, mode=mode)
     file = results_folder() / mode / "epoch=0.ckpt"
@@ -310,7 +300,7 @@ def test_state_that_is_made_beforehand_changes_no_step() -> None:
 # ── the strategy ──
 
 
-def test_it_is_registered_and_shares_the_data_among_all_ranks(clean_environment: None) -> None:
+def test_it_is_registered_and_shares_the_data_among_all_ranks(clean_process: None) -> None:
     assert StrategyRegistry["thor_fsdp2"]["strategy"] is ThorModelParallelStrategy
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="thor_fsdp2", logger=False)
     assert isinstance(trainer.strategy, ThorModelParallelStrategy)
@@ -371,7 +361,7 @@ def test_a_shard_without_the_sharded_curvature_is_told(four_processes: None) -> 
 
 
 @pytest.mark.slow
-def test_the_readmes_sharded_model_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: None) -> None:
+def test_the_readmes_sharded_model_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_process: None) -> None:
     (snippet,) = re.findall(r"```python\n([^`]*fully_shard[^`]*)```", (ROOT / "README.md").read_text(encoding="utf-8"))
 
     class Model(Boring):
@@ -402,13 +392,15 @@ def test_the_readmes_sharded_model_trains(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_a_block_size_that_would_need_a_copy_of_the_module_is_refused(tmp_path: Path, one_process: None) -> None:
+def test_a_block_size_that_would_need_a_copy_of_the_module_is_refused(tmp_path: Path, clean_process: None) -> None:
     with pytest.raises(ValueError, match=r'block_size="auto" tries a copy of Sharded.*Give block_size a number'):
         train(tmp_path, Sharded((ROWS,)), block_size="auto")
 
 
 @pytest.mark.slow
-def test_without_lightning_shards_train_as_the_whole_model(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lightning_shards_train_as_the_whole_model(
+    clean_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not bitwise: shards lie elsewhere in memory, by which some processors' products round."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "0")

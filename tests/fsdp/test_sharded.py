@@ -13,8 +13,8 @@ from lightning_thor.fsdp.row_partition import assign_rows, pieces_of, rows_of_a_
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, row_blocks_of_layers
 from lightning_thor.layers import registry
 from lightning_thor.preconditioning.modes import Mode
-from tests.curvature.test_no_sync import Watch
-from tests.helpers.fakes import Threads, run_in_threads
+from tests.helpers.fakes import Place, on_ranks
+from tests.helpers.watch import Watch
 
 
 class Everything(nn.Module):
@@ -64,16 +64,18 @@ def shards_of(tensor: Tensor, n: int) -> list[Tensor]:
 
 def directions_together(
     curvature: Curvature, grads: dict[nn.Parameter, Tensor], n: int, is_polar: bool = False
-) -> tuple[list[dict[nn.Parameter, Tensor]], list[Threads]]:
-    found: list[dict[nn.Parameter, Tensor]] = [{} for _ in range(n)]
+) -> tuple[list[dict[nn.Parameter, Tensor]], list[list[int]]]:
+    """The directions on each rank, twice (the second time by a plan that is there), and how many numbers it sent."""
 
-    def work(communicator: Threads) -> None:
-        own = {p: shards_of(grad, n)[communicator.rank] for p, grad in grads.items()}
-        sharded = ShardedCurvature(curvature, communicator)
-        for _ in range(2):  # the second time by a plan that is there
-            found[communicator.rank] = (sharded.precondition_polar if is_polar else sharded.precondition)(own)
+    def work(place: Place) -> tuple[dict[nn.Parameter, Tensor], list[int]]:
+        own = {p: shards_of(grad, n)[place.rank] for p, grad in grads.items()}
+        sharded = ShardedCurvature(curvature, place.world)
+        found = [(sharded.precondition_polar if is_polar else sharded.precondition)(own) for _ in range(2)]
+        assert {op for op, _ in place.world.log} <= {"all_to_all"}
+        return found[1], [numel for _, numel in place.world.log]
 
-    return found, run_in_threads(n, work)
+    found, sent = zip(*on_ranks(n, None, work), strict=True)
+    return list(found), list(sent)
 
 
 def assert_the_same(together: list[dict[nn.Parameter, Tensor]], alone: dict[nn.Parameter, Tensor]) -> None:
@@ -105,8 +107,8 @@ def test_the_directions_of_all_kinds_of_layers_are_those_of_one_process(
 def test_what_travels_is_what_the_benchmark_counts(mode: Mode, n: int) -> None:
     curvature = curvature_of(mode)
     grads = {p: p.grad for p in curvature.model.parameters() if p.grad is not None}
-    _, threads = directions_together(curvature, grads, n, is_polar=mode == "polar")
-    sent = [sum(one.n_sent) * 8 / 2 for one in threads]  # of float64, twice
+    _, numels = directions_together(curvature, grads, n, is_polar=mode == "polar")
+    sent = [sum(own) * 8 / 2 for own in numels]  # of float64, twice
     counted = sharded_updates.counted(curvature, n)
     assert (sum(sent) / n, max(sent)) == pytest.approx((counted["sent"], counted["busiest"]))
 
@@ -115,10 +117,9 @@ def test_nothing_travels_where_no_block_lies_on_two_processes() -> None:
     model = nn.Sequential(nn.Embedding(8, 6), nn.LayerNorm(6), nn.Linear(6, 16), nn.Linear(16, 8))
     curvature = Curvature(model, block_size=4)
     grads = {p: torch.randn_like(p) for p in model.parameters()}
-    _, threads = directions_together(curvature, grads, 2)
-    assert [one.n_sent for one in threads] == [[], []]
-    _, threads = directions_together(curvature, grads, 4)
-    assert {len(one.n_sent) for one in threads} == {4}  # of 8 rows each has 2, and a block has 4
+    assert directions_together(curvature, grads, 2)[1] == [[], []]
+    # Of 8 rows each has 2, and a block has 4.
+    assert {len(sent) for sent in directions_together(curvature, grads, 4)[1]} == {4}
 
 
 def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
@@ -224,15 +225,13 @@ def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -
 def test_no_directions_wait_for_the_device(mode: Mode) -> None:
     curvature = curvature_of(mode)
     grads = {p: p.grad for p in curvature.model.parameters() if p.grad is not None}
-    waiting: set[str] = set()
 
-    def work(communicator: Threads) -> None:
-        own = {p: shards_of(grad, 3)[communicator.rank] for p, grad in grads.items()}
-        sharded = ShardedCurvature(curvature, communicator)
+    def work(place: Place) -> set[str]:
+        own = {p: shards_of(grad, 3)[place.rank] for p, grad in grads.items()}
+        sharded = ShardedCurvature(curvature, place.world)
         with Watch() as watch:
             (sharded.precondition_polar if mode == "polar" else sharded.precondition)(own)
         assert watch.called
-        waiting.update(watch.waiting)
+        return watch.waiting
 
-    run_in_threads(3, work)
-    assert not waiting
+    assert on_ranks(3, None, work) == [set()] * 3

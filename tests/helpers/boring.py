@@ -114,3 +114,7 @@ def without_words(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_words(part) for part in value if not isinstance(part, str)]
     return value
+
+
+def assert_bitwise(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

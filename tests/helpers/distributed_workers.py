@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, configure_thor
 from lightning_thor.block_size import choose
 from lightning_thor.distributed import process_group
+from tests.helpers.boring import without_words
 from tests.helpers.launching import run
 
 ROWS = 32
@@ -479,6 +480,17 @@ def results_folder() -> Path:
 def two_ranks(name: str) -> list[Result]:
     """What the training ``name`` gave on rank 0 and on rank 1."""
     return results(results_folder(), name, 2, launched()[1])
+
+
+def one_rank(folder: Path, **options: Any) -> Result:
+    """What `fit` gives on one rank, which takes whole batches."""
+    return fit(folder, Module((ROWS,)), devices=1, **options)
+
+
+def state(result: Result, *without: str) -> Result:
+    """What must be equal where two trainings are one."""
+    names = ("weights", "optimizer", "curvature", "schedulers", "epochs")
+    return {name: without_words(result[name]) for name in names if name not in without}
 
 
 def train(folder: Path, *names: str) -> None:

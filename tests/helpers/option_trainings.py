@@ -17,7 +17,6 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 
 from lightning_thor import ThorCallback, ThorDDPStrategy
-from tests.curvature.test_no_sync import Watch
 from tests.helpers.distributed_workers import (
     HALVES,
     QUARTERS,
@@ -28,6 +27,7 @@ from tests.helpers.distributed_workers import (
     fit_with_loss_scaling,
     in_buckets,
 )
+from tests.helpers.watch import Watch
 
 
 class Crossed(Net):

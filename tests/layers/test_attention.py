@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +17,8 @@ from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers.base import attention_uses
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.hooks import Hooks
-from tests.curvature.test_no_sync import Watch
+from tests.helpers.models import ByLinears
+from tests.helpers.watch import Watch
 
 L, S, N, E = 5, 6, 3, 8
 VARIANTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
@@ -124,23 +124,6 @@ def test_the_numbers_of_the_model_do_not_change(name: str) -> None:
     torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)
     for p, q in zip(attention.parameters(), watched.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
-
-
-class ByLinears(nn.Module):
-    """One-headed attention written with linear layers, of the same weights."""
-
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(E, E).double() for _ in range(4))
-        for index, layer in enumerate((self.q_proj, self.k_proj, self.v_proj)):
-            layer.weight.data = attention.in_proj_weight.detach().chunk(3)[index].clone()
-            layer.bias.data = attention.in_proj_bias.detach().chunk(3)[index].clone()
-        self.out_proj.load_state_dict(attention.out_proj.state_dict())
-
-    def forward(self, query: Tensor, memory: Tensor) -> Tensor:
-        q, k, v = self.q_proj(query), self.k_proj(memory), self.v_proj(memory)
-        output: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v))
-        return output
 
 
 @pytest.mark.parametrize("precondition_bias", [False, True])

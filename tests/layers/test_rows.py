@@ -16,7 +16,7 @@ from lightning_thor.layers.base import Layer, RowsOf, subsample
 from lightning_thor.layers.conv import conv_rows
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.norm import batch_norm_rows, group_norm_rows
-from tests.helpers.fakes import Twins
+from tests.helpers.fakes import FakeCommunicator
 from tests.helpers.formulas import preconditioned
 
 Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
@@ -216,7 +216,7 @@ def test_processes_share_max_rows(n_processes: int, max_rows: int | None, rows: 
     """A hundred processes should not take a hundred times as many: the curvature is that of one with all batches."""
     model = nn.Sequential(nn.Linear(4, 3))
     curvature = Curvature(model, max_rows=max_rows)
-    curvature.connect(Twins(n_processes))
+    curvature.connect(FakeCommunicator(n_processes))
     model(torch.randn(3000, 4)).square().mean().backward()
     assert curvature.factors.counts[0, 0] == rows
     model.zero_grad()

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from lightning_thor import ThorCallback
 from lightning_thor.mindspore.optimizer import MindSporeThor, thor
-from tests.curvature.test_no_sync import Watch
 from tests.helpers.boring import Boring, trainer, without_words
+from tests.helpers.watch import Watch
 
 FOLDER = Path(__file__).parents[3] / "shared" / "oracle"  # outside the project: skipped where it is absent
 needs_recordings = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no recordings of nn.thor in {FOLDER.name}/")

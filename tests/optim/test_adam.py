@@ -17,8 +17,9 @@ from lightning_thor.linalg.decompositions import eigenvectors
 from lightning_thor.optim.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
 from lightning_thor.preconditioning.modes import Mode
 from lightning_thor.trainer.report import curvature_table
-from tests.optim.test_optimizer import Identity
-from tests.preconditioning.test_directions import grads_of, net, observed
+from tests.helpers.models import every_kind as net
+from tests.helpers.models import grads_of, observed
+from tests.helpers.preconditioners import Identity
 
 
 class Plain(Identity):

@@ -17,7 +17,7 @@ from lightning_thor import Curvature, Thor
 from lightning_thor.linalg import memory
 from lightning_thor.optim import fading
 from lightning_thor.optim.fading import ROUNDINGS, SLICE, fade_factors
-from tests.optim.test_optimizer import Identity
+from tests.helpers.preconditioners import Identity
 
 HOSTS = pytest.mark.parametrize("host", [{"cpu"}, set()], ids=["as on a CPU", "as on a GPU"])
 EPS = torch.finfo(torch.float32).eps

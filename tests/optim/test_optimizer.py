@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,19 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor
-
-
-class Identity:
-    """A preconditioner that changes nothing."""
-
-    def __init__(self) -> None:
-        self.updates = 0
-
-    def update(self) -> None:
-        self.updates += 1
-
-    def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        return {p: grad.clone() for p, grad in grads.items()}
+from tests.helpers.preconditioners import Identity
 
 
 def net() -> nn.Sequential:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_thor import Thor
 from lightning_thor.linalg import memory
 from lightning_thor.optim.update_scaling import clip_norm_, scale_to_rms_
-from tests.optim.test_optimizer import Identity
+from tests.helpers.preconditioners import Identity
 
 HOSTS = pytest.mark.parametrize("host", [{"cpu"}, set()], ids=["as on a CPU", "as on a GPU"])
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]

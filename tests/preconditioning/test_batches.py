@@ -16,8 +16,8 @@ from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view
 from lightning_thor.optim.update_scaling import clip_norm_, scale_to_rms_
 from lightning_thor.preconditioning import grouping
 from lightning_thor.preconditioning.grouping import DenseGroup, NormGroup, RowChunkedLayer, group_layers
-from tests.curvature.test_no_sync import Watch
 from tests.helpers.formulas import preconditioned
+from tests.helpers.watch import Watch
 
 
 @pytest.fixture(autouse=True)

@@ -17,45 +17,14 @@ from lightning_thor.linalg.decompositions import damped_inverse_roots, damped_in
 from lightning_thor.linalg.matrix_sign import msign
 from lightning_thor.preconditioning import directions
 from lightning_thor.trainer.report import curvature_table
-from tests.layers.test_attention import ByLinears, E
-from tests.optim.test_optimizer import Identity
+from tests.helpers.models import ByLinears, every_kind, grads_of, observed
+from tests.helpers.preconditioners import Identity
 
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """The polar factor by as many polynomials as it takes."""
     monkeypatch.setattr(directions, "msign", lambda x: msign(x, steps=14))
-
-
-def net() -> nn.Sequential:
-    """Two linear layers with padded blocks, a plain, a grouped and a transposed convolution, an embedding, a norm."""
-    torch.manual_seed(5)
-    model = nn.Sequential(
-        nn.Embedding(9, 12),
-        nn.Linear(12, 18),
-        nn.Unflatten(1, (2, 3, 3)),
-        nn.Conv2d(2, 4, 2, padding=1),
-        nn.Conv2d(4, 6, 2, groups=2),
-        nn.ConvTranspose2d(6, 4, 2, groups=2, bias=False),
-        nn.Flatten(),
-        nn.LayerNorm(64),
-        nn.Linear(64, 5),
-    )
-    return model.double()
-
-
-def observed(model: nn.Module, mode: Any = "polar", **options: Any) -> Curvature:
-    """A curvature after one batch; the model has its gradients."""
-    curvature = Curvature(model, mode=mode, **{"block_size": 5, "damping": 0.1, **options})
-    tokens = torch.randint(9, (40,), generator=torch.Generator().manual_seed(3))
-    model.zero_grad()
-    model(tokens).square().mean().backward()
-    curvature.update()
-    return curvature
-
-
-def grads_of(model: nn.Module) -> dict[nn.Parameter, Tensor]:
-    return {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
 
 
 def dense(curvature: Curvature, name: str, side: str) -> Tensor:
@@ -84,7 +53,7 @@ def polar_by_square_roots(curvature: Curvature, layer: Layer, grad: Tensor) -> T
 @pytest.mark.parametrize("block_size", [5, None])
 def test_the_polar_direction_is_that_of_symmetric_square_roots(block_size: int | None) -> None:
     """G^-½ msign(G^-½ M A^-½) A^-½ by eigenvalues and SVD, from roots that are neither symmetric nor its own."""
-    model = net()
+    model = every_kind()
     curvature = observed(model, block_size=block_size)
     grads = {p: torch.randn_like(p) for p in model.parameters()}  # of full rank: else the polar factor is not unique
     found = curvature.precondition_polar(grads)
@@ -97,7 +66,7 @@ def test_the_polar_direction_is_that_of_symmetric_square_roots(block_size: int |
 
 @pytest.mark.usefixtures("exact")
 def test_any_root_gives_the_same_direction() -> None:
-    model = net()
+    model = every_kind()
     curvature = observed(model)
     grads = grads_of(model)
     before = curvature.precondition_polar(grads)
@@ -110,7 +79,7 @@ def test_any_root_gives_the_same_direction() -> None:
 
 
 def test_roots_give_the_natural_direction_too() -> None:
-    model = net()
+    model = every_kind()
     roots, inverses = observed(model, "polar"), observed(model, "natural")
     grads = grads_of(model)
     found, expected = roots.precondition(grads), inverses.precondition(grads)
@@ -125,7 +94,7 @@ def test_roots_give_the_natural_direction_too() -> None:
 
 def test_the_output_layer_has_the_diagonal_of_its_G_alone() -> None:
     """What lies beside it in E[g gᵀ] is the errors' mean, which an inverse would take out of the direction."""
-    model = net()
+    model = every_kind()
     curvature, whole = observed(model), observed(model, "natural", block_size=None)
     weight = model[8].weight
     assert weight.grad is not None
@@ -138,7 +107,7 @@ def test_the_output_layer_has_the_diagonal_of_its_G_alone() -> None:
 
 def test_the_table_says_which_layers_are_polar() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(curvature_table(Curvature(net(), mode="polar")))
+    console.print(curvature_table(Curvature(every_kind(), mode="polar")))
     lines = console.export_text().splitlines()
     assert [line.split()[1] for line in lines if ", polar" in line] == ["1", "3", "4", "5"]
 
@@ -166,7 +135,7 @@ def test_a_block_that_fails_has_a_root_of_what_natural_mode_has() -> None:
     """The last good one, or before there ever was one that of the mean eigenvalue."""
     kept = []
     for mode in ("natural", "polar"):
-        curvature = observed(net(), mode)
+        curvature = observed(every_kind(), mode)
         stack = curvature.factors.batches[4]
         stack.average[:2, 0, 1] += 10.0
         stack.average[:2, 1, 0] += 10.0
@@ -232,7 +201,7 @@ def test_without_curvature_it_is_muon(options: dict[str, Any], through: str) -> 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_momentum_comes_first_and_is_that_of_the_raw_gradients(nesterov: bool) -> None:
-    model = net()
+    model = every_kind()
     curvature = observed(model)
     optimizer = Thor(
         model.parameters(), lr=0.1, mode="polar", match_rms=None, nesterov=nesterov, preconditioner=curvature
@@ -262,7 +231,7 @@ def trained(model: nn.Module, curvature: Curvature, optimizer: Thor, steps: rang
 
 
 def fresh(**options: Any) -> tuple[nn.Module, Curvature, Thor]:
-    model = net()
+    model = every_kind()
     curvature = Curvature(model, mode="polar", update_every_n_steps=3, block_size=5)
     return model, curvature, configure_thor(model, lr=0.01, mode="polar", preconditioner=curvature, **options)
 
@@ -282,7 +251,7 @@ def test_it_trains() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_zero_gradients_move_nothing(dtype: torch.dtype) -> None:
-    model = net().to(dtype)
+    model = every_kind().to(dtype)
     curvature = Curvature(model, mode="polar")
     curvature._schedule.set_next_steps([9] * len(curvature.layers))
     optimizer = Thor(model.parameters(), lr=0.1, mode="polar", nesterov=True, preconditioner=curvature)
@@ -297,7 +266,7 @@ def test_a_group_of_natural_mode_beside_a_polar_one_takes_the_natural_steps() ->
     """Bitwise those of a model whose only group is natural, on the same roots."""
     weights = []
     for others in ("polar", "natural"):
-        model = net()
+        model = every_kind()
         curvature = observed(model)
         own = list(model[3].parameters())
         rest = [p for p in model.parameters() if all(p is not q for q in own)]
@@ -326,23 +295,23 @@ def test_a_resumed_plain_loop_is_bitwise_the_unbroken_one() -> None:
 
 @pytest.mark.parametrize(("saved", "loading"), [("natural", "polar"), ("polar", "natural")])
 def test_a_state_of_the_other_mode_is_refused_and_changes_nothing(saved: Any, loading: Any) -> None:
-    state = observed(net(), saved).state_dict()
-    other = Curvature(net(), mode=loading, block_size=5)
+    state = observed(every_kind(), saved).state_dict()
+    other = Curvature(every_kind(), mode=loading, block_size=5)
     with pytest.raises(ValueError, match=rf"of mode='{saved}', this one of mode='{loading}'.*Thor\(mode='{saved}'\)"):
         other.load_state_dict(state)
     assert other.step == 0
 
 
 def test_a_state_from_before_there_were_modes_is_natural() -> None:
-    state = observed(net(), "natural").state_dict()
+    state = observed(every_kind(), "natural").state_dict()
     del state["mode"]
-    Curvature(net(), block_size=5).load_state_dict(state)
+    Curvature(every_kind(), block_size=5).load_state_dict(state)
     with pytest.raises(ValueError, match="of mode='natural'"):
-        Curvature(net(), mode="polar", block_size=5).load_state_dict(state)
+        Curvature(every_kind(), mode="polar", block_size=5).load_state_dict(state)
 
 
 def test_a_polar_optimizer_on_a_natural_curvature_is_told_what_to_build() -> None:
-    model = net()
+    model = every_kind()
     curvature = observed(model, "natural")
     with pytest.raises(RuntimeError, match=r'Curvature\(model, mode="polar"\)'):
         Thor(model.parameters(), mode="polar", preconditioner=curvature).step()
@@ -360,14 +329,14 @@ def test_a_polar_optimizer_on_a_natural_curvature_is_told_what_to_build() -> Non
 )
 def test_bad_modes_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Thor(net().parameters(), **options)
+        Thor(every_kind().parameters(), **options)
     with pytest.raises(ValueError, match=message):
-        Thor([{"params": list(net().parameters()), **options}])
+        Thor([{"params": list(every_kind().parameters()), **options}])
 
 
 def test_a_curvature_knows_no_other_mode() -> None:
     with pytest.raises(ValueError, match="mode must be one of natural, polar, adam, got 'muon'"):
-        Curvature(net(), mode="muon")  # type: ignore[arg-type]
+        Curvature(every_kind(), mode="muon")  # type: ignore[arg-type]
 
 
 class UnevenLayout(nn.Module):
@@ -404,9 +373,9 @@ def test_each_part_of_a_fused_layer_has_a_polar_direction_of_its_own(exact: None
 
 
 def test_each_projection_of_an_attention_has_a_polar_direction_of_its_own(exact: None) -> None:
-    attention = nn.MultiheadAttention(E, 1, batch_first=True).double()
+    attention = nn.MultiheadAttention(8, 1, batch_first=True).double()
     linears = ByLinears(attention)
-    query, memory = (torch.randn(3, length, E, dtype=torch.float64) for length in (4, 5))
+    query, memory = (torch.randn(3, length, 8, dtype=torch.float64) for length in (4, 5))
     ours, theirs = (Curvature(m, mode="polar", block_size=3) for m in (attention, linears))
     attention(query, memory, memory, need_weights=False)[0].sin().mean().backward()
     linears(query, memory).sin().mean().backward()

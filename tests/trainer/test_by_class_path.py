@@ -14,7 +14,7 @@ from lightning_thor import Curvature, ThorCallback
 from lightning_thor.schedules import GrowingInterval, PerStepLR, Polynomial
 from tests.helpers import callables
 from tests.helpers.boring import Boring, callback_of
-from tests.trainer.test_cli import TINY_DIGITS, run
+from tests.helpers.commands import TINY_DIGITS, run
 
 # jsonargparse, about how LightningCLI calls it.
 pytestmark = pytest.mark.filterwarnings(r"ignore:(.|\n)*(deprecated in v4|JsonargparseDeprecationWarning)")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.distributed_workers import two_ranks
-from tests.trainer.test_strategy import assert_bitwise, one_rank, state
+from tests.helpers.boring import assert_bitwise
+from tests.helpers.distributed_workers import one_rank, state, two_ranks
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,8 @@ from tests.helpers.boring import trainer
 from tests.helpers.distributed_workers import ROWS
 from tests.helpers.full_disks import SavesOntoAFullDisk, full_disk
 from tests.helpers.sharded_workers import Sharded, ranks
-from tests.trainer.test_strategy import clean_environment
 
-__all__ = ["clean_environment"]
-
-
-@pytest.fixture(autouse=True)
-def one_process(clean_environment: None) -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("clean_process")
 
 
 def run(folder: Path, strategy: Any, *callbacks: Any) -> Any:

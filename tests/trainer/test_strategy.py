@@ -10,48 +10,25 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch.multiprocessing import ProcessRaisedException
 
 from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, ThorModelParallelStrategy
-from tests.helpers.boring import without_words
+from tests.helpers.boring import assert_bitwise, without_words
 from tests.helpers.distributed_workers import (
     HALVES,
     ROWS,
     Module,
     Net,
-    Result,
     batch,
     fit,
     in_buckets,
+    one_rank,
     raises,
     results_folder,
+    state,
     two_ranks,
 )
-
-STATE = ("weights", "optimizer", "curvature", "schedulers", "epochs")
-
-
-@pytest.fixture
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The strategies set these for processes that they start; monkeypatch takes them away again."""
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "0")
-        monkeypatch.delenv(name)
-
-
-def one_rank(folder: Path, **options: Any) -> Result:
-    return fit(folder, Module((ROWS,)), devices=1, **options)
-
-
-def state(result: Result, *without: str) -> Result:
-    return {key: without_words(result[key]) for key in STATE if key not in without}
-
-
-def assert_bitwise(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
 
 # ── registration ──
 
@@ -87,7 +64,7 @@ def forked(folder: Path, module: Module, strategy: Any) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_that_are_forked_train_as_those_that_are_launched(tmp_path: Path, clean_environment: None) -> None:
+def test_ranks_that_are_forked_train_as_those_that_are_launched(tmp_path: Path, clean_process: None) -> None:
     module = Module(HALVES)
     forked(tmp_path, module, "thor_ddp_fork")
     # Not bitwise: a process that has done much before has its numbers elsewhere in memory, by which a product of a
@@ -97,9 +74,7 @@ def test_ranks_that_are_forked_train_as_those_that_are_launched(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_rank_that_raises_ends_the_other_with_an_error_in_bounded_time(
-    tmp_path: Path, clean_environment: None
-) -> None:
+def test_a_rank_that_raises_ends_the_other_with_an_error_in_bounded_time(tmp_path: Path, clean_process: None) -> None:
     """In a step that refreshes, while the other one goes on to backward and sends its factors."""
     start = time.monotonic()
     with pytest.raises(ProcessRaisedException, match="RuntimeError: a rank of the test raised"):
@@ -138,13 +113,10 @@ def test_bf16_factors_has_no_effect_and_says_so(strategy: Any) -> None:
         strategy(bf16_factors=True)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "options"),
-    [(ThorDDPStrategy, {}), (ThorModelParallelStrategy, {"parameters": {}})],
-)
-def test_split_indices_of_another_model_are_refused_when_fit_starts(strategy: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("strategy", [ThorDDPStrategy, ThorModelParallelStrategy])
+def test_split_indices_of_another_model_are_refused_when_fit_starts(strategy: Any) -> None:
     with pytest.raises(ValueError, match="names layer 4, but this model has 4 layers"):
-        strategy(split_indices=[1, 4]).connect_curvature(Curvature(Net()), **options)
+        strategy(split_indices=[1, 4]).connect_curvature(Curvature(Net()), parameters={})
 
 
 def test_thor_ddp_takes_the_options_of_ddp() -> None:
@@ -153,13 +125,9 @@ def test_thor_ddp_takes_the_options_of_ddp() -> None:
     assert strategy._ddp_kwargs == {"gradient_as_bucket_view": True}
 
 
-def test_thor_ddp_on_one_process_is_bitwise_a_single_device(tmp_path: Path, clean_environment: None) -> None:
+def test_thor_ddp_on_one_process_is_bitwise_a_single_device(tmp_path: Path, clean_process: None) -> None:
     alone = one_rank(tmp_path)
-    try:
-        ddp = one_rank(tmp_path, strategy="thor_ddp")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    ddp = one_rank(tmp_path, strategy="thor_ddp")
     assert ddp["strategy"] == "ThorDDPStrategy"
     assert ddp["all_reduces"] == []
     assert_bitwise(state(ddp), state(alone))

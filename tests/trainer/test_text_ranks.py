@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers.distributed_workers import ROWS, two_ranks
+from tests.helpers.boring import assert_bitwise
+from tests.helpers.distributed_workers import ROWS, state, two_ranks
 from tests.helpers.text_trainings import T5, Text, train, with_gradients_times
-from tests.trainer.test_strategy import assert_bitwise, state
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed (the dev extra has it)"

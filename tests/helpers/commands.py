@@ -1,0 +1,72 @@
+"""The `lightning-thor` command, in a process of its own or in this one, and what it leaves in a folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_thor.trainer import cli
+
+ROOT = Path(__file__).parents[2]
+
+COMMAND = Path(sys.executable).with_name("lightning-thor")
+
+DATA = Path(os.environ.get("LIGHTNING_THOR_DATA", ROOT.parent / "shared" / "data"))
+
+SECONDS = 120
+
+TINY_DIGITS = (
+    "--config=examples/digits.yaml",
+    "--trainer.accelerator=cpu",
+    "--trainer.limit_train_batches=3",
+    "--model.init_args.network.init_args.width=4",
+)
+
+
+def command(*arguments: str, folder: Path, status: int = 0) -> str:
+    """Run the installed command in the repository's root; everything that it printed."""
+    assert COMMAND.is_file(), f"{COMMAND} is missing: pip install -e . puts it there."
+    ended = subprocess.run(
+        [str(COMMAND), *arguments, *paths(folder)],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    printed = ended.stdout + ended.stderr
+    assert ended.returncode == status, f"exit status {ended.returncode}:\n{printed[-4000:]}"
+    return printed
+
+
+def paths(folder: Path) -> tuple[str, ...]:
+    return f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}"
+
+
+def checkpoint_in(folder: Path) -> Path:
+    (found,) = folder.rglob("*.ckpt")
+    return found
+
+
+def metrics_in(folder: Path) -> list[dict[str, str]]:
+    (found,) = folder.rglob("metrics.csv")
+    return list(csv.DictReader(io.StringIO(found.read_text(encoding="utf-8"))))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, root: Path = ROOT) -> LightningCLI:
+    """`cli.run` in ``root``, as the command calls it; what it changes in this process is taken back."""
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["lightning-thor"])  # pytest's own arguments would make LightningCLI warn
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    return cli.run([*arguments, *paths(folder)])
