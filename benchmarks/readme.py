@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablations, communication, race, step_figures, trace_rule, width_transfer
+from benchmarks.communication import __main__ as communication
+from benchmarks.step_cost import figures as step_figures
+from benchmarks.studies import ablations, trace_rule, width_transfer
+from benchmarks.time_to_target import race
 from examples import demo
 
 ROOT = Path(__file__).parents[1]

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import ablations, readme
-from benchmarks.ablation_settings import (
+from benchmarks import readme
+from benchmarks.studies import ablations
+from benchmarks.studies.ablation_settings import (
     BASE,
     DEFAULT,
     NOISE,
@@ -31,9 +32,9 @@ from benchmarks.ablation_settings import (
     model_of,
     settings,
 )
-from benchmarks.tasks import CPU as TASKS
-from benchmarks.tasks import Data, Task, cross_entropy, draws, squared_error
-from benchmarks.training import shape, train
+from benchmarks.time_to_target.tasks import CPU as TASKS
+from benchmarks.time_to_target.tasks import Data, Task, cross_entropy, draws, squared_error
+from benchmarks.time_to_target.training import shape, train
 from lightning_thor import Curvature, Thor
 
 ROOT = Path(__file__).parents[2]
@@ -224,7 +225,7 @@ def test_the_command_draws_what_is_there(tmp_path: Path) -> None:
     out = tmp_path / "made_up.json"
     out.write_text(json.dumps(made_up_results()), encoding="utf-8")
     ended = subprocess.run(
-        [sys.executable, "-m", "benchmarks.ablations", "--draw", f"--out={out}"],
+        [sys.executable, "-m", "benchmarks.studies.ablations", "--draw", f"--out={out}"],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "220"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

@@ -13,18 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import (
-    communication,
-    memory,
-    messages,
-    readme,
-    scaling,
-    sharded_updates,
-    step_cost,
-    step_figures,
-    step_parts,
-    step_workloads,
-)
+from benchmarks import readme
+from benchmarks.communication import __main__ as communication
+from benchmarks.communication import messages, scaling, sharded_updates
+from benchmarks.step_cost import __main__ as step_cost
+from benchmarks.step_cost import figures as step_figures
+from benchmarks.step_cost import memory
+from benchmarks.step_cost import parts as step_parts
+from benchmarks.step_cost import workloads as step_workloads
 from lightning_thor import Curvature
 
 ROOT = Path(__file__).parents[2]

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import race, readme
-from benchmarks.contenders import CONTENDERS, TRIALS, Contender, FlatMuon, newton_schulz
-from benchmarks.pictures import save_curves, save_robustness
-from benchmarks.tasks import TASKS, Data, Task, cross_entropy, draws, squared_error
-from benchmarks.time_to_target import Results, best_rate
-from benchmarks.training import check_steps, shape, train, train_in_turns
+from benchmarks import readme
+from benchmarks.common.contenders import CONTENDERS, TRIALS, Contender, FlatMuon, newton_schulz
+from benchmarks.common.pictures import save_curves, save_robustness
+from benchmarks.time_to_target import race
+from benchmarks.time_to_target.__main__ import Results, best_rate
+from benchmarks.time_to_target.tasks import TASKS, Data, Task, cross_entropy, draws, squared_error
+from benchmarks.time_to_target.training import check_steps, shape, train, train_in_turns
 from examples.char_gpt import CharGPT
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.messages import Counting, moved
+from benchmarks.communication.messages import Counting, moved
 from examples.resnet import ResNet50
 from lightning_thor import Curvature, Thor, ThorDDPStrategy, configure_thor
 from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import sharded_updates
+from benchmarks.communication import sharded_updates
 from lightning_thor import Curvature, register_layer
 from lightning_thor.fsdp.row_partition import assign_rows, pieces_of, rows_of_a_process
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, row_blocks_of_layers

@@ -6,8 +6,8 @@ its final loss less that of the defaults on the same seed: below 0 is better. Fi
 and not repeated; seeds are the outer loop, and the settings that tell most come first, so a run may be stopped at any
 time.
 
-    python -m benchmarks.ablations --data DIR          # DIR holds cifar10/, tinyshakespeare/
-    python -m benchmarks.ablations --draw              # trains nothing: the picture and the table of what is there
+    python -m benchmarks.studies.ablations --data DIR          # DIR holds cifar10/, tinyshakespeare/
+    python -m benchmarks.studies.ablations --draw              # only the picture and the table
 """
 
 import argparse
@@ -23,12 +23,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ablation_settings import DEFAULT, NOISE, RATES, contender_of, model_of, settings
-from benchmarks.environment import RESULTS, environment
-from benchmarks.pictures import finish
-from benchmarks.tasks import TASKS, Data, Task
-from benchmarks.time_to_target import Results
-from benchmarks.training import train
+from benchmarks.common.environment import RESULTS, environment
+from benchmarks.common.pictures import finish
+from benchmarks.studies.ablation_settings import DEFAULT, NOISE, RATES, contender_of, model_of, settings
+from benchmarks.time_to_target.__main__ import Results
+from benchmarks.time_to_target.tasks import TASKS, Data, Task
+from benchmarks.time_to_target.training import train
 
 # Neither those of the race (0, 1, 2) nor the one that tunes.
 FIRST_SEED = 100

@@ -17,10 +17,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import RESULTS, environment
-from benchmarks.inversion_times import share_ms
-from benchmarks.messages import WAYS, counts, moved
-from benchmarks.rank_times import WORKLOADS, measure
+from benchmarks.common.environment import RESULTS, environment
+from benchmarks.communication.inversion_times import share_ms
+from benchmarks.communication.messages import WAYS, counts, moved
+from benchmarks.communication.rank_times import WORKLOADS, measure
 
 COUNTED_RANKS = (2, 4, 8, 64)
 INVERTING_RANKS = (1, 2, 4)

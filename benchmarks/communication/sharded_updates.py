@@ -3,7 +3,7 @@
 Bytes and work follow from the shapes of a model, so they are counted without other processes and hold on any machine.
 "All gathered" is ``full_tensor()``: each rank gathers all gradients and computes all directions.
 
-    python -m benchmarks.sharded_updates     # benchmarks/results/sharded_updates.json, and the table of docs/scaling.md
+    python -m benchmarks.communication.sharded_updates    # the JSON file, and the table of docs/scaling.md
 """
 
 import argparse
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import RESULTS
+from benchmarks.common.environment import RESULTS
+from benchmarks.communication.scaling import MODELS
 from benchmarks.readme import markdown_table
-from benchmarks.scaling import MODELS
 from lightning_thor import Curvature
 from lightning_thor.fsdp.row_partition import assign_rows, n_numbers, pieces_of
 from lightning_thor.fsdp.sharded_curvature import row_blocks_of_layers

@@ -3,7 +3,7 @@
 On a CPU the growth of the process's resident memory: its peak over a few steps (refreshes among them), less what it was
 before the model was built, less the model's parameters. On a GPU the same of what torch has allocated there.
 
-    python -m benchmarks.memory --workload gpt --optimizer thor      # prints bytes
+    python -m benchmarks.step_cost.memory --workload gpt --optimizer thor      # prints bytes
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import use
-from benchmarks.models import small_resnet
-from benchmarks.step_workloads import WORKLOADS, Workload, images, runner
+from benchmarks.common.environment import use
+from benchmarks.common.models import small_resnet
+from benchmarks.step_cost.workloads import WORKLOADS, Workload, images, runner
 
 STEPS = 4
 
@@ -26,9 +26,15 @@ def growth(workload: str, optimizer: str, scale: str, threads: int | None = None
     """Bytes, measured in a new process; None where the operating system does not tell."""
     if scale == "cpu" and not Path("/proc/self/status").is_file():
         return None
-    command = [sys.executable, "-m", "benchmarks.memory", f"--workload={workload}", f"--optimizer={optimizer}"]
-    command += [f"--scale={scale}"] + ([] if threads is None else [f"--threads={threads}"])
-    root = Path(__file__).parents[1]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.step_cost.memory",
+        f"--workload={workload}",
+        f"--optimizer={optimizer}",
+    ]
+    command += [f"--optimizer={optimizer}", f"--scale={scale}"] + ([] if threads is None else [f"--threads={threads}"])
+    root = Path(__file__).parents[2]
     ended = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise RuntimeError(f"{' '.join(command[1:])} failed:\n{ended.stderr}")

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import Contender, Stepper, decayed
-from benchmarks.environment import synchronise
-from benchmarks.tasks import Batch, Data, Task
+from benchmarks.common.contenders import Contender, Stepper, decayed
+from benchmarks.common.environment import synchronise
+from benchmarks.time_to_target.tasks import Batch, Data, Task
 
 WARM_UP_SHARE = 0.05
 ROWS_AT_ONCE = 500

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.models import mlp, small_resnet
+from benchmarks.common.models import mlp, small_resnet
 from examples.char_gpt import CharData, CharGPT
 from examples.cifar10 import CIFAR10Data, normalise, random_crop_and_flip
 from examples.digits import DigitsData, DigitsNet

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

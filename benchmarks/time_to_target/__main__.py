@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks import race
-from benchmarks.contenders import CONTENDERS, Contender
-from benchmarks.environment import RESULTS, environment, use
-from benchmarks.pictures import save_curves, save_robustness
-from benchmarks.tasks import TASKS, Data, Task
-from benchmarks.training import check_steps, train, train_in_turns
+from benchmarks.common.contenders import CONTENDERS, Contender
+from benchmarks.common.environment import RESULTS, environment, use
+from benchmarks.common.pictures import save_curves, save_robustness
+from benchmarks.time_to_target import race
+from benchmarks.time_to_target.tasks import TASKS, Data, Task
+from benchmarks.time_to_target.training import check_steps, train, train_in_turns
 
 TUNING_SEED = 1000
 HEAT = "heat"

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.environment import synchronise
-from benchmarks.step_workloads import Runner, Workload, runner
+from benchmarks.common.environment import synchronise
+from benchmarks.step_cost.workloads import Runner, Workload, runner
 from lightning_thor import Curvature, Thor
 
 PARTS = ("statistics", "inversion", "preconditioning", "update")

@@ -3,7 +3,7 @@
 Each optimizer is trained at each width with each of its learning rates, as when ``time_to_target`` tunes it: one seed,
 and the loss at the end on held-out data. Trainings that are in the JSON file already are not repeated.
 
-    python -m benchmarks.width_transfer --data DIR      # DIR holds tinyshakespeare/
+    python -m benchmarks.studies.width_transfer --data DIR      # DIR holds tinyshakespeare/
 """
 
 import argparse
@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import CONTENDERS
-from benchmarks.environment import RESULTS, environment
-from benchmarks.pictures import axes_in_a_row, clipped, finish
-from benchmarks.tasks import TASKS, Task
-from benchmarks.time_to_target import Measurement, Results, tune
+from benchmarks.common.contenders import CONTENDERS
+from benchmarks.common.environment import RESULTS, environment
+from benchmarks.common.pictures import axes_in_a_row, clipped, finish
+from benchmarks.time_to_target.__main__ import Measurement, Results, tune
+from benchmarks.time_to_target.tasks import TASKS, Task
 from examples.char_gpt import CharGPT
 
 WIDTHS = (64, 128, 256)

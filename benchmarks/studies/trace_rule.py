@@ -3,7 +3,7 @@
 THOR at one learning rate, with each rule at each interval, on the same seeds; the seeds are the outer loop. Figures are
 of the test split. Trainings that are in the JSON file already are not repeated.
 
-    python -m benchmarks.trace_rule --data DIR      # DIR holds cifar10/
+    python -m benchmarks.studies.trace_rule --data DIR      # DIR holds cifar10/
 """
 
 import argparse
@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.contenders import Contender, Stepper
-from benchmarks.environment import RESULTS, environment
-from benchmarks.race import interval, with_interval
-from benchmarks.tasks import TASKS, Task
-from benchmarks.training import train
+from benchmarks.common.contenders import Contender, Stepper
+from benchmarks.common.environment import RESULTS, environment
+from benchmarks.time_to_target.race import interval, with_interval
+from benchmarks.time_to_target.tasks import TASKS, Task
+from benchmarks.time_to_target.training import train
 from lightning_thor import Curvature, Thor
 
 RULES: Mapping[str, Any] = {

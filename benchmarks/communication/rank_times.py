@@ -25,9 +25,9 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.inversion_times import inversion_rate
-from benchmarks.messages import WAYS, Way
-from benchmarks.models import gpt2, imagenet_resnet18
+from benchmarks.common.models import gpt2, imagenet_resnet18
+from benchmarks.communication.inversion_times import inversion_rate
+from benchmarks.communication.messages import WAYS, Way
 from examples.char_gpt import CharGPT
 from examples.resnet import ResNet18, ResNet50
 from lightning_thor import Curvature, Thor

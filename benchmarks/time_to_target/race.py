@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.contenders import CONTENDERS, Contender
-from benchmarks.tasks import Task
-from benchmarks.training import check_steps
+from benchmarks.common.contenders import CONTENDERS, Contender
+from benchmarks.time_to_target.tasks import Task
+from benchmarks.time_to_target.training import check_steps
 
 OWN = "thor"
 """How the names of this package's contenders begin."""

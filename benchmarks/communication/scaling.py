@@ -1,7 +1,7 @@
 """A cost model of a refresh on many ranks: exact bytes and work, times by assumed rates (words: docs/scaling.md).
 
-python -m benchmarks.scaling                          # the tables of docs/scaling.md
-python -m benchmarks.scaling --bandwidth 50 --latency 5
+python -m benchmarks.communication.scaling                          # the tables of docs/scaling.md
+python -m benchmarks.communication.scaling --bandwidth 50 --latency 5
 """
 
 import argparse
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.environment import RESULTS
-from benchmarks.messages import WAYS, counts
-from benchmarks.rank_times import LARGE, SMALL, WORKLOADS
+from benchmarks.common.environment import RESULTS
+from benchmarks.communication.messages import WAYS, counts
+from benchmarks.communication.rank_times import LARGE, SMALL, WORKLOADS
 from benchmarks.readme import markdown_table
 from examples.char_gpt import CharGPT
 from examples.resnet import ResNet50

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contenders import Contender, Stepper, thor
-from benchmarks.tasks import Task, cross_entropy, squared_error
-from benchmarks.training import WARM_UP_SHARE, shape
+from benchmarks.common.contenders import Contender, Stepper, thor
+from benchmarks.time_to_target.tasks import Task, cross_entropy, squared_error
+from benchmarks.time_to_target.training import WARM_UP_SHARE, shape
 from lightning_thor import Curvature
 
 DEFAULT = "default"

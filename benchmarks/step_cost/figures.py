@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from benchmarks.step_parts import PARTS
+from benchmarks.step_cost.parts import PARTS
 
 REPORTED_INTERVAL = 10
 INTERVALS = (1, 10, 100)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS
+from benchmarks.common.contenders import CONTENDERS
 
 
 def save_curves(summary: Mapping[str, Any], path: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.contenders import CONTENDERS, Stepper
-from benchmarks.environment import synchronise
-from benchmarks.models import ViT, mlp, resnet50
+from benchmarks.common.contenders import CONTENDERS, Stepper
+from benchmarks.common.environment import synchronise
+from benchmarks.common.models import ViT, mlp, resnet50
 from examples.char_gpt import CharGPT
 from examples.resnet import ResNet18
 from lightning_thor import Curvature, Thor

@@ -1,7 +1,7 @@
 """What each rank's share of a model's inversions takes, on one thread, with nothing else running.
 
 Inversions talk to nobody, so a rank's share takes what it takes here. Where more processes than cores invert at the
-same time they also wait for each other's cores and caches; `benchmarks.rank_times` times those.
+same time they also wait for each other's cores and caches; `benchmarks.communication.rank_times` times those.
 """
 
 import statistics

@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.environment import RESULTS, environment, use
-from benchmarks.memory import growth
-from benchmarks.step_figures import HEADS, PARTS_HEADS, cells, parts_cells, rounded, summarise, table
-from benchmarks.step_parts import measure_parts
-from benchmarks.step_workloads import MEASURED_INTERVAL, WORKLOADS, Runner, Workload, runner
+from benchmarks.common.environment import RESULTS, environment, use
+from benchmarks.step_cost.figures import HEADS, PARTS_HEADS, cells, parts_cells, rounded, summarise, table
+from benchmarks.step_cost.memory import growth
+from benchmarks.step_cost.parts import measure_parts
+from benchmarks.step_cost.workloads import MEASURED_INTERVAL, WORKLOADS, Runner, Workload, runner
 
 BATCHES = 8
 OPTIMIZERS = ("sgd", "adamw", "thor", "thor_staggered")

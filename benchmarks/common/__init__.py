@@ -1,0 +1,1 @@
+"""What several benchmarks share: networks, optimizers, where figures were measured, tables, pictures."""

@@ -1,0 +1,1 @@
+"""What a step costs in time and memory, beside momentum SGD and AdamW."""

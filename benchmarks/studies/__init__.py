@@ -1,0 +1,1 @@
+"""Finished studies, kept to repeat their figures: ablations, the paper's trace rule, other widths."""

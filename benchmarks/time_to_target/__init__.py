@@ -1,0 +1,1 @@
+"""How many steps and seconds each optimizer needs to a target."""
