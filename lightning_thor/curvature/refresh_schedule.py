@@ -96,7 +96,8 @@ class RefreshSchedule:
         after_probes = self.probes and self._turns > 0
         offsets = [max(1, every - LAG) if after_probes else every] * len(due)
         if self.stagger and len(due) == sum(step < NEVER for step in self.next_steps):
-            offsets = assign_greedily([1.0 if costs is None else costs[layer] for layer in due], every)
+            places = assign_greedily([1.0 if costs is None else costs[layer] for layer in due], every)
+            offsets = [1 + place for place in places]
         for layer, offset in zip(due, offsets, strict=True):
             self.next_steps[layer] = step + offset
             self.is_probe[layer] = self.probes

@@ -79,7 +79,7 @@ class Trained(NamedTuple):
     @property
     def receivers(self) -> Member:
         assert self.place.workers is not None
-        member: Any = self.place.workers.directions
+        member: Any = self.place.workers.gradient_workers
         return member
 
 
@@ -587,9 +587,9 @@ def test_inverse_workers_that_do_not_divide_the_ranks_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"inverse_workers=4 does not divide the 6 processes.*give 1, 2, 3, 6, or None"
     ):
-        strategy._new_workers()
+        strategy.new_worker_grid()
     strategy.cluster_environment.set_world_size(4)
-    assert strategy._new_workers() is None
+    assert strategy.new_worker_grid() is None
 
 
 def test_one_worker_on_one_process_is_bitwise_a_single_device(tmp_path: Path, clean_environment: None) -> None:
