@@ -41,7 +41,7 @@ def share_ms(model: nn.Module, ranks: Sequence[int], rounds: int) -> dict[str, l
     for n in ranks:
         owns = [assign_inversions(n_blocks, n, share).own for share in range(n)]
         shares[str(n)] = [
-            [(problems[size][0][own], problems[size][1][own]) for size, own in by_size.items() if own]
+            [(problems[size][0][own], problems[size][1][own]) for size, own in by_size.items() if len(own)]
             for by_size in owns
         ]
     threads = torch.get_num_threads()

@@ -150,7 +150,7 @@ def most(costs: list[float], n_ranks: int) -> float:
     """
     loads = [0.0] * n_ranks
     for cost, owner in zip(costs, assign_greedily(costs, n_ranks), strict=True):
-        loads[owner - 1] += cost
+        loads[owner] += cost
     return max(loads)
 
 

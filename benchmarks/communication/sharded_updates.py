@@ -17,7 +17,7 @@ from benchmarks.common.environment import RESULTS
 from benchmarks.communication.scaling import MODELS
 from benchmarks.readme import markdown_table
 from lightning_thor import Curvature
-from lightning_thor.fsdp.row_partition import assign_rows, n_numbers, pieces_of
+from lightning_thor.fsdp.row_partition import assign_rows, row_transfers
 from lightning_thor.fsdp.sharded_curvature import row_blocks_of_layers
 from lightning_thor.preconditioning.modes import Mode
 
@@ -33,15 +33,14 @@ def counted(curvature: Curvature, n_ranks: int) -> dict[str, float]:
     others (rings), and leaves all of the work to all.
     """
     everything = {p for layer in curvature.layers.values() for p in layer.parameters}
-    runs = assign_rows(row_blocks_of_layers(curvature, everything, is_polar=curvature.mode == "polar"), n_ranks)
+    ranges = assign_rows(row_blocks_of_layers(curvature, everything, is_polar=curvature.mode == "polar"), n_ranks)
     sent, work = [0.0] * n_ranks, [0.0] * n_ranks
-    for run in runs:
-        work[run.owner] += run.cost
-    for piece in pieces_of(runs, n_ranks):
-        p = runs[piece.run].of.layer.parameters[piece.parameter]
-        if piece.holder != piece.owner:
-            for rank in (piece.holder, piece.owner):
-                sent[rank] += n_numbers(piece, p) * p.element_size()
+    for one in ranges:
+        work[one.owner] += one.row_blocks.cost(one.stop - one.start)
+    for transfer in row_transfers(ranges, n_ranks):
+        if transfer.holder != transfer.owner:
+            for rank in (transfer.holder, transfer.owner):
+                sent[rank] += transfer.numel * transfer.parameter.element_size()
     n_bytes = sum(p.numel() * p.element_size() for p in everything)
     return {
         "gathered": n_bytes * (n_ranks - 1) / n_ranks,

@@ -130,7 +130,7 @@ class RefreshSchedule:
             offsets = [every] * len(due)
             if self.stagger and len(due) == sum(step < NEVER for step in self.next_steps):
                 own = [1.0 if costs is None else costs[layer] for layer in due]
-                offsets = assign_greedily(own, every)
+                offsets = [1 + place for place in assign_greedily(own, every)]
             for layer, offset in zip(due, offsets, strict=True):
                 self.next_steps[layer] = self.step + offset
             self._turns += len(due)

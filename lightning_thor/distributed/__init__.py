@@ -1,1 +1,4 @@
-"""Everything that knows ranks: the one folder that imports `torch.distributed`, and who computes what."""
+"""All that knows ranks: communicators, process groups, sharded tensors, and who computes what.
+
+The one folder that imports `torch.distributed`.
+"""

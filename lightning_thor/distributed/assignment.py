@@ -8,52 +8,71 @@ from collections.abc import Sequence
 from lightning_thor.linalg import matrix_sign
 from lightning_thor.linalg.block_diagonal import BlockPartition
 
-
-def assign_greedily(costs: Sequence[float], n_steps: int) -> list[int]:
-    """In which of the next ``n_steps`` steps (1, 2, ...) each cost is to fall, so that none has much more than others.
-
-    The largest first, each to the step that has least so far.
-
-    >>> assign_greedily([4.0, 1.0, 3.0, 2.0], 2)
-    [1, 1, 2, 2]
-    """
-    loads = [(0.0, step) for step in range(1, n_steps + 1)]  # a heap: the least, and of equal ones the first, on top
-    steps = [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        load, steps[index] = loads[0]
-        heapq.heapreplace(loads, (load + costs[index], steps[index]))
-    return steps
-
-
 FactorShapes = tuple[BlockPartition | None, BlockPartition]
-"""How A and G of a layer are cut; A is None where there is no input factor."""
-
+"""The blocks of a layer's A (None where it has no input factor) and G."""
 
 MULTIPLICATIONS_PER_NUMBER = 30.0
-"""How many of them, in a matrix product, take the time of reading a number a few times over (a core of an AMD EPYC)."""
+"""Multiplications of a matrix product that take as long as reading a number a few times (a core of an AMD EPYC)."""
+
+
+def assign_greedily(costs: Sequence[float], n_owners: int, allowed: Sequence[Sequence[int]] = ()) -> list[int]:
+    """Assign each task to the owner with the least load so far, the first of equal ones.
+
+    Args:
+        costs: cost of each task, ``[n_tasks]``.
+        n_owners: number of owners.
+        allowed: the owners that may have each of the first tasks. These are assigned first, in their order; then the
+            others, the most expensive first, to any owner.
+
+    Returns:
+        The owner of each task, from 0, ``[n_tasks]``.
+
+    >>> assign_greedily([4.0, 1.0, 3.0, 2.0], 2)
+    [0, 0, 1, 1]
+    >>> assign_greedily([1.0, 1.0, 1.0, 2.0], 3, allowed=[[2], [1, 2]])
+    [2, 1, 1, 0]
+    """
+    loads, owners = [0.0] * n_owners, [0] * len(costs)
+    for task, candidates in enumerate(allowed):
+        owners[task] = min(candidates, key=loads.__getitem__)
+        loads[owners[task]] += costs[task]
+    heap = [(load, owner) for owner, load in enumerate(loads)]
+    heapq.heapify(heap)
+    for task in sorted(range(len(allowed), len(costs)), key=lambda task: -costs[task]):
+        load, owners[task] = heap[0]
+        heapq.heapreplace(heap, (load + costs[task], owners[task]))
+    return owners
 
 
 def inversion_cost(blocks: BlockPartition | None) -> float:
-    """Of inverting the blocks of a factor.
+    """Multiplications that inverting a factor takes, about.
 
-    A Cholesky factorisation and the inverse from it run at a fraction of a matrix product's rate: about a third.
+    A Cholesky factorisation and the inverse from it run at about a third of the rate of a matrix product.
+
+    Args:
+        blocks: of the factor; None for no factor, which costs nothing.
     """
     return 0.0 if blocks is None else 3.0 * blocks.groups * blocks.n_blocks * blocks.size**3
 
 
 def refresh_costs(shapes: Sequence[FactorShapes], n_rows: Sequence[float], n_numbers: Sequence[float]) -> list[float]:
-    """Of refreshing each layer: covariance of its rows, inversions, and passes over what the rows are taken from, by
-    which alone a norm has its price.
+    """Multiplications that refreshing each layer takes, about.
+
+    They are those of the covariances, the inversions, and the passes over inputs and gradients, which are most of a
+    norm's cost.
 
     Args:
-        cuts: of each layer.
-        n_rows: rows that each layer's covariance is taken of.
-        n_numbers: how many numbers its inputs and gradients had.
+        shapes: blocks of each layer's factors, ``[n_layers]``.
+        n_rows: rows of which each layer takes covariances, ``[n_layers]``.
+        n_numbers: numbers in each layer's inputs and gradients, ``[n_layers]``.
+
+    Returns:
+        The costs, ``[n_layers]``.
     """
     return [
-        sum(_covariance_cost(blocks, rows) + inversion_cost(blocks) for blocks in shapes)
+        sum(_covariance_cost(blocks, rows) + inversion_cost(blocks) for blocks in factors)
         + MULTIPLICATIONS_PER_NUMBER * numbers
-        for shapes, rows, numbers in zip(shapes, n_rows, n_numbers, strict=True)
+        for factors, rows, numbers in zip(shapes, n_rows, n_numbers, strict=True)
     ]
 
 
@@ -61,27 +80,35 @@ def _covariance_cost(blocks: BlockPartition | None, n_rows: float) -> float:
     return 0.0 if blocks is None else blocks.groups * blocks.n_blocks * n_rows * blocks.size**2
 
 
-def product_cost(shapes: FactorShapes) -> float:
-    """Of the products of a layer's matrix with the blocks of A and of G, or of their roots.
+def product_cost(factors: FactorShapes) -> float:
+    """Multiplications that the products of a layer's matrix with the blocks of A and G take.
+
+    Args:
+        factors: blocks of A and G.
 
     >>> product_cost((BlockPartition(1, 8, 2, 4), BlockPartition(1, 6, 1, 6))) == 6 * 8 * (4 + 6)
     True
     """
-    A, G = shapes
+    A, G = factors
     width, size = (1, 0) if A is None else (A.width, A.size)
     return float(G.groups * G.width * width * (G.size + size))
 
 
-def sign_cost(shapes: FactorShapes) -> float:
-    """Of making a layer's matrix polar: its Gram matrix and, with each polynomial, either one product of the small
-    side's square matrices and two with the whole one, or four of square ones (`matrix_sign.msign`).
+def sign_cost(factors: FactorShapes) -> float:
+    """Multiplications that `matrix_sign.msign` of a layer's matrix takes.
+
+    They are its Gram matrix and, for each polynomial, either one product of the small side's square matrices and two
+    with the whole matrix, or four of square ones.
+
+    Args:
+        factors: blocks of A and G.
 
     >>> sign_cost((BlockPartition(1, 8, 2, 4), BlockPartition(1, 6, 1, 6))) == 4 * 6**2 * (2 * 8 + 6)
     True
     >>> sign_cost((BlockPartition(1, 16, 2, 8), BlockPartition(1, 6, 1, 6))) == 6**2 * (2 * 16 + 13 * 6)
     True
     """
-    A, G = shapes
+    A, G = factors
     small, large = sorted((G.width, 1 if A is None else A.width))
     n = matrix_sign.STEPS
     each = 2 * large + (4 * n - 3) * small if matrix_sign.is_wide(small, large) else n * (2 * large + small)

@@ -1,4 +1,4 @@
-"""What curvature asks of the processes that train together; nothing here knows how they are connected."""
+"""What curvature needs of the processes that train together, whatever connects them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ class Work(Protocol):
     """A collective that has begun, such as `torch.distributed.Work`."""
 
     def wait(self) -> Any:
-        """Return when its result may be used; on a GPU, by what follows on the current stream."""
+        """Return when the result may be used; on a GPU, by later operations of the current stream."""
 
 
 class Communicator(Protocol):
-    """A group of processes. All of them call the same methods in the same order, with tensors of the same length."""
+    """A group of processes. All of them call the same methods in the same order, with tensors of equal lengths."""
 
     @property
     def world_size(self) -> int:
-        """Number of processes; with 1, nothing below is called."""
+        """Number of processes; with 1, no method below is called."""
 
     @property
     def rank(self) -> int:
@@ -37,7 +37,7 @@ class Communicator(Protocol):
         """
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """``own`` of every process, one after the other.
+        """Concatenate ``own`` of all processes.
 
         Args:
             own: ``[n]``.
@@ -47,15 +47,15 @@ class Communicator(Protocol):
         """
 
     def all_to_all(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
-        """Send each process its part of ``sent``, and receive the part that each has for this one.
+        """Send a part of ``sent`` to each process, and receive a part from each.
 
         Args:
-            sent: one-dimensional, the parts in the order of ranks.
-            sent_lengths: numbers sent to each rank.
-            received_lengths: numbers received from each rank.
+            sent: ``[sum(sent_lengths)]``, the parts in the order of ranks.
+            sent_lengths: numbers sent to each rank, ``[world_size]``.
+            received_lengths: numbers received from each rank, ``[world_size]``.
 
         Returns:
-            The received parts, in the order of ranks, ``[sum(received_lengths)]``.
+            The received parts in the order of ranks, ``[sum(received_lengths)]``.
         """
 
 
@@ -86,36 +86,36 @@ class SingleProcess:
 
 
 class WorkerGrid(NamedTuple):
-    """The row and the column of one process in a grid of all of them (KAISA: Pauloski et al. 2021, arXiv:2107.01739).
+    """The row and the column of this process in a grid of all (KAISA: Pauloski et al. 2021, arXiv:2107.01739).
 
-    A layer's inverses are stored on one row alone; each column has one process of every row.
+    One row alone stores a layer's inverses; each column has one process of every row.
     """
 
     inverse_workers: Communicator
-    """The row: processes that store the inverses of the same layers and share out their inversion."""
+    """The row: processes that store the inverses of the same layers and share their inversion."""
     gradient_workers: Communicator
     """The column: processes that send each other the directions of their rows' layers."""
 
 
 class UnevenLayout(NamedTuple):
-    """Where parts of unequal lengths, one of each process, lie in what `all_gather_uneven` returns."""
+    """Where the parts of all processes, of unequal lengths, are in the result of `all_gather_uneven`."""
 
     starts: list[int]
-    """First number of each rank's part."""
+    """First number of each rank's part, ``[world_size]``."""
     length: int
     """Numbers in all, padding included."""
     is_gathered: bool
-    """Whether all parts are padded to one length and gathered, or summed into zeros: whichever sends fewer bytes."""
+    """Whether parts are padded to one length and gathered, or summed into zeros: whichever sends fewer bytes."""
 
 
 def uneven_layout(lengths: Sequence[int]) -> UnevenLayout:
-    """The layout of parts with these ``lengths``.
+    """Lay out parts of unequal lengths; the same on all processes.
 
     Args:
-        lengths: numbers in the part of each rank.
+        lengths: numbers in each rank's part, ``[world_size]``.
 
     Returns:
-        The layout, the same on all processes.
+        The layout.
 
     >>> uneven_layout([4, 3])
     UnevenLayout(starts=[0, 4], length=8, is_gathered=True)
@@ -129,15 +129,15 @@ def uneven_layout(lengths: Sequence[int]) -> UnevenLayout:
 
 
 def all_gather_uneven(own: Tensor, layout: UnevenLayout, communicator: Communicator) -> Tensor:
-    """The parts of all processes.
+    """Gather parts of unequal lengths.
 
     Args:
-        own: this process's part, one-dimensional.
-        layout: see `uneven_layout`.
-        communicator: of several processes.
+        own: this process's part, ``[n]``.
+        layout: made of the lengths of all parts.
+        communicator: several processes.
 
     Returns:
-        ``[layout.length]``, the same on all processes.
+        All parts, ``[layout.length]``, bitwise the same on all processes.
     """
     length = layout.length // len(layout.starts) if layout.is_gathered else layout.length
     start = 0 if layout.is_gathered else layout.starts[communicator.rank]

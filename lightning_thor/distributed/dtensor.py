@@ -1,4 +1,4 @@
-"""Sharded tensors (DTensor): what of them lies on this rank, and sums over their shards."""
+"""Sharded tensors (DTensor): this rank's shard, and reductions over shards."""
 
 from __future__ import annotations
 
@@ -20,21 +20,18 @@ else:
     _SHARDED = ()
 
 
-# ── sharded tensors ──
-
-
 def is_sharded(tensor: Tensor) -> bool:
-    """True for a DTensor, such as ``fully_shard`` (FSDP2) makes of parameters; on a single rank too."""
+    """True for a DTensor, as ``fully_shard`` (FSDP2) makes of parameters; on a single rank too."""
     return isinstance(tensor, _SHARDED)
 
 
 def is_split(tensor: Tensor) -> bool:
-    """True for a DTensor of which a part lies on another rank."""
+    """True for a DTensor over several ranks."""
     return is_sharded(tensor) and tensor.device_mesh.size() > 1  # type: ignore[attr-defined]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this rank, not a copy: all of it unless it is sharded. Without autograd."""
+    """This rank's shard of a DTensor, not a copy and without autograd; any other tensor as it is."""
     if not is_sharded(tensor):
         return tensor
     own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
@@ -42,9 +39,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def shard_like(value: Any, like: Tensor) -> Any:
-    """A tensor of the shape of ``like`` sharded as that is, from the first rank's copy; anything else as it is.
+    """Shard a tensor as another one is sharded. Every rank must call it, at the same place.
 
-    Every rank must call it, at the same place.
+    Args:
+        value: the same on all ranks (the first rank's is taken).
+        like: a parameter, sharded or not.
+
+    Returns:
+        ``value`` as a DTensor; as it is, if it is no tensor of the shape of ``like`` or ``like`` is not sharded.
     """
     if not isinstance(value, Tensor) or value.shape != like.shape or not is_sharded(like):
         return value
@@ -53,24 +55,35 @@ def shard_like(value: Any, like: Tensor) -> Any:
 
 
 def reshard(module: nn.Module) -> None:
-    """Let go of weights that ``fully_shard`` holds whole: those of its root are so after a pass without gradients."""
+    """Free the whole weights of a ``fully_shard``-ed model, which its root holds after a pass without gradients."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def sum_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
-    """Sums over whole tensors from the sums over what of each lies on this rank: one small all-reduce for all.
+    """Sum over the shards of each tensor, by one small all-reduce for all tensors.
 
     Args:
-        partial: of each tensor, ``[n]``; may be changed.
+        partial: sum over this rank's shard of each tensor, ``[n]``; may be changed.
         of: the ``n`` tensors; all of them sharded over the same ranks, or none.
+
+    Returns:
+        Sum over each whole tensor, ``[n]``.
     """
     return _over_shards(partial, of, "SUM")
 
 
 def max_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
-    """As `sum_over_shards`, of what is the largest."""
+    """As `sum_over_shards`, for the maximum.
+
+    Args:
+        partial: maximum over this rank's shard of each tensor, ``[n]``; may be changed.
+        of: see there.
+
+    Returns:
+        Maximum over each whole tensor, ``[n]``.
+    """
     return _over_shards(partial, of, "MAX")
 
 
@@ -81,17 +94,25 @@ def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tenso
     return partial
 
 
-def reason_not_sharded_by_rows(tensor: Tensor, n_ranks: int) -> str | None:
-    """What keeps each of ``n_ranks`` ranks from holding its run of rows of ``tensor``; None if nothing does."""
-    if n_ranks == 1:
+def reason_not_sharded_by_rows(tensor: Tensor, world_size: int) -> str | None:
+    """Why ``tensor`` is not sharded along its first dimension over all ranks.
+
+    Args:
+        tensor: a parameter.
+        world_size: number of ranks.
+
+    Returns:
+        The rest of a sentence about ``tensor``; None if it is sharded so, or if there is one rank.
+    """
+    if world_size == 1:
         return None
     if not is_sharded(tensor):
         return "is not sharded"
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     if mesh.ndim != 1:
         return f"is sharded over a mesh of {mesh.ndim} dimensions"
-    if mesh.size() != n_ranks:
-        return f"is sharded over {mesh.size()} of {n_ranks} processes"
+    if mesh.size() != world_size:
+        return f"is sharded over {mesh.size()} of {world_size} processes"
     if type(placements[0]) is not Shard or placements[0].dim != 0:
         return f"is placed as {placements[0]}, not as Shard(dim=0)"
     return None

@@ -1,4 +1,4 @@
-"""Process groups of `torch.distributed`: the communicator over one, and how they are made and left."""
+"""Process groups of `torch.distributed`: the communicator over one, and how they are made and aborted."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def is_distributed() -> bool:
 
 
 def new_factor_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
-    """A process group of all ranks for factors alone, so that their all-reduce never queues behind a gradient's.
+    """Make a process group of all ranks for factors alone, whose all-reduce never queues behind a gradient's.
 
     Every rank must call it, at the same place.
 
     Args:
-        timeout: how long a collective of the group may take before it is an error; None for the backend's own.
+        timeout: longest duration of a collective of the group; None for the backend's own.
 
     Returns:
         The group; None where there is only one process.
@@ -33,15 +33,14 @@ def new_factor_group(timeout: timedelta | None = None) -> dist.ProcessGroup | No
 
 
 def new_worker_grid(n_inverse_workers: int, timeout: timedelta | None = None) -> WorkerGrid:
-    """All ranks as a grid of which each row stores the inverses of some layers. Every rank must call it, at the same
-    place: it makes several process groups.
+    """Make the process groups of a grid of all ranks, each row of which stores the inverses of some layers.
 
-    A column exchanges a message at every step, so its ranks are neighbours (on one node, if they fit there); a row
-    does at refreshes.
+    Every rank must call it, at the same place. A column exchanges a message at every step, so its ranks are neighbours
+    (on one node, if they fit there); a row exchanges messages at refreshes.
 
     Args:
         n_inverse_workers: ranks in a row, a divisor of the number of ranks.
-        timeout: see `new_factor_group`.
+        timeout: longest duration of a collective; None for the backend's own.
 
     Returns:
         The row and the column of this rank.
@@ -56,33 +55,33 @@ def new_worker_grid(n_inverse_workers: int, timeout: timedelta | None = None) ->
             return SingleProcess()
         # Every rank makes every group, and is in one of them.
         made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
-        return next(ProcessGroupCommunicator(one) for ranks, one in zip(groups, made, strict=True) if rank in ranks)
+        return next(ProcessGroupCommunicator(group) for ranks, group in zip(groups, made, strict=True) if rank in ranks)
 
     return WorkerGrid(own_of(rows), own_of(columns))
 
 
 def abort_process_groups(exception: BaseException, group: dist.ProcessGroup | None) -> None:
-    """Let this process end, and the others notice, though collectives are under way.
+    """Let this process end, and the others notice, while collectives are under way.
 
     A gloo group that is destroyed waits for the collectives that it has begun, for half an hour by default, while the
     ranks that have not begun them wait for this one. A group that is never destroyed ends with its process, and its
     connections too.
 
     Args:
-        exception: what ends the process; if it is a collective's, its message gets a sentence that says what to do.
-        group: of factors; the same is done for the group of all ranks.
+        exception: what ends this process. If a collective raised it, its message gets a sentence that says what to do.
+        group: of factors; the group of all ranks is left alive too.
     """
     if not is_distributed():
         return
-    for one in (group, dist.group.WORLD):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+    for alive in (group, dist.group.WORLD):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(alive))
     # The last is gloo's word for a collective whose connection another one's timeout has closed.
-    of_a_collective = re.search("gloo|NCCL|ProcessGroup|pair closure", str(exception))
-    if isinstance(exception, RuntimeError) and of_a_collective:
+    is_of_a_collective = re.search("gloo|NCCL|ProcessGroup|pair closure", str(exception))
+    if isinstance(exception, RuntimeError) and is_of_a_collective:
         exception.args = (
             f"{exception}\nRank {dist.get_rank()} waited for another one of the {dist.get_world_size()} in vain: that "
-            "one raised, died or hung, and its own output says why. (How long is waited for one that hangs: "
-            "timeout=timedelta(...) of the strategy.)",
+            "one raised, died or hung, and its own output says why. (timeout=timedelta(...) of the strategy sets how "
+            "long ranks wait for one that hangs.)",
         )
 
 
@@ -112,19 +111,13 @@ class ProcessGroupCommunicator:
     def all_gather(self, own: Tensor) -> Tensor:
         """As `Communicator.all_gather`."""
         gathered = own.new_empty(self.world_size * len(own))
-        # The newer name of the same collective, and the warning of the older one, came with torch 2.13.
-        newer = hasattr(dist, "all_gather_single")
-        (dist.all_gather_single if newer else dist.all_gather_into_tensor)(gathered, own, group=self._group)
+        # torch 2.13 renamed this collective, and warns of the former name.
+        has_new_name = hasattr(dist, "all_gather_single")
+        (dist.all_gather_single if has_new_name else dist.all_gather_into_tensor)(gathered, own, group=self._group)
         return gathered
 
     def all_to_all(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
         """As `Communicator.all_to_all`."""
         received = sent.new_empty(sum(received_lengths))
-        dist.all_to_all_single(
-            received,
-            sent,
-            output_split_sizes=list(received_lengths),
-            input_split_sizes=list(sent_lengths),
-            group=self._group,
-        )
+        dist.all_to_all_single(received, sent, list(received_lengths), list(sent_lengths), group=self._group)
         return received

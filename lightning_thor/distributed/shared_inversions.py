@@ -1,4 +1,4 @@
-"""Inversions shared out: each process inverts its part of the blocks, and one collective brings all to all."""
+"""Shared inversions: each process inverts its part of the blocks, and one collective gathers all inverses."""
 
 from __future__ import annotations
 
@@ -14,110 +14,116 @@ from lightning_thor.linalg.decompositions import damped_inverses
 from lightning_thor.linalg.packing import Form, pack, packed_numel, unpack
 
 Problems = Mapping[int, tuple[Tensor, Tensor]]
-"""By block size: blocks ``[n, size, size]`` and what is added to their eigenvalues ``[n]``."""
-
+"""By block size: blocks ``[n, size, size]`` and the damping of each, added to its eigenvalues, ``[n]``."""
 
 Solutions = Mapping[int, tuple[Tensor, Tensor]]
-"""By block size: inverses ``[n, size, size]`` and which are to be used ``[n]``."""
-
+"""By block size: inverses ``[n, size, size]`` and whether each inversion succeeded ``[n]``."""
 
 Invert = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class InversionAssignment(NamedTuple):
-    """Who inverts which block, and where its inverse then lies; the same on all processes."""
+    """Which blocks this process inverts, and where all inverses are in the gathered message."""
 
-    own: dict[int, list[int]]
-    """By size: the blocks that are this process's."""
-    starts: dict[int, list[int]]
-    """By size: where each block's numbers begin in what is brought to all."""
-    parts: UnevenLayout
-    """How the shares of all processes lie there."""
+    own: dict[int, Tensor]
+    """Indices of the blocks that this process inverts, by size, ``[n_own]``."""
+    starts: dict[int, Tensor]
+    """Index of each block's first number in the message, by size, ``[n]``; the same on all processes."""
+    layout: UnevenLayout
+    """Where each process's inverses are in the message."""
 
 
 def assign_inversions(
-    n_blocks: Mapping[int, int], world_size: int, rank: int, form: Form = "symmetric"
+    n_blocks: Mapping[int, int],
+    world_size: int,
+    rank: int,
+    form: Form = "symmetric",
+    device: torch.device | None = None,
 ) -> InversionAssignment:
-    """Share blocks out by cost (size³), the largest first, each to the process that has least so far.
+    """Assign blocks to processes by their cost, size³, greedily.
 
     Args:
-        n_blocks: how many there are of each size.
-        n_shares: processes.
-        own_share: this one.
+        n_blocks: number of blocks, by size.
+        world_size: number of processes.
+        rank: of this process.
         form: of the inverses.
+        device: of the indices; None for the CPU.
 
     >>> assign_inversions({16: 8, 32: 1}, world_size=2, rank=1).own
-    {32: [], 16: [0, 1, 2, 3, 4, 5, 6, 7]}
+    {32: tensor([], dtype=torch.int64), 16: tensor([0, 1, 2, 3, 4, 5, 6, 7])}
     """
-    sizes = sorted(n_blocks, reverse=True)
-    owners = iter(assign_greedily([float(size**3) for size in sizes for _ in range(n_blocks[size])], world_size))
-    own: dict[int, list[int]] = {size: [] for size in sizes}
-    places: dict[int, list[tuple[int, int]]] = {size: [] for size in sizes}
-    lengths = [0] * world_size
-    for size in sizes:
-        for block in range(n_blocks[size]):
-            share = next(owners) - 1
-            places[size].append((share, lengths[share]))
-            lengths[share] += packed_numel(size, form) + 1
-            if share == rank:
-                own[size].append(block)
-    parts = uneven_layout(lengths)
-    return InversionAssignment(
-        own, {size: [parts.starts[share] + start for share, start in places[size]] for size in sizes}, parts
-    )
+    blocks = [(size, index) for size in sorted(n_blocks, reverse=True) for index in range(n_blocks[size])]
+    owners = assign_greedily([float(size**3) for size, _ in blocks], world_size)
+    lengths, offsets = [0] * world_size, []
+    for (size, _), owner in zip(blocks, owners, strict=True):
+        offsets.append(lengths[owner])
+        lengths[owner] += packed_numel(size, form) + 1
+    layout = uneven_layout(lengths)
+    own: dict[int, list[int]] = {size: [] for size, _ in blocks}
+    starts: dict[int, list[int]] = {size: [] for size, _ in blocks}
+    for (size, index), owner, offset in zip(blocks, owners, offsets, strict=True):
+        starts[size].append(layout.starts[owner] + offset)
+        if owner == rank:
+            own[size].append(index)
+
+    def tensors(by_size: dict[int, list[int]]) -> dict[int, Tensor]:
+        return {size: torch.tensor(some, dtype=torch.int64, device=device) for size, some in by_size.items()}
+
+    return InversionAssignment(tensors(own), tensors(starts), layout)
 
 
 class SharedInversions:
-    """Inverts a batch of blocks of several sizes together with the other processes; no device sync.
+    """Inverts blocks of several sizes together with the other processes; no device sync.
 
     Args:
-        exchange: the processes.
-        invert: ``(blocks, damping)`` to ``(inverses, succeeded)``.
-        form: of the inverses that ``invert`` gives.
+        communicator: the processes.
+        invert: ``(blocks, damping)`` to ``(inverses, succeeded)``, as in `Problems` and `Solutions`.
+        form: of the inverses that ``invert`` returns.
     """
 
     def __init__(self, communicator: Communicator, invert: Invert = damped_inverses, form: Form = "symmetric") -> None:
         self._communicator, self._invert, self._form = communicator, invert, form
-        self._plans: dict[
-            tuple[tuple[int, int], ...], tuple[InversionAssignment, dict[int, Tensor], dict[int, Tensor]]
-        ] = {}
+        self._assignments: dict[tuple[tuple[int, int], ...], InversionAssignment] = {}
 
     def __call__(self, problems: Problems) -> Solutions:
-        """Inverses of all ``problems``: each is bitwise the same on all processes."""
-        # Diagonal factors are divisions: everyone does them.
-        shared = {size: problem for size, problem in problems.items() if size > 1}
-        solutions = {size: self._invert(*problem) for size, problem in problems.items() if size == 1}
-        if not shared or self._communicator.world_size == 1:
-            return {**solutions, **{size: self._invert(*problem) for size, problem in shared.items()}}
-        plan, own, starts = self._plan_of(shared)
-        flat = self._brought_together(plan, own, shared)
-        for size, (blocks, _) in shared.items():
-            # A view of every run of the numbers that one block takes; only those that begin at a block are copied.
-            records = flat.unfold(0, packed_numel(size, self._form) + 1, 1)[starts[size]]
-            inverses = unpack(records[:, :-1].contiguous(), blocks.shape[-1], self._form)
-            solutions[size] = inverses, records[:, -1] > 0
+        """Invert all blocks.
+
+        Args:
+            problems: of all processes, the same on each.
+
+        Returns:
+            The inverses, each bitwise the same on all processes.
+        """
+        world_size = self._communicator.world_size
+        # Diagonal factors are divisions: each process does all of them.
+        shared = {size: problem for size, problem in problems.items() if size > 1 and world_size > 1}
+        solutions = {size: self._invert(*problem) for size, problem in problems.items() if size not in shared}
+        if not shared:
+            return solutions
+        assignment = self._assignment_of(shared, world_size)
+        message = self._gathered(assignment, shared)
+        for size, starts in assignment.starts.items():
+            # A view of every window of a block's length; the index copies those that begin at a block.
+            records = message.unfold(0, packed_numel(size, self._form) + 1, 1)[starts]
+            solutions[size] = unpack(records[:, :-1].contiguous(), size, self._form), records[:, -1] > 0
         return solutions
 
-    def _brought_together(self, plan: InversionAssignment, own: dict[int, Tensor], problems: Problems) -> Tensor:
-        dtype, device = (some := next(iter(problems.values()))[0]).dtype, some.device
-        records = [torch.empty(0, dtype=dtype, device=device)]
-        for size, mine in own.items():
-            if len(mine):
+    def _gathered(self, assignment: InversionAssignment, problems: Problems) -> Tensor:
+        """All inverses, packed, each followed by 1 if it succeeded and 0 if not, ``[layout.length]``."""
+        some = next(iter(problems.values()))[0]
+        records = [some.new_empty(0)]
+        for size, own in assignment.own.items():
+            if len(own):
                 blocks, damping = problems[size]
-                inverses, succeeded = self._invert(blocks[mine], damping[mine])
-                records.append(torch.cat([pack(inverses, self._form), succeeded[:, None].to(dtype)], dim=1).flatten())
-        return all_gather_uneven(torch.cat(records), plan.parts, self._communicator)
+                inverses, succeeded = self._invert(blocks[own], damping[own])
+                records.append(torch.cat([pack(inverses, self._form), succeeded[:, None].to(some.dtype)], 1).flatten())
+        return all_gather_uneven(torch.cat(records), assignment.layout, self._communicator)
 
-    def _plan_of(self, problems: Problems) -> tuple[InversionAssignment, dict[int, Tensor], dict[int, Tensor]]:
-        """Remembered with its numbers on the device, since the same selections of layers come again."""
-        n_blocks = {size: len(blocks) for size, (blocks, _) in problems.items()}
-        key = tuple(n_blocks.items())
-        if key not in self._plans:
+    def _assignment_of(self, problems: Problems, world_size: int) -> InversionAssignment:
+        """Remembered with its indices on the device, since the same layers are refreshed together again."""
+        key = tuple((size, len(blocks)) for size, (blocks, _) in problems.items())
+        if key not in self._assignments:
             device = next(iter(problems.values()))[0].device
-            made = assign_inversions(n_blocks, self._communicator.world_size, self._communicator.rank, self._form)
-            own, starts = (
-                {size: torch.tensor(numbers, dtype=torch.int64, device=device) for size, numbers in by_size.items()}
-                for by_size in (made.own, made.starts)
-            )
-            self._plans[key] = made, own, starts
-        return self._plans[key]
+            rank = self._communicator.rank
+            self._assignments[key] = assign_inversions(dict(key), world_size, rank, self._form, device)
+        return self._assignments[key]

@@ -1,8 +1,8 @@
-"""Which rank computes which rows of a sharded model's directions, and what has to travel for that."""
+"""Which rank computes which rows of a sharded model's directions, and which rows ranks exchange for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -10,222 +10,263 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.distributed.assignment import FactorShapes, product_cost, sign_cost
+from lightning_thor.distributed.assignment import assign_greedily, product_cost, sign_cost
 from lightning_thor.layers.base import Layer
 from lightning_thor.linalg.block_diagonal import BlockPartition
 from lightning_thor.preconditioning.grouping import FactorPair
 
 
 class RowBlocks(NamedTuple):
-    """A layer, or one parameter of it, and the factor whose blocks say which of its rows belong together.
+    """A layer, or one parameter of a norm, whose rows form blocks: a block's direction is computed at once.
 
-    Rows are those of the parameters' first dimension, counted from the first one that is the layer's own.
+    Rows are those of the parameters' first dimension, counted from the layer's own first row.
     """
 
     layer: Layer
-    kept: FactorPair
+    pair: FactorPair
+    """Its stored blocks."""
     side: str | None
-    """``"A"`` or ``"G"``: the factor that lies along the rows; None where all rows belong together."""
+    """The factor along the rows, ``"A"`` or ``"G"``, whose blocks these are; None: all rows are one block."""
     n_rows: int
-    entries: int = 1
-    """How many coordinates of that factor one row takes: more than one where a norm's scale has several dimensions."""
+    coordinates: int = 1
+    """Coordinates of that factor in one row: more than one where a norm's scale has several dimensions."""
     is_polar: bool = False
-    """Whether its direction is to be polar, for which all rows belong together."""
-
-    @property
-    def factors(self) -> FactorShapes:
-        """How its factors are cut."""
-        return self.layer.A, self.layer.G
+    """Whether its direction is polar; then all rows are one block."""
 
     @property
     def blocks(self) -> BlockPartition | None:
-        """The blocks along the rows."""
+        """The blocks of the factor along the rows."""
         return self.layer.A if self.side == "A" else self.layer.G if self.side == "G" else None
 
     @property
-    def unit(self) -> int:
-        """How many rows belong together: a block's, or those of a group where there are several."""
+    def rows_per_block(self) -> int:
+        """Rows in a block; where the factor has several groups, rows in a group."""
         blocks = self.blocks
         if blocks is None:
             return self.n_rows
-        return max(1, (blocks.size if blocks.groups == 1 else blocks.width) // self.entries)
+        return max(1, (blocks.size if blocks.groups == 1 else blocks.width) // self.coordinates)
 
-    @property
-    def cost_of_a_row(self) -> float:
-        """Multiplications that the products with the blocks take for each row."""
-        return product_cost(self.factors) / self.n_rows
+    def cost(self, n_rows: int) -> float:
+        """Multiplications that the direction of ``n_rows`` rows takes, about."""
+        factors = self.layer.A, self.layer.G
+        if self.is_polar:
+            return 2 * product_cost(factors) + sign_cost(factors)
+        return n_rows * (product_cost(factors) / self.n_rows)
 
-    def rows_in(self, parameter: nn.Parameter, start: int, stop: int) -> tuple[int, int]:
-        """Where rows ``start`` to ``stop`` lie in one of the layer's parameters."""
+    def param_rows(self, parameter: nn.Parameter, start: int, stop: int) -> tuple[int, int]:
+        """Convert rows of the layer to rows of one of its parameters.
+
+        Args:
+            parameter: of the layer.
+            start: first row in the layer.
+            stop: end of the rows in the layer.
+
+        Returns:
+            First row and end in ``parameter``.
+        """
         if self.layer.param_slice is not None:
             return self.layer.param_slice.start + start, self.layer.param_slice.start + stop
-        # The bias of a weight [in, out] that is not cut has as many rows as it has itself.
+        # The bias of a weight [in, out] of one block has another number of rows: its own.
         return (0, parameter.shape[0]) if self.side is None else (start, stop)
 
-    def cuts(self, rows_of_a_process: int) -> list[int]:
-        """Where it is to be cut, from 0 to ``n_rows``: no unit in two, and runs of one process's rows not at all.
+    def borders(self, held: int) -> list[int]:
+        """Where the layer is cut into ranges: at borders of blocks, as near as possible to borders of shards.
+
+        Args:
+            held: rows of the parameter in each rank's shard.
+
+        Returns:
+            Rows, from 0 to ``n_rows``.
 
         >>> from lightning_thor.layers.discovery import discover_layers
         >>> layers, _ = discover_layers(nn.Linear(2, 12, bias=False), block_size=4, precondition_bias=False)
         >>> [one] = row_blocks_of(layers[""], (None, torch.empty(1, 3, 4, 4)))
-        >>> one.cuts(6), one.cuts(3), one.cuts(4)
+        >>> one.borders(6), one.borders(3), one.borders(4)
         ([0, 4, 8, 12], [0, 4, 8, 12], [0, 4, 8, 12])
         """
         first_row = 0 if self.layer.param_slice is None else self.layer.param_slice.start
-        first_border = rows_of_a_process - first_row % rows_of_a_process
-        cuts = {0, self.n_rows}
-        for border in range(first_border, self.n_rows, rows_of_a_process):
-            below = border // self.unit * self.unit
-            cuts |= {below, below if below == border else min(below + self.unit, self.n_rows)}
-        return sorted(cuts)
+        first_border, size = held - first_row % held, self.rows_per_block
+        borders = {0, self.n_rows}
+        for border in range(first_border, self.n_rows, held):
+            below = border // size * size
+            borders |= {below, below if below == border else min(below + size, self.n_rows)}
+        return sorted(borders)
 
 
-def row_blocks_of(layer: Layer, kept: FactorPair, *, is_polar: bool = False) -> Iterator[RowBlocks]:
-    """What belongs together in a layer's natural direction ``G⁻¹ grad A⁻¹``.
+def row_blocks_of(layer: Layer, pair: FactorPair, *, is_polar: bool = False) -> Iterator[RowBlocks]:
+    """Find the blocks of rows in a layer's direction.
 
-    A factor along the rows is block-diagonal, and the other one acts within each row. Norms are divisions, so their
-    scale and their shift are apart as well.
+    In the natural direction ``G⁻¹ grad A⁻¹`` the factor along the rows is block-diagonal, and the other one acts within
+    each row. A norm's direction is a division, so its scale and its shift are apart too.
 
     Args:
         layer: one with curvature.
-        kept: of it.
-        is_polar: its direction is to be polar, for which all of it belongs together.
+        pair: its stored blocks.
+        is_polar: whether its direction is polar.
+
+    Yields:
+        The layer; of a norm each parameter.
     """
     if layer.A is not None:
         part, weight = layer.param_slice, layer.parameters[0]
-        uncut = is_polar or (layer.kind.rows == "A" and layer.with_bias)
+        is_one_block = is_polar or (layer.kind.rows == "A" and layer.with_bias)
         n_rows = weight.shape[0] if part is None else part.stop - part.start
-        yield RowBlocks(layer, kept, None if uncut else layer.kind.rows, n_rows, is_polar=is_polar)
+        yield RowBlocks(layer, pair, None if is_one_block else layer.kind.rows, n_rows, is_polar=is_polar)
         return
-    begin, (_, G) = 0, kept
+    start, (_, G) = 0, pair
     for p in layer.parameters:
         n = p.numel()
         own = replace(layer, parameters=(p,), G=layer.G._replace(width=n, n_blocks=n))
-        yield RowBlocks(own, (None, G[:, begin : begin + n]), "G", p.shape[0], n // p.shape[0])
-        begin += n
+        yield RowBlocks(own, (None, G[:, start : start + n]), "G", p.shape[0], n // p.shape[0])
+        start += n
 
 
 def layer_of_rows(row_blocks: RowBlocks, start: int, stop: int) -> tuple[Layer, FactorPair]:
-    """Rows ``start`` to ``stop`` of a layer (borders of its units) as a layer of their own, and what is kept of them.
+    """Make a layer of some rows.
 
-    Its parameters are mere names: new, without storage, in the shape of the rows.
+    Args:
+        row_blocks: the whole layer.
+        start: first row, a border of blocks.
+        stop: end of the rows, a border of blocks.
+
+    Returns:
+        The layer, whose parameters are placeholders (new, without storage, in the shape of the rows), and views of its
+        stored blocks.
     """
-    layer, (A_kept, G_kept), blocks = row_blocks.layer, row_blocks.kept, row_blocks.blocks
+    layer, (A_stored, G_stored), blocks = row_blocks.layer, row_blocks.pair, row_blocks.blocks
     A, G = layer.A, layer.G
     if blocks is not None:
-        width = (stop - start) * row_blocks.entries
-        place = slice(start * row_blocks.entries // row_blocks.unit, -(-stop * row_blocks.entries // row_blocks.unit))
+        width = (stop - start) * row_blocks.coordinates
+        places = slice(
+            start * row_blocks.coordinates // row_blocks.rows_per_block,
+            -(-stop * row_blocks.coordinates // row_blocks.rows_per_block),
+        )
         # Groups of a convolution have an A and a G each; the parts of a fused linear layer share their A.
         if row_blocks.side == "G" or G.groups == blocks.groups > 1:
-            G, G_kept = _some_of(G, G_kept, place, width)
-        if A is not None and A_kept is not None and (row_blocks.side == "A" or A.groups == blocks.groups > 1):
-            A, A_kept = _some_of(A, A_kept, place, width)
-    rows = [row_blocks.rows_in(p, start, stop) for p in layer.parameters]
-    shapes = [(end - begin, *p.shape[1:]) for p, (begin, end) in zip(layer.parameters, rows, strict=True)]
-    names = _names(shapes, layer.parameters)
+            G, G_stored = _some_of(G, G_stored, places, width)
+        if A is not None and A_stored is not None and (row_blocks.side == "A" or A.groups == blocks.groups > 1):
+            A, A_stored = _some_of(A, A_stored, places, width)
+    placeholders = []
+    for p in layer.parameters:
+        first, last = row_blocks.param_rows(p, start, stop)
+        rows = torch.empty((last - first, *p.shape[1:]), dtype=p.dtype, device="meta")
+        placeholders.append(nn.Parameter(rows, requires_grad=False))
     use = replace(layer.uses[0], param_slice=None)
-    return replace(layer, uses=(use,), parameters=names, A=A, G=G), (A_kept, G_kept)
+    return replace(layer, uses=(use,), parameters=tuple(placeholders), A=A, G=G), (A_stored, G_stored)
 
 
-def _some_of(blocks: BlockPartition, kept: Tensor, place: slice, width: int) -> tuple[BlockPartition, Tensor]:
-    """Some groups of a factor, or some blocks of the only one; a view."""
+def _some_of(blocks: BlockPartition, stored: Tensor, places: slice, width: int) -> tuple[BlockPartition, Tensor]:
+    """Some groups of a factor, or some blocks of its only group; a view."""
+    n = places.stop - places.start
     if blocks.groups > 1:
-        return blocks._replace(groups=place.stop - place.start), kept[place]
-    return blocks._replace(width=width, n_blocks=place.stop - place.start), kept[:, place]
-
-
-def _names(shapes: Iterable[tuple[int, ...]], of: Iterable[nn.Parameter]) -> tuple[nn.Parameter, ...]:
-    return tuple(
-        nn.Parameter(torch.empty(shape, dtype=p.dtype, device="meta"), requires_grad=False)
-        for shape, p in zip(shapes, of, strict=True)
-    )
+        return blocks._replace(groups=n), stored[places]
+    return blocks._replace(width=width, n_blocks=n), stored[:, places]
 
 
 class RowRange(NamedTuple):
-    """Rows of a layer whose direction one process computes."""
+    """Rows of a layer whose direction one rank computes."""
 
-    of: RowBlocks
+    row_blocks: RowBlocks
     start: int
     stop: int
     owner: int
-
-    @property
-    def cost(self) -> float:
-        """Multiplications, about."""
-        if self.of.is_polar:
-            return 2 * product_cost(self.of.factors) + sign_cost(self.of.factors)
-        return (self.stop - self.start) * self.of.cost_of_a_row
+    """The rank that computes it."""
 
 
 class RowTransfer(NamedTuple):
-    """Rows of one parameter that lie on one process and belong to a run of another one, or of its own."""
+    """Rows of a parameter in one rank's shard that go to the range of another rank, or are in one of the same rank."""
 
-    run: int
-    parameter: int
-    """Of the run's layer, counted from 0."""
-    start: int
-    """In the parameter, as is ``stop``."""
-    stop: int
+    parameter: nn.Parameter
+    param_index: int
+    """In the range's layer."""
+    range_index: int
+    range_rows: slice
+    """In the range, which ``owner`` computes."""
+    shard_rows: slice
+    """In the shard that ``holder`` has."""
     holder: int
     owner: int
 
+    @property
+    def numel(self) -> int:
+        """Numbers in these rows."""
+        n_rows: int = self.shard_rows.stop - self.shard_rows.start
+        return n_rows * (self.parameter.numel() // self.parameter.shape[0])
 
-def rows_of_a_process(n_rows: int, n_processes: int) -> int:
-    """How many rows each process holds, but for the last ones that do (``fully_shard``: `torch.chunk`)."""
-    return -(-n_rows // n_processes)
 
+def rows_per_rank(n_rows: int, world_size: int) -> int:
+    """Rows in each rank's shard, but for the last ranks, which have fewer or none (``fully_shard``: `torch.chunk`).
 
-def assign_rows(layers: Sequence[RowBlocks], n_processes: int) -> list[RowRange]:
-    """Who computes what, for all layers; the same on all processes.
-
-    A unit goes to the process that holds most of its rows, and of several that hold as many to the one that has least
-    to do so far. What cannot be cut goes, the most expensive first, to whoever has least to do.
+    Args:
+        n_rows: of the parameter.
+        world_size: number of ranks.
     """
-    loads = [0.0] * n_processes
-    runs: list[RowRange] = []
+    return -(-n_rows // world_size)
+
+
+def assign_rows(layers: Sequence[RowBlocks], world_size: int) -> list[RowRange]:
+    """Assign the rows of all layers to ranks; the same on all ranks.
+
+    A block goes to the rank that holds most of its rows, and of several such ranks to the one with the least load so
+    far. Layers of one block come last and go, the most expensive first, to the rank with the least load.
+
+    Args:
+        layers: to compute directions of.
+        world_size: number of ranks.
+
+    Returns:
+        All rows, in as few ranges as the owners allow.
+    """
+    ranges: list[RowRange] = []
+    candidates: list[list[int]] = []
     for layer in layers:
-        if layer.side is not None:
-            runs += _runs_of(layer, n_processes, loads)
-    whole = [RowRange(layer, 0, layer.n_rows, 0) for layer in layers if layer.side is None]
-    for run in sorted(whole, key=lambda run: run.cost, reverse=True):
-        owner = loads.index(min(loads))
-        loads[owner] += run.cost
-        runs.append(run._replace(owner=owner))
-    return runs
-
-
-def _runs_of(layer: RowBlocks, n_processes: int, loads: list[float]) -> list[RowRange]:
-    weight = layer.layer.parameters[0]
-    held = rows_of_a_process(weight.shape[0], n_processes)
-    cuts = layer.cuts(held)
-    runs: list[RowRange] = []
-    for start, stop in pairwise(cuts):
-        first, last = layer.rows_in(weight, start, stop)
-        holders = range(first // held, (last - 1) // held + 1)
-        rows = {holder: min(last, (holder + 1) * held) - max(first, holder * held) for holder in holders}
-        owner = min((holder for holder in holders if rows[holder] == max(rows.values())), key=lambda one: loads[one])
-        loads[owner] += (stop - start) * layer.cost_of_a_row
-        if runs and runs[-1].owner == owner:
-            runs[-1] = runs[-1]._replace(stop=stop)
+        if layer.side is None:
+            continue
+        weight = layer.layer.parameters[0]
+        held = rows_per_rank(weight.shape[0], world_size)
+        for start, stop in pairwise(layer.borders(held)):
+            shards = _by_holder(*layer.param_rows(weight, start, stop), held)
+            most = max(rows.stop - rows.start for _, rows, _ in shards)
+            ranges.append(RowRange(layer, start, stop, owner=0))
+            candidates.append([holder for holder, rows, _ in shards if rows.stop - rows.start == most])
+    whole = [RowRange(layer, 0, layer.n_rows, owner=0) for layer in layers if layer.side is None]
+    ranges += sorted(whole, key=lambda one: -one.row_blocks.cost(one.stop))
+    costs = [one.row_blocks.cost(one.stop - one.start) for one in ranges]
+    owners = assign_greedily(costs, world_size, allowed=candidates)
+    joined: list[RowRange] = []
+    for one, owner in zip(ranges, owners, strict=True):
+        if joined and joined[-1].row_blocks is one.row_blocks and joined[-1].owner == owner:
+            joined[-1] = joined[-1]._replace(stop=one.stop)
         else:
-            runs.append(RowRange(layer, start, stop, owner))
-    return runs
+            joined.append(one._replace(owner=owner))
+    return joined
 
 
-def pieces_of(runs: Sequence[RowRange], n_processes: int) -> list[RowTransfer]:
-    """What each run needs from each process, in the order of the runs, their parameters and rows."""
-    pieces: list[RowTransfer] = []
-    for index, run in enumerate(runs):
-        for number, p in enumerate(run.of.layer.parameters):
-            start, stop = run.of.rows_in(p, run.start, run.stop)
-            held = rows_of_a_process(p.shape[0], n_processes)
-            pieces += [
-                RowTransfer(index, number, max(start, holder * held), min(stop, (holder + 1) * held), holder, run.owner)
-                for holder in range(start // held, (stop - 1) // held + 1)
-            ]
-    return pieces
+def row_transfers(ranges: Sequence[RowRange], world_size: int) -> list[RowTransfer]:
+    """List the rows that each range needs from each rank.
+
+    Args:
+        ranges: of all ranks.
+        world_size: number of ranks.
+
+    Returns:
+        The transfers, in the order of ranges, their parameters and rows.
+    """
+    return [
+        RowTransfer(p, param_index, range_index, range_rows, shard_rows, holder, one.owner)
+        for range_index, one in enumerate(ranges)
+        for param_index, p in enumerate(one.row_blocks.layer.parameters)
+        for holder, range_rows, shard_rows in _by_holder(
+            *one.row_blocks.param_rows(p, one.start, one.stop), rows_per_rank(p.shape[0], world_size)
+        )
+    ]
 
 
-def n_numbers(piece: RowTransfer, parameter: nn.Parameter) -> int:
-    """How many numbers a piece of ``parameter`` has."""
-    return (piece.stop - piece.start) * (parameter.numel() // parameter.shape[0])
+def _by_holder(start: int, stop: int, held: int) -> list[tuple[int, slice, slice]]:
+    """Split rows of a parameter by the rank that holds them, at most ``held`` each: the rank, and where its rows are
+    counted from ``start`` and in its shard."""
+    found = []
+    for rank in range(start // held, (stop - 1) // held + 1):
+        first, last = max(start, rank * held), min(stop, (rank + 1) * held)
+        found.append((rank, slice(first - start, last - start), slice(first - rank * held, last - rank * held)))
+    return found

@@ -1,4 +1,4 @@
-"""Curvature for a model whose weights are sharded: each process computes the directions of some rows, for all."""
+"""Curvature for a model whose weights are sharded: each rank computes the directions of some rows, for all ranks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from lightning_thor.fsdp.row_partition import (
     RowTransfer,
     assign_rows,
     layer_of_rows,
-    n_numbers,
-    pieces_of,
     row_blocks_of,
-    rows_of_a_process,
+    row_transfers,
 )
 from lightning_thor.linalg.decompositions import ROOT
 from lightning_thor.linalg.dtypes import message_dtype, wide
@@ -27,55 +25,47 @@ from lightning_thor.preconditioning.directions import natural, polar
 from lightning_thor.preconditioning.grouping import LayerGroup, group_layers
 
 
-class LocalTransfer(NamedTuple):
-    """Rows of a parameter on their way to the process that computes their direction, and back."""
-
-    parameter: nn.Parameter
-    piece: RowTransfer
-    name: nn.Parameter | None
-    """Of the rows' run, if it is this process's."""
-    length: int
-    dtype: torch.dtype
-
-
 class RowExchangePlan(NamedTuple):
-    """Who does what with the shards of some parameters, as one process sees it."""
+    """What one rank computes and exchanges for the directions of some parameters."""
 
-    batches: list[LayerGroup]
-    """The runs whose directions this process computes."""
-    starts: dict[nn.Parameter, int]
-    """Of those: where in the parameter each begins, by name."""
-    leaving: list[LocalTransfer]
-    """What this process holds and another one computes, in the order of those."""
-    arriving: list[LocalTransfer]
-    """What another one holds and this process computes, in the order of those."""
-    staying: list[LocalTransfer]
+    groups: list[LayerGroup]
+    """This rank's ranges, as layers."""
+    placeholders: dict[tuple[int, int], nn.Parameter]
+    """The parameters of these layers, by ``(range_index, param_index)``."""
+    leaving: list[RowTransfer]
+    """Rows that this rank holds and another one owns, in the order of owners."""
+    arriving: list[RowTransfer]
+    """Rows that another rank holds and this one owns, in the order of holders."""
+    staying: list[RowTransfer]
+    """Rows that this rank holds and owns."""
     sent_lengths: list[int]
+    """Numbers that leave for each rank, ``[world_size]``."""
     received_lengths: list[int]
+    """Numbers that arrive from each rank, ``[world_size]``."""
     dtype: torch.dtype | None
-    """Of the message; None if nothing has to travel between any processes."""
+    """Of the message; None if no rank sends anything."""
 
 
 class ShardedCurvature:
     """What a `Thor` preconditions with where ``fully_shard`` (FSDP2) shards its parameters along their first dimension.
 
-    Factors and inverses are those of ``curvature``, whole on each process. A direction is computed once: blocks of a
-    factor along the rows of a weight by the process that holds most of their rows, polar directions by one process for
-    each layer. One message per step brings all rows there, another one their directions back, and neither is sent if no
-    block lies on two processes. Nothing is ever gathered on all of them.
+    Factors and inverses are those of ``curvature``, whole on each rank. Each direction is computed once: blocks of a
+    factor along the rows of a weight by the rank that holds most of their rows, polar directions of a layer by one
+    rank. One message per step sends the rows of blocks that are split over ranks, another one sends their directions
+    back, and neither is sent if no block is split. No rank gathers whole gradients.
 
     Args:
         curvature: of the sharded model.
-        exchange: the processes over which it is sharded; None for all ranks of the default group.
+        communicator: the ranks over which it is sharded; None for all ranks of the default group.
 
     Raises:
-        ValueError: the curvature is of ``mode="adam"``, whose coordinates mix rows of different processes.
+        ValueError: the curvature is of ``mode="adam"``, whose coordinates mix rows of different ranks.
     """
 
     def __init__(self, curvature: Curvature, communicator: Communicator | None = None) -> None:
         if curvature.mode == "adam":
             raise ValueError(
-                'mode="adam" does not go with sharded parameters: its second moments lie in coordinates that mix rows '
+                'mode="adam" does not go with sharded parameters: its second moments are in coordinates that mix rows '
                 'of several processes. Take mode="natural" or "polar" with thor_fsdp2, or strategy="thor_ddp".'
             )
         self.curvature = curvature
@@ -88,12 +78,26 @@ class ShardedCurvature:
 
     @torch.no_grad()
     def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """As `Curvature.precondition`, of what of each gradient lies in this process; on all of the same parameters."""
+        """As `Curvature.precondition`, of shards.
+
+        Args:
+            grads: this rank's shard of each gradient, of the same parameters on all ranks; nothing in it is changed.
+
+        Returns:
+            This rank's shard of each direction.
+        """
         return self._directions(grads, is_polar=False)
 
     @torch.no_grad()
     def precondition_polar(self, momenta: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """As `Curvature.precondition_polar`, of what of each momentum lies in this process."""
+        """As `Curvature.precondition_polar`, of shards.
+
+        Args:
+            momenta: this rank's shard of each momentum, of the same parameters on all ranks; nothing in it is changed.
+
+        Returns:
+            This rank's shard of each direction.
+        """
         self.curvature.check_that_it_serves("polar")
         return self._directions(momenta, is_polar=True)
 
@@ -102,138 +106,133 @@ class ShardedCurvature:
         if key not in self._plans:
             self._plans[key] = self._plan(shards, is_polar)
         plan, curvature = self._plans[key], self.curvature
-        arrived = self._swapped(
-            plan, [self._rows(shards[one.parameter], one) for one in plan.leaving], plan.arriving, back=False
-        )
-        stayed = [self._rows(shards[one.parameter], one) for one in plan.staying]
-        runs = _put_together([*plan.arriving, *plan.staying], [*arrived, *stayed])
+        arrived = self._exchange(plan, _held(plan.leaving, shards), plan.arriving, shards)
+        ranges = _assembled(plan, [*arrived, *_held(plan.staying, shards)])
         with torch.autocast(curvature.factors.device.type, enabled=False):
             directions = (
-                polar(plan.batches, runs, names=curvature.polar_layers, unit=curvature.gradient_unit)
+                polar(plan.groups, ranges, names=curvature.polar_layers, unit=curvature.gradient_unit)
                 if is_polar
                 else natural(
-                    plan.batches,
-                    runs,
+                    plan.groups,
+                    ranges,
                     roots=curvature.factors.decomposition is ROOT,
                     unit=curvature.gradient_unit,
                 )
             )
-        returned = self._swapped(
-            plan, [_rows_of_a_run(directions, one, plan) for one in plan.arriving], plan.leaving, back=True
-        )
-        remained = [_rows_of_a_run(directions, one, plan) for one in plan.staying]
-        return self._shards_of([*plan.leaving, *plan.staying], [*returned, *remained], shards)
+        returned = self._exchange(plan, _owned(plan, plan.arriving, directions), plan.leaving, shards, back=True)
+        return _to_shards(plan, [*returned, *_owned(plan, plan.staying, directions)], shards)
 
-    def _rows(self, shard: Tensor, parcel: LocalTransfer) -> Tensor:
-        """A parcel's rows, of what of its parameter lies here; a view."""
-        held = rows_of_a_process(parcel.parameter.shape[0], self._communicator.world_size)
-        first = held * self._communicator.rank
-        return shard[parcel.piece.start - first : parcel.piece.stop - first]
-
-    def _swapped(
-        self, plan: RowExchangePlan, sent: list[Tensor], expected: list[LocalTransfer], *, back: bool
+    def _exchange(
+        self,
+        plan: RowExchangePlan,
+        sent: list[Tensor],
+        expected: list[RowTransfer],
+        shards: Mapping[nn.Parameter, Tensor],
+        *,
+        back: bool = False,
     ) -> list[Tensor]:
-        """What comes for ``expected`` while ``sent`` leaves: one message, if any at all."""
+        """Send rows and receive the expected ones, or their directions (``back``): one message, or none at all."""
         if plan.dtype is None:
             return []
-        device = self.curvature.factors.device
-        none = torch.empty(0, dtype=plan.dtype, device=device)
-        flat = torch.cat([none, *(rows.flatten() for rows in sent)])
+        none = torch.empty(0, dtype=plan.dtype, device=self.curvature.factors.device)
+        message = torch.cat([none, *(rows.flatten() for rows in sent)])
         lengths = (plan.sent_lengths, plan.received_lengths)
-        received = self._communicator.all_to_all(flat, *(reversed(lengths) if back else lengths))
-        parts = received.split([one.length for one in expected])
-        return [
-            part.view(-1, *one.parameter.shape[1:]).to(wide(one.dtype) if back else one.dtype)
-            for one, part in zip(expected, parts, strict=True)
-        ]
-
-    def _shards_of(
-        self, parcels: Sequence[LocalTransfer], rows: Sequence[Tensor], shards: Mapping[nn.Parameter, Tensor]
-    ) -> dict[nn.Parameter, Tensor]:
-        """Directions of all that lies here, copies of the gradient where there are none."""
-        directions: dict[nn.Parameter, Tensor] = {}
-        for one, direction in zip(parcels, rows, strict=True):
-            shard = shards[one.parameter]
-            if len(direction) == len(shard):
-                directions[one.parameter] = direction
-                continue
-            if one.parameter not in directions:
-                directions[one.parameter] = shard.to(wide(shard.dtype), copy=True)
-            self._rows(directions[one.parameter], one).copy_(direction)
-        rest = {p: shard for p, shard in shards.items() if p not in directions}
-        directions.update((p, shard.to(wide(shard.dtype), copy=True)) for p, shard in rest.items())
-        return directions
+        received = self._communicator.all_to_all(message, *(reversed(lengths) if back else lengths))
+        rows = []
+        for one, some in zip(expected, received.split([one.numel for one in expected]), strict=True):
+            dtype = shards[one.parameter].dtype
+            rows.append(some.view(-1, *one.parameter.shape[1:]).to(wide(dtype) if back else dtype))
+        return rows
 
     def _plan(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> RowExchangePlan:
-        n, own = self._communicator.world_size, self._communicator.rank
-        runs = assign_rows(row_blocks_of_layers(self.curvature, shards, is_polar=is_polar), n)
-        own_runs = {
-            index: layer_of_rows(run.of, run.start, run.stop) for index, run in enumerate(runs) if run.owner == own
+        world_size, rank = self._communicator.world_size, self._communicator.rank
+        ranges = assign_rows(row_blocks_of_layers(self.curvature, shards, is_polar=is_polar), world_size)
+        own = {
+            index: layer_of_rows(one.row_blocks, one.start, one.stop)
+            for index, one in enumerate(ranges)
+            if one.owner == rank
         }
-        starts: dict[nn.Parameter, int] = {}
-        parcels: list[LocalTransfer] = []
-        travelling: set[torch.dtype] = set()
-        for piece in pieces_of(runs, n):
-            run = runs[piece.run]
-            p = run.of.layer.parameters[piece.parameter]
-            if piece.holder != piece.owner:
-                travelling.add(shards[p].dtype)
-            if own in (piece.holder, piece.owner):
-                name = own_runs[piece.run][0].parameters[piece.parameter] if piece.owner == own else None
-                parcels.append(LocalTransfer(p, piece, name, n_numbers(piece, p), shards[p].dtype))
-                if name is not None:
-                    starts[name] = run.of.rows_in(p, run.start, run.stop)[0]
-        leaving = sorted((one for one in parcels if one.piece.owner != own), key=lambda one: one.piece.owner)
-        arriving = sorted((one for one in parcels if one.piece.holder != own), key=lambda one: one.piece.holder)
-        batches = group_layers(
-            [layer for layer, _ in own_runs.values()],
-            [kept for _, kept in own_runs.values()],
+        groups = group_layers(
+            [layer for layer, _ in own.values()],
+            [pair for _, pair in own.values()],
             apart=lambda layer: layer.name in self.curvature.polar_layers,
         )
+        transfers = row_transfers(ranges, world_size)
+        moving = [one for one in transfers if one.holder != one.owner]
+        leaving = sorted((one for one in moving if one.holder == rank), key=lambda one: one.owner)
+        arriving = sorted((one for one in moving if one.owner == rank), key=lambda one: one.holder)
+        dtypes = {shards[one.parameter].dtype for one in moving}
         return RowExchangePlan(
-            list(batches),
-            starts,
-            leaving,
-            arriving,
-            [one for one in parcels if one.piece.owner == one.piece.holder],
-            [sum(one.length for one in leaving if one.piece.owner == other) for other in range(n)],
-            [sum(one.length for one in arriving if one.piece.holder == other) for other in range(n)],
-            message_dtype(travelling) if travelling else None,
+            groups=list(groups),
+            placeholders={(index, i): p for index, (layer, _) in own.items() for i, p in enumerate(layer.parameters)},
+            leaving=leaving,
+            arriving=arriving,
+            staying=[one for one in transfers if one.holder == one.owner == rank],
+            sent_lengths=[sum(one.numel for one in leaving if one.owner == other) for other in range(world_size)],
+            received_lengths=[sum(one.numel for one in arriving if one.holder == other) for other in range(world_size)],
+            dtype=message_dtype(dtypes) if dtypes else None,
         )
 
 
 def row_blocks_of_layers(
     curvature: Curvature, parameters: Container[nn.Parameter], *, is_polar: bool
 ) -> list[RowBlocks]:
-    """What is to be shared out: of all layers whose parameters are there.
+    """`row_blocks_of` each layer all of whose parameters have gradients.
 
     Args:
         curvature: of the model.
-        parameters: those of which there are gradients.
-        is_polar: for polar directions, of the layers that have them.
+        parameters: those that have gradients.
+        is_polar: whether directions are polar, of the layers that have polar ones.
     """
-    parts: list[RowBlocks] = []
-    for name, layer in curvature.layers.items():
-        if layer.is_preconditioned and all(p in parameters for p in layer.parameters):
-            parts += row_blocks_of(
-                layer, curvature.inverses_of(name), is_polar=is_polar and name in curvature.polar_layers
-            )
-    return parts
+    return [
+        row_blocks
+        for name, layer in curvature.layers.items()
+        if layer.is_preconditioned and all(p in parameters for p in layer.parameters)
+        for row_blocks in row_blocks_of(
+            layer, curvature.inverses_of(name), is_polar=is_polar and name in curvature.polar_layers
+        )
+    ]
 
 
-def _put_together(parcels: Sequence[LocalTransfer], rows: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
-    """All rows of each run, by its name."""
-    found: dict[nn.Parameter, list[tuple[int, Tensor]]] = {}
-    for one, part in zip(parcels, rows, strict=True):
-        assert one.name is not None
-        found.setdefault(one.name, []).append((one.piece.start, part))
+def _held(transfers: Sequence[RowTransfer], shards: Mapping[nn.Parameter, Tensor]) -> list[Tensor]:
+    """The rows of each transfer in this rank's shards; views."""
+    return [shards[one.parameter][one.shard_rows] for one in transfers]
+
+
+def _owned(
+    plan: RowExchangePlan, transfers: Sequence[RowTransfer], directions: Mapping[nn.Parameter, Tensor]
+) -> list[Tensor]:
+    """The rows of each transfer in the directions of this rank's ranges; views."""
+    names = plan.placeholders
+    return [directions[names[one.range_index, one.param_index]][one.range_rows] for one in transfers]
+
+
+def _assembled(plan: RowExchangePlan, rows: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
+    """All rows of this rank's ranges, by placeholder, from those that arrived and then those that stayed."""
+    found: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+    for one, some in zip([*plan.arriving, *plan.staying], rows, strict=True):
+        found.setdefault((one.range_index, one.param_index), []).append((one.range_rows.start, some))
     return {
-        name: parts[0][1] if len(parts) == 1 else torch.cat([part for _, part in sorted(parts, key=lambda x: x[0])])
-        for name, parts in found.items()
+        plan.placeholders[key]: parts[0][1]
+        if len(parts) == 1
+        else torch.cat([some for _, some in sorted(parts, key=lambda part: part[0])])
+        for key, parts in found.items()
     }
 
 
-def _rows_of_a_run(directions: Mapping[nn.Parameter, Tensor], parcel: LocalTransfer, plan: RowExchangePlan) -> Tensor:
-    assert parcel.name is not None
-    start = plan.starts[parcel.name]
-    return directions[parcel.name][parcel.piece.start - start : parcel.piece.stop - start]
+def _to_shards(
+    plan: RowExchangePlan, rows: Sequence[Tensor], shards: Mapping[nn.Parameter, Tensor]
+) -> dict[nn.Parameter, Tensor]:
+    """Directions of this rank's shards, from rows that left and then those that stayed; elsewhere the gradient."""
+    directions: dict[nn.Parameter, Tensor] = {}
+    for one, direction in zip([*plan.leaving, *plan.staying], rows, strict=True):
+        p = one.parameter
+        if len(direction) == len(shards[p]):
+            directions[p] = direction
+            continue
+        if p not in directions:
+            directions[p] = shards[p].to(wide(shards[p].dtype), copy=True)
+        directions[p][one.shard_rows].copy_(direction)
+    rest = {p: shard for p, shard in shards.items() if p not in directions}
+    directions.update((p, shard.to(wide(shard.dtype), copy=True)) for p, shard in rest.items())
+    return directions

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from benchmarks.communication import sharded_updates
 from lightning_thor import Curvature, register_layer
-from lightning_thor.fsdp.row_partition import assign_rows, pieces_of, rows_of_a_process
+from lightning_thor.fsdp.row_partition import RowRange, assign_rows, row_transfers, rows_per_rank
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, row_blocks_of_layers
 from lightning_thor.layers import registry
 from lightning_thor.preconditioning.modes import Mode
@@ -122,45 +122,44 @@ def test_nothing_travels_where_no_block_lies_on_two_processes() -> None:
     assert {len(sent) for sent in directions_together(curvature, grads, 4)[1]} == {4}
 
 
+def ranges_of(curvature: Curvature, n: int, is_polar: bool = False) -> list[RowRange]:
+    parameters = set(curvature.model.parameters())
+    return assign_rows(row_blocks_of_layers(curvature, parameters, is_polar=is_polar), n)
+
+
 def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
-    model = nn.Linear(3, 12, bias=False)  # 4, 4 and 4 rows; blocks of 0 to 6 and of 6 to 12
-    curvature = Curvature(model, block_size=6)
-    runs = assign_rows(row_blocks_of_layers(curvature, set(model.parameters()), is_polar=False), 3)
-    assert [(run.start, run.stop, run.owner) for run in runs] == [(0, 6, 0), (6, 12, 2)]
-    pieces = pieces_of(runs, 3)
-    assert [(one.start, one.stop, one.holder, one.owner) for one in pieces] == [
-        (0, 4, 0, 0),
-        (4, 6, 1, 0),
-        (6, 8, 1, 2),
-        (8, 12, 2, 2),
+    model = nn.Linear(3, 12, bias=False)  # shards of 4, 4 and 4 rows; blocks of 0 to 6 and of 6 to 12
+    ranges = ranges_of(Curvature(model, block_size=6), 3)
+    assert [(one.start, one.stop, one.owner) for one in ranges] == [(0, 6, 0), (6, 12, 2)]
+    assert [(one.shard_rows, one.range_rows, one.holder, one.owner) for one in row_transfers(ranges, 3)] == [
+        (slice(0, 4), slice(0, 4), 0, 0),
+        (slice(0, 2), slice(4, 6), 1, 0),
+        (slice(2, 4), slice(0, 2), 1, 2),
+        (slice(0, 4), slice(2, 6), 2, 2),
     ]
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 16])
 def test_only_rows_of_blocks_that_lie_on_two_processes_travel(n: int) -> None:
-    curvature = curvature_of("natural", block_size=3)
-    runs = assign_rows(row_blocks_of_layers(curvature, set(curvature.model.parameters()), is_polar=False), n)
-    for piece in pieces_of(runs, n):
-        cut = runs[piece.run].of
-        p = cut.layer.parameters[piece.parameter]
-        first = cut.rows_in(p, 0, 0)[0]
-        unit = (piece.start - first) // cut.unit * cut.unit + first
-        held = rows_of_a_process(p.shape[0], n)
-        straddles = unit // held != (min(unit + cut.unit, cut.rows_in(p, 0, cut.n_rows)[1]) - 1) // held
-        assert piece.holder == piece.owner or straddles
+    ranges = ranges_of(curvature_of("natural", block_size=3), n)
+    for one in row_transfers(ranges, n):
+        row_blocks, held = ranges[one.range_index].row_blocks, rows_per_rank(one.parameter.shape[0], n)
+        size, (first, last) = row_blocks.rows_per_block, row_blocks.param_rows(one.parameter, 0, row_blocks.n_rows)
+        block = (one.holder * held + one.shard_rows.start - first) // size * size + first
+        straddles = block // held != (min(block + size, last) - 1) // held
+        assert one.holder == one.owner or straddles
 
 
 def test_a_block_that_lies_on_two_processes_alike_goes_to_the_one_that_has_less_to_do() -> None:
-    curvature = Curvature(model := nn.Sequential(*(nn.Linear(3, 8, bias=False) for _ in range(4))), block_size=8)
-    runs = assign_rows(row_blocks_of_layers(curvature, set(model.parameters()), is_polar=False), 2)
-    assert [run.owner for run in runs] == [0, 1, 0, 1]
+    curvature = Curvature(nn.Sequential(*(nn.Linear(3, 8, bias=False) for _ in range(4))), block_size=8)
+    assert [one.owner for one in ranges_of(curvature, 2)] == [0, 1, 0, 1]
 
 
 def test_polar_layers_are_shared_out_whole_by_their_work() -> None:
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for width in (64, 32, 32, 32, 8)))
     curvature = Curvature(model, mode="polar", block_size=8)
-    runs = assign_rows(row_blocks_of_layers(curvature, set(model.parameters()), is_polar=True), 2)
-    owners = {run.of.layer.name: run.owner for run in runs if run.of.side is None}
+    ranges = ranges_of(curvature, 2, is_polar=True)
+    owners = {one.row_blocks.layer.name: one.owner for one in ranges if one.row_blocks.side is None}
     assert set(owners) == {"0", "1", "2", "3"}
     assert owners["0"] not in {owners["1"], owners["2"], owners["3"]}
 
@@ -195,8 +194,7 @@ def test_a_weight_that_lies_the_other_way_round_is_cut_unless_its_bias_crosses_i
     curvature.update()
     grads = {p: p.grad for p in model.parameters() if p.grad is not None}
     assert_the_same(directions_together(curvature, grads, 3)[0], curvature.precondition(grads))
-    runs = assign_rows(row_blocks_of_layers(curvature, grads, is_polar=False), 3)
-    assert len(runs) == (1 if precondition_bias else 3)
+    assert len(ranges_of(curvature, 3)) == (1 if precondition_bias else 3)
 
 
 def test_polar_directions_of_a_natural_curvature_are_refused() -> None:
@@ -217,8 +215,8 @@ def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -
     curvature = Curvature(Columns(3, 10, bias=False).double(), block_size=2)
     grads = {p: torch.randn_like(p) for p in curvature.model.parameters()}
     assert_the_same(directions_together(curvature, grads, 3)[0], curvature.precondition(grads))
-    (run,) = assign_rows(row_blocks_of_layers(curvature, grads, is_polar=False), 3)
-    assert (run.start, run.stop) == (0, 10)
+    (whole,) = ranges_of(curvature, 3)
+    assert (whole.start, whole.stop) == (0, 10)
 
 
 @pytest.mark.parametrize("mode", ["natural", "polar"])

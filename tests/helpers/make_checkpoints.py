@@ -13,11 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.launching import fork
-<<<<<<< HEAD:tests/helpers/make_checkpoints.py
 from tests.helpers.stored_checkpoints import STORED, TRAININGS, train
-=======
-from tests.stored_checkpoints import STORED, TRAININGS, train
->>>>>>> h_tests:tests/make_checkpoints.py
 
 
 def make(name: str) -> None:
