@@ -49,7 +49,7 @@ def partition(width: int, block_size: int | None, groups: int = 1) -> BlockParti
     A size that divides the width is preferred, if it is no smaller than half of ``block_size``: it needs no padding.
 
     >>> partition(100, 128).shape, partition(576, 128).shape, partition(257, 128)
-    ((1, 1, 100, 100), (1, 6, 96, 96), Blocks(groups=1, width=257, n_blocks=3, size=86))
+    ((1, 1, 100, 100), (1, 6, 96, 96), BlockPartition(groups=1, width=257, n_blocks=3, size=86))
     """
     if block_size is None or width <= block_size:
         return BlockPartition(groups, width, 1, width)

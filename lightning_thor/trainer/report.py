@@ -148,7 +148,7 @@ def _bar(share: float, width: int = 12) -> str:
 
 
 def _cut(blocks: BlockPartition) -> str:
-    """>>> _cut(Blocks(1, 256, 2, 128)), _cut(Blocks(1, 10, 10, 1)), _cut(Blocks(4, 9, 1, 9))
+    """>>> _cut(BlockPartition(1, 256, 2, 128)), _cut(BlockPartition(1, 10, 10, 1)), _cut(BlockPartition(4, 9, 1, 9))
     ('2 × 128²', 'diagonal 10', '4 × 9²')
     """
     if blocks.size == 1 and blocks.width > 1:
