@@ -1,7 +1,7 @@
 """THOR for PyTorch Lightning: second-order training as a callback, a strategy and an optimizer."""
 
 from lightning_thor.curvature.curvature import Curvature
-from lightning_thor.layers.custom import register_layer
+from lightning_thor.layers.registry import register_layer
 from lightning_thor.optim.param_groups import configure_thor
 from lightning_thor.optim.thor import Thor
 from lightning_thor.trainer.callback import ThorCallback

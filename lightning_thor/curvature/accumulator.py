@@ -15,9 +15,6 @@ from lightning_thor.distributed.factor_reducer import FactorReducer
 from lightning_thor.factors.state import FactorState
 from lightning_thor.layers.base import Layer, ModuleUse
 from lightning_thor.layers.discovery import name_some
-from lightning_thor.layers.linear import linear_rows, subsample_linear_input
-from lightning_thor.layers.pair_checks import are_rows_of
-from lightning_thor.layers.registry import LINEAR, LINEAR_TRANSPOSED, KfacApprox
 from lightning_thor.layers.weight_product import backward_pass
 from lightning_thor.linalg.block_diagonal import add_covariance_
 
@@ -73,7 +70,6 @@ class FactorAccumulator:
         g: Tensor,
         window: FactorReducer,
         *,
-        statistics: KfacApprox,
         max_rows: int | None,
         loss_reduction: str,
         loss_multiplier: Callable[[], float | Tensor] | None,
@@ -86,7 +82,7 @@ class FactorAccumulator:
             a: its input.
             g: the gradient of the loss, as it was differentiated, with respect to its output.
             window: the open window's way over processes, which is told.
-            statistics, max_rows, loss_reduction, loss_multiplier, loss_terms: see `lightning_thor.Curvature`.
+            max_rows, loss_reduction, loss_multiplier, loss_terms: see `lightning_thor.Curvature`.
         """
         index, use = self.uses[name]
         self._observed.add(index)
@@ -98,7 +94,7 @@ class FactorAccumulator:
             return
         sums_A, sums_G = stacks.sums[2 * index : 2 * index + 2]
         # To the gradient of the per-sample loss. Rows are converted first: a float16 gradient would overflow.
-        n_seen, per_sample = statistics.loss_terms(use.module, g), 1.0 if loss_terms is None else loss_terms()
+        n_seen, per_sample = layer.loss_terms(use.module, g), 1.0 if loss_terms is None else loss_terms()
         if loss_reduction == "mean" and loss_terms is None:
             per_sample = self._terms_of_the_loss(index, name, n_seen)
         scale = per_sample / (1.0 if loss_multiplier is None else loss_multiplier())
@@ -125,11 +121,12 @@ class FactorAccumulator:
         stacks.count(index, seen.n_rows, n_samples, a.numel() + g.numel() if self._schedule.stagger else 0.0)
         window.mark_ready(index)
 
-    def note_output(self, name: str, output: Any, statistics: KfacApprox) -> None:
+    def note_output(self, name: str, output: Any) -> None:
         """The output of a module that is not observed in this step, while others are: of `loss_layer` it tells how many
         terms the loss has."""
         if name == self.loss_layer and isinstance(output, Tensor):
-            self._noted = statistics.loss_terms(self.uses[name][1].module, output)
+            index, use = self.uses[name]
+            self._noted = self._layers[index].loss_terms(use.module, output)
 
     def _terms_of_the_loss(self, index: int, name: str, n_seen: float) -> float:
         """How many terms the mean of the loss has: as many as the output whose gradient comes first in a backward pass
@@ -163,10 +160,8 @@ class FactorAccumulator:
     def _is_misfit(self, index: int, use: ModuleUse, a: Tensor, g: Tensor, max_rows: int | None) -> bool:
         """Whether a pair is none of rows of the layer's weight, which is then noted."""
         layer = self._layers[index]
-        if layer.kind not in (LINEAR, LINEAR_TRANSPOSED):
-            return False
-        is_thinned = a.dim() == 2 and len(a) == max_rows
-        if are_rows_of(layer, use.module, a, g, whole=not is_thinned):
+        may_be_subsampled = a.dim() == 2 and len(a) == max_rows
+        if layer.kind.fits(use.module, a, g, is_whole=not may_be_subsampled):
             return False
         self.misfits[index] = (
             f"its input {list(a.shape)} and its output's gradient {list(g.shape)} are not rows of its weight "
@@ -177,7 +172,7 @@ class FactorAccumulator:
     def subsample_input(self, name: str, a: Tensor, max_rows: int | None) -> Tensor:
         """What of an input has to wait for its gradient: where rows are taken of it anyway, these alone."""
         index, _ = self.uses[name]
-        return subsample_linear_input(a, max_rows) if self._layers[index].rows_of is linear_rows else a
+        return self._layers[index].subsample_input(a, max_rows)
 
     def _use_weight(self, index: int, n_taken: float, n_seen: float) -> tuple[float, float]:
         """What to multiply the gradients of one use of a layer by, and how many samples it adds.

@@ -30,7 +30,6 @@ from lightning_thor.factors.layout import factors_of, stacks_of
 from lightning_thor.factors.state import Solve
 from lightning_thor.factors.trace_rule import trace_rule_of, verdicts
 from lightning_thor.layers.base import Layer, attention_uses
-from lightning_thor.layers.custom import registered_uses
 from lightning_thor.layers.discovery import discover_layers, matrix_layers, name_some, trained, uncompiled_name
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.pair_checks import NOT_A_PAIR, PairChecks
@@ -209,8 +208,10 @@ class Curvature:
             subsample_input=lambda name, a: self._observer.subsample_input(name, a, self._rows_here()),
             is_due=is_due,
             weight_of=lambda name: self._observer.uses[name][1].weight,
-            needs_returned=registered_uses(self.layers.values()).__contains__,
-            note_output=lambda name, output: self._observer.note_output(name, output, self.statistics),
+            needs_returned={
+                use.name for layer in self.layers.values() if layer.kind.needs_returned for use in layer.uses
+            }.__contains__,
+            note_output=lambda name, output: self._observer.note_output(name, output),
             checks=self._checks,
         )
 
@@ -320,7 +321,6 @@ class Curvature:
             a,
             g,
             self._window,
-            statistics=self.statistics,
             max_rows=self._rows_here(),
             loss_reduction=self.loss_reduction,
             loss_multiplier=self.loss_multiplier,
@@ -334,8 +334,8 @@ class Curvature:
         self._forget()
 
     def _forget(self) -> None:
-        self._hooks.drop()
-        self._checks.forget()
+        self._hooks.reset()
+        self._checks.reset()
         self._window.forget()
         self._observer.forget()
         if not self._has_agreed:

@@ -93,9 +93,9 @@ def row_blocks_of(layer: Layer, kept: FactorPair, *, is_polar: bool = False) -> 
     """
     if layer.A is not None:
         part, weight = layer.param_slice, layer.parameters[0]
-        uncut = is_polar or (layer.kind.rows == "A" and layer.with_bias)
+        uncut = is_polar or (layer.kind.row_factor == "A" and layer.with_bias)
         n_rows = weight.shape[0] if part is None else part.stop - part.start
-        yield RowBlocks(layer, kept, None if uncut else layer.kind.rows, n_rows, is_polar=is_polar)
+        yield RowBlocks(layer, kept, None if uncut else layer.kind.row_factor, n_rows, is_polar=is_polar)
         return
     begin, (_, G) = 0, kept
     for p in layer.parameters:

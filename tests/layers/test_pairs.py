@@ -897,7 +897,7 @@ def trained(rows: slice, n_ranks: int, scale: float) -> dict[str, Any]:
     model, generator = Odd(), torch.Generator().manual_seed(2)
     curvature = Curvature(model, update_every_n_steps=1, averaging=0.5)
     if n_ranks > 1:
-        curvature.connect(ProcessGroupCommunicator(), cut=by_size(1), is_sync_step=lambda: True)
+        curvature.connect(ProcessGroupCommunicator(), bucket_fn=by_size(1), is_sync_step=lambda: True)
     told = []
     for _ in range(2):
         clean(model)
