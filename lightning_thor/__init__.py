@@ -7,7 +7,7 @@ from lightning_thor import schedules as schedules
 from lightning_thor.block_size.choose import choose_block_size
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
-from lightning_thor.layers.custom import register_layer
+from lightning_thor.layers.registry import register_layer
 from lightning_thor.optim.param_groups import configure_thor
 from lightning_thor.optim.thor import Thor
 from lightning_thor.trainer.callback import ThorCallback

@@ -23,7 +23,7 @@ from examples.resnet import ResNet50
 from lightning_thor import Curvature
 from lightning_thor.distributed.assignment import assign_greedily
 from lightning_thor.layers.base import Layer
-from lightning_thor.layers.registry import EMBEDDING
+from lightning_thor.layers.embedding import EMBEDDING
 
 RANKS = (8, 64, 256, 1024)
 INTERVAL = 10

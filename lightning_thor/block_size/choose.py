@@ -1,7 +1,7 @@
-"""The hardware-driven choice of the block size: what cutting saves on this device, and what it loses on this network.
+"""The hardware-driven choice of the block size: what partitioning saves on this device, and loses on this network.
 
 The paper (THOR: Chen et al., AAAI 2021) tries the sizes 1, 16, 32, ... up to the widest layer and draws two curves: the
-share of the factors that keep nearly all of their spectral norm when they are cut (it rises), and the speed of
+share of the factors that keep nearly all of their spectral norm when they are partitioned (it rises), and the speed of
 inversion, relative to the smallest size (it falls). Where they cross is the size. It reports 106 for ResNet-50 on an
 Ascend 910, so 128.
 """
@@ -19,29 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.block_size.spectral_loss import PartitionFn, spectral_losses
-from lightning_thor.layers.base import Layer, ModuleUse, attention_uses
-from lightning_thor.layers.custom import registered_uses
-from lightning_thor.layers.discovery import discover_layers
+from lightning_thor.layers.base import Layer, attention_uses
+from lightning_thor.layers.discovery import discover_layers, name_some
 from lightning_thor.layers.hooks import Hooks
-from lightning_thor.layers.pair_checks import are_rows_of
-from lightning_thor.layers.registry import LINEAR, LINEAR_TRANSPOSED, STATISTICS, KfacApprox
+from lightning_thor.layers.registry import STATISTICS, KfacApprox
 from lightning_thor.linalg.block_diagonal import BlockPartition, add_covariance_
 from lightning_thor.linalg.decompositions import damped_inverses
 
 TOLERABLE_LOSS = 0.01
-"""A factor that loses less than this of its spectral norm counts as kept; the paper's figure."""
+"""A factor that loses less than this share of its spectral norm counts as kept; the paper's figure."""
 
 
 WIDEST = 8192
-"""Wider factors (the vocabulary of a language model) are not looked at: one alone would take over 256 MiB."""
+"""Wider factors (the vocabulary of a language model) are not measured: one alone would take over 256 MiB."""
 
 
-PASS_ELEMENTS = 2**28
-"""Whole factors that are held at a time, 1 GiB in float32; a larger network takes several passes."""
+PORTION_NUMEL = 2**28
+"""Numbers of whole factors that are held at a time, 1 GiB in float32; a larger network takes several passes."""
 
 
-TIMED_ELEMENTS = 2**24
-"""Blocks that are inverted at a time when they are timed; the time of more is taken to be proportional."""
+TIMED_NUMEL = 2**24
+"""Numbers in the blocks that are inverted at a time for timing; the time of more is taken to be proportional."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +52,22 @@ class BlockSplit:
     """Where the two curves cross, interpolated between candidates."""
     candidates: list[int]
     shares: list[float]
-    """Of the factors, how many lose less than 1 % of their spectral norm at each candidate, 0..1."""
+    """Share of the factors that lose less than 1 % of their spectral norm at each candidate, 0..1."""
     seconds: list[float]
-    """For inverting the blocks of all these factors once, at each candidate."""
+    """Time to invert the blocks of all these factors once, at each candidate."""
     n_factors: int
-    """How many factors were looked at: A and G of each layer that can be cut."""
+    """Number of factors that were measured: A and G of each layer, if they can be partitioned."""
     left_out: dict[str, str]
-    """Factors that were not, by layer and side, and why."""
+    """Factors that were not measured, by layer and side, and why."""
     device: str
 
     @property
     def speeds(self) -> list[float]:
-        """Speed of inversion at each candidate, relative to that at the smallest."""
+        """Speed of inversion at each candidate, relative to the smallest."""
         return [self.seconds[0] / seconds for seconds in self.seconds]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, with the speeds, as plain types."""
+        """All fields and the speeds, as plain types."""
         return asdict(self) | {"speeds": self.speeds}
 
 
@@ -89,12 +87,16 @@ def choose_block_size(
 
     Args:
         model: on the device that will train it, in training mode.
-        loss_of_a_batch: runs the model on one batch of real training data and gives the loss; no backward pass. A
-            network whose whole factors need more than a GiB has it called several times.
-        precondition_bias, max_rows, statistics, fused, parameters: as in `Curvature`.
+        loss_of_a_batch: runs the model on one batch of real training data and returns the loss; no backward pass. It is
+            called several times if the network's whole factors need more than a GiB.
+        precondition_bias: as in `Curvature`.
+        max_rows: as in `Curvature`.
+        statistics: as in `Curvature`.
+        fused: as in `Curvature`.
+        parameters: as in `Curvature`.
 
     Raises:
-        ValueError: no factor could be looked at, with the reasons.
+        ValueError: no factor could be measured, with the reasons.
 
     >>> model = nn.Sequential(nn.Linear(40, 20), nn.Tanh(), nn.Linear(20, 1))
     >>> x, y = torch.randn(64, 40), torch.randn(64, 1)
@@ -111,7 +113,7 @@ def choose_block_size(
         statistics=statistics,
         fused=fused,
     )
-    factors = {f"{name}.{side}": whole for name, layer in layers.items() for side, whole in _cuttable(layer).items()}
+    factors = {f"{name}.{side}": whole for name, layer in layers.items() for side, whole in _whole(layer).items()}
     left_out = {
         key: f"{whole.width} wide, more than {WIDEST}" for key, whole in factors.items() if whole.width > WIDEST
     }
@@ -120,26 +122,28 @@ def choose_block_size(
     weights = [layer.parameters[0] for layer in layers.values()]
     device = weights[0].device if weights else torch.device("cpu")
     dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
-    kept: list[Tensor] = []
+    are_kept: list[Tensor] = []
     with _left_as_it_was(model, device):
         for key, factor in _observed(layers, wanted, loss_of_a_batch, dtype, max_rows):
             if factor is None or not bool(torch.isfinite(factor).all()):
                 left_out[key] = "not observed" if factor is None else "not finite"
                 continue
-            kept.append(spectral_losses(factor, sizes, statistics.partition) < TOLERABLE_LOSS)
-    if left_out and not kept:
+            are_kept.append(spectral_losses(factor, sizes, statistics.partition) < TOLERABLE_LOSS)
+    if left_out and not are_kept:
         raise ValueError(
-            f"No factor could be looked at for the choice of block_size: {_some(left_out)}. Give block_size a number."
+            "No factor could be looked at for the choice of block_size: "
+            f"{name_some([f'{key} ({why})' for key, why in left_out.items()])}. Give block_size a number."
         )
-    shares = torch.stack(kept).double().mean(0).tolist() if kept else [1.0] * len(sizes)
-    cuts = [factors[key] for key in wanted if key not in left_out]
-    seconds = [_inversion_seconds(cuts, size, statistics.partition, device, dtype) for size in sizes]
+    shares = torch.stack(are_kept).double().mean(0).tolist() if are_kept else [1.0] * len(sizes)
+    measured = [factors[key] for key in wanted if key not in left_out]
+    seconds = [_inversion_seconds(measured, size, statistics.partition, device, dtype) for size in sizes]
     crossing, block_size = cross(sizes, shares, [seconds[0] / each for each in seconds])
-    return BlockSplit(block_size, crossing, sizes, shares, seconds, len(kept), left_out, _name(device))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return BlockSplit(block_size, crossing, sizes, shares, seconds, len(are_kept), left_out, name)
 
 
 def candidates(widest: int) -> list[int]:
-    """The sizes to try: 1, then powers of two from 16, then the widest factor whole.
+    """Sizes to try: 1, then powers of two from 16, then the widest factor whole.
 
     >>> candidates(576), candidates(10), candidates(1)
     ([1, 16, 32, 64, 128, 256, 512, 576], [1, 10], [1])
@@ -149,11 +153,16 @@ def candidates(widest: int) -> list[int]:
 
 
 def cross(candidates: Sequence[int], shares: Sequence[float], speeds: Sequence[float]) -> tuple[float, int]:
-    """Where the rising curve first meets the falling one, and the candidate nearest to that.
+    """The size where the rising curve first meets the falling one, and the candidate nearest to it.
 
-    Between candidates both curves are straight lines over the logarithm of the size; nearest is meant there too (the
-    larger one if two are). If shares are above from the start, that is the smallest candidate; if they never get there,
-    nothing is gained by cutting, and it is the largest.
+    Between candidates both curves are straight lines over the logarithm of the size, in which nearness is measured too
+    (of two equally near candidates the larger is chosen). If the shares are above the speeds from the start, the result
+    is the smallest candidate; if they never are, nothing is gained by partitioning, and it is the largest.
+
+    Args:
+        candidates: sizes, rising.
+        shares: of the factors that keep their spectral norm, rising, for each candidate.
+        speeds: of inversion, falling, for each candidate.
 
     >>> cross([1, 16, 64, 128, 256], [0.0, 0.3, 0.5, 0.7, 1.0], [1.0, 0.9, 0.75, 0.55, 0.2])
     (98.7, 128)
@@ -167,78 +176,88 @@ def cross(candidates: Sequence[int], shares: Sequence[float], speeds: Sequence[f
     return 2.0**place, candidates[first if place >= (low + high) / 2 else first - 1]
 
 
-def _cuttable(layer: Layer) -> dict[str, BlockPartition]:
-    """The whole factors of a layer that could be cut: not those that are diagonal anyway, nor single numbers."""
+def _whole(layer: Layer) -> dict[str, BlockPartition]:
+    """The whole factors of a layer, by side, without diagonal ones and single numbers, which no partition changes."""
     sides = {"A": layer.A, "G": layer.G}
     return {side: whole for side, whole in sides.items() if whole and whole.n_blocks == 1 and whole.width > 1}
 
 
 def _observed(
     layers: dict[str, Layer],
-    wanted: dict[str, BlockPartition],
+    wanted: Mapping[str, BlockPartition],
     loss_of_a_batch: Callable[[], Tensor],
     dtype: torch.dtype,
     max_rows: int | None,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """The sums of a aᵀ and g gᵀ over a batch, ``[groups, d, d]`` each, None if nothing came; few are held at a time."""
-    for keys in _passes(wanted):
-        sums: dict[str, Tensor] = {}
+    """The wanted factors of a batch, by key: sums of a aᵀ or g gᵀ, ``[groups, d, d]``; None if nothing was observed.
 
-        names = {key.rpartition(".")[0] for key in keys}
-        uses = {use.name: (name, use) for name in names for use in layers[name].uses}
-
-        def observe(
-            use_name: str, a: Tensor, g: Tensor, keys: set[str] = keys, sums: dict[str, Tensor] = sums,
-            uses: Mapping[str, tuple[str, ModuleUse]] = uses,
-        ) -> None:  # fmt: skip
-            name, use = uses[use_name]
-            if layers[name].kind in (LINEAR, LINEAR_TRANSPOSED) and not are_rows_of(layers[name], use.module, a, g):
-                return
-            seen = layers[name].observe(a, g, dtype, max_rows, use.module)
-            # The scale of a factor does not matter here.
-            for side, rows in (("A", seen.a), ("G", seen.g)):
-                key = f"{name}.{side}"
-                if rows is not None and key in keys:
-                    into = sums.setdefault(key, rows.new_zeros(wanted[key].shape))
-                    add_covariance_(into.view(wanted[key].sums_shape), rows, wanted[key])
-
-        called = {name: use.module for name, (_, use) in uses.items() if use.attention is None}
-        hooks = Hooks(
-            called,
-            lambda name: True,
-            observe,
-            attention_uses(use for _, use in uses.values()),
-            weight_of=lambda use_name, uses=uses: uses[use_name][1].weight,  # type: ignore[misc]
-            needs_returned=registered_uses(layers[name] for name in names).__contains__,
-        )
-        try:
-            with torch.enable_grad():
-                loss_of_a_batch().backward()
-        finally:
-            hooks.remove()
-        for key in [key for key in wanted if key in keys]:
+    The loss is computed anew for each portion of factors, so that few are held at a time.
+    """
+    for portion in _portions(wanted):
+        sums = _sums_of_a_batch(layers, portion, loss_of_a_batch, dtype, max_rows)
+        for key in portion:
             factor = sums.pop(key, None)
             yield key, None if factor is None else factor[:, 0]
 
 
-def _passes(wanted: dict[str, BlockPartition]) -> list[set[str]]:
-    """The factors in portions of at most `PASS_ELEMENTS`."""
-    passes: list[set[str]] = []
+def _sums_of_a_batch(
+    layers: dict[str, Layer],
+    wanted: Mapping[str, BlockPartition],
+    loss_of_a_batch: Callable[[], Tensor],
+    dtype: torch.dtype,
+    max_rows: int | None,
+) -> dict[str, Tensor]:
+    """The wanted factors ``[groups, 1, d, d]`` that one forward and backward pass observed, by key."""
+    sums: dict[str, Tensor] = {}
+    names = {key.rpartition(".")[0] for key in wanted}
+    uses = {use.name: (layers[name], use) for name in names for use in layers[name].uses}
+
+    def observe(use_name: str, a: Tensor, g: Tensor) -> None:
+        layer, use = uses[use_name]
+        if not layer.kind.fits(use.module, a, g):
+            return
+        seen = layer.observe(a, g, dtype, max_rows, use.module)
+        # The scale of a factor does not matter here.
+        for side, rows in (("A", seen.a), ("G", seen.g)):
+            key = f"{layer.name}.{side}"
+            if rows is not None and key in wanted:
+                into = sums.setdefault(key, rows.new_zeros(wanted[key].shape))
+                add_covariance_(into.view(wanted[key].sums_shape), rows, wanted[key])
+
+    hooks = Hooks(
+        {name: use.module for name, (_, use) in uses.items() if use.attention is None},
+        lambda name: True,
+        observe,
+        attention_uses(use for _, use in uses.values()),
+        weight_of=lambda name: uses[name][1].weight,
+        needs_returned=lambda name: uses[name][0].kind.needs_returned,
+    )
+    try:
+        with torch.enable_grad():
+            loss_of_a_batch().backward()
+    finally:
+        hooks.remove()
+    return sums
+
+
+def _portions(wanted: Mapping[str, BlockPartition]) -> list[dict[str, BlockPartition]]:
+    """The factors in portions of at most `PORTION_NUMEL` numbers, or of one factor."""
+    portions: list[dict[str, BlockPartition]] = []
     room = 0
     for key, whole in wanted.items():
-        elements = math.prod(whole.shape)
-        if not passes or elements > room:
-            passes.append(set())
-            room = PASS_ELEMENTS
-        passes[-1].add(key)
-        room -= elements
-    return passes
+        numel = math.prod(whole.shape)
+        if not portions or numel > room:
+            portions.append({})
+            room = PORTION_NUMEL
+        portions[-1][key] = whole
+        room -= numel
+    return portions
 
 
 def _inversion_seconds(
     factors: Sequence[BlockPartition], block_size: int, partition: PartitionFn, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Time of inverting all blocks of these factors once, as a refresh does: those of one size together.
+    """Seconds to invert all blocks of these factors once, as a refresh does: those of one size together.
 
     A block of size 1 is timed as one of size 2: inverting a diagonal is a division, and beside that every real
     inversion would seem slow, on every device, and the curves would always cross before 16.
@@ -250,13 +269,13 @@ def _inversion_seconds(
         numbers[size] = numbers.get(size, 0) + blocks.groups * blocks.n_blocks
     total = 0.0
     for size, n in numbers.items():
-        timed = min(n, max(1, TIMED_ELEMENTS // size**2))
+        timed = min(n, max(1, TIMED_NUMEL // size**2))
         total += _seconds_of_inverting(timed, size, device, dtype) * n / timed
     return max(total, 1e-9)
 
 
 def _seconds_of_inverting(n: int, size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """The best of a few runs, since other work on the machine only adds."""
+    """Time to invert ``n`` blocks of ``size``: the best of a few runs, since other work on the machine only adds."""
     blocks = torch.eye(size, dtype=dtype, device=device).repeat(n, 1, 1)
     damping = torch.ones(n, dtype=dtype, device=device)
     best, runs, began = math.inf, 0, time.perf_counter()
@@ -270,7 +289,7 @@ def _seconds_of_inverting(n: int, size: int, device: torch.device, dtype: torch.
 
 @contextmanager
 def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Puts gradients, buffers and the state of torch's random numbers back."""
+    """A context that restores gradients, buffers and the state of torch's random numbers."""
     grads = {p: p.grad for p in model.parameters()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
@@ -284,12 +303,3 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
                 buffer.copy_(before)
         for p, grad in grads.items():
             p.grad = grad
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _some(reasons: dict[str, str], n: int = 5) -> str:
-    more = f" and {len(reasons) - n} more" if len(reasons) > n else ""
-    return ", ".join(f"{key} ({why})" for key, why in list(reasons.items())[:n]) + more

@@ -1,4 +1,4 @@
-"""How much of its spectral norm a factor keeps when it is cut into diagonal blocks."""
+"""The share of its spectral norm that a factor loses when it is partitioned into diagonal blocks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_thor.linalg.block_diagonal import BlockPartition, partition
 
 LANCZOS_STEPS = 48
+"""Dimensions of the Krylov space, for wider matrices."""
 
 
 PartitionFn = Callable[[int, int | None, int], BlockPartition]
@@ -18,14 +19,17 @@ PartitionFn = Callable[[int, int | None, int], BlockPartition]
 
 
 def spectral_loss(matrix: Tensor, block_size: int) -> float:
-    """What a matrix loses by being cut: ``1 - sqrt(λmax(Â Âᵀ) / λmax(A Aᵀ))`` (THOR: Chen et al., AAAI 2021).
+    """What a matrix loses by partitioning: ``1 - sqrt(λmax(Â Âᵀ) / λmax(A Aᵀ))`` (THOR: Chen et al., AAAI 2021).
 
-    For a symmetric positive semi-definite A that is ``1 - λmax(Â) / λmax(A)``; a matrix of zeros loses nothing. From a
-    width of 48 on, eigenvalues are those that a Krylov space of 48 dimensions has, which are never too large.
+    For a symmetric positive semi-definite A this equals ``1 - λmax(Â) / λmax(A)``; a matrix of zeros loses nothing.
+    Eigenvalues of matrices wider than 48 come from a Krylov space of 48 dimensions, so they are never too large.
 
     Args:
         matrix: A, symmetric positive semi-definite, ``[d, d]``.
         block_size: Â is A in the blocks of `lightning_thor.linalg.block_diagonal.partition`, and zero elsewhere.
+
+    Returns:
+        The lost share, 0..1.
 
     >>> spectral_loss(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), 1)
     0.3333
@@ -37,17 +41,17 @@ def spectral_losses(factor: Tensor, sizes: Sequence[int], partition: PartitionFn
     """`spectral_loss` of one factor for each of several block sizes.
 
     Args:
-        factor: ``[groups, d, d]``: of a grouped convolution there is one matrix for each group, in one large one.
+        factor: ``[groups, d, d]``, the diagonal blocks of one matrix (of a grouped convolution: one for each group).
         sizes: block sizes.
-        cut: how a width is cut.
+        partition: how a width is partitioned.
 
     Returns:
         ``[len(sizes)]``, on the CPU.
     """
     groups, width, _ = factor.shape
     largest = [_largest_eigenvalue(_diagonal_blocks(factor, partition(width, size, groups))) for size in sizes]
-    whole, parts = _largest_eigenvalue(factor), torch.stack(largest)
-    return torch.where(whole > 0, 1 - parts / whole, 0.0).cpu()
+    whole, partitioned = _largest_eigenvalue(factor), torch.stack(largest)
+    return torch.where(whole > 0, 1 - partitioned / whole, 0.0).cpu()
 
 
 def _diagonal_blocks(factor: Tensor, blocks: BlockPartition) -> Tensor:
@@ -60,9 +64,9 @@ def _diagonal_blocks(factor: Tensor, blocks: BlockPartition) -> Tensor:
 
 
 def _largest_eigenvalue(matrices: Tensor) -> Tensor:
-    """Of all matrices ``[n, d, d]`` together, symmetric positive semi-definite.
+    """The largest eigenvalue of ``n`` symmetric positive semi-definite matrices ``[n, d, d]``, 0-dimensional.
 
-    Large ones by the Lanczos method: an eigenvalue decomposition takes minutes at widths of thousands.
+    Wide ones by the Lanczos method: an eigenvalue decomposition takes minutes at widths of thousands.
     """
     n, width, _ = matrices.shape
     if width <= LANCZOS_STEPS:

@@ -15,9 +15,6 @@ from lightning_thor.distributed.factor_reducer import FactorReducer
 from lightning_thor.factors.state import ROWS, FactorState
 from lightning_thor.layers.base import Layer, ModuleUse
 from lightning_thor.layers.discovery import name_some
-from lightning_thor.layers.linear import linear_rows, subsample_linear_input
-from lightning_thor.layers.pair_checks import are_rows_of
-from lightning_thor.layers.registry import LINEAR, LINEAR_TRANSPOSED, KfacApprox
 from lightning_thor.layers.weight_product import backward_pass
 
 EXPONENT_STEP, LARGEST_EXPONENT = 32, 96
@@ -35,7 +32,6 @@ class FactorAccumulator:
     Args:
         layers: with curvature, by name; numbered in this order.
         factors: holds the open window's sums.
-        statistics: which rows a pair is.
         loss_reduction: ``"mean"`` or ``"sum"``.
         loss_multiplier: see `lightning_thor.Curvature`.
         loss_terms: see `lightning_thor.Curvature`.
@@ -57,7 +53,6 @@ class FactorAccumulator:
         self,
         layers: Mapping[str, Layer],
         factors: FactorState,
-        statistics: KfacApprox,
         *,
         loss_reduction: str = "mean",
         loss_multiplier: NumberOrTensor | None = None,
@@ -66,7 +61,7 @@ class FactorAccumulator:
         counts_elements: bool = False,
         backward_pass: Callable[[], int] = backward_pass,
     ) -> None:
-        self._layers, self._factors, self._statistics = list(layers.values()), factors, statistics
+        self._layers, self._factors = list(layers.values()), factors
         self._loss_reduction, self._loss_multiplier, self._loss_terms = loss_reduction, loss_multiplier, loss_terms
         self._max_rows, self._counts_elements, self._backward_pass = max_rows, counts_elements, backward_pass
         self.uses = {use.name: (number, use) for number, layer in enumerate(self._layers) for use in layer.uses}
@@ -112,7 +107,7 @@ class FactorAccumulator:
         if self.reducer.is_late(number):
             self._warn_of_late_pair(layer.name)
             return
-        n_seen = self._statistics.loss_terms(use.module, g)
+        n_seen = layer.loss_terms(use.module, g)
         scale = self._scale(number, name, n_seen)
         rows = layer.observe(a, self._in_its_unit(g, scale), factors.dtype, self.max_rows, use.module)
         weight, n_samples = self._use_weight(number, rows.n_samples, n_seen)
@@ -129,7 +124,8 @@ class FactorAccumulator:
             output: what it returned.
         """
         if name == self.loss_layer and isinstance(output, Tensor):
-            self._noted_terms = self._statistics.loss_terms(self.uses[name][1].module, output)
+            number, use = self.uses[name]
+            self._noted_terms = self._layers[number].loss_terms(use.module, output)
 
     def _scale(self, number: int, name: str, n_seen: float) -> float | Tensor:
         """Factor from the gradient of the loss as it was differentiated to that of the per-sample loss."""
@@ -173,10 +169,8 @@ class FactorAccumulator:
     def _is_misfit(self, number: int, use: ModuleUse, a: Tensor, g: Tensor) -> bool:
         """Whether the pair cannot be rows of the layer's weight; this is noted in `misfits`."""
         layer = self._layers[number]
-        if layer.kind not in (LINEAR, LINEAR_TRANSPOSED):
-            return False
-        is_subsampled = a.dim() == 2 and len(a) == self.max_rows
-        if are_rows_of(layer, use.module, a, g, whole=not is_subsampled):
+        may_be_subsampled = a.dim() == 2 and len(a) == self.max_rows
+        if layer.kind.fits(use.module, a, g, is_whole=not may_be_subsampled):
             return False
         self.misfits[number] = (
             f"its input {list(a.shape)} and its output's gradient {list(g.shape)} are not rows of its weight "
@@ -195,7 +189,7 @@ class FactorAccumulator:
             Some rows ``[n, in]``, or the input.
         """
         number, _ = self.uses[name]
-        return subsample_linear_input(a, self.max_rows) if self._layers[number].rows_of is linear_rows else a
+        return self._layers[number].subsample_input(a, self.max_rows)
 
     def _use_weight(self, number: int, n_taken: float, n_seen: float) -> tuple[float, float]:
         """Weight of the gradients of one use of a layer, and the samples that it adds.

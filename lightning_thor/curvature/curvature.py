@@ -29,7 +29,6 @@ from lightning_thor.factors.damping import DampingRule
 from lightning_thor.factors.state import ELEMENTS, ROWS, Solve, factor_state_of
 from lightning_thor.factors.trace_rule import UPDATE, decide, trace_rule_of
 from lightning_thor.layers.base import Layer, attention_uses
-from lightning_thor.layers.custom import registered_uses
 from lightning_thor.layers.discovery import discover_layers, matrix_layers, name_some, trained, uncompiled_name
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.pair_checks import NOT_A_PAIR, PairChecks
@@ -162,7 +161,6 @@ class Curvature:
         self._accumulator = FactorAccumulator(
             self.layers,
             self.factors,
-            statistics,
             loss_reduction=loss_reduction,
             loss_multiplier=loss_multiplier,
             loss_terms=loss_terms,
@@ -197,7 +195,9 @@ class Curvature:
             subsample_input=accumulator.subsample_input,
             is_due=is_due,
             weight_of=lambda name: accumulator.uses[name][1].weight,
-            needs_returned=registered_uses(self.layers.values()).__contains__,
+            needs_returned={
+                use.name for layer in self.layers.values() if layer.kind.needs_returned for use in layer.uses
+            }.__contains__,
             note_output=accumulator.note_output,
             checks=self._checks,
         )
@@ -307,8 +307,8 @@ class Curvature:
         self._reset(finish=self.is_due())
 
     def _reset(self, *, finish: bool = False) -> None:
-        self._hooks.drop()
-        self._checks.forget()
+        self._hooks.reset()
+        self._checks.reset()
         self._reducer.reset(finish=finish)
         self._accumulator.reset()
         if not self._has_agreed:

@@ -109,9 +109,9 @@ def row_blocks_of(layer: Layer, pair: FactorPair, *, is_polar: bool = False) -> 
     """
     if layer.A is not None:
         part, weight = layer.param_slice, layer.parameters[0]
-        is_one_block = is_polar or (layer.kind.rows == "A" and layer.with_bias)
+        is_one_block = is_polar or (layer.kind.row_factor == "A" and layer.with_bias)
         n_rows = weight.shape[0] if part is None else part.stop - part.start
-        yield RowBlocks(layer, pair, None if is_one_block else layer.kind.rows, n_rows, is_polar=is_polar)
+        yield RowBlocks(layer, pair, None if is_one_block else layer.kind.row_factor, n_rows, is_polar=is_polar)
         return
     start, (_, G) = 0, pair
     for p in layer.parameters:

@@ -1,4 +1,4 @@
-"""A layer with curvature: its uses, its rows, and how its gradient is a matrix ``[groups, out, in]``."""
+"""What a layer is: its kind, the uses of its weight, and the rows that one call of it adds to A and G."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from lightning_thor.linalg.dtypes import wide
 
 @lru_cache(maxsize=256)
 def subsample(n: int, max_rows: int | None, device: torch.device) -> Tensor | None:
-    """Indices of at most ``max_rows`` of ``n`` rows, spread evenly; None stands for all.
+    """Indices of at most ``max_rows`` of ``n`` rows, evenly spread and sorted, ``[max_rows]``; None stands for all.
 
     A multiplicative sequence by the golden ratio rather than every k-th row: a stride that divides the length of a
     sequence would see the same few positions for ever.
@@ -36,18 +36,18 @@ def subsample(n: int, max_rows: int | None, device: torch.device) -> Tensor | No
 
 
 class Rows(NamedTuple):
-    """What one call of a layer contributes to its statistics; features first, so that a factor is ``x @ x.mT``."""
+    """What one call of a layer adds to A and G; features come first, so that a factor is ``x @ x.mT``."""
 
     a: Tensor | None
-    """Inputs ``[groups, in, n]``; None where A is given by `token_counts` or does not exist."""
+    """Inputs ``[groups, in, n]``; None where `token_counts` holds A or the layer has no A."""
     g: Tensor
-    """Output gradients of the loss as it was summed or averaged, ``[groups, out, n]``."""
+    """Gradients of the loss, as it was summed or averaged, with respect to the outputs, ``[groups, out, n]``."""
     n_rows: int | Tensor
-    """How many rows A was summed over."""
+    """Number of rows that A sums over."""
     n_samples: float
-    """How many samples these rows belong to: the terms of the loss that they saw. Not whole where rows are left out."""
+    """Number of samples (terms of the loss) that these rows belong to; not whole where rows are left out."""
     token_counts: Tensor | None = None
-    """Embeddings: how often each token stood in the input, ``[vocabulary]``: the diagonal of A, summed."""
+    """Embeddings: how often each token occurs in the input, ``[vocabulary]``; the diagonal of A, summed."""
 
 
 class Squares(NamedTuple):
@@ -59,7 +59,8 @@ class Squares(NamedTuple):
     n_samples: float
 
 
-def _pick(x: Tensor, index: Tensor | None) -> Tensor:
+def pick(x: Tensor, index: Tensor | None) -> Tensor:
+    """Rows ``x[index]`` of ``x [n, ...]``, or all of them."""
     return x if index is None else x.index_select(0, index)
 
 
@@ -69,10 +70,129 @@ def squares_of(rows: Rows) -> Squares:
     return Squares(None if a is None else a.sum(), rows.g.square().sum(), rows.n_rows, rows.n_samples)
 
 
-RowsOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], Rows]
+RowsFn = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], Rows]
+"""``(module, a, g, dtype, max_rows)`` to `Rows`, see `LayerKind.rows`."""
 
 
 SquaresOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], Squares]
+
+
+class FactorShapes(NamedTuple):
+    """The widths of a weight's factors, before they are partitioned into blocks."""
+
+    groups: int
+    """Number of independent factors on each side (grouped convolutions)."""
+    width_A: int | None
+    """Width of A, without a bias; None: the layer has no A."""
+    width_G: int
+
+
+class LayerKind:
+    """Everything that is known of one kind of layer. `lightning_thor.layers.registry` lists the instances.
+
+    A kind overrides what differs from the default: a weight ``[out, ...]`` that is the matrix when flattened, with a
+    bias ``[out]`` that can be the matrix's last column.
+
+    Args:
+        name: what messages call it.
+        types: the types of modules that it serves, their subclasses included; the type of a library that is not
+            imported here is named by ``"module.qualname"``.
+    """
+
+    weight_name: str = "weight"
+    """Name of the module's parameter that is the weight; the others, but for a bias, take plain momentum."""
+    takes_bias: bool = True
+    """A bias ``[out]`` can be the matrix's last column, the homogeneous coordinate of A."""
+    is_matrix: bool = True
+    """The weight maps vectors to vectors, so that its singular values mean something (polar mode)."""
+    row_factor: Literal["A", "G"] | None = "G"
+    """The factor along the first dimension of the weight; None: neither, or unknown."""
+    is_flat: bool = True
+    """``weight.flatten(1)`` is the matrix (`row_factor` G) or its transpose (A), if there is one group."""
+    diagonal: Literal["A", "G"] | None = None
+    """The factor that is diagonal, whatever the block size."""
+    owns_all_parameters: bool = False
+    """All parameters of the module belong to the layer (norms); otherwise the weight, and a bias if it is taken."""
+    is_linear: bool = False
+    """A product with the last dimension of the input, whose outputs may be a concatenation of several (`fused`)."""
+    checks_pairs: bool = False
+    """Pairs are compared once with the weight's gradient: a user's forward may do more than multiply by the weight."""
+    needs_returned: bool = False
+    """g is the gradient of what the module returned, not of its product with the weight."""
+    in_attention: LayerKind | None = None
+    """The kind of such a weight inside `nn.MultiheadAttention`, which uses it without calling the module."""
+    ties_to: LayerKind | None = None
+    """The kind of layer that may share the weight and precondition it with the statistics of both."""
+
+    def __init__(self, name: str, types: Sequence[type[nn.Module] | str] = ()) -> None:
+        self.name, self.types = name, tuple(types)
+
+    def __repr__(self) -> str:
+        return f"<LayerKind {self.name}>"
+
+    def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+        """One call of a module as rows (K-FAC-expand): ``g @ a.mT`` is the gradient of the weight's matrix.
+
+        Args:
+            module: the one that was called.
+            a: its input.
+            g: the gradient of its output.
+            dtype: of the rows.
+            max_rows: about how many rows to take; None takes all.
+        """
+        raise NotImplementedError
+
+    @property
+    def reduced_rows(self) -> RowsFn | None:
+        """As `rows`, with one row per sample (K-FAC-reduce: Eschenhagen et al. 2023, arXiv:2311.00636); None: the kind
+        has no curvature with ``statistics="reduce"``."""
+        return self.rows
+
+    def loss_terms(self, module: Any, g: Tensor) -> int:
+        """Number of terms that the mean of the loss is taken to have, by the output's gradient ``g`` (or the output):
+        by default one for each position, that is for all dimensions but the last."""
+        return g.numel() // max(g.shape[-1], 1)
+
+    def factor_shapes(self, module: Any, shape: torch.Size) -> FactorShapes:
+        """The widths of the factors of a module whose weight has this shape."""
+        return FactorShapes(1, shape[1:].numel(), shape[0])
+
+    def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+        """Gradients of a layer's parameters as a matrix ``[groups, out, in]``, a view where possible."""
+        weight = grads[0].reshape(layer.G.groups, layer.G.width, -1)
+        if not layer.with_bias:
+            return weight
+        return torch.cat([weight, grads[1].reshape(layer.G.groups, layer.G.width, 1)], dim=2)
+
+    def from_matrix(self, layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+        """The inverse of `to_matrix`: one tensor for each parameter, with its numbers in its order, of any shape."""
+        return [matrix[..., :-1], matrix[..., -1]] if layer.with_bias else [matrix]
+
+    def fits(self, module: Any, a: Tensor, g: Tensor, *, is_whole: bool = True) -> bool:
+        """False if ``a`` and ``g`` cannot be an input and an output's gradient of the weight.
+
+        Args:
+            module: the one that was called.
+            a: its input.
+            g: the gradient of its output.
+            is_whole: False if ``a`` may be what `subsample_input` left of the input.
+        """
+        return True
+
+    def subsample_input(self, a: Tensor, max_rows: int | None) -> Tensor:
+        """What `rows` needs of an input: the rows that it will take, or all of it."""
+        return a
+
+    def unsupported_reason(self, module: Any, base: type[nn.Module]) -> str | None:
+        """Why a module has no curvature although it is of this kind, or None.
+
+        Args:
+            module: of a type that this kind serves.
+            base: the registered type.
+        """
+        if type(module).forward is not base.forward:
+            return f"{type(module).__name__} has a forward of its own, which may not be {base.__name__}'s"
+        return None
 
 
 @dataclass(frozen=True)
@@ -83,11 +203,11 @@ class ModuleUse:
     module: nn.Module
     weight_name: str = "weight"
     param_slice: slice | None = None
-    """Which rows of the parameter, where several weights are packed into one."""
+    """The rows of the parameter that are this weight, where one parameter packs several."""
     attention: nn.MultiheadAttention | None = None
-    """What uses the weight without calling the module."""
+    """The attention that uses the weight without calling the module."""
     role: str = ""
-    """In ``attention``: see `lightning_thor.layers.attention.ROLES`."""
+    """The weight's part in ``attention``: see `lightning_thor.layers.attention.ROLES`."""
 
     @property
     def trains(self) -> bool:
@@ -102,7 +222,7 @@ class ModuleUse:
 
 
 def attention_uses(uses: Iterable[ModuleUse]) -> dict[nn.MultiheadAttention, dict[str, str]]:
-    """Of the uses inside attentions: their names, by attention and role."""
+    """Names of the uses inside attentions, by attention and role."""
     attentions: dict[nn.MultiheadAttention, dict[str, str]] = {}
     for use in uses:
         if use.attention is not None:
@@ -123,17 +243,21 @@ class Layer:
     """None: no input factor (the scale and shift of a norm have the diagonal of their own Fisher matrix as G)."""
     G: BlockPartition
     kind: LayerKind
-    rows_of: RowsOf
+    rows_of: RowsFn
+    """The kind's rows, or others in their place: see `lightning_thor.layers.registry.KfacApprox`."""
+    loss_terms: Callable[[Any, Tensor], int]
+    """``(module, output or its gradient)`` to the number of terms that the mean of the loss is taken to have."""
     squares_of: SquaresOf | None = None
     """Of the same rows, where that is cheaper without making them."""
     tied_to: str | None = None
-    """The layer that preconditions the weight with these statistics too: an embedding tied to an output layer."""
+    """Name of the layer that preconditions the weight with these statistics too: an embedding tied to an output
+    layer."""
     is_left_out: bool = False
-    """Whether training has shown that its statistics are not those of its weight."""
+    """Training has shown that the statistics are not those of the weight."""
 
     @property
     def is_preconditioned(self) -> bool:
-        """True if its parameters have directions of its own."""
+        """True if its parameters have directions of their own."""
         return self.tied_to is None and not self.is_left_out
 
     @property
@@ -146,7 +270,7 @@ class Layer:
 
     @property
     def param_slice(self) -> slice | None:
-        """Which rows of the parameters, where several layers are packed into one; None: all."""
+        """The rows of the parameters that are this layer's, where several layers are packed into one; None: all."""
         return self.uses[0].param_slice
 
     @property
@@ -157,8 +281,15 @@ class Layer:
     def observe(
         self, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None, module: nn.Module | None = None
     ) -> Rows:
-        """One call of ``module`` (None: of the first that uses the weight) as rows, in the groups of A and G, with a
-        row of ones under the inputs if the bias belongs to A."""
+        """One call of a module as rows, in the groups of A and G; ones follow the inputs if the bias belongs to A.
+
+        Args:
+            a: the module's input.
+            g: the gradient of its output.
+            dtype: of the rows.
+            max_rows: about how many rows to take; None takes all.
+            module: one that uses the weight; None: the first.
+        """
         seen = self.rows_of(module or self.module, a, g, dtype, max_rows)
         shape = self.G.groups, self.G.width, seen.g.shape[-1]
         if seen.g.shape != shape:
@@ -167,6 +298,10 @@ class Layer:
             return seen
         ones = seen.a.new_ones(seen.a.shape[0], 1, seen.a.shape[2])
         return seen._replace(a=torch.cat([seen.a, ones], dim=1))
+
+    def subsample_input(self, a: Tensor, max_rows: int | None) -> Tensor:
+        """What `observe` needs of an input ``a``: the rows that it will take, or all of it."""
+        return self.kind.subsample_input(a, max_rows) if self.rows_of == self.kind.rows else a
 
     def squares(
         self, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None, module: nn.Module | None = None
@@ -180,15 +315,21 @@ class Layer:
         return seen._replace(a=seen.a + self.A.groups * seen.n_rows)
 
     def slice_of(self, tensor: Tensor) -> Tensor:
-        """View of this layer's part of something in the shape of one of its parameters."""
+        """View of this layer's rows of a tensor in the shape of one of its parameters."""
         return tensor if self.param_slice is None else tensor[self.param_slice]
 
     def to_matrix(self, grads: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Gradients (one for each parameter) as one matrix ``[groups, out, in]``; not a copy where none is needed."""
+        """Gradients, one for each parameter, as one matrix ``[groups, out, in]``; a view where possible."""
         return self.kind.to_matrix(self, [grad.to(dtype) for grad in grads])
 
     def product(self, left: Tensor, matrix: Tensor, right: Tensor | None) -> Tensor:
-        """``left @ matrix @ right`` with block-diagonal ``left``, cut as G, and ``right``, cut as A; new."""
+        """``blockdiag(left) @ matrix @ blockdiag(right)``, a new tensor ``[groups, out, in]``.
+
+        Args:
+            left: blocks in the partition of G, ``[groups, n_blocks, size, size]``.
+            matrix: ``[groups, out, in]``.
+            right: blocks in the partition of A; None for the identity.
+        """
         matrix = block_diagonal.left_product(left, matrix, self.G)
         if self.A is None or right is None:
             return matrix
@@ -196,22 +337,9 @@ class Layer:
         return block_diagonal.right_product(by_input, right, self.A).reshape(matrix.shape)
 
     def from_matrix(self, matrix: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
-        """A matrix as directions, contiguous, in the shapes and dtypes of ``grads``, but at least float32."""
+        """A matrix ``[groups, out, in]`` as one contiguous direction for each parameter, in the shapes and dtypes of
+        ``grads``, but at least float32."""
         return [
             direction.reshape(grad.shape).to(wide(grad.dtype)).contiguous()
             for direction, grad in zip(self.kind.from_matrix(self, matrix), grads, strict=True)
         ]
-
-
-class LayerKind(NamedTuple):
-    """How the gradients of a layer's parameters are a matrix ``[groups, out, in]``, and back."""
-
-    name: str
-    to_matrix: Callable[[Layer, Sequence[Tensor]], Tensor]
-    from_matrix: Callable[[Layer, Tensor], Sequence[Tensor]]
-    takes_bias: bool = False
-    """Whether a bias can be the matrix's last column."""
-    is_matrix: bool = False
-    """Whether it maps vectors to vectors, so that its singular values mean something."""
-    rows: str | None = None
-    """The factor, ``"A"`` or ``"G"``, that lies along the first dimension of the parameters; None: neither, or both."""

@@ -6,33 +6,18 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_thor.layers import attention
 from lightning_thor.layers.base import Layer, LayerKind, ModuleUse
-from lightning_thor.layers.custom import user_matrix, weight_name_of
-from lightning_thor.layers.registry import (
-    ATTENTION,
-    CONVOLUTION,
-    EMBEDDING,
-    EXPAND,
-    LINEAR,
-    LINEAR_TRANSPOSED,
-    NORMS,
-    REGISTERED,
-    TRANSPOSED,
-    KfacApprox,
-    find_kind,
-    unsupported_reason,
-)
+from lightning_thor.layers.registry import EXPAND, KfacApprox, find_kind, unsupported_reason
 from lightning_thor.linalg import block_diagonal
 
 
 def uncompiled_name(name: str) -> str:
-    """A module's name without what `torch.compile` put into it.
+    """A module's name without the parts that `torch.compile` adds.
 
     >>> uncompiled_name("net._orig_mod.0"), uncompiled_name("net._orig_mod")
     ('net.0', 'net')
@@ -41,7 +26,7 @@ def uncompiled_name(name: str) -> str:
 
 
 def name_some(names: list[str], n: int = 5) -> str:
-    """The first of some names of modules, as the part of a sentence.
+    """The first ``n`` names of modules, for a sentence.
 
     >>> name_some(["", "a", "b"], n=2), name_some([])
     ('(the model itself), a and 1 more', 'none')
@@ -51,10 +36,10 @@ def name_some(names: list[str], n: int = 5) -> str:
 
 
 def matrix_layers(model: nn.Module) -> list[str]:
-    """The names of the linear layers, projections and convolutions that train; the last is taken as the output layer.
+    """Names of the linear layers, projections and convolutions that train; the last is taken as the output layer.
 
-    Each row of that one is a class, a token or a number to predict, and a direction with equal singular values would
-    move the rarest as far as the most frequent. Embeddings are no matrices in this sense either.
+    Each row of the output layer is a class, a token or a number to predict: equal singular values would move the rarest
+    as far as the most frequent. Nor are embeddings matrices in this sense.
 
     >>> matrix_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 5), nn.Linear(5, 9)))
     ['0', '2', '3']
@@ -75,7 +60,7 @@ def discover_layers(
     fused: Mapping[str, int] | None = None,
     diagonal_G: Container[str] = (),
 ) -> tuple[dict[str, Layer], dict[str, str]]:
-    """Every weight of ``model``: those with curvature, and why the others have none; by name.
+    """The weights of ``model`` that have curvature, and why the others have none.
 
     A weight has the name of the module that owns it (of the first of them, if it is tied), as in
     ``model.named_modules()`` without the ``_orig_mod.`` that `torch.compile` adds. The three that an attention packs
@@ -83,50 +68,55 @@ def discover_layers(
 
     Tied weights: where modules of one kind share a weight, each is a use of one layer, and their rows are added up.
     Where an embedding shares it with a linear layer (the table of a language model), both have statistics of their
-    own, and the embedding's are folded into the linear layer's when those are inverted: `FactorState` says how.
+    own, and the embedding's are added to the linear layer's at inversion: see `FactorState`.
 
     Args:
-        model: what to look at.
+        model: any module.
         block_size: largest block; None for whole factors.
         precondition_bias: take the biases of linear layers and convolutions into A, as its last coordinate; not if the
             weight is tied.
         only: leave out layers whose weight is not among these parameters.
-        statistics: what is gathered.
-        fused: linear layers whose outputs are concatenations of that many parts, by pattern of their name: their G is
-            cut at the borders of the parts.
-        diagonal_G: the names of layers whose G is to be its diagonal alone.
+        statistics: K-FAC-expand, K-FAC-reduce, or nn.thor's.
+        fused: number of parts that a linear layer's outputs are a concatenation of, by pattern of its name: G is
+            partitioned at the borders of the parts.
+        diagonal_G: names of layers whose G is its diagonal alone.
+
+    Returns:
+        The layers by name, in the order of the model, and the reasons by name.
 
     Raises:
         ValueError: ``fused`` names no linear layer, or a number that does not divide its outputs.
     """
+    fused = fused or {}
     left_out: dict[str, str] = {}
-    # By weight, and where in it, in the order of the model.
+    uses = list(_uses(model))
+    # By weight, and by first row in it.
     found: dict[tuple[nn.Parameter, int], dict[LayerKind, list[ModuleUse]]] = {}
-    for use in _uses(model):
-        kind, reason = _judged(use, only, statistics)
-        if kind is None or reason is not None:
-            left_out[use.name] = reason or unsupported_reason(use.module)
+    for use in uses:
+        kind = _check(use, only, statistics)
+        if isinstance(kind, str):
+            left_out[use.name] = kind
             continue
         weight = getattr(use.module, use.weight_name)
         kinds = found.setdefault((weight, 0 if use.param_slice is None else use.param_slice.start), {})
-        refused = next((uses for other, uses in kinds.items() if not _can_be_tied(kind, other, statistics)), None)
+        refused = next((others for other, others in kinds.items() if not _can_be_tied(kind, other, statistics)), None)
         if refused is not None:
             left_out[use.name] = f"shares its weight with {refused[0].name!r}, which is preconditioned"
         else:
             kinds.setdefault(kind, []).append(use)
     layers: dict[str, Layer] = {}
     for kinds in found.values():
-        tied = sum(len(uses) for uses in kinds.values()) > 1
-        for kind, uses in kinds.items():
-            parts = _parts(uses[0], kind, fused or {})
-            sizes = block_size, 1 if uses[0].name in diagonal_G else block_size
-            with_bias = precondition_bias and not tied and (only is None or _bias_of(uses[0]) in only)
-            layer = _layer(tuple(uses), kind, statistics, sizes, with_bias, parts)
-            if kind is EMBEDDING and len(kinds) > 1:
-                layer = replace(layer, tied_to=kinds[LINEAR][0].name)
+        is_tied = sum(len(tied) for tied in kinds.values()) > 1
+        for kind, (use, *tied) in kinds.items():
+            bias = _bias_of(use) if precondition_bias and not is_tied else None
+            takes_bias = bias is not None and bias.requires_grad and (only is None or bias in only)
+            block_sizes = block_size, 1 if use.name in diagonal_G else block_size
+            layer = _layer((use, *tied), kind, statistics, block_sizes, takes_bias, fused)
+            if kind.ties_to in kinds:
+                layer = replace(layer, tied_to=kinds[kind.ties_to][0].name)
             layers[layer.name] = layer
-    _check_that_all_are_linear(fused or {}, layers)
-    order = {use.name: index for index, use in enumerate(_uses(model))}
+    _check_fused(fused, layers)
+    order = {use.name: index for index, use in enumerate(uses)}
     return dict(sorted(layers.items(), key=lambda item: order[item[0]])), left_out
 
 
@@ -141,45 +131,43 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
             continue
         own = dict(module.named_parameters(recurse=False))
         if own or "weight" in getattr(module, "parametrizations", {}):
-            outer = inside.get(module)
+            found, outer = find_kind(module), inside.get(module)
+            weight_name = "weight" if found is None else found[0].weight_name
             role = "" if outer is None else "out_proj" if module is outer.out_proj else "?"
-            yield ModuleUse(name, module, weight_name_of(module), None, outer, role)
+            yield ModuleUse(name, module, weight_name, None, outer, role)
 
 
 def _projections(name: str, module: nn.MultiheadAttention) -> Iterator[ModuleUse]:
     width = module.embed_dim
     for index, role in enumerate(("q_proj", "k_proj", "v_proj")):
-        packed = getattr(module, "in_proj_weight", None) is not None
-        part = slice(index * width, (index + 1) * width) if packed else None
-        weight_name = "in_proj_weight" if packed else f"{role}_weight"
-        yield ModuleUse(f"{name}.{role}" if name else role, module, weight_name, part, module, role)
+        is_packed = getattr(module, "in_proj_weight", None) is not None
+        param_slice = slice(index * width, (index + 1) * width) if is_packed else None
+        weight_name = "in_proj_weight" if is_packed else f"{role}_weight"
+        yield ModuleUse(f"{name}.{role}" if name else role, module, weight_name, param_slice, module, role)
 
 
-def _judged(
-    use: ModuleUse, only: Set[nn.Parameter] | None, statistics: KfacApprox
-) -> tuple[LayerKind | None, str | None]:
-    """The kind of a use, if it has curvature with these statistics, and what speaks against it, if anything."""
+def _check(use: ModuleUse, only: Set[nn.Parameter] | None, statistics: KfacApprox) -> LayerKind | str:
+    """The kind of a use, or why it has no curvature with these statistics."""
     found = find_kind(use.module)
-    if found is None or found[0].name not in statistics.rows:
-        return None, None
+    if found is None or statistics.rows_of(found[0]) is None:
+        return unsupported_reason(use.module)
     kind, base = found
     if use.attention is not None:
-        if use.role not in attention.ROLES or found[0] not in (LINEAR, ATTENTION):
-            return None, "inside nn.MultiheadAttention, which uses its parameters without calling it"
+        if use.role not in attention.ROLES or kind.in_attention is None:
+            return "inside nn.MultiheadAttention, which uses its parameters without calling it"
         if not attention.IS_SUPPORTED or type(use.attention).forward is not nn.MultiheadAttention.forward:
-            return None, f"{type(use.attention).__name__} has a forward that is not torch's, as it is known here"
-        if ATTENTION.name not in statistics.rows:
-            return None, None
-        kind = ATTENTION
-    return kind, _reason_against(use, kind, base, only)
+            return f"{type(use.attention).__name__} has a forward that is not torch's, as it is known here"
+        kind = kind.in_attention
+        if statistics.rows_of(kind) is None:
+            return unsupported_reason(use.module)
+    return _reason_against(use, kind, base, only) or kind
 
 
 def _reason_against(
     use: ModuleUse, kind: LayerKind, base: type[nn.Module], only: Set[nn.Parameter] | None
 ) -> str | None:
     """Why this module takes plain momentum, or None if nothing speaks against its curvature."""
-    module = use.module
-    own = dict(module.named_parameters(recurse=False))
+    own = dict(use.module.named_parameters(recurse=False))
     weight = own.get(use.weight_name)
     if weight is None:
         return "its weight is not a plain parameter (parametrized, or not affine)"
@@ -189,47 +177,18 @@ def _reason_against(
         return "frozen"
     if only is not None and weight not in only:
         return "not in the optimizer"
-    if kind in NORMS and not all(p.requires_grad for p in own.values()):
+    if kind.owns_all_parameters and not all(p.requires_grad for p in own.values()):
         return "frozen in part"
-    if kind in NORMS and only is not None and not all(p in only for p in own.values()):
+    if kind.owns_all_parameters and only is not None and not all(p in only for p in own.values()):
         return "not in the optimizer in part"
     if weight.numel() == 0:
         return "empty weight"
-    # A linear layer's own forward (LoRA, quantised training) still multiplies by its weight; others may do anything.
-    if kind not in (LINEAR, ATTENTION) and type(module).forward is not base.forward:
-        return f"{type(module).__name__} has a forward of its own, which may not be {base.__name__}'s"
-    if isinstance(module, nn.Embedding) and (module.sparse or module.scale_grad_by_freq):
-        return "sparse or frequency-scaled gradient"
-    if not weight.is_floating_point():
-        return f"weight of dtype {weight.dtype}"
-    return None
+    reason = kind.unsupported_reason(use.module, base)
+    return reason or (None if weight.is_floating_point() else f"weight of dtype {weight.dtype}")
 
 
 def _can_be_tied(one: LayerKind, other: LayerKind, statistics: KfacApprox) -> bool:
-    table_and_output = {one, other} == {EMBEDDING, LINEAR} and statistics.split_embedding_G
-    return one == other or table_and_output
-
-
-def _parts(use: ModuleUse, kind: LayerKind, fused: Mapping[str, int]) -> int:
-    """Of how many parts the outputs of a linear layer are a concatenation."""
-    parts = next((n for pattern, n in fused.items() if fnmatchcase(use.name, pattern)), 1)
-    if parts > 1 and kind not in (LINEAR, LINEAR_TRANSPOSED):
-        return 1
-    weight = getattr(use.module, use.weight_name)
-    out = weight.shape[1] if kind is LINEAR_TRANSPOSED else weight.shape[0]
-    if out % parts:
-        raise ValueError(f"fused: the {out} outputs of {use.name!r} cannot be {parts} equal parts.")
-    return parts
-
-
-def _check_that_all_are_linear(fused: Mapping[str, int], layers: Mapping[str, Layer]) -> None:
-    linear = [name for name, layer in layers.items() if layer.kind in (LINEAR, LINEAR_TRANSPOSED)]
-    for pattern in fused:
-        if not any(fnmatchcase(name, pattern) for name in linear):
-            raise ValueError(
-                f"fused: {pattern!r} is the name of no linear layer with curvature. There are: "
-                f"{', '.join(linear) or 'none'}. (The projections of nn.MultiheadAttention are apart anyway.)"
-            )
+    return one is other or (statistics.split_embedding_G and (one.ties_to is other or other.ties_to is one))
 
 
 def _bias_of(use: ModuleUse) -> nn.Parameter | None:
@@ -240,40 +199,60 @@ def _bias_of(use: ModuleUse) -> nn.Parameter | None:
 
 def _layer(
     uses: tuple[ModuleUse, ...], kind: LayerKind, statistics: KfacApprox, block_sizes: tuple[int | None, int | None],
-    precondition_bias: bool, parts: int,
+    takes_bias: bool, fused: Mapping[str, int],
 ) -> Layer:  # fmt: skip
-    """``block_sizes``: of A and of G."""
-    use, rows_of, partition = uses[0], statistics.rows[kind.name], statistics.partition
-    module: Any = use.module
-    weight: nn.Parameter = getattr(module, use.weight_name)
-    bias = _bias_of(use)
-    if kind in NORMS:
-        own = (weight,) if bias is None else (weight, bias)
-        return Layer(uses, own, None, block_diagonal.diagonal(sum(p.numel() for p in own)), kind, rows_of)
-    if kind is EMBEDDING:
-        G = partition(weight.shape[1], block_sizes[1] if statistics.split_embedding_G else None, 1)
-        return Layer(uses, (weight,), block_diagonal.diagonal(len(weight)), G, kind, rows_of)
-    groups: int = module.groups if kind in (CONVOLUTION, TRANSPOSED) else 1
-    if kind in REGISTERED.values():
-        # Not the weight itself, which may be sharded.
-        groups, width_G, width_A = user_matrix(module, torch.empty(weight.shape, device=weight.device)).shape
-    elif kind is TRANSPOSED:  # its weight is [in, out / groups, *kernel]; a bias does not belong to the rows
-        width_A, width_G = len(weight) // groups, weight.numel() // len(weight)
-    elif kind is LINEAR_TRANSPOSED:
-        width_A, width_G = weight.shape
-    else:
-        n_rows = len(weight) if use.param_slice is None else use.param_slice.stop - use.param_slice.start
-        width_A, width_G = weight.numel() // len(weight), n_rows // groups
-    with_bias = precondition_bias and kind.takes_bias and bias is not None and bias.requires_grad
-    parameters = (weight, bias) if with_bias and bias is not None else (weight,)
-    A = partition(width_A + with_bias, block_sizes[0], groups)
-    G = partition(width_G // parts, block_sizes[1], groups * parts)
-    return Layer(uses, parameters, A, G, kind, rows_of, statistics.squares.get(kind.name))
+    """The layer of a weight.
+
+    Args:
+        uses: its modules.
+        kind: theirs.
+        statistics: what is gathered.
+        block_sizes: of A and of G.
+        takes_bias: whether the bias belongs to the layer if the kind can take it.
+        fused: see `discover_layers`.
+    """
+    use, (size_A, size_G), rows_of = uses[0], block_sizes, statistics.rows_of(kind)
+    assert rows_of is not None
+    weight: nn.Parameter = getattr(use.module, use.weight_name)
+    shape = weight.shape
+    if use.param_slice is not None:
+        shape = torch.Size((use.param_slice.stop - use.param_slice.start, *shape[1:]))
+    groups, width_A, width_G = kind.factor_shapes(use.module, shape)
+    with_bias, bias = kind.takes_bias and takes_bias, _bias_of(use)
+    parameters = (weight,) if bias is None or not (with_bias or kind.owns_all_parameters) else (weight, bias)
+    A = None if width_A is None else statistics.partition(width_A + with_bias, size_A, groups)
+    n_parts = _n_parts(use.name, width_G, fused) if kind.is_linear else 1
+    G = statistics.partition(width_G // n_parts, size_G, groups * n_parts)
+    if kind.diagonal == "G":
+        G = block_diagonal.diagonal(width_G)
+    elif kind.diagonal == "A" and width_A is not None:
+        A = block_diagonal.diagonal(width_A)
+        G = G if statistics.split_embedding_G else statistics.partition(width_G, None, 1)
+    loss_terms = statistics.loss_terms or kind.loss_terms
+    return Layer(uses, parameters, A, G, kind, rows_of, loss_terms, statistics.squares.get(kind.name))
+
+
+def _n_parts(name: str, n_outputs: int, fused: Mapping[str, int]) -> int:
+    """The number of parts that the outputs of a linear layer are a concatenation of."""
+    n_parts = next((n for pattern, n in fused.items() if fnmatchcase(name, pattern)), 1)
+    if n_outputs % n_parts:
+        raise ValueError(f"fused: the {n_outputs} outputs of {name!r} cannot be {n_parts} equal parts.")
+    return n_parts
+
+
+def _check_fused(fused: Mapping[str, int], layers: Mapping[str, Layer]) -> None:
+    linear = [name for name, layer in layers.items() if layer.kind.is_linear]
+    for pattern in fused:
+        if not any(fnmatchcase(name, pattern) for name in linear):
+            raise ValueError(
+                f"fused: {pattern!r} is the name of no linear layer with curvature. There are: "
+                f"{', '.join(linear) or 'none'}. (The projections of nn.MultiheadAttention are apart anyway.)"
+            )
 
 
 @contextmanager
 def trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """These are not frozen in this context."""
+    """A context in which these parameters are not frozen."""
     frozen = [p for p in parameters if not p.requires_grad]
     for p in frozen:
         p.requires_grad_(True)

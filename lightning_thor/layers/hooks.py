@@ -1,4 +1,4 @@
-"""Hands pairs (name, a, g) of the layers that are asked for to a listener."""
+"""Forward hooks that pair each layer's input with the gradient of its output, for a listener."""
 
 from __future__ import annotations
 
@@ -15,94 +15,84 @@ from lightning_thor.layers.attention import RecordProducts
 from lightning_thor.layers.weight_product import WeightProduct, accumulates, backward_pass, find_product, graph_is_kept
 
 Listener = Callable[[str, Tensor, Tensor], None]
+"""Called with the name of a module, its input and its output's gradient."""
 
 
-IsOpen = Callable[[str], bool]
-
-
-IsDue = Callable[[str], bool]
-
-
-Expect = Callable[[str], None]
-
-
-Subsample = Callable[[str, Tensor], Tensor]
-
-
-WeightOf = Callable[[str], Tensor | None]
+NamePredicate = Callable[[str], bool]
+Arrange = Callable[[Tensor], Tensor]
 
 
 class Checks(Protocol):
-    """What is told, once per layer, the pairs and the weight's gradient that should be their product."""
+    """A comparison, once per layer, of its pairs with the weight's gradient: see `PairChecks`."""
 
     def wants(self, name: str) -> bool:
-        """Whether the pairs of that name are still to be checked."""
+        """True while the pairs of the named module are to be checked."""
 
     def project(self, name: str, a: Tensor) -> Tensor | None:
-        """What of an input the check needs, in forward; None for the input itself."""
+        """What the check needs of an input ``a``, asked in forward; None: all of it."""
 
     def add(self, name: str, a: Tensor, g: Tensor, accumulator: Any) -> None:
-        """A pair of the backward pass under way, and the node that will add to the weight's gradient in it.
+        """Add a pair of the backward pass under way.
 
         Args:
-            name: of the layer.
-            a: what `project` gave, or else the input.
+            name: of the module.
+            a: what `project` returned, or else the input.
             g: the gradient of its output.
-            accumulator: the node.
+            accumulator: the autograd node that will add to the weight's gradient.
         """
 
 
 class Hooks:
     """Forward hooks that pair each layer's input with the gradient of its output.
 
-    The output is that of the operation that multiplied by the weight, which autograd's graph tells: whatever is done
-    to it afterwards, within the module, in other hooks, in place or through views, the gradient is the one that belongs
-    to the input. Where the graph does not tell (a compiled region), it is what the module returned.
+    The output is that of the operation that multiplied by the weight, which autograd's graph shows: whatever is done to
+    it afterwards, within the module, in other hooks, in place or through views, the gradient belongs to the input.
+    Where the graph does not show the operation (a compiled region), the output is what the module returned.
 
     A pair is handed over when its gradient arrives in a backward pass that adds to the weight's gradient: so activation
     checkpointing, unused outputs, passes without gradients and `torch.autograd.grad` give exactly the pairs that made
     the weight's gradient. Where a graph is kept (``retain_graph=True``) more backward passes may come, whose gradients
-    add up: such a pair waits for one that does not keep it, or for `flush`. The hooks change nothing and do nothing
-    unless ``is_open``.
+    add up: such a pair waits for a pass that does not keep the graph, or for `flush`. The hooks change nothing and do
+    nothing unless ``is_open``.
 
     Args:
-        modules: what to listen to, by name.
-        is_open: whether the module of that name is to be observed in the present forward pass.
+        modules: the modules to observe, by name.
+        is_open: whether the named module is to be observed in the present forward pass.
         listener: called in backward, without autograd, with the name, the input and the output's gradient.
-        attentions: further names, by what they stand for in an attention (see `lightning_thor.layers.attention.ROLES`);
-            their pairs are batch first, ``[batch, positions, width]``.
-        announce: called in forward with the name, for each pair that backward is to hand over.
-        thin: gives what of an input is needed, where autograd does not keep that input itself: under autocast, which
-            lets it save a copy in lower precision.
-        is_due: asked before all else, as it is in each forward pass of a training: false only where ``is_open`` would
-            be false too. A plain function that calls no other.
-        weight_of: gives the weight of that name; by default the module's ``weight``.
-        needs_returned: whether the gradient is to be that of what the module of that name returned, whatever it did
-            after its product with the weight.
+        attentions: names of the weights inside attentions, by role (see `lightning_thor.layers.attention.ROLES`); their
+            pairs are batch first, ``[batch, positions, width]``.
+        expect: called in forward with the name, for each pair that backward is to hand over.
+        subsample_input: called under autocast, which lets autograd save a copy of the input in lower precision instead
+            of the input itself, with the name and the input; returns the rows that must be kept.
+        is_due: a cheap first test, run in every forward pass; True whenever ``is_open`` is. A plain function that calls
+            no other.
+        weight_of: the weight that the named module multiplies by; by default its ``weight``.
+        needs_returned: whether the gradient is to be that of what the named module returned, whatever it did after its
+            product with the weight.
         note_output: called in forward with the name and the output of a module for which ``is_due`` is true and
             ``is_open`` is not.
-        checks: see `Checks`.
+        checks: compares pairs with the weight's gradient; None: nothing does.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        is_open: IsOpen,
+        is_open: NamePredicate,
         listener: Listener,
         attentions: Mapping[nn.MultiheadAttention, Mapping[str, str]] | None = None,
-        expect: Expect = lambda name: None,
-        subsample_input: Subsample = lambda name, a: a,
-        is_due: IsDue = lambda name: True,
-        weight_of: WeightOf | None = None,
-        needs_returned: Callable[[str], bool] = lambda name: False,
+        expect: Callable[[str], None] = lambda name: None,
+        subsample_input: Callable[[str, Tensor], Tensor] = lambda name, a: a,
+        is_due: NamePredicate = lambda name: True,
+        weight_of: Callable[[str], Tensor | None] | None = None,
+        needs_returned: NamePredicate = lambda name: False,
         note_output: Callable[[str, Any], None] = lambda name, output: None,
         checks: Checks | None = None,
     ) -> None:
         from torch._dynamo import decorators  # takes a second, like all of dynamo
 
-        # Under torch.compile hooks read Python counters, which would recompile at every step. What dynamo skips is as
-        # it was, while what is disabled (all that it calls with it) costs a wrapper, which is most of an idle hook. The
-        # former is no public function: where it is missing the latter does, at that cost.
+        # Under torch.compile hooks read Python counters, which would recompile at every step. A function that dynamo
+        # skips runs as it is, while a disabled one (with all that it calls) costs a wrapper, which is most of an idle
+        # hook. `skip` is not public: where it is missing, `disable` does the same at its cost.
         skip = getattr(decorators, "skip", torch.compiler.disable)
         is_due = skip(is_due)
         if weight_of is None:
@@ -120,7 +110,7 @@ class Hooks:
         for attention, names in (attentions or {}).items():
             before, after = _attention_hooks(names, attention, is_open, is_due, self._pairing)
             self._handles.append(attention.register_forward_pre_hook(skip(before)))
-            # Whatever happens in between: a forward pass that fails must not leave its notes open.
+            # Always called: a forward pass that fails must not leave its recording open.
             self._handles.append(attention.register_forward_hook(skip(after), always_call=True))
 
     @property
@@ -130,15 +120,15 @@ class Hooks:
         return backward_pass() if self._pairing.backward_pass is None else self._pairing.backward_pass
 
     def flush(self) -> None:
-        """Hand over the pairs that wait for more backward passes through a kept graph: none is to come any more."""
+        """Hand over the pairs that wait for more backward passes through a kept graph: no more will come."""
         self._pairing.flush()
 
-    def drop(self) -> None:
+    def reset(self) -> None:
         """Forget the pairs that wait: their step is skipped."""
-        self._pairing.drop()
+        self._pairing.reset()
 
     def remove(self) -> None:
-        """Remove all hooks of modules; those of graphs go with their graph."""
+        """Remove all hooks of modules; hooks of graphs go with their graph."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -148,7 +138,7 @@ class Hooks:
         return not self._handles
 
     def remove_from_copy(self, model: nn.Module) -> None:
-        """Remove what a copy of the model has of these hooks, which are silent there."""
+        """Remove the copies of these hooks, which do nothing, from a copy of the model."""
         ids = {handle.id for handle in self._handles}
         for module in model.modules():
             for hooks in (
@@ -165,8 +155,8 @@ class Hooks:
 def _forward_hook(
     name: str,
     owner: nn.Module,
-    is_open: IsOpen,
-    is_due: IsDue,
+    is_open: NamePredicate,
+    is_due: NamePredicate,
     pairing: _Pairing,
     note_output: Callable[[str, Any], None],
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
@@ -188,13 +178,13 @@ def _forward_hook(
 
 
 def _attention_hooks(
-    names: Mapping[str, str], owner: nn.Module, is_open: IsOpen, is_due: IsDue, pairing: _Pairing
+    names: Mapping[str, str], owner: nn.Module, is_open: NamePredicate, is_due: NamePredicate, pairing: _Pairing
 ) -> tuple[Callable[[nn.Module, Any], None], Callable[[nn.Module, Any, Any], None]]:
     entered: list[ExitStack] = []
 
-    def note(role: str, a: Tensor, output: Tensor, arranged: Callable[[Tensor], Tensor]) -> None:
+    def note(role: str, a: Tensor, output: Tensor, arrange: Arrange) -> None:
         if role in names and is_open(names[role]):
-            pairing.expect(names[role], a, output, arranged)
+            pairing.expect(names[role], a, output, arrange)
 
     def enter() -> None:
         if any(is_open(name) for name in names.values()):
@@ -223,16 +213,15 @@ class _Pair:
     """An input that waits for the gradient of its output.
 
     Args:
-        name: of the layer.
-        a: the input; let go of once it is handed over, for autograd frees what it saved after backward, but no hooks.
+        name: of the module.
+        a: the input; released when the pair is handed over, since autograd frees saved tensors after backward, but no
+            hooks.
         projected: what a check needs of the input, if not all of it.
-        arranged: what brings input and gradient to the form that is handed over.
+        arrange: brings the gradient to the shape in which it is handed over.
     """
 
-    def __init__(
-        self, name: str, a: Tensor, projected: Tensor | None, arranged: Callable[[Tensor], Tensor] | None
-    ) -> None:
-        self.name, self.projected, self.arranged = name, projected, arranged
+    def __init__(self, name: str, a: Tensor, projected: Tensor | None, arrange: Arrange | None) -> None:
+        self.name, self.projected, self.arrange = name, projected, arrange
         self.a: Tensor | None = a
         # Tensors made in inference mode count no changes.
         self._version = None if a.is_inference() or a.is_nested else a._version
@@ -245,7 +234,7 @@ class _Pair:
     def input_was_changed(self) -> bool:
         return self.a is not None and self._version is not None and self.a._version != self._version
 
-    def take(self, g: Tensor) -> None:
+    def add(self, g: Tensor) -> None:
         """Add the gradient of a backward pass."""
         if self.backward_pass < 0:
             self.backward_pass = self.forward_in if self.forward_in >= 0 else backward_pass()
@@ -253,28 +242,28 @@ class _Pair:
 
 
 class _Pairing:
-    """Waits for the gradients that belong to inputs, and hands both over."""
+    """Waits for the gradients that belong to inputs, and hands both over; for its arguments see `Hooks`."""
 
     def __init__(
         self,
         listener: Listener,
-        expect: Expect,
-        subsample_input: Subsample,
-        is_due: IsDue,
-        weight_of: WeightOf,
-        needs_returned: Callable[[str], bool],
+        expect: Callable[[str], None],
+        subsample_input: Callable[[str, Tensor], Tensor],
+        is_due: NamePredicate,
+        weight_of: Callable[[str], Tensor | None],
+        needs_returned: NamePredicate,
         checks: Checks | None,
     ) -> None:
-        self._listener, self._expect, self._thin = listener, expect, subsample_input
+        self._listener, self._expect, self._subsample_input = listener, expect, subsample_input
         self._is_due, self._weight_of, self._checks = is_due, weight_of, checks
         self._needs_returned = needs_returned
         self._waiting: dict[_Pair, None] = {}
         """Pairs that have a gradient, of a graph that is kept."""
         self.backward_pass: int | None = None
-        """Of the pair that is being handed over."""
+        """The number of the backward pass of the pair that is being handed over."""
 
-    def expect(self, name: str, a: Any, output: Any, arranged: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Hand ``(name, a, g)`` over when the gradient of ``output`` arrives, both ``arranged``."""
+    def expect(self, name: str, a: Any, output: Any, arrange: Arrange | None = None) -> None:
+        """Hand ``(name, a, g)`` over when the gradient of ``output`` arrives, both by ``arrange``."""
         if not isinstance(a, Tensor) or a.layout not in (torch.strided, torch.jagged):
             return
         weight = self._weight_of(name)
@@ -283,18 +272,20 @@ class _Pairing:
             if use is None and not (isinstance(output, Tensor) and output.requires_grad):
                 return
             a = _plain(a)
+            # Before rows are taken of the input, or they would not be those of the arranged gradient.
+            a = a if arrange is None else arrange(a.detach())
             rows, device = a.shape[:-1], a.device.type
             projected = None
             if self._checks is not None and use is not None and self._checks.wants(name):
                 with torch.no_grad(), torch.autocast(device, enabled=False):
                     projected = self._checks.project(name, a)
             if torch.is_autocast_enabled(device) and a.dtype != torch.get_autocast_dtype(device):
-                a = self._thin(name, a)
-            pair = _Pair(name, a, projected, arranged)
+                a = self._subsample_input(name, a)
+            pair = _Pair(name, a, projected, arrange)
             del a
             self._expect(name)
             on_gradient = self._on_gradient(pair, use)
-            if use is not None and arranged is None and not self._needs_returned(name):
+            if use is not None and arrange is None and not self._needs_returned(name):
                 _before_product(use, rows, on_gradient)
             else:
                 _before_backward_of(output, on_gradient)
@@ -308,17 +299,17 @@ class _Pairing:
                 pair.a = None
                 return
             if accumulator is None:
-                # A create_graph pass is then taken for one that is no training, such as a gradient penalty's.
+                # A create_graph pass is taken for one that is no training, such as a gradient penalty's.
                 if torch.is_grad_enabled():
                     return
             elif not accumulates(accumulator):
                 return
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-                self._take(pair, _plain(g.detach()), accumulator)
+                self._add(pair, _plain(g.detach()), accumulator)
 
         return on_gradient
 
-    def _take(self, pair: _Pair, g: Tensor, accumulator: Any) -> None:
+    def _add(self, pair: _Pair, g: Tensor, accumulator: Any) -> None:
         if pair.input_was_changed:
             self._warn_of_change(pair)
             return
@@ -327,7 +318,7 @@ class _Pairing:
             assert a is not None
             with torch.autocast(g.device.type, enabled=False):
                 self._checks.add(pair.name, a, g, accumulator)
-        pair.take(g)
+        pair.add(g)
         if graph_is_kept():
             self._waiting[pair] = None
         else:
@@ -338,17 +329,18 @@ class _Pairing:
         if pair.input_was_changed:
             self._warn_of_change(pair)
             return
-        a, g, arranged = pair.a, pair.g, pair.arranged or (lambda x: x)
+        a, g = pair.a, pair.g
         pair.a = pair.g = None
         assert a is not None
         assert g is not None
+        g = g if pair.arrange is None else pair.arrange(g)
         self.backward_pass = pair.backward_pass
         try:
             if not torch.is_autocast_enabled(g.device.type):
-                self._listener(pair.name, arranged(a), arranged(g))
+                self._listener(pair.name, a, g)
                 return
             with torch.autocast(g.device.type, enabled=False):
-                self._listener(pair.name, arranged(a), arranged(g))
+                self._listener(pair.name, a, g)
         finally:
             self.backward_pass = None
 
@@ -358,7 +350,7 @@ class _Pairing:
             for pair in list(self._waiting):
                 self._hand_over(pair)
 
-    def drop(self) -> None:
+    def reset(self) -> None:
         """Forget all pairs that wait."""
         for pair in self._waiting:
             pair.a = pair.g = None
@@ -366,7 +358,7 @@ class _Pairing:
 
     def _warn_of_change(self, pair: _Pair) -> None:
         pair.a = pair.g = None
-        # Autograd notices that itself, unless autocast let it save a copy in lower precision.
+        # Autograd notices the change itself, unless autocast let it save a copy in lower precision.
         warnings.warn(
             f"The input of layer {pair.name!r} was changed in place after the layer used it; its statistics are "
             "left out. Write x = x + layer(x) instead of x += layer(x).",
@@ -375,8 +367,8 @@ class _Pairing:
 
 
 def _before_product(use: WeightProduct, rows: torch.Size, on_gradient: Callable[[Tensor], None]) -> None:
-    """Call ``on_gradient`` with the gradient of what the use computed. It may have taken all ``rows``, the input's
-    dimensions before the last, as one dimension."""
+    """Call ``on_gradient`` with the gradient of the product itself, in the input's dimensions before the last,
+    ``rows``: the operation may have flattened them into one."""
 
     def in_rows(g: Tensor) -> None:
         if g.dim() == 2 and len(rows) != 1 and rows.numel() == len(g):
@@ -393,13 +385,15 @@ def _before_backward_of(output: Tensor, on_gradient: Callable[[Tensor], None]) -
         # A tensor hook, since a full backward hook fails if the next operation is in place (ReLU(inplace=True)).
         output.register_hook(on_gradient)
         return
-    # What is done in place to a view, or to what it is a view of, gives the view another place in the graph; that of
-    # its base stays. (A hook of a view that was changed already may crash the process: pytorch/pytorch#196459.)
+    # An operation in place, on a view or on its base, moves the view in the graph, but not its base.
+    # (A hook of a view that was changed already may crash the process: pytorch/pytorch#196459.)
     place = output.shape, output.stride(), output.storage_offset() - base.storage_offset()
     _register_before(base.grad_fn, base.output_nr, lambda g: on_gradient(g.contiguous().as_strided(*place)))
 
 
 def _register_before(node: Any, number: int, on_gradient: Callable[[Tensor], None]) -> None:
+    """Call ``on_gradient`` with the gradient of a node's output of this number, before the node runs."""
+
     def before(gradients: tuple[Tensor | None, ...]) -> None:
         g = gradients[number]
         if g is not None:
@@ -409,7 +403,7 @@ def _register_before(node: Any, number: int, on_gradient: Callable[[Tensor], Non
 
 
 def _plain(x: Tensor) -> Tensor:
-    """A tensor of a subclass that only labels it as torch's own; the rows of a nested one as one tensor."""
+    """``x`` without a subclass that only labels it; the rows of a nested tensor as one tensor."""
     if x.is_nested:
         x = x.detach()
         return x.values() if x.layout is torch.jagged else torch.cat([one.flatten(0, -2) for one in x.unbind()])

@@ -2,52 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_thor.layers.base import Layer, Rows, _pick, subsample
+from lightning_thor.layers.base import FactorShapes, Layer, LayerKind, Rows, pick, subsample
 
 
-def vectors_to_matrix(layer: Layer, grads: Sequence[Tensor]) -> Tensor:
-    """Scale and shift, one under the other, as one column."""
-    return torch.cat([grad.flatten() for grad in grads])[None, :, None]
+class NormKind(LayerKind):
+    """A scale, and perhaps a shift of its shape: the matrix is one under the other, as one column."""
+
+    takes_bias = False
+    is_matrix = False
+    row_factor = None
+    is_flat = False
+    diagonal = "G"
+    owns_all_parameters = True
+
+    def factor_shapes(self, module: Any, shape: torch.Size) -> FactorShapes:
+        return FactorShapes(1, None, shape.numel() * (1 if getattr(module, "bias", None) is None else 2))
+
+    def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+        return torch.cat([grad.flatten() for grad in grads])[None, :, None]
+
+    def from_matrix(self, layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+        return matrix.flatten().chunk(len(layer.parameters))
 
 
-def matrix_to_vectors(layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
-    """The way back of `vectors_to_matrix`."""
-    return matrix.flatten().chunk(len(layer.parameters))
+class PositionNormKind(NormKind):
+    """A norm over the last dimensions, ``[..., *normalized_shape]``: every position is a row."""
+
+    def __init__(self, name: str, types: Sequence[type[nn.Module]], normalize: Callable[..., Tensor]) -> None:
+        super().__init__(name, types)
+        self._normalize = normalize
+
+    def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+        """Gradients of scale and shift at each position, one under the other: ``[1, 2 * width, n]``."""
+        # An RMS norm's default eps is that of the input's dtype.
+        eps = torch.finfo(a.dtype).eps if module.eps is None else module.eps
+        width = torch.Size(module.normalized_shape).numel()
+        a, g = a.detach().reshape(-1, width), g.reshape(-1, width)
+        index = subsample(a.shape[0], max_rows, a.device)
+        a, g = pick(a, index).to(dtype), pick(g, index).to(dtype)
+        return _scale_and_shift(module, g * self._normalize(a, a.shape[1:], eps=eps), g)
+
+    def loss_terms(self, module: Any, g: Tensor) -> int:
+        """The number of positions."""
+        width: int = module.weight.shape.numel()
+        return g.numel() // max(width, 1)
 
 
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+class ChannelNormKind(NormKind):
+    """A norm of ``[batch, channels, *space]``: every sample is a row, summed over its positions."""
+
+    def loss_terms(self, module: Any, g: Tensor) -> int:
+        """The batch size."""
+        return g.shape[0]
 
 
-def _positions(
-    module: nn.LayerNorm | nn.RMSNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None
-) -> tuple[Tensor, Tensor]:
-    """Inputs and gradients at some positions, ``[rows, width]``."""
-    width = torch.Size(module.normalized_shape).numel()
-    a, g = a.detach().reshape(-1, width), g.reshape(-1, width)
-    index = subsample(a.shape[0], max_rows, a.device)
-    return _pick(a, index).to(dtype), _pick(g, index).to(dtype)
+class GroupNormKind(ChannelNormKind):
+    """As `nn.GroupNorm`."""
+
+    def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+        """Gradients of scale and shift for each sample: ``[1, 2 * channels, n]``; see `_samples` for ``max_rows``."""
+        a, g = _samples(a, g, dtype, max_rows)
+        per_sample = (*g.shape[:2], g.shape[2:].numel())
+        # Not F.group_norm, which refuses a single sample of one number per group.
+        normal = torch.group_norm(a, module.num_groups, eps=module.eps)
+        return _scale_and_shift(module, (g * normal).reshape(per_sample).sum(2), g.reshape(per_sample).sum(2))
 
 
-def layer_norm_rows(module: nn.LayerNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-    """Gradients of scale and shift at each position, one under the other: ``[1, 2 * width, rows]``."""
-    a, g = _positions(module, a, g, dtype, max_rows)
-    normal = F.layer_norm(a, a.shape[1:], eps=module.eps)
-    return _scale_and_shift(module, g * normal, g)
+class BatchNormKind(ChannelNormKind):
+    """As `nn.BatchNorm2d`."""
+
+    def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+        """Gradients of scale and shift for each sample: ``[1, 2 * channels, n]``; see `_samples` for ``max_rows``.
+
+        Inputs are normalised by the mean and variance of the samples that are taken, which are near those of the batch
+        and, in a `nn.SyncBatchNorm`, those of all ranks' batches: these would take a pass over the whole batch.
+        """
+        a, g = _samples(a, g, dtype, max_rows)
+        per_sample = (*g.shape[:2], g.shape[2:].numel())
+        a, g = a.reshape(per_sample), g.reshape(per_sample)
+        if module.training or module.running_mean is None or module.running_var is None:
+            # Centred before squaring, so that nothing cancels; torch.var_mean takes five times as long on a CPU.
+            a = a - a.mean(2).mean(0)[:, None]
+            var = torch.linalg.vector_norm(a, dim=2).square().mean(0) / a.shape[2]
+        else:
+            a, var = a - module.running_mean.to(dtype)[:, None], module.running_var.to(dtype)
+        scale = a.mul_(g).sum(2) * (var + module.eps).rsqrt()
+        return _scale_and_shift(module, scale, g.sum(2))
 
 
-def rms_norm_rows(module: nn.RMSNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-    """Gradients of the scale at each position: ``[1, width, rows]``."""
-    # Its default eps is that of the input's dtype.
-    eps = torch.finfo(a.dtype).eps if module.eps is None else module.eps
-    a, g = _positions(module, a, g, dtype, max_rows)
-    normal = F.rms_norm(a, a.shape[1:], eps=eps)
-    return _scale_and_shift(module, g * normal, g)
+LAYER_NORM = PositionNormKind("layer norm", (nn.LayerNorm,), F.layer_norm)
+RMS_NORM = PositionNormKind("rms norm", (nn.RMSNorm,), F.rms_norm)
+GROUP_NORM = GroupNormKind("group norm", (nn.GroupNorm,))
+BATCH_NORM = BatchNormKind("batch norm", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
 
 
 def _samples(a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> tuple[Tensor, Tensor]:
@@ -64,38 +117,7 @@ def _samples(a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> 
     return a.detach()[::step].to(dtype), g[::step].to(dtype)
 
 
-def group_norm_rows(module: nn.GroupNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, samples]``.
-
-    ``max_rows`` takes at most so many samples, of 16 times as many positions, but at least a 32nd of ``max_rows``.
-    """
-    a, g = _samples(a, g, dtype, max_rows)
-    per_sample = (*g.shape[:2], g.shape[2:].numel())
-    # Not F.group_norm, which refuses a single sample of one number per group.
-    normal = torch.group_norm(a, module.num_groups, eps=module.eps)
-    return _scale_and_shift(module, (g * normal).reshape(per_sample).sum(2), g.reshape(per_sample).sum(2))
-
-
-def batch_norm_rows(module: BatchNorm, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-    """Gradients of scale and shift for each sample, summed over its positions: ``[1, 2 * channels, samples]``.
-
-    ``max_rows`` as in `group_norm_rows`. Inputs are then normalised by the mean and variance of the samples that are
-    taken, which are near those of the batch: these would take a pass over all of it. So are those of
-    a `nn.SyncBatchNorm`, which itself uses the mean and variance of all processes' batches.
-    """
-    a, g = _samples(a, g, dtype, max_rows)
-    per_sample = (*g.shape[:2], g.shape[2:].numel())
-    a, g = a.reshape(per_sample), g.reshape(per_sample)
-    if module.training or module.running_mean is None or module.running_var is None:
-        # Centred before squaring, so that nothing cancels; torch.var_mean takes five times as long on a CPU.
-        a = a - a.mean(2).mean(0)[:, None]
-        var = torch.linalg.vector_norm(a, dim=2).square().mean(0) / a.shape[2]
-    else:
-        a, var = a - module.running_mean.to(dtype)[:, None], module.running_var.to(dtype)
-    scale = a.mul_(g).sum(2) * (var + module.eps).rsqrt()
-    return _scale_and_shift(module, scale, g.sum(2))
-
-
 def _scale_and_shift(module: nn.Module, scale: Tensor, shift: Tensor) -> Rows:
+    """Gradients ``[n, width]`` of scale and, if the module has it, shift as rows ``[1, width or 2 * width, n]``."""
     both = [scale] if getattr(module, "bias", None) is None else [scale, shift]
     return Rows(None, torch.cat(both, dim=1).T[None], scale.shape[0], scale.shape[0])

@@ -1,10 +1,11 @@
-"""Checks, once per layer, that the pairs it is observed by are those that its weight's gradient is made of."""
+"""Checks, once per layer, that the weight's gradient is the product of the pairs that the layer is observed by."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.base import Layer, ModuleUse
-from lightning_thor.layers.registry import EXPAND, LINEAR, LINEAR_TRANSPOSED, REGISTERED
 
 EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05
-"""The largest relative difference between both: of float32 products, and of those in lower precision."""
+"""The largest relative difference between gradient and product: in float32, and in lower precision."""
 
 
 NOT_A_PAIR = (
@@ -26,28 +26,29 @@ NOT_A_PAIR = (
 
 
 class _Sums(NamedTuple):
-    """Over the pairs of one layer in one backward pass."""
+    """Sums over the pairs of one layer in one backward pass."""
 
     product: Tensor
     """Gᵀ A v, with rows G of output gradients, rows A of inputs and one vector v: ``[groups * out]``."""
     squares: Tensor
-    """The sum of the squares of the terms of that sum: what its rounding is measured by; 0-dimensional."""
+    """The sum of the squares of the terms of that sum, by which its rounding is measured; 0-dimensional."""
     is_rounded: bool
     handle: RemovableHandle
 
 
 class PairChecks:
-    """For every layer ``g.T @ a`` summed over its pairs is to be its weight's gradient (times one vector, for one
-    matrix-vector product costs nothing). What is not so has other factors than those of its weight: a module that
-    changes its input first, masks its weight, or is used in other ways too.
+    """Compares ``g.T @ a``, summed over a layer's pairs, with its weight's gradient: both times one fixed vector, since
+    a matrix-vector product costs nothing. A layer where they differ has other factors than those of its weight: its
+    module changes the input first, masks the weight, or uses it in other ways too.
 
-    Convolutions, embeddings and norms run torch's own forward and are not looked at; nor are weights that a module
-    without curvature shares (a scaled table of embeddings tied to an output layer), whose gradient is known to be more.
+    Kinds whose modules run torch's own forward (convolutions, embeddings, norms) are not checked, nor are weights that
+    a module without curvature shares (a scaled table of embeddings tied to an output layer): there the gradient is
+    known to be more.
 
     Args:
-        model: that they are of.
-        layers: with curvature, by name.
-        uses: the number of the layer and the use of it, by the name of the module.
+        model: the model of the layers.
+        layers: layers with curvature, by name.
+        uses: the layer's number and its use, by the name of the module.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class PairChecks:
         self._numbers = {
             name: number
             for name, (number, use) in uses.items()
-            if _is_checked(layer := self._layers[number], use) and owners[layer.parameters[0]] == len(layer.uses)
+            if (layer := self._layers[number]).kind.checks_pairs and owners[layer.parameters[0]] == len(layer.uses)
         }
         self._modules: dict[str, Any] = {name: uses[name][1].module for name in self._numbers}
         self._unchecked = set(self._numbers.values())
@@ -66,40 +67,47 @@ class PairChecks:
         self._verdicts: dict[int, Tensor] = {}
 
     def wants(self, name: str) -> bool:
-        """True until the layer of that name was checked."""
+        """True until the layer that the named module belongs to was checked."""
         return self._numbers.get(name) in self._unchecked
 
     def project(self, name: str, a: Tensor) -> Tensor | None:
-        """An input of a linear layer ``[..., in]`` times a fixed vector, ``[...]``; of another layer the whole input is
-        needed, which None stands for."""
-        layer = self._layers[self._numbers[name]]
-        if layer.kind not in (LINEAR, LINEAR_TRANSPOSED) or not a.is_floating_point() or not a.dim():
+        """What the check needs of an input.
+
+        Args:
+            name: of the module.
+            a: its input.
+
+        Returns:
+            The input of a linear layer ``[..., in]`` times a fixed vector, ``[...]``; None stands for the whole input.
+        """
+        kind, module = self._layers[self._numbers[name]].kind, self._modules[name]
+        if not kind.is_linear or not a.is_floating_point() or not a.dim():
             return None
-        width = self._modules[name].weight.shape[0 if layer.kind is LINEAR_TRANSPOSED else 1]
-        if a.shape[-1] != width:
-            self._unchecked.discard(self._numbers[name])  # the observer tells of what does not fit at all
+        width = kind.factor_shapes(module, module.weight.shape).width_A
+        if width is None or a.shape[-1] != width:
+            self._unchecked.discard(self._numbers[name])  # the accumulator reports pairs that do not fit at all
             return None
         a = a.detach().to(torch.promote_types(a.dtype, torch.float32))
         return a @ _vector(1, width, a)[0]
 
     def add(self, name: str, a: Tensor, g: Tensor, accumulator: Any) -> None:
-        """A pair of the backward pass under way.
+        """Add a pair of the backward pass under way.
 
         Args:
             name: of the module.
-            a: what `project` gave; the whole input where that is None.
+            a: what `project` returned; the whole input where that is None.
             g: the gradient of its output.
-            accumulator: the node that will add to the gradient of its weight.
+            accumulator: the autograd node that will add to the gradient of its weight.
         """
         number = self._numbers[name]
-        layer, dtype = self._layers[number], torch.promote_types(g.dtype, torch.float32)
-        if layer.kind in (LINEAR, LINEAR_TRANSPOSED):
+        kind, dtype = self._layers[number].kind, torch.promote_types(g.dtype, torch.float32)
+        if kind.is_linear:
             if not g.dim() or a.numel() * g.shape[-1] != g.numel():
                 self._unchecked.discard(number)
                 return
             terms = g.reshape(-1, g.shape[-1]).to(dtype).T[None] * a.reshape(1, 1, -1)
         else:
-            rows = EXPAND.rows[layer.kind.name](self._modules[name], a, g, dtype, None)
+            rows = kind.rows(self._modules[name], a, g, dtype, None)
             assert rows.a is not None
             terms = rows.g * (_vector(rows.a.shape[0], rows.a.shape[1], rows.a)[:, None, :] @ rows.a)
         product, squares = terms.sum(-1).flatten(), terms.square().sum()
@@ -112,12 +120,10 @@ class PairChecks:
             self._sums[number] = before._replace(product=before.product + product, squares=before.squares + squares)
 
     def collect(self) -> dict[int, Tensor]:
-        """The numbers of the layers that were checked since the last call, and whether they are not what they should
-        be: 0-dimensional tensors on their device."""
+        """The results since the last call, by the layer's number: True where gradient and product differ,
+        0-dimensional tensors on their device."""
         verdicts, self._verdicts = self._verdicts, {}
-        for sums in self._sums.values():
-            sums.handle.remove()
-        self._sums.clear()
+        self._clear_sums()
         return verdicts
 
     def stop(self) -> None:
@@ -125,10 +131,12 @@ class PairChecks:
         self.collect()
         self._unchecked.clear()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Check the layers of the open window again: its step was skipped."""
         self._unchecked.update(self._verdicts)
-        self._verdicts.clear()
+        self.collect()
+
+    def _clear_sums(self) -> None:
         for sums in self._sums.values():
             sums.handle.remove()
         self._sums.clear()
@@ -157,34 +165,17 @@ class PairChecks:
         return compare
 
 
-def are_rows_of(layer: Layer, module: Any, a: Tensor, g: Tensor, *, whole: bool = True) -> bool:
-    """Whether ``a [..., in]`` and ``g [..., out]`` can be rows of a linear layer's weight; as many of both, if ``a`` is
-    ``whole``."""
-    weight = module.weight
-    out, width = (
-        (weight.shape[1], weight.shape[0]) if layer.kind is LINEAR_TRANSPOSED else (len(weight), weight.shape[1])
-    )
-    shapes_fit = a.dim() > 0 and g.dim() > 0 and a.shape[-1] == width and g.shape[-1] == out
-    return shapes_fit and a.is_floating_point() and not (whole and a.numel() * out != g.numel() * width)
-
-
 def _matrix(layer: Layer, gradient: Tensor) -> Tensor:
-    """A weight's gradient as ``[groups, out, in]``, in the groups of its rows."""
-    if layer.kind in (LINEAR, LINEAR_TRANSPOSED):
-        return (gradient.T if layer.kind is LINEAR_TRANSPOSED else gradient)[None]
-    return layer.kind.to_matrix(layer, [gradient])
+    """A weight's gradient as ``[groups, out, in]``, in the groups of its rows and without a bias."""
+    matrix = layer.kind.to_matrix(replace(layer, parameters=layer.parameters[:1]), [gradient])
+    return matrix if layer.A is None else matrix.reshape(layer.A.groups, -1, matrix.shape[-1])
 
 
-def _is_checked(layer: Layer, use: ModuleUse) -> bool:
-    known = layer.kind in (LINEAR, LINEAR_TRANSPOSED) or layer.kind in REGISTERED.values()
-    return known and use.attention is None and layer.param_slice is None
-
-
-def _vector(groups: int, width: int, of: Tensor) -> Tensor:
-    """Fixed numbers in [-0.5, 0.5], ``[groups, width]``, in the dtype and on the device of another tensor; without a
-    random generator."""
-    numbers = torch.arange(1, groups * width + 1, dtype=torch.float64, device=of.device) * 0.6180339887498949
-    return (numbers.frac() - 0.5).to(of.dtype).view(groups, width)
+def _vector(groups: int, width: int, like: Tensor) -> Tensor:
+    """Fixed numbers in [-0.5, 0.5], ``[groups, width]``, in the dtype and on the device of ``like``, without a random
+    generator."""
+    numbers = torch.arange(1, groups * width + 1, dtype=torch.float64, device=like.device) * 0.6180339887498949
+    return (numbers.frac() - 0.5).to(like.dtype).view(groups, width)
 
 
 def _products_are_rounded() -> bool:

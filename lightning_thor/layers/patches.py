@@ -1,4 +1,4 @@
-"""Patches of convolutions, looked up by one index: what each position of the output sees of the input."""
+"""Patches of convolutions by one look-up: the numbers of the input that each position of the output sees."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def patches_and_values(
     """The patches of one tensor and the values of another at the same positions.
 
     Args:
-        module: whose kernel, stride, padding, dilation and groups.
-        patched: what patches are taken of, ``[batch, channels, *space]``.
-        valued: ``[batch, width, *positions]``.
-        dtype: of what is returned.
-        max_rows: take about so many positions; None takes all.
+        module: its kernel, stride, padding, dilation and groups count.
+        patched: the tensor that patches are taken of, ``[batch, channels, *space]``.
+        valued: the other one, ``[batch, width, *positions]``.
+        dtype: of patches and values.
+        max_rows: about how many positions to take; None takes all.
 
     Returns:
-        ``[groups, channels / groups * kernel, rows]``, ``[groups, width / groups, rows]``, the number of rows, and that
-        of the samples that so many rows make, which need not be whole.
+        Patches ``[groups, channels / groups * kernel, n]``, values ``[groups, width / groups, n]``, the number of rows
+        n, and the number of samples that have n rows, which need not be whole.
     """
     positions, groups = valued.shape[2:], module.groups
     per_line = max(positions[1:].numel(), 1)
@@ -40,11 +40,11 @@ def patches_and_values(
         patched.shape[2:], positions, module.kernel_size, module.stride, module.dilation, _padding_before(module),
         strict=True,
     ))  # fmt: skip
-    # Kept where it is small: it takes some dozens of operations.
-    find = _seen if max_lines is None else _seen_kept
+    # Cached where it is small: it takes some dozens of operations.
+    find = _find_patches if max_lines is None else _find_patches_cached
     seen = find(valued.shape[0], axes, max_lines, module.padding_mode, valued.device)
     values, planes = _lines(valued, seen.taken), _lines(patched, seen.read)
-    windows = planes.to(dtype) if seen.places is None else _with_zero(planes, dtype).index_select(1, seen.places)
+    windows = planes.to(dtype) if seen.positions is None else _with_zero(planes, dtype).index_select(1, seen.positions)
     n_rows = values.shape[1:].numel()
     width = patched.shape[1] // groups * torch.Size(module.kernel_size).numel()
     return (
@@ -56,36 +56,36 @@ def patches_and_values(
 
 
 Lines = tuple[Tensor, Tensor]
-"""Of some lines the samples and the indices along the first axis of space, both ``[n]``."""
+"""Lines by sample and by index along the first axis of space, both ``[n]``."""
 
 
-class _Seen(NamedTuple):
-    """What the rows of a convolution see."""
+class _PatchIndex(NamedTuple):
+    """The rows of a convolution that are taken, and the positions of the input that they see."""
 
     taken: Lines | None
-    """Of the output; None stands for all."""
+    """Lines of the output; None stands for all."""
     read: Lines | None
-    """Of the input, ``[kernel * taken]``; None stands for all."""
-    places: Tensor | None
-    """``[kernel * rows]``: of what is seen, among the positions of a channel in what is read. One past the end stands
-    for zero. None: each row sees its own place."""
+    """Lines of the input, ``[kernel * taken]``; None stands for all."""
+    positions: Tensor | None
+    """The position that each entry of each patch sees, ``[kernel * rows]``, counted within a channel of the lines that
+    are read; one past the end stands for zero. None: each row sees its own position."""
 
 
-def _seen(
+def _find_patches(
     n_samples: int, axes: tuple[tuple[int, ...], ...], max_lines: int | None, mode: str, device: torch.device
-) -> _Seen:
-    """The rows that are taken, and what they see.
+) -> _PatchIndex:
+    """The rows that are taken, and the positions of the input that they see.
 
     Args:
-        n_samples: in the batch.
-        axes: of each axis of space the size of the input and of the output; the kernel's size, stride and dilation; the
-            padding before the input.
-        max_lines: how many lines of the output (all behind one index of the first axis) to take at most; None: all.
-        mode: what stands in the padding, as `nn.Conv2d` names it.
+        n_samples: samples in the batch.
+        axes: for each axis of space the size of the input and of the output; the kernel's size, stride and dilation;
+            the padding before the input.
+        max_lines: lines of the output (all behind one index of the first axis) to take at most; None: all.
+        mode: the padding's values, as `nn.Conv2d` names it.
         device: of the indices.
 
-    >>> seen = _seen(1, ((3, 3, 3, 1, 1, 1),), 2, "circular", torch.device("cpu"))
-    >>> seen.taken, seen.places.view(3, 2)
+    >>> seen = _find_patches(1, ((3, 3, 3, 1, 1, 1),), 2, "circular", torch.device("cpu"))
+    >>> seen.taken, seen.positions.view(3, 2)
     ((tensor([0, 0]), tensor([0, 2])), tensor([[2, 1], [0, 2], [1, 0]]))
     """
     (n_inputs, n_outputs, size, *_), *others = axes
@@ -98,10 +98,10 @@ def _seen(
         # A pass over the whole input would take longer than all the rest.
         read, n_positions = (samples.repeat(size), inputs.flatten()), inputs.numel()
         index = torch.arange(n_positions, device=device).view(inputs.shape)
-    # A kernel of one position, which of lines that were read has no stride along the first axis any more.
+    # A kernel of one position: along the first axis the lines that are read are those that are taken.
     unmoved = read is not None or (taken is None and n_inputs == n_outputs)
     if unmoved and all(axis[0] == axis[1] for axis in others) and all((axis[2], axis[5]) == (1, 0) for axis in axes):
-        return _Seen(None if taken is None else (samples, outputs), read, None)
+        return _PatchIndex(None if taken is None else (samples, outputs), read, None)
     # From [kernel, lines] axis by axis to [*kernel, lines, *positions].
     for number, axis in enumerate(others, 1):
         more, more_outside = _inputs(axis, torch.arange(axis[1], device=device), mode)
@@ -109,16 +109,16 @@ def _seen(
         index = index.unsqueeze(number).unsqueeze(-1) * axis[0] + more.view(shape)
         outside = outside.unsqueeze(number).unsqueeze(-1) | more_outside.view(shape)
         n_positions *= axis[0]
-    places = index.masked_fill_(outside, n_positions).flatten()
-    return _Seen(None if taken is None else (samples, outputs), read, places)
+    seen = index.masked_fill_(outside, n_positions).flatten()
+    return _PatchIndex(None if taken is None else (samples, outputs), read, seen)
 
 
-_seen_kept = lru_cache(maxsize=256)(_seen)
+_find_patches_cached = lru_cache(maxsize=256)(_find_patches)
 
 
 def _inputs(axis: tuple[int, ...], outputs: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """Which positions of an axis of the input some of the output see, ``[kernel, outputs]``, and where none is there
-    (and the position is any)."""
+    """The positions on an axis of the input that positions of the output see, and a mask of those outside the input
+    (where the position is arbitrary): both ``[kernel, outputs]``."""
     n_inputs, _, size, stride, dilation, before = axis
     inputs = torch.arange(size, device=outputs.device)[:, None] * dilation + outputs * stride - before
     last = n_inputs - 1
@@ -131,19 +131,19 @@ def _inputs(axis: tuple[int, ...], outputs: Tensor, mode: str) -> tuple[Tensor, 
 
 
 def _lines(x: Tensor, lines: Lines | None) -> Tensor:
-    """Some of ``x [batch, channels, lines, *space]``, ``[channels, n, *space]``; of None a view of all,
+    """Lines of ``x [batch, channels, lines, *space]`` as ``[channels, n, *space]``; for None a view of all of them as
     ``[channels, batch, lines, *space]``."""
     if lines is None:
         return x.transpose(0, 1)
     samples, indices = lines
-    # Laid out as x is, so that it needs no other copy to become rows: channels innermost, or outermost.
+    # In the layout of x, so that no other copy is needed to make rows: channels innermost, or outermost.
     if x.stride(1) == 1:
         return x.movedim(1, -1)[samples, indices].movedim(-1, 0)
     return x.transpose(0, 1)[:, samples, indices]
 
 
 def _with_zero(planes: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[channels, *]`` as ``[channels, n + 1]`` with zeros at the end, contiguous."""
+    """``[channels, ...]`` as contiguous ``[channels, n + 1]`` with a zero at the end of each channel."""
     n = planes.shape[1:].numel()
     flat = planes.new_empty(planes.shape[0], n + 1, dtype=dtype)
     flat[:, :n].view(planes.shape).copy_(planes)
@@ -152,7 +152,7 @@ def _with_zero(planes: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _padding_before(module: Convolution | TransposedConvolution) -> tuple[int, ...]:
-    """Of each axis; of an odd padding of "same" the larger part comes after."""
+    """Padding before the input on each axis; the larger part of an odd padding of "same" comes after it."""
     if module.padding == "valid":
         return (0,) * len(module.kernel_size)
     if module.padding == "same":

@@ -1,188 +1,305 @@
-"""The table: from types of modules to their matrix form and their rows."""
+"""The table of all kinds of layers, by type of module, and `register_layer`, which adds a user's type to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lightning_thor.layers import conv, embedding, linear, norm
-from lightning_thor.layers.base import LayerKind, RowsOf, SquaresOf
-from lightning_thor.layers.norm import BatchNorm
-from lightning_thor.layers.patches import Convolution, TransposedConvolution
+from lightning_thor.layers import conv
+from lightning_thor.layers.base import FactorShapes, Layer, LayerKind, Rows, RowsFn, SquaresOf, subsample
+from lightning_thor.layers.conv import CONVOLUTION, CONVOLUTION_TRANSPOSED
+from lightning_thor.layers.embedding import EMBEDDING, ascend_embedding_rows
+from lightning_thor.layers.linear import ATTENTION, LINEAR, LINEAR_TRANSPOSED
+from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM
 from lightning_thor.linalg import block_diagonal
 from lightning_thor.linalg.block_diagonal import BlockPartition
 
-
-def loss_terms(module: nn.Module, g: Tensor) -> int:
-    """How many terms the mean of the loss is taken to have: the batch size for convolutions and batch norms, all
-    leading dimensions for layers on the last dimension (a loss per token)."""
-    if isinstance(module, Convolution | TransposedConvolution):
-        return g.shape[0] if g.dim() == len(module.kernel_size) + 2 else 1
-    if isinstance(module, BatchNorm | nn.GroupNorm):
-        return g.shape[0]
-    width = module.weight.shape.numel() if isinstance(module, nn.LayerNorm | nn.RMSNorm) else g.shape[-1]
-    return g.numel() // max(width, 1)
+BUILT_IN: dict[type[nn.Module] | str, LayerKind] = {}
+REGISTERED: dict[type[nn.Module] | str, LayerKind] = {}
+"""Users' types, which go before the built-in ones."""
 
 
-def batch_size(module: nn.Module, g: Tensor) -> int:
-    """How many terms the mean of a loss has that is one per sample, whatever the layer."""
-    return g.shape[0]
-
-
-LINEAR = LayerKind(
-    "linear", linear.weight_to_matrix, linear.matrix_to_weight, takes_bias=True, is_matrix=True, rows="G"
-)
-
-
-LINEAR_TRANSPOSED = LayerKind(
-    "mirrored linear",
-    linear.transposed_linear_to_matrix,
-    linear.matrix_to_transposed_linear,
-    takes_bias=True,
-    is_matrix=True,
-    rows="A",
-)
-
-
-ATTENTION = LayerKind(
-    "attention", linear.weight_to_matrix, linear.matrix_to_weight, takes_bias=True, is_matrix=True, rows="G"
-)
-
-
-CONVOLUTION = LayerKind(
-    "convolution", linear.weight_to_matrix, linear.matrix_to_weight, takes_bias=True, is_matrix=True, rows="G"
-)
-
-
-TRANSPOSED = LayerKind(
-    "transposed convolution", conv.transposed_to_matrix, conv.matrix_to_transposed, is_matrix=True, rows="A"
-)
-
-
-EMBEDDING = LayerKind("embedding", embedding.table_to_matrix, embedding.matrix_to_table, rows="A")
-
-
-LAYER_NORM = LayerKind("layer norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
-
-
-RMS_NORM = LayerKind("rms norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
-
-
-GROUP_NORM = LayerKind("group norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
-
-
-BATCH_NORM = LayerKind("batch norm", norm.vectors_to_matrix, norm.matrix_to_vectors)
-
-
-NORMS = (LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM)
-
-
-# isinstance, not type: FSDP2, LoRA and torch's own Linear subclasses swap or extend classes.
-KINDS: tuple[tuple[tuple[type[nn.Module], ...], LayerKind], ...] = (
-    ((nn.Linear,), LINEAR),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONVOLUTION),
-    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), TRANSPOSED),
-    ((nn.Embedding,), EMBEDDING),
-    ((nn.LayerNorm,), LAYER_NORM),
-    ((nn.RMSNorm,), RMS_NORM),
-    ((nn.GroupNorm,), GROUP_NORM),
-    ((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), BATCH_NORM),
-    ((nn.MultiheadAttention,), ATTENTION),
-)
-
-
-BY_CLASS_NAME: Mapping[str, LayerKind] = {"transformers.pytorch_utils.Conv1D": LINEAR_TRANSPOSED}
-"""Of libraries that are not imported here."""
-
-
-REGISTERED: dict[type[nn.Module], LayerKind] = {}
-"""Of users: see `lightning_thor.layers.custom.register_layer`."""
-
-
-UNSUPPORTED: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+NO_KIND: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.RNNBase, nn.RNNCellBase), "all its steps and gates are one call, inside which no hook can see"),
     ((nn.Bilinear,), "its weight has two inputs"),
 )
+"""Types that have no kind, and why."""
 
 
-_LOSS_TERMS = loss_terms
+def register(kind: LayerKind, *types: type[nn.Module] | str, built_in: bool = False) -> None:
+    """Add a kind to the table.
+
+    Args:
+        kind: everything that is known of these layers.
+        types: types of modules that it serves; by default those that the kind names.
+        built_in: any other registered type goes before these.
+
+    Raises:
+        ValueError: one of the types has a kind already.
+    """
+    for module_type in types or kind.types:
+        if module_type in REGISTERED or module_type in BUILT_IN:
+            name = module_type if isinstance(module_type, str) else module_type.__name__
+            raise ValueError(f"{name} has curvature already. To overrule it, register a subclass and use that.")
+        (BUILT_IN if built_in else REGISTERED)[module_type] = kind
+
+
+register(LINEAR, built_in=True)
+register(LINEAR_TRANSPOSED, built_in=True)
+register(ATTENTION, built_in=True)
+register(CONVOLUTION, built_in=True)
+register(CONVOLUTION_TRANSPOSED, built_in=True)
+register(EMBEDDING, built_in=True)
+register(LAYER_NORM, built_in=True)
+register(RMS_NORM, built_in=True)
+register(GROUP_NORM, built_in=True)
+register(BATCH_NORM, built_in=True)
+
+
+def find_kind(module: nn.Module) -> tuple[LayerKind, type[nn.Module]] | None:
+    """The kind of a module, and the registered type that it has the kind from; None if there is none."""
+    return _find(type(module), REGISTERED) or _find(type(module), BUILT_IN)
+
+
+def _find(
+    module_type: type[nn.Module], table: Mapping[type[nn.Module] | str, LayerKind]
+) -> tuple[LayerKind, type[nn.Module]] | None:
+    # Subclasses too: FSDP2, LoRA and torch's own Linear subclasses swap or extend classes.
+    for base in module_type.__mro__:
+        kind = table.get(base) or table.get(f"{base.__module__}.{base.__qualname__}")
+        if kind is not None:
+            return kind, base
+    return None
+
+
+def unsupported_reason(module: nn.Module) -> str:
+    """Why a module without a kind has none."""
+    reason = next((f": {why}" for types, why in NO_KIND if isinstance(module, types)), "")
+    return f"no curvature for {type(module).__name__}{reason}"
 
 
 class KfacApprox(NamedTuple):
-    """What is gathered from each kind of layer: a named choice of functions."""
+    """Which statistics are gathered: a named choice among what each kind of layer offers."""
 
-    rows: Mapping[str, RowsOf]
-    """By kind; a kind that is not here has no curvature."""
-    loss_terms: Callable[[nn.Module, Tensor], int] = _LOSS_TERMS
-    """Over how many terms the mean of the loss is taken to be, from a module and its output's gradient."""
+    rows_of: Callable[[LayerKind], RowsFn | None]
+    """The rows of a kind; None: the kind has no curvature."""
+    loss_terms: Callable[[Any, Tensor], int] | None = None
+    """``(module, output or its gradient)`` to the number of terms that the mean of the loss has; None: the kind's."""
     partition: Callable[[int, int | None, int], BlockPartition] = block_diagonal.partition
     """``(width, block_size, groups)`` to blocks, for all factors but the diagonal ones."""
     squares: Mapping[str, SquaresOf] = MappingProxyType({})
     """By kind: how the sums of squares of rows are found without making the rows, where that is cheaper."""
     split_embedding_G: bool = True
+    """False: G of an embedding is whole, and its table has no curvature where an output layer shares it."""
 
 
-_EXPAND: dict[str, RowsOf] = {
-    "linear": linear.linear_rows,
-    "mirrored linear": linear.linear_rows,
-    "attention": linear.linear_rows,
-    "convolution": conv.conv_rows,
-    "transposed convolution": conv.transposed_conv_rows,
-    "embedding": embedding.embedding_rows,
-    "layer norm": norm.layer_norm_rows,
-    "rms norm": norm.rms_norm_rows,
-    "group norm": norm.group_norm_rows,
-    "batch norm": norm.batch_norm_rows,
-}
+def batch_size(module: nn.Module, g: Tensor) -> int:
+    """The number of terms of a loss that has one per sample, whatever the layer."""
+    return g.shape[0]
 
 
-_REDUCE: dict[str, RowsOf] = {
-    **{name: rows_of for name, rows_of in _EXPAND.items() if name != "transposed convolution"},
-    "linear": linear.reduced_linear_rows,
-    "mirrored linear": linear.reduced_linear_rows,
-    "attention": linear.reduced_linear_rows,
-    "convolution": conv.reduced_conv_rows,
-}
-
-
-EXPAND = KfacApprox(_EXPAND, squares={"convolution": conv.conv_squares})
-
-
-REDUCE = KfacApprox(_REDUCE, batch_size)
-
-
-# As MindSpore's nn.thor has them on Ascend: norms take plain momentum, and the loss is a mean over the batch.
+EXPAND = KfacApprox(attrgetter("rows"), squares={"convolution": conv.conv_squares})
+REDUCE = KfacApprox(attrgetter("reduced_rows"), batch_size)
 THOR = KfacApprox(
-    {"linear": linear.linear_rows, "convolution": conv.conv_rows, "embedding": embedding.ascend_embedding_rows},
+    {LINEAR: LINEAR.rows, CONVOLUTION: CONVOLUTION.rows, EMBEDDING: ascend_embedding_rows}.get,
     batch_size,
     block_diagonal.partition_with_remainder,
     split_embedding_G=False,
 )
+"""As MindSpore's nn.thor on Ascend: norms take plain momentum, and the loss is a mean over the batch."""
 
 
 STATISTICS: Mapping[str, KfacApprox] = {"expand": EXPAND, "reduce": REDUCE, "thor": THOR}
 
 
-def register(module_type: type[nn.Module], kind: LayerKind, expanded: RowsOf, reduced: RowsOf) -> None:
-    """A new line of the table, which goes before those of torch's types."""
-    REGISTERED[module_type] = kind
-    _EXPAND[kind.name], _REDUCE[kind.name] = expanded, reduced
+UserRows = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def find_kind(module: nn.Module) -> tuple[LayerKind, type[nn.Module]] | None:
-    """The kind of a module, and the class that it has it from; None if there is none."""
-    for base in type(module).__mro__:
-        if base in REGISTERED:
-            return REGISTERED[base], base
-        if f"{base.__module__}.{base.__qualname__}" in BY_CLASS_NAME:
-            return BY_CLASS_NAME[f"{base.__module__}.{base.__qualname__}"], base
-    return next(((kind, base) for types, kind in KINDS for base in types if isinstance(module, base)), None)
+def _rows_along_out(module: Any, weight: Tensor) -> Tensor:
+    return weight.flatten(1)
 
 
-def unsupported_reason(module: nn.Module) -> str:
-    """Why a module without a kind has none."""
-    reason = next((f": {why}" for types, why in UNSUPPORTED if isinstance(module, types)), "")
-    return f"no curvature for {type(module).__name__}{reason}"
+def register_layer(
+    module_type: type[nn.Module],
+    rows_of: UserRows | None = None,
+    *,
+    like: type[nn.Module] | None = None,
+    matrix: Callable[[Any, Tensor], Tensor] = _rows_along_out,
+    weight: str = "weight",
+) -> None:
+    """Give modules of a type of your own curvature, in every `Curvature` and `ThorCallback` made afterwards.
+
+    Either the module multiplies by its ``weight`` as a supported type does (``like``), or two functions say how
+    (``rows_of`` and ``matrix``), which are to keep one law: ``g.mT @ a`` of the rows is the weight's gradient as a
+    matrix. The loss is then taken to be a mean over all dimensions of the output but the last, as for `nn.Linear` (for
+    a subclass of another supported type: as for that type). With ``statistics="reduce"`` the rows of one sample must be
+    adjacent; they are averaged (a) and summed (g). Subclasses with another ``forward`` are left out.
+
+    Args:
+        module_type: your type, with its subclasses. A subclass of a supported type overrules it.
+        rows_of: called with the module, its first argument and the gradient of its (one) output; returns rows of inputs
+            and of gradients, ``[n, in]`` and ``[n, out]``, or ``[groups, n, in]`` and ``[groups, n, out]``.
+        like: a supported type, such as `nn.Linear` or `nn.Conv2d`. The module's parameter ``weight`` and all other
+            attributes that describe such a layer (``stride``, ``groups``, ...) mean the same as in that type; whatever
+            the module does to the product afterwards, its ``forward`` multiplies its first argument by the weight.
+        matrix: called with the module and a tensor in the shape of its weight; returns a view as a matrix ``[out, in]``
+            or ``[groups, out, in]``. By default all dimensions after the first are inputs. Not with ``like``.
+        weight: name of the parameter; all other parameters of the module take plain momentum. Not with ``like``.
+
+    Raises:
+        TypeError: an argument of another type; both or neither of ``rows_of`` and ``like``.
+        ValueError: the type has curvature already, or ``like`` has none.
+
+    >>> class Mixer(nn.Module):  # multiplies [batch, tokens, channels] over its tokens; weight: [tokens in, tokens out]
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = nn.Parameter(torch.randn(4, 6))
+    ...
+    ...     def forward(self, x):
+    ...         return torch.einsum("btc,tu->buc", x, self.weight)
+    >>> register_layer(
+    ...     Mixer,
+    ...     lambda module, a, g: (a.mT.flatten(0, 1), g.mT.flatten(0, 1)),  # each channel is a row
+    ...     matrix=lambda module, weight: weight.T,
+    ... )
+    >>> from lightning_thor import Curvature
+    >>> list(Curvature(nn.Sequential(Mixer(), nn.Linear(3, 2))).layers)
+    ['0', '1']
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"register_layer takes a class of modules, got {module_type!r}.")
+    if (rows_of is None) == (like is None):
+        raise TypeError(
+            "register_layer takes either rows_of, a function, or like, a type of layer such as nn.Linear; got "
+            f"{'neither' if like is None else 'both'}."
+        )
+    if like is not None:
+        register(_kind_like(like, matrix, weight), module_type)
+        return
+    for name, function in (("rows_of", rows_of), ("matrix", matrix)):
+        if not callable(function):
+            raise TypeError(f"register_layer's {name} must be a function, got {function!r}.")
+    if not isinstance(weight, str):
+        raise TypeError(f"register_layer's weight must be the name of a parameter, got {weight!r}.")
+    assert rows_of is not None
+    register(_UserKind(module_type, rows_of, matrix, weight))
+
+
+def _kind_like(like: type[nn.Module], matrix: Callable[[Any, Tensor], Tensor], weight: str) -> LayerKind:
+    if matrix is not _rows_along_out or weight != "weight":
+        raise TypeError("register_layer takes matrix and weight with rows_of only: like= stands for both.")
+    found = (_find(like, REGISTERED) or _find(like, BUILT_IN)) if isinstance(like, type) else None
+    if found is None or found[0] is ATTENTION:
+        raise ValueError(
+            f"register_layer's like must be a type of layer with curvature, such as nn.Linear; got {like!r}."
+        )
+    return found[0]
+
+
+class _UserKind(LayerKind):
+    """A kind by the functions that were given to `register_layer`."""
+
+    takes_bias = False
+    row_factor = None
+    is_flat = False
+    checks_pairs = True
+    needs_returned = True
+
+    def __init__(
+        self, module_type: type[nn.Module], rows_of: UserRows, matrix: Callable[[Any, Tensor], Tensor], weight: str
+    ) -> None:
+        super().__init__(f"{module_type.__module__}.{module_type.__qualname__}", (module_type,))
+        self._rows_of, self._matrix, self.weight_name = rows_of, matrix, weight
+        overruled = _find(module_type, BUILT_IN)
+        self._loss_terms = super().loss_terms if overruled is None else overruled[0].loss_terms
+
+    def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+        """What ``rows_of`` returns, or evenly spread rows of it."""
+        terms, (a, g) = self.loss_terms(module, g), self._pair(module, a, g)
+        n = a.shape[1]
+        index = subsample(n, max_rows, a.device)
+        if index is None:
+            return Rows(a.to(dtype).mT, g.to(dtype).mT, n, terms)
+        a, g = a.index_select(1, index), g.index_select(1, index)
+        return Rows(a.to(dtype).mT, g.to(dtype).mT, len(index), terms * len(index) / n)
+
+    @property
+    def reduced_rows(self) -> RowsFn:
+        return self._reduced_rows
+
+    def _reduced_rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+        n_samples, (a, g) = batch_size(module, g), self._pair(module, a, g)
+        n = a.shape[1]
+        by_sample = n_samples, n // max(n_samples, 1)
+        if n != by_sample[0] * by_sample[1]:
+            raise ValueError(
+                f"statistics='reduce' needs as many rows of each sample; {type(module).__name__} gave {n} rows of "
+                f"{n_samples} samples. Use statistics='expand'."
+            )
+        a, g = a.unflatten(1, by_sample).mean(2, dtype=dtype), g.unflatten(1, by_sample).sum(2, dtype=dtype)
+        return Rows(a.mT, g.mT, n_samples, n_samples)
+
+    def loss_terms(self, module: Any, g: Tensor) -> int:
+        """As the supported type that the user's extends; else one for each position."""
+        return self._loss_terms(module, g)
+
+    def factor_shapes(self, module: Any, shape: torch.Size) -> FactorShapes:
+        # Not the weight itself, which may be sharded.
+        weight = torch.empty(shape, device=getattr(module, self.weight_name).device)
+        groups, out, width = self._view(module, weight).shape
+        return FactorShapes(groups, width, out)
+
+    def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+        return self._view(layer.module, grads[0].contiguous())
+
+    def from_matrix(self, layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+        direction = matrix.new_empty(layer.parameters[0].shape)
+        self._view(layer.module, direction).copy_(matrix)
+        return [direction]
+
+    def _view(self, module: nn.Module, weight: Tensor) -> Tensor:
+        """A tensor in the shape of the weight as its matrix ``[groups, out, in]``, by the user's function.
+
+        Raises:
+            ValueError: the function returned something else.
+        """
+        view = self._matrix(module, weight)
+        is_view = isinstance(view, Tensor) and view.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        if not is_view or view.dim() not in (2, 3) or view.numel() != weight.numel():
+            got = f"one of shape {list(view.shape)}" if isinstance(view, Tensor) else repr(view)
+            raise ValueError(
+                f"matrix of {type(module).__name__}, as it was given to register_layer, must return a view [out, in] "
+                f"or [groups, out, in] of all {weight.numel()} entries of a weight {list(weight.shape)}; got "
+                f"{got if is_view or not isinstance(view, Tensor) else 'a copy of shape ' + str(list(view.shape))}. "
+                "Use view, transpose, permute, unflatten."
+            )
+        return view if view.dim() == 3 else view[None]
+
+    def _pair(self, module: Any, a: Tensor, g: Tensor) -> list[Tensor]:
+        """The user's rows ``[groups, n, in]`` and ``[groups, n, out]``.
+
+        Raises:
+            ValueError: they do not fit the weight.
+        """
+        pair: list[Tensor] = []
+        for name, rows in zip("ag", self._rows_of(module, a.detach(), g), strict=True):
+            if not isinstance(rows, Tensor) or rows.dim() not in (2, 3):
+                got = list(rows.shape) if isinstance(rows, Tensor) else rows
+                raise ValueError(
+                    f"The rows {name} of {type(module).__name__}, as they were given to register_layer, must be a "
+                    f"tensor [n, width] or [groups, n, width]; got {got!r}."
+                )
+            pair.append(rows if rows.dim() == 3 else rows[None])
+        groups, out, width = self._view(module, getattr(module, self.weight_name).detach()).shape
+        a, g = pair
+        if a.shape != (groups, a.shape[1], width) or g.shape != (groups, a.shape[1], out):
+            raise ValueError(
+                f"The rows of {type(module).__name__}, as they were given to register_layer, must be [{groups}, n, "
+                f"{width}] and [{groups}, n, {out}] to fit its weight; got {list(a.shape)} and {list(g.shape)}."
+            )
+        return pair

@@ -1,4 +1,4 @@
-"""Where in an autograd graph a layer multiplied by its weight, and which backward passes reach that weight."""
+"""Finds, in an autograd graph, where a layer multiplied by its weight, and which backward passes reach the weight."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 MOST_NODES = 64
-"""How many nodes behind an output are searched: enough for what users put after a layer, within it or in hooks."""
+"""Nodes behind an output that are searched: enough for what users do after the product, in the module or in hooks."""
 
 
 DEEPEST_WEIGHT = 5
-"""How many operations may lie between a weight and the product with it: casts, transpositions, masks."""
+"""Operations between a weight and the product with it, at most: casts, transpositions, masks."""
 
 
 PRODUCTS = ("Addmm", "Mm", "Linear", "Bmm", "Baddbmm", "Addmv", "Mv", "Convolution", "Embedding", "Norm")
-"""What the names of nodes begin or end with that multiply by a weight."""
+"""Beginnings (or ends) of the names of nodes that multiply by a weight."""
 
 
-VIEWS = (
+VIEWS = [
     "T",
     "ToCopy",
     "View",
@@ -32,23 +32,24 @@ VIEWS = (
     "Alias",
     "Unsqueeze",
     "Squeeze",
-)
+]
+"""Names of nodes that pass a weight on as it is."""
 
 
 class WeightProduct(NamedTuple):
     """The operation of a forward pass that used a weight."""
 
     node: Any
-    """Its autograd node: a hook before it sees the gradient of the operation's own output, whatever was done to that
-    output later on, in place or through views."""
+    """Its autograd node: a hook before it receives the gradient of the operation's own output, whatever was done to
+    this output later on, in place or through views."""
     output_number: int
-    """Which of the operation's outputs led to the layer's output."""
+    """The number, among the operation's outputs, of the one that led to the layer's output."""
     accumulator: Any
     """The node that adds to the weight's gradient."""
 
 
 def find_product(output: Any, weight: Tensor) -> WeightProduct | None:
-    """The operation nearest to ``output`` that used ``weight``; None if none is found.
+    """The operation nearest to ``output`` that used ``weight``; None if the graph shows none.
 
     Args:
         output: what the layer returned: a tensor, or tensors in tuples, lists and dicts.
@@ -62,8 +63,8 @@ def find_product(output: Any, weight: Tensor) -> WeightProduct | None:
 
 
 def accumulates(accumulator: Any) -> bool:
-    """True if the backward pass under way adds to the gradient of the accumulator's parameter: that of
-    ``loss.backward()``, but not of ``torch.autograd.grad``, and of ``backward(inputs=...)`` where it is one of them.
+    """True if the backward pass under way adds to the gradient of the accumulator's parameter: true in
+    ``loss.backward()``, false in ``torch.autograd.grad``; in ``backward(inputs=...)`` true for the inputs.
 
     Raises:
         RuntimeError: called outside of a backward pass.
@@ -89,21 +90,19 @@ def graph_is_kept() -> bool:
 def _tensors_in(output: Any) -> Iterable[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors_in(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
+    elif isinstance(output, dict | tuple | list):
+        for value in output.values() if isinstance(output, dict) else output:
             yield from _tensors_in(value)
 
 
 def _find_use(output: Tensor, weight: Tensor) -> WeightProduct | None:
-    layer: list[tuple[Any, int]] = [(output.grad_fn, output.output_nr)]
+    """Breadth first from the output; a product with a parameter of the weight's shape, if none uses the weight."""
+    level: list[tuple[Any, int]] = [(output.grad_fn, output.output_nr)]
     seen = {output.grad_fn}
     of_its_shape = None
-    while layer and len(seen) <= MOST_NODES:
+    while level and len(seen) <= MOST_NODES:
         behind: list[tuple[Any, int]] = []
-        for node, output_number in layer:
+        for node, output_number in level:
             for child, number in node.next_functions:
                 accumulator = _accumulator_behind(child, any_operation=_is_product(node))
                 if accumulator is not None and accumulator.variable is weight:
@@ -113,12 +112,13 @@ def _find_use(output: Tensor, weight: Tensor) -> WeightProduct | None:
                 if child is not None and child not in seen and not hasattr(child, "variable"):
                     seen.add(child)
                     behind.append((child, number))
-        layer = behind
+        level = behind
     return of_its_shape
 
 
 def _accumulator_behind(node: Any, *, any_operation: bool) -> Any:
-    """The accumulator of the parameter that ``node`` passes on as it is, or, with ``any_operation``, changed."""
+    """The accumulator of the one parameter behind ``node``, reached through views only, or with ``any_operation``
+    through any operations; None if there is none."""
     for _ in range(DEEPEST_WEIGHT):
         if node is None or hasattr(node, "variable"):
             return node
@@ -132,7 +132,7 @@ def _accumulator_behind(node: Any, *, any_operation: bool) -> Any:
 
 
 def _name(node: Any) -> str:
-    """``AddmmBackward0`` as ``Addmm``."""
+    """The operation's name: ``Addmm`` of ``AddmmBackward0``."""
     return str(node.name()).rpartition("::")[2].partition("Backward")[0]
 
 

@@ -12,6 +12,7 @@ Parameter groups are MindSpore's too (`mindspore_groups`); what each argument ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from torch import Tensor, nn
 
 from lightning_thor.curvature.callables import ParameterFn
 from lightning_thor.curvature.curvature import Curvature
-from lightning_thor.layers.embedding import embedding_rows_of
-from lightning_thor.layers.registry import EXPAND, KfacApprox
+from lightning_thor.layers.base import LayerKind, RowsFn
+from lightning_thor.layers.conv import CONVOLUTION
+from lightning_thor.layers.embedding import EMBEDDING, ascend_embedding_rows
+from lightning_thor.layers.linear import LINEAR
+from lightning_thor.layers.registry import KfacApprox
 from lightning_thor.linalg.block_diagonal import partition_with_remainder
 from lightning_thor.mindspore.arguments import PerStep, StepFunction, check_arguments
 from lightning_thor.mindspore.param_groups import Group, Params, groups_of
@@ -95,9 +99,12 @@ def thor(
     )
     dampings = StepFunction("damping", damping, may_be_zero=False)
     groups = groups_of(net, params, StepFunction("learning_rate", learning_rate), weight_decay, decay_filter)
-    rows = {"convolution": EXPAND.rows["convolution"], "linear": EXPAND.rows["linear"]}
-    if variant == "gpu":
-        rows = {"convolution": gpu_conv_rows, "linear": gpu_linear_rows}
+    is_gpu = variant == "gpu"
+    rows: dict[LayerKind, RowsFn] = {
+        LINEAR: gpu_linear_rows if is_gpu else LINEAR.rows,
+        CONVOLUTION: gpu_conv_rows if is_gpu else CONVOLUTION.rows,
+        EMBEDDING: partial(ascend_embedding_rows, batch_size=batch_size),
+    }
     curvature = Curvature(
         net,
         damping=dampings,
@@ -106,11 +113,7 @@ def thor(
         update_every_n_steps=frequency,
         averaging=0.0,
         max_rows=None,
-        statistics=KfacApprox(
-            {**rows, "embedding": embedding_rows_of(batch_size)},
-            partition=partition_with_remainder,
-            split_embedding_G=False,
-        ),
+        statistics=KfacApprox(rows.get, partition=partition_with_remainder, split_embedding_G=False),
         # G there is that of the mean loss, times batch_size² / loss_scale².
         loss_reduction="sum",
         loss_multiplier=lambda: loss_scale / batch_size,

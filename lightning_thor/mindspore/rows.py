@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.layers.base import Rows
-from lightning_thor.layers.linear import linear_rows
+from lightning_thor.layers.linear import LINEAR
 from lightning_thor.layers.patches import Convolution, patches_and_values
 
 
 def gpu_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """A = aᵀa / in_features, where Ascend (and the paper) divide by the number of rows; G = gᵀg / rows."""
-    rows = linear_rows(module, a, g, dtype, None)
+    rows = LINEAR.rows(module, a, g, dtype, None)
     assert rows.a is not None
     return rows._replace(a=rows.a * (rows.n_samples / module.in_features) ** 0.5)
 

@@ -13,9 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.layers.base import Layer
-from lightning_thor.layers.embedding import table_to_matrix
-from lightning_thor.layers.linear import weight_to_matrix
-from lightning_thor.layers.norm import vectors_to_matrix
 from lightning_thor.linalg.block_diagonal import UNBATCHED_DEVICES, columns_product
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view
@@ -90,7 +87,7 @@ class RowChunkedLayer:
         self.layers, self.kept = layers, kept
         (layer,), ((A, G),) = layers, kept
         assert A is not None
-        self._is_table = layer.kind.to_matrix is table_to_matrix
+        self._is_table = layer.kind.row_factor == "A"
         along, across = (A, G) if self._is_table else (G, A)
         self._across = across.view(across.shape[1:])
         n_rows = len(layer.parameters[0])
@@ -225,15 +222,15 @@ def form_of(layer: Layer, kept: FactorPair) -> tuple[Form, Hashable]:
     """Which kind of batch a layer can be in, and what the others in it must have in common with it."""
     (A_kept, G_kept), (A, G), p = kept, (layer.A, layer.G), layer.parameters[0]
     key = A, G, p.shape, len(layer.parameters), G_kept.dtype
-    if layer.param_slice is None and layer.kind.to_matrix is vectors_to_matrix and G_kept.is_contiguous():
+    if layer.param_slice is None and A is None and G_kept.is_contiguous():
         same = all(one.shape == p.shape for one in layer.parameters)
-        return (NormGroup if same and A is None else SingleLayer), key
+        return (NormGroup if same else SingleLayer), key
     whole = layer.param_slice is None and len(layer.parameters) == 1
     if not whole or A is None or A_kept is None or not (A_kept.is_contiguous() and G_kept.is_contiguous()):
         return SingleLayer, key
-    is_table = layer.kind.to_matrix is table_to_matrix
+    is_table = layer.kind.row_factor == "A"
     along, across = (A, G) if is_table else (G, A)
-    if not (is_table or layer.kind.to_matrix is weight_to_matrix) or A.groups > 1 or across.padding or across.size == 1:
+    if not layer.kind.is_flat or A.groups > 1 or across.padding or across.size == 1:
         return SingleLayer, key
     alone = G_kept.device.type in UNBATCHED_DEVICES or is_table or along.padding or along.size == 1
     return (RowChunkedLayer if alone else DenseGroup), key

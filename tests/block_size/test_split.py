@@ -215,7 +215,7 @@ def test_many_blocks_are_timed_by_some_of_them(monkeypatch: pytest.MonkeyPatch) 
         return float(n)
 
     monkeypatch.setattr(choose, "_seconds_of_inverting", seconds)
-    monkeypatch.setattr(choose, "TIMED_ELEMENTS", 16**2 * 3)
+    monkeypatch.setattr(choose, "TIMED_NUMEL", 16**2 * 3)
     whole = partition(160, None)
     assert choose._inversion_seconds([whole], 16, partition, torch.device("cpu"), torch.float32) == pytest.approx(10.0)
     assert timed == [(3, 16)]
@@ -233,7 +233,7 @@ def test_a_larger_network_takes_several_passes_and_gives_the_same(monkeypatch: p
     timed_as(monkeypatch, 1.0)
     at_once = choose_block_size(net, counted)
     assert len(calls) == 1
-    monkeypatch.setattr(choose, "PASS_ELEMENTS", 33**2 * 2)
+    monkeypatch.setattr(choose, "PORTION_NUMEL", 33**2 * 2)
     assert choose_block_size(net, counted) == at_once
     assert len(calls) == 1 + 2  # 70², which is too much alone, then 33² twice
 

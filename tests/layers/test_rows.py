@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature
 from lightning_thor.factors.layout import SIDES
-from lightning_thor.layers.base import Layer, RowsOf, subsample
-from lightning_thor.layers.conv import conv_rows
+from lightning_thor.layers.base import Layer, LayerKind, subsample
+from lightning_thor.layers.conv import CONVOLUTION
 from lightning_thor.layers.discovery import discover_layers
-from lightning_thor.layers.norm import batch_norm_rows, group_norm_rows
+from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM
 from tests.helpers.fakes import FakeCommunicator
 from tests.helpers.formulas import preconditioned
 
@@ -291,7 +291,7 @@ def test_lines_that_are_taken_are_those_of_the_whole_to_the_bit(
     columns = (index[:, None] * rest + torch.arange(rest)).flatten()
     innermost = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (a, g)]
     for given in ((a, g), innermost, (a.half(), g.half())):
-        whole, part = (conv_rows(module, *given, torch.float32, rows) for rows in (None, n_lines * rest))
+        whole, part = (CONVOLUTION.rows(module, *given, torch.float32, rows) for rows in (None, n_lines * rest))
         assert whole.a is not None
         torch.testing.assert_close(part.a, whole.a[..., columns], rtol=0, atol=0)
         torch.testing.assert_close(part.g, whole.g[..., columns], rtol=0, atol=0)
@@ -324,17 +324,17 @@ def test_max_rows_of_a_norm_takes_some_of_its_positions(module: nn.Module) -> No
         ((64, 48), 96, 3),
     ],
 )
-@pytest.mark.parametrize("rows_of", [group_norm_rows, batch_norm_rows])
+@pytest.mark.parametrize("kind", [GROUP_NORM, BATCH_NORM])
 def test_max_rows_of_a_norm_of_channels_takes_whole_samples(
-    rows_of: RowsOf, positions: tuple[int, ...], max_rows: int | None, taken: int
+    kind: LayerKind, positions: tuple[int, ...], max_rows: int | None, taken: int
 ) -> None:
     """As many as rows, of 16 times as many positions; their rows are those of a batch that has no other samples."""
-    module = nn.GroupNorm(4, 4) if rows_of is group_norm_rows else nn.BatchNorm2d(4)
+    module = nn.GroupNorm(4, 4) if kind is GROUP_NORM else nn.BatchNorm2d(4)
     a, g = torch.randn(2, 7, 4, *positions, dtype=torch.float64)
-    rows = rows_of(module, a, g, torch.float64, max_rows)
+    rows = kind.rows(module, a, g, torch.float64, max_rows)
     assert (rows.n_rows, rows.n_samples, rows.g.shape) == (taken, taken, (1, 8, taken))
     step = {7: 1, 3: 3, 1: 7}[taken]
-    alone = rows_of(module, a[::step], g[::step], torch.float64, None)
+    alone = kind.rows(module, a[::step], g[::step], torch.float64, None)
     torch.testing.assert_close(rows.g, alone.g, rtol=0, atol=0)
 
 

@@ -132,7 +132,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_out_and_its_base_is_not() 
     [
         ((3, grouped_rows), TypeError, "takes a class of modules, got 3"),
         ((int, grouped_rows), TypeError, "takes a class of modules"),
-        ((Grouped, None), TypeError, "rows_of must be a function, got None"),
+        ((Grouped, None), TypeError, "either rows_of, a function, or like, .* got neither"),
         ((nn.Linear, grouped_rows), ValueError, "Linear has curvature already"),
     ],
 )
