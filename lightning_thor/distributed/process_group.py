@@ -119,5 +119,11 @@ class ProcessGroupCommunicator:
     def all_to_all(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
         """As `Communicator.all_to_all`."""
         received = sent.new_empty(sum(received_lengths))
-        dist.all_to_all_single(received, sent, list(received_lengths), list(sent_lengths), group=self._group)
+        dist.all_to_all_single(
+            received,
+            sent,
+            output_split_sizes=list(received_lengths),
+            input_split_sizes=list(sent_lengths),
+            group=self._group,
+        )
         return received

@@ -1,4 +1,4 @@
-"""``block_size="auto"``: a trial of the first training batch under a Trainer, of which the fit notices nothing."""
+"""``block_size="auto"``: a trial of the first training batch under a Trainer, which leaves the fit as it was."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ ADVICE = 'Give block_size a number instead of "auto"; lightning_thor.choose_bloc
 def try_block_sizes(
     trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[nn.Parameter], **options: Any
 ) -> BlockSplit:
-    """`choose_block_size` on the first batch of the fit's training data, with the module's own ``training_step``.
+    """Call `choose_block_size` with the first batch of the training data and the module's own ``training_step``.
 
-    The step runs on a copy of the module, with random numbers that are put back, loggers that log nothing and data
-    loaders of its own, so the fit that follows is bitwise the fit without it. Rank 0's choice is that of all ranks; all
-    of them must call this, since a synchronised batch norm waits for the others.
+    The step runs on a copy of the module, with random states that are restored, loggers that log nothing and iterators
+    of its own, so the following fit is bitwise the fit without it. All ranks take rank 0's choice, and all must call
+    this, since a synchronised batch norm waits for the others.
 
     Args:
         trainer: in ``on_fit_start``.
         pl_module: on its device.
-        parameters: those of the Thor optimizer.
-        options: of `choose_block_size`.
+        parameters: of the Thor optimizer.
+        **options: of `choose_block_size`.
+
+    Returns:
+        Rank 0's choice.
 
     Raises:
         ValueError: manual optimization, a ``training_step`` without a loss, data that can be read only once, or a
@@ -70,12 +73,12 @@ def _loss(trainer: pl.Trainer, trial: pl.LightningModule, batch: Any) -> Tensor:
             f"returned {type(loss).__name__}. {ADVICE}"
         )
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    scaled: Tensor = loss if scaler is None else scaler.scale(loss)  # or gradients in float16 would underflow
+    scaled: Tensor = loss if scaler is None else scaler.scale(loss)  # unscaled, float16 gradients would underflow
     return scaled
 
 
 def _first_batch(trainer: pl.Trainer) -> Any:
-    # None until Lightning asks for it, which is after on_fit_start unless something needed the number of steps.
+    # None until Lightning needs it, after on_fit_start unless something needed the number of steps.
     loaders = trainer.train_dataloader
     if loaders is None:
         loaders = trainer.fit_loop._data_source.dataloader()
@@ -86,7 +89,7 @@ def _first_batch(trainer: pl.Trainer) -> Any:
 
 
 def _first_of(loader: Any) -> Any:
-    """The first batch, by an iterator that ``loader`` does not know of."""
+    """The first batch of ``loader``, whose own iterator and random state stay as they are."""
     sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     holders = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
@@ -112,7 +115,7 @@ def _first_of(loader: Any) -> Any:
 
 
 def _copy_of(pl_module: pl.LightningModule, trainer: pl.Trainer) -> pl.LightningModule:
-    """A deep copy with the trainer, whose ``log`` does nothing: metrics, buffers, counters and lists are its own."""
+    """A deep copy with the same trainer and with a ``log`` that does nothing."""
     try:
         trial = copy.deepcopy(pl_module)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Checkpoints that are there as a whole or not at all, even where a disk is full."""
+"""Checkpoints that are written whole or not at all, even where a disk is full."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
 
 METADATA = "meta.pt"
-"""The file that Lightning writes last into a folder of shards, and knows the folder by."""
+"""The file that Lightning writes last into a folder of shards, by which it recognises such a folder."""
 
 
 @contextmanager
 def whole(strategy: ParallelStrategy, filepath: Any, *, by_all: bool = False) -> Iterator[Any]:
-    """Gives the path to write a checkpoint to, beside ``filepath``, where it is put when it is complete.
+    """Write a checkpoint beside ``filepath``, and rename it when it is complete; all ranks must call it.
 
-    If a rank fails, all raise, nothing is left, and what was at ``filepath`` before is still there. Lightning's own way
-    is to write in the folder for temporary files, and to copy from there what lies on another disk: a copy that ends
-    half-way has the name that ``ckpt_path="last"`` looks for. Remote paths and other plugins than Lightning's own for
-    checkpoints are left as they are.
+    If a rank fails, all raise, nothing of it is left, and an earlier checkpoint at ``filepath`` is still there.
+    Lightning itself writes into the folder for temporary files, and copies to another disk: a copy that ends half-way
+    has a name that ``ckpt_path="last"`` finds. Remote paths, and checkpoint plugins other than Lightning's own, are
+    written directly.
 
     Args:
-        strategy: whose ranks are all here.
+        strategy: of the trainer.
         filepath: of the checkpoint.
-        by_all: every rank writes files of its own into a folder; otherwise rank 0 alone writes one file.
+        by_all: True if every rank writes files of its own into a folder, False if rank 0 alone writes one file.
+
+    Yields:
+        The path to write to.
 
     Raises:
         RuntimeError: another rank could not write.
@@ -37,7 +40,7 @@ def whole(strategy: ParallelStrategy, filepath: Any, *, by_all: bool = False) ->
         yield filepath
         return
     path = Path(strategy.broadcast(str(filepath)) if by_all else filepath)
-    # Of no suffix that is looked for.
+    # Nothing looks for this suffix.
     beside = path.with_name(f"{path.name}.incomplete")
     error: BaseException | None = None
     try:
@@ -51,7 +54,7 @@ def whole(strategy: ParallelStrategy, filepath: Any, *, by_all: bool = False) ->
     except BaseException as caught:  # as torch's CheckpointException is one
         error = caught
     done = strategy.reduce_boolean_decision(error is None)
-    # Rank 0 first; then the first rank of a node whose disk is its own.
+    # Rank 0 first; then the first rank of each node that has a disk of its own.
     for is_mine in (strategy.is_global_zero, strategy.local_rank == 0) if by_all else ():
         if done and is_mine and beside.is_dir():
             try:
@@ -66,13 +69,13 @@ def whole(strategy: ParallelStrategy, filepath: Any, *, by_all: bool = False) ->
     if error is not None:
         raise error
     raise RuntimeError(
-        f"The checkpoint {path} was not written: another rank failed, and its own output says why. Nothing of it was "
+        f"The checkpoint {path} was not written: another rank failed, and its own output says why. Nothing of it is "
         "left, and an earlier one of this name is as it was."
     )
 
 
 def _put(beside: Path, path: Path) -> None:
-    """Rename what is complete."""
+    """Rename the complete file or folder ``beside`` to ``path``."""
     if not path.is_symlink() and path.is_dir() and beside.is_file() and not (path / METADATA).is_file():
         raise IsADirectoryError(f"The checkpoint path exists and is a directory: {path}")
     if not path.is_dir() and beside.is_file():
@@ -84,7 +87,7 @@ def _put(beside: Path, path: Path) -> None:
         os.replace(path, before)
     os.replace(beside, path)
     if path.is_dir() and before.is_dir() and not before.is_symlink():
-        # Of a user who has other things in that folder.
+        # The user may have other files in that folder.
         for part in before.iterdir():
             if part.suffix != ".distcp" and part.name not in (METADATA, ".metadata"):
                 os.replace(part, path / part.name)

@@ -1,4 +1,4 @@
-"""``lightning-thor fit --config x.yaml``: a LightningCLI that also finds classes of the current folder."""
+"""``lightning-thor fit --config x.yaml``: a LightningCLI that also finds classes in the current folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_thor.trainer.callback import ThorCallback
 
 
 class _NothingToTrain(Callback):
-    """Ends a fit where training would begin, when everything is set up as for training."""
+    """Ends a fit where training would begin, after everything is set up for it."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.limit_train_batches = 0
@@ -23,10 +23,15 @@ class _NothingToTrain(Callback):
 
 
 class SplitTrainer(Trainer):
-    """A Trainer with one more command."""
+    """A Trainer with the command ``split``."""
 
     def split(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
-        """Measures which block size suits this network on this device; trains nothing."""
+        """Measures which block size suits this network on this device; trains nothing.
+
+        Args:
+            model: the network, with its optimizer.
+            datamodule: the data, unless the model has them.
+        """
         given = [callback for callback in self.callbacks if isinstance(callback, ThorCallback)]
         callback = given[0] if given else ThorCallback()
         callback.measure_block_size()
@@ -36,19 +41,25 @@ class SplitTrainer(Trainer):
 
 
 class ThorCLI(LightningCLI):
-    """A LightningCLI with ``split``, which steps each epoch the schedulers that do not ask for another interval, as
-    `PerStepLR` does."""
+    """A LightningCLI with ``split``, which steps a scheduler after each epoch, or each step if it has
+    ``interval = "step"``, as `PerStepLR` does."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The commands, and which of their arguments are no options."""
+        """The commands, and those of their arguments that are no options."""
         return LightningCLI.subcommands() | {"split": {"model", "datamodule"}}
 
     @staticmethod
     def configure_optimizers(
         lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
     ) -> Any:
-        """What the model's ``configure_optimizers`` returns."""
+        """Make the result of the model's ``configure_optimizers``.
+
+        Args:
+            lightning_module: the model.
+            optimizer: of its parameters.
+            lr_scheduler: of the optimizer.
+        """
         interval = getattr(lr_scheduler, "interval", None)
         if interval is None:
             return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
@@ -56,10 +67,16 @@ class ThorCLI(LightningCLI):
 
 
 def run(args: Sequence[str] | None = None) -> LightningCLI:
-    """Run one command (``sys.argv`` without ``args``) and give back the CLI with its trainer, model and data.
+    """Run one command.
 
     Every part (model, data, optimizer, scheduler, callbacks) is a ``class_path``. The current folder is put on the
-    import path, as ``python -m`` does, so that a project's own classes can be named.
+    import path, as ``python -m`` does, so that a configuration can name a project's own classes.
+
+    Args:
+        args: the command and its options; None for ``sys.argv``.
+
+    Returns:
+        The CLI, with its trainer, model and data.
     """
     here = os.getcwd()  # not "": jsonargparse changes folder while it reads a configuration
     if here not in sys.path:

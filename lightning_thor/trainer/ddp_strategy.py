@@ -15,26 +15,26 @@ from lightning_thor.trainer.strategies import ThorStrategyMixin
 class ThorDDPStrategy(ThorStrategyMixin, DDPStrategy):
     """Distributed data parallel, registered as ``"thor_ddp"``, that hides the all-reduce of factors behind backward.
 
-    The factors of a refresh are sent in buckets, a triangle of each block, in a process group of their own; a bucket's
-    all-reduce starts in backward, when its layers have their gradients, and is waited for in the optimizer's step.
-    (With plain ``"ddp"`` all factors are sent at once, in the step.) Then, with both, each rank inverts its share of
-    the blocks, and one collective brings the inverses to all. The results are those of ``"ddp"``.
+    At a refresh the factors are sent in buckets, one triangle of each block, in a process group of their own. A
+    bucket's all-reduce starts in backward, when its layers have their gradients, and the optimizer's step waits for it.
+    (With plain ``"ddp"`` the step sends all factors at once.) Then, with both, each rank inverts its part of the
+    blocks, and one collective gathers the inverses. The results are those of ``"ddp"``.
 
     Args:
-        *args, **kwargs: as of `lightning.pytorch.strategies.DDPStrategy`.
-        factor_bucket_mb: megabytes (2²⁰ bytes) after which a bucket is closed; 4 if neither this nor
-            ``split_indices`` is given.
-        split_indices: instead, the last layer of each bucket, as ``nn.thor`` counts: of the layers that have A and G,
+        *args: as of `lightning.pytorch.strategies.DDPStrategy`.
+        factor_bucket_mb: megabytes (2²⁰ bytes) at which a bucket is closed; 4 if neither this nor ``split_indices`` is
+            given.
+        split_indices: instead, the last layer of each bucket, as ``nn.thor`` counts, the layers that have A and G:
             [26, 53] makes the buckets 0 to 26 and 27 to 53.
         bf16_factors: has no effect any more (a DeprecationWarning says why).
-        inverse_workers: on how many ranks each layer's inverses are stored, a divisor of the number of ranks; None: on
-            all. Those ranks alone compute the layer's direction, at every step, and send it to the others: less memory,
-            and the products of a step are shared out, for one more message a step, of the size of the weights. That
-            pays in polar mode, whose Newton-Schulz products are most of a step's work (distributed Muon shares them
-            out in the same way), and where the inverses do not fit. 1 takes least memory, the number of ranks is None.
-            The dial of KAISA (Pauloski et al. 2021, arXiv:2107.01739). Checkpoints then lack the inverses of layers
-            that rank 0 does not store; they are computed again on load, see `Curvature.load_state_dict`. Not for a
-            `Thor` that has ``mode="adam"``.
+        inverse_workers: number of ranks that store each layer's inverses, a divisor of the number of ranks; None for
+            all. These ranks alone compute the layer's direction, at every step, and send it to the others: less memory,
+            and each rank does part of a step's products, for one more message a step, of the size of the weights. That
+            pays in polar mode, whose Newton-Schulz products are most of a step's work (distributed Muon shares them in
+            the same way), and where the inverses do not fit. 1 takes least memory, the number of ranks is None. This is
+            KAISA's option (Pauloski et al. 2021, arXiv:2107.01739). Checkpoints then lack the inverses that rank 0 does
+            not store; they are computed again on load, see `Curvature.load_state_dict`. Not for ``mode="adam"``.
+        **kwargs: as of `lightning.pytorch.strategies.DDPStrategy`.
 
     Raises:
         TypeError: an argument of another type.
@@ -63,28 +63,28 @@ class ThorDDPStrategy(ThorStrategyMixin, DDPStrategy):
         _check_inverse_workers(inverse_workers)
         self._inverse_workers = inverse_workers
 
-    def is_sync_step(self) -> bool:
-        """False in a micro-batch whose gradients DDP only accumulates."""
-        return bool(getattr(self.model, "require_backward_grad_sync", False))
-
     def new_worker_grid(self) -> WorkerGrid | None:
-        """Rows of ``inverse_workers`` ranks each."""
+        """As `ThorStrategyMixin.new_worker_grid`: rows of ``inverse_workers`` ranks each."""
         if self._inverse_workers in (None, self.world_size):
             return None
         if self.world_size % self._inverse_workers:
             divisors = [str(n) for n in range(1, self.world_size + 1) if self.world_size % n == 0]
             raise ValueError(
                 f"inverse_workers={self._inverse_workers} does not divide the {self.world_size} processes of this run "
-                f"into equal groups: give {', '.join(divisors)}, or None to keep all inverses everywhere."
+                f"into equal groups: give {', '.join(divisors)}, or None to store all inverses on every rank."
             )
         return process_group.new_worker_grid(self._inverse_workers, self._timeout)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register every form that Lightning registers for ``"ddp"``, as ``"thor_ddp"``."""
+        """Register ``"thor_ddp"`` in every form in which Lightning registers ``"ddp"``.
+
+        Args:
+            strategy_registry: of Lightning.
+        """
         for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
             name = cls.strategy_name + suffix
-            description = f"DDP with THOR's factors in buckets and inversions shared out, started by {start_method}"
+            description = f"DDP with THOR's factors in buckets and shared inversions, started by {start_method}"
             strategy_registry.register(name, cls, description=description, start_method=start_method)
             for unused in (False, True):
                 strategy_registry.register(

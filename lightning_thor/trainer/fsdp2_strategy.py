@@ -1,4 +1,4 @@
-"""``thor_fsdp2``: models that ``fully_shard`` (FSDP2) shards, with THOR's directions shared out."""
+"""``thor_fsdp2``: THOR for models that ``fully_shard`` (FSDP2) shards; ranks share the directions."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
     """Fully sharded data parallel (FSDP2), registered as ``"thor_fsdp2"``: weights, gradients, momentum are sharded.
 
     As with `lightning.pytorch.strategies.ModelParallelStrategy` the module shards itself, in ``configure_model``, by
-    ``fully_shard(..., mesh=self.device_mesh["data_parallel"])``; all that is trained must be sharded, along its first
-    dimension. Factors and inverses are whole on each rank; each direction is computed once, see `ShardedCurvature`. The
-    factors of a refresh are sent as with ``"thor_ddp"``: in buckets, in a process group of their own, from backward on,
-    but never in one that only accumulates (there FSDP2 sums gradients all the same, as Lightning has it). The results
-    are those of ``"thor_ddp"``. Not for a `Thor` that has ``mode="adam"``, nor for ``block_size="auto"``.
+    ``fully_shard(..., mesh=self.device_mesh["data_parallel"])``; all trained parameters must be sharded, along their
+    first dimension. Factors and inverses are whole on each rank; each direction is computed once, see
+    `ShardedCurvature`. The factors of a refresh are sent as with ``"thor_ddp"``: in buckets, in a process group of
+    their own, from backward on, but never in a micro-batch that only accumulates (in which FSDP2 sums gradients all the
+    same, as Lightning has it). The results are those of ``"thor_ddp"``. Not for ``mode="adam"``, nor for
+    ``block_size="auto"``.
 
     Args:
-        data_parallel_size: how many ranks share the weights and the batch; ``"auto"`` is all of them (of Lightning's
-            strategy, the number of nodes).
+        data_parallel_size: number of ranks that share the weights and the batch; ``"auto"`` is all of them (of
+            Lightning's strategy, the number of nodes).
         tensor_parallel_size: 1 or ``"auto"``, which is 1 too.
-        factor_bucket_mb, split_indices, bf16_factors: as of `lightning_thor.ThorDDPStrategy`.
-        **kwargs: as of Lightning's strategy; ``save_distributed_checkpoint`` among them.
+        factor_bucket_mb: as of `lightning_thor.ThorDDPStrategy`.
+        split_indices: as of `lightning_thor.ThorDDPStrategy`.
+        bf16_factors: has no effect any more.
+        **kwargs: as of Lightning's strategy, such as ``save_distributed_checkpoint``.
 
     Raises:
         TypeError: an argument of another type.
@@ -80,43 +83,44 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
-        # Or torch's distributed checkpoints would make the state by a step with gradients of zero.
+        # Otherwise torch's distributed checkpoints would make the state by a step with gradients of zero.
         for optimizer in self.optimizers:
             if isinstance(optimizer, Thor):
                 optimizer.make_state()
 
     def is_sync_step(self) -> bool:
-        """False in a micro-batch that only accumulates."""
+        """As `ThorStrategyMixin.is_sync_step`: False in a micro-batch that only accumulates."""
         return not self._accumulates
 
     def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> Preconditioner:
-        """As `ThorStrategyMixin.connect_curvature`, with directions shared out over the shards.
+        """As `ThorStrategyMixin.connect_curvature`, of a sharded model.
 
         Args:
-            curvature: of the sharded model.
-            parameters: all that the optimizer has, by name.
+            curvature: of the model.
+            parameters: all parameters of the optimizer, by name.
 
         Returns:
             A `ShardedCurvature`.
 
         Raises:
-            ValueError: one of them is not sharded as it must be, or ``split_indices`` names a layer that is not there.
+            ValueError: a parameter is not sharded by rows, or ``split_indices`` names a layer that the model lacks.
         """
-        ranks = ProcessGroupCommunicator(self._factor_group)
-        faults = {name: dtensor.reason_not_sharded_by_rows(p, ranks.world_size) for name, p in parameters.items()}
-        wrong = [name for name, fault in faults.items() if fault is not None]
+        communicator = ProcessGroupCommunicator(self._factor_group)
+        world_size = communicator.world_size
+        reasons = {name: dtensor.reason_not_sharded_by_rows(p, world_size) for name, p in parameters.items()}
+        wrong = [name for name, reason in reasons.items() if reason is not None]
         if wrong:
             raise ValueError(
-                f"ThorModelParallelStrategy: {wrong[0]!r} {faults[wrong[0]]} (all such: {name_some(wrong)}). Shard all "
-                "that is trained over the data-parallel ranks, along its first dimension, in configure_model: "
+                f"ThorModelParallelStrategy: {wrong[0]!r} {reasons[wrong[0]]} (all such: {name_some(wrong)}). Shard "
+                "all trained parameters over the data-parallel ranks, along its first dimension, in configure_model: "
                 'fully_shard(self.net, mesh=self.device_mesh["data_parallel"]), for modules inside first if you like.'
             )
         super().connect_curvature(curvature, parameters)
-        return ShardedCurvature(curvature, ranks)
+        return ShardedCurvature(curvature, communicator)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """As of Lightning's strategies: what it holds is a micro-batch whose gradients are only accumulated."""
+        """As of Lightning's strategies: a context for a micro-batch whose gradients are only accumulated."""
         before, self._accumulates = self._accumulates, True
         try:
             with super().block_backward_sync():
@@ -125,11 +129,18 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
             self._accumulates = before
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As of Lightning's strategy, which knows no sharded model where a validation left its weights whole.
+        """As Lightning's strategy does, which fails where a validation left the weights whole.
 
-        The state of optimizers that one file holds, such as a single device or DDP wrote, is taken over as torch does
-        it: by the places of parameters in their groups. (Lightning takes their numbers for those of the model's
-        parameters, which torch's are not where there are groups, or frozen parameters.)
+        Optimizer states in one file, as a single device or DDP writes it, are matched to parameters by position in
+        their groups, as torch does it. (Lightning matches them by the parameters' numbers in the model, which differ
+        where there are several groups, or frozen parameters.)
+
+        Args:
+            *args: see there.
+            **kwargs: see there.
+
+        Returns:
+            The checkpoint.
         """
         assert self.model is not None
         dtensor.reshard(self.model)
@@ -146,7 +157,7 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
             numbers = [number for group in saved["param_groups"] for number in group["params"]]
             shards = {
                 number: {key: dtensor.shard_like(value, p) for key, value in saved["state"][number].items()}
-                # Of other lengths it is refused, below.
+                # load_state_dict below refuses other lengths.
                 for number, p in zip(numbers, params, strict=False)
                 if number in saved["state"]
             }
@@ -157,9 +168,13 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Under ``"thor_fsdp2"``."""
+        """Register ``"thor_fsdp2"``.
+
+        Args:
+            strategy_registry: of Lightning.
+        """
         strategy_registry.register(
-            cls.strategy_name, cls, description="FSDP2 with THOR's inversions and directions shared out"
+            cls.strategy_name, cls, description="FSDP2 with THOR's shared inversions and directions"
         )
 
 

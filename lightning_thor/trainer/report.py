@@ -1,4 +1,4 @@
-"""What is preconditioned, and how the block size was chosen: rich tables, and a picture."""
+"""Reports on what is preconditioned and how the block size was chosen: rich tables, and a picture."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ from lightning_thor.preconditioning.modes import FALLBACK
 
 
 def curvature_table(curvature: Curvature) -> Table:
-    """One line per weight: its factors, block sizes and memory, or why it has none. Modules that are tied to a layer
-    before them have lines of their own."""
+    """Tabulate the factors, block sizes and memory of each weight, or why it has none.
+
+    A module that is tied to an earlier layer has a line of its own.
+
+    Args:
+        curvature: of the model.
+    """
     total = sum(curvature.n_bytes(name) for name in curvature.layers)
     table = Table(
         title="THOR curvature",
@@ -34,7 +39,7 @@ def curvature_table(curvature: Curvature) -> Table:
     used = {use.name: (name, use) for name, layer in curvature.layers.items() for use in layer.uses}
 
     def owner(name: str) -> str:
-        # The projections of an attention are no modules: they are in one.
+        # The projections of an attention are no modules.
         return name if name in modules else name.rpartition(".")[0]
 
     for name in sorted([*used, *curvature.left_out], key=lambda name: place[owner(name)]):
@@ -43,13 +48,13 @@ def curvature_table(curvature: Curvature) -> Table:
             table.add_row(name or "(root)", kind, "", f"plain: {curvature.left_out[name]}", style="dim")
             continue
         layer = curvature.layers[used[name][0]]
-        # Not a part of the parameter itself: of a sharded one it is a collective, and only one rank prints.
+        # Slicing a sharded parameter is a collective, and only one rank prints.
         whole = torch.empty(layer.parameters[0].shape, device="meta")
         shape = "×".join(map(str, layer.slice_of(whole).shape)) + (" + bias" if layer.with_bias else "")
         if name != layer.name:
             table.add_row(name or "(root)", kind, shape, f"tied: its rows are added to {layer.name!r}")
             continue
-        factors = f"G {_cut(layer.G)}" if layer.A is None else f"A {_cut(layer.A)}, G {_cut(layer.G)}"
+        factors = f"G {_blocks(layer.G)}" if layer.A is None else f"A {_blocks(layer.A)}, G {_blocks(layer.G)}"
         factors += ", polar" if name in curvature.polar_layers else ""
         if layer.tied_to is not None:
             factors += f", tied: folded into {layer.tied_to!r}"
@@ -58,12 +63,17 @@ def curvature_table(curvature: Curvature) -> Table:
 
 
 def print_curvature(curvature: Curvature) -> None:
-    """Print `curvature_table` to standard output."""
+    """Print `curvature_table` of ``curvature`` to standard output."""
     Console().print(curvature_table(curvature))
 
 
 def report_split(split: BlockSplit, folder: str | Path) -> None:
-    """Print `split_table`; save ``thor_split.json`` in ``folder`` and, where matplotlib is, ``thor_split.png``."""
+    """Print `split_table`; save ``thor_split.json`` and, where matplotlib is installed, ``thor_split.png``.
+
+    Args:
+        split: the choice and its reasons.
+        folder: where the files go; made if there is none.
+    """
     console = Console()
     console.print(split_table(split))
     path = Path(folder)
@@ -78,7 +88,11 @@ def report_split(split: BlockSplit, folder: str | Path) -> None:
 
 
 def split_table(split: BlockSplit) -> Table:
-    """One line per candidate: both curves as bars and numbers, and the choice marked."""
+    """Tabulate both curves over the candidates, as bars and numbers, with the choice marked.
+
+    Args:
+        split: the choice and its reasons.
+    """
     caption = (
         f"{split.n_factors} factors on {split.device}; the curves cross at {split.crossing:.0f}. "
         "Kept: a factor loses less than 1 % of its spectral norm"
@@ -106,7 +120,12 @@ def split_table(split: BlockSplit) -> Table:
 
 
 def draw_split(split: BlockSplit, path: Path) -> None:
-    """The two curves over the block size, their crossing and the choice, as a picture."""
+    """Draw the two curves over the block size, their crossing and the choice.
+
+    Args:
+        split: the choice and its reasons.
+        path: of the picture.
+    """
     from matplotlib.figure import Figure
 
     share_colour, speed_colour, quiet = "#1b6ca8", "#c8553d", "#555555"
@@ -117,7 +136,7 @@ def draw_split(split: BlockSplit, path: Path) -> None:
     axes.axvline(split.crossing, color=quiet, linewidth=1, linestyle=":")
     axes.axvline(split.block_size, color=quiet, linewidth=6, alpha=0.2)
     axes.set_xscale("log", base=2)
-    # The widest factor may be hardly wider than the last power of two: their numbers would lie on each other.
+    # The widest factor may be hardly wider than the last power of two: their labels would overlap.
     ticks = [size for size in split.candidates if size == split.candidates[-1] or size * 1.4 < split.candidates[-1]]
     axes.set_xticks(ticks, [str(size) for size in ticks])
     axes.minorticks_off()
@@ -137,7 +156,7 @@ def draw_split(split: BlockSplit, path: Path) -> None:
 
 def _elsewhere(curvature: Curvature) -> str:
     n = len(curvature.layers) - len(curvature.factors.has_inverse)
-    return f" on this rank (others keep the inverses of {n})" if n else ""
+    return f" on this rank (others store the inverses of {n})" if n else ""
 
 
 def _bar(share: float, width: int = 12) -> str:
@@ -147,9 +166,9 @@ def _bar(share: float, width: int = 12) -> str:
     return ("━" * round(share * width)).ljust(width)
 
 
-def _cut(blocks: BlockPartition) -> str:
-    """>>> _cut(BlockPartition(1, 256, 2, 128)), _cut(BlockPartition(1, 10, 10, 1)), _cut(BlockPartition(4, 9, 1, 9))
-    ('2 × 128²', 'diagonal 10', '4 × 9²')
+def _blocks(blocks: BlockPartition) -> str:
+    """>>> _blocks(BlockPartition(1, 256, 2, 128)), _blocks(BlockPartition(1, 10, 10, 1))
+    ('2 × 128²', 'diagonal 10')
     """
     if blocks.size == 1 and blocks.width > 1:
         return f"diagonal {blocks.width}"

@@ -1,4 +1,4 @@
-"""What THOR's strategies have in common, as a mixin; and which of Lightning's strategies `ThorCallback` works with."""
+"""What THOR's strategies have in common, as a mixin; and which of Lightning's strategies `ThorCallback` supports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHARD = (
     'Use Trainer(strategy="thor_fsdp2"), and shard the model in configure_model by '
     'fully_shard(self.net, mesh=self.device_mesh["data_parallel"])'
 )
-# DeepSpeed's and XLA's strategies are subclasses of those that work.
+# DeepSpeed's and XLA's strategies are subclasses of supported ones.
 REFUSED: tuple[tuple[Any, str], ...] = (
     (FSDPStrategy, f"FSDP1 flattens weights, and layers have none of their own any more. {SHARD}."),
     (DeepSpeedStrategy, f'its engine keeps gradients to itself. {SHARD}, or "thor_ddp" for a model that fits.'),
@@ -41,23 +41,44 @@ REFUSED: tuple[tuple[Any, str], ...] = (
     ),
 )
 
+if TYPE_CHECKING:
+    _Base = ParallelStrategy
+else:
+    _Base = object
 
-class FactorCommOptions:
-    """How the strategies send factors, checked.
+
+class ThorStrategyMixin(_Base):
+    """Adds THOR to a parallel strategy of Lightning, which comes after it in the list of bases.
+
+    ``class MyDDP(ThorStrategyMixin, DDPStrategy)`` is a whole strategy: factors have a process group of their own and
+    are sent while backward runs, a rank that fails ends the others, and a checkpoint is written whole or not at all.
+    ``StrategyRegistry.register("my_ddp", MyDDP)`` makes it ``Trainer(strategy="my_ddp")``. A subclass may override
+    `is_sync_step`, `new_worker_grid`, `connect_curvature` and `has_sharded_checkpoints`.
 
     Args:
-        factor_bucket_mb: megabytes (2²⁰ bytes) after which a bucket is closed; None for 4.
-        split_indices: instead, the last layer of each bucket.
+        *args: of the strategy.
+        factor_bucket_mb: see `lightning_thor.ThorDDPStrategy`.
+        split_indices: see there.
         bf16_factors: has no effect any more.
+        **kwargs: of the strategy.
 
     Raises:
         TypeError: an argument of another type.
         ValueError: an argument out of its range, or both ways of making buckets.
     """
 
+    has_sharded_checkpoints = False
+    """Whether each rank writes files of its own into a folder."""
+
     def __init__(
-        self, factor_bucket_mb: float | None, split_indices: Sequence[int] | None, bf16_factors: bool = False
+        self,
+        *args: Any,
+        factor_bucket_mb: float | None = None,
+        split_indices: Sequence[int] | None = None,
+        bf16_factors: bool = False,
+        **kwargs: Any,
     ) -> None:
+        super().__init__(*args, **kwargs)
         self._bucket_bytes = factor_reducer.bucket_bytes(factor_bucket_mb)
         factor_reducer.check_split_indices(split_indices)
         if factor_bucket_mb is not None and split_indices is not None:
@@ -72,87 +93,49 @@ class FactorCommOptions:
                 "bf16_factors=True has no effect any more: factors are sent in their own precision. 99 % of their "
                 "messages are hidden behind backward, and from 64 ranks on half the bytes took longer. Remove it.",
                 DeprecationWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         self._split_indices = split_indices
-
-    def bucket_fn(self, curvature: Curvature) -> factor_reducer.BucketFn:
-        """Which layers' factors are sent together.
-
-        Args:
-            curvature: whose layers.
-
-        Returns:
-            What `Curvature.connect` takes as ``bucket_fn``.
-
-        Raises:
-            ValueError: ``split_indices`` names a layer that the model does not have.
-        """
-        if self._split_indices is None:
-            return factor_reducer.by_size(self._bucket_bytes)
-        has_A = [layer.A is not None for layer in curvature.layers.values()]
-        return factor_reducer.by_layer(self._split_indices, has_A)
-
-
-if TYPE_CHECKING:
-    _Base = ParallelStrategy
-else:
-    _Base = object
-
-
-class ThorStrategyMixin(_Base):
-    """Makes a parallel strategy of Lightning's one of THOR's; it goes before that in the list of bases.
-
-    The factors have a process group of their own, a rank that fails ends the others, and checkpoints are there as a
-    whole or not at all. A subclass may say more by the methods `is_sync_step`, `new_worker_grid` and
-    `connect_curvature`.
-
-    Args:
-        *args, **kwargs: of the strategy.
-        factor_bucket_mb, split_indices, bf16_factors: see `lightning_thor.ThorDDPStrategy`.
-    """
-
-    has_sharded_checkpoints = False
-    """Whether every rank writes files of its own into a folder."""
-
-    def __init__(
-        self,
-        *args: Any,
-        factor_bucket_mb: float | None = None,
-        split_indices: Sequence[int] | None = None,
-        bf16_factors: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._comm_options = FactorCommOptions(factor_bucket_mb, split_indices, bf16_factors)
         self._factor_group: Any = None
         self._worker_grid: WorkerGrid | None = None
 
     def is_sync_step(self) -> bool:
-        """True in a backward pass that is the last before the optimizer's step: factors may be sent from it on. False,
-        the default, always sends them in the step."""
-        return False
+        """True in the last backward pass before the optimizer's step, in which factors may be sent.
+
+        Where it is always False, factors are sent in the step. The default is for DDP: False in a micro-batch whose
+        gradients are only accumulated.
+        """
+        return bool(getattr(self.model, "require_backward_grad_sync", False))
 
     def new_worker_grid(self) -> WorkerGrid | None:
-        """Which ranks store which inverses; None, the default, stores all everywhere. Called once, on every rank."""
+        """Decide which ranks store which inverses; called once, on every rank.
+
+        Returns:
+            The grid; None, the default, where every rank stores all.
+        """
         return None
 
     def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> Preconditioner:
-        """Let ``curvature`` reach the other ranks.
+        """Connect ``curvature`` with the other ranks; called once when a fit starts.
 
         Args:
             curvature: of the model.
-            parameters: all that the optimizer has, by name.
+            parameters: all parameters of the optimizer, by name.
 
         Returns:
-            What `Thor` is to precondition with.
+            What `Thor` preconditions with.
 
         Raises:
             ValueError: the options do not go with the model.
         """
+        if self._split_indices is None:
+            bucket_fn = factor_reducer.by_size(self._bucket_bytes)
+        else:
+            has_A = [layer.A is not None for layer in curvature.layers.values()]
+            bucket_fn = factor_reducer.by_layer(self._split_indices, has_A)
         curvature.connect(
             ProcessGroupCommunicator(self._factor_group),
-            bucket_fn=self._comm_options.bucket_fn(curvature),
+            bucket_fn=bucket_fn,
             is_sync_step=self.is_sync_step,
             worker_grid=self._worker_grid,
         )
@@ -166,7 +149,13 @@ class ThorStrategyMixin(_Base):
             self._worker_grid = self.new_worker_grid()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """As of Lightning's strategy, but the file or folder is there as a whole or not at all, and all ranks raise."""
+        """As Lightning's strategy does, but the file or folder is written whole or not at all, and all ranks raise.
+
+        Args:
+            checkpoint: see there.
+            filepath: see there.
+            storage_options: see there.
+        """
         with whole(self, filepath, by_all=self.has_sharded_checkpoints) as path:
             super().save_checkpoint(checkpoint, path, storage_options)
 
@@ -176,13 +165,13 @@ class ThorStrategyMixin(_Base):
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Check that `ThorCallback` finds gradients as it needs them.
+    """Check that `ThorCallback` supports a strategy.
 
     Args:
         strategy: of the trainer.
 
     Raises:
-        ValueError: it would not; says what to use instead.
+        ValueError: it does not; the message says what to use instead.
     """
     if isinstance(strategy, ThorStrategyMixin):
         return
@@ -191,6 +180,7 @@ def check_strategy(strategy: Strategy) -> None:
             raise ValueError(f"ThorCallback does not support {type(strategy).__name__}: {advice}")
     if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise ValueError(
-            f"ThorCallback does not support {type(strategy).__name__}: it knows how layers and gradients lie with "
-            '"thor_ddp", "ddp", "thor_fsdp2" and on a single device. Use Trainer(strategy=...) with one of them.'
+            f"ThorCallback does not support {type(strategy).__name__}: it knows where layers and gradients are with "
+            '"thor_ddp", "ddp", "thor_fsdp2" and on a single device. Use Trainer(strategy=...) with one of them, or a '
+            "strategy of your own that has ThorStrategyMixin among its bases."
         )

@@ -197,7 +197,7 @@ def test_the_table_at_the_start_of_a_fit_says_what_is_kept_here() -> None:
     curvature.connect(communicator, worker_grid=WorkerGrid(SingleProcess(), communicator))
     table = curvature_table(curvature)
     n = len(curvature.layers) - len(curvature.factors.has_inverse)
-    assert f"KiB in all on this rank (others keep the inverses of {n}); " in str(table.caption)
+    assert f"KiB in all on this rank (others store the inverses of {n}); " in str(table.caption)
     assert "in all; " in str(whole.caption)
     cells = [list(column.cells) for column in (whole.columns[0], whole.columns[4], table.columns[4])]
     for name, before, after in zip(*cells, strict=True):

@@ -17,6 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 
 from lightning_thor import ThorCallback, ThorDDPStrategy
+from tests.helpers import outside_strategy
 from tests.helpers.distributed_workers import (
     HALVES,
     QUARTERS,
@@ -131,6 +132,7 @@ def saved_by_two(name: str) -> Path:
 
 
 TRAININGS: dict[str, Callable[[Path], Result]] = {
+    "my_ddp": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=outside_strategy.NAME),
     "view": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=in_buckets(gradient_as_bucket_view=True)),
     "view_ddp": lambda folder: fit(
         folder, Module(HALVES), max_epochs=3, strategy=DDPStrategy(gradient_as_bucket_view=True)
