@@ -21,10 +21,9 @@ from lightning_thor.fsdp.row_partition import (
     row_blocks_of,
     rows_of_a_process,
 )
-from lightning_thor.linalg.decompositions import ROOT
 from lightning_thor.linalg.dtypes import message_dtype, wide
-from lightning_thor.preconditioning.directions import natural, polar
-from lightning_thor.preconditioning.grouping import LayerGroup, group_layers
+from lightning_thor.preconditioning.grouping import Directions, LayerGroup, Tensors, group_layers
+from lightning_thor.preconditioning.modes import MODES
 
 
 class LocalTransfer(NamedTuple):
@@ -73,10 +72,10 @@ class ShardedCurvature:
     """
 
     def __init__(self, curvature: Curvature, communicator: Communicator | None = None) -> None:
-        if curvature.mode == "adam":
+        if MODES[curvature.mode].change_basis is not None:
             raise ValueError(
-                'mode="adam" does not go with sharded parameters: its second moments lie in coordinates that mix rows '
-                'of several processes. Take mode="natural" or "polar" with thor_fsdp2, or strategy="thor_ddp".'
+                f'mode="{curvature.mode}" does not go with sharded parameters: its second moments are in coordinates '
+                'that mix rows of several ranks. Take strategy="thor_ddp"; thor_fsdp2 has mode="natural" or "polar".'
             )
         self.curvature = curvature
         self._communicator = communicator or ProcessGroupCommunicator()
@@ -86,18 +85,20 @@ class ShardedCurvature:
         """As `Curvature.update`."""
         self.curvature.update()
 
-    @torch.no_grad()
-    def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """As `Curvature.precondition`, of what of each gradient lies in this process; on all of the same parameters."""
-        return self._directions(grads, is_polar=False)
+    def precondition(self, grads: Tensors) -> Directions:
+        """As `Curvature.precondition`, of this rank's part of each gradient; of the same parameters on all ranks."""
+        (directions,) = self.directions(grads)
+        return directions
+
+    def directions(self, tensors: Tensors, mode: str = "natural") -> list[Directions]:
+        """As `Curvature.directions`, of this rank's parts, as one part."""
+        self.curvature.check_that_it_serves(mode)
+        return [self._directions(tensors, mode)]
 
     @torch.no_grad()
-    def precondition_polar(self, momenta: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """As `Curvature.precondition_polar`, of what of each momentum lies in this process."""
-        self.curvature.check_that_it_serves("polar")
-        return self._directions(momenta, is_polar=True)
-
-    def _directions(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> dict[nn.Parameter, Tensor]:
+    def _directions(self, shards: Tensors, mode: str) -> Directions:
+        is_polar, directions_of = MODES[mode].uses_matrix_sign, MODES[mode].directions
+        assert directions_of is not None
         key = is_polar, frozenset(shards)
         if key not in self._plans:
             self._plans[key] = self._plan(shards, is_polar)
@@ -108,16 +109,8 @@ class ShardedCurvature:
         stayed = [self._rows(shards[one.parameter], one) for one in plan.staying]
         runs = _put_together([*plan.arriving, *plan.staying], [*arrived, *stayed])
         with torch.autocast(curvature.stacks.flat_sums.device.type, enabled=False):
-            directions = (
-                polar(plan.batches, runs, names=curvature.polar_layers, unit=curvature.gradient_unit)
-                if is_polar
-                else natural(
-                    plan.batches,
-                    runs,
-                    roots=curvature.stacks.decomposition is ROOT,
-                    unit=curvature.gradient_unit,
-                )
-            )
+            parts = directions_of(curvature.grouped(plan.batches), runs)
+            directions = {name: direction for part in parts for name, direction in part.items()}
         returned = self._swapped(
             plan, [_rows_of_a_run(directions, one, plan) for one in plan.arriving], plan.leaving, back=True
         )
@@ -188,7 +181,7 @@ class ShardedCurvature:
         batches = group_layers(
             [layer for layer, _ in own_runs.values()],
             [kept for _, kept in own_runs.values()],
-            apart=lambda layer: layer.name in self.curvature.polar_layers,
+            self.curvature.polar_layers,
         )
         return RowExchangePlan(
             list(batches),
