@@ -5,11 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+from lightning_thor.factors.layout import FactorShapes
 from lightning_thor.linalg import matrix_sign
 from lightning_thor.linalg.block_diagonal import BlockPartition
-
-FactorShapes = tuple[BlockPartition | None, BlockPartition]
-"""The blocks of a layer's A (None where it has no input factor) and G."""
 
 MULTIPLICATIONS_PER_NUMBER = 30.0
 """Multiplications of a matrix product that take as long as reading a number a few times (a core of an AMD EPYC)."""

@@ -50,34 +50,16 @@ class Rows(NamedTuple):
     """Embeddings: how often each token occurs in the input, ``[vocabulary]``; the diagonal of A, summed."""
 
 
-class Squares(NamedTuple):
-    """The sums of squares of `Rows`: the traces of what they add to A and G."""
-
-    a: Tensor | None
-    g: Tensor
-    n_rows: int | Tensor
-    n_samples: float
-
-
 def pick(x: Tensor, index: Tensor | None) -> Tensor:
     """Rows ``x[index]`` of ``x [n, ...]``, or all of them."""
     return x if index is None else x.index_select(0, index)
-
-
-def squares_of(rows: Rows) -> Squares:
-    """The squares of rows that are there."""
-    a = rows.token_counts if rows.a is None else rows.a.square()
-    return Squares(None if a is None else a.sum(), rows.g.square().sum(), rows.n_rows, rows.n_samples)
 
 
 RowsFn = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], Rows]
 """``(module, a, g, dtype, max_rows)`` to `Rows`, see `LayerKind.rows`."""
 
 
-SquaresOf = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], Squares]
-
-
-class FactorShapes(NamedTuple):
+class FactorWidths(NamedTuple):
     """The widths of a weight's factors, before they are partitioned into blocks."""
 
     groups: int
@@ -153,9 +135,9 @@ class LayerKind:
         by default one for each position, that is for all dimensions but the last."""
         return g.numel() // max(g.shape[-1], 1)
 
-    def factor_shapes(self, module: Any, shape: torch.Size) -> FactorShapes:
+    def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
         """The widths of the factors of a module whose weight has this shape."""
-        return FactorShapes(1, shape[1:].numel(), shape[0])
+        return FactorWidths(1, shape[1:].numel(), shape[0])
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         """Gradients of a layer's parameters as a matrix ``[groups, out, in]``, a view where possible."""
@@ -247,8 +229,6 @@ class Layer:
     """The kind's rows, or others in their place: see `lightning_thor.layers.registry.KfacApprox`."""
     loss_terms: Callable[[Any, Tensor], int]
     """``(module, output or its gradient)`` to the number of terms that the mean of the loss is taken to have."""
-    squares_of: SquaresOf | None = None
-    """Of the same rows, where that is cheaper without making them."""
     tied_to: str | None = None
     """Name of the layer that preconditions the weight with these statistics too: an embedding tied to an output
     layer."""
@@ -302,17 +282,6 @@ class Layer:
     def subsample_input(self, a: Tensor, max_rows: int | None) -> Tensor:
         """What `observe` needs of an input ``a``: the rows that it will take, or all of it."""
         return self.kind.subsample_input(a, max_rows) if self.rows_of == self.kind.rows else a
-
-    def squares(
-        self, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None, module: nn.Module | None = None
-    ) -> Squares:
-        """The sums of squares of what `observe` would give."""
-        if self.squares_of is None:
-            return squares_of(self.observe(a, g, dtype, max_rows, module))
-        seen = self.squares_of(module or self.module, a, g, dtype, max_rows)
-        if not self.with_bias or seen.a is None or self.A is None:
-            return seen
-        return seen._replace(a=seen.a + self.A.groups * seen.n_rows)
 
     def slice_of(self, tensor: Tensor) -> Tensor:
         """View of this layer's rows of a tensor in the shape of one of its parameters."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.layers.base import FactorShapes, Layer, LayerKind, Rows, RowsFn, Squares, pick, subsample
+from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, RowsFn, pick, subsample
 from lightning_thor.layers.patches import Convolution, TransposedConvolution, patches_and_values
 
 
@@ -51,8 +51,8 @@ class ConvolutionKind(LayerKind):
         """The batch size."""
         return g.shape[0] if g.dim() == len(module.kernel_size) + 2 else 1
 
-    def factor_shapes(self, module: Any, shape: torch.Size) -> FactorShapes:
-        return FactorShapes(module.groups, shape[1:].numel(), shape[0] // module.groups)
+    def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
+        return FactorWidths(module.groups, shape[1:].numel(), shape[0] // module.groups)
 
 
 class TransposedConvolutionKind(ConvolutionKind):
@@ -70,8 +70,8 @@ class TransposedConvolutionKind(ConvolutionKind):
         outputs, inputs, n_rows, n_samples = patches_and_values(module, g, a.detach(), dtype, max_rows)
         return Rows(inputs, outputs, n_rows, n_samples)
 
-    def factor_shapes(self, module: Any, shape: torch.Size) -> FactorShapes:
-        return FactorShapes(module.groups, shape[0] // module.groups, shape[1:].numel())
+    def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
+        return FactorWidths(module.groups, shape[0] // module.groups, shape[1:].numel())
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         assert layer.A is not None
@@ -85,11 +85,3 @@ CONVOLUTION = ConvolutionKind("convolution", (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 CONVOLUTION_TRANSPOSED = TransposedConvolutionKind(
     "transposed convolution", (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 )
-
-
-def conv_squares(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Squares:
-    """The squares of `conv_rows`, with patches of one channel: the channels' summed squares have the same sum."""
-    a, g = _batched(module, a, g)
-    squares = a.detach().to(dtype).square().unflatten(1, (module.groups, -1)).sum(2)
-    windows, gradients, n_rows, n_samples = patches_and_values(module, squares, g, dtype, max_rows)
-    return Squares(windows.sum(), gradients.square().sum(), n_rows, n_samples)

@@ -217,7 +217,7 @@ def _layer(
     shape = weight.shape
     if use.param_slice is not None:
         shape = torch.Size((use.param_slice.stop - use.param_slice.start, *shape[1:]))
-    groups, width_A, width_G = kind.factor_shapes(use.module, shape)
+    groups, width_A, width_G = kind.factor_widths(use.module, shape)
     with_bias, bias = kind.takes_bias and takes_bias, _bias_of(use)
     parameters = (weight,) if bias is None or not (with_bias or kind.owns_all_parameters) else (weight, bias)
     A = None if width_A is None else statistics.partition(width_A + with_bias, size_A, groups)
@@ -229,7 +229,7 @@ def _layer(
         A = block_diagonal.diagonal(width_A)
         G = G if statistics.split_embedding_G else statistics.partition(width_G, None, 1)
     loss_terms = statistics.loss_terms or kind.loss_terms
-    return Layer(uses, parameters, A, G, kind, rows_of, loss_terms, statistics.squares.get(kind.name))
+    return Layer(uses, parameters, A, G, kind, rows_of, loss_terms)
 
 
 def _n_parts(name: str, n_outputs: int, fused: Mapping[str, int]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.layers.base import FactorShapes, Layer, LayerKind, Rows
+from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows
 from lightning_thor.layers.linear import LINEAR
 
 
@@ -34,8 +34,8 @@ class EmbeddingKind(LayerKind):
         counts = torch.zeros(module.num_embeddings, dtype=dtype, device=tokens.device).index_add_(0, tokens, counted)
         return Rows(None, g.T[None], counted.sum(), tokens.shape[0], counts)
 
-    def factor_shapes(self, module: Any, shape: torch.Size) -> FactorShapes:
-        return FactorShapes(1, shape[0], shape[1])
+    def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
+        return FactorWidths(1, shape[0], shape[1])
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         return grads[0].T[None]

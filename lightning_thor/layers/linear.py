@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.layers.base import FactorShapes, Layer, LayerKind, Rows, RowsFn, pick, subsample
+from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, RowsFn, pick, subsample
 
 
 class ProjectionKind(LayerKind):
@@ -73,8 +73,8 @@ class TransposedLinearKind(LinearKind):
     in_attention = None
     unsupported_reason = LayerKind.unsupported_reason
 
-    def factor_shapes(self, module: Any, shape: torch.Size) -> FactorShapes:
-        return FactorShapes(1, shape[0], shape[1])
+    def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
+        return FactorWidths(1, shape[0], shape[1])
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         return super().to_matrix(layer, [grads[0].T, *grads[1:]])

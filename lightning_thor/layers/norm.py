@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_thor.layers.base import FactorShapes, Layer, LayerKind, Rows, pick, subsample
+from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, pick, subsample
 
 
 class NormKind(LayerKind):
@@ -22,8 +22,8 @@ class NormKind(LayerKind):
     diagonal = "G"
     owns_all_parameters = True
 
-    def factor_shapes(self, module: Any, shape: torch.Size) -> FactorShapes:
-        return FactorShapes(1, None, shape.numel() * (1 if getattr(module, "bias", None) is None else 2))
+    def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
+        return FactorWidths(1, None, shape.numel() * (1 if getattr(module, "bias", None) is None else 2))
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         return torch.cat([grad.flatten() for grad in grads])[None, :, None]

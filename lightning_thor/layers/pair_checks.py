@@ -83,7 +83,7 @@ class PairChecks:
         kind, module = self._layers[self._numbers[name]].kind, self._modules[name]
         if not kind.is_linear or not a.is_floating_point() or not a.dim():
             return None
-        width = kind.factor_shapes(module, module.weight.shape).width_A
+        width = kind.factor_widths(module, module.weight.shape).width_A
         if width is None or a.shape[-1] != width:
             self._unchecked.discard(self._numbers[name])  # the accumulator reports pairs that do not fit at all
             return None

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.layers import conv
-from lightning_thor.layers.base import FactorShapes, Layer, LayerKind, Rows, RowsFn, SquaresOf, subsample
+from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, RowsFn, subsample
 from lightning_thor.layers.conv import CONVOLUTION, CONVOLUTION_TRANSPOSED
 from lightning_thor.layers.embedding import EMBEDDING, ascend_embedding_rows
 from lightning_thor.layers.linear import ATTENTION, LINEAR, LINEAR_TRANSPOSED
@@ -92,8 +90,6 @@ class KfacApprox(NamedTuple):
     """``(module, output or its gradient)`` to the number of terms that the mean of the loss has; None: the kind's."""
     partition: Callable[[int, int | None, int], BlockPartition] = block_diagonal.partition
     """``(width, block_size, groups)`` to blocks, for all factors but the diagonal ones."""
-    squares: Mapping[str, SquaresOf] = MappingProxyType({})
-    """By kind: how the sums of squares of rows are found without making the rows, where that is cheaper."""
     split_embedding_G: bool = True
     """False: G of an embedding is whole, and its table has no curvature where an output layer shares it."""
 
@@ -103,7 +99,7 @@ def batch_size(module: nn.Module, g: Tensor) -> int:
     return g.shape[0]
 
 
-EXPAND = KfacApprox(attrgetter("rows"), squares={"convolution": conv.conv_squares})
+EXPAND = KfacApprox(attrgetter("rows"))
 REDUCE = KfacApprox(attrgetter("reduced_rows"), batch_size)
 THOR = KfacApprox(
     {LINEAR: LINEAR.rows, CONVOLUTION: CONVOLUTION.rows, EMBEDDING: ascend_embedding_rows}.get,
@@ -248,11 +244,11 @@ class _UserKind(LayerKind):
         """As the supported type that the user's extends; else one for each position."""
         return self._loss_terms(module, g)
 
-    def factor_shapes(self, module: Any, shape: torch.Size) -> FactorShapes:
+    def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
         # Not the weight itself, which may be sharded.
         weight = torch.empty(shape, device=getattr(module, self.weight_name).device)
         groups, out, width = self._view(module, weight).shape
-        return FactorShapes(groups, width, out)
+        return FactorWidths(groups, width, out)
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         return self._view(layer.module, grads[0].contiguous())
