@@ -324,7 +324,9 @@ class FactorState:
 
         Args:
             index: of the layers.
-            averaging, rule, damping: see `update_ema` and `invert`.
+            averaging: see `update_ema`.
+            rule: see `split_damping`.
+            damping: see `split_damping`.
 
         Returns:
             Two tensors ``[n]``. The first is 0 for a layer that has no curvature yet; the second is not finite where
@@ -395,7 +397,8 @@ class FactorState:
 
         Args:
             index: of the layers; of those whose inverses are stored elsewhere only the damping is noted.
-            rule, damping: what is added to eigenvalues, see `split_damping`.
+            rule: how damping is shared between A and G, see `split_damping`.
+            damping: see `split_damping`.
             solve: inverts: `damped_inverses` for each size, or
                 `lightning_thor.distributed.shared_inversions.SharedInversions`.
         """

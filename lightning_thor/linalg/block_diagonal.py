@@ -119,8 +119,9 @@ def left_product(factor: Tensor, matrix: Tensor, blocks: BlockPartition) -> Tens
     """``blockdiag(factor) @ matrix``.
 
     Args:
-        factor: ``[groups, n_blocks, size, size]``, contiguous or the transpose of what is.
+        factor: ``[groups, n_blocks, size, size]``, contiguous or the transpose of a contiguous one.
         matrix: ``[groups, width, n]``.
+        blocks: how the factor is partitioned.
 
     Returns:
         ``[groups, width, n]``.
@@ -140,7 +141,8 @@ def right_product(matrix: Tensor, factor: Tensor, blocks: BlockPartition) -> Ten
 
     Args:
         matrix: ``[groups, m, width]``.
-        factor: ``[groups, n_blocks, size, size]``, contiguous or the transpose of what is.
+        factor: ``[groups, n_blocks, size, size]``, contiguous or the transpose of a contiguous one.
+        blocks: how the factor is partitioned.
 
     Returns:
         ``[groups, m, width]``.
