@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_thor import ThorCallback
-from lightning_thor.schedules import Exponential, GrowingInterval, Polynomial
+from lightning_thor.schedules import GrowingInterval
 from tests.helpers.boring import Boring
 from tests.helpers.boring import trainer as trainer_of
 from tests.helpers.commands import TINY_DIGITS, run
 
 # jsonargparse, about how LightningCLI calls it.
 pytestmark = pytest.mark.filterwarnings(r"ignore:(.|\n)*(deprecated in v4|JsonargparseDeprecationWarning)")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Polynomial(1.0, end=0.0, n_steps=10), "end must be greater than 0, got 0.0"),
-        (lambda: Polynomial(1.0, end=0.1, n_steps=0), "n_steps must be greater than 0"),
-        (lambda: Exponential(0.2, factor=-0.5, every_n_steps=10), "factor must be greater than 0"),
-        (lambda: GrowingInterval(start=0, end=10), "start must be greater than 0"),
-        (lambda: GrowingInterval(start=1, end=10, growth=0.0), "growth must be greater than 0"),
-    ],
-)
-def test_what_would_reach_zero_is_refused(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: GrowingInterval(start=1, end=10.0), r"end must be an int, a number of steps, got 10\.0"),  # type: ignore[arg-type]
-        (lambda: GrowingInterval(start=1.5, end=10), r"start must be an int, a number of steps, got 1\.5"),  # type: ignore[arg-type]
-        (lambda: GrowingInterval(start=20, end=10), r"end must be at least start.*start=20, end=10"),
-    ],
-)
-def test_an_interval_that_would_fail_or_shrink_is_refused(make: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 def test_the_interval_grows_with_the_step_from_its_start_to_its_end() -> None:

@@ -298,13 +298,6 @@ def test_a_network_of_single_numbers_and_one_of_nothing_have_blocks_of_one() -> 
     assert choose_block_size(norm, lambda: norm(torch.randn(3, 8)).sum()).candidates == [1]
 
 
-def test_curvature_alone_says_where_to_get_a_number() -> None:
-    with pytest.raises(ValueError, match=r"choose_block_size\(model, loss_of_a_batch\)"):
-        Curvature(Net(), block_size="auto")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"block_size must be an int of at least 1.*'automatic'"):
-        ThorCallback(block_size="automatic")  # type: ignore[arg-type]
-
-
 # ── under a Trainer ──
 
 

@@ -1,8 +1,9 @@
-"""Laws of copies: those of a model, its optimizer and its curvature belong together, and leave the originals alone."""
+"""Laws of copies and of resumed trainings: both go on as the original, and copies leave it alone."""
 
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning_thor.schedules import GrowingInterval
 from tests.helpers.boring import Boring, callback_of, everything, trainer, without_words
 from tests.helpers.models import Words
 
-UnevenLayout = tuple[nn.Module, Thor, Curvature]
+Parts = tuple[nn.Module, Thor, Curvature]
 
 
 class Net(Words):
@@ -41,12 +42,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adam": {},
     "staggered": {"stagger": True, "update_every_n_steps": 3},
     "probed": {"trace_rule": (0.01, 0.001)},
+    "stopping": {"trace_rule": (0.3, 0.2)},
+    "stopping, staggered": {"trace_rule": (0.3, 0.2), "stagger": True, "update_every_n_steps": 3},
     "a growing interval": {"update_every_n_steps": GrowingInterval(start=1, end=3), "damping_rule": "pi"},
 }
 
 
-def parts(name: str = "natural") -> UnevenLayout:
-    model = Net()
+def parts(name: str = "natural", dtype: torch.dtype = torch.float32) -> Parts:
+    model = Net().to(dtype)
     mode = name if name in ("polar", "adam") else "natural"
     options = {"update_every_n_steps": 2, **OPTIONS[name]}
     curvature = Curvature(model, mode=mode, block_size=3, **options)  # type: ignore[arg-type]
@@ -54,14 +57,14 @@ def parts(name: str = "natural") -> UnevenLayout:
     return model, optimizer, curvature
 
 
-def backward(model: nn.Module, step: int) -> None:
+def backward(model: nn.Module, step: int, scale: float = 1.0) -> None:
     tokens = torch.randint(6, (5, 7), generator=torch.Generator().manual_seed(step))
-    model(tokens).sin().square().mean().backward()
+    (model(tokens).sin().square().mean() * scale).backward()
 
 
-def train(model: nn.Module, optimizer: Thor, steps: range) -> None:
+def train(model: nn.Module, optimizer: Thor, steps: range, scale: float = 1.0) -> None:
     for step in steps:
-        backward(model, step)
+        backward(model, step, scale)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -100,6 +103,40 @@ def test_copies_train_on_as_the_originals_which_they_leave_alone(
     train(*originals[:2], range(n_before, 9))
     assert_same(state_of(*originals), state_of(*unbroken))
     assert hooks_of(copied[0]) == hooks_of(originals[0])
+
+
+def resumed_and_unbroken(
+    name: str, saved_after: int, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> tuple[Parts, Parts]:
+    """Two trainings of 9 steps, of which the first goes on from a file after ``saved_after`` steps."""
+    unbroken, resumed = parts(name, dtype), parts(name, dtype)
+    train(*unbroken[:2], range(saved_after), scale)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in unbroken], file)
+    train(*unbroken[:2], range(saved_after, 9), scale)
+    file.seek(0)
+    for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)  # type: ignore[arg-type]
+    train(*resumed[:2], range(saved_after, 9), scale)
+    return resumed, unbroken
+
+
+@pytest.mark.parametrize("saved_after", range(1, 9))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_resumed_training_is_bitwise_the_unbroken_one(name: str, saved_after: int) -> None:
+    """Also between two refreshes, between a decision and the inversion that follows it, and after a layer stopped."""
+    resumed, unbroken = resumed_and_unbroken(name, saved_after)
+    assert_same(state_of(*resumed), state_of(*unbroken))
+    assert any(unbroken[2]._schedule.has_stopped) == name.startswith("stopping")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["natural", "polar", "adam"])
+def test_so_it_is_in_any_precision_and_for_a_loss_of_any_scale(name: str, dtype: torch.dtype, scale: float) -> None:
+    """In half precision too, where moments of the adam mode have more digits than weights."""
+    resumed, unbroken = resumed_and_unbroken(name, 3, dtype, scale)
+    assert_same(state_of(*resumed), state_of(*unbroken))
 
 
 def test_a_copy_between_micro_batches_has_those_that_were_seen() -> None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature
 from lightning_thor.distributed.communicator import SingleProcess
-from lightning_thor.distributed.factor_reducer import FactorReducer, by_layer, by_size, check_split_indices
+from lightning_thor.distributed.factor_reducer import FactorReducer, by_layer, by_size
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.layout import SIDES
 from tests.helpers.boring import without_words
@@ -346,18 +346,6 @@ def test_split_indices_count_as_nn_thor_does() -> None:
     first, second = by_layer([26, 53], has_A)(range(106, -1, -1), [1] * 107)
     assert sum(has_A[layer] for layer in first) == sum(has_A[layer] for layer in second) == 27
     assert (first, second) == (list(range(106, 53, -1)), list(range(53, -1, -1)))
-
-
-@pytest.mark.parametrize("split", [[], [3, 3], [5, 2], [-1, 4]])
-def test_split_indices_that_do_not_increase_are_refused(split: list[int]) -> None:
-    with pytest.raises(ValueError, match="split_indices must not be empty and increase"):
-        check_split_indices(split)
-
-
-@pytest.mark.parametrize("split", ["26", 26, [1.0], [True]])
-def test_split_indices_of_another_type_are_refused(split: Any) -> None:
-    with pytest.raises(TypeError, match="must be a list of ints"):
-        check_split_indices(split)
 
 
 def test_an_index_that_no_layer_has_is_refused() -> None:

@@ -566,18 +566,6 @@ def test_a_checkpoint_of_ranks_that_keep_half_of_the_inverses_goes_on_with_one(t
 # ── the argument ──
 
 
-@pytest.mark.parametrize("value", [True, 1.0, "1", [1]])
-def test_inverse_workers_must_be_an_int(value: Any) -> None:
-    with pytest.raises(TypeError, match="inverse_workers must be an int, or None for all processes, got "):
-        ThorDDPStrategy(inverse_workers=value)
-
-
-@pytest.mark.parametrize("value", [0, -2])
-def test_inverse_workers_must_be_at_least_one(value: int) -> None:
-    with pytest.raises(ValueError, match=f"inverse_workers must be at least 1, got {value}: give a divisor"):
-        ThorDDPStrategy(inverse_workers=value)
-
-
 def test_inverse_workers_that_do_not_divide_the_ranks_are_refused() -> None:
     strategy = ThorDDPStrategy(inverse_workers=4)
     strategy.cluster_environment = LightningEnvironment()

@@ -201,21 +201,6 @@ def test_a_role_that_is_not_used_leaves_the_other_its_own_inverses(silent: str) 
     torch.testing.assert_close(direction, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_the_state_of_a_tied_model_goes_on_bitwise() -> None:
-    model = Tied()
-    curvature = Curvature(model, update_every_n_steps=1)
-    loss(model).backward()
-    curvature.update()
-    resumed = Curvature(model, update_every_n_steps=1)
-    resumed.load_state_dict(curvature.state_dict())
-    loss(model).backward()
-    for each in (curvature, resumed):
-        each.update()
-        assert each.factors.updates.tolist() == [2, 2, 2]
-    kept = [[each.inverses_of(name) for name in each.layers] for each in (resumed, curvature)]
-    torch.testing.assert_close(*kept, rtol=0, atol=0)
-
-
 def test_tables_that_are_tied_are_one_layer() -> None:
     model = nn.ModuleDict({"encoder": nn.Embedding(7, 4), "decoder": nn.Embedding(7, 4)})
     model["decoder"].weight = model["encoder"].weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -210,14 +209,6 @@ def test_a_layer_that_was_silent_is_refreshed_once_it_speaks() -> None:
     assert bool(late["A_inverted"].all())
 
 
-@pytest.mark.parametrize("wrong", ["thor", (0.01,), (0.001, 0.01), (-1, -2), (float("nan"), 0), ("a", "b"), 0.01, True])
-def test_a_rule_that_means_nothing_is_refused(wrong: Any) -> None:
-    with pytest.raises(ValueError, match="trace_rule must be one of THOR, THOR_stop, THOR_NT"):
-        Curvature(net(), trace_rule=wrong)
-    with pytest.raises(ValueError, match="trace_rule must be one of"):
-        ThorCallback(trace_rule=wrong)
-
-
 # ── when ──
 
 
@@ -270,31 +261,6 @@ def test_inversions_follow_their_decisions_at_any_interval(every: int) -> None:
 # ── resume, ranks, Trainer ──
 
 
-@pytest.mark.parametrize("saved_after", range(1, 12))
-def test_a_state_saved_at_any_step_goes_on_bitwise(saved_after: int) -> None:
-    """Also between a decision and the inversion that follows it, and after a layer stopped."""
-
-    def run(curvature: Curvature, model: nn.Module, steps: range) -> None:
-        for step in steps:
-            observe(model, batch(step, 1 + 0.2 * (step % 2)))
-            curvature.update()
-
-    options: dict[str, Any] = {"trace_rule": (0.3, 0.15), "update_every_n_steps": 3, "stagger": saved_after % 2 == 0}
-    model = net()
-    unbroken = Curvature(model, **options)
-    run(unbroken, model, range(saved_after))
-    saved = copy.deepcopy(unbroken.state_dict())
-    run(unbroken, model, range(saved_after, 14))
-    assert any(unbroken._schedule.has_stopped)
-    model = net()
-    resumed = Curvature(model, **options)
-    resumed.load_state_dict(saved)
-    run(resumed, model, range(saved_after, 14))
-    torch.testing.assert_close(
-        without_words(resumed.state_dict()), without_words(unbroken.state_dict()), rtol=0, atol=0
-    )
-
-
 def test_a_fit_with_a_rule_logs_the_share_and_resumes_bitwise(tmp_path: Path) -> None:
     def callback() -> ThorCallback:
         return ThorCallback(update_every_n_steps=3, trace_rule=(0.4, 0.01), summary=False)
@@ -309,17 +275,6 @@ def test_a_fit_with_a_rule_logs_the_share_and_resumes_bitwise(tmp_path: Path) ->
     resumed = trainer(tmp_path, callback(), max_epochs=3)
     resumed.fit(Boring(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
     torch.testing.assert_close(everything(resumed), everything(unbroken), rtol=0, atol=0)
-
-
-@pytest.mark.slow
-def test_two_ranks_decide_alike_and_as_one_rank_does(tmp_path: Path) -> None:
-    from tests.helpers.distributed_workers import one_rank, state, two_ranks
-
-    alone = one_rank(tmp_path, max_epochs=3, trace_rule=(0.2, 0.02))
-    done, turns = (int(alone["curvature"][key]) for key in ("refreshes", "turns"))
-    assert 0 < done < turns
-    for result in two_ranks("trace_rule"):
-        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
 
 
 def test_a_training_with_a_rule_steps_with_the_kept_inverses() -> None:

@@ -222,7 +222,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, clean_proces
     file = results_folder() / mode / "epoch=0.ckpt"
     assert file.is_dir() == (mode == "natural")
     strategy = "thor_fsdp2" if mode == "natural" else consolidated()
-    resumed = train(tmp_path, Sharded((ROWS,), mode=mode), strategy, resume=file)
+    resumed = train(tmp_path, Sharded((ROWS,), mode=mode), strategy, devices=1, resume=file)
     assert resumed["steps"][0] == 5
     torch.testing.assert_close(state(resumed), state(unbroken), rtol=1e-9, atol=1e-9)
 
@@ -394,7 +394,7 @@ def test_the_readmes_sharded_model_trains(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.slow
 def test_a_block_size_that_would_need_a_copy_of_the_module_is_refused(tmp_path: Path, clean_process: None) -> None:
     with pytest.raises(ValueError, match=r'block_size="auto" tries a copy of Sharded.*Give block_size a number'):
-        train(tmp_path, Sharded((ROWS,)), block_size="auto")
+        train(tmp_path, Sharded((ROWS,)), "thor_fsdp2", devices=1, block_size="auto")
 
 
 @pytest.mark.slow

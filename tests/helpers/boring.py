@@ -69,11 +69,9 @@ class Boring(L.LightningModule):
         return self.data()
 
 
-def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    """A quiet Trainer on the CPU with `ThorCallback` (every second step) unless ``callbacks`` bring their own."""
-    if not any(isinstance(callback, ThorCallback) for callback in callbacks):
-        callbacks = (ThorCallback(update_every_n_steps=2, summary=False), *callbacks)
-    quiet: dict[str, Any] = {
+def quiet(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """A Trainer on the CPU that prints, logs and saves nothing."""
+    defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 2,
@@ -83,7 +81,14 @@ def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
         "enable_checkpointing": False,
         "default_root_dir": folder,
     }
-    return L.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+    return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    """As `quiet`, with `ThorCallback` (every second step) unless ``callbacks`` bring their own."""
+    if not any(isinstance(callback, ThorCallback) for callback in callbacks):
+        callbacks = (ThorCallback(update_every_n_steps=2, summary=False), *callbacks)
+    return quiet(folder, *callbacks, **options)
 
 
 def callback_of(trainer: L.Trainer) -> ThorCallback:

@@ -13,11 +13,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -30,8 +32,8 @@ from torch.utils.data import DataLoader
 
 from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, configure_thor
 from lightning_thor.block_size import choose
-from lightning_thor.distributed import process_group
-from tests.helpers.boring import without_words
+from lightning_thor.distributed import dtensor, process_group
+from tests.helpers.boring import quiet, without_words
 from tests.helpers.launching import run
 
 ROWS = 32
@@ -190,11 +192,10 @@ def listed_collectives() -> Iterator[list[Result]]:
 
     names = ("all_reduce", "all_gather_into_tensor", "all_gather_single", "all_to_all_single")
     ops = {name: listed(name) for name in names if hasattr(dist, name)}
-    process_group.dist = SimpleNamespace(**{**vars(dist), **ops})  # type: ignore[assignment]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (process_group, dtensor):
+            patch.setattr(module, "dist", SimpleNamespace(**{**vars(dist), **ops}))
         yield calls
-    finally:
-        process_group.dist = dist
 
 
 def fit(
@@ -219,29 +220,22 @@ def fit(
         trainer_options.setdefault("precision", "64-true")
     with listed_collectives() as calls:
         log = StepLog(calls)
-        trainer = L.Trainer(
-            accelerator="cpu",
+        callback = ThorCallback(
+            update_every_n_steps=3,
+            block_size=block_size,
+            stagger=stagger,
+            trace_rule=trace_rule,
+            loss_reduction=loss_reduction,
+            summary=False,
+        )
+        trainer = quiet(
+            folder,
+            *[callback, log, *([saver] if checkpoints else [])],
             devices=devices,
             strategy=strategy or ("thor_ddp" if devices > 1 else "auto"),
             max_epochs=max_epochs,
-            callbacks=[
-                ThorCallback(
-                    update_every_n_steps=3,
-                    block_size=block_size,
-                    stagger=stagger,
-                    trace_rule=trace_rule,
-                    loss_reduction=loss_reduction,
-                    summary=False,
-                ),
-                log,
-                *([saver] if checkpoints else []),
-            ],
             accumulate_grad_batches=accumulate or module.micro_batches,
-            default_root_dir=folder,
             enable_checkpointing=checkpoints is not None,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             use_distributed_sampler=False,
             **trainer_options,
         )
@@ -269,11 +263,43 @@ def fit(
     }
 
 
-def fit_with_loss_scaling(folder: Path, strategy: Any = None, **options: Any) -> Result:
-    """One epoch in float16; on a CPU ``precision="16-mixed"`` alone would silently mean bfloat16."""
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))  # type: ignore[arg-type]
-    module = Module(HALVES, dtype=torch.float32, **options)
-    return fit(folder, module, strategy=strategy, max_epochs=1, plugins=[plugin])
+OF_MODULE = {"batches", "dtype", "extra", "fail", "micro_batches", "mode", "overflow", "thor"}
+
+
+def training(
+    parts: tuple[int, ...] = HALVES,
+    kind: Callable[..., Module] = Module,
+    by: Callable[..., Result] = fit,
+    *,
+    strategy: str | Callable[[], Any] | None = None,
+    resume: str | Path | None = None,
+    scaled: bool = False,
+    **options: Any,
+) -> Callable[[Path], Result]:
+    """A training, which runs when it is called with a folder.
+
+    Args:
+        parts: rows of the batch that each rank takes.
+        kind: makes the module.
+        by: how it is trained.
+        strategy: its name, or a function that makes it.
+        resume: name of a training of `two_ranks`, or its folder of checkpoints: go on from the end of its first epoch.
+        scaled: train in float16 (on a CPU ``precision="16-mixed"`` alone would silently mean bfloat16), for one epoch.
+        options: of the module (those in `OF_MODULE`), and of `fit`.
+    """
+    if scaled:
+        options = {"max_epochs": 1, "dtype": torch.float32, **options}
+    own = {key: options.pop(key) for key in OF_MODULE & options.keys()}
+
+    def train(folder: Path) -> Result:
+        if scaled:
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # type: ignore[attr-defined]
+            options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
+        start = None if resume is None else Path(os.environ.get("TWO_RANKS", folder)) / resume / "epoch=0.ckpt"
+        made = strategy() if callable(strategy) else strategy
+        return by(folder, kind(parts, **own), devices=len(parts), strategy=made, resume=start, **options)
+
+    return train
 
 
 def fit_with_a_block_size_that_each_rank_would_choose_differently(folder: Path) -> Result:
@@ -344,8 +370,12 @@ QUARTERS = (8, 8, 8, 8)
 UNUSED = "thor_ddp_find_unused_parameters_true"
 
 
-def keeping(n_workers: int, **options: Any) -> ThorDDPStrategy:
-    return ThorDDPStrategy(inverse_workers=n_workers, **options)
+IN_WINDOW = {"scaled": True, "batches": (0, 1, 2, 3, 4, 5), "overflow": 3}
+"""Batch 3 would be the fourth applied step, in which a refresh is due."""
+
+
+def keeping(n_workers: int, **options: Any) -> Callable[[], ThorDDPStrategy]:
+    return partial(ThorDDPStrategy, inverse_workers=n_workers, **options)
 
 
 def in_buckets(**options: Any) -> ThorDDPStrategy:
@@ -353,75 +383,53 @@ def in_buckets(**options: Any) -> ThorDDPStrategy:
 
 
 TRAININGS: dict[str, Callable[[Path], Result]] = {
-    "halves": lambda folder: fit(folder, Module(HALVES), max_epochs=3, checkpoints="halves"),
-    "halves_ddp": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy="ddp"),
-    "resumed": lambda folder: fit(folder, Module(HALVES), max_epochs=3, resume=folder / "halves" / "epoch=0.ckpt"),
-    "staggered": lambda folder: fit(folder, Module(HALVES), max_epochs=3, stagger=True),
-    "polar": lambda folder: fit(folder, Module(HALVES, mode="polar"), max_epochs=2, strategy=in_buckets()),
-    "adam": lambda folder: fit(folder, Module(HALVES, mode="adam"), max_epochs=2, strategy=in_buckets()),
-    "trace_rule": lambda folder: fit(folder, Module(HALVES), max_epochs=3, trace_rule=(0.2, 0.02)),
-    "quarters": lambda folder: fit(folder, Module(HALVES, micro_batches=2)),
-    "unequal": lambda folder: fit(folder, Module((10, 22)), max_steps=1),
-    # Batch 3 would be the fourth applied step, in which a refresh is due.
-    "overflow": lambda folder: fit_with_loss_scaling(folder, batches=(0, 1, 2, 3, 4, 5), overflow=3),
-    "overflow_left_out": lambda folder: fit_with_loss_scaling(folder, batches=(0, 1, 2, 4, 5)),
-    "unused": lambda folder: fit(folder, Module(HALVES, extra=on_the_first_rank), strategy=UNUSED, max_epochs=1),
-    "unused_once": lambda folder: fit(folder, Module(HALVES, extra=on_the_first_rank), strategy=UNUSED, max_steps=1),
+    "halves": training(max_epochs=3, checkpoints="halves"),
+    "halves_ddp": training(max_epochs=3, strategy="ddp"),
+    "resumed": training(max_epochs=3, resume="halves"),
+    "staggered": training(max_epochs=3, stagger=True),
+    "polar": training(mode="polar", strategy=in_buckets),
+    "adam": training(mode="adam", strategy=in_buckets),
+    "trace_rule": training(max_epochs=3, trace_rule=(0.2, 0.02)),
+    "quarters": training(micro_batches=2),
+    "unequal": training((10, 22), max_steps=1),
+    "overflow": training(**IN_WINDOW),
+    "overflow_left_out": training(scaled=True, batches=(0, 1, 2, 4, 5)),
+    "unused": training(extra=on_the_first_rank, strategy=UNUSED, max_epochs=1),
+    "unused_once": training(extra=on_the_first_rank, strategy=UNUSED, max_steps=1),
     # A refresh is due at batches 0, 3, 2, 1 of three epochs.
-    "buckets": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=in_buckets()),
-    "split": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=ThorDDPStrategy(split_indices=[0, 2])),
-    "static": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=in_buckets(static_graph=True)),
-    "irregular": lambda folder: fit(
-        folder, Module(HALVES, extra=irregular), max_epochs=3, strategy=in_buckets(find_unused_parameters=True)
-    ),
-    "irregular_ddp": lambda folder: fit(
-        folder, Module(HALVES, extra=irregular), max_epochs=3, strategy="ddp_find_unused_parameters_true"
-    ),
+    "buckets": training(max_epochs=3, strategy=in_buckets),
+    "split": training(max_epochs=3, strategy=partial(ThorDDPStrategy, split_indices=[0, 2])),
+    "static": training(max_epochs=3, strategy=partial(in_buckets, static_graph=True)),
+    "irregular": training(extra=irregular, max_epochs=3, strategy=partial(in_buckets, find_unused_parameters=True)),
+    "irregular_ddp": training(extra=irregular, max_epochs=3, strategy="ddp_find_unused_parameters_true"),
     "auto": fit_with_a_block_size_that_each_rank_would_choose_differently,
-    "micro_batches_in_buckets": lambda folder: fit(folder, Module(HALVES, micro_batches=2), strategy=in_buckets()),
+    "micro_batches_in_buckets": training(micro_batches=2, strategy=in_buckets),
     "plain_loop": plain_loop,
-    "all_nobody": lambda folder: fit(folder, Module(HALVES, extra=nobody_at_times), strategy=UNUSED),
-    "one": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=keeping(1), checkpoints="one"),
-    "one_polar": lambda folder: fit(folder, Module(HALVES, mode="polar"), strategy=keeping(1)),
-    "one_staggered": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=keeping(1), stagger=True),
-    "one_trace_rule": lambda folder: fit(
-        folder, Module(HALVES), max_epochs=3, strategy=keeping(1), trace_rule=(0.2, 0.02)
-    ),
-    "one_quarters": lambda folder: fit(folder, Module(HALVES, micro_batches=2), strategy=keeping(1)),
-    "one_overflow": lambda folder: fit_with_loss_scaling(folder, keeping(1), batches=(0, 1, 2, 3, 4, 5), overflow=3),
-    "one_nobody": lambda folder: fit(
-        folder, Module(HALVES, extra=nobody_at_times), strategy=keeping(1, find_unused_parameters=True)
-    ),
-    "one_resumed": lambda folder: fit(
-        folder, Module(HALVES), max_epochs=3, strategy=keeping(1), resume=folder / "one" / "epoch=0.ckpt"
-    ),
-    "one_from_all": lambda folder: fit(
-        folder, Module(HALVES), max_epochs=3, strategy=keeping(1), resume=folder / "halves" / "epoch=0.ckpt"
-    ),
-    "all_from_one": lambda folder: fit(folder, Module(HALVES), max_epochs=3, resume=folder / "one" / "epoch=0.ckpt"),
-    "two": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=keeping(2)),
+    "all_nobody": training(extra=nobody_at_times, strategy=UNUSED),
+    "one": training(max_epochs=3, strategy=keeping(1), checkpoints="one"),
+    "one_polar": training(mode="polar", strategy=keeping(1)),
+    "one_staggered": training(max_epochs=3, strategy=keeping(1), stagger=True),
+    "one_trace_rule": training(max_epochs=3, strategy=keeping(1), trace_rule=(0.2, 0.02)),
+    "one_quarters": training(micro_batches=2, strategy=keeping(1)),
+    "one_overflow": training(strategy=keeping(1), **IN_WINDOW),
+    "one_nobody": training(extra=nobody_at_times, strategy=keeping(1, find_unused_parameters=True)),
+    "one_resumed": training(max_epochs=3, strategy=keeping(1), resume="one"),
+    "one_from_all": training(max_epochs=3, strategy=keeping(1), resume="halves"),
+    "all_from_one": training(max_epochs=3, resume="one"),
+    "two": training(max_epochs=3, strategy=keeping(2)),
+}
+FOUR: dict[str, Callable[[Path], Result]] = {
+    "four": training(QUARTERS, max_epochs=3, strategy=in_buckets),
+    "four_resumed": training(QUARTERS, max_epochs=3, resume="halves"),
+    "four_one": training(QUARTERS, strategy=keeping(1)),
+    "four_two": training(QUARTERS, strategy=keeping(2)),
+    "four_two_polar": training(QUARTERS, mode="polar", strategy=keeping(2)),
+    "four_four": training(QUARTERS, max_epochs=3, strategy=partial(in_buckets, inverse_workers=4)),
+    "four_two_resumed": training(QUARTERS, max_epochs=3, strategy=keeping(2), resume="one"),
 }
 NAMED_ONLY: dict[str, Callable[[Path], Result]] = {
-    "four": lambda folder: fit(folder, Module(QUARTERS), devices=4, max_epochs=3, strategy=in_buckets()),
-    "four_resumed": lambda folder: fit(
-        folder, Module(QUARTERS), devices=4, max_epochs=3, resume=Path(os.environ["TWO_RANKS"]) / "halves/epoch=0.ckpt"
-    ),
-    "four_one": lambda folder: fit(folder, Module(QUARTERS), devices=4, strategy=keeping(1)),
-    "four_two": lambda folder: fit(folder, Module(QUARTERS), devices=4, strategy=keeping(2)),
-    "four_two_polar": lambda folder: fit(folder, Module(QUARTERS, mode="polar"), devices=4, strategy=keeping(2)),
-    "four_four": lambda folder: fit(
-        folder, Module(QUARTERS), devices=4, max_epochs=3, strategy=in_buckets(inverse_workers=4)
-    ),
-    "four_two_resumed": lambda folder: fit(
-        folder,
-        Module(QUARTERS),
-        devices=4,
-        max_epochs=3,
-        strategy=keeping(2),
-        resume=Path(os.environ["TWO_RANKS"]) / "one/epoch=0.ckpt",
-    ),
-    "three_of_four": lambda folder: fit(folder, Module(QUARTERS), devices=4, strategy=keeping(3)),
-    "dies": lambda folder: fit(folder, Module(HALVES, fail=dies), strategy=in_buckets()),
+    "three_of_four": training(QUARTERS, strategy=keeping(3)),
+    "dies": training(fail=dies, strategy=in_buckets),
 }
 
 
@@ -438,28 +446,15 @@ def torchrun(n_ranks: int, folder: Path, *names: str) -> tuple[int, str]:
     return run([*launcher, __file__, str(folder), *names], TWO_RANKS=str(results_folder()))
 
 
-FOUR = (
-    "four",
-    "four_resumed",
-    "four_one",
-    "four_two",
-    "four_two_polar",
-    "four_four",
-    "four_two_resumed",
-    "four_texts",
-    "four_all_at_once_resumed",
-)
-
-
 @functools.lru_cache(maxsize=1)
 def launched_four() -> tuple[tempfile.TemporaryDirectory[str], int, str]:
-    """As `launched`, for the trainings of `FOUR` on four ranks; with the exit status."""
+    """As `launched`, for those on four ranks; with the exit status."""
     folder = tempfile.TemporaryDirectory(prefix="lightning_thor_four_ranks_")
-    return folder, *torchrun(4, Path(folder.name), *FOUR)
+    return folder, *torchrun(4, Path(folder.name), *all_trainings()[1])
 
 
 def four_ranks(name: str) -> list[Result]:
-    """What the training ``name`` of `FOUR` gave on each of four ranks."""
+    """What the training ``name`` gave on each of four ranks."""
     folder, _, printed = launched_four()
     return results(Path(folder.name), name, 4, printed)
 
@@ -483,8 +478,8 @@ def two_ranks(name: str) -> list[Result]:
 
 
 def one_rank(folder: Path, **options: Any) -> Result:
-    """What `fit` gives on one rank, which takes whole batches."""
-    return fit(folder, Module((ROWS,)), devices=1, **options)
+    """What a `training` gives on one rank, which takes whole batches."""
+    return training((ROWS,), **options)(folder)
 
 
 def state(result: Result, *without: str) -> Result:
@@ -493,15 +488,23 @@ def state(result: Result, *without: str) -> Result:
     return {name: without_words(result[name]) for name in names if name not in without}
 
 
-def train(folder: Path, *names: str) -> None:
-    """Run these trainings, or all that `two_ranks` may be asked for, and save what came out of each."""
+def all_trainings() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """By name: those of two ranks, those of four, and those that run only when they are named."""
     # These are made of what is in this file.
     from tests.helpers import endings, option_trainings, text_trainings
 
-    trainings = TRAININGS | option_trainings.TRAININGS | text_trainings.TRAININGS
-    named_only = NAMED_ONLY | option_trainings.NAMED_ONLY | text_trainings.NAMED_ONLY | endings.NAMED_ONLY
-    for name in names or trainings:
-        result = (trainings | named_only)[name](folder)
+    return (
+        TRAININGS | option_trainings.TRAININGS | text_trainings.TRAININGS,
+        FOUR | option_trainings.FOUR | text_trainings.FOUR,
+        NAMED_ONLY | option_trainings.NAMED_ONLY | endings.NAMED_ONLY,
+    )
+
+
+def train(folder: Path, *names: str) -> None:
+    """Run these trainings, or all that `two_ranks` may be asked for, and save what came out of each."""
+    two, four, named_only = all_trainings()
+    for name in names or two:
+        result = (two | four | named_only)[name](folder)
         torch.save(result, folder / f"{name}-{dist.get_rank()}.pt")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ from torch.nn import functional as F
 
 from lightning_thor import ThorCallback, ThorDDPStrategy
 from tests.helpers import outside_strategy
+from tests.helpers.boring import quiet
 from tests.helpers.distributed_workers import (
     HALVES,
+    IN_WINDOW,
     QUARTERS,
     Module,
     Net,
     Result,
     fit,
-    fit_with_loss_scaling,
     in_buckets,
+    training,
 )
 from tests.helpers.watch import Watch
 
@@ -88,36 +91,12 @@ class Plain(Module):
 def counted(folder: Path, module: Module, strategy: Any, *callbacks: L.Callback) -> Result:
     """One epoch; a refresh is due in its batches 0 and 3, if at all."""
     counts = Counted()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        max_epochs=1,
-        precision="64-true",
-        callbacks=[*callbacks, counts],
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(module)
+    options = {"precision": "64-true", "max_epochs": 1, "use_distributed_sampler": False}
+    quiet(folder, *callbacks, counts, devices=2, strategy=strategy, **options).fit(module)
     return {"passes": counts.passes, "messages": counts.messages}
 
 
-def fit_all_at_once(folder: Path, parts: tuple[int, ...] = HALVES, strategy: Any = None, **options: Any) -> Result:
-    """Polar, staggered and with a trace rule; in buckets, unless a strategy is given."""
-    return fit(
-        folder,
-        Module(parts, mode="polar"),
-        devices=len(parts),
-        max_epochs=4,
-        stagger=True,
-        trace_rule=(0.2, 0.02),
-        strategy=strategy or (in_buckets() if len(parts) > 1 else None),
-        **options,
-    )
+ALL_AT_ONCE = {"mode": "polar", "max_epochs": 4, "stagger": True, "trace_rule": (0.2, 0.02)}
 
 
 def fit_requeued(folder: Path) -> Result:
@@ -126,43 +105,33 @@ def fit_requeued(folder: Path) -> Result:
     return fit(folder / "requeued", Module(HALVES), max_epochs=3)
 
 
-def saved_by_two(name: str) -> Path:
-    """The checkpoint after the first epoch of a training of `two_ranks`."""
-    return Path(os.environ["TWO_RANKS"]) / name / "epoch=0.ckpt"
-
-
+VIEW: Any = {"gradient_as_bucket_view": True}
 TRAININGS: dict[str, Callable[[Path], Result]] = {
-    "my_ddp": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=outside_strategy.NAME),
-    "view": lambda folder: fit(folder, Module(HALVES), max_epochs=3, strategy=in_buckets(gradient_as_bucket_view=True)),
-    "view_ddp": lambda folder: fit(
-        folder, Module(HALVES), max_epochs=3, strategy=DDPStrategy(gradient_as_bucket_view=True)
+    "my_ddp": training(max_epochs=3, strategy=outside_strategy.NAME),
+    "view": training(max_epochs=3, strategy=partial(in_buckets, **VIEW)),
+    "view_ddp": training(max_epochs=3, strategy=partial(DDPStrategy, **VIEW)),
+    "polar_view": training(mode="polar", strategy=partial(in_buckets, **VIEW)),
+    "polar_view_ddp": training(mode="polar", strategy=partial(DDPStrategy, **VIEW)),
+    "compressed": training(kind=Compressed, max_epochs=3, strategy=in_buckets),
+    "compressed_ddp": training(kind=Compressed, max_epochs=3, strategy="ddp"),
+    "crossed": training(
+        kind=lambda parts: Module(parts, net=Crossed()),
+        max_epochs=3,
+        strategy=partial(ThorDDPStrategy, factor_bucket_mb=1e-6),
     ),
-    "polar_view": lambda folder: fit(
-        folder, Module(HALVES, mode="polar"), strategy=in_buckets(gradient_as_bucket_view=True)
-    ),
-    "polar_view_ddp": lambda folder: fit(
-        folder, Module(HALVES, mode="polar"), strategy=DDPStrategy(gradient_as_bucket_view=True)
-    ),
-    "compressed": lambda folder: fit(folder, Compressed(HALVES), max_epochs=3, strategy=in_buckets()),
-    "compressed_ddp": lambda folder: fit(folder, Compressed(HALVES), max_epochs=3, strategy="ddp"),
-    "crossed": lambda folder: fit(
-        folder, Module(HALVES, net=Crossed()), max_epochs=3, strategy=ThorDDPStrategy(factor_bucket_mb=1e-6)
-    ),
-    "crossed_ddp": lambda folder: fit(folder, Module(HALVES, net=Crossed()), max_epochs=3, strategy="ddp"),
+    "crossed_ddp": training(kind=lambda parts: Module(parts, net=Crossed()), max_epochs=3, strategy="ddp"),
     # Windows of 3 batches and of 1.
-    "odd": lambda folder: fit(folder, Module(HALVES), max_epochs=3, accumulate=3, strategy=in_buckets()),
-    "all_at_once": lambda folder: fit_all_at_once(folder, checkpoints="all_at_once"),
-    "all_at_once_resumed": lambda folder: fit_all_at_once(folder, resume=folder / "all_at_once/epoch=0.ckpt"),
-    "all_at_once_ddp": lambda folder: fit_all_at_once(folder, strategy="ddp"),
-    "overflow_ddp": lambda folder: fit_with_loss_scaling(
-        folder, strategy="ddp", batches=(0, 1, 2, 3, 4, 5), overflow=3
-    ),
+    "odd": training(max_epochs=3, accumulate=3, strategy=in_buckets),
+    "all_at_once": training(checkpoints="all_at_once", strategy=in_buckets, **ALL_AT_ONCE),
+    "all_at_once_resumed": training(resume="all_at_once", strategy=in_buckets, **ALL_AT_ONCE),
+    "all_at_once_ddp": training(strategy="ddp", **ALL_AT_ONCE),
+    "overflow_ddp": training(strategy="ddp", **IN_WINDOW),
     "counted": lambda folder: counted(
         folder, Module(HALVES), in_buckets(), ThorCallback(update_every_n_steps=3, block_size=8, summary=False)
     ),
     "counted_sgd": lambda folder: counted(folder, Plain(HALVES), "ddp"),
 }
-NAMED_ONLY: dict[str, Callable[[Path], Result]] = {
-    "four_all_at_once_resumed": lambda folder: fit_all_at_once(folder, QUARTERS, resume=saved_by_two("all_at_once")),
-    "requeued": fit_requeued,
+FOUR: dict[str, Callable[[Path], Result]] = {
+    "four_all_at_once_resumed": training(QUARTERS, resume="all_at_once", strategy=in_buckets, **ALL_AT_ONCE),
 }
+NAMED_ONLY: dict[str, Callable[[Path], Result]] = {"requeued": fit_requeued}

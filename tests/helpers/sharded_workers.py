@@ -11,16 +11,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateFinder
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_thor import Thor, ThorCallback, ThorModelParallelStrategy
-from tests.helpers.distributed_workers import HALVES, QUARTERS, ROWS, STEPS_PER_EPOCH, Module, Net, Result, fit
+from lightning_thor import Thor, ThorCallback, ThorDDPStrategy, ThorModelParallelStrategy
+from tests.helpers.boring import quiet
+from tests.helpers.distributed_workers import (
+    HALVES,
+    IN_WINDOW,
+    QUARTERS,
+    ROWS,
+    STEPS_PER_EPOCH,
+    Module,
+    Net,
+    Result,
+    fit,
+    training,
+)  # fmt: skip
 from tests.helpers.full_disks import SavesOntoAFullDisk
 from tests.helpers.launching import fork, run
 
@@ -53,13 +63,13 @@ class Sharded(Module):
     """Trains `Words`, sharded where the strategy has a mesh.
 
     Args:
-        options: of `configure_thor`.
+        thor: options of the optimizer's groups.
     """
 
-    def __init__(self, parts: tuple[int, ...], options: dict[str, Any] | None = None, **others: Any) -> None:
+    def __init__(self, parts: tuple[int, ...], thor: dict[str, Any] | None = None, **others: Any) -> None:
         super().__init__(parts, **others)
         self.net = Words().to(others.get("dtype", torch.float64))
-        self.options = options or {}
+        self.thor = thor or {}
         self.kinds: set[str] = set()
 
     def configure_model(self) -> None:
@@ -71,7 +81,7 @@ class Sharded(Module):
     def configure_optimizers(self) -> Any:
         found, schedules = super().configure_optimizers()
         for group in found[0].param_groups:
-            group.update(self.options)
+            group.update(self.thor)
         return found, schedules
 
 
@@ -109,17 +119,19 @@ class Growing(Sharded):
         self.trainer.accumulate_grad_batches = 1 + min(self.trainer.current_epoch, 1)
 
 
-def train(
-    folder: Path, module: Sharded, strategy: str | ThorModelParallelStrategy = "thor_fsdp2", **options: Any
-) -> Any:
+def train(folder: Path, module: Sharded, strategy: Any, **options: Any) -> Any:
     """As `fit`, and how the momentum lies at its end."""
-    n = len(module.parts)
     if isinstance(strategy, ThorModelParallelStrategy):
         options["precision"] = "32-true"
-    result = fit(folder, module, devices=n, strategy=strategy, **options)
+    result = fit(folder, module, strategy=strategy, **options)
     momenta = [state.get("momentum_buffer") for state in module.optimizers().optimizer.state.values()]
     rows = [tuple(one.to_local().shape) for one in momenta if isinstance(one, DTensor)]
     return result | {"n_momenta": len([one for one in momenta if one is not None]), "shards": rows}
+
+
+def sharded(parts: tuple[int, ...] = HALVES, kind: Any = Sharded, **options: Any) -> Callable[[Path], Result]:
+    """A `training` of a sharded model."""
+    return training(parts, kind, train, **{"strategy": "thor_fsdp2", **options})
 
 
 def consolidated() -> ThorModelParallelStrategy:
@@ -142,14 +154,13 @@ def in_buckets() -> ThorModelParallelStrategy:
     return ThorModelParallelStrategy(factor_bucket_mb=1e-6)
 
 
-def on_a_full_disk(folder: Path, name: str, when: str, ranks: tuple[int, ...], strategy: Any) -> Result:
+def on_a_full_disk(name: str, when: str, ranks: tuple[int, ...], strategy: Any, folder: Path) -> Result:
     """What a callback found that saves in the middle of a fit onto a disk that is full for some ranks."""
     saver = SavesOntoAFullDisk(folder / name, when, ranks)
     module = Sharded(HALVES, dtype=torch.float32)
-    trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, callbacks=[ThorCallback(summary=False), saver],
-        default_root_dir=folder, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, use_distributed_sampler=False,
+    trainer = quiet(
+        folder, ThorCallback(summary=False), saver, devices=2, strategy=strategy(), max_epochs=1,
+        use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module)
     return {"error": saver.error, "found": saver.found, "step_of_last": saver.step_of_last}
@@ -162,14 +173,6 @@ def irregular(rank: int, number: int) -> int:
 
 def never(rank: int, number: int) -> int:
     return 0
-
-
-def with_loss_scaling(folder: Path, max_epochs: int = 1, resume: Path | None = None, **options: Any) -> Any:
-    """As `tests.helpers.distributed_workers.fit_with_loss_scaling`."""
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))  # type: ignore[arg-type]
-    checkpoints = options.pop("checkpoints", None)
-    module = Sharded(HALVES, dtype=torch.float32, **options)
-    return train(folder, module, max_epochs=max_epochs, resume=resume, checkpoints=checkpoints, plugins=[plugin])
 
 
 KL = {"match_rms": None, "kl_clip": 1e-7, "weight_decay": 0.1, "decoupled_weight_decay": False, "clip_norm": 0.02}
@@ -200,72 +203,56 @@ def begin(name: str, folder: Path) -> Result:
 
 
 def go_on(name: str, folder: Path, file: str = "epoch=0.ckpt") -> Result:
-    return train(folder, MODULES[name](HALVES), max_epochs=3, resume=folder / name / file)
+    return train(folder, MODULES[name](HALVES), "thor_fsdp2", devices=2, max_epochs=3, resume=folder / name / file)
 
 
 ONE: dict[str, Callable[[Path], Result]] = {name: partial(begin, name) for name in MODULES}
+UNMOVED: Any = {"thor": {"momentum": 0.0}}
 TWO: dict[str, Callable[[Path], Result]] = {
-    "natural": lambda folder: train(folder, Sharded(HALVES), max_epochs=3, checkpoints="natural"),
-    "polar": lambda folder: train(folder, Sharded(HALVES, mode="polar"), consolidated(), checkpoints="polar"),
-    "resumed": lambda folder: train(folder, Sharded(HALVES), max_epochs=3, resume=folder / "natural" / "epoch=0.ckpt"),
-    "polar_resumed": lambda folder: train(
-        folder, Sharded(HALVES, mode="polar"), consolidated(), resume=folder / "polar" / "epoch=0.ckpt"
-    ),
-    "one_file": lambda folder: train(folder, Sharded(HALVES), consolidated(), max_epochs=3, checkpoints="one_file"),
-    "one_file_resumed": lambda folder: train(
-        folder, Sharded(HALVES), consolidated(), max_epochs=3, resume=folder / "one_file" / "epoch=0.ckpt"
-    ),
-    "searching": lambda folder: train(folder, Searching(HALVES), max_epochs=3),
-    "searching_in_one_file": lambda folder: train(folder, Searching(HALVES), consolidated(), max_epochs=3),
-    "micro_batches": lambda folder: train(folder, Sharded(HALVES, micro_batches=2)),
-    "kl_clip": lambda folder: train(folder, Sharded(HALVES, KL), gradient_clip_val=0.05),
-    "no_momentum": lambda folder: train(
-        folder, Sharded(HALVES, {"momentum": 0.0}), max_epochs=1, checkpoints="no_momentum"
-    ),
-    "unused": lambda folder: train(folder, Sharded(HALVES, extra=never), checkpoints="unused"),
-    "unused_resumed": lambda folder: train(
-        folder, Sharded(HALVES, extra=never), resume=folder / "unused" / "epoch=0.ckpt"
-    ),
-    "overflow": lambda folder: with_loss_scaling(folder, batches=(0, 1, 2, 3, 4, 5), overflow=3),
-    "overflow_left_out": lambda folder: with_loss_scaling(folder, batches=(0, 1, 2, 4, 5)),
-    "scaled": lambda folder: with_loss_scaling(folder, batches=(0, 1, 2), checkpoints="scaled"),
-    "overflow_resumed": lambda folder: with_loss_scaling(
-        folder, 2, folder / "scaled" / "epoch=0.ckpt", batches=(0, 1, 2), overflow=0
-    ),
-    "bf16": lambda folder: train(folder, Sharded(HALVES, **BF16), max_epochs=1, precision="bf16-mixed"),
-    "in_buckets": lambda folder: train(folder, Sharded(HALVES), in_buckets(), max_epochs=3),
-    "in_the_step": lambda folder: train(folder, Sharded(HALVES), InTheStep(), max_epochs=3),
-    "split": lambda folder: train(folder, Sharded(HALVES), ThorModelParallelStrategy(split_indices=[0]), max_epochs=3),
-    "irregular_in_buckets": lambda folder: train(folder, Sharded(HALVES, extra=irregular), in_buckets(), max_epochs=3),
-    "irregular_in_the_step": lambda folder: train(folder, Sharded(HALVES, extra=irregular), InTheStep(), max_epochs=3),
-    "micro_batches_in_buckets": lambda folder: train(folder, Sharded(HALVES, micro_batches=2), in_buckets()),
-    "growing_in_buckets": lambda folder: train(folder, Growing(HALVES, micro_batches=2), in_buckets()),
-    "growing_in_the_step": lambda folder: train(folder, Growing(HALVES, micro_batches=2), InTheStep()),
-    "full_disk_of_shards": lambda folder: on_a_full_disk(
-        folder, "full_disk_of_shards", "shards", (0, 1), ThorModelParallelStrategy()
-    ),
-    "full_disk_of_the_last_rank": lambda folder: on_a_full_disk(
-        folder, "full_disk_of_the_last_rank", "shards", (1,), ThorModelParallelStrategy()
-    ),
-    "full_disk_of_metadata": lambda folder: on_a_full_disk(
-        folder, "full_disk_of_metadata", "metadata", (0,), ThorModelParallelStrategy()
-    ),
-    "full_disk_of_one_file": lambda folder: on_a_full_disk(
-        folder, "full_disk_of_one_file", "file", (0,), consolidated()
-    ),
-    "full_disk_of_ddp": lambda folder: on_a_full_disk(folder, "full_disk_of_ddp", "file", (0,), "thor_ddp"),
+    "natural": sharded(max_epochs=3, checkpoints="natural"),
+    "polar": sharded(mode="polar", strategy=consolidated, checkpoints="polar"),
+    "resumed": sharded(max_epochs=3, resume="natural"),
+    "polar_resumed": sharded(mode="polar", strategy=consolidated, resume="polar"),
+    "one_file": sharded(max_epochs=3, strategy=consolidated, checkpoints="one_file"),
+    "one_file_resumed": sharded(max_epochs=3, strategy=consolidated, resume="one_file"),
+    "searching": sharded(kind=Searching, max_epochs=3),
+    "searching_in_one_file": sharded(kind=Searching, max_epochs=3, strategy=consolidated),
+    "micro_batches": sharded(micro_batches=2),
+    "kl_clip": sharded(thor=KL, gradient_clip_val=0.05),
+    "no_momentum": sharded(max_epochs=1, checkpoints="no_momentum", **UNMOVED),
+    "unused": sharded(extra=never, checkpoints="unused"),
+    "unused_resumed": sharded(extra=never, resume="unused"),
+    "overflow": sharded(**IN_WINDOW),
+    "overflow_left_out": sharded(scaled=True, batches=(0, 1, 2, 4, 5)),
+    "scaled": sharded(scaled=True, batches=(0, 1, 2), checkpoints="scaled"),
+    "overflow_resumed": sharded(scaled=True, max_epochs=2, batches=(0, 1, 2), overflow=0, resume="scaled"),
+    "bf16": sharded(max_epochs=1, precision="bf16-mixed", **BF16),
+    "in_buckets": sharded(max_epochs=3, strategy=in_buckets),
+    "in_the_step": sharded(max_epochs=3, strategy=InTheStep),
+    "split": sharded(max_epochs=3, strategy=partial(ThorModelParallelStrategy, split_indices=[0])),
+    "irregular_in_buckets": sharded(extra=irregular, max_epochs=3, strategy=in_buckets),
+    "irregular_in_the_step": sharded(extra=irregular, max_epochs=3, strategy=InTheStep),
+    "micro_batches_in_buckets": sharded(micro_batches=2, strategy=in_buckets),
+    "growing_in_buckets": sharded(kind=Growing, micro_batches=2, strategy=in_buckets),
+    "growing_in_the_step": sharded(kind=Growing, micro_batches=2, strategy=InTheStep),
+    **{
+        f"full_disk_of_{name}": partial(on_a_full_disk, f"full_disk_of_{name}", when, ranks, strategy)
+        for name, when, ranks, strategy in (
+            ("shards", "shards", (0, 1), ThorModelParallelStrategy),
+            ("the_last_rank", "shards", (1,), ThorModelParallelStrategy),
+            ("metadata", "metadata", (0,), ThorModelParallelStrategy),
+            ("one_file", "file", (0,), consolidated),
+            ("ddp", "file", (0,), ThorDDPStrategy),
+        )
+    },
     **{f"{name}_goes_on": partial(go_on, name) for name in MODULES},
     "alone_grouped_of_old_goes_on": partial(go_on, "alone_grouped", file="old.ckpt"),
 }
 FOUR: dict[str, Callable[[Path], Result]] = {
-    "four": lambda folder: train(folder, Sharded(QUARTERS), max_epochs=3),
-    "four_polar": lambda folder: train(folder, Sharded(QUARTERS, mode="polar")),
-    "four_resumed": lambda folder: train(
-        folder, Sharded(QUARTERS), max_epochs=3, resume=folder / "natural" / "epoch=0.ckpt"
-    ),
-    "four_polar_resumed": lambda folder: train(
-        folder, Sharded(QUARTERS, mode="polar"), consolidated(), resume=folder / "polar" / "epoch=0.ckpt"
-    ),
+    "four": sharded(QUARTERS, max_epochs=3),
+    "four_polar": sharded(QUARTERS, mode="polar"),
+    "four_resumed": sharded(QUARTERS, max_epochs=3, resume="natural"),
+    "four_polar_resumed": sharded(QUARTERS, mode="polar", strategy=consolidated, resume="polar"),
 }
 
 

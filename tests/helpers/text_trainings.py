@@ -116,6 +116,6 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
 }
 if importlib.util.find_spec("transformers") is not None:
     TRAININGS["unequal_t5"] = lambda folder: train(folder, T5(), UNEQUAL, summed=True)
-NAMED_ONLY: dict[str, Callable[[Path], Result]] = {
+FOUR: dict[str, Callable[[Path], Result]] = {
     "four_texts": lambda folder: train(folder, Text(), (3, 9, 13, 7), summed=True),
 }

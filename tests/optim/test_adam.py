@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -322,25 +321,6 @@ def test_the_scale_of_the_loss_hardly_matters() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_copy_of_the_optimizers_state_goes_on_alike(dtype: torch.dtype) -> None:
-    """In half precision too, where moments have more digits than weights."""
-
-    def start() -> tuple[nn.Module, Curvature, Thor]:
-        model = net().to(dtype)
-        curvature = Curvature(model, mode="adam", update_every_n_steps=2)
-        return model, curvature, Thor(model.parameters(), lr=0.01, mode="adam", preconditioner=curvature)
-
-    model, curvature, optimizer = start()
-    trained(model, optimizer, steps=3)
-    states = copy.deepcopy((model.state_dict(), curvature.state_dict(), optimizer.state_dict()))
-    expected = trained(model, optimizer, steps=3)
-    other, its_curvature, its_optimizer = start()
-    for one, state in zip((other, its_curvature, its_optimizer), states, strict=True):
-        one.load_state_dict(state)
-    torch.testing.assert_close(trained(other, its_optimizer, steps=3), expected, rtol=0, atol=0)
-
-
 def test_a_state_goes_on_in_another_precision() -> None:
     """As of `torch.optim.AdamW`: with weights of half the digits or of twice as many."""
     states = []
@@ -389,26 +369,6 @@ def test_a_moment_is_carried_to_a_new_basis_in_a_step_in_which_its_parameter_has
 
 
 # ── what cannot be ──
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"kl_clip": 1e-3, "match_rms": None}, "kl_clip is for natural directions"),
-        ({"beta2": 1.0}, "beta2 must lie in"),
-        ({"beta2": "0.9"}, "beta2 must be a number"),
-    ],
-)
-def test_options_that_do_not_go_with_it_are_told(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Thor(net().parameters(), mode="adam", **options)
-
-
-def test_it_is_the_mode_of_all_groups_or_of_none() -> None:
-    first, *others = net().parameters()
-    groups = [{"params": [first], "mode": "adam"}, {"params": others}]
-    with pytest.raises(ValueError, match="must be that of all parameter groups, got adam, natural"):
-        Thor(groups)
 
 
 def test_a_curvature_of_another_mode_is_told() -> None:

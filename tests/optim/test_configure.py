@@ -43,13 +43,6 @@ def test_nothing_to_train_is_told() -> None:
         configure_thor(nn.Linear(2, 2).requires_grad_(False))
 
 
-def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(TypeError, match="damping"):
-        configure_thor(nn.Linear(2, 2), damping=0.1)
-    with pytest.raises(ValueError, match="lr must be 0 or greater, got -1"):
-        configure_thor(nn.Linear(2, 2), lr=-1)
-
-
 def make_momenta(optimizer: Thor) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -278,21 +278,6 @@ def test_a_group_of_natural_mode_beside_a_polar_one_takes_the_natural_steps() ->
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
-def test_a_resumed_plain_loop_is_bitwise_the_unbroken_one() -> None:
-    model, curvature, optimizer = fresh(nesterov=True)
-    trained(model, curvature, optimizer, range(5))
-    file = io.BytesIO()
-    torch.save((model.state_dict(), optimizer.state_dict(), curvature.state_dict()), file)
-    expected = trained(model, curvature, optimizer, range(5, 11))
-    file.seek(0)
-    parts = fresh(nesterov=True)
-    states = torch.load(file, weights_only=True)
-    for part, state in zip((parts[0], parts[2], parts[1]), states, strict=True):
-        part.load_state_dict(state)
-    assert {key for layer in states[2]["layers"].values() for key in layer} >= {"A_root", "G_root"}
-    torch.testing.assert_close(trained(*parts, range(5, 11)), expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(("saved", "loading"), [("natural", "polar"), ("polar", "natural")])
 def test_a_state_of_the_other_mode_is_refused_and_changes_nothing(saved: Any, loading: Any) -> None:
     state = observed(every_kind(), saved).state_dict()
@@ -317,26 +302,6 @@ def test_a_polar_optimizer_on_a_natural_curvature_is_told_what_to_build() -> Non
         Thor(model.parameters(), mode="polar", preconditioner=curvature).step()
     with pytest.raises(RuntimeError, match=r"got a Identity without precondition_polar"):
         Thor(model.parameters(), mode="polar", preconditioner=Identity()).step()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mode": "muon"}, "mode must be one of natural, polar, adam, got 'muon'"),
-        ({"mode": None}, "mode must be one of natural, polar, adam, got None"),
-        ({"mode": "polar", "match_rms": None, "kl_clip": 1e-3}, "kl_clip is for natural directions"),
-    ],
-)
-def test_bad_modes_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Thor(every_kind().parameters(), **options)
-    with pytest.raises(ValueError, match=message):
-        Thor([{"params": list(every_kind().parameters()), **options}])
-
-
-def test_a_curvature_knows_no_other_mode() -> None:
-    with pytest.raises(ValueError, match="mode must be one of natural, polar, adam, got 'muon'"):
-        Curvature(every_kind(), mode="muon")  # type: ignore[arg-type]
 
 
 class UnevenLayout(nn.Module):

@@ -13,7 +13,6 @@ from lightning_thor import Curvature
 from lightning_thor.distributed.factor_reducer import by_size
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.distributed_workers import (
-    ROWS,
     four_ranks,
     launched_four,
     one_rank,
@@ -25,8 +24,7 @@ from tests.helpers.distributed_workers import (
 )
 from tests.helpers.fakes import FakeCommunicator
 from tests.helpers.lone_ranks import lone_ranks
-from tests.helpers.option_trainings import fit_all_at_once
-from tests.helpers.text_trainings import Text, train, with_gradients_times
+from tests.helpers.option_trainings import ALL_AT_ONCE
 
 
 @pytest.mark.slow
@@ -42,23 +40,13 @@ def test_four_ranks_under_torchrun_are_one_and_go_on_from_a_checkpoint_of_two(tm
 
 
 @pytest.mark.slow
-def test_four_ranks_of_a_language_model_with_parts_of_four_sizes_are_one(tmp_path: Path) -> None:
-    alone = train(tmp_path, Text(), (ROWS,), summed=True)
-    for result in (ranks := four_ranks("four_texts")):
-        found = with_gradients_times(state(result), 4)
-        torch.testing.assert_close(found, state(alone), rtol=1e-8, atol=1e-9)
-        assert_bitwise(state(result), state(ranks[0]))
-
-
-@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_with_all_options_goes_on_with_one_two_and_four(tmp_path: Path) -> None:
     """Polar, staggered, with a trace rule that keeps some layers as they are."""
-    alone = fit_all_at_once(tmp_path, (ROWS,))
+    alone = one_rank(tmp_path, **ALL_AT_ONCE)
     done, turns = (int(alone["curvature"][key]) for key in ("refreshes", "turns"))
     assert 0 < done < turns
-    saved = results_folder() / "all_at_once" / "epoch=0.ckpt"
     resumed = [
-        fit_all_at_once(tmp_path, (ROWS,), resume=saved),
+        one_rank(tmp_path, resume=results_folder() / "all_at_once", **ALL_AT_ONCE),
         *two_ranks("all_at_once_resumed"),
         *four_ranks("four_all_at_once_resumed"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 import time
 from pathlib import Path
@@ -11,23 +12,29 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 
 from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, ThorModelParallelStrategy
-from tests.helpers.boring import assert_bitwise, without_words
+from tests.helpers.boring import assert_bitwise, quiet, without_words
 from tests.helpers.distributed_workers import (
     HALVES,
     ROWS,
     Module,
     Net,
     batch,
-    fit,
+    four_ranks,
     in_buckets,
     one_rank,
     raises,
     results_folder,
     state,
     two_ranks,
+)
+from tests.helpers.text_trainings import T5, Text, train, with_gradients_times
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed (the dev extra has it)"
 )
 
 # ── registration ──
@@ -47,20 +54,9 @@ def test_every_form_of_ddp_that_lightning_registers_is_there_for_thor_ddp() -> N
 
 def forked(folder: Path, module: Module, strategy: Any) -> None:
     """Two ranks, forked from here."""
-    L.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        max_epochs=3,
-        precision="64-true",
-        callbacks=[ThorCallback(update_every_n_steps=3, block_size=8, summary=False)],
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    ).fit(module)
+    callback = ThorCallback(update_every_n_steps=3, block_size=8, summary=False)
+    options = {"precision": "64-true", "max_epochs": 3, "use_distributed_sampler": False}
+    quiet(folder, callback, devices=2, strategy=strategy, **options).fit(module)
 
 
 @pytest.mark.slow
@@ -86,25 +82,6 @@ def test_what_is_handed_to_spawned_ranks_can_be_pickled() -> None:
     strategy = pickle.loads(pickle.dumps(ThorDDPStrategy(split_indices=[1, 3], start_method="spawn")))
     assert isinstance(strategy, ThorDDPStrategy)
     assert pickle.loads(pickle.dumps(ThorCallback(damping=0.3)))._options["damping"] == 0.3
-
-
-@pytest.mark.parametrize("value", [0, -1.0, float("inf"), True, "25"])
-@pytest.mark.parametrize("strategy", [ThorDDPStrategy, ThorModelParallelStrategy])
-def test_a_bucket_size_that_is_none_is_refused(strategy: Any, value: Any) -> None:
-    with pytest.raises(ValueError, match="factor_bucket_mb must be a number of megabytes greater than 0"):
-        strategy(factor_bucket_mb=value)
-
-
-@pytest.mark.parametrize("strategy", [ThorDDPStrategy, ThorModelParallelStrategy])
-def test_two_ways_of_making_buckets_at_once_are_refused(strategy: Any) -> None:
-    with pytest.raises(ValueError, match=r"factor_bucket_mb=1 and split_indices=\[3\] both say"):
-        strategy(factor_bucket_mb=1, split_indices=[3])
-
-
-@pytest.mark.parametrize("strategy", [ThorDDPStrategy, ThorModelParallelStrategy])
-def test_bf16_factors_must_be_a_bool(strategy: Any) -> None:
-    with pytest.raises(TypeError, match="bf16_factors must be True or False, got 'bf16'"):
-        strategy(bf16_factors="bf16")
 
 
 @pytest.mark.parametrize("strategy", [ThorDDPStrategy, ThorModelParallelStrategy])
@@ -135,60 +112,69 @@ def test_thor_ddp_on_one_process_is_bitwise_a_single_device(tmp_path: Path, clea
 
 # ── two ranks are one rank ──
 
+LIKE_ONE_RANK: dict[str, tuple[dict[str, Any], float]] = {
+    "halves": ({"max_epochs": 3}, 1e-9),
+    "quarters": ({}, 1e-9),  # micro-batches of which one rank has one
+    "odd": ({"max_epochs": 3, "accumulate": 3}, 1e-9),
+    "staggered": ({"max_epochs": 3, "stagger": True}, 1e-9),
+    "trace_rule": ({"max_epochs": 3, "trace_rule": (0.2, 0.02)}, 1e-9),
+    "polar": ({"mode": "polar"}, 1e-8),  # roots of the inverses travel as triangles
+    "adam": ({"mode": "adam"}, 1e-8),  # eigenvectors travel whole
+}
+"""The options of one rank that a training of two is to equal, and how closely."""
+
 
 @pytest.mark.slow
-def test_two_ranks_are_one_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("training", LIKE_ONE_RANK)
+def test_two_ranks_are_one_rank(training: str, tmp_path: Path) -> None:
     """Batches of 2 × 16 train as batches of 32 do: equal weights, momentum, factors, inverses and learning rates."""
-    alone = one_rank(tmp_path, max_epochs=3)
-    for result in two_ranks("halves"):
+    options, rtol = LIKE_ONE_RANK[training]
+    alone = one_rank(tmp_path, **options)
+    for result in two_ranks(training):
         assert (result["strategy"], result["world_size"]) == ("ThorDDPStrategy", 2)
-        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(state(result), state(alone), rtol=rtol, atol=rtol)
 
 
 @pytest.mark.slow
-def test_two_staggered_ranks_are_one_staggered_rank(tmp_path: Path) -> None:
-    """And each step that has layers due takes one all-reduce, of their factors alone."""
-    alone = one_rank(tmp_path, max_epochs=3, stagger=True)
+@pytest.mark.parametrize(
+    ("training", "net", "summed"),
+    [
+        ("text", Text, False),
+        ("unequal_text", Text, True),
+        pytest.param("unequal_t5", T5, True, marks=needs_transformers),
+        ("four_texts", Text, True),
+    ],
+)
+def test_ranks_of_a_language_model_are_one(training: str, net: type[nn.Module], summed: bool, tmp_path: Path) -> None:
+    """With tied tables, attention and transformers' T5; also where one rank has 10 texts and the other one 22."""
+    alone = train(tmp_path, net(), (ROWS,), summed=summed)
+    for result in (ranks := (four_ranks if training == "four_texts" else two_ranks)(training)):
+        assert_bitwise(state(result), state(ranks[0]))
+        found = with_gradients_times(state(result), len(ranks) if summed else 1)
+        torch.testing.assert_close(found, state(alone), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_each_step_of_two_staggered_ranks_sends_the_factors_of_its_layers_alone() -> None:
     for result in two_ranks("staggered"):
-        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
         assert result["counts"] == list(range(1, 13))  # 5 layers on an interval of 3: every step has some
         sizes = [call["numel"] for call in result["all_reduces"]]
         assert sizes[0] == result["travelling"] == sum(sizes[1:4]) == sum(sizes[4:7])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["polar", "adam"])
-def test_two_ranks_in_another_mode_are_one_rank(tmp_path: Path, mode: str) -> None:
-    """Roots of the inverses are shared out too, and travel as triangles; eigenvectors travel whole."""
-    module = Module((ROWS,), mode=mode)
-    alone = fit(tmp_path, module, devices=1, max_epochs=2)
-    first, second = two_ranks(mode)
-    assert_bitwise(state(first), state(second))
-    torch.testing.assert_close(state(first), state(alone), rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.slow
-def test_micro_batches_on_two_ranks_are_one_batch_on_one_rank(tmp_path: Path) -> None:
-    alone = one_rank(tmp_path, max_epochs=2)
-    for result in two_ranks("quarters"):
-        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
+def test_a_trace_rule_keeps_some_layers_on_all_ranks() -> None:
+    for result in two_ranks("trace_rule"):
+        assert 0 < int(result["curvature"]["refreshes"]) < int(result["curvature"]["turns"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "training",
-    ["halves", "halves_ddp", "quarters", "unequal", "overflow", "unused", "resumed", "irregular", "auto"],
+    "training", [*LIKE_ONE_RANK, "halves_ddp", "unequal", "overflow", "unused", "resumed", "irregular", "auto"]
 )
 def test_both_ranks_hold_bitwise_the_same(training: str) -> None:
     first, second = two_ranks(training)
     assert_bitwise(state(first), state(second))
-
-
-@pytest.mark.slow
-def test_thor_ddp_is_bitwise_ddp() -> None:
-    for thor_ddp, ddp in zip(two_ranks("halves"), two_ranks("halves_ddp"), strict=True):
-        assert (thor_ddp["strategy"], ddp["strategy"]) == ("ThorDDPStrategy", "DDPStrategy")
-        assert_bitwise(state(thor_ddp), state(ddp))
 
 
 @pytest.mark.slow
@@ -215,16 +201,27 @@ def test_all_ranks_take_the_block_size_that_rank_0_chose() -> None:
 @pytest.mark.parametrize(
     ("training", "expected"),
     [
+        ("halves", "halves_ddp"),
         ("buckets", "halves_ddp"),
         ("split", "halves_ddp"),
         ("static", "halves_ddp"),
-        ("irregular", "irregular_ddp"),
+        ("irregular", "irregular_ddp"),  # layers that are used 0 to 3 times, other on each rank
         ("micro_batches_in_buckets", "quarters"),
+        # gradient_as_bucket_view; in ddp too, since products may round by where in memory a gradient lies.
+        ("view", "view_ddp"),
+        ("polar_view", "polar_view_ddp"),
+        ("compressed", "compressed_ddp"),
+        ("crossed", "crossed_ddp"),
+        ("all_at_once", "all_at_once_ddp"),
+        ("overflow", "overflow_ddp"),
+        ("unequal_text", "unequal_text_ddp"),
     ],
 )
 def test_how_factors_travel_changes_no_number(training: str, expected: str) -> None:
-    """In buckets or at once, from backward or from the step; layers that are used 0 to 3 times, other on each rank."""
+    """In buckets or at once, from backward or from the step, with each option of DDP: thor_ddp is bitwise ddp."""
     for result, plain in zip(two_ranks(training), two_ranks(expected), strict=True):
+        assert plain["strategy"] == ("DDPStrategy" if expected.endswith("ddp") else "ThorDDPStrategy")
+        assert result["strategy"] == "ThorDDPStrategy"
         assert_bitwise(state(result), state(plain))
 
 
@@ -250,6 +247,56 @@ def test_micro_batches_that_only_accumulate_start_nothing() -> None:
 def test_a_layer_that_was_not_used_holds_its_bucket_back_until_the_step() -> None:
     for result in two_ranks("irregular"):
         assert {call["in_backward"] for call in result["all_reduces"]} == {True, False}
+
+
+@pytest.mark.slow
+def test_windows_of_several_lengths_start_nothing_in_backward() -> None:
+    """Windows of 3 micro-batches and of 1; the refreshes at steps 0 and 3 are one of each.
+
+    The latter starts nothing in backward: more pairs might be to come, as in the former.
+    """
+    for result in two_ranks("odd"):
+        assert result["counts"] == [0, 0, *[3] * 5, *[6] * 5]
+        assert not any(call["in_backward"] for call in result["all_reduces"])
+
+
+@pytest.mark.slow
+def test_ranks_that_run_layers_in_other_orders_send_them_in_one_order_and_from_backward() -> None:
+    """A bucket a layer, two layers of one shape: in two orders their factors would be added to each other's."""
+    for result in two_ranks("crossed"):
+        first, *later = (result["all_reduces"][5 * refresh :][:5] for refresh in range(4))
+        assert not any(call["in_backward"] for call in first)
+        assert all(call["in_backward"] for refresh in later for call in refresh)
+
+
+@pytest.mark.slow
+def test_a_table_and_the_output_layer_that_is_the_same_start_in_backward() -> None:
+    for result in two_ranks("text"):
+        first = result["counts"][0]
+        started = [call["in_backward"] for call in result["all_reduces"]]
+        assert 1 < first < len(started)
+        assert started == [False] * first + [True] * (len(started) - first)
+
+
+@pytest.mark.slow
+def test_a_hook_that_rounds_gradients_rounds_no_factors() -> None:
+    """The first layer's inputs are data: its A is that of gradients that nothing rounded."""
+    for rounded, exact in zip(two_ranks("compressed"), two_ranks("halves"), strict=True):
+        assert not torch.equal(rounded["weights"]["conv.weight"], exact["weights"]["conv.weight"])
+        ours, theirs = (result["curvature"]["layers"]["net.conv"]["A"] for result in (rounded, exact))
+        assert_bitwise(ours, theirs)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_due_launches_and_sends_what_one_of_plain_sgd_does() -> None:
+    """Operators of forward and backward, and messages of the whole step, DDP's and Lightning's own among them."""
+    for ours, plain in zip(two_ranks("counted"), two_ranks("counted_sgd"), strict=True):
+        for number in (1, 2):
+            assert ours["passes"][number] == plain["passes"][number]
+            assert ours["messages"][number] == plain["messages"][number]
+        assert plain["messages"][3] == {"allreduce_": 1}  # the gradients
+        assert ours["messages"][3] == {"allreduce_": 1 + 3, "_allgather_base_": 1}  # three buckets, and the inverses
+        assert ours["passes"][3] != plain["passes"][3]
 
 
 # ── inversions shared out ──
@@ -280,7 +327,7 @@ def test_a_run_resumed_on_two_ranks_is_bitwise_the_unbroken_one() -> None:
 @pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path) -> None:
     unbroken = one_rank(tmp_path, max_epochs=3)
-    resumed = one_rank(tmp_path, max_epochs=3, resume=results_folder() / "halves" / "epoch=0.ckpt")
+    resumed = one_rank(tmp_path, max_epochs=3, resume=results_folder() / "halves")
     assert resumed["steps"][0] == 5
     torch.testing.assert_close(state(resumed), state(unbroken), rtol=1e-9, atol=1e-9)
 
