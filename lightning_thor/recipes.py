@@ -139,7 +139,7 @@ class Recipe:
     """The layers after which nn.thor begins a new all-reduce."""
 
     def callback(self, **options: Any) -> ThorCallback:
-        """Make the `ThorCallback` of plain THOR: nn.thor's statistics, damping rule and blocks, of the last batch alone.
+        """Make plain THOR's `ThorCallback`: nn.thor's statistics, damping rule and blocks, of the last batch alone.
 
         Args:
             **options: of `ThorCallback`, instead of these values or in addition.
