@@ -1,8 +1,8 @@
 """The published recipes of THOR: ResNet-50 on ImageNet, and BERT-large.
 
 Figures and formulas are those of "MindSpore models" (resnet with its Thor configurations for GPU and Ascend, and bert
-with its Thor section), the trainings that THOR's paper reports (Chen et al., AAAI 2021). There, as here, epochs are
-fractions, counted from the end of each step: step 0 is at epoch ``1 / steps_per_epoch``.
+with its Thor section), the trainings that THOR's paper reports (Chen et al., AAAI 2021). Epochs are fractions, counted
+from the end of each step, as they are there: step 0 is at epoch ``1 / steps_per_epoch``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Variant = Literal["gpu", "ascend"]
 
 
 class _ResNet50(NamedTuple):
-    """What the two published trainings of ResNet-50 differ in."""
+    """The differences between the two published trainings of ResNet-50."""
 
     lr: float
     lr_power: float
@@ -105,7 +105,7 @@ class ResNet50Damping:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that was published of a training, and the parts of one made of it.
+    """The published settings of a training, and the callback and optimizer made from them.
 
     ::
 
@@ -127,38 +127,39 @@ class Recipe:
     batch_size: int
     """Samples of one step, over all devices."""
     max_epochs: int | None = None
-    """Where training ended; None where `max_steps` says it."""
+    """Where training ended; None where `max_steps` ends it."""
     max_steps: int = -1
     momentum: float = 0.9
     clip_norm: float | None = None
     """Largest L2 norm of each tensor's update, before momentum."""
     label_smoothing: float = 0.0
     loss_scale: float = 1.0
-    """The fixed loss scale in float16. A GradScaler finds its own, and bfloat16 needs none."""
+    """The fixed loss scale in float16. A GradScaler finds its own; bfloat16 needs none."""
     split_indices: tuple[int, ...] = ()
-    """Of nn.thor alone: after which layers a new all-reduce begins."""
+    """The layers after which nn.thor begins a new all-reduce."""
 
     def callback(self, **options: Any) -> ThorCallback:
-        """The `ThorCallback` of plain THOR: nn.thor's statistics, damping rule and blocks, of the last batch alone.
+        """Make plain THOR's `ThorCallback`: nn.thor's statistics, damping rule and blocks, of the last batch alone.
 
         Args:
-            options: other options of `ThorCallback`, or other values.
+            **options: of `ThorCallback`, instead of these values or in addition.
         """
-        plain = {
+        plain: dict[str, Any] = {
+            "damping": self.damping,
             "damping_rule": "sqrt",
             "block_size": 128,
+            "update_every_n_steps": self.update_every_n_steps,
             "averaging": 0.0,
             "statistics": "thor",
             "max_rows": None,
         }
-        own = {"damping": self.damping, "update_every_n_steps": self.update_every_n_steps}
-        return ThorCallback(**{**plain, **own, **options})
+        return ThorCallback(**{**plain, **options})
 
     def configure_optimizers(self, module: nn.Module, lr: float = 1.0) -> dict[str, Any]:
-        """What a LightningModule's ``configure_optimizers`` returns: plain `Thor`, its learning rate stepped per step.
+        """Make the result of a LightningModule's ``configure_optimizers``: plain `Thor`, with a learning rate per step.
 
         Args:
-            module: what is trained; weights decay, biases and norms do not.
+            module: the trained model; weights decay, biases and norms do not.
             lr: factor of the published learning rate, such as for another batch size.
         """
         optimizer = configure_thor(
@@ -179,12 +180,15 @@ def resnet50_imagenet(steps_per_epoch: int, variant: Variant = "gpu") -> Recipe:
     """ResNet-50 on ImageNet in batches of 8 x 32: 75.9 % after 40 to 45 epochs in the paper.
 
     The statistics are those of MindSpore's Ascend version for both; its GPU version averages the patches of a batch
-    before it takes covariances (for those numbers: `lightning_thor.mindspore`). There, biases and norms decay too; and
-    its program halves the learning rate at epochs 39 and 40 on a GPU too: in the last epoch.
+    before it takes covariances (`lightning_thor.mindspore` has these numbers). In MindSpore biases and norms decay too,
+    and its program halves the learning rate at epochs 39 and 40 on a GPU too: in the last epoch.
 
     Args:
         steps_per_epoch: optimizer steps in an epoch; 5004 for the published batches.
         variant: ``"gpu"`` or ``"ascend"``, whose learning rates and dampings differ.
+
+    Returns:
+        The recipe.
 
     Raises:
         ValueError: ``steps_per_epoch`` is not positive, or there is no such variant.
@@ -213,7 +217,10 @@ def bert_large(n_steps: int = 30_000) -> Recipe:
     nn.thor divides a layer norm's gradient by its own square; here layer norms take plain momentum.
 
     Args:
-        n_steps: what the schedules span.
+        n_steps: steps that the schedules span.
+
+    Returns:
+        The recipe.
 
     Raises:
         ValueError: ``n_steps`` is not positive.

@@ -18,6 +18,11 @@ from lightning_thor.curvature.callables import StepFn
 class Exponential:
     """``start * factor ** (step / every_n_steps)``.
 
+    Args:
+        start: the value at step 0; greater than 0.
+        factor: of the value, over ``every_n_steps`` steps; greater than 0.
+        every_n_steps: steps; greater than 0.
+
     >>> Exponential(0.2, factor=0.5, every_n_steps=100)(200)
     0.05
     """
@@ -36,6 +41,12 @@ class Exponential:
 @dataclass(frozen=True)
 class Polynomial:
     """From ``start`` to ``end`` in ``n_steps``: ``end + (start - end) * (1 - step / n_steps) ** power``, then ``end``.
+
+    Args:
+        start: the value at step 0; greater than 0.
+        end: the value from step ``n_steps`` on; greater than 0.
+        n_steps: steps; greater than 0.
+        power: greater than 0.
 
     >>> decay = Polynomial(1.1, end=0.1, n_steps=10, power=2.0)
     >>> decay(0), decay(5), decay(20)
@@ -59,13 +70,13 @@ class Polynomial:
 class GrowingInterval:
     """Steps until the next refresh: ``growth * step``, but at least ``start`` and at most ``end``.
 
-    So a refresh comes about ``1 + growth`` times as late as the one before it. THOR's paper (AAAI 2021) refreshes often
-    at first and about once an epoch at the end: let ``end`` be the number of steps in an epoch.
+    Each refresh comes at about ``1 + growth`` times the step of the one before. THOR's paper (AAAI 2021) refreshes
+    often at first and about once an epoch at the end: let ``end`` be the number of steps in an epoch.
 
     Args:
-        start: the interval at first, in steps; an int of at least 1.
+        start: the first interval, in steps; an int of at least 1.
         end: the longest interval, in steps; an int of at least ``start``.
-        growth: the interval over the steps so far; greater than 0.
+        growth: the interval divided by the steps so far; greater than 0.
 
     >>> every = GrowingInterval(start=1, end=100, growth=0.1)
     >>> every(0), every(200), every(10_000)
@@ -91,14 +102,14 @@ class GrowingInterval:
 class PerStepLR(LRScheduler):
     """A schedule as a torch scheduler of the learning rate: the optimizer's own ``lr`` times ``schedule(step)``.
 
-    It is made to be stepped after every optimizer step. ``lightning-thor`` does that by itself; in
-    ``configure_optimizers`` say so: ``{"scheduler": PerStepLR(optimizer, schedule), "interval": "step"}``. For a
-    schedule that gives whole learning rates, such as those of `lightning_thor.recipes`, the optimizer's ``lr`` is 1.
+    It must be stepped after every optimizer step. ``lightning-thor`` does that by itself; ``configure_optimizers``
+    returns ``{"scheduler": PerStepLR(optimizer, schedule), "interval": "step"}``. For a schedule of whole learning
+    rates, such as those of `lightning_thor.recipes`, the optimizer's ``lr`` is 1.
 
     Args:
         optimizer: any; each of its groups keeps its own ``lr`` as the factor.
-        schedule: a function of the step, counted from 0; in a configuration file a class of such, by ``class_path``.
-        last_epoch: the step to go on after, as of any torch scheduler; -1 starts anew.
+        schedule: a function of the step, counted from 0; in a configuration file its class, by ``class_path``.
+        last_epoch: the step after which to go on, as of any torch scheduler; -1 starts anew.
 
     >>> import torch
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
@@ -108,7 +119,7 @@ class PerStepLR(LRScheduler):
     """
 
     interval = "step"
-    """How often it is to be stepped: what ``lightning-thor`` tells the Trainer."""
+    """When ``lightning-thor`` has the Trainer step it."""
 
     def __init__(self, optimizer: Optimizer, schedule: StepFn, last_epoch: int = -1) -> None:
         self.schedule = schedule
@@ -119,12 +130,12 @@ class PerStepLR(LRScheduler):
         return [lr * self.schedule(self.last_epoch) for lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and rates; not the schedule, which is the configuration's, and may be anything."""
+        """Counters and rates; not the schedule, which belongs to the configuration and may be any object."""
         return {key: value for key, value in super().state_dict().items() if key != "schedule"}
 
 
 def check_positive(**values: float) -> None:
-    """A ValueError at once, rather than in the middle of a run: no damping and no interval may reach 0."""
+    """Raise a ValueError at once, rather than in the middle of a run, unless all ``values`` are greater than 0."""
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be greater than 0, got {value!r}.")

@@ -1,23 +1,23 @@
-"""What the arguments of ``nn.thor`` may be, and one that is a number per step as a function of the step."""
+"""Checks of the arguments of ``nn.thor``, and numbers per step as a function of the step."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 PerStep = int | float | Sequence[float] | Tensor
 """A number, or one for each step: a sequence, a tensor or a NumPy array of at most one dimension."""
 
 
 class StepFunction:
-    """A `PerStep` as a function of the step; past the end the last value holds, with one warning.
+    """A `PerStep` as a function of the step, from 0; past the end the last value holds, with one warning.
 
     Args:
-        name: what messages call it.
+        name: of the argument, for messages.
         values: a number, or one per step.
         may_be_zero: True for learning rates, False for damping.
 
@@ -31,7 +31,7 @@ class StepFunction:
     """
 
     def __init__(self, name: str, values: PerStep, may_be_zero: bool = True) -> None:
-        self.name, self.told = name, False
+        self.name, self.has_warned = name, False
         listed = _plain(values)
         self.constant = _is_number(listed)
         if not self.constant and (isinstance(listed, str | bytes) or not isinstance(listed, Sequence)):
@@ -53,8 +53,8 @@ class StepFunction:
         self.values = [float(value) for value in each]
 
     def __call__(self, step: int) -> float:
-        if step >= len(self.values) and not self.constant and not self.told:
-            self.told = True
+        if step >= len(self.values) and not self.constant and not self.has_warned:
+            self.has_warned = True
             warnings.warn(
                 f"{self.name} has {len(self.values)} values, and this is step {step}: the last one holds from here on "
                 "(MindSpore would fail). Give as many values as there are steps.",
@@ -63,48 +63,20 @@ class StepFunction:
         return self.values[min(step, len(self.values) - 1)]
 
 
-def check_arguments(
-    *,
-    net: nn.Module,
-    momentum: float,
-    weight_decay: float,
-    loss_scale: float,
-    batch_size: int,
-    use_nesterov: bool,
-    decay_filter: Callable[..., bool],
-    split_indices: Sequence[int] | None,
-    enable_clip_grad: bool,
-    frequency: int,
-    variant: str,
-) -> None:
-    """Refuse what ``nn.thor`` refuses, and what could not mean anything; `StepFunction` checks the other arguments.
+def check_number(name: str, value: Any, *types: type, or_zero: bool = True, at_least: int = 0) -> None:
+    """Check the type and the range of a number.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        *types: ``int``, ``float`` or both.
+        or_zero: whether it may be 0.
+        at_least: lower bound.
 
     Raises:
-        TypeError: ``momentum`` or ``loss_scale`` is not a float, ``weight_decay`` neither float nor int, ``batch_size``
-            or ``frequency`` not an int, ``use_nesterov`` or ``enable_clip_grad`` not a bool; or ``net`` no module,
-            ``decay_filter`` not callable, ``split_indices`` not a list of ints.
-        ValueError: ``loss_scale`` is not above 0, ``weight_decay`` or ``momentum`` below 0, ``frequency`` below 2; or
-            ``batch_size`` below 1, ``split_indices`` not increasing, ``variant`` unknown.
+        TypeError: ``value`` is of none of these types.
+        ValueError: ``value`` is not finite, or out of its range.
     """
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net must be a torch.nn.Module, got {net!r}; give parameter groups as params=[...].")
-    check_number("momentum", momentum, float)
-    check_number("weight_decay", weight_decay, float, int)
-    check_number("loss_scale", loss_scale, float, or_zero=False)
-    check_number("batch_size", batch_size, int, at_least=1)
-    check_bool("use_nesterov", use_nesterov)
-    if not callable(decay_filter):
-        raise TypeError(f"decay_filter must be a function of a parameter's .name, got {decay_filter!r}.")
-    if split_indices is not None:
-        _check_split(split_indices)
-    check_bool("enable_clip_grad", enable_clip_grad)
-    check_number("frequency", frequency, int, at_least=2)
-    if variant not in ("gpu", "ascend"):
-        raise ValueError(f"variant must be 'gpu' or 'ascend', got {variant!r}.")
-
-
-def check_number(name: str, value: Any, *types: type, or_zero: bool = True, at_least: int = 0) -> None:
-    """A TypeError unless ``value`` is of one of ``types``, a ValueError unless it is finite and in its range."""
     if not isinstance(value, types) or isinstance(value, bool):
         hint = f"; write {float(value)!r}" if types == (float,) and type(value) is int else ""
         words = " or ".join("an int" if t is int else "a float" for t in types)
@@ -116,20 +88,13 @@ def check_number(name: str, value: Any, *types: type, or_zero: bool = True, at_l
 
 
 def check_bool(name: str, value: Any) -> None:
-    """A TypeError unless ``value`` is a bool."""
+    """Raise a TypeError that names the argument ``name``, unless its ``value`` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {value!r} ({type(value).__name__}).")
 
 
-def _check_split(split_indices: Any) -> None:
-    if not isinstance(split_indices, list | tuple) or not all(type(index) is int for index in split_indices):
-        raise TypeError(f"split_indices must be a list of ints (the last layer of each group), got {split_indices!r}.")
-    if list(split_indices) != sorted(set(split_indices)) or any(index < 0 for index in split_indices):
-        raise ValueError(f"split_indices must increase from 0 on, got {split_indices!r}.")
-
-
 def _plain(value: Any) -> Any:
-    """A tensor, a NumPy array or a NumPy number as plain Python; all else as it is."""
+    """A tensor, a NumPy array or a NumPy number as plain Python; anything else as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -1,12 +1,12 @@
 """For users of MindSpore: ``thor(...)`` with the signature, the defaults and the numbers of ``mindspore.nn.thor``.
 
-A thin room over `Curvature` and `Thor`: it names the statistics, the cut, the damping rule and the order of a step that
-MindSpore 2.7 has. New programs are better served by `configure_thor` and `ThorCallback`.
+A thin layer over `Curvature` and `Thor`: it chooses the statistics, blocks, damping rule and order of a step of
+MindSpore 2.7. New programs are better served by `configure_thor` and `ThorCallback`.
 
-Its known defects are kept only where its numbers need them: the GPU version divides A of a dense layer by the number of
-inputs, and averages a convolution's patches over the batch before their covariance. Not kept: the wrong inverse of an
-embedding's G, patches that ignore padding, dilation and groups, and the averaging of inverses over devices.
-Parameter groups are MindSpore's too (`mindspore_groups`); what each argument may be is in `mindspore_arguments`.
+MindSpore's known defects are kept only where its numbers need them: the GPU version divides A of a dense layer by the
+number of inputs, and averages a convolution's patches over the batch before their covariance. Not kept: the wrong
+inverse of an embedding's G, patches that ignore padding, dilation and groups, and the averaging of inverses over
+devices.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from torch import Tensor, nn
 
 from lightning_thor.curvature.callables import ParameterFn
 from lightning_thor.curvature.curvature import Curvature
-from lightning_thor.layers.base import LayerKind, RowsFn
+from lightning_thor.distributed.factor_reducer import check_split_indices
+from lightning_thor.layers.base import LayerKind, Rows, RowsFn
 from lightning_thor.layers.conv import CONVOLUTION
 from lightning_thor.layers.embedding import EMBEDDING, ascend_embedding_rows
 from lightning_thor.layers.linear import LINEAR
+from lightning_thor.layers.patches import Convolution, patches_and_values
 from lightning_thor.layers.registry import KfacApprox
 from lightning_thor.linalg.block_diagonal import partition_with_remainder
-from lightning_thor.mindspore.arguments import PerStep, StepFunction, check_arguments
+from lightning_thor.mindspore.arguments import PerStep, StepFunction, check_bool, check_number
 from lightning_thor.mindspore.param_groups import Group, Params, groups_of
-from lightning_thor.mindspore.rows import gpu_conv_rows, gpu_linear_rows
 from lightning_thor.optim.thor import Thor
 
 BLOCK_SIZE = 128
-
-
 CLIP_NORM = 1.0
 
 
@@ -60,49 +59,55 @@ def thor(
     ``state_dict``.
 
     Args:
-        net: the network, on its device; hooks listen to its layers from now on.
+        net: the network, on its device; hooks observe its layers from now on.
         learning_rate: a number, or one per step (past the end the last one holds, with one warning).
-        damping: likewise; greater than 0.
+        damping: a number greater than 0, or one per step.
         momentum: in [0, 1).
         weight_decay: 0 or greater; added to the preconditioned gradient where ``decay_filter`` allows.
-        loss_scale: what the loss is multiplied by before ``backward``; greater than 0.
+        loss_scale: factor of the loss before ``backward``; greater than 0.
         batch_size: samples per batch (of each process, where there are several): nn.thor does not measure it.
         use_nesterov: Nesterov's momentum.
-        decay_filter: called with an object whose ``.name`` is a parameter's name; whether it decays.
-        split_indices: there, the layers after which a new all-reduce begins. It is checked, and changes no number;
-            for several processes see `ThorDDPStrategy`.
+        decay_filter: whether a parameter decays, given an object whose ``.name`` is the parameter's name.
+        split_indices: the layers after which nn.thor begins a new all-reduce. It is checked, and changes no number; for
+            several processes see `ThorDDPStrategy`.
         enable_clip_grad: clip each tensor's update, before momentum, to an L2 norm of 1.
         frequency: steps from one update of the curvature to the next; at least 2.
         variant: ``"gpu"`` or ``"ascend"``, whose statistics differ.
-        params: what is trained: None for all of ``net``, a list of parameters, or MindSpore's list of dictionaries:
-            ``params`` (of ``net``), and if wanted ``lr`` (as ``learning_rate``), ``weight_decay`` (for all of the
-            group, whatever ``decay_filter`` says) and ``grad_centralization`` (True subtracts from each gradient,
-            before it is preconditioned, its mean over all axes but the first; parameters of convolutions only). One
-            more dictionary may have ``order_params`` alone, all parameters in the order that the groups keep.
+        params: the trained parameters: None for all of ``net``, a list of parameters, or MindSpore's list of
+            dictionaries with ``params`` (of ``net``) and optionally ``lr`` (as ``learning_rate``), ``weight_decay``
+            (for the whole group, whatever ``decay_filter`` says) and ``grad_centralization`` (True subtracts from each
+            gradient, before it is preconditioned, its mean over all axes but the first; parameters of convolutions
+            only). One more dictionary may have ``order_params`` alone, all parameters in the order that the groups
+            keep.
+
+    Returns:
+        The optimizer.
 
     Raises:
         TypeError: an argument of a type that nn.thor refuses.
         ValueError: an argument out of its range, or groups that cannot mean anything.
     """
-    check_arguments(
-        net=net,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        loss_scale=loss_scale,
-        batch_size=batch_size,
-        use_nesterov=use_nesterov,
-        decay_filter=decay_filter,
-        split_indices=split_indices,
-        enable_clip_grad=enable_clip_grad,
-        frequency=frequency,
-        variant=variant,
-    )
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {net!r}; give parameter groups as params=[...].")
+    check_number("momentum", momentum, float)
+    check_number("weight_decay", weight_decay, float, int)
+    check_number("loss_scale", loss_scale, float, or_zero=False)
+    check_number("batch_size", batch_size, int, at_least=1)
+    check_bool("use_nesterov", use_nesterov)
+    if not callable(decay_filter):
+        raise TypeError(f"decay_filter must be a function of a parameter's .name, got {decay_filter!r}.")
+    if not (isinstance(split_indices, list | tuple) and len(split_indices) == 0):
+        check_split_indices(split_indices)
+    check_bool("enable_clip_grad", enable_clip_grad)
+    check_number("frequency", frequency, int, at_least=2)
+    if variant not in ("gpu", "ascend"):
+        raise ValueError(f"variant must be 'gpu' or 'ascend', got {variant!r}.")
     dampings = StepFunction("damping", damping, may_be_zero=False)
     groups = groups_of(net, params, StepFunction("learning_rate", learning_rate), weight_decay, decay_filter)
     is_gpu = variant == "gpu"
     rows: dict[LayerKind, RowsFn] = {
-        LINEAR: gpu_linear_rows if is_gpu else LINEAR.rows,
-        CONVOLUTION: gpu_conv_rows if is_gpu else CONVOLUTION.rows,
+        LINEAR: _gpu_linear_rows if is_gpu else LINEAR.rows,
+        CONVOLUTION: _gpu_conv_rows if is_gpu else CONVOLUTION.rows,
         EMBEDDING: partial(ascend_embedding_rows, batch_size=batch_size),
     }
     curvature = Curvature(
@@ -114,7 +119,7 @@ def thor(
         averaging=0.0,
         max_rows=None,
         statistics=KfacApprox(rows.get, partition=partition_with_remainder, split_embedding_G=False),
-        # G there is that of the mean loss, times batch_size² / loss_scale².
+        # nn.thor's G is that of the mean loss, times batch_size² / loss_scale².
         loss_reduction="sum",
         loss_multiplier=lambda: loss_scale / batch_size,
         parameters=[p for group in groups for p in group.parameters],
@@ -129,9 +134,14 @@ def thor(
 
 
 class MindSporeThor(Thor):
-    """The optimizer that `thor` makes: `Thor` without control of the scale, with learning rates of its own per step.
+    """The optimizer that `thor` makes: `Thor` without scale matching, with its own learning rate at each step.
 
-    A torch scheduler would be overwritten at the next step: give ``learning_rate`` as a sequence instead.
+    The next step overwrites a torch scheduler's learning rate: give ``learning_rate`` as a sequence instead.
+
+    Args:
+        groups: the parameters.
+        preconditioner: made by `thor`.
+        **options: of `Thor`.
     """
 
     def __init__(self, groups: list[Group], preconditioner: _Preconditioner, **options: Any) -> None:
@@ -146,8 +156,15 @@ class MindSporeThor(Thor):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As `Thor.step`, at the learning rates of this step."""
-        # A group that was added later keeps the rate that it came with.
+        """As `Thor.step`, at this step's learning rates.
+
+        Args:
+            closure: see there.
+
+        Returns:
+            The closure's loss.
+        """
+        # A group that was added later keeps its own rate.
         for group, learning_rate in zip(self.param_groups, self.learning_rates, strict=False):
             group["lr"] = learning_rate(self.curvature.step)
         return super().step(closure)
@@ -157,7 +174,14 @@ class MindSporeThor(Thor):
         return {**super().state_dict(), "curvature": self.curvature.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; a ValueError if it is another optimizer's, or of another network."""
+        """Restore a state.
+
+        Args:
+            state_dict: as `state_dict` returns it.
+
+        Raises:
+            ValueError: it is another optimizer's, or of another network.
+        """
         if "curvature" not in state_dict:
             raise ValueError(
                 "This optimizer state holds no curvature: it is not that of lightning_thor.mindspore.thor. Load a "
@@ -168,7 +192,7 @@ class MindSporeThor(Thor):
 
 
 class _Preconditioner:
-    """nn.thor's first steps: unscale the gradient, precondition it; layer norms by their own gradient's square."""
+    """nn.thor's first operations: unscale gradients and precondition them, those of layer norms by their own square."""
 
     def __init__(
         self,
@@ -204,10 +228,23 @@ class _Preconditioner:
 
 
 def _without_G(curvature: Curvature, variant: str) -> list[Tensor]:
-    """G⁻¹ of the layers for which nn.thor takes the identity: on Ascend, dense ones with two outputs (BERT's next
-    sentence head, for which it was made)."""
+    """The G⁻¹ for which nn.thor takes the identity: on Ascend, those of dense layers with two outputs (a special case
+    for BERT's next sentence head)."""
     return [
         curvature.factors.blocks(index, "G", "inverse")
         for index, layer in enumerate(curvature.layers.values())
         if variant == "ascend" and isinstance(layer.module, nn.Linear) and layer.module.out_features == 2
     ]
+
+
+def _gpu_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """A = aᵀa / in_features, where Ascend (and the paper) divide by the number of rows; G = gᵀg / rows."""
+    rows = LINEAR.rows(module, a, g, dtype, None)
+    assert rows.a is not None
+    return rows._replace(a=rows.a * (rows.n_samples / module.in_features) ** 0.5)
+
+
+def _gpu_conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    """Patches and gradients averaged over the batch first: one sample, whose rows are the output positions."""
+    mean_a, mean_g = a.detach().to(dtype).mean(0, keepdim=True), g.to(dtype).mean(0, keepdim=True)
+    return Rows(*patches_and_values(module, mean_a, mean_g, dtype, None))

@@ -1,4 +1,4 @@
-"""MindSpore's parameter groups: a list of dictionaries with keys that torch does not have."""
+"""MindSpore's parameter groups: dictionaries with keys that torch does not have."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from lightning_thor.mindspore.arguments import StepFunction, check_bool, check_n
 
 Params = Sequence[nn.Parameter] | Sequence[Mapping[str, Any]]
 
-
 KEYS = ("params", "lr", "weight_decay", "grad_centralization", "order_params")
 
 
 @dataclass(frozen=True)
 class Named:
-    """What ``decay_filter`` is called with: as of a MindSpore parameter, its ``.name``."""
+    """The argument of ``decay_filter``: like a MindSpore parameter it has a ``.name``."""
 
     name: str
 
 
 class Group(NamedTuple):
-    """Parameters of the same settings."""
+    """Parameters with the same settings."""
 
     parameters: list[nn.Parameter]
     learning_rate: StepFunction
@@ -40,10 +39,17 @@ def groups_of(
     weight_decay: float,
     decay_filter: Callable[[Named], bool],
 ) -> list[Group]:
-    """``params`` as groups, each of which decays as a whole or not at all; see `lightning_thor.mindspore.thor`.
+    """Make groups, each of which decays as a whole or not at all; see `lightning_thor.mindspore.thor`.
 
-    A group with a ``weight_decay`` of its own takes it for all its parameters; otherwise the argument holds where
-    ``decay_filter`` allows.
+    Args:
+        net: the network.
+        params: see there.
+        learning_rate: of groups that have none of their own.
+        weight_decay: of groups that have none of their own, where ``decay_filter`` allows.
+        decay_filter: whether a parameter decays.
+
+    Returns:
+        The groups, of all trained parameters.
 
     Raises:
         TypeError: something in ``params`` is of the wrong type.
@@ -76,7 +82,7 @@ def groups_of(
 def _entries_of(
     names: Mapping[nn.Parameter, str], params: Params | None
 ) -> tuple[dict[str, dict[str, Any]], list[nn.Parameter]]:
-    """The checked dictionaries by what messages call them, and all parameters in the order of ``order_params``."""
+    """The checked dictionaries, by their label in messages, and all parameters in the order of ``order_params``."""
     if params is None:
         params = [p for p in names if p.requires_grad]
     listed = _list_of("params", params)

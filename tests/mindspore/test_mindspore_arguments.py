@@ -80,7 +80,11 @@ def test_the_decay_filter_sees_names() -> None:
         ({"momentum": 1.0}, ValueError, r"momentum must lie in \[0, 1\), got 1.0"),
         ({"frequency": 1}, ValueError, "frequency must be at least 2, as in nn.thor, got 1"),
         ({"damping": [0.1, 0.0]}, ValueError, "damping must be greater than 0 at every step, got 0.0 for step 1"),
-        ({"split_indices": [53, 26]}, ValueError, r"split_indices must increase from 0 on, got \[53, 26\]"),
+        (
+            {"split_indices": [53, 26]},
+            ValueError,
+            r"split_indices must .* increase from 0 on, got \[53, 26\]",
+        ),
         ({"variant": "tpu"}, ValueError, "variant must be 'gpu' or 'ascend', got 'tpu'"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, as in nn.thor, got 0"),
     ],
