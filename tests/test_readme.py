@@ -21,6 +21,8 @@ from tests.helpers.boring import Boring
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FORMER = ("split.py", "sharded.py")
+"""Former addresses, which have no line of their own."""
 
 
 def options_in(head: str) -> dict[str, object]:
@@ -108,3 +110,15 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_architecture_has_a_line_for_every_folder_and_names_files_that_exist() -> None:
+    package = ROOT / "lightning_thor"
+    (section,) = README.split("\n## Architecture\n")[1:]
+    section = section.split("\n## ")[0]
+    lines = re.findall(r"^  (\w+)(?:\.py|/) ", section, re.MULTILINE)
+    folders = [path.parent.name for path in package.glob("*/__init__.py")]
+    assert sorted(lines) == sorted([*folders, *(path.stem for path in package.glob("*.py") if path.name not in FORMER)])
+    files = re.findall(r"\w+/\w+\.py", section)
+    assert len(files) > 10
+    assert all((package / file).is_file() for file in files), files
