@@ -19,10 +19,9 @@ from benchmarks.readme import markdown_table
 from lightning_thor import Curvature
 from lightning_thor.fsdp.row_partition import assign_rows, row_transfers
 from lightning_thor.fsdp.sharded_curvature import row_blocks_of_layers
-from lightning_thor.preconditioning.modes import Mode
 
 RANKS = (2, 4, 8, 64)
-MODES: tuple[Mode, ...] = ("natural", "polar")
+MODES = ("natural", "polar")
 HEADS = ("model", "mode", "ranks", "all gathered, MB", "sent, MB", "of that", "busiest, MB", "its work, %")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.common.environment import synchronise
 from benchmarks.step_cost.workloads import Runner, Workload, runner
 from lightning_thor import Curvature, Thor
+from lightning_thor.preconditioning.grouping import Directions, Tensors
 
 PARTS = ("statistics", "inversion", "preconditioning", "update")
 SIDES = {"cpu": 1024, "cuda": 4096}
@@ -45,12 +46,12 @@ class TimedCurvature(Curvature):
         with self.timed("inversion", self.factors.device):
             super().update()
 
-    def precondition_in_parts(self, grads: Any) -> Iterator[dict[nn.Parameter, Tensor]]:
-        """As `Curvature.precondition_in_parts`."""
+    def directions(self, tensors: Tensors, mode: str = "natural") -> Iterator[Directions]:
+        """As `Curvature.directions`."""
         for layer in self.layers.values():
             sizes = [cut.size for cut in (layer.A, layer.G) if cut is not None and cut.size > 1]
             self.flops["preconditioning"] += 2.0 * layer.parameters[0].numel() * sum(sizes)
-        parts = super().precondition_in_parts(grads)
+        parts = super().directions(tensors, mode)
         while True:
             with self.timed("preconditioning", self.factors.device):
                 part = next(parts, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -35,11 +35,16 @@ from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.pair_checks import NOT_A_PAIR, PairChecks
 from lightning_thor.layers.registry import STATISTICS, KfacApprox
 from lightning_thor.linalg import memory
-from lightning_thor.linalg.decompositions import ROOT
 from lightning_thor.linalg.memory import HostCopy
-from lightning_thor.preconditioning.directions import natural_in_parts, polar, to_eigenbasis
-from lightning_thor.preconditioning.grouping import FactorPair, LayerGroup, group_layers
-from lightning_thor.preconditioning.modes import DECOMPOSITIONS, FALLBACK, Mode
+from lightning_thor.preconditioning.grouping import (
+    Directions,
+    FactorPair,
+    GroupedLayers,
+    LayerGroup,
+    Tensors,
+    group_layers,
+)
+from lightning_thor.preconditioning.modes import MODES, ModeName
 
 
 class Curvature:
@@ -52,12 +57,11 @@ class Curvature:
 
     Args:
         model: its parameters must be on their device already.
-        mode: ``"polar"`` for a `Thor` that has ``mode="polar"`` in any of its groups: roots of the inverses are kept
-            then, which the natural direction of its other groups can be made of too. ``"adam"`` for one that has
-            ``mode="adam"``: eigenvectors of the blocks are kept, and ``damping`` changes nothing. In both, of the
-            output layer (the last linear layer or convolution) G is its diagonal alone: its g are the errors, and the
-            inverse of their covariance takes what all have in common, which is what is to be learned, out of the
-            direction. Under a Trainer `ThorCallback` sees to it.
+        mode: that of the `Thor` it serves; ``"polar"`` also serves natural groups beside polar ones. Natural mode
+            stores inverses of the blocks, polar mode their roots, adam mode eigenvectors, which ``damping`` does not
+            change. In the latter two the G of the output layer (the last linear layer or convolution) is its diagonal
+            alone. Its g are prediction errors; inverting their covariance removes the component that they share, which
+            is the signal. Under a Trainer `ThorCallback` chooses the mode.
         damping: greater than 0, or a function of the step. For ``damping_rule="trace"`` relative to the factors' mean
             eigenvalue, else in the units of the Fisher matrix.
         damping_rule: ``"trace"``, ``"pi"`` or ``"sqrt"``, see `lightning_thor.factors.damping.split_damping`.
@@ -113,7 +117,7 @@ class Curvature:
         self,
         model: nn.Module,
         *,
-        mode: Mode = "natural",
+        mode: ModeName = "natural",
         damping: Schedule = 0.2,
         damping_rule: DampingRule = "trace",
         block_size: int | None = 64,
@@ -133,7 +137,7 @@ class Curvature:
         options = check_options(locals())
         self._options = options | {"loss_multiplier": loss_multiplier, "loss_terms": loss_terms}
         self.model = model
-        self.mode: Mode = mode
+        self.mode = mode
         self.damping = damping
         self.damping_rule: DampingRule = damping_rule
         self.averaging = averaging
@@ -143,7 +147,8 @@ class Curvature:
         self.is_listening: Callable[[], bool] = partial(getattr, model, "training")
         self._paused = False
         parameters = None if parameters is None else set(parameters)
-        matrices = matrix_layers(model) if mode != "natural" else []
+        chosen = MODES[mode]
+        matrices = matrix_layers(model) if chosen.has_diagonal_head or chosen.uses_matrix_sign else []
         self.layers, self.left_out = discover_layers(
             model,
             block_size=block_size,
@@ -151,11 +156,11 @@ class Curvature:
             only=parameters,
             statistics=statistics,
             fused=fused,
-            diagonal_G=matrices[-1:],
+            diagonal_G=matrices[-1:] if chosen.has_diagonal_head else [],
         )
         _warn_of_few_weights(model, self.layers, self.left_out, parameters)
-        self.polar_layers = {name for name in matrices[:-1] if name in self.layers} if mode == "polar" else set()
-        self.factors = factor_state_of(self.layers, DECOMPOSITIONS[mode])
+        self.polar_layers = {name for name in matrices[:-1] if name in self.layers and chosen.uses_matrix_sign}
+        self.factors = factor_state_of(self.layers, chosen.decomposition)
         self._trace_rule = trace_rule_of(trace_rule)
         has_rule = self._trace_rule is not None
         self._schedule = RefreshSchedule(update_every_n_steps, len(self.layers), stagger, has_rule)
@@ -233,11 +238,13 @@ class Curvature:
             self.factors.decomposition,
             worker_grid or WorkerGrid(communicator, SingleProcess()),
         )
-        if self.mode == "adam" and receivers.world_size > 1:
+        if MODES[self.mode].change_basis is not None and receivers.world_size > 1:
             raise ValueError(
-                "inverse_workers must be None with mode='adam': every rank needs the eigenvectors of all layers."
+                f"inverse_workers must be None with mode={self.mode!r}: every rank needs the {decomposition.name} of "
+                "all layers."
             )
-        shared = SharedDirections(receivers, self.layers, products=decomposition.products, polar=self.polar_layers)
+        n_products = len(decomposition.products)
+        shared = SharedDirections(receivers, self.layers, products=n_products, polar=self.polar_layers)
         if self.factors.has_inverse != set(shared.own):
             if self.step:
                 raise RuntimeError(
@@ -245,7 +252,7 @@ class Curvature:
                     "other processes by now. Connect before the first step, and before load_state_dict."
                 )
             self.factors.set_inverse_owner(shared.own)
-            self.__dict__.pop("_batches", None)
+            self.__dict__.pop("_groups", None)
         self._communicator, self._shared, layers = communicator, shared, list(self.layers.values())
         self._own_layers = [layers[index] for index in shared.own]
         self._reducer = FactorReducer(self.factors, communicator, self._schedule.due, bucket_fn, is_sync_step)
@@ -261,7 +268,7 @@ class Curvature:
         """True if the coming step refreshes some layer; these layers' forward and backward passes are observed."""
         return self._schedule.is_any_due
 
-    def about_to_change(self) -> set[nn.Parameter]:
+    def due_parameters(self) -> set[nn.Parameter]:
         """The parameters of the layers that the coming step inverts."""
         layers = list(self.layers.values())
         return {p for number in self._schedule.due_inversions() for p in layers[number].parameters}
@@ -402,7 +409,7 @@ class Curvature:
             names = list(self.layers)
             warnings.warn(
                 f"{name_some([names[index] for index in new])}: without curvature from now on, with "
-                f"{FALLBACK[self.mode]}. "
+                f"{MODES[self.mode].fallback}. "
                 f"{names[new[0]] or '(the model itself)'}: {self.left_out[names[new[0]]]}.",
                 stacklevel=5,
             )
@@ -416,30 +423,44 @@ class Curvature:
         self._accumulator.misfits.setdefault(index, reason)
         self._schedule.dismiss(index)
         self._own_layers = [self.layers[layer.name] for layer in self._own_layers]
-        self.__dict__.pop("_batches", None)
+        self.__dict__.pop("_groups", None)
 
     @torch.no_grad()
-    def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """The natural gradient G⁻¹ grad A⁻¹ of each layer, and copies of the gradients of other parameters.
+    def precondition(self, grads: Tensors, mode: str = "natural") -> Directions:
+        """Compute the natural gradient G⁻¹ grad A⁻¹ of each layer, or the direction of another mode.
 
         Args:
-            grads: dL/dW by parameter; nothing in it is changed.
+            grads: dL/dW by parameter, unchanged; momenta in polar mode.
+            mode: name of a mode that this curvature serves.
+
+        Returns:
+            New tensors by parameter, in at least float32; copies of the gradients of parameters without curvature.
 
         Raises:
-            RuntimeError: this curvature keeps neither inverses nor their roots.
+            RuntimeError: this curvature does not serve the mode.
         """
-        return {p: found for part in self.precondition_in_parts(grads) for p, found in part.items()}
+        return {p: direction for part in self.directions(grads, mode) for p, direction in part.items()}
 
-    @torch.no_grad()
-    def precondition_in_parts(self, grads: Mapping[nn.Parameter, Tensor]) -> Iterator[dict[nn.Parameter, Tensor]]:
-        """What `precondition` gives, some tensors at a time: so each can be used while it is in the processor's cache,
-        and memory is needed for some alone. On a GPU, and where directions come from other processes, all at once."""
-        self.check_that_it_serves("natural", "polar")
-        roots, unit = self.factors.decomposition is ROOT, self.gradient_unit
-        own = natural_in_parts(self._batches, self._shared.own_grads(grads), roots=roots, unit=unit)
-        parts = self._shared.all_gather_uneven(own, grads)
+    def directions(self, tensors: Tensors, mode: str = "natural") -> Iterator[Directions]:
+        """Yield what `precondition` returns in parts, each of some parameters; in one part if other ranks compute some.
+
+        Args:
+            tensors: as of `precondition`.
+            mode: as of `precondition`.
+
+        Yields:
+            Directions by parameter.
+
+        Raises:
+            RuntimeError: this curvature does not serve the mode.
+        """
+        self.check_that_it_serves(mode)
+        directions_of = MODES[mode].directions
+        assert directions_of is not None, f"{mode} mode has a change of basis"
+        own = directions_of(self.grouped(self._groups), self._shared.own_grads(tensors))
+        parts = self._shared.all_gather_uneven(own, tensors)
         while True:
-            # Not around what the caller does with a part.
+            # Not around the caller's use of a part.
             with self._full_precision():
                 part = next(parts, None)
             if part is None:
@@ -447,50 +468,50 @@ class Curvature:
             yield part
 
     @torch.no_grad()
-    def precondition_polar(self, momenta: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """The whitened polar direction of each linear layer and convolution, see
-        `lightning_thor.preconditioning.directions.polar`.
+    def change_basis(self, tensors: Tensors, mode: str = "adam", *, back: bool = False) -> Directions:
+        """Take each layer's tensor to the coordinates in which the blocks of its A and G are diagonal.
 
         Args:
-            momenta: by parameter; nothing in it is changed.
+            tensors: gradients or moments by parameter, unchanged.
+            mode: name of a mode that this curvature serves.
+            back: take tensors from these coordinates instead.
+
+        Returns:
+            New tensors by parameter; copies of those of parameters without curvature.
 
         Raises:
-            RuntimeError: this curvature keeps no roots.
+            RuntimeError: this curvature does not serve the mode.
         """
-        self.check_that_it_serves("polar")
+        self.check_that_it_serves(mode)
+        change = MODES[mode].change_basis
+        assert change is not None, f"{mode} mode has no change of basis"
         with self._full_precision():
-            own = self._shared.own_grads(momenta)
-            made = polar(self._batches, own, names=self.polar_layers, unit=self.gradient_unit)
-            (directions,) = self._shared.all_gather_uneven([made], momenta)
-            return directions
+            return change(self.grouped(self._groups), tensors, back=back)
 
-    @torch.no_grad()
-    def to_eigenbasis(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Each layer's gradient in the coordinates in which the blocks of its A and G are diagonal, copies of others.
+    def grouped(self, groups: Sequence[LayerGroup]) -> GroupedLayers:
+        """Put groups beside what else their directions depend on.
 
         Args:
-            grads: by parameter; nothing in it is changed.
+            groups: of layers of this curvature, or of rows of their parameters.
+
+        Returns:
+            The argument of `Mode.directions` and `Mode.change_basis`.
+        """
+        return GroupedLayers(groups, self.factors.decomposition, self.polar_layers, self.gradient_unit)
+
+    def check_that_it_serves(self, mode: str) -> None:
+        """Check that directions of a mode can be computed from what is stored here.
+
+        Args:
+            mode: name of a mode.
 
         Raises:
-            RuntimeError: this curvature keeps no eigenvectors.
+            RuntimeError: they cannot.
         """
-        self.check_that_it_serves("adam")
-        with self._full_precision():
-            return to_eigenbasis(self._batches, grads)
-
-    @torch.no_grad()
-    def from_eigenbasis(self, rotated: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """The way back of `to_eigenbasis`."""
-        self.check_that_it_serves("adam")
-        with self._full_precision():
-            return to_eigenbasis(self._batches, rotated, back=True)
-
-    def check_that_it_serves(self, *modes: Mode) -> None:
-        """Raise a RuntimeError where what is kept here is not what directions of one of these modes are made of."""
-        if self.mode not in modes:
+        if mode != self.mode and mode not in MODES[self.mode].serves:
             raise RuntimeError(
-                f'Thor(mode="{modes[0]}") got a curvature of mode="{self.mode}", which keeps something else of each '
-                f'block. Build it by Curvature(model, mode="{modes[0]}"); under a Trainer leave it to ThorCallback.'
+                f'Thor(mode="{mode}") got a curvature of mode="{self.mode}", which stores another decomposition of '
+                f'each block. Build it by Curvature(model, mode="{mode}"); under a Trainer leave it to ThorCallback.'
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -582,13 +603,20 @@ class Curvature:
         return damping
 
     @cached_property
-    def _batches(self) -> list[LayerGroup]:
-        """The layers whose directions are made here."""
-        kept = [self.inverses_of(layer.name) for layer in self._own_layers]
-        return list(group_layers(self._own_layers, kept, apart=lambda layer: layer.name in self.polar_layers))
+    def _groups(self) -> list[LayerGroup]:
+        """The layers whose directions are computed on this rank."""
+        pairs = [self.inverses_of(layer.name) for layer in self._own_layers]
+        return list(group_layers(self._own_layers, pairs, self.polar_layers))
 
     def inverses_of(self, name: str) -> FactorPair:
-        """Views of a layer's ``(A⁻¹, G⁻¹)``, in their blocks; of their roots or eigenvectors in the other modes."""
+        """Views of what is stored of a layer's A and G: their inverses, roots or eigenvectors.
+
+        Args:
+            name: of the layer.
+
+        Returns:
+            ``(A, G)``, each ``[groups, n_blocks, size, size]``; None for a layer without A.
+        """
         number = list(self.layers).index(name)
         views = {side: self.factors.blocks(number, side, "inverse") for side, _ in self.factors.layout.factors(number)}
         return views.get("A"), views["G"]

@@ -14,7 +14,7 @@ from lightning_thor.curvature.refresh_schedule import RefreshSchedule
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.factors.state import FactorState
 from lightning_thor.layers.discovery import name_some
-from lightning_thor.preconditioning.modes import DECOMPOSITIONS, Mode
+from lightning_thor.preconditioning.modes import MODES
 
 COUNTS = ("step", "refreshes", "turns", "failed_inversions", "rejected_windows")
 """What a state counts, each at least 0."""
@@ -113,12 +113,8 @@ def _damaged(fault: str) -> ValueError:
     )
 
 
-STORED = (*(f"_{decomposition.name}" for decomposition in DECOMPOSITIONS.values()), "_inverted")
-"""Endings of keys that only the processes have which store a layer's inverses."""
-
-
 def curvature_state(
-    names: Sequence[str], factors: FactorState, schedule: RefreshSchedule, *, mode: Mode
+    names: Sequence[str], factors: FactorState, schedule: RefreshSchedule, *, mode: str
 ) -> dict[str, Any]:
     """Steps, factors and the inverses that are stored here, by layer name.
 
@@ -162,7 +158,7 @@ def curvature_state(
 
 
 def load_curvature_state(
-    state: Mapping[str, Any], names: Sequence[str], factors: FactorState, schedule: RefreshSchedule, *, mode: Mode
+    state: Mapping[str, Any], names: Sequence[str], factors: FactorState, schedule: RefreshSchedule, *, mode: str
 ) -> None:
     """Bring factors and schedule to a state; inverses that it lacks are computed again.
 
@@ -218,13 +214,15 @@ def load_curvature_state(
 def _check_that_layers_are_the_same(
     layers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
+    # Endings of keys that only the processes have which store a layer's inverses.
+    stored = (*(f"_{mode.decomposition.name}" for mode in MODES.values()), "_inverted")
     missing, unknown = sorted(own.keys() - layers.keys()), sorted(layers.keys() - own.keys())
     differing = [
         f"{name}.{key}: {_shape(layers[name].get(key)) or 'nothing'} in the checkpoint, {_shape(tensor)} here"
         for name in own
         if name in layers
         for key, tensor in own[name].items()
-        if key in layers[name] or not key.endswith(STORED)
+        if key in layers[name] or not key.endswith(stored)
         if _shape(layers[name].get(key)) != _shape(tensor)
     ]
     if missing or unknown or differing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -30,12 +30,13 @@ def is_split(tensor: Tensor) -> bool:
     return is_sharded(tensor) and tensor.device_mesh.size() > 1  # type: ignore[attr-defined]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor, not a copy and without autograd; any other tensor as it is."""
-    if not is_sharded(tensor):
-        return tensor
-    own: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return own
+def local_parts(tensors: Iterable[Any]) -> list[Tensor]:
+    """This rank's shard of each DTensor, not a copy and without autograd; any other tensor as it is.
+
+    Args:
+        tensors: sharded or not.
+    """
+    return [x.to_local() if isinstance(x, _SHARDED) else x for x in tensors]  # type: ignore[attr-defined]
 
 
 def shard_like(value: Any, like: Tensor) -> Any:

@@ -19,10 +19,9 @@ from lightning_thor.fsdp.row_partition import (
     row_blocks_of,
     row_transfers,
 )
-from lightning_thor.linalg.decompositions import ROOT
 from lightning_thor.linalg.dtypes import message_dtype, wide
-from lightning_thor.preconditioning.directions import natural, polar
-from lightning_thor.preconditioning.grouping import LayerGroup, group_layers
+from lightning_thor.preconditioning.grouping import Directions, LayerGroup, Tensors, group_layers
+from lightning_thor.preconditioning.modes import MODES
 
 
 class RowExchangePlan(NamedTuple):
@@ -63,10 +62,10 @@ class ShardedCurvature:
     """
 
     def __init__(self, curvature: Curvature, communicator: Communicator | None = None) -> None:
-        if curvature.mode == "adam":
+        if MODES[curvature.mode].change_basis is not None:
             raise ValueError(
-                'mode="adam" does not go with sharded parameters: its second moments are in coordinates that mix rows '
-                'of several processes. Take mode="natural" or "polar" with thor_fsdp2, or strategy="thor_ddp".'
+                f'mode="{curvature.mode}" does not go with sharded parameters: its second moments are in coordinates '
+                'that mix rows of several ranks. Take strategy="thor_ddp"; thor_fsdp2 has mode="natural" or "polar".'
             )
         self.curvature = curvature
         self._communicator = communicator or ProcessGroupCommunicator()
@@ -76,32 +75,33 @@ class ShardedCurvature:
         """As `Curvature.update`."""
         self.curvature.update()
 
-    @torch.no_grad()
-    def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    def precondition(self, grads: Tensors, mode: str = "natural") -> Directions:
         """As `Curvature.precondition`, of shards.
 
         Args:
             grads: this rank's shard of each gradient, of the same parameters on all ranks; nothing in it is changed.
+            mode: name of a mode that the curvature serves.
 
         Returns:
             This rank's shard of each direction.
         """
-        return self._directions(grads, is_polar=False)
+        (directions,) = self.directions(grads, mode)
+        return directions
 
     @torch.no_grad()
-    def precondition_polar(self, momenta: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """As `Curvature.precondition_polar`, of shards.
+    def directions(self, tensors: Tensors, mode: str = "natural") -> list[Directions]:
+        """As `Curvature.directions`, of shards, in one part.
 
         Args:
-            momenta: this rank's shard of each momentum, of the same parameters on all ranks; nothing in it is changed.
+            tensors: as of `precondition`.
+            mode: as of `precondition`.
 
         Returns:
             This rank's shard of each direction.
         """
-        self.curvature.check_that_it_serves("polar")
-        return self._directions(momenta, is_polar=True)
-
-    def _directions(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> dict[nn.Parameter, Tensor]:
+        self.curvature.check_that_it_serves(mode)
+        is_polar, directions_of, shards = MODES[mode].uses_matrix_sign, MODES[mode].directions, tensors
+        assert directions_of is not None
         key = is_polar, frozenset(shards)
         if key not in self._plans:
             self._plans[key] = self._plan(shards, is_polar)
@@ -109,18 +109,10 @@ class ShardedCurvature:
         arrived = self._exchange(plan, _held(plan.leaving, shards), plan.arriving, shards)
         ranges = _assembled(plan, [*arrived, *_held(plan.staying, shards)])
         with torch.autocast(curvature.factors.device.type, enabled=False):
-            directions = (
-                polar(plan.groups, ranges, names=curvature.polar_layers, unit=curvature.gradient_unit)
-                if is_polar
-                else natural(
-                    plan.groups,
-                    ranges,
-                    roots=curvature.factors.decomposition is ROOT,
-                    unit=curvature.gradient_unit,
-                )
-            )
+            parts = directions_of(curvature.grouped(plan.groups), ranges)
+            directions = {p: direction for part in parts for p, direction in part.items()}
         returned = self._exchange(plan, _owned(plan, plan.arriving, directions), plan.leaving, shards, back=True)
-        return _to_shards(plan, [*returned, *_owned(plan, plan.staying, directions)], shards)
+        return [_to_shards(plan, [*returned, *_owned(plan, plan.staying, directions)], shards)]
 
     def _exchange(
         self,
@@ -155,7 +147,7 @@ class ShardedCurvature:
         groups = group_layers(
             [layer for layer, _ in own.values()],
             [pair for _, pair in own.values()],
-            apart=lambda layer: layer.name in self.curvature.polar_layers,
+            self.curvature.polar_layers,
         )
         transfers = row_transfers(ranges, world_size)
         moving = [one for one in transfers if one.holder != one.owner]

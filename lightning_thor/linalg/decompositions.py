@@ -1,6 +1,6 @@
-"""What is stored per block: its damped inverse, a root of that, or its eigenvectors.
+"""What is stored per block: its damped inverse, a Cholesky root of the inverse, or its eigenvectors.
 
-Nothing here raises from inside linear algebra.
+A block that cannot be decomposed is reported in a mask; no error of the linear algebra leaves this module.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from torch import Tensor
 from lightning_thor.linalg.packing import Form
 
 LAPACK_SIZE = 32
-"""Blocks up to this size go to LAPACK as they are."""
+"""Largest block that LAPACK factors whole; larger ones are split in halves."""
 
 
 def traces(blocks: Tensor) -> Tensor:
-    """Trace of each block: ``[n, d, d]`` -> ``[n]``."""
+    """Trace of each block: ``[n, d, d]`` to ``[n]``."""
     return blocks.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def damped_inverses(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverses of ``blocks + damping * I``, as ``WᵀW`` of their roots, without a device sync.
+    """Inverts ``blocks + damping * I`` as ``WᵀW`` with the roots W of `damped_inverse_roots`; no device sync.
 
-    Damping below rounding (the machine epsilon times a block's trace) is raised to it, so that a singular positive
-    semi-definite block has an inverse in its own precision instead of a failure.
+    Damping below rounding error (machine epsilon times the trace of the block) is raised to it, so that a singular
+    positive semi-definite block has an inverse in its own precision.
 
     Args:
         blocks: symmetric positive semi-definite, ``[n, d, d]``.
-        damping: added to every eigenvalue of its block, in the units of ``blocks``, ``[n]``.
+        damping: added to every eigenvalue of a block, in the units of ``blocks``, ``[n]``.
 
     Returns:
-        ``(inverses [n, d, d], succeeded [n])``; where ``succeeded`` is False (a non-finite or indefinite block, or a
-        damping that is not positive on a block of zeros) the inverse is meaningless and must not be used.
+        ``(inverses [n, d, d], succeeded [n])``. ``succeeded`` is False, and the inverse meaningless, for a block that
+        is indefinite or not finite, and for a block of zeros whose damping is not positive.
 
     >>> inverses, succeeded = damped_inverses(torch.diag(torch.tensor([3.0, 1.0]))[None], torch.tensor([1.0]))
     >>> inverses[0].diagonal(), succeeded
@@ -50,10 +50,17 @@ def damped_inverses(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def damped_inverse_roots(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """A root W of each inverse that `damped_inverses` gives, ``WᵀW = (blocks + damping * I)⁻¹``.
+    """Computes a root W of each damped inverse: ``WᵀW = (blocks + damping * I)⁻¹``; no device sync.
 
-    W is the inverse of the lower Cholesky factor: no eigenvalues are needed. All other roots are ``Q W`` with an
-    orthogonal Q. Arguments and values are those of `damped_inverses`.
+    W is the inverse of the lower Cholesky factor, so no eigenvalues are needed. Every other root is ``Q W`` with an
+    orthogonal Q.
+
+    Args:
+        blocks: symmetric positive semi-definite, ``[n, d, d]``.
+        damping: as of `damped_inverses`, ``[n]``.
+
+    Returns:
+        ``(roots [n, d, d], succeeded [n])``, lower triangular; ``succeeded`` as of `damped_inverses`.
 
     >>> roots, succeeded = damped_inverse_roots(torch.diag(torch.tensor([3.0, 0.0]))[None], torch.tensor([1.0]))
     >>> roots[0], succeeded
@@ -76,24 +83,26 @@ def _damped(blocks: Tensor, damping: Tensor) -> Tensor:
 
 
 def _positive(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """``[n, 1, 1]``, and which are finite and above 0."""
+    """Returns ``numbers [n, 1, 1]`` and a mask ``[n]`` of the ones that are finite and above 0."""
     return numbers, torch.isfinite(numbers.flatten()) & (numbers.flatten() > 0)
 
 
 def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
-    """Inverses of the lower Cholesky factors, by halves: of ``[[P, Qᵀ], [Q, S]]`` with the inverse factor W of P, and
-    that of the Schur complement ``S - Q Wᵀ W Qᵀ``, U, it is ``[[W, 0], [-U Q Wᵀ W, U]]``.
+    """Writes the inverse of each block's lower Cholesky factor into ``into``, by halves.
 
-    Nearly all of it is batched products, which take all cores; LAPACK takes a batch block by block. For 24 blocks of
-    128 on one core of an AMD EPYC (Zen 3, float32, torch 2.13) roots take 3.4 ms and inverses from them 4.7, LAPACK's
-    factorisation and inverse 7.1. Nothing here raises, or waits for the device as `torch.cholesky_inverse` does.
+    For a block ``[[P, Qᵀ], [Q, S]]``, the inverse factor W of P, and the inverse factor U of the Schur complement
+    ``S - Q Wᵀ W Qᵀ``, it is ``[[W, 0], [-U Q Wᵀ W, U]]``.
+
+    Nearly all work is batched products, which use every core; LAPACK factors a batch block by block. For 24 blocks of
+    128 on one core of an AMD EPYC (Zen 3, float32, torch 2.13) roots take 3.4 ms and inverses 4.7 ms; LAPACK's
+    factorisation and inverse take 7.1 ms. Unlike `torch.cholesky_inverse` it neither raises nor waits for the device.
 
     Args:
-        into: zeros, ``[n, d, d]``.
-        damped: ``[n, d, d]``.
+        into: zeros, ``[n, d, d]``; overwritten.
+        damped: symmetric, ``[n, d, d]``.
 
     Returns:
-        Above 0 for blocks that are not positive definite, ``[n]``; what is put in their place is meaningless.
+        ``[n]``, above 0 for a block that is not positive definite, whose result is meaningless.
     """
     size = damped.shape[-1]
     if size <= LAPACK_SIZE:
@@ -112,30 +121,31 @@ def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
 
 
 def _gram(W: Tensor) -> Tensor:
-    """``WᵀW`` of lower triangular matrices, symmetric to the last bit; of large ones by halves, which spares zeros."""
+    """Computes ``WᵀW``, symmetric to the last bit, of lower triangular ``W [n, d, d]``; by halves where d is large,
+    which skips the products with zeros."""
     if W.shape[-1] <= 2 * LAPACK_SIZE:
-        return _symmetric(torch.bmm(W.mT, W))
+        return _symmetrize_(torch.bmm(W.mT, W))
     half = W.shape[-1] // 2
     U, gram = W[:, half:, half:], torch.empty_like(W)
     for columns, place in ((W[:, :, :half], slice(0, half)), (U, slice(half, None))):
-        _symmetric(torch.bmm(columns.mT, columns), out=gram[:, place, place])
+        _symmetrize_(torch.bmm(columns.mT, columns), out=gram[:, place, place])
     below = torch.bmm(U.mT, W[:, half:, :half])
     gram[:, half:, :half], gram[:, :half, half:] = below, below.mT
     return gram
 
 
-def _symmetric(product: Tensor, out: Tensor | None = None) -> Tensor:
+def _symmetrize_(product: Tensor, out: Tensor | None = None) -> Tensor:
     product.mul_(0.5)
     return torch.add(product, product.mT, out=out)
 
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    """Products of float32 in this context are float32's, not TF32's or bfloat16's, whatever the program has chosen: a
-    Schur complement that is rounded so coarsely need not be positive definite."""
+    """Multiplies float32 in float32 within this context, also if the program allows TF32 or bfloat16: rounded to them,
+    a Schur complement may be indefinite."""
     try:
         chosen = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was chosen by `fp32_precision` (torch 2.9 or newer), with which this does not mix
+    except RuntimeError:  # the program set `fp32_precision` (torch 2.9 or newer), which excludes this older setting
         backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
         each = [backend.fp32_precision for backend in backends]
         try:
@@ -157,19 +167,19 @@ def _ieee_products() -> Iterator[None]:
 
 
 def eigenvectors(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal eigenvectors of each block, as columns, by rising eigenvalue; then the unit vectors of rows of zeros.
+    """Computes orthonormal eigenvectors of each block, as columns, by rising eigenvalue; those of zero rows last.
 
-    Rows of zeros are features that were never seen, and the padding of a block: they stay apart from the others, in
-    their order, at the end, where products with blocks that are padded cut off what lies in the padding. Waits for the
+    A zero row is a feature that was never seen, or the padding of a block. Its eigenvector is a unit vector, mixes with
+    no other, and comes at the end, in order, where products with padded blocks cut the padding off. Waits for the
     device on a GPU, as `torch.linalg.eigh` does.
 
     Args:
         blocks: symmetric positive semi-definite, ``[n, d, d]``.
-        damping: ``[n]``; does not change eigenvectors, and is here for the sake of one signature.
+        damping: unused, since it changes no eigenvector; every `Decomposition` has one signature. ``[n]``.
 
     Returns:
-        ``(eigenvectors [n, d, d], succeeded [n])``; where ``succeeded`` is False (a non-finite block) they are those of
-        the identity and must not be used.
+        ``(eigenvectors [n, d, d], succeeded [n])``. ``succeeded`` is False for a block that is not finite, whose result
+        is the identity.
 
     >>> found, _ = eigenvectors(torch.tensor([[[0.0, 0.0, 0.0], [0.0, 2.0, 1.0], [0.0, 1.0, 2.0]]]), torch.zeros(1))
     >>> found[0].abs().round(decimals=2)
@@ -185,11 +195,11 @@ def eigenvectors(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     scale = traces(blocks)
     scale = torch.where(finite & (scale > 0), scale, 1.0)
     sound = torch.where(finite[:, None, None], blocks / scale[:, None, None], identity)
-    # Above all eigenvalues, which lie below 1 now, and each its own, so that they do not mix.
-    apart = 2.0 + torch.arange(size, dtype=blocks.dtype, device=blocks.device) / size
+    # Distinct numbers above all other eigenvalues, which are below 1 now: their eigenvectors do not mix.
+    distinct = 2.0 + torch.arange(size, dtype=blocks.dtype, device=blocks.device) / size
     diagonal = sound.diagonal(dim1=-2, dim2=-1)
     silent = diagonal == 0
-    diagonal.copy_(torch.where(silent, apart, diagonal))
+    diagonal.copy_(torch.where(silent, distinct, diagonal))
     try:
         found = torch.linalg.eigh(sound)[1]
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not declare it
@@ -198,24 +208,28 @@ def eigenvectors(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Decomposition(NamedTuple):
-    """One of them; where the code speaks of inverses, it is what takes their place."""
+    """What is stored per block: its inverse, a Cholesky root of the inverse, or its eigenvectors.
+
+    Names of other modules say "inverse" for any of the three.
+    """
 
     name: str
-    """In a checkpoint."""
+    """Suffix of the tensors' keys in a checkpoint."""
     make: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """``(blocks [n, d, d], added to their eigenvalues [n])`` to ``(kept [n, d, d], succeeded [n])``."""
+    """``(blocks [n, d, d], damping [n])`` to ``(decompositions [n, d, d], succeeded [n])``."""
     form: Form
-    """What has to travel."""
+    """Which entries are sent to other ranks."""
     power: float
-    """Of a block that could never be inverted the identity times this power of its mean eigenvalue is kept."""
-    products: int
-    """How many times a direction multiplies a layer's matrix by those of both its factors."""
+    """A block without any successful decomposition has its mean damped eigenvalue to this power, times the identity."""
+    products: tuple[tuple[bool, bool], ...]
+    """The products ``G X A`` with both stored factors that a direction takes, in order: whether A, and whether G, is
+    transposed in each. One makes G⁻¹ X A⁻¹ of inverses; two make it of roots, and lead to the eigenbasis and back."""
 
 
-INVERSE = Decomposition("inverse", damped_inverses, "symmetric", -1.0, 1)
+INVERSE = Decomposition("inverse", damped_inverses, "symmetric", -1.0, ((False, False),))
 
 
-ROOT = Decomposition("root", damped_inverse_roots, "lower", -0.5, 2)
+ROOT = Decomposition("root", damped_inverse_roots, "lower", -0.5, ((True, False), (False, True)))
 
 
-EIGENVECTORS = Decomposition("eigenvectors", eigenvectors, "full", 0.0, 2)
+EIGENVECTORS = Decomposition("eigenvectors", eigenvectors, "full", 0.0, ((False, True), (True, False)))

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 SAFETY = 1.01
-"""Rounding must not carry a singular value out of the interval that the next polynomial is made for."""
+"""Margin by which each polynomial's output is shrunk: rounding must not carry a singular value beyond the interval of
+the next polynomial."""
 
 
-# Odd polynomials a x + b x³ + c x⁵, each the best one towards 1 on the interval that the one before leaves, from
-# [0.005, 1] on: "Polar Express" (Amsel, Persson, Musco & Gower 2025, arXiv:2505.16932, algorithm 2, cushion 0.024).
 POLYNOMIALS = (
     (8.1521075, -23.2112081, 17.0183430),
     (3.9094318, -2.8997808, 0.5538707),
@@ -19,26 +18,30 @@ POLYNOMIALS = (
     (1.8829545, -1.2588102, 0.3758821),
     (1.875, -1.25, 0.375),
 )
+"""Coefficients (a, b, c) of odd polynomials a x + b x³ + c x⁵. Each is the best approximation of 1 on the image of the
+polynomial before it, the first one on [0.005, 1]: "Polar Express" (Amsel, Persson, Musco & Gower 2025,
+arXiv:2505.16932, algorithm 2, cushion 0.024)."""
 
 
 STEPS = 4
+"""How many polynomials `msign` applies by default."""
 
 
 GRAM_FROM = 1.5
-"""How many times as wide as high a matrix must be for the products of small squares to be fewer multiplications."""
+"""Ratio of width to height above which iterating the Gram matrix takes fewer multiplications."""
 
 
 def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
-    """``U Vᵀ`` of each ``U S Vᵀ``: the nearest matrix with orthonormal rows or columns; zero for a matrix of zeros.
+    """Computes ``U Vᵀ`` of each ``U S Vᵀ``, the nearest matrix with orthonormal rows or columns; zero for zeros.
 
-    Polynomials of ``matrix matrixᵀ`` bring all singular values towards 1 together, from their Schatten norm
-    ``(sum s⁸)^⅛`` on, which is closer to the largest than the Frobenius norm is and comes with the products of the
-    first polynomial. Four bring those above 0.005 of it to 1 ± 0.11, and smaller ones less far; six, all above 0.005
-    to 1 within rounding. No device sync. A GPU computes float32 in bfloat16, as Muon does.
+    Matrices are first divided by their Schatten norm ``(sum s⁸)^⅛``, which is closer to the largest singular value than
+    the Frobenius norm and costs no product of its own. Polynomials of ``X Xᵀ`` then bring all singular values
+    towards 1. Four polynomials bring those above 0.005 of the Schatten norm to 1 ± 0.11, smaller ones less far; six
+    bring all above 0.005 to 1 within rounding. No device sync. A GPU computes float32 in bfloat16, as Muon does.
 
     Args:
-        matrices: finite, ``[n, p, q]``; any scale.
-        steps: polynomials applied; from the seventh on the last of `POLYNOMIALS` again.
+        matrices: finite, ``[n, p, q]``, of any scale.
+        steps: how many polynomials to apply; from the seventh on, the last one of `POLYNOMIALS` repeats.
 
     Returns:
         ``[n, p, q]`` in the dtype of ``matrices``.
@@ -46,10 +49,10 @@ def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
     >>> msign(torch.tensor([[[3.0, 0.0], [0.0, -0.5]], [[0.0, 0.0], [0.0, 0.0]]]), steps=6)
     tensor([[[ 1.,  0.], [ 0., -1.]], [[ 0.,  0.], [ 0.,  0.]]])
     """
-    if matrices.shape[-2] > matrices.shape[-1]:  # the Gram matrix is to be of the small side
+    if matrices.shape[-2] > matrices.shape[-1]:  # so that the Gram matrix is the smaller one
         return msign(matrices.mT, steps).mT
     tiny = torch.finfo(matrices.dtype).tiny
-    # By the largest entry first: squares of very small or large entries would leave the range of the norm's sum.
+    # By the largest entry first: squares of very small or large entries leave the range of the dtype.
     x = matrices / matrices.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(tiny)
     if x.is_cuda and x.dtype == torch.float32:
@@ -59,10 +62,10 @@ def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
     largest = torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt()
     largest = torch.where(largest > 0, largest, 1.0)  # a matrix of zeros
     gram, square, x = gram / largest, square / largest.square(), x * largest.rsqrt()
-    # All matrices of one computation commute, so that a wide matrix is multiplied by their product once, at the end.
-    # With each step their rounding grows where singular values are zero, though, in the end without bound.
-    at_the_end = is_wide(*x.shape[-2:]) and x.dtype in (torch.float32, torch.float64) and steps <= len(POLYNOMIALS)
-    whole = None
+    # All polynomials of one Gram matrix commute, so a wide matrix is multiplied once, by their product, at the end.
+    # But where singular values are zero, rounding grows with each step, without bound: hence the limits.
+    multiplies_once = is_wide(*x.shape[-2:]) and x.dtype in (torch.float32, torch.float64) and steps <= len(POLYNOMIALS)
+    product = None
     for step in range(steps):
         a, b, c = POLYNOMIALS[min(step, len(POLYNOMIALS) - 1)]
         if step < steps - 1:
@@ -70,18 +73,23 @@ def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
         if step:
             square = torch.bmm(gram, gram)
         factor = torch.add(b * gram, square, alpha=c)
-        if at_the_end:
+        if multiplies_once:
             factor.diagonal(dim1=-2, dim2=-1).add_(a)
-            whole = factor if whole is None else torch.bmm(factor, whole)
+            product = factor if product is None else torch.bmm(factor, product)
             if step < steps - 1:
                 gram = torch.bmm(torch.bmm(factor, gram), factor)
         else:
             x = torch.baddbmm(x, factor, x, beta=a)
             if step < steps - 1:
                 gram = torch.bmm(x, x.mT)
-    return (x if whole is None else torch.bmm(whole, x)).to(matrices.dtype)
+    return (x if product is None else torch.bmm(product, x)).to(matrices.dtype)
 
 
 def is_wide(small: int, large: int) -> bool:
-    """Whether a matrix ``[small, large]`` has its Gram matrix iterated, and itself multiplied once."""
+    """Returns whether `msign` iterates the Gram matrix of ``[small, large]`` and multiplies the matrix itself once.
+
+    Args:
+        small: smaller dimension of a matrix.
+        large: larger dimension.
+    """
     return large > GRAM_FROM * small

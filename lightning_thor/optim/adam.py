@@ -1,19 +1,23 @@
-"""Adam's arithmetic on lists of tensors, in whatever coordinates they are."""
+"""Adam's steps, in the coordinates of a parameter or in others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_thor.linalg.dtypes import wide
+from lightning_thor.optim.norms import as_real
+from lightning_thor.preconditioning.grouping import Directions
 
 EPS = 1e-8
 
 
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
-"""In the state of a parameter, named as `torch.optim.Adam` names them."""
+"""Keys of a parameter's state, those of `torch.optim.Adam`."""
 
 
 def adam_directions(
@@ -24,17 +28,18 @@ def adam_directions(
     *,
     nesterov: bool = False,
 ) -> list[Tensor]:
-    """``m̂ / (√v̂ + 1e-8)`` of each tensor, with the moments in its state brought up to date (Kingma & Ba 2015,
-    arXiv:1412.6980, algorithm 1).
+    """Updates the moments of each tensor and returns ``m̂ / (√v̂ + 1e-8)`` (Kingma & Ba 2015, arXiv:1412.6980,
+    algorithm 1).
 
     Args:
-        states: of each tensor; moments of zeros are put into an empty one, in the dtype of its gradient. The count of
-            steps is a number, so that nothing waits for a device.
-        grads: in at least float32, in whose range squares are; nothing in them is changed. A complex number is two real
-            ones, as in `torch.optim.Adam`.
-        beta1, beta2: how much of the first and of the second moment stays.
-        nesterov: take the first moment as it would be if the same gradient came once more (Dozat 2016, "Incorporating
-            Nesterov momentum into Adam"); without bias, as the plain one.
+        states: of each tensor. An empty one gets moments of zeros in the dtype of its gradient; ``"step"`` is a number,
+            so that nothing waits for a device.
+        grads: one per state, in at least float32, whose range includes their squares; unchanged. Complex numbers are
+            pairs of real ones, as in `torch.optim.Adam`.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        nesterov: use the first moment after the same gradient once more, without bias (Dozat 2016, "Incorporating
+            Nesterov momentum into Adam").
 
     >>> state = {}
     >>> adam_directions([state], [torch.tensor([2.0, -0.5])], 0.9, 0.95)[0]
@@ -46,8 +51,8 @@ def adam_directions(
         if SECOND not in state:
             state[STEP], state[FIRST], state[SECOND] = 0, torch.zeros_like(grad), torch.zeros_like(grad)
         state[STEP] += 1
-    first, second = _as_real(state[FIRST] for state in states), _as_real(state[SECOND] for state in states)
-    real = _as_real(grads)
+    first, second = as_real([state[FIRST] for state in states]), as_real([state[SECOND] for state in states])
+    real = as_real(grads)
     torch._foreach_lerp_(first, real, 1.0 - beta1)
     torch._foreach_mul_(second, beta2)
     torch._foreach_addcmul_(second, real, real, 1.0 - beta2)
@@ -67,16 +72,17 @@ def adam_directions(
 def carry_to_other_coordinates(
     states: Sequence[MutableMapping[str, Any]], first: Sequence[Tensor], beta1: float, beta2: float
 ) -> None:
-    """Put first moments, as they are in other coordinates, into states whose second moments stay as they were.
+    """Replaces the first moments by what they are in other coordinates; raises second moments where they are too small.
 
-    Those belong to the old coordinates, so they are raised to what such first moments can have: after t steps in the
-    same coordinates ``m² ≤ c v`` with ``c = Σ ((1 - β₁) β₁ᵏ)² / ((1 - β₂) β₂ᵏ)``, k < t (Cauchy-Schwarz). A coordinate
-    that had no gradient before would otherwise, if it has none in this step either, take a step of ``m / 1e-8``.
+    Second moments are not carried: they stay those of the old coordinates, but at least as large as such first moments
+    allow. After t steps in the same coordinates ``m² ≤ c v`` with ``c = Σ ((1 - β₁) β₁ᵏ)² / ((1 - β₂) β₂ᵏ)``, k < t
+    (Cauchy-Schwarz). Otherwise a coordinate without any gradient so far would take a step of ``m / 1e-8``.
 
     Args:
         states: of each tensor, with moments.
-        first: its first moment, real, in the dtype of those.
-        beta1, beta2: as of `adam_directions`.
+        first: new first moment of each, real, in the dtype of its state.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
 
     >>> state = {"step": 1, "exp_avg": torch.tensor([0.1, 0.0]), "exp_avg_sq": torch.tensor([0.05, 0.0])}
     >>> carry_to_other_coordinates([state], [torch.tensor([0.0, 0.1])], 0.9, 0.95)
@@ -93,7 +99,7 @@ def carry_to_other_coordinates(
 
 
 def _largest_ratio(beta1: float, beta2: float, steps: int) -> float:
-    """The most that m² / v can be after so many steps in the same coordinates.
+    """Returns the largest m² / v after ``steps`` steps in the same coordinates.
 
     >>> _largest_ratio(0.9, 0.99, 1000), _largest_ratio(0.0, 0.5, 3), _largest_ratio(0.5, 0.25, 3)
     (5.5, 2.0, 1.0)
@@ -101,12 +107,49 @@ def _largest_ratio(beta1: float, beta2: float, steps: int) -> float:
     if beta2 == 0.0:
         return math.inf
     factor = beta1**2 / beta2
-    # The sum of factor ** k for k < steps; where it grows without bound, it may stay below what a float can hold.
+    # The sum of factor ** k for k < steps; a sum that grows without bound is cut off in the range of a float.
     grown = math.expm1(min(steps * math.log(factor), 700.0)) if factor > 0 else -1.0
     total = steps if factor == 1.0 else grown / (factor - 1.0)
     return (1.0 - beta1) ** 2 / (1.0 - beta2) * total
 
 
-def _as_real(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Complex numbers as pairs of real ones, in their own memory."""
-    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+def steps_in_other_coordinates(
+    groups: Sequence[Mapping[str, Any]],
+    states: Mapping[Any, MutableMapping[str, Any]],
+    preconditioner: Any,
+    change_basis: Callable[..., Directions],
+    grads: Mapping[nn.Parameter, Tensor],
+) -> Directions:
+    """Updates the preconditioner, carries first moments to its new coordinates, and takes Adam's step there.
+
+    Args:
+        groups: parameter groups, with ``momentum`` (β₁), ``beta2`` and ``nesterov``.
+        states: the optimizer's, by parameter.
+        preconditioner: has ``update()`` and ``due_parameters()``, whose coordinates the next update may change.
+        change_basis: takes tensors by parameter to the coordinates of the preconditioner, and back with ``back=True``.
+        grads: by parameter, unchanged.
+
+    Returns:
+        Directions by parameter, in its own coordinates and in at least float32.
+    """
+    # Also of parameters without a gradient in this step: their next gradient is in the new coordinates.
+    moments = {p: states[p][FIRST] for p in preconditioner.due_parameters() if FIRST in states.get(p, {})}
+    moments = change_basis(moments, back=True)
+    preconditioner.update()
+    moments = change_basis(moments)
+    for group in groups:
+        params = [p for p in group["params"] if p in moments]
+        own = [moments[p] for p in params]
+        carry_to_other_coordinates([states[p] for p in params], own, group["momentum"], group["beta2"])
+    # Squares and 1e-8 are in the unit of gradients that the curvature has.
+    unit = getattr(preconditioner, "gradient_unit", 1.0)
+    grads = {p: grad.to(wide(grad.dtype)) for p, grad in grads.items()}
+    if isinstance(unit, Tensor) or unit != 1.0:
+        grads = {p: grad / unit for p, grad in grads.items()}
+    rotated, directions = change_basis(grads), Directions()
+    for group in groups:
+        params = [p for p in group["params"] if p in rotated]
+        own, beta1, beta2 = [rotated[p] for p in params], group["momentum"], group["beta2"]
+        found = adam_directions([states[p] for p in params], own, beta1, beta2, nesterov=group["nesterov"])
+        directions.update(zip(params, found, strict=True))
+    return change_basis(directions, back=True)

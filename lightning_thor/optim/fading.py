@@ -1,7 +1,7 @@
-"""Directions made of rounding errors fade: those of gradients that are tiny beside the largest of this training.
+"""Directions of rounding errors fade: those of gradients that are tiny beside the largest gradients of the training.
 
-Where a direction is brought to a root mean square, a gradient of nothing but rounding errors would take a step of full
-size: that of a bias that a softmax or a norm does not see, or of all weights once the loss is 0 for every sample.
+Where every direction is scaled to a root mean square, a gradient of nothing but rounding errors would take a step of
+full size: that of a bias which a softmax or a norm cancels, or of all weights once the loss is 0 for every sample.
 """
 
 from __future__ import annotations
@@ -15,68 +15,67 @@ from torch import Tensor
 
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.optim import norms
-from lightning_thor.optim.norms import as_real
 
-SLICE = 2**12
-"""Of a tensor that has more than four times as many entries, so many are looked at first, on a CPU."""
+SLICE_NUMEL = 2**12
+"""Entries that are read first, on a CPU, of a tensor with more than four times as many."""
 
 
 ROUNDINGS = 8
-"""How many times eps, of the largest gradients, a gradient may be and still be made of rounding errors alone.
+"""Up to this multiple of eps times the largest gradients, a gradient may be made of rounding errors alone.
 
-A softmax gives them about eps / 10 of the gradients that the training began with: 1e-8 of 0.1. Their steps have one
-direction, and in thousands of them weights go far if they fade in proportion only: 512 digits, learnt to a loss of 0,
-lost 7 and 10 points of held-out accuracy in 6,000 steps (two seeds), and none where they fade with the square.
+A softmax has errors of about eps / 10 of the gradients at the start of a training: 1e-8 of 0.1. Steps along them add
+up, and with a factor that is only proportional weights go far in thousands of steps: 512 digits, learnt to a loss of 0,
+lost 7 and 10 points of held-out accuracy in 6,000 steps (two seeds), and none with the squared factor.
 """
 
 
 GROWTH = 2.0
-"""What the largest gradients may grow by in one step: one batch whose gradients explode fades no later one by more."""
+"""Limit of the largest gradients' growth in one step: a batch whose gradients explode fades no later batch by more."""
 
 
 Largest = float | Tensor
-"""Root mean square of the largest gradients so far, 0 before the first: a tensor (0-dimensional, in float64) where a
-device would have to be waited for to have a number."""
+"""Root mean square of the largest gradients so far, 0 before the first; a 0-dimensional float64 tensor where reading it
+would wait for a device."""
 
 
 def fade_factors(
-    made_of: Sequence[Tensor], of: Sequence[Tensor], times: Sequence[float], largest: Largest
+    sources: Sequence[Tensor], params: Sequence[Tensor], shares: Sequence[float], largest: Largest
 ) -> tuple[list[float] | list[Tensor], Largest]:
-    """``min(1, r / (8 eps R))²`` of each tensor, where r is the root mean square of what its direction is made of and R
-    that of the largest ones so far. R follows the unit of the loss, and eps is that of the weights' dtype, at least
-    float32's.
+    """Computes the factor ``min(1, r / (8 eps R))²`` of each direction, and R with this step.
 
-    R does not fall with the gradients: their rounding errors do not either, which are those of what was subtracted
-    (probabilities and targets). It does not take part in a step whose gradients are not all finite.
+    r is the root mean square of a direction's source, R the largest r of the training so far. eps is that of the dtype
+    of the weights, but at most float32's; R follows the unit of the loss. R does not fall with the gradients, since
+    their rounding errors are those of the minuends (probabilities and targets), which do not fall either. A step whose
+    gradients are not all finite leaves R as it is.
 
     Args:
-        made_of: what lies in this process of what each direction is made of: the gradient, or its momentum.
-        of: the parameters, whole or sharded.
-        times: what r is multiplied by, for each: 1, or what makes a mean of a momentum.
+        sources: this rank's part of the gradient, or of the momentum, that each direction is made of.
+        params: their parameters, whole or sharded.
+        shares: multiplied with each r: 1 for a gradient, ``1 - momentum`` for a momentum, whose mean it makes.
         largest: R before this step.
 
     Returns:
-        The factors, and R with this step.
+        ``(factors, R)``; tensors where reading them would wait for a device.
 
     >>> fade_factors([torch.tensor([1e-9]), torch.tensor([1.0])], [torch.zeros(1)] * 2, [1.0, 1.0], 0.0)
     ([1.1e-06, 1.0], 1.0)
     """
-    made_of = [one.resolve_conj() if one.is_conj() else one for one in made_of]
-    rounding = [ROUNDINGS * _eps(p.dtype) for p in of]
-    if norms.can_read_on_host(made_of, of):
-        return _on_host(made_of, rounding, times, float(largest))
-    r, scales = norms.norms([as_real(one) for one in made_of], of)
-    means = [own / math.sqrt(max(1, p.numel())) for own, p in zip(times, of, strict=True)]
+    sources = [x.resolve_conj() if x.is_conj() else x for x in sources]
+    roundings = [ROUNDINGS * _eps(p.dtype) for p in params]
+    if norms.can_read_on_host(sources, params):
+        return _on_host(sources, roundings, shares, float(largest))
+    r, scales = norms.norms(norms.as_real(sources), params)
+    means = [share / math.sqrt(max(1, p.numel())) for share, p in zip(shares, params, strict=True)]
     torch._foreach_mul_(list(r.unbind()), means)
-    for by in scales:
-        r /= by
+    for scale in scales:
+        r /= scale
     before, found = largest if isinstance(largest, Tensor) else torch.full_like(r[0], largest), r.amax()
     grown = torch.where(before > 0.0, torch.minimum(found, before * GROWTH), found).maximum(before)
     largest = torch.where(found.isfinite(), grown, before)
-    least = largest.expand(len(of)).clone()
-    torch._foreach_mul_(list(least.unbind()), rounding)
-    # Not where r is as large, nor where it is NaN: 0 / 0 of a training that had no gradient yet must not be one.
-    return list(torch.where(r < least, (r / least).square(), 1.0).unbind()), largest
+    limits = largest.expand(len(params)).clone()
+    torch._foreach_mul_(list(limits.unbind()), roundings)
+    # 1 also where r is NaN, and where r and the limit are 0, before the first gradient.
+    return list(torch.where(r < limits, (r / limits).square(), 1.0).unbind()), largest
 
 
 @cache
@@ -85,23 +84,23 @@ def _eps(dtype: torch.dtype) -> float:
 
 
 def _on_host(
-    made_of: Sequence[Tensor], rounding: Sequence[float], times: Sequence[float], before: float
+    sources: Sequence[Tensor], roundings: Sequence[float], shares: Sequence[float], before: float
 ) -> tuple[list[float], float]:
-    looked_at = [_slice(one) for one in made_of]
-    r = [own * x for own, x in zip(norms.root_mean_squares(looked_at), times, strict=True)]
-    # Of a tensor of which a part was looked at, r is at least this.
-    parts = [index for index, part in enumerate(looked_at) if part is not made_of[index]]
-    least = {index: r[index] * math.sqrt(SLICE / made_of[index].numel()) for index in parts}
+    read = [_slice(x) if x.numel() > 4 * SLICE_NUMEL else x for x in sources]
+    r = [share * rms for share, rms in zip(shares, norms.root_mean_squares(read), strict=True)]
+    # Of a tensor that was read in part, r is at least this.
+    bounds = {
+        index: r[index] * math.sqrt(SLICE_NUMEL / x.numel()) for index, x in enumerate(sources) if read[index] is not x
+    }
     largest = _with_step(before, r)
-    # Not `<`: a part may be not finite.
-    while small := [index for index, own in least.items() if not own >= rounding[index] * largest]:
-        for index, own in zip(small, norms.root_mean_squares([made_of[index] for index in small]), strict=True):
-            r[index] = own * times[index]
-            del least[index]
+    # Not `<`: a slice may be not finite.
+    while small := [index for index, bound in bounds.items() if not bound >= roundings[index] * largest]:
+        for index, rms in zip(small, norms.root_mean_squares([sources[index] for index in small]), strict=True):
+            r[index] = rms * shares[index]
+            del bounds[index]
         largest = _with_step(before, r)
-    return [
-        (own / (e * largest)) ** 2 if own < e * largest else 1.0 for own, e in zip(r, rounding, strict=True)
-    ], largest
+    limits = [rounding * largest for rounding in roundings]
+    return [(own / limit) ** 2 if own < limit else 1.0 for own, limit in zip(r, limits, strict=True)], largest
 
 
 def _with_step(before: float, r: Sequence[float]) -> float:
@@ -111,11 +110,9 @@ def _with_step(before: float, r: Sequence[float]) -> float:
 
 
 def _slice(x: Tensor) -> Tensor:
-    """From the middle of a large tensor, as it lies in memory; of one with gaps all of it."""
-    n = x.numel()
-    if n <= 4 * SLICE:
-        return x
+    """Returns `SLICE_NUMEL` entries from the middle of the memory of ``x``; ``x`` itself if there are gaps."""
+    middle = (x.numel() - SLICE_NUMEL) // 2
     if x.is_contiguous():
-        return x.as_strided((SLICE,), (1,), x.storage_offset() + (n - SLICE) // 2)
+        return x.as_strided((SLICE_NUMEL,), (1,), x.storage_offset() + middle)
     flat = norms.in_memory_order(x)
-    return flat[(n - SLICE) // 2 :][:SLICE] if flat.data_ptr() == x.data_ptr() else x
+    return flat[middle:][:SLICE_NUMEL] if flat.data_ptr() == x.data_ptr() else x

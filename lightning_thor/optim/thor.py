@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,128 +15,124 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from lightning_thor.distributed.dtensor import local
+from lightning_thor.distributed.dtensor import local_parts
 from lightning_thor.linalg.dtypes import wide
-from lightning_thor.optim.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
+from lightning_thor.optim.adam import FIRST, SECOND, steps_in_other_coordinates
 from lightning_thor.optim.fading import fade_factors
-from lightning_thor.optim.update_scaling import Numbers, Updates, clip_kl_, clip_norm_, scale_to_rms_, times
-from lightning_thor.preconditioning.modes import MODES, Mode
+from lightning_thor.optim.update_scaling import Numbers, Updates, clip_kl_, clip_norm_, multiply, scale_to_rms_
+from lightning_thor.preconditioning.grouping import Directions, Tensors
+from lightning_thor.preconditioning.modes import MODES, NATURAL, Mode, ModeName, common_mode
 
-OPTIONS = (
-    "mode",
-    "lr",
-    "momentum",
-    "beta2",
-    "nesterov",
-    "weight_decay",
-    "decoupled_weight_decay",
-    "match_rms",
-    "kl_clip",
-    "clip_norm",
-)
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": ("be 0 or greater", lambda x: x >= 0),
+    "momentum": ("lie in [0, 1)", lambda x: 0 <= x < 1),
+    "beta2": ("lie in [0, 1)", lambda x: 0 <= x < 1),
+    "weight_decay": ("be 0 or greater", lambda x: x >= 0),
+    "match_rms": ("be greater than 0, or None to turn it off", lambda x: x > 0),
+    "kl_clip": ("be greater than 0, or None to turn it off", lambda x: x > 0),
+    "clip_norm": ("be greater than 0, or None to turn it off", lambda x: x > 0),
+}
+"""Options that are finite numbers: which ones, in words and as a condition."""
+
+
+OPTIONS = ("mode", "nesterov", "decoupled_weight_decay", *RANGES)
 
 
 GRADIENT_RMS = "gradient_rms"
-"""In each group, the same in all: root mean square of the largest gradients of this training, see
-`lightning_thor.optim.fading`. It is no option, but saved with those."""
-
-
-Fades = Mapping[nn.Parameter, float | Tensor]
-"""By matched parameter, what the root mean square of its direction is multiplied by."""
-
-
-Steps = Sequence[tuple[dict[str, Any], list[nn.Parameter]]]
-"""Each group of parameters with those of its parameters that have a gradient."""
+"""Key of each group, with one value for all: root mean square of the largest gradients of this training, see
+`lightning_thor.optim.fading`. Saved with the options, but no option."""
 
 
 class Preconditioner(Protocol):
-    """What `Thor` asks of a curvature."""
+    """What `Thor` asks of its preconditioner.
+
+    These two methods suffice for ``mode="natural"``. For other modes, and for directions in parts, it has
+    ``directions(tensors, mode)`` too; for a mode with a change of basis ``change_basis(tensors, mode, back=False)`` and
+    ``due_parameters()``, all as of `Curvature`. Of sharded parameters (DTensors) all tensors are this rank's parts.
+    """
 
     def update(self) -> None:
-        """Once per applied step, after backward."""
+        """Is called once per applied step, between backward and the directions."""
 
-    def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Directions of descent, one for each gradient: new tensors, the optimizer's to change; ``grads`` stay.
+    def precondition(self, grads: Tensors) -> Directions:
+        """Computes one direction of descent for each gradient.
 
-        Directions of gradients in float16 or bfloat16 are best given in float32: they are rounded to the dtype of the
-        weights when they have been brought to scale, before that they may be beyond it.
+        Args:
+            grads: by parameter, to be left unchanged.
 
-        Of a sharded parameter (a DTensor) both are what lies in this process.
+        Returns:
+            New tensors by parameter, which the optimizer changes. For gradients in float16 or bfloat16 they are best in
+            float32: a direction may leave the range of the weights' dtype until it is scaled.
         """
 
 
-class PreconditionerInParts(Preconditioner, Protocol):
-    """What `Thor` takes in the place of ``precondition``, where it is there, all groups are natural and none has a
-    ``kl_clip``: it needs less memory and, on a CPU, less time."""
+def method_for(preconditioner: Preconditioner, mode: Mode) -> Callable[..., Any]:
+    """Finds what computes a mode's directions.
 
-    def precondition_in_parts(self, grads: Mapping[nn.Parameter, Tensor]) -> Iterator[dict[nn.Parameter, Tensor]]:
-        """What ``precondition`` gives, some tensors at a time; each part is used before the next one is asked for."""
+    Args:
+        preconditioner: a `Curvature`, or an object of the user's.
+        mode: that of a parameter group.
 
+    Returns:
+        ``change_basis`` of the preconditioner for this mode; or ``directions``, a function from tensors by parameter to
+        parts of their directions.
 
-@runtime_checkable
-class PolarPreconditioner(Preconditioner, Protocol):
-    """What `Thor` asks of a curvature besides, where a group has ``mode="polar"``."""
-
-    def precondition_polar(self, momenta: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """Polar directions of descent, one for each momentum: new tensors, as of ``precondition``."""
-
-
-@runtime_checkable
-class EigenbasisPreconditioner(Preconditioner, Protocol):
-    """What `Thor` asks of a curvature besides, where its groups have ``mode="adam"``."""
-
-    def about_to_change(self) -> set[nn.Parameter]:
-        """The parameters whose basis the next ``update`` may change."""
-
-    def to_eigenbasis(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """New tensors in the shapes of the parameters; ``grads`` stay."""
-
-    def from_eigenbasis(self, rotated: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """The way back."""
+    Raises:
+        RuntimeError: the preconditioner does not have it.
+    """
+    name = "directions" if mode.change_basis is None else "change_basis"
+    method = getattr(preconditioner, name, None)
+    if method is not None:
+        return partial(method, mode=mode.name)
+    if mode is NATURAL:
+        return lambda tensors: [preconditioner.precondition(tensors)]
+    raise RuntimeError(
+        f'Thor(mode="{mode.name}") got a {type(preconditioner).__name__} without {name}. Pass '
+        f'preconditioner=Curvature(model, mode="{mode.name}").'
+    )
 
 
 class Thor(Optimizer):
     """Momentum on G⁻¹ grad A⁻¹ (THOR: Chen et al., AAAI 2021); parameters without curvature take plain momentum.
 
-    A step, per tensor: precondition, control the scale, add weight decay (unless decoupled), then momentum as in
-    `torch.optim.SGD`, to which it is bitwise equal with an identity preconditioner and no scale control (to the fused
-    one where weights are of float32 and contiguous). In the polar mode momentum comes first; with an identity
-    preconditioner a matrix then takes the steps of `torch.optim.Muon`. In the adam mode the step is that of
-    `torch.optim.AdamW`, in other coordinates; with ``nesterov`` its first moment is taken ahead, as in NAdam (Dozat
-    2016, "Incorporating Nesterov momentum into Adam"). Parameters may be sharded by ``fully_shard`` (FSDP2): momentum
-    is sharded as they are, and the scale is that of the whole tensor.
+    A step, per tensor: precondition, scale, add weight decay (unless decoupled), then momentum as in `torch.optim.SGD`.
+    With an identity preconditioner and no scaling it is bitwise SGD (the fused one where weights are float32 and
+    contiguous). In polar mode momentum comes first; with an identity preconditioner a matrix then takes the steps of
+    `torch.optim.Muon`. In adam mode steps are those of `torch.optim.AdamW` in other coordinates; ``nesterov`` then
+    takes the first moment ahead, as NAdam does (Dozat 2016, "Incorporating Nesterov momentum into Adam"). Parameters
+    may be sharded by ``fully_shard`` (FSDP2): momentum is sharded as they are, and scales are those of whole tensors.
 
     Args:
-        params: parameters or parameter groups. All below but ``preconditioner`` can be set per group and by schedulers.
-        mode: ``"natural"``, or ``"polar"`` for G^-½ msign(G^-½ M A^-½) A^-½ of the momentum M in linear layers and
-            convolutions, msign(U S Vᵀ) being U Vᵀ: Muon's step in the coordinates that the curvature whitens.
-            Embeddings, norms and the output layer (the last linear layer or convolution of the model) take the natural
-            direction of the momentum (of the output layer with the diagonal of G alone), other parameters plain
-            momentum. Or ``"adam"``, of all groups: Adam in the coordinates in which the blocks of A and G are diagonal
-            (as SOAP has it in Shampoo's: Vyas et al. 2024, arXiv:2409.11321), for parameters without curvature plain
-            Adam; its learning rates are AdamW's, and ``match_rms`` is not for it. Of the output layer it is A's alone.
-        lr: learning rate, a number. With ``match_rms`` AdamW's usual ones carry over; in the polar mode, where it is
-            applied after momentum, take three to ten times as much.
+        params: parameters or parameter groups. Groups and schedulers can set all options below but ``preconditioner``.
+        lr: learning rate, a number. With ``match_rms`` AdamW's usual ones carry over; polar mode, which applies it
+            after momentum, takes three to ten times as much.
+        mode: ``"natural"``, ``"polar"``, ``"adam"``, or the name of a registered mode. ``"polar"`` computes
+            G^-½ msign(G^-½ M A^-½) A^-½ of the momentum M of linear layers and convolutions, with msign(U S Vᵀ) = U Vᵀ:
+            Muon's step in whitened coordinates. Embeddings, norms and the output layer (the last linear layer or
+            convolution, with the diagonal of G alone) take the natural direction of their momentum, other parameters
+            plain momentum. ``"adam"``, for all groups, is Adam in the coordinates in which the blocks of A and G are
+            diagonal (in Shampoo's blocks: SOAP, Vyas et al. 2024, arXiv:2409.11321; of the output layer those of A
+            alone), and plain Adam for parameters without curvature; its learning rates are AdamW's, and ``match_rms``
+            does not apply.
         momentum: in [0, 1); Adam's β₁.
         beta2: in [0, 1); Adam's β₂, for ``mode="adam"`` alone.
-        nesterov: Nesterov's momentum, as in `torch.optim.SGD` (in the adam mode as above); changes nothing where
-            ``momentum`` is 0.
-        weight_decay: factor of the weights that is taken off them.
-        decoupled_weight_decay: multiply weights by ``1 - lr * weight_decay`` (as AdamW does) instead of adding
-            ``weight_decay * weight`` to the preconditioned gradient (as THOR does).
-        match_rms: rescale each tensor's direction to this root mean square (0.2 is about AdamW's: Liu et al. 2025,
+        nesterov: Nesterov's momentum, as in `torch.optim.SGD` (in adam mode as above); no effect if ``momentum`` is 0.
+        weight_decay: multiplied with the weights, and subtracted from them.
+        decoupled_weight_decay: multiply weights by ``1 - lr * weight_decay``, as AdamW does; otherwise add
+            ``weight_decay * weight`` to the preconditioned gradient, as THOR does.
+        match_rms: scale each tensor's direction to this root mean square (0.2 is about AdamW's: Liu et al. 2025,
             arXiv:2502.16982), or less where its gradient is below 64 roundings of the largest gradients of this
-            training (`lightning_thor.optim.fading`); None leaves its scale to the curvature.
-        kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` is at most this (Ba, Grosse &
-            Martens 2017, "Distributed second-order optimization using Kronecker-factored approximations", section
-            5; the sum is over the parameters of all groups that set it); None does not. Natural mode only.
-        clip_norm: shrink each tensor's update, after weight decay and before momentum (natural mode), to at most this
-            L2 norm (MindSpore's ``enable_clip_grad`` is 1); None does not.
-        preconditioner: a `Curvature`; under a Trainer `ThorCallback` puts it in place when fit starts.
+            training (`lightning_thor.optim.fading`); None leaves the scale to the curvature.
+        kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` over all groups that set it is at
+            most this (Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored
+            approximations", section 5); None does not. For natural mode, without ``match_rms``.
+        clip_norm: shrink each tensor's update to at most this L2 norm, after weight decay and before natural mode's
+            momentum (MindSpore's ``enable_clip_grad`` is 1); None does not.
+        preconditioner: a `Curvature`; under a Trainer `ThorCallback` sets it when fit starts.
 
     Raises:
-        ValueError: an argument out of its range, both ``match_rms`` and ``kl_clip`` given, a ``kl_clip`` that is not
-            natural, or ``mode="adam"`` in some groups only.
+        ValueError: an option is out of its range or does not go with another one, or no curvature serves the modes of
+            all groups.
     """
 
     def __init__(
@@ -143,7 +140,7 @@ class Thor(Optimizer):
         params: ParamsT,
         lr: float = 3e-3,
         *,
-        mode: Mode = "natural",
+        mode: ModeName = "natural",
         momentum: float = 0.9,
         beta2: float = 0.99,
         nesterov: bool = True,
@@ -156,7 +153,7 @@ class Thor(Optimizer):
     ) -> None:
         self.preconditioner = preconditioner
         self.numbered: tuple[nn.Parameter, ...] | None = None
-        """All parameters of the model, in its order, if they are known; see `state_dict`."""
+        """All parameters of the model, in its order, if known; see `state_dict`."""
         defaults = {
             "mode": mode,
             "lr": lr,
@@ -172,20 +169,25 @@ class Thor(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.add_param_group`; a ValueError if an option of the group is out of its range."""
+        """Adds a parameter group, as `torch.optim.Optimizer.add_param_group`.
+
+        Args:
+            param_group: ``"params"`` and any options.
+
+        Raises:
+            ValueError: as of `Thor`.
+        """
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # torch's own error
         unknown = param_group.keys() - {*OPTIONS, GRADIENT_RMS, "params", "name", "param_names", "initial_lr"}
         group = {**self.defaults, **param_group}
         _check_group(group, unknown)
-        modes = {group["mode"], *(other["mode"] for other in self.param_groups)}
-        if "adam" in modes and len(modes) > 1:
-            raise ValueError(f"mode='adam' must be that of all parameter groups, got {', '.join(sorted(modes))}.")
+        common_mode([group["mode"], *(other["mode"] for other in self.param_groups)])
         super().add_param_group(param_group)
         self.param_groups[-1][GRADIENT_RMS] = self.param_groups[0].get(GRADIENT_RMS, 0.0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Unpickled or copied: torch keeps neither extra attributes nor options that an older version did not have.
+        # After unpickling or copying, for which torch drops extra attributes and adds no options of later versions.
         super().__setstate__(state)
         if "preconditioner" not in self.__dict__:
             self.preconditioner = None
@@ -197,16 +199,16 @@ class Thor(Optimizer):
             group.setdefault(GRADIENT_RMS, 0.0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Thor:
-        """A copy, and if this one preconditions with a `Curvature`, with a copy of that and of its model.
+        """Copies the optimizer, and a preconditioner that is a `Curvature` with its model.
 
-        Parameters are those of the model's copy where it is copied at once: ``copy.deepcopy((model, optimizer))``. Any
-        other preconditioner is left out, as it is when an optimizer is pickled.
+        The copy's parameters are those of the model's copy if both are copied at once:
+        ``copy.deepcopy((model, optimizer))``. Any other preconditioner is left out, as in a pickle.
         """
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         model = getattr(self.preconditioner, "model", None)
-        # Not where the model holds this optimizer, and is only being copied itself.
+        # Not if the model holds this optimizer: then the copy of the model is not complete yet.
         if isinstance(model, nn.Module) and "_modules" in vars(memo.get(id(model), model)):
             twin.preconditioner = copy.deepcopy(self.preconditioner, memo)
         if all(id(p) in memo for p in self.numbered or ()):
@@ -215,14 +217,14 @@ class Thor(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update.
+        """Takes one step.
 
         Args:
-            closure: forward and backward passes; run once, before anything else. If it leaves no gradients, nothing
-                happens (a ``training_step`` that returned None).
+            closure: forward and backward passes; run once, before anything else. If it leaves no gradients (a
+                ``training_step`` that returned None), nothing happens.
 
         Returns:
-            What the closure returned.
+            What ``closure`` returned.
 
         Raises:
             RuntimeError: there is no preconditioner, it cannot serve the mode, or a gradient is sparse.
@@ -231,41 +233,41 @@ class Thor(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = {p: local(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None}
-        if not grads:
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
             return loss
         if self.preconditioner is None:
             raise RuntimeError(
                 "Thor has no curvature to precondition with. Add ThorCallback() to Trainer(callbacks=[...]), or, "
                 "outside Lightning, pass preconditioner=Curvature(model)."
             )
-        if any(grad.is_sparse for grad in grads.values()):
+        grads = dict(zip(params, local_parts([p.grad for p in params]), strict=True))
+        if [p for p in params if grads[p].is_sparse]:
             raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
-        parts, faded = self._update_parts(self.preconditioner, grads)
+        parts, fades = self._update_parts(self.preconditioner, grads)
         for updates in parts:
-            self._apply(grads, updates, faded)
-            # Their memory is where the next ones are made.
+            self._apply(grads, updates, fades)
+            # Frees the memory for the next part.
             updates.clear()
         return loss
 
     @torch.no_grad()
     def make_state(self) -> None:
-        """Momentum of zeros for the parameters that have none, as after a step with gradients of zero.
+        """Sets momentum to zeros where there is none, as a step with gradients of zero does.
 
-        What saves or restores an optimizer's state before its first step (torch.distributed.checkpoint) would
-        otherwise take such a step, and the curvature would count it.
+        `torch.distributed.checkpoint` takes such a step to save or restore an optimizer that has no state yet, and the
+        curvature would count it.
         """
         for group in self.param_groups:
-            if group["mode"] != "adam" and group["momentum"]:
-                self._momenta(group["params"])
+            if MODES[group["mode"]].change_basis is None and group["momentum"]:
+                self._momentum_buffers(group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`, but that a parameter has the number that it has among all parameters
-        of its model, frozen ones included, where those are known.
+        """Returns the state as `torch.optim.Optimizer.state_dict` does, but numbers parameters as the model does.
 
-        Torch numbers them group by group, and `load_state_dict` goes by their places in the groups: to it numbers mean
-        nothing. But Lightning takes them for those of the module where a checkpoint goes on in a sharded model. What
-        asks from within torch.distributed (checkpoints of sharded models) relies on torch's own numbers, and gets them.
+        Torch numbers parameters group by group, without frozen ones, and `load_state_dict` goes by their places in the
+        groups, not by numbers. But Lightning takes the numbers for those of the model when it restores a checkpoint
+        into a sharded model. Functions of torch.distributed rely on torch's numbers and get them.
         """
         state = super().state_dict()
         for group in state["param_groups"]:
@@ -280,7 +282,7 @@ class Thor(Optimizer):
         numbers = {p: number for number, p in enumerate(numbered)}
         params = [p for group in self.param_groups for p in group["params"]]
         own = [number for group in state["param_groups"] for number in group["params"]]
-        # A hook of the user's may have put names there.
+        # A user's hook may have replaced numbers by names.
         if not all(p in numbers for p in params) or own != list(range(len(params))):
             return state
         number_of = {old: numbers[p] for old, p in zip(own, params, strict=True)}
@@ -294,8 +296,13 @@ class Thor(Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`, but that Adam's moments are in at least float32: torch gives them
-        the dtype of the weights, and squares of small gradients would be 0 in float16."""
+        """Loads a state as `torch.optim.Optimizer.load_state_dict` does, with Adam's moments in at least float32.
+
+        Torch casts them to the dtype of the weights; in float16, squares of small gradients would become 0.
+
+        Args:
+            state_dict: of an optimizer with the same groups.
+        """
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -306,175 +313,143 @@ class Thor(Optimizer):
                 self.state[p].update(moments)
 
     def _update_parts(
-        self, preconditioner: Preconditioner, grads: Mapping[nn.Parameter, Tensor]
-    ) -> tuple[Iterable[dict[nn.Parameter, Tensor]], Fades]:
-        """Directions, after the curvature was brought up to date, and how far they fade; each part is to be used before
-        the next one is made."""
-        if any(group["mode"] == "adam" for group in self.param_groups):
-            return [self._adam_directions(preconditioner, grads)], {}
-        preconditioner.update()
-        momenta = self._polar_momenta(grads)
-        faded = self._fades({**grads, **momenta})
-        apart = all(group["mode"] == "natural" and group["kl_clip"] is None for group in self.param_groups)
-        # Not isinstance, which takes a tenth of a small network's step to look at a protocol.
-        in_parts: Callable[..., Iterator[dict[nn.Parameter, Tensor]]] | None = (
-            getattr(preconditioner, "precondition_in_parts", None) if apart else None
-        )
-        if in_parts is not None:
-            return in_parts(grads), faded
-        return [self._directions(preconditioner, grads, momenta)], faded
+        self, preconditioner: Preconditioner, grads: Tensors
+    ) -> tuple[Iterable[Directions], Mapping[nn.Parameter, float | Tensor]]:
+        """Updates the preconditioner and computes directions.
 
-    def _fades(self, made_of: Mapping[nn.Parameter, Tensor]) -> Fades:
-        """What the root mean square of each matched direction is multiplied by, from what it is made of; this step is
-        counted."""
-        groups = [group for group in self.param_groups if _is_matched(group)]
-        of = {p: _share_of_gradient(group) for group in groups for p in group["params"] if p in made_of}
-        if not of:
+        Returns:
+            Parts of the directions, each to be used before the next one is computed; and `_fade_factors`.
+        """
+        groups = self.param_groups
+        mode = MODES[groups[0]["mode"]]
+        if mode.change_basis is not None:  # so have all groups
+            change_basis = method_for(preconditioner, mode)
+            return [steps_in_other_coordinates(groups, self.state, preconditioner, change_basis, grads)], {}
+        preconditioner.update()
+        momenta: dict[nn.Parameter, Tensor] = {}
+        for group in groups:
+            if MODES[group["mode"]].momentum_first:
+                momenta.update(self._momenta(group, grads))
+        sources = {**grads, **momenta} if momenta else grads
+        factors = self._fade_factors(sources)
+        by_mode: dict[str, Tensors] = {mode.name: sources}
+        if len({group["mode"] for group in groups}) > 1:
+            by_mode = {}
+            for group in groups:
+                own = {p: sources[p] for p in group["params"] if p in sources}
+                by_mode[group["mode"]] = {**by_mode.get(group["mode"], {}), **own}
+        parts = [method_for(preconditioner, MODES[name])(tensors) for name, tensors in by_mode.items() if tensors]
+        if len(parts) == 1 and not [group for group in groups if group["kl_clip"] is not None]:
+            return parts[0], factors
+        return [{p: one for each in parts for part in each for p, one in part.items()}], factors
+
+    def _momenta(self, group: Mapping[str, Any], grads: Tensors) -> Tensors:
+        """Adds gradients to the momentum of a group; returns the momenta by parameter, not to be changed."""
+        params = [p for p in group["params"] if p in grads]
+        momenta, momentum = [grads[p] for p in params], group["momentum"]
+        if momentum and params:
+            buffers = self._momentum_buffers(params)
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, momenta)
+            momenta = list(torch._foreach_add(momenta, buffers, alpha=momentum)) if group["nesterov"] else buffers
+        return dict(zip(params, momenta, strict=True))
+
+    def _fade_factors(self, sources: Tensors) -> Mapping[nn.Parameter, float | Tensor]:
+        """Counts this step and returns `fade_factors` of the directions that ``match_rms`` scales; empty if all are 1.
+
+        Args:
+            sources: gradient or momentum by parameter.
+        """
+        shares = {
+            # A momentum adds up 1 / (1 - momentum) gradients.
+            p: 1.0 - group["momentum"] if MODES[group["mode"]].momentum_first else 1.0
+            for group in self.param_groups
+            if _matches_rms(group)
+            for p in group["params"]
+            if p in sources
+        }
+        if not shares:
             return {}
         before = self.param_groups[0][GRADIENT_RMS]
-        found, largest = fade_factors([made_of[p] for p in of], list(of), list(of.values()), before)
+        factors, largest = fade_factors([sources[p] for p in shares], list(shares), list(shares.values()), before)
         for group in self.param_groups:
             group[GRADIENT_RMS] = largest
-        if found and not isinstance(found[0], Tensor) and all(factor == 1.0 for factor in found):
+        if not isinstance(factors[0], Tensor) and factors.count(1.0) == len(factors):
             return {}
-        return dict(zip(of, found, strict=True))
+        return dict(zip(shares, factors, strict=True))
 
-    def _apply(self, grads: Mapping[nn.Parameter, Tensor], updates: Updates, faded: Fades) -> None:
-        """The rest of a step, for the parameters in ``updates``, whose tensors are lost."""
-        steps = [(group, [p for p in group["params"] if p in updates]) for group in self.param_groups]
-        self._bring_to_scale(steps, grads, updates, faded)
-        self._decay(steps, updates)
-        self._clip(steps, updates)
-        for group, params in steps:
-            weights, own = [local(p) for p in params], [updates[p] for p in params]
-            if group["mode"] == "natural":
-                # Last of all: see `Preconditioner.precondition`.
-                own = [u if u.dtype == w.dtype else u.to(w.dtype) for u, w in zip(own, weights, strict=True)]
-                sgd_step(weights, own, self._momenta(params) if group["momentum"] else [], group)
-            elif params:
-                torch._foreach_add_(weights, own, alpha=-group["lr"])
+    def _apply(self, grads: Tensors, updates: Updates, factors: Mapping[nn.Parameter, float | Tensor]) -> None:
+        """Scales updates, decays weights, and moves the parameters of ``updates``, whose tensors are lost.
 
-    def _polar_momenta(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """The momentum of what is to be polar, after ``grads``."""
-        momenta: dict[nn.Parameter, Tensor] = {}
+        Args:
+            grads: by parameter.
+            updates: directions of some of these parameters.
+            factors: as of `_fade_factors`.
+        """
+        steps: list[tuple[dict[str, Any], list[nn.Parameter], list[Tensor], list[Tensor]]] = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p in grads and group["mode"] == "polar"]
-            momenta.update(zip(params, self._with_momentum(group, params, [grads[p] for p in params]), strict=True))
-        return momenta
-
-    def _directions(
-        self,
-        preconditioner: Preconditioner,
-        grads: Mapping[nn.Parameter, Tensor],
-        momenta: Mapping[nn.Parameter, Tensor],
-    ) -> dict[nn.Parameter, Tensor]:
-        """Natural ones of the gradients, polar ones of their momentum."""
-        if not momenta:
-            return preconditioner.precondition(grads)
-        if not isinstance(preconditioner, PolarPreconditioner):
-            raise RuntimeError(
-                f'Thor(mode="polar") got a {type(preconditioner).__name__} without precondition_polar. Pass '
-                'preconditioner=Curvature(model, mode="polar").'
-            )
-        directions = preconditioner.precondition_polar(momenta)
-        rest = {p: grad for p, grad in grads.items() if p not in momenta}
-        return directions | preconditioner.precondition(rest) if rest else directions
-
-    def _adam_directions(
-        self, preconditioner: Preconditioner, grads: Mapping[nn.Parameter, Tensor]
-    ) -> dict[nn.Parameter, Tensor]:
-        """Adam's in the eigenbasis; the curvature is brought up to date, and the first moments with it."""
-        if not isinstance(preconditioner, EigenbasisPreconditioner):
-            raise RuntimeError(
-                f'Thor(mode="adam") got a {type(preconditioner).__name__} without to_eigenbasis. Pass '
-                'preconditioner=Curvature(model, mode="adam").'
-            )
-        # Those without a gradient at this step too: their next one is in the new basis.
-        changing = preconditioner.about_to_change()
-        held = {p: self.state[p][FIRST] for p in changing if FIRST in self.state.get(p, {})}
-        carried = preconditioner.from_eigenbasis(held)
-        preconditioner.update()
-        carried = preconditioner.to_eigenbasis(carried)
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p in carried]
-            states, own = [self.state[p] for p in params], [carried[p] for p in params]
-            carry_to_other_coordinates(states, own, group["momentum"], group["beta2"])
-        # Their squares and eps are in the same unit as the curvature.
-        unit = getattr(preconditioner, "gradient_unit", 1.0)
-        grads = {p: grad.to(wide(grad.dtype)) for p, grad in grads.items()}
-        if isinstance(unit, Tensor) or unit != 1.0:
-            grads = {p: grad / unit for p, grad in grads.items()}
-        rotated, directions = preconditioner.to_eigenbasis(grads), dict[nn.Parameter, Tensor]()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p in rotated]
-            states, own = [self.state[p] for p in params], [rotated[p] for p in params]
-            found = adam_directions(states, own, group["momentum"], group["beta2"], nesterov=group["nesterov"])
-            directions.update(zip(params, found, strict=True))
-        return preconditioner.from_eigenbasis(directions)
-
-    def _bring_to_scale(
-        self, steps: Steps, grads: Mapping[nn.Parameter, Tensor], updates: Updates, faded: Fades
-    ) -> None:
-        """``match_rms`` and ``kl_clip``, in place."""
-        matched = {p: group["match_rms"] for group, params in steps if _is_matched(group) for p in params}
+            if params := [p for p in group["params"] if p in updates]:
+                steps.append((group, params, local_parts(params), [updates[p] for p in params]))
+        matched = {p: group["match_rms"] for group, params, *_ in steps if _matches_rms(group) for p in params}
         if matched:
             rms: Numbers = list(matched.values())
-            if faded:
-                rms = times([faded[p] for p in matched], list(matched.values()))
+            if factors:
+                rms = multiply([factors[p] for p in matched], list(matched.values()))
             scale_to_rms_([updates[p] for p in matched], list(matched), rms)
-        clipped = [(p, group) for group, params in steps if group["kl_clip"] is not None for p in params]
+        clipped = [(p, group) for group, params, *_ in steps if group["kl_clip"] is not None for p in params]
         if clipped:
             clip_kl_(clipped, grads, updates)
-
-    def _decay(self, steps: Steps, updates: Updates) -> None:
-        """Weight decay, of the weights or added to the updates."""
-        for group, params in steps:
-            weights, weight_decay = [local(p) for p in params], group["weight_decay"]
-            if weights and weight_decay and group["decoupled_weight_decay"]:
+        for group, _, weights, own in steps:
+            weight_decay = group["weight_decay"]
+            if weight_decay and group["decoupled_weight_decay"]:
                 torch._foreach_mul_(weights, 1.0 - group["lr"] * weight_decay)
-            elif weights and weight_decay:
-                torch._foreach_add_([updates[p] for p in params], weights, alpha=weight_decay)
+            elif weight_decay:
+                torch._foreach_add_(own, weights, alpha=weight_decay)
+        limits = {
+            p: group["clip_norm"] for group, params, *_ in steps if group["clip_norm"] is not None for p in params
+        }
+        if limits:
+            clip_norm_([updates[p] for p in limits], list(limits), list(limits.values()))
+        for group, params, weights, own in steps:
+            mode = MODES[group["mode"]]
+            if mode.momentum_first or mode.change_basis is not None:
+                torch._foreach_add_(weights, own, alpha=-group["lr"])
+                continue
+            # Cast last: see `Preconditioner.precondition`.
+            own = [u if u.dtype == w.dtype else u.to(w.dtype) for u, w in zip(own, weights, strict=True)]
+            sgd_step(weights, own, self._momentum_buffers(params) if group["momentum"] else [], group)
 
-    def _clip(self, steps: Steps, updates: Updates) -> None:
-        """``clip_norm``, in place."""
-        clipped = {p: group["clip_norm"] for group, params in steps if group["clip_norm"] is not None for p in params}
-        if clipped:
-            clip_norm_([updates[p] for p in clipped], list(clipped), list(clipped.values()))
-
-    def _with_momentum(self, group: dict[str, Any], params: list[Any], grads: list[Tensor]) -> list[Tensor]:
-        """The momentum of ``params`` after ``grads``; neither is to be changed."""
-        momentum = group["momentum"]
-        if not momentum or not params:
-            return grads
-        buffers = self._momenta(params)
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, grads)
-        return list(torch._foreach_add(grads, buffers, alpha=momentum)) if group["nesterov"] else buffers
-
-    def _momenta(self, params: list[nn.Parameter]) -> list[Tensor]:
-        """What of them lies in this process; zeros where there was none."""
-        for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return [local(self.state[p]["momentum_buffer"]) for p in params]
+    def _momentum_buffers(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """Returns this rank's part of each momentum; sets zeros where there was none."""
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return local_parts([state["momentum_buffer"] for state in states])
 
 
 def sgd_step(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor], group: Mapping[str, Any]) -> None:
-    """A step of momentum SGD; ``updates`` are lost.
+    """Takes a step of SGD with momentum, by torch's fused kernel (one pass over memory instead of four) where possible.
 
-    By torch's fused kernel, in one pass instead of four, where it can be trusted: it takes all tensors as contiguous,
-    and that of torch 2.13 for a CPU gives wrong numbers in half precision.
+    The fused kernel takes all tensors as contiguous, and that of torch 2.13 for CPUs is wrong in half precision.
+
+    Args:
+        weights: changed in place.
+        updates: of each weight, in its dtype; lost.
+        momenta: of each weight, changed in place; empty without momentum.
+        group: has ``lr``, ``momentum`` and ``nesterov``.
     """
-    fused = all(
-        one.dtype == torch.float32 and one.device.type in ("cpu", "cuda") and one.is_contiguous()
-        for one in (*weights, *updates, *momenta)
-    )
+    unfit = [
+        x
+        for x in (*weights, *updates, *momenta)
+        if x.dtype != torch.float32 or x.device.type not in ("cpu", "cuda") or not x.is_contiguous()
+    ]
     sgd(
         weights,
         updates,
         list[Tensor | None](momenta),
-        fused=fused,
-        foreach=not fused,
+        fused=not unfit,
+        foreach=bool(unfit),
         weight_decay=0.0,
         momentum=group["momentum"],
         lr=group["lr"],
@@ -484,13 +459,8 @@ def sgd_step(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor]
     )
 
 
-def _share_of_gradient(group: Mapping[str, Any]) -> float:
-    """How much of what a direction is made of is one gradient: a momentum adds up ``1 / (1 - momentum)`` of them."""
-    return 1.0 - group["momentum"] if group["mode"] == "polar" else 1.0
-
-
-def _is_matched(group: Mapping[str, Any]) -> bool:
-    return group["match_rms"] is not None and group["mode"] != "adam"  # whose updates have their size
+def _matches_rms(group: Mapping[str, Any]) -> bool:
+    return group["match_rms"] is not None and MODES[group["mode"]].matches_rms
 
 
 def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
@@ -500,24 +470,18 @@ def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {group['mode']!r}.")
     if isinstance(group["lr"], Tensor):
         raise ValueError("lr must be a number, got a Tensor: Thor's step would have to wait for it.")
-    for option in ("lr", "momentum", "beta2", "weight_decay", "match_rms", "kl_clip", "clip_norm"):
-        optional = option in ("match_rms", "kl_clip", "clip_norm") and group[option] is None
-        if not optional and (isinstance(group[option], bool) or not isinstance(group[option], int | float)):
-            raise ValueError(f"{option} must be a number, got {group[option]!r}.")
-    if not (math.isfinite(group["lr"]) and group["lr"] >= 0):
-        raise ValueError(f"lr must be 0 or greater, got {group['lr']!r}.")
-    if not 0.0 <= group["momentum"] < 1.0:
-        raise ValueError(f"momentum must lie in [0, 1), got {group['momentum']!r}.")
-    if not 0.0 <= group["beta2"] < 1.0:
-        raise ValueError(f"beta2 must lie in [0, 1), got {group['beta2']!r}.")
-    if not (math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0):
-        raise ValueError(f"weight_decay must be 0 or greater, got {group['weight_decay']!r}.")
-    for option in ("match_rms", "kl_clip", "clip_norm"):
-        if group[option] is not None and not (math.isfinite(group[option]) and group[option] > 0):
-            raise ValueError(f"{option} must be greater than 0, or None to turn it off, got {group[option]!r}.")
-    if group["mode"] != "natural" and group["kl_clip"] is not None:
+    for option, (words, is_in_range) in RANGES.items():
+        value = group[option]
+        if value is None and option in ("match_rms", "kl_clip", "clip_norm"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{option} must be a number, got {value!r}.")
+        if not (math.isfinite(value) and is_in_range(value)):
+            raise ValueError(f"{option} must {words}, got {value!r}.")
+    mode = MODES[group["mode"]]
+    if group["kl_clip"] is not None and (mode.momentum_first or mode.change_basis is not None):
         raise ValueError(
-            f"kl_clip is for natural directions, got {group['kl_clip']!r} with mode={group['mode']!r}: set it to None."
+            f"kl_clip is for directions of gradients, got {group['kl_clip']!r} with mode={mode.name!r}: set it to None."
         )
     if group["match_rms"] is not None and group["kl_clip"] is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What brings updates to scale: to a root mean square, to at most a norm, to at most a change of what is predicted."""
+"""Scales of updates: to a root mean square, to at most a norm, to at most a change of the predictions."""
 
 from __future__ import annotations
 
@@ -15,146 +15,171 @@ from lightning_thor.optim import norms
 from lightning_thor.optim.norms import as_real
 
 Updates = Mapping[nn.Parameter, Tensor]
-"""By parameter, what of it lies in this process; changed in place."""
+"""This rank's part of each update, by parameter; changed in place."""
 
 
 Numbers = Sequence[float | Tensor]
-"""One for each tensor, all of one type; as tensors they are 0-dimensional, of float64 and on the device."""
+"""One per tensor, all of one type: floats, or 0-dimensional float64 tensors on the device."""
 
 
 LEAST_NORM = 1e-100
-"""Far below the least that is not 0; a factor of infinity would make NaN of zeros."""
+"""Norms of zeros are raised to it: far below any other norm, and its reciprocal is finite."""
 
 
-def scale_to_rms_(updates: Sequence[Tensor], of: Sequence[Tensor], rms: Numbers) -> None:
-    """Bring each tensor to its root mean square ``rms``, whatever finite numbers it has; one of zeros stays zero.
+def scale_to_rms_(updates: Sequence[Tensor], params: Sequence[Tensor], rms: Numbers) -> None:
+    """Scales each tensor to a root mean square, whatever finite numbers it has; zeros stay. No device sync.
 
-    A tensor times a power of two is brought to bitwise the same. Nothing waits for a device.
+    A tensor times a power of two is scaled to bitwise the same result.
 
     Args:
-        updates: what of each tensor lies in this process; changed in place.
-        of: the parameters, whole or sharded.
-        rms: of each; tensors only where there is a device that would be waited for, or shards.
+        updates: this rank's part of each tensor; changed in place.
+        params: their parameters, whole or sharded.
+        rms: root mean square of each whole tensor; tensors only where reading them would wait for a device or for
+            other ranks.
 
     >>> both = [torch.full((4,), 1e-30), torch.zeros(2)]
     >>> scale_to_rms_(both, both, [0.2, 0.2])
     >>> both
     [tensor([0.2000, 0.2000, 0.2000, 0.2000]), tensor([0., 0.])]
     """
-    _bring(updates, of, times(rms, [math.sqrt(p.numel()) for p in of]), at_most=False)
+    _scale_to_norms_(updates, params, multiply(rms, [math.sqrt(p.numel()) for p in params]), at_most=False)
 
 
-def times(numbers: Numbers, by: Sequence[float]) -> Numbers:
-    """Each of ``numbers`` by one of ``by``; new."""
+def multiply(numbers: Numbers, factors: Sequence[float]) -> Numbers:
+    """Multiplies each of ``numbers`` by its factor.
+
+    Args:
+        numbers: unchanged.
+        factors: one for each of them.
+
+    Returns:
+        New numbers of the same type.
+    """
     if numbers and isinstance(numbers[0], Tensor):
-        return list(torch._foreach_mul(list(numbers), list(by)))  # type: ignore[arg-type]
-    return [own * one for own, one in zip(numbers, by, strict=True)]
+        return list(torch._foreach_mul(list(numbers), list(factors)))  # type: ignore[arg-type]
+    return [number * factor for number, factor in zip(numbers, factors, strict=True)]
 
 
-def clip_norm_(updates: Sequence[Tensor], of: Sequence[Tensor], norms: Sequence[float]) -> None:
-    """Bring each tensor to at most its L2 norm ``norms``; arguments as of `scale_to_rms_`.
+def clip_norm_(updates: Sequence[Tensor], params: Sequence[Tensor], limits: Sequence[float]) -> None:
+    """Shrinks each tensor to at most its limit of the L2 norm; no device sync.
+
+    Args:
+        updates: as of `scale_to_rms_`.
+        params: as of `scale_to_rms_`.
+        limits: largest L2 norm of each whole tensor.
 
     >>> both = [torch.full((4,), 2.0), torch.ones(1)]
     >>> clip_norm_(both, both, [1.0, 1.0])
     >>> both
     [tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([1.])]
     """
-    _bring(updates, of, norms, at_most=True)
+    _scale_to_norms_(updates, params, limits, at_most=True)
 
 
 def clip_kl_(
     clipped: Sequence[tuple[nn.Parameter, dict[str, Any]]], grads: Mapping[nn.Parameter, Tensor], updates: Updates
 ) -> None:
-    """Multiply all updates by ``min(1, sqrt(kl_clip / sum lr² |direction · grad|))``; nothing waits for a device.
+    """Multiplies updates by one factor, `kl_clip_factor`; no device sync.
 
     Args:
-        clipped: the parameters whose updates they are, with their groups.
-        grads: of them, at least.
-        updates: of them, at least.
+        clipped: the parameters of these updates, each with its group, which has ``lr`` and ``kl_clip``.
+        grads: this rank's part of each gradient, by parameter; may have others.
+        updates: by parameter; may have others, which stay.
     """
-    of = [p for p, _ in clipped]
-    own, lengths = (
-        [as_real(updates[p]) for p in of],
-        [group["lr"] / math.sqrt(group["kl_clip"]) for _, group in clipped],
-    )
-    # Square roots, whose range is that of the factors: lr times the root of |direction · grad|.
-    roots = norms.roots_of_products(own, [as_real(grads[p].resolve_conj()) for p in of], of)
-    torch._foreach_mul_(list(roots.unbind()), lengths)
+    params = [p for p, _ in clipped]
+    own = as_real(updates[p] for p in params)
+    rates = [group["lr"] / math.sqrt(group["kl_clip"]) for _, group in clipped]
+    factor = kl_clip_factor(own, as_real(grads[p].resolve_conj() for p in params), params, rates)
+    if norms.can_read_on_host(own, params):
+        _multiply_on_host_(own, [float(factor)] * len(own))
+    else:
+        _multiply_on_device_(own, factor.expand(len(own)))
+
+
+def kl_clip_factor(
+    updates: Sequence[Tensor], grads: Sequence[Tensor], params: Sequence[Tensor], rates: Sequence[float]
+) -> Tensor:
+    """Computes ``min(1, 1 / sqrt(sum rate² |update · grad|))``, by which a step's change of predictions is bounded.
+
+    Args:
+        updates: this rank's part of each update, real.
+        grads: this rank's part of each gradient, real.
+        params: their parameters, whole or sharded.
+        rates: ``lr / sqrt(kl_clip)`` of each.
+
+    Returns:
+        0-dimensional, in float64.
+    """
+    # Square roots of the products, which have the range of their factors.
+    roots = norms.roots_of_products(updates, grads, params)
+    torch._foreach_mul_(list(roots.unbind()), list(rates))
     limits = torch.finfo(roots.dtype)
     largest = roots.clamp_(max=limits.max).amax().clamp_min(limits.tiny)
-    shrink = (roots.div_(largest).norm() * largest).reciprocal().clamp_max(1.0)
-    if norms.can_read_on_host(own, of):
-        _multiply_on_host(own, [float(shrink)] * len(own))
-    else:
-        _multiply_on_device(own, shrink.expand(len(own)))
+    length: Tensor = roots.div_(largest).norm() * largest
+    return length.reciprocal().clamp_max(1.0)
 
 
-def _bring(updates: Sequence[Tensor], of: Sequence[Tensor], wanted: Numbers, *, at_most: bool) -> None:
-    """To L2 norms."""
-    real = [as_real(update) for update in updates]
-    if not norms.can_read_on_host(real, of):
-        _bring_on_device(real, of, wanted, at_most=at_most)
+def _scale_to_norms_(updates: Sequence[Tensor], params: Sequence[Tensor], targets: Numbers, *, at_most: bool) -> None:
+    """Scales each tensor to an L2 norm; with ``at_most`` only tensors whose norm is above it."""
+    real = as_real(updates)
+    if not norms.can_read_on_host(real, params):
+        _scale_on_device_(real, params, targets, at_most=at_most)
         return
-    factors: list[float] = []
-    for x, squares, norm in zip(real, norms.sums_of_squares(real), map(float, wanted), strict=True):
-        if norms.is_exact(squares, x.numel()) and squares:
-            factors.append(norm / math.sqrt(squares))
-        else:
-            _bring_by_way_of_one(x, norm, at_most=at_most)
-            factors.append(1.0)
-    _multiply_on_host(real, [min(1.0, factor) for factor in factors] if at_most else factors)
+    sums = norms.sums_of_squares(real)
+    factors = [float(target) / math.sqrt(total) if total else 1.0 for target, total in zip(targets, sums, strict=True)]
+    for index in norms.inexact(sums, real):
+        _scale_by_way_of_one_(real[index], float(targets[index]), at_most=at_most)
+        factors[index] = 1.0
+    _multiply_on_host_(real, [min(1.0, factor) for factor in factors] if at_most else factors)
 
 
-def _bring_by_way_of_one(x: Tensor, norm: float, *, at_most: bool) -> None:
-    """One tensor, whose squares leave the range of its dtype, by way of one whose largest number is about 1."""
-    if norm == 0.0:
+def _scale_by_way_of_one_(x: Tensor, target: float, *, at_most: bool) -> None:
+    """Scales a tensor whose squares leave the range of its dtype, by way of one whose largest number is about 1."""
+    if target == 0.0:
         x.zero_()
         return
     y, exponent = norms.scaled_down(x)
-    found = math.sqrt(norms.sums_of_squares([y])[0])
-    # The norm is found * 2**exponent, which may be no float.
-    if found and not (at_most and math.log2(found) + exponent <= math.log2(norm)):
-        x.copy_(y.mul_(norm / found))
+    norm = math.sqrt(norms.sums_of_squares([y])[0])
+    # The norm of x is norm * 2**exponent, which may be no float.
+    if norm and not (at_most and math.log2(norm) + exponent <= math.log2(target)):
+        x.copy_(y.mul_(target / norm))
 
 
-def _multiply_on_host(real: Sequence[Tensor], factors: Sequence[float]) -> None:
-    if all(x.dtype == torch.float32 and 1e-37 < factor < 1e38 for x, factor in zip(real, factors, strict=True)):
-        torch._foreach_mul_(list(real), list(factors))
-        return
+def _multiply_on_host_(real: Sequence[Tensor], factors: Sequence[float]) -> None:
     chosen: list[tuple[Tensor, float]] = []
     for x, factor in zip(real, factors, strict=True):
-        limits = torch.finfo(x.dtype)
         if factor == 1.0:
             continue
+        limits = torch.finfo(x.dtype)
         if x.dtype == wide(x.dtype) and (limits.tiny <= factor <= limits.max or not math.isfinite(factor)):
             chosen.append((x, factor))
         else:
-            # A factor is rounded to the dtype of what it multiplies, in which it may have few digits or none.
+            # A factor is rounded to the dtype of its tensor, in which it may have few digits or none.
             y, exponent = norms.scaled_down(x)
             x.copy_(y.mul_(math.ldexp(factor, exponent)))
     if chosen:
         torch._foreach_mul_([x for x, _ in chosen], [factor for _, factor in chosen])
 
 
-def _bring_on_device(real: Sequence[Tensor], of: Sequence[Tensor], wanted: Numbers, *, at_most: bool) -> None:
-    found, scales = norms.norms(real, of)
+def _scale_on_device_(real: Sequence[Tensor], params: Sequence[Tensor], targets: Numbers, *, at_most: bool) -> None:
+    found, scales = norms.norms(real, params)
     factors = found.clamp_min_(LEAST_NORM).reciprocal_()
-    torch._foreach_mul_(list(factors.unbind()), list(wanted))  # type: ignore[arg-type]
+    torch._foreach_mul_(list(factors.unbind()), list(targets))  # type: ignore[arg-type]
     if at_most:
         whole = factors
         for scale in scales:
             whole = whole * scale
         fits = whole >= 1.0
         factors, scales = factors.masked_fill(fits, 1.0), tuple(scale.masked_fill(fits, 1.0) for scale in scales)
-    _multiply_on_device(real, *scales, factors)
+    _multiply_on_device_(real, *scales, factors)
 
 
-def _multiply_on_device(real: Sequence[Tensor], *factors: Tensor) -> None:
-    """By each of ``factors``, ``[n]`` in float64, and in float64: it has numbers for which float32 has none."""
+def _multiply_on_device_(real: Sequence[Tensor], *factors: Tensor) -> None:
+    """Multiplies by each of ``factors [n]`` in float64: float32 cannot represent all of them."""
     runs = adjacent_runs(real)
     together = [as_stacked_view([real[index] for index in run]) for run in runs]
     for each in factors:
         ordered = torch.stack([each[index] for run in runs for index in run]).split([len(run) for run in runs])
-        # With dimensions: a 0-dimensional factor would be rounded to the dtype of what it multiplies.
+        # With dimensions: a 0-dimensional factor would be rounded to the dtype of its tensor.
         shaped = [own.view(-1, *[1] * (one.dim() - 1)) for own, one in zip(ordered, together, strict=True)]
         torch._foreach_mul_(together, shaped)

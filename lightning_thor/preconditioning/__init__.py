@@ -1,1 +1,1 @@
-"""From gradients and inverses to directions, by mode and in batches. Nothing here knows how inverses are refreshed."""
+"""From gradients and stored inverses to directions, by mode, in groups of layers; nothing here refreshes inverses."""

@@ -1,13 +1,14 @@
-"""Layers of one form as a batch: products with their blocks in a few operations, whatever the number of layers.
+"""Groups of layers with equal shapes: products with their stored factors, in few operations for many layers.
 
-A GPU is told what to do one operation at a time, and telling takes longer than doing where tensors are small; so the
-number of operations counts there, more than that of multiplications.
+Where tensors are small, a GPU's step is bound by kernel launches: there the number of operations counts for more than
+the number of multiplications.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,173 +18,218 @@ from lightning_thor.layers.embedding import table_to_matrix
 from lightning_thor.layers.linear import weight_to_matrix
 from lightning_thor.layers.norm import vectors_to_matrix
 from lightning_thor.linalg.block_diagonal import UNBATCHED_DEVICES, columns_product
+from lightning_thor.linalg.decompositions import Decomposition
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view
 
 FactorPair = tuple[Tensor | None, Tensor]
-"""Of one layer ``(A⁻¹, G⁻¹)``, or the roots ``(V, W)`` with ``VᵀV = A⁻¹`` and ``WᵀW = G⁻¹``, or their eigenvectors, as
-columns."""
+"""What is stored of a layer's A and G, each ``[groups, n_blocks, size, size]``: inverses, roots V and W with
+``VᵀV = A⁻¹`` and ``WᵀW = G⁻¹``, or eigenvectors as columns. None for a layer without A."""
 
 
 Tensors = Mapping[nn.Parameter, Tensor]
+"""Gradients, momenta or moments by parameter."""
+
+
+Directions = dict[nn.Parameter, Tensor]
 
 
 Matrices = Tensor | Sequence[Tensor]
-"""One for each layer of a batch."""
+"""A matrix ``[out, in]`` (``[groups, out, in]`` of a `SingleLayer`) for each layer of a group."""
+
+
+Unit = float | Tensor
+"""What output gradients were divided by to be rows of G, see `FactorState.gradient_unit`."""
 
 
 ROW_CHUNK_NUMEL = {"cpu": 2**22}
-"""Of a weight's rows. A device that is not named makes all at once."""
+"""By type of device: entries of a weight that are multiplied at once; on other devices all of them."""
 
 
-class LayerGroup(Protocol):
-    """Some layers whose directions are made together."""
+class LayerGroup(ABC):
+    """Layers whose directions are computed together.
 
-    layers: Sequence[Layer]
-    kept: Sequence[FactorPair]
+    Args:
+        layers: layers with curvature, all alike (see `group_type_of`).
+        pairs: what is stored of each layer's factors.
+    """
 
+    def __init__(self, layers: Sequence[Layer], pairs: Sequence[FactorPair]) -> None:
+        self.layers, self.pairs = layers, pairs
+        self.device_type = pairs[0][1].device.type
+        self.is_preconditioned = all(layer.is_preconditioned for layer in layers)
+        self.parameters: dict[nn.Parameter, str | None] = {
+            p: layer.name if layer.param_slice is None else None for layer in layers for p in layer.parameters
+        }
+        """Name of the layer by parameter; None where the layer has a slice of the parameter."""
+
+    @abstractmethod
     def to_matrices(self, tensors: Tensors) -> Matrices:
-        """What there is of their parameters, as a matrix for each layer; may be views."""
+        """Returns the tensors of this group's parameters as one matrix per layer, possibly views."""
 
-    def product(self, matrices: Matrices, *, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
-        """``G X A`` of each matrix X, with what is kept of A and G, or with the transpose of either; new."""
+    @abstractmethod
+    def product(self, matrices: Matrices, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
+        """Computes ``G X A`` of each matrix X with the stored factors.
 
-    def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:
-        """Matrices as directions of the parameters, in the shapes of ``tensors`` and their dtypes, but at least
-        float32."""
+        Args:
+            matrices: X of each layer.
+            transposed: whether to transpose the stored A, and the stored G.
+
+        Returns:
+            New tensor ``[n, *X.shape]`` for ``n`` layers.
+        """
+
+    @abstractmethod
+    def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
+        """Writes matrices into ``directions``, in the shapes of ``tensors`` and their dtypes, but at least float32.
+
+        Args:
+            directions: gets an entry for each parameter of this group.
+            matrices: one per layer, as of `product`; directions may be views of them.
+            tensors: what `to_matrices` took.
+        """
 
 
-class DenseGroup:
-    """Weights ``[out, ...]`` of one shape, with whole blocks on both sides: one product from the left for all."""
+class DenseGroup(LayerGroup):
+    """Weights ``[out, ...]`` of one shape without padding: one product from the left for all layers."""
 
-    def __init__(self, layers: Sequence[Layer], kept: Sequence[FactorPair]) -> None:
-        self.layers, self.kept = layers, kept
-        A = [A.view(A.shape[1:]) for A, _ in kept if A is not None]
-        self._A, self._A_transposed = A, [one.mT for one in A]
-        self._G = as_stacked_view([G for _, G in kept]).flatten(0, 2)
+    def __init__(self, layers: Sequence[Layer], pairs: Sequence[FactorPair]) -> None:
+        super().__init__(layers, pairs)
+        self._A = [A.view(A.shape[1:]) for A, _ in pairs if A is not None]
+        self._A_transposed = [A.mT for A in self._A]
+        self._G = as_stacked_view([G for _, G in pairs]).flatten(0, 2)
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
         dtype = self._G.dtype
         return [tensors[layer.parameters[0]].to(dtype).flatten(1) for layer in self.layers]
 
-    def product(self, matrices: Matrices, *, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
+    def product(self, matrices: Matrices, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
         A, G = self._A_transposed if transposed[0] else self._A, self._G.mT if transposed[1] else self._G
-        (n_A, size, _), rows, columns = A[0].shape, *matrices[0].shape
-        halfway = G.new_empty(len(A), rows, n_A, size)
-        # From the right layer by layer, each block's product straight to its columns: those of all layers have no
-        # common stride, and to bring them together first would take another pass.
-        for matrix, factor, place in zip(matrices, A, halfway, strict=True):
-            columns_product(matrix.view(rows, n_A, size), factor, into=place)
-        return torch.bmm(G, halfway.view(len(G), -1, columns)).view(len(A), rows, columns)
+        (n_blocks, size, _), (n_rows, n_columns) = A[0].shape, matrices[0].shape
+        halfway = G.new_empty(len(A), n_rows, n_blocks, size)
+        # From the right layer by layer: the blocks' columns of all layers have no common stride, and copying them
+        # together first would cost another pass.
+        for matrix, factor, out in zip(matrices, A, halfway, strict=True):
+            columns_product(matrix.view(n_rows, n_blocks, size), factor, into=out)
+        return torch.bmm(G, halfway.view(len(G), -1, n_columns)).view(len(A), n_rows, n_columns)
 
-    def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:
+    def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
         for layer, matrix in zip(self.layers, matrices.unbind(), strict=True):
             (p,) = layer.parameters
             directions[p] = matrix.view(tensors[p].shape).to(wide(tensors[p].dtype))
 
 
-class RowChunkedLayer:
-    """One weight ``[rows, ...]`` with whole blocks across its rows, some rows at a time: it may be many times a cache.
-    The factor along the rows may be diagonal, as an embedding's is, or end in a smaller block."""
+class RowChunkedLayer(LayerGroup):
+    """One weight ``[rows, ...]``, multiplied in chunks of rows, since it may be many times a cache.
 
-    def __init__(self, layers: Sequence[Layer], kept: Sequence[FactorPair]) -> None:
-        self.layers, self.kept = layers, kept
-        (layer,), ((A, G),) = layers, kept
+    The factor across its rows has whole blocks; the factor along the rows may be diagonal, as an embedding's, or end in
+    a smaller block.
+    """
+
+    def __init__(self, layers: Sequence[Layer], pairs: Sequence[FactorPair]) -> None:
+        super().__init__(layers, pairs)
+        (layer,), ((A, G),) = layers, pairs
         assert A is not None
+        (self._parameter,) = layer.parameters
         self._is_table = layer.kind.to_matrix is table_to_matrix
         along, across = (A, G) if self._is_table else (G, A)
         self._across = across.view(across.shape[1:])
-        n_rows = len(layer.parameters[0])
-        self._lengths = lengths_of(n_rows, along.shape[-1], layer.parameters[0].numel() // n_rows, along.device.type)
-        self._factors = _factors_of(self._lengths, along.flatten(0, 1))
+        n_rows = len(self._parameter)
+        self._lengths = chunk_lengths(n_rows, along.shape[-1], self._parameter.numel() // n_rows, self.device_type)
+        self._factors = _factors_of_chunks(self._lengths, along.flatten(0, 1))
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
-        return [tensors[self.layers[0].parameters[0]].to(self._across.dtype).flatten(1)]
+        return [tensors[self._parameter].to(self._across.dtype).flatten(1)]
 
-    def product(self, matrices: Matrices, *, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
+    def product(self, matrices: Matrices, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
         (matrix,), (n_rows, n_columns), across = matrices, matrices[0].shape, self._across
-        # A table lies in memory as the transpose of X: (G X A)ᵀ = Aᵀ Xᵀ Gᵀ.
-        of_across, of_along = (not transposed[1], not transposed[0]) if self._is_table else transposed
-        across = across.mT if of_across else across
+        # A table's parameter is the transpose of X: (G X A)ᵀ = Aᵀ Xᵀ Gᵀ.
+        transpose_across, transpose_along = (not transposed[1], not transposed[0]) if self._is_table else transposed
+        across = across.mT if transpose_across else across
         product = across.new_empty(n_rows, *across.shape[:2])
-        for some, place, factor in zip(
+        for rows, out, along in zip(
             matrix.split(self._lengths), product.split(self._lengths), self._factors, strict=True
         ):
-            if len(factor) == len(some):
-                columns_product(some.view(place.shape), across, into=place, scale=factor)
+            if len(along) == len(rows):
+                columns_product(rows.view(out.shape), across, into=out, scale=along)
                 continue
-            # From the left first: what the product from the right is copied into is memory that there is already.
-            halfway = place if place.device.type in UNBATCHED_DEVICES else torch.empty_like(place)
-            shape = *factor.shape[:2], n_columns
-            torch.bmm(factor.mT if of_along else factor, some.view(shape), out=halfway.view(shape))
-            columns_product(halfway, across, into=place)
+            # From the left first: the product from the right is then copied into memory that is allocated already.
+            halfway = out if out.device.type in UNBATCHED_DEVICES else torch.empty_like(out)
+            shape = *along.shape[:2], n_columns
+            torch.bmm(along.mT if transpose_along else along, rows.view(shape), out=halfway.view(shape))
+            columns_product(halfway, across, into=out)
         return product.view(1, n_rows, n_columns)
 
-    def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:
-        (p,) = self.layers[0].parameters
-        directions[p] = matrices.view(tensors[p].shape).to(wide(tensors[p].dtype))
+    def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
+        like = tensors[self._parameter]
+        directions[self._parameter] = matrices.view(like.shape).to(wide(like.dtype))
 
 
-def lengths_of(n_rows: int, size: int, n_columns: int, device: str) -> list[int]:
-    """How many rows are made together: those of whole blocks, and last those of a smaller one.
+def chunk_lengths(n_rows: int, size: int, n_columns: int, device_type: str) -> list[int]:
+    """Cuts ``n_rows`` into chunks of whole blocks, and last the rows of a smaller block.
 
-    >>> lengths_of(7, size=2, n_columns=2**20, device="cpu")
+    Args:
+        n_rows: rows of a weight.
+        size: rows of a block.
+        n_columns: entries of a row.
+        device_type: key of `ROW_CHUNK_NUMEL`.
+
+    Returns:
+        Number of rows of each chunk.
+
+    >>> chunk_lengths(7, size=2, n_columns=2**20, device_type="cpu")
     [4, 2, 1]
     """
     whole = n_rows - n_rows % size
-    at_once = size * max(1, ROW_CHUNK_NUMEL.get(device, n_rows * n_columns) // (size * n_columns))
-    lengths = [min(at_once, whole - start) for start in range(0, whole, at_once)]
+    length = size * max(1, ROW_CHUNK_NUMEL.get(device_type, n_rows * n_columns) // (size * n_columns))
+    lengths = [min(length, whole - start) for start in range(0, whole, length)]
     return lengths + [n_rows - whole] * (whole < n_rows)
 
 
-def _factors_of(lengths: Sequence[int], along: Tensor) -> list[Tensor]:
-    """What of the blocks ``along`` the rows is for each of the lengths, ``[n, size, size]``; of a diagonal one
-    ``[rows, 1, 1]``."""
-    size, factors, start = along.shape[-1], [], 0
+def _factors_of_chunks(lengths: Sequence[int], blocks: Tensor) -> list[Tensor]:
+    """Returns the blocks along the rows of each chunk, ``[n, size, size]``; of a diagonal factor ``[rows, 1, 1]``."""
+    size, factors, start = blocks.shape[-1], [], 0
     for length in lengths:
         height = min(size, length)
-        factors.append(along[start // size :, :height, :height][: length // height])
+        factors.append(blocks[start // size :, :height, :height][: length // height])
         start += length
     return factors
 
 
-class NormGroup:
-    """The parameters of norms of one shape, whose factor is diagonal: one division for all."""
+class NormGroup(LayerGroup):
+    """Scales and shifts of norms of one shape, whose factor G is diagonal: one elementwise product for all."""
 
-    def __init__(self, layers: Sequence[Layer], kept: Sequence[FactorPair]) -> None:
-        self.layers, self.kept = layers, kept
+    def __init__(self, layers: Sequence[Layer], pairs: Sequence[FactorPair]) -> None:
+        super().__init__(layers, pairs)
         self._parameters = [p for layer in layers for p in layer.parameters]
-        self._G = as_stacked_view([G for _, G in kept]).view(len(self._parameters), *self._parameters[0].shape)
+        self._G = as_stacked_view([G for _, G in pairs]).view(len(self._parameters), *self._parameters[0].shape)
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
         return torch.stack([tensors[p].to(self._G.dtype) for p in self._parameters])
 
-    def product(self, matrices: Matrices, *, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
+    def product(self, matrices: Matrices, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
         assert isinstance(matrices, Tensor)
         return matrices * self._G
 
-    def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:
+    def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
         for p, direction in zip(self._parameters, matrices.unbind(), strict=True):
             directions[p] = direction.to(wide(tensors[p].dtype))
 
 
-class SingleLayer:
-    """A layer of any form."""
-
-    def __init__(self, layers: Sequence[Layer], kept: Sequence[FactorPair]) -> None:
-        self.layers, self.kept = layers, kept
+class SingleLayer(LayerGroup):
+    """One layer of any kind and shape."""
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
-        (layer,), ((_, G),) = self.layers, self.kept
+        (layer,), ((_, G),) = self.layers, self.pairs
         own = [layer.slice_of(tensors[p]) for p in layer.parameters]
         return layer.to_matrix(own, G.dtype)[None]
 
-    def product(self, matrices: Matrices, *, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
-        (layer,), ((A, G),) = self.layers, self.kept
+    def product(self, matrices: Matrices, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
+        (layer,), ((A, G),) = self.layers, self.pairs
         A = None if A is None else A.mT if transposed[0] else A
         return layer.product(G.mT if transposed[1] else G, matrices[0], A)[None]
 
-    def put(self, directions: dict[nn.Parameter, Tensor], matrices: Tensor, tensors: Tensors) -> None:
+    def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
         (layer,) = self.layers
         found = layer.from_matrix(matrices[0], [layer.slice_of(tensors[p]) for p in layer.parameters])
         for p, direction in zip(layer.parameters, found, strict=True):
@@ -195,45 +241,62 @@ class SingleLayer:
             layer.slice_of(directions[p]).copy_(direction)
 
 
-Form = Callable[[Sequence[Layer], Sequence[FactorPair]], LayerGroup]
+class GroupedLayers(NamedTuple):
+    """All layers with curvature in groups, and what their directions depend on beside them."""
 
-
-OF_ONE_LAYER = (SingleLayer, RowChunkedLayer)
+    groups: Sequence[LayerGroup]
+    decomposition: Decomposition
+    """What the pairs of all groups are."""
+    polar_layers: Container[str] = ()
+    """Names of the layers with polar directions; a group has either such layers alone or none."""
+    unit: Unit = 1.0
 
 
 def group_layers(
-    layers: Sequence[Layer], kept: Sequence[FactorPair], apart: Callable[[Layer], Hashable] = lambda layer: None
+    layers: Sequence[Layer], pairs: Sequence[FactorPair], polar_layers: Container[str] = ()
 ) -> Iterator[LayerGroup]:
-    """All of ``layers``, in batches as large as can be.
+    """Groups layers that are alike and whose stored G are adjacent in memory.
 
     Args:
-        layers: any, with curvature.
-        kept: of each; those of one form make a batch as far as they lie one after the other in memory.
-        apart: layers for which it gives other values are in other batches.
+        layers: layers with curvature.
+        pairs: what is stored of each layer's factors.
+        polar_layers: names of the layers that share no group with others.
+
+    Yields:
+        Groups, as large as possible; each layer is in one.
     """
-    forms: dict[Hashable, tuple[Form, list[int]]] = {}
+    alike: dict[Hashable, tuple[type[LayerGroup], list[int]]] = {}
     for index, layer in enumerate(layers):
-        form, key = form_of(layer, kept[index])
-        forms.setdefault(index if form in OF_ONE_LAYER else (key, apart(layer)), (form, []))[1].append(index)
-    for form, members in forms.values():
-        for run in adjacent_runs([kept[index][1] for index in members]):
+        group_type, key = group_type_of(layer, pairs[index])
+        is_alone = group_type in (SingleLayer, RowChunkedLayer)
+        alike.setdefault(index if is_alone else (key, layer.name in polar_layers), (group_type, []))[1].append(index)
+    for group_type, members in alike.values():
+        for run in adjacent_runs([pairs[index][1] for index in members]):
             chosen = [members[place] for place in run]
-            yield form([layers[index] for index in chosen], [kept[index] for index in chosen])
+            yield group_type([layers[index] for index in chosen], [pairs[index] for index in chosen])
 
 
-def form_of(layer: Layer, kept: FactorPair) -> tuple[Form, Hashable]:
-    """Which kind of batch a layer can be in, and what the others in it must have in common with it."""
-    (A_kept, G_kept), (A, G), p = kept, (layer.A, layer.G), layer.parameters[0]
-    key = A, G, p.shape, len(layer.parameters), G_kept.dtype
-    if layer.param_slice is None and layer.kind.to_matrix is vectors_to_matrix and G_kept.is_contiguous():
+def group_type_of(layer: Layer, pair: FactorPair) -> tuple[type[LayerGroup], Hashable]:
+    """Finds the fastest kind of group for a layer.
+
+    Args:
+        layer: a layer with curvature.
+        pair: what is stored of its factors.
+
+    Returns:
+        The class, and a key that is equal for all layers that can share a group of this class.
+    """
+    (stored_A, stored_G), (A, G), p = pair, (layer.A, layer.G), layer.parameters[0]
+    key = A, G, p.shape, len(layer.parameters), stored_G.dtype
+    if layer.param_slice is None and layer.kind.to_matrix is vectors_to_matrix and stored_G.is_contiguous():
         same = all(one.shape == p.shape for one in layer.parameters)
         return (NormGroup if same and A is None else SingleLayer), key
-    whole = layer.param_slice is None and len(layer.parameters) == 1
-    if not whole or A is None or A_kept is None or not (A_kept.is_contiguous() and G_kept.is_contiguous()):
+    is_whole = layer.param_slice is None and len(layer.parameters) == 1
+    if not is_whole or A is None or stored_A is None or not (stored_A.is_contiguous() and stored_G.is_contiguous()):
         return SingleLayer, key
     is_table = layer.kind.to_matrix is table_to_matrix
     along, across = (A, G) if is_table else (G, A)
     if not (is_table or layer.kind.to_matrix is weight_to_matrix) or A.groups > 1 or across.padding or across.size == 1:
         return SingleLayer, key
-    alone = G_kept.device.type in UNBATCHED_DEVICES or is_table or along.padding or along.size == 1
-    return (RowChunkedLayer if alone else DenseGroup), key
+    is_alone = stored_G.device.type in UNBATCHED_DEVICES or is_table or along.padding or along.size == 1
+    return (RowChunkedLayer if is_alone else DenseGroup), key

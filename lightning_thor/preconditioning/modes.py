@@ -1,26 +1,121 @@
-"""What is kept of each block: its inverse, a root of it, or its eigenvectors."""
+"""The modes of `Thor`: each is one object that holds everything about it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from lightning_thor.linalg.decompositions import (
-    EIGENVECTORS,
-    INVERSE,
-    ROOT,
-    Decomposition,
+from lightning_thor.linalg.decompositions import EIGENVECTORS, INVERSE, ROOT, Decomposition
+from lightning_thor.preconditioning.directions import change_basis, natural, polar
+from lightning_thor.preconditioning.grouping import Directions, GroupedLayers, Tensors
+
+if TYPE_CHECKING:
+    ModeName = str
+else:
+    # For configuration files, whose values are checked before any code can call `register_mode`.
+    ModeName = Literal["natural", "polar", "adam"]
+
+
+DirectionsFn = Callable[[GroupedLayers, Tensors], Iterator[Directions]]
+
+
+class ChangeBasisFn(Protocol):
+    """Takes tensors to the coordinates of a mode, and back."""
+
+    def __call__(self, stored: GroupedLayers, tensors: Tensors, *, back: bool = False) -> Directions:
+        """Returns new tensors in the shapes of ``tensors``, for every parameter."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """All that `Thor`, `Curvature` and `ThorCallback` know of a mode, which has ``directions`` or ``change_basis``."""
+
+    name: str
+    """Value of the option ``mode``, and of ``"mode"`` in checkpoints."""
+    decomposition: Decomposition
+    """What a curvature stores per block."""
+    directions: DirectionsFn | None = None
+    """Directions of descent from gradients (from momenta if `momentum_first`), in parts, as of `natural`."""
+    change_basis: ChangeBasisFn | None = None
+    """Coordinates in which `Thor` takes Adam's steps, on all ranks alike and on whole gradients."""
+    momentum_first: bool = False
+    """Whether momentum is that of gradients; otherwise it is that of directions."""
+    uses_matrix_sign: bool = False
+    """Whether matrices but for the head have a polar direction, which needs all rows of a matrix on one rank."""
+    has_diagonal_head: bool = False
+    """Whether the output layer's G is its diagonal alone. Its g are prediction errors; inverting their covariance
+    removes the component that they share, which is the signal."""
+    matches_rms: bool = True
+    """Whether the option ``match_rms`` sets the scale of directions."""
+    fallback: str = "plain momentum"
+    """What parameters without curvature take, in words."""
+    serves: tuple[str, ...] = ()
+    """Other modes whose directions a curvature of this mode computes too."""
+
+
+MODES: dict[str, Mode] = {}
+"""By name."""
+
+
+def register_mode(mode: Mode) -> Mode:
+    """Adds a mode, for ``Thor(mode=...)`` and ``Curvature(model, mode=...)``.
+
+    Args:
+        mode: what is to be known of it.
+
+    Returns:
+        ``mode``.
+
+    Raises:
+        ValueError: the name is taken, or not exactly one of ``directions`` and ``change_basis`` is set.
+    """
+    if mode.name in MODES:
+        raise ValueError(f"A mode {mode.name!r} is registered already: choose another name.")
+    if (mode.directions is None) == (mode.change_basis is None):
+        raise ValueError(f"The mode {mode.name!r} must have either directions or change_basis: set one of them.")
+    return MODES.setdefault(mode.name, mode)
+
+
+NATURAL = register_mode(Mode("natural", INVERSE, natural))
+
+
+POLAR = register_mode(
+    Mode("polar", ROOT, polar, momentum_first=True, uses_matrix_sign=True, has_diagonal_head=True, serves=("natural",))
 )
 
-Mode = Literal["natural", "polar", "adam"]
+
+ADAM = register_mode(
+    Mode(
+        "adam",
+        EIGENVECTORS,
+        change_basis=change_basis,
+        has_diagonal_head=True,
+        matches_rms=False,  # Adam's directions have the scale of its learning rates
+        fallback="plain Adam",
+    )
+)
 
 
-MODES: tuple[str, ...] = get_args(Mode)
+def common_mode(names: Iterable[str]) -> Mode:
+    """Chooses the mode of the curvature that serves parameter groups of these modes.
 
+    Args:
+        names: mode of each parameter group, registered.
 
-DECOMPOSITIONS: Mapping[str, Decomposition] = {"natural": INVERSE, "polar": ROOT, "adam": EIGENVECTORS}
-"""By mode."""
+    Returns:
+        The one of these modes that serves all others.
 
+    Raises:
+        ValueError: none of them does.
 
-FALLBACK: Mapping[str, str] = {"natural": "plain momentum", "polar": "plain momentum", "adam": "plain Adam"}
-"""By mode: what parameters without curvature take."""
+    >>> common_mode(["natural", "polar"]).name
+    'polar'
+    """
+    wanted = set(names)
+    for name in sorted(wanted):
+        if wanted <= {name, *MODES[name].serves}:
+            return MODES[name]
+    raise ValueError(
+        f"Parameter groups of the modes {', '.join(sorted(wanted))} cannot share a curvature: give all groups one mode."
+    )

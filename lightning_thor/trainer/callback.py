@@ -19,7 +19,7 @@ from lightning_thor.curvature.options import check_options
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.layers.discovery import uncompiled_name
 from lightning_thor.optim.thor import Preconditioner, Thor
-from lightning_thor.preconditioning.modes import FALLBACK, Mode
+from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.trainer.block_size_trial import try_block_sizes
 from lightning_thor.trainer.report import print_curvature, report_split
@@ -129,7 +129,7 @@ class ThorCallback(Callback):
         self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
         self.curvature = Curvature(
             pl_module,
-            mode=_mode_of(optimizer),
+            mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
             loss_multiplier=_LossMultiplier(trainer, pl_module),
             loss_terms=None if self._loss_terms is None else self._terms_of_the_batch,
             parameters=parameters,
@@ -152,7 +152,7 @@ class ThorCallback(Callback):
         if not self.curvature.layers:
             rank_zero_warn(
                 "ThorCallback found no layer to precondition: all parameters take "
-                f"{FALLBACK[self.curvature.mode]}. Its table of left-out layers says why (summary=True)."
+                f"{MODES[self.curvature.mode].fallback}. Its table of left-out layers says why (summary=True)."
             )
         if self.summary and self.split is not None:
             folder = trainer.log_dir or trainer.default_root_dir  # on all ranks: it is a broadcast
@@ -237,7 +237,7 @@ class ThorCallback(Callback):
                 self.curvature.left_out[name] = "frozen when fit began"
                 rank_zero_warn(
                     f"{name!r} was frozen when fit began and has no curvature: it takes "
-                    f"{FALLBACK[self.curvature.mode]} now "
+                    f"{MODES[self.curvature.mode].fallback} now "
                     "that it trains. Start another fit from this one's weights to precondition it."
                 )
 
@@ -314,12 +314,6 @@ class _LossMultiplier:
         # Scaling a one instead of get_scale(), which waits for the device.
         scale: Tensor = scaler.scale(torch.ones((), device=self.trainer.strategy.root_device))
         return scale / n
-
-
-def _mode_of(optimizer: Thor) -> Mode:
-    """Of the curvature; natural directions can be made of what polar ones are made of."""
-    modes = {group["mode"] for group in optimizer.param_groups}
-    return "adam" if "adam" in modes else "polar" if "polar" in modes else "natural"
 
 
 def _scaler_of(trainer: pl.Trainer) -> Any | None:

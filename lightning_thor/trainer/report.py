@@ -14,7 +14,7 @@ from lightning_thor.block_size.choose import BlockSplit
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.layers.discovery import uncompiled_name
 from lightning_thor.linalg.block_diagonal import BlockPartition
-from lightning_thor.preconditioning.modes import FALLBACK
+from lightning_thor.preconditioning.modes import MODES
 
 
 def curvature_table(curvature: Curvature) -> Table:
@@ -24,7 +24,7 @@ def curvature_table(curvature: Curvature) -> Table:
     table = Table(
         title="THOR curvature",
         caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all{_elsewhere(curvature)}; "
-        f"other parameters, their biases too, take {FALLBACK[curvature.mode]}",
+        f"other parameters, their biases too, take {MODES[curvature.mode].fallback}",
     )
     for column in ("layer", "type", "weight", "curvature"):
         table.add_column(column, overflow="fold")
