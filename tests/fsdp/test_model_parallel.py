@@ -352,9 +352,9 @@ def test_a_shard_without_the_sharded_curvature_is_told(four_processes: None) -> 
     model = nn.Linear(8, 8, bias=False)
     model.weight = nn.Parameter(distribute_tensor(model.weight.data, init_device_mesh("cpu", (4,)), [Shard(0)]))
     curvature = Curvature(model)
-    assert dtensor.local(model.weight.data).shape == (2, 8)
+    assert dtensor.local_parts([model.weight.data])[0].shape == (2, 8)
     with pytest.raises(ValueError, match=r"\[2, 8\], a shard of its weight \[8, 8\].*ShardedCurvature\(curvature\)"):
-        curvature.precondition({model.weight: dtensor.local(model.weight.data)})
+        curvature.precondition({model.weight: dtensor.local_parts([model.weight.data])[0]})
 
 
 # ── what the documentation shows ──

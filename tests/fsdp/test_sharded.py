@@ -12,7 +12,6 @@ from lightning_thor import Curvature, register_layer
 from lightning_thor.fsdp.row_partition import RowRange, assign_rows, row_transfers, rows_per_rank
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, row_blocks_of_layers
 from lightning_thor.layers import registry
-from lightning_thor.preconditioning.modes import Mode
 from tests.helpers.fakes import Place, on_ranks
 from tests.helpers.watch import Watch
 
@@ -41,7 +40,7 @@ class Everything(nn.Module):
 
 
 def curvature_of(
-    mode: Mode, block_size: int | None = 4, precondition_bias: bool = False, model: nn.Module | None = None
+    mode: str, block_size: int | None = 4, precondition_bias: bool = False, model: nn.Module | None = None
 ) -> Curvature:
     """Of `Everything`, in float64, after two refreshes; gradients are those of the last one."""
     torch.manual_seed(2)
@@ -70,7 +69,7 @@ def directions_together(
     def work(place: Place) -> tuple[dict[nn.Parameter, Tensor], list[int]]:
         own = {p: shards_of(grad, n)[place.rank] for p, grad in grads.items()}
         sharded = ShardedCurvature(curvature, place.world)
-        found = [(sharded.precondition_polar if is_polar else sharded.precondition)(own) for _ in range(2)]
+        found = [sharded.precondition(own, "polar" if is_polar else "natural") for _ in range(2)]
         assert {op for op, _ in place.world.log} <= {"all_to_all"}
         return found[1], [numel for _, numel in place.world.log]
 
@@ -89,7 +88,7 @@ def assert_the_same(together: list[dict[nn.Parameter, Tensor]], alone: dict[nn.P
 @pytest.mark.parametrize("mode", ["natural", "polar"])
 @pytest.mark.parametrize(("block_size", "precondition_bias"), [(4, False), (5, True), (None, True)])
 def test_the_directions_of_all_kinds_of_layers_are_those_of_one_process(
-    mode: Mode, n: int, block_size: int | None, precondition_bias: bool
+    mode: str, n: int, block_size: int | None, precondition_bias: bool
 ) -> None:
     curvature = curvature_of(mode, block_size, precondition_bias)
     grads = {p: p.grad.clone() for p in curvature.model.parameters() if p.grad is not None}
@@ -97,14 +96,14 @@ def test_the_directions_of_all_kinds_of_layers_are_those_of_one_process(
     assert_the_same(directions_together(curvature, grads, n)[0], curvature.precondition(grads))
     if mode == "polar":
         found, _ = directions_together(curvature, grads, n, is_polar=True)
-        assert_the_same(found, curvature.precondition_polar(grads))
+        assert_the_same(found, curvature.precondition(grads, "polar"))
     for p, grad in grads.items():
         assert torch.equal(grad, before[p])
 
 
 @pytest.mark.parametrize("n", [2, 3, 16])
 @pytest.mark.parametrize("mode", ["natural", "polar"])
-def test_what_travels_is_what_the_benchmark_counts(mode: Mode, n: int) -> None:
+def test_what_travels_is_what_the_benchmark_counts(mode: str, n: int) -> None:
     curvature = curvature_of(mode)
     grads = {p: p.grad for p in curvature.model.parameters() if p.grad is not None}
     _, numels = directions_together(curvature, grads, n, is_polar=mode == "polar")
@@ -165,11 +164,11 @@ def test_polar_layers_are_shared_out_whole_by_their_work() -> None:
 
 
 @pytest.mark.parametrize("mode", ["natural", "polar"])
-def test_rows_of_several_dtypes_keep_theirs(mode: Mode) -> None:
+def test_rows_of_several_dtypes_keep_theirs(mode: str) -> None:
     curvature, is_polar = curvature_of(mode), mode == "polar"
     dtypes = [torch.float32, torch.float64]
     grads = {p: p.grad.to(dtypes[len(p) % 4 // 2]) for p in curvature.model.parameters()}
-    alone = curvature.precondition_polar(grads) if is_polar else curvature.precondition(grads)
+    alone = curvature.precondition(grads, mode)
     together, _ = directions_together(curvature, grads, 3, is_polar)
     for p, direction in alone.items():
         assert {found[p].dtype for found in together} == {direction.dtype} == {grads[p].dtype}
@@ -199,7 +198,7 @@ def test_a_weight_that_lies_the_other_way_round_is_cut_unless_its_bias_crosses_i
 
 def test_polar_directions_of_a_natural_curvature_are_refused() -> None:
     with pytest.raises(RuntimeError, match='got a curvature of mode="natural"'):
-        ShardedCurvature(curvature_of("natural")).precondition_polar({})
+        ShardedCurvature(curvature_of("natural")).precondition({}, "polar")
 
 
 def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +219,7 @@ def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("mode", ["natural", "polar"])
-def test_no_directions_wait_for_the_device(mode: Mode) -> None:
+def test_no_directions_wait_for_the_device(mode: str) -> None:
     curvature = curvature_of(mode)
     grads = {p: p.grad for p in curvature.model.parameters() if p.grad is not None}
 
@@ -228,7 +227,7 @@ def test_no_directions_wait_for_the_device(mode: Mode) -> None:
         own = {p: shards_of(grad, 3)[place.rank] for p, grad in grads.items()}
         sharded = ShardedCurvature(curvature, place.world)
         with Watch() as watch:
-            (sharded.precondition_polar if mode == "polar" else sharded.precondition)(own)
+            sharded.precondition(own, mode)
         assert watch.called
         return watch.waiting
 

@@ -51,6 +51,10 @@ def assert_same(one: Curvature, other: Curvature, **bounds: float) -> None:
     assert all(factor.abs().sum() > 0 for factor in factors(one))
 
 
+def directions_of(curvature: Curvature, mode: str, grads: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    return curvature.change_basis(grads) if mode == "adam" else curvature.precondition(grads, mode)
+
+
 def clean(model: nn.Module) -> nn.Module:
     model.zero_grad()
     return model
@@ -319,15 +323,13 @@ def test_what_does_not_fit_is_left_out_with_its_reason_and_takes_its_plain_gradi
     assert "odd: without curvature from now on" in told[0]
     assert curvature.left_out["odd"] in told[0]
     grads = {p: p.grad for p in model.parameters()}
-    found = {"natural": curvature.precondition, "polar": curvature.precondition_polar, "adam": curvature.to_eigenbasis}
-    directions = found[mode](grads)
+    directions = directions_of(curvature, mode, grads)
     torch.testing.assert_close(directions[weight], weight.grad, rtol=0, atol=0)
     assert (directions[model["head"].weight] - model["head"].weight.grad).norm() > 0
     # And so it stays after a checkpoint.
     resumed = Curvature(model, mode=mode)
     resumed.load_state_dict(curvature.state_dict())
-    again = {"natural": resumed.precondition, "polar": resumed.precondition_polar, "adam": resumed.to_eigenbasis}
-    torch.testing.assert_close(again[mode](grads)[weight], weight.grad, rtol=0, atol=0)
+    torch.testing.assert_close(directions_of(resumed, mode, grads)[weight], weight.grad, rtol=0, atol=0)
     assert "odd" in resumed.left_out
 
 
@@ -809,13 +811,12 @@ def directions(scale: float, mode: str, dtype: torch.dtype, steps: int = 3) -> t
     """Of some steps with a loss times ``scale``, over their norms."""
     model = net().to(dtype)
     curvature = Curvature(model, mode=mode, update_every_n_steps=2)  # type: ignore[arg-type]
-    make = {"natural": curvature.precondition, "polar": curvature.precondition_polar}.get(mode)
     for _ in range(steps):
         (clean(model)(X.to(dtype)).sin().mean() * scale).backward()
         curvature.update()
     grads = {p: p.grad for p in model.parameters() if p.grad is not None}
-    found = curvature.to_eigenbasis(grads) if make is None else make(grads)
-    return [d.double() / d.double().abs().max() for d in found.values()], curvature
+    found = directions_of(curvature, mode, grads).values()
+    return [d.double() / d.double().abs().max() for d in found], curvature
 
 
 @pytest.mark.parametrize("mode", ["natural", "polar", "adam"])

@@ -60,7 +60,7 @@ def observed(model: nn.Module, **options: Any) -> tuple[Curvature, dict[nn.Param
 def test_directions_of_a_batch_are_those_of_each_layer(missing: tuple[str, ...]) -> None:
     model = net()
     curvature, grads = observed(model)
-    kinds = Counter((type(batch), len(batch.layers)) for batch in curvature._batches)
+    kinds = Counter((type(batch), len(batch.layers)) for batch in curvature._groups)
     assert kinds == {
         (DenseGroup, 2): 1,
         (DenseGroup, 3): 1,
@@ -91,13 +91,13 @@ def test_a_curvature_that_keeps_some_inverses_batches_those() -> None:
     chosen = [index for index, name in enumerate(names) if name not in ("8", "2")]
     stacks.set_inverse_owner(chosen)
     curvature._own_layers = [curvature.layers[names[index]] for index in chosen]
-    curvature.__dict__.pop("_batches")
+    curvature.__dict__.pop("_groups")
     for index in chosen:
         for into, copy in zip(curvature.inverses_of(names[index]), copies[names[index]], strict=True):
             if into is not None:
                 into.copy_(copy)  # type: ignore[arg-type]
     found = curvature.precondition(grads)
-    assert [len(batch.layers) for batch in curvature._batches if isinstance(batch, DenseGroup)] == [2, 2]
+    assert [len(batch.layers) for batch in curvature._groups if isinstance(batch, DenseGroup)] == [2, 2]
     for index in chosen:
         for p in curvature.layers[names[index]].parameters:
             torch.testing.assert_close(found[p], everything[p], rtol=1e-12, atol=1e-14)

@@ -56,7 +56,7 @@ def test_the_polar_direction_is_that_of_symmetric_square_roots(block_size: int |
     model = every_kind()
     curvature = observed(model, block_size=block_size)
     grads = {p: torch.randn_like(p) for p in model.parameters()}  # of full rank: else the polar factor is not unique
-    found = curvature.precondition_polar(grads)
+    found = curvature.precondition(grads, "polar")
     assert curvature.polar_layers == {"1", "3", "4", "5"}
     for name in curvature.polar_layers:
         weight = curvature.layers[name].parameters[0]
@@ -69,11 +69,11 @@ def test_any_root_gives_the_same_direction() -> None:
     model = every_kind()
     curvature = observed(model)
     grads = grads_of(model)
-    before = curvature.precondition_polar(grads)
+    before = curvature.precondition(grads, "polar")
     for stack in curvature.factors.batches.values():
         rotations = torch.linalg.qr(torch.randn_like(stack.inverse))[0]
         stack.inverse.copy_(rotations @ stack.inverse)
-    after = curvature.precondition_polar(grads)
+    after = curvature.precondition(grads, "polar")
     for p, direction in before.items():
         torch.testing.assert_close(after[p], direction, rtol=1e-7, atol=1e-7 * direction.abs().max().item())
 
@@ -83,7 +83,7 @@ def test_roots_give_the_natural_direction_too() -> None:
     roots, inverses = observed(model, "polar"), observed(model, "natural")
     grads = grads_of(model)
     found, expected = roots.precondition(grads), inverses.precondition(grads)
-    polar = roots.precondition_polar(grads)
+    polar = roots.precondition(grads, "polar")
     output = model[8].weight
     for p, direction in expected.items():
         if p is not output:  # whose G is cut otherwise, see below
@@ -154,16 +154,16 @@ def test_batches_of_one_layer_give_what_one_batch_gives(monkeypatch: pytest.Monk
     curvature = Curvature(model, mode="polar")
     model(torch.randn(16, 8)).square().mean().backward()
     curvature.update()
-    together = curvature.precondition_polar(grads_of(model))
+    together = curvature.precondition(grads_of(model), "polar")
     monkeypatch.setattr(directions, "MSIGN_CHUNK_NUMEL", 64 * 3)
-    torch.testing.assert_close(curvature.precondition_polar(grads_of(model)), together)
+    torch.testing.assert_close(curvature.precondition(grads_of(model), "polar"), together)
 
 
 class Unpolar(Identity):
     """Without curvature: the polar factor of each matrix."""
 
-    def precondition_polar(self, momenta: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        return {p: directions.msign(momentum[None])[0] for p, momentum in momenta.items()}
+    def directions(self, tensors: dict[nn.Parameter, Tensor], mode: str) -> list[dict[nn.Parameter, Tensor]]:
+        return [{p: directions.msign(momentum[None])[0] for p, momentum in tensors.items()}]
 
 
 @pytest.mark.usefixtures("exact")
@@ -214,7 +214,7 @@ def test_momentum_comes_first_and_is_that_of_the_raw_gradients(nesterov: bool) -
             momentum[p] = 0.9 * momentum[p] + grad
         looked_at = {p: grads[p] + 0.9 * momentum[p] for p in grads} if nesterov else momentum
         before = {p: p.detach().clone() for p in model.parameters()}
-        expected = curvature.precondition_polar(looked_at)
+        expected = curvature.precondition(looked_at, "polar")
         optimizer.step()
         for p in model.parameters():
             torch.testing.assert_close(before[p] - p.detach(), 0.1 * expected[p])
@@ -300,7 +300,7 @@ def test_a_polar_optimizer_on_a_natural_curvature_is_told_what_to_build() -> Non
     curvature = observed(model, "natural")
     with pytest.raises(RuntimeError, match=r'Curvature\(model, mode="polar"\)'):
         Thor(model.parameters(), mode="polar", preconditioner=curvature).step()
-    with pytest.raises(RuntimeError, match=r"got a Identity without precondition_polar"):
+    with pytest.raises(RuntimeError, match=r"got a Identity without directions"):
         Thor(model.parameters(), mode="polar", preconditioner=Identity()).step()
 
 
@@ -332,7 +332,7 @@ def test_each_part_of_a_fused_layer_has_a_polar_direction_of_its_own(exact: None
         model(x).square().mean().backward()
         curvature.update()
         curvature.close()
-        found.append((model, curvature.precondition_polar(grads_of(model))))
+        found.append((model, curvature.precondition(grads_of(model), "polar")))
     (_, ours), (_, theirs) = found
     torch.testing.assert_close(ours[whole[0].weight], torch.cat([theirs[part.weight] for part in parts.parts]))
 
@@ -346,8 +346,8 @@ def test_each_projection_of_an_attention_has_a_polar_direction_of_its_own(exact:
     linears(query, memory).sin().mean().backward()
     for curvature in (ours, theirs):
         curvature.update()
-    packed = ours.precondition_polar(grads_of(attention))[attention.in_proj_weight]
-    apart = theirs.precondition_polar(grads_of(linears))
+    packed = ours.precondition(grads_of(attention), "polar")[attention.in_proj_weight]
+    apart = theirs.precondition(grads_of(linears), "polar")
     assert ours.polar_layers == {"q_proj", "k_proj", "v_proj"}
     weights = (linears.q_proj.weight, linears.k_proj.weight, linears.v_proj.weight)
     torch.testing.assert_close(packed, torch.cat([apart[p] for p in weights]), rtol=1e-6, atol=1e-8)

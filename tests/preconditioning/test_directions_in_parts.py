@@ -40,7 +40,7 @@ def observed(**options: Any) -> tuple[Net, Curvature]:
 
 
 def uneven_layout(net: nn.Module, curvature: Curvature) -> Iterator[dict[nn.Parameter, Tensor]]:
-    return curvature.precondition_in_parts({p: p.grad for p in net.parameters() if p.grad is not None})
+    return curvature.directions({p: p.grad for p in net.parameters() if p.grad is not None})
 
 
 def test_each_parameter_is_in_one_part_and_parts_of_one_parameter_stay_together(
@@ -100,8 +100,8 @@ def test_a_part_is_gone_when_the_next_one_is_made(monkeypatch: pytest.MonkeyPatc
     alive: list[int] = []
 
     class Watched(Curvature):
-        def precondition_in_parts(self, grads: Any) -> Iterator[dict[nn.Parameter, Tensor]]:
-            for part in super().precondition_in_parts(grads):
+        def directions(self, tensors: Any, mode: str = "natural") -> Iterator[dict[nn.Parameter, Tensor]]:
+            for part in super().directions(tensors, mode):
                 made.extend(StorageWeakRef(direction.untyped_storage()) for direction in part.values())
                 yield part
                 alive.append(sum(not one.expired() for one in made))
@@ -120,9 +120,7 @@ def test_nothing_moves_where_a_later_gradient_is_refused(monkeypatch: pytest.Mon
     curvature = Curvature(net)
     net(torch.randn(5, 4)).square().mean().backward()
     curvature.update()
-    parts = curvature.precondition_in_parts(
-        {p: torch.ones(4, 4) for p in net.parameters()} | {net[3].weight: torch.ones(2, 4)}
-    )
+    parts = curvature.directions({p: torch.ones(4, 4) for p in net.parameters()} | {net[3].weight: torch.ones(2, 4)})
     with pytest.raises(ValueError, match="a shard of its weight"):
         next(parts)
 
