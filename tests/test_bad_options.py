@@ -77,8 +77,8 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
         ({"clip_norm": 0.0}, "clip_norm must be greater than 0"),
         ({"mode": "muon"}, "mode must be one of natural, polar, adam, got 'muon'"),
         ({"mode": None}, "mode must be one of natural, polar, adam, got None"),
-        ({"mode": "polar", "match_rms": None, "kl_clip": 1e-3}, "kl_clip is for natural directions"),
-        ({"mode": "adam", "match_rms": None, "kl_clip": 1e-3}, "kl_clip is for natural directions"),
+        ({"mode": "polar", "match_rms": None, "kl_clip": 1e-3}, "kl_clip is for directions of gradients"),
+        ({"mode": "adam", "match_rms": None, "kl_clip": 1e-3}, "kl_clip is for directions of gradients"),
         ({"mode": "adam", "beta2": 1.0}, "beta2 must lie in"),
         ({"mode": "adam", "beta2": "0.9"}, "beta2 must be a number"),
     ],
@@ -141,5 +141,5 @@ def test_a_bad_option_is_refused(make: Make, options: dict[str, Any], error: typ
 
 def test_adam_is_the_mode_of_all_groups_or_of_none() -> None:
     first, second = nn.Linear(3, 2).parameters()
-    with pytest.raises(ValueError, match="must be that of all parameter groups, got adam, natural"):
+    with pytest.raises(ValueError, match="modes adam, natural cannot share a curvature"):
         Thor([{"params": [first], "mode": "adam"}, {"params": [second]}])

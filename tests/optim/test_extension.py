@@ -73,7 +73,7 @@ def test_it_shares_a_curvature_with_no_other_mode() -> None:
     assert common_mode(["input", "input"]).name == "input"
     with pytest.raises(ValueError, match="modes input, natural cannot share a curvature"):
         Thor([{"params": model[0].parameters(), "mode": "input"}, {"params": model[2].parameters()}])
-    with pytest.raises(RuntimeError, match='got a curvature of mode="natural".*mode="input"'):
+    with pytest.raises(RuntimeError, match=r'got a curvature of mode="natural".*mode="input"'):
         Curvature(model).precondition({}, "input")
 
 
