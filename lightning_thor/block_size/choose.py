@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -114,9 +115,8 @@ def choose_block_size(
         fused=fused,
     )
     factors = {f"{name}.{side}": whole for name, layer in layers.items() for side, whole in _whole(layer).items()}
-    left_out = {
-        key: f"{whole.width} wide, more than {WIDEST}" for key, whole in factors.items() if whole.width > WIDEST
-    }
+    too_wide = (key for key, whole in factors.items() if whole.width > WIDEST)
+    left_out = {key: f"{factors[key].width} wide, more than {WIDEST}" for key in too_wide}
     wanted = {key: whole for key, whole in factors.items() if key not in left_out}
     sizes = candidates(max((whole.width for whole in wanted.values()), default=1))
     weights = [layer.parameters[0] for layer in layers.values()]
@@ -124,11 +124,14 @@ def choose_block_size(
     dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
     are_kept: list[Tensor] = []
     with _left_as_it_was(model, device):
-        for key, factor in _observed(layers, wanted, loss_of_a_batch, dtype, max_rows):
-            if factor is None or not bool(torch.isfinite(factor).all()):
-                left_out[key] = "not observed" if factor is None else "not finite"
-                continue
-            are_kept.append(spectral_losses(factor, sizes, statistics.partition) < TOLERABLE_LOSS)
+        for portion in _portions(wanted):
+            sums = _observe(layers, portion, loss_of_a_batch, dtype, max_rows)
+            for key in portion:
+                factor = sums.pop(key, None)
+                if factor is None or not bool(torch.isfinite(factor).all()):
+                    left_out[key] = "not observed" if factor is None else "not finite"
+                    continue
+                are_kept.append(spectral_losses(factor[:, 0], sizes, statistics.partition) < TOLERABLE_LOSS)
     if left_out and not are_kept:
         raise ValueError(
             "No factor could be looked at for the choice of block_size: "
@@ -148,8 +151,7 @@ def candidates(widest: int) -> list[int]:
     >>> candidates(576), candidates(10), candidates(1)
     ([1, 16, 32, 64, 128, 256, 512, 576], [1, 10], [1])
     """
-    powers = [2**n for n in range(4, 64) if 2**n < widest]
-    return sorted({1, *powers, widest})
+    return sorted({1, *(2**n for n in range(4, 64) if 2**n < widest), widest})
 
 
 def cross(candidates: Sequence[int], shares: Sequence[float], speeds: Sequence[float]) -> tuple[float, int]:
@@ -182,32 +184,11 @@ def _whole(layer: Layer) -> dict[str, BlockPartition]:
     return {side: whole for side, whole in sides.items() if whole and whole.n_blocks == 1 and whole.width > 1}
 
 
-def _observed(
-    layers: dict[str, Layer],
-    wanted: Mapping[str, BlockPartition],
-    loss_of_a_batch: Callable[[], Tensor],
-    dtype: torch.dtype,
-    max_rows: int | None,
-) -> Iterator[tuple[str, Tensor | None]]:
-    """The wanted factors of a batch, by key: sums of a aᵀ or g gᵀ, ``[groups, d, d]``; None if nothing was observed.
-
-    The loss is computed anew for each portion of factors, so that few are held at a time.
-    """
-    for portion in _portions(wanted):
-        sums = _sums_of_a_batch(layers, portion, loss_of_a_batch, dtype, max_rows)
-        for key in portion:
-            factor = sums.pop(key, None)
-            yield key, None if factor is None else factor[:, 0]
-
-
-def _sums_of_a_batch(
-    layers: dict[str, Layer],
-    wanted: Mapping[str, BlockPartition],
-    loss_of_a_batch: Callable[[], Tensor],
-    dtype: torch.dtype,
-    max_rows: int | None,
-) -> dict[str, Tensor]:
-    """The wanted factors ``[groups, 1, d, d]`` that one forward and backward pass observed, by key."""
+def _observe(
+    layers: dict[str, Layer], wanted: Mapping[str, BlockPartition], loss_of_a_batch: Callable[[], Tensor],
+    dtype: torch.dtype, max_rows: int | None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The wanted factors of a batch, by key, if they were observed: sums of a aᵀ or g gᵀ, ``[groups, 1, d, d]``."""
     sums: dict[str, Tensor] = {}
     names = {key.rpartition(".")[0] for key in wanted}
     uses = {use.name: (layers[name], use) for name in names for use in layers[name].uses}
@@ -241,7 +222,7 @@ def _sums_of_a_batch(
 
 
 def _portions(wanted: Mapping[str, BlockPartition]) -> list[dict[str, BlockPartition]]:
-    """The factors in portions of at most `PORTION_NUMEL` numbers, or of one factor."""
+    """The factors in portions of at most `PORTION_NUMEL` numbers, each for a pass of its own, or of one factor."""
     portions: list[dict[str, BlockPartition]] = []
     room = 0
     for key, whole in wanted.items():
@@ -262,13 +243,12 @@ def _inversion_seconds(
     A block of size 1 is timed as one of size 2: inverting a diagonal is a division, and beside that every real
     inversion would seem slow, on every device, and the curves would always cross before 16.
     """
-    numbers: dict[int, int] = {}
+    n_blocks: Counter[int] = Counter()
     for whole in factors:
         blocks = partition(whole.width, block_size, whole.groups)
-        size = max(blocks.size, 2)
-        numbers[size] = numbers.get(size, 0) + blocks.groups * blocks.n_blocks
+        n_blocks[max(blocks.size, 2)] += blocks.groups * blocks.n_blocks
     total = 0.0
-    for size, n in numbers.items():
+    for size, n in n_blocks.items():
         timed = min(n, max(1, TIMED_NUMEL // size**2))
         total += _seconds_of_inverting(timed, size, device, dtype) * n / timed
     return max(total, 1e-9)
@@ -278,13 +258,13 @@ def _seconds_of_inverting(n: int, size: int, device: torch.device, dtype: torch.
     """Time to invert ``n`` blocks of ``size``: the best of a few runs, since other work on the machine only adds."""
     blocks = torch.eye(size, dtype=dtype, device=device).repeat(n, 1, 1)
     damping = torch.ones(n, dtype=dtype, device=device)
-    best, runs, began = math.inf, 0, time.perf_counter()
-    while runs < 2 or (runs < 7 and time.perf_counter() - began < 0.2):
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 7 and sum(times) < 0.2):
         started = time.perf_counter()
         _, succeeded = damped_inverses(blocks, damping)
         bool(succeeded.all())  # waits for the device
-        best, runs = min(best, time.perf_counter() - started), runs + 1
-    return best
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_thor.linalg.block_diagonal import BlockPartition, partition
+from lightning_thor.linalg.block_diagonal import BlockPartition
 
 LANCZOS_STEPS = 48
 """Dimensions of the Krylov space, for wider matrices."""
@@ -18,35 +18,25 @@ PartitionFn = Callable[[int, int | None, int], BlockPartition]
 """``(width, block_size, groups)`` to blocks, as `lightning_thor.linalg.block_diagonal.partition` does."""
 
 
-def spectral_loss(matrix: Tensor, block_size: int) -> float:
-    """What a matrix loses by partitioning: ``1 - sqrt(λmax(Â Âᵀ) / λmax(A Aᵀ))`` (THOR: Chen et al., AAAI 2021).
-
-    For a symmetric positive semi-definite A this equals ``1 - λmax(Â) / λmax(A)``; a matrix of zeros loses nothing.
-    Eigenvalues of matrices wider than 48 come from a Krylov space of 48 dimensions, so they are never too large.
-
-    Args:
-        matrix: A, symmetric positive semi-definite, ``[d, d]``.
-        block_size: Â is A in the blocks of `lightning_thor.linalg.block_diagonal.partition`, and zero elsewhere.
-
-    Returns:
-        The lost share, 0..1.
-
-    >>> spectral_loss(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), 1)
-    0.3333
-    """
-    return float(spectral_losses(matrix[None], [block_size], partition)[0])
-
-
 def spectral_losses(factor: Tensor, sizes: Sequence[int], partition: PartitionFn) -> Tensor:
-    """`spectral_loss` of one factor for each of several block sizes.
+    """What a matrix A loses by partitioning: ``1 - sqrt(λmax(Â Âᵀ) / λmax(A Aᵀ))`` (THOR: Chen et al., AAAI 2021).
+
+    Â is A in the blocks of the partition, and zero elsewhere. For a symmetric positive semi-definite A the loss equals
+    ``1 - λmax(Â) / λmax(A)``; a matrix of zeros loses nothing. Eigenvalues of matrices wider than 48 come from a Krylov
+    space of 48 dimensions, so they are never too large.
 
     Args:
-        factor: ``[groups, d, d]``, the diagonal blocks of one matrix (of a grouped convolution: one for each group).
+        factor: ``[groups, d, d]``, the diagonal blocks of A (of a grouped convolution: one for each group), symmetric
+            positive semi-definite.
         sizes: block sizes.
         partition: how a width is partitioned.
 
     Returns:
-        ``[len(sizes)]``, on the CPU.
+        The lost share for each size, 0..1, ``[len(sizes)]``, on the CPU.
+
+    >>> from lightning_thor.linalg.block_diagonal import partition
+    >>> spectral_losses(torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]), [1, 2], partition)
+    tensor([0.3333, 0.0000])
     """
     groups, width, _ = factor.shape
     largest = [_largest_eigenvalue(_diagonal_blocks(factor, partition(width, size, groups))) for size in sizes]

@@ -59,14 +59,8 @@ RowsFn = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], Rows]
 """``(module, a, g, dtype, max_rows)`` to `Rows`, see `LayerKind.rows`."""
 
 
-class FactorWidths(NamedTuple):
-    """The widths of a weight's factors, before they are partitioned into blocks."""
-
-    groups: int
-    """Number of independent factors on each side (grouped convolutions)."""
-    width_A: int | None
-    """Width of A, without a bias; None: the layer has no A."""
-    width_G: int
+FactorWidths = tuple[int, int | None, int]
+"""Number of groups (independent factors on each side), width of A without a bias (None: no A), width of G."""
 
 
 class LayerKind:
@@ -124,11 +118,10 @@ class LayerKind:
         """
         raise NotImplementedError
 
-    @property
-    def reduced_rows(self) -> RowsFn | None:
-        """As `rows`, with one row per sample (K-FAC-reduce: Eschenhagen et al. 2023, arXiv:2311.00636); None: the kind
-        has no curvature with ``statistics="reduce"``."""
-        return self.rows
+    def reduced_rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+        """As `rows`, but one row per sample (K-FAC-reduce: Eschenhagen et al. 2023, arXiv:2311.00636). A kind that sets
+        this to None has no curvature with ``statistics="reduce"``."""
+        return self.rows(module, a, g, dtype, max_rows)
 
     def loss_terms(self, module: Any, g: Tensor) -> int:
         """Number of terms that the mean of the loss is taken to have, by the output's gradient ``g`` (or the output):
@@ -137,7 +130,7 @@ class LayerKind:
 
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
         """The widths of the factors of a module whose weight has this shape."""
-        return FactorWidths(1, shape[1:].numel(), shape[0])
+        return 1, shape[1:].numel(), shape[0]
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         """Gradients of a layer's parameters as a matrix ``[groups, out, in]``, a view where possible."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, RowsFn, pick, subsample
+from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, pick, subsample
 from lightning_thor.layers.patches import Convolution, TransposedConvolution, patches_and_values
 
 
@@ -30,11 +30,7 @@ class ConvolutionKind(LayerKind):
         a, g = _batched(module, a, g)
         return Rows(*patches_and_values(module, a.detach(), g, dtype, max_rows))
 
-    @property
-    def reduced_rows(self) -> RowsFn | None:
-        return self._reduced_rows
-
-    def _reduced_rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    def reduced_rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """Patches averaged and gradients summed over the output positions of each image.
 
         With ``max_rows`` whole images are left out, so that there are about as many positions.
@@ -52,7 +48,7 @@ class ConvolutionKind(LayerKind):
         return g.shape[0] if g.dim() == len(module.kernel_size) + 2 else 1
 
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
-        return FactorWidths(module.groups, shape[1:].numel(), shape[0] // module.groups)
+        return module.groups, shape[1:].numel(), shape[0] // module.groups
 
 
 class TransposedConvolutionKind(ConvolutionKind):
@@ -61,7 +57,7 @@ class TransposedConvolutionKind(ConvolutionKind):
     takes_bias = False
     row_factor = "A"
     is_flat = False
-    reduced_rows = None
+    reduced_rows = None  # type: ignore[assignment]
 
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """``a [batch, in, *space]``, ``g [batch, out, *space]``: every *input* position is a row, since each is
@@ -71,7 +67,7 @@ class TransposedConvolutionKind(ConvolutionKind):
         return Rows(inputs, outputs, n_rows, n_samples)
 
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
-        return FactorWidths(module.groups, shape[0] // module.groups, shape[1:].numel())
+        return module.groups, shape[0] // module.groups, shape[1:].numel()
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         assert layer.A is not None

@@ -201,16 +201,8 @@ def _layer(
     uses: tuple[ModuleUse, ...], kind: LayerKind, statistics: KfacApprox, block_sizes: tuple[int | None, int | None],
     takes_bias: bool, fused: Mapping[str, int],
 ) -> Layer:  # fmt: skip
-    """The layer of a weight.
-
-    Args:
-        uses: its modules.
-        kind: theirs.
-        statistics: what is gathered.
-        block_sizes: of A and of G.
-        takes_bias: whether the bias belongs to the layer if the kind can take it.
-        fused: see `discover_layers`.
-    """
+    """The layer of a weight; ``block_sizes`` are those of A and of G, and ``takes_bias`` is a wish that not all kinds
+    grant."""
     use, (size_A, size_G), rows_of = uses[0], block_sizes, statistics.rows_of(kind)
     assert rows_of is not None
     weight: nn.Parameter = getattr(use.module, use.weight_name)
@@ -221,7 +213,9 @@ def _layer(
     with_bias, bias = kind.takes_bias and takes_bias, _bias_of(use)
     parameters = (weight,) if bias is None or not (with_bias or kind.owns_all_parameters) else (weight, bias)
     A = None if width_A is None else statistics.partition(width_A + with_bias, size_A, groups)
-    n_parts = _n_parts(use.name, width_G, fused) if kind.is_linear else 1
+    n_parts = next((n for pattern, n in fused.items() if kind.is_linear and fnmatchcase(use.name, pattern)), 1)
+    if width_G % n_parts:
+        raise ValueError(f"fused: the {width_G} outputs of {use.name!r} cannot be {n_parts} equal parts.")
     G = statistics.partition(width_G // n_parts, size_G, groups * n_parts)
     if kind.diagonal == "G":
         G = block_diagonal.diagonal(width_G)
@@ -230,14 +224,6 @@ def _layer(
         G = G if statistics.split_embedding_G else statistics.partition(width_G, None, 1)
     loss_terms = statistics.loss_terms or kind.loss_terms
     return Layer(uses, parameters, A, G, kind, rows_of, loss_terms)
-
-
-def _n_parts(name: str, n_outputs: int, fused: Mapping[str, int]) -> int:
-    """The number of parts that the outputs of a linear layer are a concatenation of."""
-    n_parts = next((n for pattern, n in fused.items() if fnmatchcase(name, pattern)), 1)
-    if n_outputs % n_parts:
-        raise ValueError(f"fused: the {n_outputs} outputs of {name!r} cannot be {n_parts} equal parts.")
-    return n_parts
 
 
 def _check_fused(fused: Mapping[str, int], layers: Mapping[str, Layer]) -> None:

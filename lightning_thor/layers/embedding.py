@@ -35,7 +35,7 @@ class EmbeddingKind(LayerKind):
         return Rows(None, g.T[None], counted.sum(), tokens.shape[0], counts)
 
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
-        return FactorWidths(1, shape[0], shape[1])
+        return 1, shape[0], shape[1]
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         return grads[0].T[None]

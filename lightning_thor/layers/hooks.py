@@ -5,208 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import RecordProducts
+from lightning_thor.layers.pair_checks import PairChecks
 from lightning_thor.layers.weight_product import WeightProduct, accumulates, backward_pass, find_product, graph_is_kept
-
-Listener = Callable[[str, Tensor, Tensor], None]
-"""Called with the name of a module, its input and its output's gradient."""
-
 
 NamePredicate = Callable[[str], bool]
 Arrange = Callable[[Tensor], Tensor]
-
-
-class Checks(Protocol):
-    """A comparison, once per layer, of its pairs with the weight's gradient: see `PairChecks`."""
-
-    def wants(self, name: str) -> bool:
-        """True while the pairs of the named module are to be checked."""
-
-    def project(self, name: str, a: Tensor) -> Tensor | None:
-        """What the check needs of an input ``a``, asked in forward; None: all of it."""
-
-    def add(self, name: str, a: Tensor, g: Tensor, accumulator: Any) -> None:
-        """Add a pair of the backward pass under way.
-
-        Args:
-            name: of the module.
-            a: what `project` returned, or else the input.
-            g: the gradient of its output.
-            accumulator: the autograd node that will add to the weight's gradient.
-        """
-
-
-class Hooks:
-    """Forward hooks that pair each layer's input with the gradient of its output.
-
-    The output is that of the operation that multiplied by the weight, which autograd's graph shows: whatever is done to
-    it afterwards, within the module, in other hooks, in place or through views, the gradient belongs to the input.
-    Where the graph does not show the operation (a compiled region), the output is what the module returned.
-
-    A pair is handed over when its gradient arrives in a backward pass that adds to the weight's gradient: so activation
-    checkpointing, unused outputs, passes without gradients and `torch.autograd.grad` give exactly the pairs that made
-    the weight's gradient. Where a graph is kept (``retain_graph=True``) more backward passes may come, whose gradients
-    add up: such a pair waits for a pass that does not keep the graph, or for `flush`. The hooks change nothing and do
-    nothing unless ``is_open``.
-
-    Args:
-        modules: the modules to observe, by name.
-        is_open: whether the named module is to be observed in the present forward pass.
-        listener: called in backward, without autograd, with the name, the input and the output's gradient.
-        attentions: names of the weights inside attentions, by role (see `lightning_thor.layers.attention.ROLES`); their
-            pairs are batch first, ``[batch, positions, width]``.
-        expect: called in forward with the name, for each pair that backward is to hand over.
-        subsample_input: called under autocast, which lets autograd save a copy of the input in lower precision instead
-            of the input itself, with the name and the input; returns the rows that must be kept.
-        is_due: a cheap first test, run in every forward pass; True whenever ``is_open`` is. A plain function that calls
-            no other.
-        weight_of: the weight that the named module multiplies by; by default its ``weight``.
-        needs_returned: whether the gradient is to be that of what the named module returned, whatever it did after its
-            product with the weight.
-        note_output: called in forward with the name and the output of a module for which ``is_due`` is true and
-            ``is_open`` is not.
-        checks: compares pairs with the weight's gradient; None: nothing does.
-    """
-
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        is_open: NamePredicate,
-        listener: Listener,
-        attentions: Mapping[nn.MultiheadAttention, Mapping[str, str]] | None = None,
-        expect: Callable[[str], None] = lambda name: None,
-        subsample_input: Callable[[str, Tensor], Tensor] = lambda name, a: a,
-        is_due: NamePredicate = lambda name: True,
-        weight_of: Callable[[str], Tensor | None] | None = None,
-        needs_returned: NamePredicate = lambda name: False,
-        note_output: Callable[[str, Any], None] = lambda name, output: None,
-        checks: Checks | None = None,
-    ) -> None:
-        from torch._dynamo import decorators  # takes a second, like all of dynamo
-
-        # Under torch.compile hooks read Python counters, which would recompile at every step. A function that dynamo
-        # skips runs as it is, while a disabled one (with all that it calls) costs a wrapper, which is most of an idle
-        # hook. `skip` is not public: where it is missing, `disable` does the same at its cost.
-        skip = getattr(decorators, "skip", torch.compiler.disable)
-        is_due = skip(is_due)
-        if weight_of is None:
-
-            def weight_of(name: str) -> Tensor | None:
-                return getattr(modules.get(name), "weight", None)
-
-        self._pairing = _Pairing(listener, expect, subsample_input, is_due, weight_of, needs_returned, checks)
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(
-                skip(_forward_hook(name, module, is_open, is_due, self._pairing, note_output)), with_kwargs=True
-            )
-            for name, module in modules.items()
-        ]
-        for attention, names in (attentions or {}).items():
-            before, after = _attention_hooks(names, attention, is_open, is_due, self._pairing)
-            self._handles.append(attention.register_forward_pre_hook(skip(before)))
-            # Always called: a forward pass that fails must not leave its recording open.
-            self._handles.append(attention.register_forward_hook(skip(after), always_call=True))
-
-    @property
-    def backward_pass(self) -> int:
-        """The number of the backward pass that the pair at hand came in; below 0 outside of one. A segment that
-        reentrant checkpointing runs backward belongs to the pass around it."""
-        return backward_pass() if self._pairing.backward_pass is None else self._pairing.backward_pass
-
-    def flush(self) -> None:
-        """Hand over the pairs that wait for more backward passes through a kept graph: no more will come."""
-        self._pairing.flush()
-
-    def reset(self) -> None:
-        """Forget the pairs that wait: their step is skipped."""
-        self._pairing.reset()
-
-    def remove(self) -> None:
-        """Remove all hooks of modules; hooks of graphs go with their graph."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    @property
-    def are_removed(self) -> bool:
-        return not self._handles
-
-    def remove_from_copy(self, model: nn.Module) -> None:
-        """Remove the copies of these hooks, which do nothing, from a copy of the model."""
-        ids = {handle.id for handle in self._handles}
-        for module in model.modules():
-            for hooks in (
-                module._forward_hooks,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-                module._forward_pre_hooks,
-                module._forward_pre_hooks_with_kwargs,
-            ):
-                for dead in ids & hooks.keys():
-                    del hooks[dead]
-
-
-def _forward_hook(
-    name: str,
-    owner: nn.Module,
-    is_open: NamePredicate,
-    is_due: NamePredicate,
-    pairing: _Pairing,
-    note_output: Callable[[str, Any], None],
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-    # A closure, since copy.deepcopy of the model (SWA, EMA) copies hooks: it shares functions but would copy an object.
-    def pair(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if is_open(name):
-            a = args[0] if args else next(iter(kwargs.values()), None)
-            pairing.expect(name, a, output)
-        else:
-            note_output(name, output)
-
-    pair_unseen = torch.compiler.disable(pair)
-
-    def on_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if is_due(name) and torch.is_grad_enabled() and module is owner:
-            pair_unseen(args, kwargs, output)
-
-    return on_forward
-
-
-def _attention_hooks(
-    names: Mapping[str, str], owner: nn.Module, is_open: NamePredicate, is_due: NamePredicate, pairing: _Pairing
-) -> tuple[Callable[[nn.Module, Any], None], Callable[[nn.Module, Any, Any], None]]:
-    entered: list[ExitStack] = []
-
-    def note(role: str, a: Tensor, output: Tensor, arrange: Arrange) -> None:
-        if role in names and is_open(names[role]):
-            pairing.expect(names[role], a, output, arrange)
-
-    def enter() -> None:
-        if any(is_open(name) for name in names.values()):
-            entered.append(ExitStack())
-            entered[-1].enter_context(RecordProducts(note))
-
-    def leave() -> None:
-        entered.pop().close()
-
-    enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
-
-    def before(module: nn.Module, args: Any) -> None:
-        for name in names.values():
-            if is_due(name) and torch.is_grad_enabled() and module is owner:
-                enter_unseen()
-                return
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        if entered and module is owner:
-            leave_unseen()
-
-    return before, after
 
 
 class _Pair:
@@ -241,28 +51,169 @@ class _Pair:
         self.g = g if self.g is None else self.g + g
 
 
-class _Pairing:
-    """Waits for the gradients that belong to inputs, and hands both over; for its arguments see `Hooks`."""
+class Hooks:
+    """Forward hooks that pair each layer's input with the gradient of its output.
+
+    The output is that of the operation that multiplied by the weight, which autograd's graph shows: whatever is done to
+    it afterwards, within the module, in other hooks, in place or through views, the gradient belongs to the input.
+    Where the graph does not show the operation (a compiled region), the output is what the module returned.
+
+    A pair is handed over when its gradient arrives in a backward pass that adds to the weight's gradient: so activation
+    checkpointing, unused outputs, passes without gradients and `torch.autograd.grad` give exactly the pairs that made
+    the weight's gradient. Where a graph is kept (``retain_graph=True``) more backward passes may come, whose gradients
+    add up: such a pair waits for a pass that does not keep the graph, or for `flush`. The hooks change nothing and do
+    nothing unless ``is_open``.
+
+    Args:
+        modules: the modules to observe, by name.
+        is_open: whether the named module is to be observed in the present forward pass.
+        listener: called in backward, without autograd, with the name, the input and the output's gradient.
+        attentions: names of the weights inside attentions, by role (see `lightning_thor.layers.attention.ROLES`); their
+            pairs are batch first, ``[batch, positions, width]``.
+        expect: called in forward with the name, for each pair that backward is to hand over.
+        subsample_input: returns the rows of the named module's input that must be kept; called under autocast, where
+            autograd may save a copy in lower precision instead of the input.
+        is_due: a cheap first test, run in every forward pass; True whenever ``is_open`` is. A plain function that calls
+            no other.
+        weight_of: the weight that the named module multiplies by; by default its ``weight``.
+        needs_returned: whether the gradient is to be that of what the named module returned, whatever it did after its
+            product with the weight.
+        note_output: called in forward with the name and the output of a module for which ``is_due`` is true and
+            ``is_open`` is not.
+        checks: compares pairs with the weight's gradient.
+    """
 
     def __init__(
         self,
-        listener: Listener,
-        expect: Callable[[str], None],
-        subsample_input: Callable[[str, Tensor], Tensor],
-        is_due: NamePredicate,
-        weight_of: Callable[[str], Tensor | None],
-        needs_returned: NamePredicate,
-        checks: Checks | None,
+        modules: Mapping[str, nn.Module],
+        is_open: NamePredicate,
+        listener: Callable[[str, Tensor, Tensor], None],
+        attentions: Mapping[nn.MultiheadAttention, Mapping[str, str]] | None = None,
+        expect: Callable[[str], None] = lambda name: None,
+        subsample_input: Callable[[str, Tensor], Tensor] = lambda name, a: a,
+        is_due: NamePredicate = lambda name: True,
+        weight_of: Callable[[str], Tensor | None] | None = None,
+        needs_returned: NamePredicate = lambda name: False,
+        note_output: Callable[[str, Any], None] = lambda name, output: None,
+        checks: PairChecks | None = None,
     ) -> None:
+        from torch._dynamo import decorators  # takes a second, like all of dynamo
+
+        # Under torch.compile hooks read Python counters, which would recompile at every step. A function that dynamo
+        # skips runs as it is, while a disabled one (with all that it calls) costs a wrapper, which is most of an idle
+        # hook. `skip` is not public: where it is missing, `disable` does the same at its cost.
+        skip = getattr(decorators, "skip", torch.compiler.disable)
         self._listener, self._expect, self._subsample_input = listener, expect, subsample_input
-        self._is_due, self._weight_of, self._checks = is_due, weight_of, checks
-        self._needs_returned = needs_returned
+        self._is_open, self._is_due, self._note_output = is_open, skip(is_due), note_output
+        self._weight_of = weight_of or (lambda name: getattr(modules.get(name), "weight", None))
+        self._needs_returned, self._checks = needs_returned, checks
         self._waiting: dict[_Pair, None] = {}
         """Pairs that have a gradient, of a graph that is kept."""
-        self.backward_pass: int | None = None
-        """The number of the backward pass of the pair that is being handed over."""
+        self._handed_over: _Pair | None = None
+        """The pair that the listener is called with."""
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(skip(self._forward_hook(name, module)), with_kwargs=True)
+            for name, module in modules.items()
+        ]
+        for attention, names in (attentions or {}).items():
+            before, after = self._attention_hooks(names, attention)
+            self._handles.append(attention.register_forward_pre_hook(skip(before)))
+            # Always called: a forward pass that fails must not leave its recording open.
+            self._handles.append(attention.register_forward_hook(skip(after), always_call=True))
 
-    def expect(self, name: str, a: Any, output: Any, arrange: Arrange | None = None) -> None:
+    @property
+    def backward_pass(self) -> int:
+        """The number of the backward pass that the pair at hand came in; below 0 outside of one. A segment that
+        reentrant checkpointing runs backward belongs to the pass around it."""
+        return backward_pass() if self._handed_over is None else self._handed_over.backward_pass
+
+    def flush(self) -> None:
+        """Hand over the pairs that wait for more backward passes through a kept graph: no more will come."""
+        with torch.no_grad():
+            for pair in list(self._waiting):
+                self._hand_over(pair)
+
+    def reset(self) -> None:
+        """Forget the pairs that wait: their step is skipped."""
+        for pair in self._waiting:
+            pair.a = pair.g = None
+        self._waiting.clear()
+
+    def remove(self) -> None:
+        """Remove all hooks of modules; hooks of graphs go with their graph."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @property
+    def are_removed(self) -> bool:
+        return not self._handles
+
+    def remove_from_copy(self, model: nn.Module) -> None:
+        """Remove the copies of these hooks, which do nothing, from a copy of the model."""
+        ids = {handle.id for handle in self._handles}
+        for module in model.modules():
+            for hooks in (
+                module._forward_hooks,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+                module._forward_pre_hooks,
+                module._forward_pre_hooks_with_kwargs,
+            ):
+                for dead in ids & hooks.keys():
+                    del hooks[dead]
+
+    # Hooks are closures: copy.deepcopy of the model (SWA, EMA) copies hooks, and shares functions, but would copy the
+    # object that a bound method belongs to.
+
+    def _forward_hook(self, name: str, owner: nn.Module) -> Callable[[nn.Module, Any, dict[str, Any], Any], None]:
+        def pair(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._is_open(name):
+                self._pair(name, args[0] if args else next(iter(kwargs.values()), None), output)
+            else:
+                self._note_output(name, output)
+
+        is_due, pair_unseen = self._is_due, torch.compiler.disable(pair)
+
+        def on_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if is_due(name) and torch.is_grad_enabled() and module is owner:
+                pair_unseen(args, kwargs, output)
+
+        return on_forward
+
+    def _attention_hooks(
+        self, names: Mapping[str, str], owner: nn.Module
+    ) -> tuple[Callable[[nn.Module, Any], None], Callable[[nn.Module, Any, Any], None]]:
+        entered: list[ExitStack] = []
+
+        def note(role: str, a: Tensor, output: Tensor, arrange: Arrange) -> None:
+            if role in names and self._is_open(names[role]):
+                self._pair(names[role], a, output, arrange)
+
+        def enter() -> None:
+            if any(self._is_open(name) for name in names.values()):
+                entered.append(ExitStack())
+                entered[-1].enter_context(RecordProducts(note))
+
+        def leave() -> None:
+            entered.pop().close()
+
+        is_due = self._is_due
+        enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
+
+        def before(module: nn.Module, args: Any) -> None:
+            for name in names.values():
+                if is_due(name) and torch.is_grad_enabled() and module is owner:
+                    enter_unseen()
+                    return
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if entered and module is owner:
+                leave_unseen()
+
+        return before, after
+
+    def _pair(self, name: str, a: Any, output: Any, arrange: Arrange | None = None) -> None:
         """Hand ``(name, a, g)`` over when the gradient of ``output`` arrives, both by ``arrange``."""
         if not isinstance(a, Tensor) or a.layout not in (torch.strided, torch.jagged):
             return
@@ -334,7 +285,7 @@ class _Pairing:
         assert a is not None
         assert g is not None
         g = g if pair.arrange is None else pair.arrange(g)
-        self.backward_pass = pair.backward_pass
+        self._handed_over = pair
         try:
             if not torch.is_autocast_enabled(g.device.type):
                 self._listener(pair.name, a, g)
@@ -342,19 +293,7 @@ class _Pairing:
             with torch.autocast(g.device.type, enabled=False):
                 self._listener(pair.name, a, g)
         finally:
-            self.backward_pass = None
-
-    def flush(self) -> None:
-        """Hand over all pairs that wait."""
-        with torch.no_grad():
-            for pair in list(self._waiting):
-                self._hand_over(pair)
-
-    def reset(self) -> None:
-        """Forget all pairs that wait."""
-        for pair in self._waiting:
-            pair.a = pair.g = None
-        self._waiting.clear()
+            self._handed_over = None
 
     def _warn_of_change(self, pair: _Pair) -> None:
         pair.a = pair.g = None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, RowsFn, pick, subsample
+from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, pick, subsample
 
 
 class ProjectionKind(LayerKind):
@@ -24,11 +24,7 @@ class ProjectionKind(LayerKind):
         a, g = a.to(dtype), pick(g, index).to(dtype)
         return Rows(a.T[None], g.T[None], a.shape[0], a.shape[0])
 
-    @property
-    def reduced_rows(self) -> RowsFn:
-        return self._reduced_rows
-
-    def _reduced_rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    def reduced_rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """Inputs averaged and gradients summed over all dimensions between the first and the last."""
         if a.dim() > 2:
             a, g = a.detach().flatten(1, -2).to(dtype).mean(1), g.flatten(1, -2).to(dtype).sum(1)
@@ -74,7 +70,7 @@ class TransposedLinearKind(LinearKind):
     unsupported_reason = LayerKind.unsupported_reason
 
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
-        return FactorWidths(1, shape[0], shape[1])
+        return 1, shape[0], shape[1]
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         return super().to_matrix(layer, [grads[0].T, *grads[1:]])

@@ -23,7 +23,7 @@ class NormKind(LayerKind):
     owns_all_parameters = True
 
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
-        return FactorWidths(1, None, shape.numel() * (1 if getattr(module, "bias", None) is None else 2))
+        return 1, None, shape.numel() * (1 if getattr(module, "bias", None) is None else 2)
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         return torch.cat([grad.flatten() for grad in grads])[None, :, None]

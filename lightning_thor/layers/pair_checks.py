@@ -83,7 +83,7 @@ class PairChecks:
         kind, module = self._layers[self._numbers[name]].kind, self._modules[name]
         if not kind.is_linear or not a.is_floating_point() or not a.dim():
             return None
-        width = kind.factor_widths(module, module.weight.shape).width_A
+        _, width, _ = kind.factor_widths(module, module.weight.shape)
         if width is None or a.shape[-1] != width:
             self._unchecked.discard(self._numbers[name])  # the accumulator reports pairs that do not fit at all
             return None
@@ -123,7 +123,9 @@ class PairChecks:
         """The results since the last call, by the layer's number: True where gradient and product differ,
         0-dimensional tensors on their device."""
         verdicts, self._verdicts = self._verdicts, {}
-        self._clear_sums()
+        for sums in self._sums.values():
+            sums.handle.remove()
+        self._sums.clear()
         return verdicts
 
     def stop(self) -> None:
@@ -135,11 +137,6 @@ class PairChecks:
         """Check the layers of the open window again: its step was skipped."""
         self._unchecked.update(self._verdicts)
         self.collect()
-
-    def _clear_sums(self) -> None:
-        for sums in self._sums.values():
-            sums.handle.remove()
-        self._sums.clear()
 
     def _compare(self, number: int) -> Callable[[tuple[Tensor | None, ...]], None]:
         def compare(gradients: tuple[Tensor | None, ...]) -> None:

@@ -61,17 +61,16 @@ register(BATCH_NORM, built_in=True)
 
 def find_kind(module: nn.Module) -> tuple[LayerKind, type[nn.Module]] | None:
     """The kind of a module, and the registered type that it has the kind from; None if there is none."""
-    return _find(type(module), REGISTERED) or _find(type(module), BUILT_IN)
+    return _find(type(module))
 
 
-def _find(
-    module_type: type[nn.Module], table: Mapping[type[nn.Module] | str, LayerKind]
-) -> tuple[LayerKind, type[nn.Module]] | None:
-    # Subclasses too: FSDP2, LoRA and torch's own Linear subclasses swap or extend classes.
-    for base in module_type.__mro__:
-        kind = table.get(base) or table.get(f"{base.__module__}.{base.__qualname__}")
-        if kind is not None:
-            return kind, base
+def _find(module_type: type[nn.Module]) -> tuple[LayerKind, type[nn.Module]] | None:
+    for table in (REGISTERED, BUILT_IN):
+        # Base types too: FSDP2, LoRA and torch's own Linear subclasses swap or extend classes.
+        for base in module_type.__mro__:
+            kind = table.get(base) or table.get(f"{base.__module__}.{base.__qualname__}")
+            if kind is not None:
+                return kind, base
     return None
 
 
@@ -175,7 +174,12 @@ def register_layer(
             f"{'neither' if like is None else 'both'}."
         )
     if like is not None:
-        register(_kind_like(like, matrix, weight), module_type)
+        if matrix is not _rows_along_out or weight != "weight":
+            raise TypeError("register_layer takes matrix and weight with rows_of only: like stands for both.")
+        found = _find(like) if isinstance(like, type) else None
+        if found is None or found[0] is ATTENTION:
+            raise ValueError(f"register_layer's like must be a type with curvature, such as nn.Linear; got {like!r}.")
+        register(found[0], module_type)
         return
     for name, function in (("rows_of", rows_of), ("matrix", matrix)):
         if not callable(function):
@@ -184,17 +188,6 @@ def register_layer(
         raise TypeError(f"register_layer's weight must be the name of a parameter, got {weight!r}.")
     assert rows_of is not None
     register(_UserKind(module_type, rows_of, matrix, weight))
-
-
-def _kind_like(like: type[nn.Module], matrix: Callable[[Any, Tensor], Tensor], weight: str) -> LayerKind:
-    if matrix is not _rows_along_out or weight != "weight":
-        raise TypeError("register_layer takes matrix and weight with rows_of only: like= stands for both.")
-    found = (_find(like, REGISTERED) or _find(like, BUILT_IN)) if isinstance(like, type) else None
-    if found is None or found[0] is ATTENTION:
-        raise ValueError(
-            f"register_layer's like must be a type of layer with curvature, such as nn.Linear; got {like!r}."
-        )
-    return found[0]
 
 
 class _UserKind(LayerKind):
@@ -211,8 +204,9 @@ class _UserKind(LayerKind):
     ) -> None:
         super().__init__(f"{module_type.__module__}.{module_type.__qualname__}", (module_type,))
         self._rows_of, self._matrix, self.weight_name = rows_of, matrix, weight
-        overruled = _find(module_type, BUILT_IN)
-        self._loss_terms = super().loss_terms if overruled is None else overruled[0].loss_terms
+        base = _find(module_type)
+        # A subclass of a convolution has a loss with a term per image, as its base has.
+        self.loss_terms = base[0].loss_terms if base is not None else super().loss_terms  # type: ignore[method-assign]
 
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """What ``rows_of`` returns, or evenly spread rows of it."""
@@ -224,11 +218,7 @@ class _UserKind(LayerKind):
         a, g = a.index_select(1, index), g.index_select(1, index)
         return Rows(a.to(dtype).mT, g.to(dtype).mT, len(index), terms * len(index) / n)
 
-    @property
-    def reduced_rows(self) -> RowsFn:
-        return self._reduced_rows
-
-    def _reduced_rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
+    def reduced_rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         n_samples, (a, g) = batch_size(module, g), self._pair(module, a, g)
         n = a.shape[1]
         by_sample = n_samples, n // max(n_samples, 1)
@@ -240,15 +230,11 @@ class _UserKind(LayerKind):
         a, g = a.unflatten(1, by_sample).mean(2, dtype=dtype), g.unflatten(1, by_sample).sum(2, dtype=dtype)
         return Rows(a.mT, g.mT, n_samples, n_samples)
 
-    def loss_terms(self, module: Any, g: Tensor) -> int:
-        """As the supported type that the user's extends; else one for each position."""
-        return self._loss_terms(module, g)
-
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
         # Not the weight itself, which may be sharded.
         weight = torch.empty(shape, device=getattr(module, self.weight_name).device)
         groups, out, width = self._view(module, weight).shape
-        return FactorWidths(groups, width, out)
+        return groups, width, out
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         return self._view(layer.module, grads[0].contiguous())

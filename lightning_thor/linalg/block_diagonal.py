@@ -1,6 +1,6 @@
-"""A width cut into equal diagonal blocks: covariances straight into them, and products with them.
+"""Block-diagonal factors: a width partitioned into equal blocks, covariances of these blocks, products with them.
 
-A factor of width d is stored as ``[groups, n_blocks, size, size]``; nothing of size d x d is ever made when blocks are
+A factor of width d is stored as ``[groups, n_blocks, size, size]``; no tensor of d x d is ever made when blocks are
 smaller. A diagonal factor is the case ``size == 1``. Where ``size * n_blocks`` exceeds the width, the last block is
 padded with zeros, which damping turns into harmless numbers that no product reads.
 """
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 UNBATCHED_DEVICES = {"cpu"}
-"""Devices on which torch makes a batch of products one after the other unless the result is contiguous, which takes
-longer than to copy a contiguous one."""
+"""Devices on which torch computes a batch of products one by one unless the result is contiguous, which takes longer
+than to copy a contiguous result."""
 
 
 class BlockPartition(NamedTuple):
-    """How a factor is cut: ``groups`` independent ones (grouped convolutions), each ``n_blocks`` blocks of ``size``."""
+    """The partition of a factor: ``groups`` independent ones (grouped convolutions), each ``n_blocks`` of ``size``."""
 
     groups: int
     width: int
@@ -37,16 +37,21 @@ class BlockPartition(NamedTuple):
 
     @property
     def sums_shape(self) -> tuple[int, ...]:
-        """The same numbers as `add_covariance_` takes them."""
+        """The shape of ``into`` in `add_covariance_`: as many numbers in another arrangement."""
         if self.size == 1:
             return self.groups, self.n_blocks
         return self.groups * self.n_blocks, self.size, self.size
 
 
 def partition(width: int, block_size: int | None, groups: int = 1) -> BlockPartition:
-    """Cut ``width`` into equal blocks of at most ``block_size``; ``None`` keeps it whole.
+    """Partition a width into equal blocks.
 
     A size that divides the width is preferred, if it is no smaller than half of ``block_size``: it needs no padding.
+
+    Args:
+        width: of the factor.
+        block_size: largest size of a block; None keeps the factor whole.
+        groups: number of factors of this width.
 
     >>> partition(100, 128).shape, partition(576, 128).shape, partition(257, 128)
     ((1, 1, 100, 100), (1, 6, 96, 96), BlockPartition(groups=1, width=257, n_blocks=3, size=86))
@@ -61,9 +66,14 @@ def partition(width: int, block_size: int | None, groups: int = 1) -> BlockParti
 
 
 def partition_with_remainder(width: int, block_size: int | None, groups: int = 1) -> BlockPartition:
-    """Cut ``width`` as MindSpore's nn.thor does: blocks of ``block_size`` in order, a smaller one last.
+    """As `partition`, but as MindSpore's nn.thor does: blocks of ``block_size`` in order, a smaller one last.
 
-    The remainder is stored as a block of full size, padded with zeros, and gives the same numbers.
+    The remainder is stored as a block of full size, padded with zeros, which changes no number.
+
+    Args:
+        width: of the factor.
+        block_size: size of all blocks but the last; None keeps the factor whole.
+        groups: number of factors of this width.
 
     >>> partition_with_remainder(300, 128).n_blocks, partition_with_remainder(300, 128).padding
     (3, 84)
@@ -74,12 +84,19 @@ def partition_with_remainder(width: int, block_size: int | None, groups: int = 1
 
 
 def diagonal(width: int) -> BlockPartition:
-    """A diagonal factor: blocks of size 1."""
+    """The partition of a diagonal factor: blocks of size 1."""
     return BlockPartition(1, width, width, 1)
 
 
 def diagonal_to_blocks(diagonal: Tensor, blocks: BlockPartition) -> Tensor:
-    """A diagonal matrix in the blocks of another factor: ``[groups * width]`` to ``[groups, n_blocks, size, size]``.
+    """A diagonal matrix in the blocks of a partition.
+
+    Args:
+        diagonal: ``[groups * width]``.
+        blocks: the partition.
+
+    Returns:
+        ``[groups, n_blocks, size, size]``.
 
     >>> diagonal_to_blocks(torch.tensor([1.0, 2.0, 3.0]), partition_with_remainder(3, 2))[0, 1]
     tensor([[3., 0.],
@@ -95,8 +112,8 @@ def add_covariance_(into: Tensor, rows: Tensor, blocks: BlockPartition, scale: f
     Args:
         into: ``[groups * n_blocks, size, size]``, or ``[groups, n_blocks]`` where the size is 1; changed in place.
         rows: features first, ``[groups, width, n]``, in the dtype of ``into``; any strides.
-        blocks: the cut of ``width``.
-        scale: a number costs nothing; a 0-dimensional tensor, which is not looked at, a pass over the rows.
+        blocks: the partition of ``width``.
+        scale: a number costs nothing; a 0-dimensional tensor costs a pass over the rows, but no device sync.
 
     >>> x = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
     >>> out = torch.zeros(diagonal(2).sums_shape)
@@ -119,9 +136,9 @@ def left_product(factor: Tensor, matrix: Tensor, blocks: BlockPartition) -> Tens
     """``blockdiag(factor) @ matrix``.
 
     Args:
-        factor: ``[groups, n_blocks, size, size]``, contiguous or the transpose of a contiguous one.
+        factor: ``[groups, n_blocks, size, size]``, contiguous, or transposed blocks of a contiguous tensor.
         matrix: ``[groups, width, n]``.
-        blocks: how the factor is partitioned.
+        blocks: the partition of the factor.
 
     Returns:
         ``[groups, width, n]``.
@@ -141,8 +158,8 @@ def right_product(matrix: Tensor, factor: Tensor, blocks: BlockPartition) -> Ten
 
     Args:
         matrix: ``[groups, m, width]``.
-        factor: ``[groups, n_blocks, size, size]``, contiguous or the transpose of a contiguous one.
-        blocks: how the factor is partitioned.
+        factor: ``[groups, n_blocks, size, size]``, contiguous, or transposed blocks of a contiguous tensor.
+        blocks: the partition of the factor.
 
     Returns:
         ``[groups, m, width]``.

@@ -1,4 +1,4 @@
-"""Which dtypes hold numbers whose size is not known yet."""
+"""Dtypes with enough range for directions, and for messages that carry them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 @cache
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """At least float32: directions are so until they were brought to scale, since a gradient of float16 times two
-    inverses may be beyond it, and Adam's moments, since squares may.
+    """The dtype, but at least float32: for directions that are not scaled yet, since a float16 gradient times two
+    inverses may overflow, and for Adam's moments, since squares may.
 
     >>> wide(torch.float16), wide(torch.float64)
     (torch.float32, torch.float64)
@@ -20,9 +20,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def message_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """In which directions of gradients of these dtypes travel together: the widest, but float32 for float16.
+    """The dtype of a message with directions of several dtypes: the widest of them, but float32 for float16.
 
-    bfloat16 stays: it has float32's range, and half its bytes.
+    bfloat16 stays: it has float32's range in half the bytes.
 
     >>> message_dtype([torch.bfloat16]), message_dtype([torch.float16])
     (torch.bfloat16, torch.float32)

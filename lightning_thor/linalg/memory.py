@@ -1,4 +1,4 @@
-"""Tensors that are adjacent in memory as one view, and copies to the host that nobody waits for."""
+"""Tensors that are adjacent in memory as one view, and copies to the host without waiting."""
 
 from __future__ import annotations
 
@@ -9,40 +9,43 @@ import torch
 from torch import Tensor
 
 UNMERGED_DEVICES = {"cpu"}
-"""Devices on which each tensor is a run of its own: one operation costs little there, and on one tensor after the other
-it finds more in the processor's cache."""
+"""Devices on which each tensor is a run of its own: an operation costs little there, and on one tensor at a time it
+finds more in the processor's cache."""
 
 
 def adjacent_runs(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The numbers of ``tensors`` in lists, each as long as can be, of tensors that lie one after the other in memory.
+    """Groups tensors that are adjacent in memory into runs, as long as possible.
 
     Args:
         tensors: in any order; those of a run are contiguous, of one shape and dtype and in one storage.
 
-    >>> adjacent_runs(torch.zeros(2, 3).unbind())  # of a GPU it is one
+    Returns:
+        For each run the indices of its tensors, in the order of memory.
+
+    >>> adjacent_runs(torch.zeros(2, 3).unbind())  # on a GPU: [[0, 1]]
     [[0], [1]]
     """
     if tensors and tensors[0].device.type in UNMERGED_DEVICES:
         return [[index] for index in range(len(tensors))]
-    places = [tensor.data_ptr() for tensor in tensors]
+    addresses = [tensor.data_ptr() for tensor in tensors]
     runs: list[list[int]] = []
     end, last = -1, None
-    for index in sorted(range(len(tensors)), key=places.__getitem__):
+    for index in sorted(range(len(tensors)), key=addresses.__getitem__):
         tensor = tensors[index]
         form = tensor.shape, tensor.dtype
-        goes_on = places[index] == end and form == last and tensor.is_contiguous()
+        goes_on = addresses[index] == end and form == last and tensor.is_contiguous()
         # Memory of two storages can be adjacent by chance.
         if goes_on and tensor.untyped_storage().data_ptr() == tensors[runs[-1][0]].untyped_storage().data_ptr():
             runs[-1].append(index)
         else:
             runs.append([index])
-        end = places[index] + tensor.numel() * tensor.element_size() if tensor.is_contiguous() else -1
+        end = addresses[index] + tensor.numel() * tensor.element_size() if tensor.is_contiguous() else -1
         last = form
     return runs
 
 
 def as_stacked_view(run: Sequence[Tensor]) -> Tensor:
-    """View of a run's ``n`` tensors as one, ``[n, *shape]``; what is changed in it is changed in them.
+    """View of a run's ``n`` tensors as one, ``[n, *shape]``.
 
     >>> both = torch.arange(6.0).view(2, 3)
     >>> as_stacked_view(both.unbind()).equal(both)
@@ -55,7 +58,7 @@ def as_stacked_view(run: Sequence[Tensor]) -> Tensor:
 
 
 HOST = {"cpu"}
-"""Devices whose numbers the program can read without waiting for anything."""
+"""Devices whose numbers the program can read without waiting."""
 
 
 class HostCopy:
@@ -70,7 +73,7 @@ class HostCopy:
             self._event.record(torch.cuda.current_stream(tensor.device))
 
     def read(self) -> list[Any]:
-        """The numbers; waits for the copy if it has not arrived."""
+        """The tensor as a list; waits for the copy if it has not arrived."""
         if self._event is not None:
             self._event.synchronize()
         numbers: list[Any] = self._copy.tolist()

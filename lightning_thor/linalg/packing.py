@@ -1,4 +1,4 @@
-"""Square blocks as one triangle each: what travels is little more than half of the numbers."""
+"""Square blocks packed as one triangle each, which takes little more than half of the numbers to send or store."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 Form = Literal["symmetric", "lower", "full"]
-"""What blocks are: the same on both sides of the diagonal, zero above it, or neither."""
+"""Blocks that are equal on both sides of the diagonal, zero above it, or neither."""
 
 
 def packed_numel(size: int, form: Form = "symmetric") -> int:
-    """How many numbers one block of ``size`` x ``size`` takes when packed.
+    """The number of entries of one packed block of ``size`` x ``size``.
 
     >>> packed_numel(3), packed_numel(4), packed_numel(4, "full")
     (6, 10, 16)
@@ -33,7 +33,7 @@ def pack(blocks: Tensor, form: Form = "symmetric") -> Tensor:
 
 
 def unpack(packed: Tensor, size: int, form: Form = "symmetric") -> Tensor:
-    """What `pack` took: ``[n, packed_numel]`` to ``[n, size, size]``.
+    """The inverse of `pack`: ``[n, packed_numel]`` to ``[n, size, size]``.
 
     >>> unpack(pack(torch.tensor([[[2.0, 1.0], [1.0, 3.0]]])), 2)
     tensor([[[2., 1.],
@@ -45,11 +45,12 @@ def unpack(packed: Tensor, size: int, form: Form = "symmetric") -> Tensor:
     return blocks.tril_() if form == "lower" else blocks
 
 
-# As many as a model has block sizes; a table is no larger than two blocks. One look-up, since transposing each block
-# takes several times as long on a CPU.
+# A model has as many tables as block sizes; a table is no larger than two blocks. One look-up, since transposing each
+# block takes several times as long on a CPU.
 @lru_cache(maxsize=64)
 def _tables(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where in a block each number of its triangle lies, and where in the triangle each number of a block."""
+    """Flat index in the block of each entry of its triangle ``[packed_numel]``, and index in the triangle of each entry
+    of the block ``[size * size]``."""
     rows, columns = torch.tril_indices(size, size, device="cpu")
     table = torch.empty(size, size, dtype=torch.int64, device="cpu")
     table[rows, columns] = table[columns, rows] = torch.arange(len(rows), device="cpu")

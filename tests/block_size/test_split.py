@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_thor import Curvature, ThorCallback, configure_thor
 from lightning_thor.block_size import choose
 from lightning_thor.block_size.choose import BlockSplit, candidates, choose_block_size, cross
-from lightning_thor.block_size.spectral_loss import spectral_loss, spectral_losses
+from lightning_thor.block_size.spectral_loss import spectral_losses
 from lightning_thor.linalg.block_diagonal import partition
 from lightning_thor.trainer import callback, report
 from tests.helpers.boring import Boring, callback_of, everything, trainer
@@ -43,6 +43,10 @@ def block_diagonal(matrix: Tensor, block_size: int) -> Tensor:
     for start in range(0, len(matrix), size):
         kept[start : start + size, start : start + size] = matrix[start : start + size, start : start + size]
     return kept
+
+
+def spectral_loss(matrix: Tensor, block_size: int) -> float:
+    return float(spectral_losses(matrix[None], [block_size], partition)[0])
 
 
 def formula(matrix: Tensor, block_size: int) -> float:
