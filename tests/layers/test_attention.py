@@ -128,18 +128,24 @@ def test_the_numbers_of_the_model_do_not_change(name: str) -> None:
 
 @pytest.mark.parametrize("precondition_bias", [False, True])
 @pytest.mark.parametrize("statistics", ["expand", "reduce"])
-@pytest.mark.parametrize("block_size", [None, 3])
+@pytest.mark.parametrize(("block_size", "max_rows", "autocast"), [(None, None, False), (3, 7, False), (3, 7, True)])
 def test_it_is_preconditioned_as_the_same_attention_written_with_linear_layers(
-    statistics: str, precondition_bias: bool, block_size: int | None
+    statistics: str, precondition_bias: bool, block_size: int | None, max_rows: int | None, autocast: bool
 ) -> None:
+    """Under autocast, which leaves float64 as it is, rows are taken in forward already."""
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(E, 1, batch_first=True).double()
     linears = ByLinears(attention)
     query, memory = (torch.randn(N, length, E, dtype=torch.float64) for length in (L, S))
     options: dict[str, Any] = {"statistics": statistics, "precondition_bias": precondition_bias}
-    ours, theirs = (Curvature(m, block_size=block_size, max_rows=None, **options) for m in (attention, linears))
-    attention(query, memory, memory, need_weights=False)[0].sin().mean().backward()
-    linears(query, memory).sin().mean().backward()
+    ours, theirs = (Curvature(m, block_size=block_size, max_rows=max_rows, **options) for m in (attention, linears))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = (
+            attention(query, memory, memory, need_weights=False)[0].sin().mean(),
+            linears(query, memory).sin().mean(),
+        )
+    for loss in losses:
+        loss.backward()
     directions = []
     for curvature, model in ((ours, attention), (theirs, linears)):
         curvature.update()
