@@ -1,4 +1,1 @@
-"""All that knows ranks: communicators, process groups, sharded tensors, and who computes what.
-
-The one folder that imports `torch.distributed`.
-"""
+"""All that knows ranks: the one folder that imports `torch.distributed`, and who computes what."""

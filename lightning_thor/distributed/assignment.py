@@ -43,29 +43,21 @@ def assign_greedily(costs: Sequence[float], n_owners: int, allowed: Sequence[Seq
 
 
 def inversion_cost(blocks: BlockPartition | None) -> float:
-    """Multiplications that inverting a factor takes, about.
+    """Multiplications that inverting a factor's ``blocks`` takes, about; 0 for None.
 
     A Cholesky factorisation and the inverse from it run at about a third of the rate of a matrix product.
-
-    Args:
-        blocks: of the factor; None for no factor, which costs nothing.
     """
     return 0.0 if blocks is None else 3.0 * blocks.groups * blocks.n_blocks * blocks.size**3
 
 
 def refresh_costs(shapes: Sequence[FactorShapes], n_rows: Sequence[float], n_numbers: Sequence[float]) -> list[float]:
-    """Multiplications that refreshing each layer takes, about.
-
-    They are those of the covariances, the inversions, and the passes over inputs and gradients, which are most of a
-    norm's cost.
+    """Multiplications that refreshing each layer takes, about, ``[n_layers]``: its covariances, its inversions, and
+    passes over inputs and gradients, which are most of a norm's cost.
 
     Args:
         shapes: blocks of each layer's factors, ``[n_layers]``.
         n_rows: rows of which each layer takes covariances, ``[n_layers]``.
         n_numbers: numbers in each layer's inputs and gradients, ``[n_layers]``.
-
-    Returns:
-        The costs, ``[n_layers]``.
     """
     return [
         sum(_covariance_cost(blocks, rows) + inversion_cost(blocks) for blocks in factors)
@@ -79,10 +71,7 @@ def _covariance_cost(blocks: BlockPartition | None, n_rows: float) -> float:
 
 
 def product_cost(factors: FactorShapes) -> float:
-    """Multiplications that the products of a layer's matrix with the blocks of A and G take.
-
-    Args:
-        factors: blocks of A and G.
+    """Multiplications that the products of a layer's matrix with the blocks of its ``factors`` take.
 
     >>> product_cost((BlockPartition(1, 8, 2, 4), BlockPartition(1, 6, 1, 6))) == 6 * 8 * (4 + 6)
     True
@@ -93,13 +82,10 @@ def product_cost(factors: FactorShapes) -> float:
 
 
 def sign_cost(factors: FactorShapes) -> float:
-    """Multiplications that `matrix_sign.msign` of a layer's matrix takes.
+    """Multiplications that `matrix_sign.msign` takes of a layer's matrix, which has the widths of its ``factors``.
 
     They are its Gram matrix and, for each polynomial, either one product of the small side's square matrices and two
     with the whole matrix, or four of square ones.
-
-    Args:
-        factors: blocks of A and G.
 
     >>> sign_cost((BlockPartition(1, 8, 2, 4), BlockPartition(1, 6, 1, 6))) == 4 * 6**2 * (2 * 8 + 6)
     True

@@ -27,24 +27,10 @@ class Communicator(Protocol):
         """Number of this process in the group, from 0."""
 
     def all_reduce(self, flat: Tensor) -> Work:
-        """Begin to sum ``flat`` over the processes, in place.
-
-        Args:
-            flat: ``[n]``; not to be touched before the wait.
-
-        Returns:
-            The collective under way.
-        """
+        """Begin to sum ``flat`` ``[n]`` over the processes, in place; it must not be touched before the wait."""
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """Concatenate ``own`` of all processes.
-
-        Args:
-            own: ``[n]``.
-
-        Returns:
-            ``[world_size * n]``, in the order of ranks.
-        """
+        """Concatenate ``own`` ``[n]`` of all processes in the order of ranks: ``[world_size * n]``."""
 
     def all_to_all(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
         """Send a part of ``sent`` to each process, and receive a part from each.
@@ -109,13 +95,7 @@ class UnevenLayout(NamedTuple):
 
 
 def uneven_layout(lengths: Sequence[int]) -> UnevenLayout:
-    """Lay out parts of unequal lengths; the same on all processes.
-
-    Args:
-        lengths: numbers in each rank's part, ``[world_size]``.
-
-    Returns:
-        The layout.
+    """Lay out parts, given the ``lengths`` of those of all ranks ``[world_size]``; the same on all processes.
 
     >>> uneven_layout([4, 3])
     UnevenLayout(starts=[0, 4], length=8, is_gathered=True)
@@ -129,15 +109,12 @@ def uneven_layout(lengths: Sequence[int]) -> UnevenLayout:
 
 
 def all_gather_uneven(own: Tensor, layout: UnevenLayout, communicator: Communicator) -> Tensor:
-    """Gather parts of unequal lengths.
+    """Gather parts of unequal lengths: ``[layout.length]``, bitwise the same on all processes.
 
     Args:
         own: this process's part, ``[n]``.
-        layout: made of the lengths of all parts.
+        layout: of the parts.
         communicator: several processes.
-
-    Returns:
-        All parts, ``[layout.length]``, bitwise the same on all processes.
     """
     length = layout.length // len(layout.starts) if layout.is_gathered else layout.length
     start = 0 if layout.is_gathered else layout.starts[communicator.rank]

@@ -40,14 +40,8 @@ def local_parts(tensors: Iterable[Any]) -> list[Tensor]:
 
 
 def shard_like(value: Any, like: Tensor) -> Any:
-    """Shard a tensor as another one is sharded. Every rank must call it, at the same place.
-
-    Args:
-        value: the same on all ranks (the first rank's is taken).
-        like: a parameter, sharded or not.
-
-    Returns:
-        ``value`` as a DTensor; as it is, if it is no tensor of the shape of ``like`` or ``like`` is not sharded.
+    """Shard the first rank's ``value`` as ``like`` is sharded; return it as it is, if it is no tensor of the shape of
+    ``like`` or ``like`` is not sharded. Every rank must call it, at the same place.
     """
     if not isinstance(value, Tensor) or value.shape != like.shape or not is_sharded(like):
         return value
@@ -63,28 +57,17 @@ def reshard(module: nn.Module) -> None:
 
 
 def sum_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
-    """Sum over the shards of each tensor, by one small all-reduce for all tensors.
+    """Sum over each whole tensor ``[n]``, by one small all-reduce.
 
     Args:
         partial: sum over this rank's shard of each tensor, ``[n]``; may be changed.
         of: the ``n`` tensors; all of them sharded over the same ranks, or none.
-
-    Returns:
-        Sum over each whole tensor, ``[n]``.
     """
     return _over_shards(partial, of, "SUM")
 
 
 def max_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
-    """As `sum_over_shards`, for the maximum.
-
-    Args:
-        partial: maximum over this rank's shard of each tensor, ``[n]``; may be changed.
-        of: see there.
-
-    Returns:
-        Maximum over each whole tensor, ``[n]``.
-    """
+    """As `sum_over_shards`, from the maximum ``partial`` over this rank's shards ``of`` the tensors."""
     return _over_shards(partial, of, "MAX")
 
 
@@ -96,15 +79,8 @@ def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tenso
 
 
 def reason_not_sharded_by_rows(tensor: Tensor, world_size: int) -> str | None:
-    """Why ``tensor`` is not sharded along its first dimension over all ranks.
-
-    Args:
-        tensor: a parameter.
-        world_size: number of ranks.
-
-    Returns:
-        The rest of a sentence about ``tensor``; None if it is sharded so, or if there is one rank.
-    """
+    """Why ``tensor`` is not sharded along its first dimension over all ``world_size`` ranks, as the rest of a sentence
+    about it; None if it is, or if there is one rank."""
     if world_size == 1:
         return None
     if not is_sharded(tensor):

@@ -19,15 +19,11 @@ def is_distributed() -> bool:
 
 
 def new_factor_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
-    """Make a process group of all ranks for factors alone, whose all-reduce never queues behind a gradient's.
-
-    Every rank must call it, at the same place.
+    """Make a process group of all ranks for factors alone, whose all-reduce never queues behind a gradient's; None
+    where there is only one process. Every rank must call it, at the same place.
 
     Args:
         timeout: longest duration of a collective of the group; None for the backend's own.
-
-    Returns:
-        The group; None where there is only one process.
     """
     return dist.new_group(timeout=timeout) if is_distributed() else None
 
@@ -41,9 +37,6 @@ def new_worker_grid(n_inverse_workers: int, timeout: timedelta | None = None) ->
     Args:
         n_inverse_workers: ranks in a row, a divisor of the number of ranks.
         timeout: longest duration of a collective; None for the backend's own.
-
-    Returns:
-        The row and the column of this rank.
     """
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if is_distributed() else (1, 0)
     n_rows = world_size // n_inverse_workers
@@ -68,8 +61,8 @@ def abort_process_groups(exception: BaseException, group: dist.ProcessGroup | No
     connections too.
 
     Args:
-        exception: what ends this process. If a collective raised it, its message gets a sentence that says what to do.
-        group: of factors; the group of all ranks is left alive too.
+        exception: ends this process. If a collective raised it, its message gets a sentence that says what to do.
+        group: of factors. Neither it nor the group of all ranks is destroyed.
     """
     if not is_distributed():
         return

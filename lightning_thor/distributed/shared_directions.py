@@ -53,20 +53,14 @@ class SharedDirections:
         self._elsewhere = set().union(*self._parameters) - self._parameters[self._rank].keys()
 
     def own_grads(self, grads: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Parameter, Tensor]:
-        """The gradients whose directions this process makes: of its layers and of parameters without curvature.
-
-        Args:
-            grads: of all parameters.
-        """
+        """Those of all ``grads`` whose directions this process makes: its layers' and those without curvature."""
         return {p: grad for p, grad in grads.items() if p not in self._elsewhere} if self._elsewhere else grads
 
     def all_gather_uneven(
         self, parts: Iterable[Directions], grads: Mapping[nn.Parameter, Tensor]
     ) -> Iterator[Directions]:
-        """Gather the directions of all processes by one message.
-
-        The message has the widest dtype of the gradients, or float32 where that is float16, whose range directions may
-        leave.
+        """Gather the directions of all processes by one message, in the widest dtype of the gradients, but in float32
+        where that is float16, whose range directions may leave.
 
         Args:
             parts: directions of `own_grads`, some at a time.

@@ -86,14 +86,7 @@ class SharedInversions:
         self._assignments: dict[tuple[tuple[int, int], ...], InversionAssignment] = {}
 
     def __call__(self, problems: Problems) -> Solutions:
-        """Invert all blocks.
-
-        Args:
-            problems: of all processes, the same on each.
-
-        Returns:
-            The inverses, each bitwise the same on all processes.
-        """
+        """Invert ``problems``, which are the same on all processes; so are the inverses, bitwise."""
         world_size = self._communicator.world_size
         # Diagonal factors are divisions: each process does all of them.
         shared = {size: problem for size, problem in problems.items() if size > 1 and world_size > 1}
