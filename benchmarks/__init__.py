@@ -1,10 +1,12 @@
 """Benchmarks, run from the repository's root; each writes JSON into ``benchmarks/results`` and prints a table.
 
-* ``python -m benchmarks.step_cost``: what a step costs, beside momentum SGD and AdamW, its parts, floor and memory;
+* ``python -m benchmarks.step_cost``: the cost of a step, beside momentum SGD and AdamW, its parts, floor and memory;
+  ``step_cost.call_counts``: the Python calls of a step;
 * ``python -m benchmarks.time_to_target --data DIR``: steps and seconds to a target, beside other optimizers;
-* ``benchmarks.ablations``, ``width_transfer``, ``trace_rule``: one setting at a time, other widths, the paper's rule;
-* ``benchmarks.communication``, ``sharded_updates``, ``scaling``: several processes, and a projection to many;
-* ``python -m benchmarks.readme``: puts what they wrote into README.md and the pages of docs.
+* ``python -m benchmarks.communication``: several processes; ``communication.scaling``: a projection to many;
+  ``communication.sharded_updates``: bytes of sharded models;
+* ``benchmarks.studies``: finished studies, ``ablations``, ``width_transfer`` and ``trace_rule``;
+* ``python -m benchmarks.readme``: writes all figures into README.md and the pages of docs.
 
 Two-core sizes by default; ``time_to_target --scale gpu`` and ``step_cost --scale gpu`` for a GPU.
 """

@@ -1,10 +1,9 @@
-"""Fills the measured figures into README.md and the pages of docs, between ``<!-- name:begin -->`` and
-``<!-- name:end -->``.
+"""Write measured figures into README.md and docs, between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
 
-    python -m benchmarks.readme           # writes all of them
-    python -m benchmarks.readme --check   # writes nothing; exit status 1 if one of them is not what it would write
+    python -m benchmarks.readme           # writes all pages
+    python -m benchmarks.readme --check   # writes nothing; exit status 1 if a page is out of date
 
-The demo's figures are those that ``python -m examples.demo`` writes as ``figures.json``, kept as ``docs/demo.json``.
+``docs/demo.json`` is a copy of the ``figures.json`` that ``python -m examples.demo`` writes.
 """
 
 import argparse
@@ -15,7 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.communication import __main__ as communication
+from benchmarks.common.tables import markdown_table
+from benchmarks.communication import figures as communication
 from benchmarks.step_cost import figures as step_figures
 from benchmarks.studies import ablations, trace_rule, width_transfer
 from benchmarks.time_to_target import race
@@ -25,20 +25,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/choosing.md", "docs/measured.md")
 
 
-def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table; the first ``words`` columns are words, the others are figures, aligned to the right.
-
-    >>> print(markdown_table(["who", "ms"], [["sgd", "1.0"]]))
-    | who | ms |
-    |---|--:|
-    | sgd | 1.0 |
-    """
-    rule = "|" + "---|" * words + "--:|" * (len(heads) - words)
-    return "\n".join([f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def measured_on(environment: dict[str, Any]) -> str:
-    """Where and when, in one line."""
+    """Machine, versions and date of a measurement, in one line."""
     device = "" if environment["device"] == "cpu" else f"{environment['device']}, "
     malloc = f", {environment['malloc']}" if environment["malloc"] else ""
     return (
@@ -48,12 +36,12 @@ def measured_on(environment: dict[str, Any]) -> str:
 
 
 def measured_in(parts: Iterable[dict[str, Any]]) -> str:
-    """Where and when all of them were, each place once."""
+    """`measured_on` of all ``parts``, each line once."""
     return "; ".join(dict.fromkeys(measured_on(part["environment"]) for part in parts))
 
 
 def product_rates(results: dict[str, Any]) -> str:
-    """Of a large matrix product, as it was measured beside each workload."""
+    """The range of the rates of a large matrix product, measured beside each workload."""
     rates = [result["parts"]["gflops"] for result in results.values()]
     return f"{min(rates):.0f} to {max(rates):.0f} · 10⁹ multiplications and additions a second"
 
@@ -72,7 +60,7 @@ def step_cost_block(results: dict[str, Any]) -> str:
 
 
 def step_parts_block(results: dict[str, Any]) -> str:
-    """What a refresh goes into, from the same file."""
+    """The parts of a refresh, from the same file."""
     return (
         f"{markdown_table(step_figures.PARTS_HEADS, step_figures.parts_cells(results))}\n\n"
         "What a refresh step adds to SGD's step, as shares of it, and (≥) what its arithmetic alone would take at the "
@@ -81,7 +69,7 @@ def step_parts_block(results: dict[str, Any]) -> str:
 
 
 def step_cost_elsewhere_block(results: dict[str, Any]) -> str:
-    """The same steps on another processor, from a file that ``step_cost --out`` wrote there."""
+    """The same steps on another processor, from the file that ``step_cost --out`` wrote there."""
     n = len(step_figures.HEADS_OF_TIMES)
     return (
         f"{markdown_table(step_figures.HEADS_OF_TIMES, (row[:n] for row in step_figures.cells(results)))}\n\n"
@@ -103,7 +91,7 @@ def time_to_target_block(results: dict[str, Any]) -> str:
 
 
 def race_block(results: dict[str, Any]) -> str:
-    """The seconds alone, from the same file."""
+    """Seconds to the target alone, from the same file."""
     summary = {name: task for name, task in results["summary"].items() if task["optimizers"]}
     words = "; ".join(
         f"{name}: {task['words']} ({max(one['seeds'] for one in task['optimizers'].values())} seeds)"
@@ -117,7 +105,7 @@ def race_block(results: dict[str, Any]) -> str:
 
 
 def trace_rule_block(results: dict[str, Any]) -> str:
-    """What the trace rule saves, from ``benchmarks/results/trace_rule.json``."""
+    """The refreshes that the trace rule saves, from ``benchmarks/results/trace_rule.json``."""
     return (
         f"{markdown_table(trace_rule.HEADS, trace_rule.cells(results), words=2)}\n\n"
         f"{results['words']}, {results['steps']} steps at a learning rate of {results['lr']:g}; means over seeds with "
@@ -126,7 +114,7 @@ def trace_rule_block(results: dict[str, Any]) -> str:
 
 
 def ablations_block(results: dict[str, Any]) -> str:
-    """What one setting changes, from ``benchmarks/results/ablations.json``."""
+    """The effect of one setting at a time, from ``benchmarks/results/ablations.json``."""
     summary = results["summary"]
     words = "; ".join(
         f"{name}: {one['words']}, {one['steps']} steps, lr "
@@ -141,7 +129,7 @@ def ablations_block(results: dict[str, Any]) -> str:
 
 
 def communication_block(results: dict[str, Any]) -> str:
-    """What several processes hide and share, from ``benchmarks/results/communication.json``."""
+    """Hidden messages and shared inversions of several processes, from ``benchmarks/results/communication.json``."""
     timed = {name: result for name, result in results.items() if "times" in result}
     words = "; ".join(f"{name}: {result['words']} a rank" for name, result in timed.items())
     return (
@@ -166,7 +154,7 @@ def width_transfer_block(results: dict[str, Any]) -> str:
 
 
 def sharded_updates_block(results: dict[str, Any]) -> str:
-    """What a step of thor_fsdp2 sends, from ``benchmarks/results/sharded_updates.json``."""
+    """Bytes that a step of thor_fsdp2 sends, from ``benchmarks/results/sharded_updates.json``."""
     natural, polar = (results["GPT-2 small"][mode]["8"] for mode in ("natural", "polar"))
     return (
         f"(Of a GPT-2 small on 8 ranks each sends {natural['sent'] / 1e6:.0f} MB a step for that, "
@@ -176,7 +164,7 @@ def sharded_updates_block(results: dict[str, Any]) -> str:
 
 
 def demo_block(figures: dict[str, Any]) -> str:
-    """What ``make demo`` prints, from ``docs/demo.json``."""
+    """The figures that ``make demo`` prints, from ``docs/demo.json``."""
     target = figures["target"]
     rows = []
     for name, contender in figures["optimizers"].items():
@@ -217,11 +205,11 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def filled(text: str, root: Path, page: str) -> str:
-    """The ``text`` of ``page`` with every block that it has markers for, made from the JSON files under ``root``.
+    """Fill every block between markers in ``text``, the page ``page``, from the JSON files under ``root``.
 
     Raises:
-        ValueError: a begin marker without its end marker.
-        FileNotFoundError: a block whose figures are not there.
+        ValueError: a begin marker has no end marker.
+        FileNotFoundError: the figures of a block are missing.
     """
     for name, (file, block) in BLOCKS.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -239,19 +227,19 @@ def filled(text: str, root: Path, page: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Write, or with ``--check`` only compare; the exit status."""
+    """Write the pages under ``root``, or with ``--check`` only compare; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a page differs")
-    options = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     stale = False
     for page in PAGES:
         path = root / page
         old = path.read_text(encoding="utf-8")
         new = filled(old, root, page)
-        if options.check and new != old:
-            print(f"{page} is not what its figures say. Run: python -m benchmarks.readme")
+        if args.check and new != old:
+            print(f"{page} does not hold the measured figures. Run: python -m benchmarks.readme")
             stale = True
-        if not options.check:
+        if not args.check:
             path.write_text(new, encoding="utf-8")
     return int(stale)
 

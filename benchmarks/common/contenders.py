@@ -1,8 +1,8 @@
-"""The optimizers that are compared: how each is built, and the learning rates that are tried for it. One table.
+"""The compared optimizers, in one table: how each is built, and its learning rates to try.
 
-Every optimizer stands at its documented defaults but for what the table says. None decays weights by itself: the loop
-does that, alike for all. Each gets the same number of learning rates, half decades over two decades around the place
-where its rates usually lie; the one called untuned has to do with its default.
+Every optimizer has its documented defaults except for the options in the table. None decays weights itself: the
+training loop does, alike for all. Each has the same number of learning rates, half decades over two decades around its
+usual ones, except the untuned contender, which has its default alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from lightning_thor import Curvature, Thor
 
 TRIALS = 5
+"""Learning rates to try for each tuned contender."""
 
 
 class Stepper(Protocol):
-    """What the training loop asks of an optimizer."""
+    """The part of an optimizer that a training loop uses."""
 
     param_groups: list[dict[str, Any]]
 
@@ -27,37 +28,37 @@ class Stepper(Protocol):
         """Change the parameters by their gradients."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
 
 
-class Together:
-    """Several optimizers that share out the parameters of one model, as one."""
+class CombinedOptimizer:
+    """Several optimizers, each for some of a model's parameters, as one."""
 
     def __init__(self, *optimizers: Stepper) -> None:
         self.optimizers = optimizers
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
     def step(self) -> None:
-        """One step of each."""
+        """Take one step of each."""
         for optimizer in self.optimizers:
             optimizer.step()
 
     def zero_grad(self) -> None:
-        """Forget the gradients of all."""
+        """Clear the gradients of all parameters."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
 
 class FlatMuon(torch.optim.Muon):
-    """`torch.optim.Muon`, which takes matrices only, on kernels too: as matrices ``[out, in * kernel]``, the custom.
+    """`torch.optim.Muon`, which takes matrices only, for kernels too: as matrices ``[out, in * kernel]``, as is usual.
 
-    On a CPU its Newton-Schulz iteration is done in float32: torch's is in bfloat16, which there takes up to 50 times as
-    long, and would let Muon lose for a reason of its own to this machine.
+    On a CPU its Newton-Schulz iteration runs in float32: torch's bfloat16 takes up to 50 times as long there, a
+    handicap that Muon has on this machine alone.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], **options: Any) -> None:
         self.originals = list(params)
-        # Views: what the step changes in them is changed in the model.
+        # Views: a change to them changes the model.
         self.matrices = [nn.Parameter(p.detach().view(len(p), -1)) for p in self.originals]
         super().__init__(self.matrices, **options)
 
@@ -71,20 +72,23 @@ class FlatMuon(torch.optim.Muon):
             return super().step(closure)  # type: ignore[no-untyped-call]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of any optimizer."""
+        """Clear the gradients of parameters and matrices; always to None."""
         for p in (*self.originals, *self.matrices):
             p.grad = None
 
 
 def newton_schulz(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """About the polar factor of ``matrix``, in its own precision: ``X <- a X + (b X Xᵀ + c (X Xᵀ)²) X``, from
+    """Approximate the polar factor in the precision of ``matrix``: ``X <- a X + (b X Xᵀ + c (X Xᵀ)²) X``, from
     ``matrix`` over its Frobenius norm (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 
     Args:
         matrix: ``[m, n]``.
         coefficients: a, b and c.
-        steps: how many iterations.
-        eps: the least norm that is divided by.
+        steps: number of iterations.
+        eps: lower bound of the norm to divide by.
+
+    Returns:
+        ``[m, n]``, with singular values near 1.
     """
     a, b, c = coefficients
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
@@ -101,19 +105,19 @@ Build = Callable[[nn.Module, float, Mapping[str, Any], bool], Stepper]
 
 @dataclass(frozen=True)
 class Contender:
-    """One optimizer."""
+    """One optimizer of a comparison."""
 
-    words: str
+    label: str
     build: Build
     rates: tuple[float, ...]
     """The learning rates to try; a single one is not tuned."""
     colour: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Handed to ``build``; plain values, which also tell one version of a contender from another in the results."""
+    """Options for ``build``, in plain types: results of one contender with other options are kept apart by them."""
 
 
 def thor(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
-    """`Thor` with its curvature; ``options`` are ``"curvature"``'s and ``"optimizer"``'s."""
+    """`Thor` with its curvature; ``options`` hold those of each under ``"curvature"`` and ``"optimizer"``."""
     curvature = Curvature(model, **options.get("curvature", {}))
     return Thor(model.parameters(), lr=lr, preconditioner=curvature, **options.get("optimizer", {}))
 
@@ -130,18 +134,11 @@ def adamw(model: nn.Module, lr: float, options: Mapping[str, Any], per_position:
 
 def muon(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
     """Muon for hidden matrices and kernels; AdamW, at the same rate, for embeddings, the head and vectors."""
-    hidden = hidden_weights(model)
-    others = [p for p in model.parameters() if all(p is not one for one in hidden)]
-    return Together(
+    hidden: list[Any] = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][:-1]
+    return CombinedOptimizer(
         FlatMuon(hidden, lr=lr, weight_decay=0.0, **options),
-        torch.optim.AdamW(others, lr=lr, weight_decay=0.0),
+        torch.optim.AdamW(others(model, hidden), lr=lr, weight_decay=0.0),
     )
-
-
-def hidden_weights(model: nn.Module) -> list[Any]:
-    """Weights of linear layers and convolutions, without the last one, the head."""
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    return weights[:-1]
 
 
 def soap(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
@@ -162,11 +159,16 @@ def singd(model: nn.Module, lr: float, options: Mapping[str, Any], per_position:
     """SINGD, an inverse-free K-FAC (singd), for linear layers and convolutions; AdamW at its default for the rest."""
     from singd.optim.optimizer import SINGD
 
-    kinds = nn.Linear | nn.Conv2d
-    own = [p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)]
-    others = [p for p in model.parameters() if all(p is not one for one in own)]
+    own = [p for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) for p in m.parameters(recurse=False)]
     kfac = SINGD(model, own, lr=lr, loss_average="batch+sequence" if per_position else "batch", **options)
-    return Together(kfac, torch.optim.AdamW(others, weight_decay=0.0)) if others else kfac
+    rest = others(model, own)
+    return CombinedOptimizer(kfac, torch.optim.AdamW(rest, weight_decay=0.0)) if rest else kfac
+
+
+def others(model: nn.Module, own: Iterable[Tensor]) -> list[nn.Parameter]:
+    """The parameters of ``model`` that are not in ``own``."""
+    ids = set(map(id, own))
+    return [p for p in model.parameters() if id(p) not in ids]
 
 
 def half_decades(first: float) -> tuple[float, ...]:
@@ -194,30 +196,25 @@ FALLBACK = {
 CONTENDERS = {
     "thor": Contender("THOR", thor, half_decades(1e-3), "tab:red"),
     "thor_untuned": Contender("THOR, lr 0.003 untuned", thor, (3e-3,), "lightcoral"),
-    # The rates of Muon, whose steps are of the same size.
+    # The rates of Muon, whose steps have the same size.
     "thor_polar": Contender("THOR, polar", thor, half_decades(1e-3), "tab:pink", POLAR),
-    # The rates of AdamW, whose steps are of the same size.
+    # The rates of AdamW, whose steps have the same size.
     "thor_adam": Contender("THOR, adam", thor, half_decades(3e-4), "tab:olive", ADAM),
-    # KL clip at kfac-pytorch's value; damping as in the trial of the design.
+    # KL clip at kfac-pytorch's value; damping as in the design's trial.
     "thor_natural": Contender("THOR, KL clip and π", thor, half_decades(3e-2), "tab:orange", NATURAL),
-    # Damping of the size that nn.thor's published recipes begin with.
+    # Damping of about the size with which nn.thor's published recipes begin.
     "thor_plain": Contender("THOR, as nn.thor", thor, half_decades(1e-3), "gold", FALLBACK),
     "sgd": Contender("momentum SGD", sgd, half_decades(1e-2), "tab:gray", {"momentum": 0.9}),
     "adamw": Contender("AdamW", adamw, half_decades(3e-4), "tab:blue"),
-    # The rule for its rate that torch documents for rates known from AdamW, so that one rate serves both halves.
+    # torch documents this rule for rates known from AdamW: with it one rate serves both halves.
     "muon": Contender("Muon", muon, half_decades(1e-3), "tab:green", {"adjust_lr_fn": "match_rms_adamw"}),
     "soap": Contender("SOAP", soap, half_decades(3e-4), "tab:purple"),
-    # Not the defaults: those would precondition first at step 1000, and graft SGD's norm, which suits no transformer.
+    # Not the defaults: those first precondition at step 1000, and graft SGD's norm, which suits no transformer.
     "shampoo": Contender(
         "Shampoo", shampoo, half_decades(3e-4), "tab:brown",
-        # 3 is its RMSPROP. Roots by SVD take a fifth of the time of its iteration, on a CPU.
+        # 3 is its RMSPROP. On a CPU, roots by SVD take a fifth of its iteration's time.
         {"preconditioning_compute_steps": 20, "graft_type": 3, "moving_average_for_momentum": True, "use_svd": True},
     ),
     # Its authors advise normalised rates of the factors where they are not scheduled.
     "singd": Contender("SINGD (K-FAC)", singd, half_decades(3e-3), "tab:cyan", {"normalize_lr_cov": True}),
 }  # fmt: skip
-
-
-def decayed(model: nn.Module) -> list[Tensor]:
-    """The weights that decay: all of two or more dimensions."""
-    return [p for p in model.parameters() if p.dim() >= 2]

@@ -22,12 +22,12 @@ def mlp(widths: Sequence[int], activation: type[nn.Module] = nn.ReLU) -> nn.Sequ
 
 
 def stem(width: int) -> nn.Sequential:
-    """What ResNets begin with on 32x32 images."""
+    """The first layers of a ResNet for 32x32 images."""
     return nn.Sequential(convolution(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
 
 
 def small_resnet(width: int, blocks_per_stage: int = 1) -> ResNet:
-    """Three stages of basic blocks, as He et al. (2016, arXiv:1512.03385, section 4.2) have them for 32x32 images;
+    """Three stages of basic blocks, for 32x32 images (He et al. 2016, arXiv:1512.03385, section 4.2): in all
     ``6 * blocks_per_stage + 2`` layers."""
     return ResNet(stem(width), four_stages(basic_block, width, width, 3 * (blocks_per_stage,)), 4 * width, 10)
 
@@ -38,7 +38,7 @@ def resnet50(width: int) -> ResNet:
 
 
 def imagenet_resnet18() -> ResNet:
-    """He et al.'s for images of 224x224 (2016, arXiv:1512.03385, table 1), 1,000 classes; 11,689,512 parameters.
+    """ResNet-18 for images of 224x224 and 1,000 classes (He et al. 2016, arXiv:1512.03385, table 1).
 
     >>> sum(p.numel() for p in imagenet_resnet18().parameters())
     11689512
@@ -50,7 +50,7 @@ def imagenet_resnet18() -> ResNet:
 
 
 def gpt2(vocab_size: int = 50257, context: int = 1024, width: int = 768, layers: int = 12, heads: int = 12) -> CharGPT:
-    """GPT-2 small, whose output layer is its table of tokens (Radford et al. 2019); 124,439,808 parameters.
+    """GPT-2 small, with the output layer tied to the token embedding (Radford et al. 2019).
 
     >>> with torch.device("meta"):
     ...     sum(p.numel() for p in gpt2().parameters())
@@ -62,10 +62,10 @@ def gpt2(vocab_size: int = 50257, context: int = 1024, width: int = 768, layers:
 
 
 class OpenBlock(Block):
-    """A transformer block whose attention sees all positions."""
+    """A transformer block without a causal mask."""
 
     def attend(self, x: Tensor) -> Tensor:
-        """Mix all positions, ``[N, T, width]`` to the same."""
+        """Mix all positions of ``x`` ``[N, T, width]``; returns the same shape."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out

@@ -1,6 +1,6 @@
-"""What a step of a sharded model (thor_fsdp2) sends from gradients to directions, against gathering all gradients.
+"""Bytes that a step of a sharded model (thor_fsdp2) sends between gradients and directions, against gathering all.
 
-Bytes and work follow from the shapes of a model, so they are counted without other processes and hold on any machine.
+Bytes and work follow from a model's shapes, so they are counted without other processes and hold on any machine.
 "All gathered" is ``full_tensor()``: each rank gathers all gradients and computes all directions.
 
     python -m benchmarks.communication.sharded_updates    # the JSON file, and the table of docs/scaling.md
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.environment import RESULTS
+from benchmarks.common.tables import markdown_table
+from benchmarks.communication.messages import curvature_of
 from benchmarks.communication.scaling import MODELS
-from benchmarks.readme import markdown_table
 from lightning_thor import Curvature
 from lightning_thor.fsdp.row_partition import assign_rows, row_transfers
 from lightning_thor.fsdp.sharded_curvature import row_blocks_of_layers
@@ -26,11 +27,15 @@ HEADS = ("model", "mode", "ranks", "all gathered, MB", "sent, MB", "of that", "b
 
 
 def counted(curvature: Curvature, n_ranks: int) -> dict[str, float]:
-    """What each rank sends in a step, in bytes, and how much of all work the busiest has.
+    """Count the bytes that each of ``n_ranks`` sends in a step, and the work of the busiest.
 
-    Rows go to the rank that computes their direction, and the directions back; gathering sends each rank's shard to all
-    others (rings), and leaves all of the work to all.
+    Rows of gradients go to the rank that computes their direction, and the directions go back; gathering sends each
+    rank's shard to all others (rings), and each rank then does all of the work.
+
+    Returns:
+        ``"gathered"``, ``"sent"`` (mean over ranks) and ``"busiest"``: bytes; ``"work"``: the busiest rank's share.
     """
+    # Only the package's own plan knows which rows go where: it offers no count of them.
     everything = {p for layer in curvature.layers.values() for p in layer.parameters}
     ranges = assign_rows(row_blocks_of_layers(curvature, everything, is_polar=curvature.mode == "polar"), n_ranks)
     sent, work = [0.0] * n_ranks, [0.0] * n_ranks
@@ -50,7 +55,7 @@ def counted(curvature: Curvature, n_ranks: int) -> dict[str, float]:
 
 
 def cells(results: dict[str, Any]) -> list[list[str]]:
-    """The rows of the table."""
+    """Rows under ``HEADS``."""
     return [
         [
             model,
@@ -78,13 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "sharded_updates.json")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    options = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     results: dict[str, Any] = {}
-    for name in options.models:
-        model = MODELS[name]()
-        curvatures = {mode: Curvature(model, mode=mode) for mode in MODES}
+    for name in args.models:
+        curvatures = {mode: curvature_of(MODELS[name], mode=mode) for mode in MODES}
         results[name] = {mode: {str(n): counted(one, n) for n in RANKS} for mode, one in curvatures.items()}
-    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(markdown(results))
 
 

@@ -1,10 +1,9 @@
-"""What the steps of ``step_cost`` say: ratios to momentum SGD, as figures and in words."""
+"""Figures from timed steps: ratios to momentum SGD, and the rows of both tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from benchmarks.step_cost.parts import PARTS
 
@@ -25,7 +24,8 @@ PARTS_HEADS = ("workload", *PARTS, "every 10", "floor, every 10", "SINGD, refres
 
 
 def ratios_by_kind(measured: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Ratios to SGD's step of the same round, by kind: one for each optimizer, or two where steps are of two kinds."""
+    """Ratios to SGD's step of the same round (see `rounds.measure`), by optimizer, or by optimizer and kind where steps
+    are of two kinds: ``"thor_plain"``, ``"thor_refresh"``; a ValueError if no step of some kind was timed."""
     seconds, refreshes = measured["seconds"], measured["refreshes"]
     ratios: dict[str, list[float]] = {}
     for name in seconds.keys() - {"sgd"}:
@@ -42,11 +42,11 @@ def ratios_by_kind(measured: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def summarise(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Ratios to momentum SGD: ``[first quartile, median, third quartile]`` for each kind of step, and mixtures of them.
+    """Summarise `rounds.measure`: ``[first quartile, median, third quartile]`` of each kind's ratios, and more.
 
-    ``amortised`` is the mean cost at each interval: ``((interval - 1) * plain + refresh) / interval`` of the medians;
-    under ``"staggered"`` the sum of all staggered steps over SGD's. ``p99_over_p50`` is how uneven steps are at the
-    interval 10: 1 for steps that all take the same time. SGD's own says what of that is the machine's doing.
+    ``"amortised"`` is the mean cost at each interval: ``((interval - 1) * plain + refresh) / interval`` of the medians;
+    under ``"staggered"`` the sum of all staggered steps over SGD's. ``"p99_over_p50"`` shows how uneven steps are at
+    the interval 10: 1 if all take the same time. SGD's own shows the machine's share of it.
     """
     seconds, refreshes = measured["seconds"], measured["refreshes"]
     quartiles = {
@@ -75,7 +75,7 @@ def summarise(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantiles(values: Sequence[float], weights: Sequence[float], shares: Sequence[float]) -> list[float]:
-    """Weighted quantiles: for each of ``shares`` the smallest value with at least that share of the weight up to it.
+    """Weighted quantiles: for each of ``shares``, the smallest value at which the cumulated weight has that share.
 
     >>> quantiles([3.0, 1.0, 2.0], [1.0, 1.0, 1.0], (0.25, 0.5, 1.0))
     [1.0, 2.0, 3.0]
@@ -87,7 +87,7 @@ def quantiles(values: Sequence[float], weights: Sequence[float], shares: Sequenc
 
 
 def rounded(value: Any) -> Any:
-    """Every float in nested dicts and lists to four digits: more is noise.
+    """Round every float in nested dicts and lists to four digits: more is noise.
 
     >>> rounded({"a": [1.23456, 7], "b": None})
     {'a': [1.235, 7], 'b': None}
@@ -100,13 +100,13 @@ def rounded(value: Any) -> Any:
 
 
 def cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One row of ``HEADS`` for each workload, in words; the terminal and the README show the same."""
+    """One row under ``HEADS`` for each workload; the terminal and the README show the same."""
     for result in results.values():
         summary, memory = result["summary"], result["memory"]
         yield (
             result["words"],
             f"{summary['sgd_milliseconds']:.1f}",
-            *(spread(summary[kind]) for kind in ("adamw", "thor_plain", "thor_refresh")),
+            *(with_quartiles(summary[kind]) for kind in ("adamw", "thor_plain", "thor_refresh")),
             *(f"{summary['amortised'][key]:.2f}" for key in ("10", "100", "staggered")),
             " / ".join(f"{summary['p99_over_p50'][name]:.2f}" for name in ("sgd", "thor", "thor_staggered")),
             " / ".join(f"{summary['state_over_parameters'][name]:.1f}" for name in ("sgd", "adamw", "thor")),
@@ -115,7 +115,7 @@ def cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def parts_cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One row of ``PARTS_HEADS`` for each workload."""
+    """One row under ``PARTS_HEADS`` for each workload."""
     for result in results.values():
         parts, floor, summary = result["parts"]["parts"], result["parts"]["floor"], result["summary"]
         at_ten = 1 + floor["preconditioning"] + (floor["statistics"] + floor["inversion"]) / REPORTED_INTERVAL
@@ -124,25 +124,15 @@ def parts_cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             *(f"{parts[part]:.3f} (≥ {floor[part]:.3f})" for part in PARTS),
             f"{summary['amortised'][str(REPORTED_INTERVAL)]:.2f}",
             f"{at_ten:.2f}",
-            spread(summary["singd_refresh"]) if "singd_refresh" in summary else "–",
+            with_quartiles(summary["singd_refresh"]) if "singd_refresh" in summary else "–",
         )
 
 
-def spread(quartiles: Sequence[float]) -> str:
+def with_quartiles(quartiles: Sequence[float]) -> str:
     """``median (first to third quartile)``.
 
-    >>> spread([1.0, 1.25, 2.0])
+    >>> with_quartiles([1.0, 1.25, 2.0])
     '1.25 (1.00–2.00)'
     """
     low, middle, high = quartiles
     return f"{middle:.2f} ({low:.2f}–{high:.2f})"
-
-
-def table(title: str, heads: Sequence[str], rows: Iterator[tuple[str, ...]]) -> Table:
-    """For a terminal."""
-    out = Table(title=title)
-    for i, head in enumerate(heads):
-        out.add_column(head, justify="left" if i == 0 else "right")
-    for row in rows:
-        out.add_row(*row)
-    return out

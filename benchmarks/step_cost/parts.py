@@ -1,153 +1,133 @@
-"""What THOR's extra time in a refresh step goes into, and the least that it could take.
+"""The parts of THOR's extra time in a refresh step, and a lower bound of each.
 
-The floor of a part is the multiplications and additions that it must do over the rate of a large matrix product,
-measured in the same run. Statistics: 2 rows b for each coordinate of a factor that is cut into blocks of b (half of it
-would do by symmetry, which no batched product uses). Inversion: b³ for each block, a third of it Cholesky's.
-Preconditioning: 2 (b_A + b_G) for each weight. The update does little arithmetic, so its floor is taken as 0.
+The floor of a part is its number of multiplications and additions over the rate of a large matrix product, measured in
+the same run. Statistics: 2 rows b for each coordinate of a factor in blocks of size b (symmetry would save half, but no
+batched product uses it). Inversion: b³ for each block, a third of it Cholesky's. Preconditioning: 2 (b_A + b_G) for
+each weight. The update does little arithmetic, so its floor is taken as 0.
 """
 
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.environment import synchronise
-from benchmarks.step_cost.workloads import Runner, Workload, runner
+from benchmarks.common.environment import seconds_of
+from benchmarks.common.workloads import Batch, Workload
+from benchmarks.step_cost.profiler import PackageProfile
+from benchmarks.step_cost.workloads import Runner, make_runner
 from lightning_thor import Curvature, Thor
-from lightning_thor.preconditioning.grouping import Directions, Tensors
 
 PARTS = ("statistics", "inversion", "preconditioning", "update")
 SIDES = {"cpu": 1024, "cuda": 4096}
-"""Of matrices whose product shows what a device can do."""
+"""Side of the square matrices whose product shows the rate of a device, by its type."""
 
 
-class TimedCurvature(Curvature):
-    """A `Curvature` that knows how long its parts took since `reset`, and what they had to multiply."""
+class TimedPreconditioner:
+    """A `Curvature` as `Thor` uses it, with the seconds of its last update and directions.
 
-    def reset(self) -> None:
-        """Start anew; before it nothing is timed."""
-        self.seconds = dict.fromkeys(("statistics", "inversion", "preconditioning"), 0.0)
-        self.flops = dict.fromkeys(("statistics", "inversion", "preconditioning"), 0.0)
+    `Thor` asks it for all directions at once, where on a CPU it would ask the curvature itself for a few at a time.
+    """
 
-    def observe(self, name: str, a: Tensor, g: Tensor) -> None:
-        """As `Curvature.observe`: the statistics."""
-        with self.timed("statistics", g.device):
-            super().observe(name, a, g)
-        self.flops["statistics"] += self.statistics_flops(name, g)
+    def __init__(self, curvature: Curvature, device: torch.device) -> None:
+        self.curvature, self.device = curvature, device
+        self.seconds: dict[str, float] = {}
 
     def update(self) -> None:
         """As `Curvature.update`: averages and inverses."""
-        blocks = [cut for layer in self.layers.values() for cut in (layer.A, layer.G) if cut is not None]
-        self.flops["inversion"] += sum(cut.groups * cut.n_blocks * cut.size**3 for cut in blocks if cut.size > 1)
-        with self.timed("inversion", self.factors.device):
-            super().update()
+        self.seconds["inversion"] = seconds_of(self.curvature.update, self.device)
 
-    def directions(self, tensors: Tensors, mode: str = "natural") -> Iterator[Directions]:
-        """As `Curvature.directions`."""
-        for layer in self.layers.values():
-            sizes = [cut.size for cut in (layer.A, layer.G) if cut is not None and cut.size > 1]
-            self.flops["preconditioning"] += 2.0 * layer.parameters[0].numel() * sum(sizes)
-        parts = super().directions(tensors, mode)
-        while True:
-            with self.timed("preconditioning", self.factors.device):
-                part = next(parts, None)
-            if part is None:
-                return
-            yield part
-
-    def statistics_flops(self, name: str, g: Tensor) -> float:
-        """Of the covariances of one layer's rows."""
-        layer = self.layers[name]
-        out = g.shape[-1] if isinstance(layer.module, nn.Linear | nn.Embedding) else g.shape[1]
-        n_rows = g.numel() // out
-        if self.max_rows is not None and not isinstance(layer.module, nn.Embedding):
-            n_rows = min(n_rows, self.max_rows)
-        cuts = [cut for cut in (layer.A, layer.G) if cut is not None and cut.size > 1]
-        return 2.0 * n_rows * sum(cut.groups * cut.width * cut.size for cut in cuts)
-
-    @contextmanager
-    def timed(self, part: str, device: torch.device) -> Iterator[None]:
-        """Add the time of this context to ``part``, the device's work included."""
-        synchronise(device)
-        start = time.perf_counter()
-        yield
-        synchronise(device)
-        self.seconds[part] += time.perf_counter() - start
+    def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """As `Curvature.precondition`."""
+        directions: dict[nn.Parameter, Tensor] = {}
+        self.seconds["preconditioning"] = seconds_of(
+            lambda: directions.update(self.curvature.precondition(grads)), self.device
+        )
+        return directions
 
 
-class TimedStep:
-    """An optimizer that knows how long its last step took."""
-
-    def __init__(self, optimizer: Any, device: torch.device) -> None:
-        self.optimizer, self.device, self.seconds = optimizer, device, 0.0
-        self.param_groups = optimizer.param_groups
-        self.zero_grad = optimizer.zero_grad
-
-    def step(self) -> None:
-        """As the optimizer's."""
-        synchronise(self.device)
-        start = time.perf_counter()
-        self.optimizer.step()
-        synchronise(self.device)
-        self.seconds = time.perf_counter() - start
+def floor_flops(curvature: Curvature, n_rows: Mapping[str, int]) -> dict[str, float]:
+    """Multiplications and additions of each part of a refresh step, given the output rows of each layer in a batch."""
+    flops = dict.fromkeys(PARTS, 0.0)
+    for name, layer in curvature.layers.items():
+        factors = [factor for factor in (layer.A, layer.G) if factor is not None and factor.size > 1]
+        takes_all = curvature.max_rows is None or isinstance(layer.module, nn.Embedding)
+        rows = n_rows[name] if takes_all else min(n_rows[name], curvature.max_rows or 0)
+        flops["statistics"] += 2.0 * rows * sum(one.groups * one.width * one.size for one in factors)
+        flops["inversion"] += sum(one.groups * one.n_blocks * one.size**3 for one in factors)
+        flops["preconditioning"] += 2.0 * layer.parameters[0].numel() * sum(one.size for one in factors)
+    return flops
 
 
-def measure_parts(
-    workload: Workload, batches: list[tuple[Tensor, Tensor]], rounds: int, device: torch.device
-) -> dict[str, Any]:
-    """Medians over ``rounds`` refresh steps, each beside a step of SGD, as shares of that step's time.
+def count_rows(curvature: Curvature, run: Any) -> dict[str, int]:
+    """Output rows of each layer, by name, in the forward pass that ``run`` does."""
+    n_rows: dict[str, int] = {}
 
-    These steps are not those whose whole time is reported, so the clocks in them disturb nothing.
+    def note(name: str, width: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        n_rows[name] = output.numel() // width
+
+    handles = [
+        layer.module.register_forward_hook(partial(note, name, layer.G.groups * layer.G.width))
+        for name, layer in curvature.layers.items()
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return n_rows
+
+
+def measure_parts(workload: Workload, batches: Sequence[Batch], rounds: int, device: torch.device) -> dict[str, Any]:
+    """Time the parts of ``rounds`` refresh steps, each beside a step of SGD; other steps than those timed as a whole.
 
     Returns:
-        ``parts``: ``statistics``, ``inversion``, ``preconditioning`` and ``update``, the last without what SGD's own
-        update takes; ``floor``: the same of the floor; ``gflops``: the rate of a matrix product.
+        ``"parts"``: medians of ``PARTS``, as shares of SGD's step; ``"update"`` without SGD's own update. ``"floor"``:
+        lower bounds of the same. ``"gflops"``: 10⁹ multiplications and additions a second of a matrix product.
     """
-    sgd, thor = runner("sgd", workload, device), timed_runner(workload, device)
-    sgd.optimizer, curvature = TimedStep(sgd.optimizer, device), thor.curvature
-    assert isinstance(curvature, TimedCurvature)
+    sgd, thor = make_runner("sgd", workload, device), timed_runner(workload, device)
+    timed, curvature = thor.optimizer.preconditioner, thor.curvature  # type: ignore[attr-defined]
+    assert curvature is not None
+    n_rows = count_rows(curvature, lambda: thor.backward(*batches[0]))
+    thor.optimizer.step()
     shares: dict[str, list[float]] = {part: [] for part in PARTS}
-    plain: list[float] = []
-    rates = []
+    plain, rates = [], []
     for number in range(rounds + 1):
         batch = batches[number % len(batches)]
-        curvature.reset()
-        plain.append(sgd.step(*batch))
-        thor.step(*batch)
+        sgd.optimizer.zero_grad()
+        thor.optimizer.zero_grad()
+        backward = seconds_of(partial(sgd.backward, *batch), device)
+        update = seconds_of(sgd.optimizer.step, device)
+        # Hooks run in the thread of backward, and Python profiles this one.
+        with torch.autograd.set_multithreading_enabled(False), PackageProfile(device) as profile:
+            thor.backward(*batch)
+        step = seconds_of(thor.optimizer.step, device)
+        seconds = {"statistics": profile.seconds, **timed.seconds}
+        seconds["update"] = step - sum(timed.seconds.values()) - update
+        plain.append(backward + update)
         rates.append(matmul_rate(device))
-        own = sum(curvature.seconds[part] for part in ("inversion", "preconditioning"))
-        update = thor.optimizer.seconds - own - sgd.optimizer.seconds  # type: ignore[attr-defined]
-        for part, seconds in {**curvature.seconds, "update": update}.items():
-            shares[part].append(seconds / plain[-1])
+        for part in PARTS:
+            shares[part].append(seconds[part] / plain[-1])
     # The first round only warms up.
     second, rate = statistics.median(plain[1:]), statistics.median(rates[1:])
     return {
         "parts": {part: statistics.median(values[1:]) for part, values in shares.items()},
-        "floor": {part: flops / rate / second for part, flops in curvature.flops.items()} | {"update": 0.0},
+        "floor": {part: flops / rate / second for part, flops in floor_flops(curvature, n_rows).items()},
         "gflops": rate / 1e9,
     }
 
 
 def timed_runner(workload: Workload, device: torch.device) -> Runner:
-    """THOR that refreshes at every step, with clocks in it."""
+    """Build a THOR that refreshes at every step and asks a `TimedPreconditioner`."""
     torch.manual_seed(0)
     model = workload.model().to(device).train()
-    curvature = TimedCurvature(model, update_every_n_steps=1)
-    curvature.reset()
-    thor = Thor(model.parameters(), lr=1e-3, preconditioner=curvature)
-    return Runner(model, TimedStep(thor, device), curvature)
+    curvature = Curvature(model, update_every_n_steps=1)
+    thor = Thor(model.parameters(), lr=1e-3, preconditioner=TimedPreconditioner(curvature, device))
+    return Runner(model, thor, curvature)
 
 
 def matmul_rate(device: torch.device) -> float:
     """Multiplications and additions per second of one float32 product of large square matrices."""
     side = SIDES[device.type]
     a = torch.ones(side, side, device=device)
-    synchronise(device)
-    start = time.perf_counter()
-    a @ a
-    synchronise(device)
-    return 2 * side**3 / (time.perf_counter() - start)
+    return 2 * side**3 / seconds_of(lambda: a @ a, device)

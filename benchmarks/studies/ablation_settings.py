@@ -1,4 +1,4 @@
-"""The settings that ``ablations`` compares: the same options with one thing changed, as contenders of one rate each."""
+"""The settings of ``ablations``: the same options with one of them changed, as contenders with one rate each."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from benchmarks.common.contenders import Contender, Stepper, thor
 from benchmarks.time_to_target.tasks import Task, cross_entropy, squared_error
-from benchmarks.time_to_target.training import WARM_UP_SHARE, shape
+from benchmarks.time_to_target.training import WARM_UP_SHARE, lr_share
 from lightning_thor import Curvature
 
 DEFAULT = "default"
 BASE: Mapping[str, Mapping[str, Any]] = {"curvature": {"block_size": 128}, "optimizer": {"nesterov": False}}
-"""What all of them have unless it is what they change: the defaults of the day. What these figures say became them."""
+"""Options of all settings that do not change them: the defaults before this study, which changed them."""
 NOISE = "lr 1 % higher"
-"""Next to no change: what it makes is what the chaos of a training makes."""
+"""Next to no change: its effect is the chaos of a training."""
 
 # By workload and mode: the rates that won the race.
 RATES: Mapping[str, Mapping[str, float]] = {
@@ -27,8 +27,7 @@ RATES: Mapping[str, Mapping[str, float]] = {
 
 @dataclass(frozen=True)
 class Falling:
-    """A damping that falls as the learning rate does after its rise: ``start`` times its share of the peak, ``floor``
-    at the least. (It does not rise with it: where the rate is small because training begins, damping is not.)
+    """Damping that falls with the learning rate, once that has risen, from ``start`` to ``floor`` at the least.
 
     >>> damping = Falling(0.2, floor=0.02, steps=100)
     >>> damping(0), damping(4), damping(99)
@@ -41,32 +40,28 @@ class Falling:
 
     def __call__(self, step: int) -> float:
         rises = step < round(WARM_UP_SHARE * self.steps)
-        return max(self.floor, self.start * (1.0 if rises else shape(step, self.steps)))
+        return max(self.floor, self.start * (1.0 if rises else lr_share(step, self.steps)))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is changed from the defaults."""
+    """Changes from the defaults."""
 
     curvature: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `Curvature`."""
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `Thor`."""
     rate: float = 1.0
-    """What the learning rate is multiplied by."""
+    """Factor of the learning rate."""
     averaged: float = 0.0
-    """The share of the training, its last, whose mean of weights is looked at in the end."""
+    """The last share of the training whose mean of weights is evaluated; 0 evaluates the last weights."""
     sampled: bool = False
-    """Whether statistics are of targets that are drawn from what the model predicts."""
+    """Whether factors are estimated with targets drawn from the model's prediction."""
 
 
 def settings(steps: int, rows: int) -> dict[str, Setting]:
-    """All of them by name, those that tell most first.
-
-    Args:
-        steps: of a training.
-        rows: of a batch, positions counted; at most the default ``max_rows``, which then leaves out none.
-    """
+    """All settings by name, the most telling ones first, for trainings of ``steps`` on batches of ``rows``, positions
+    included; these are at most the default ``max_rows``, which then leaves out none."""
     return {
         DEFAULT: Setting(),
         NOISE: Setting(rate=1.01),
@@ -90,7 +85,8 @@ def settings(steps: int, rows: int) -> dict[str, Setting]:
 
 
 def contender_of(name: str, setting: Setting, mode: str, lr: float, steps: int) -> Contender:
-    """`Thor` in a mode with a setting, for a training of so many steps at a peak rate near ``lr``."""
+    """`Thor` in a mode with a setting, as a contender for ``steps`` steps; its only peak rate is ``lr``, or what the
+    setting makes of it."""
     options = {
         "curvature": {"mode": mode, **BASE["curvature"], **setting.curvature},
         "optimizer": {"mode": mode, **BASE["optimizer"], **setting.optimizer},
@@ -108,13 +104,13 @@ def contender_of(name: str, setting: Setting, mode: str, lr: float, steps: int) 
 
 
 class AveragedWeights:
-    """An optimizer that at its last step leaves the mean of the weights that it had after each of the last steps.
+    """An optimizer whose last step sets the weights to their mean over the last steps.
 
     Args:
-        optimizer: what moves the weights.
-        parameters: of which the mean is taken.
-        begin: after how many steps the mean begins; the weights after the next one are the first in it.
-        end: after how many steps the mean takes the place of the weights.
+        optimizer: takes the steps.
+        parameters: to average.
+        begin: number of steps before the mean begins; the weights after the next one are the first in it.
+        end: number of steps after which the mean replaces the weights.
     """
 
     def __init__(self, optimizer: Stepper, parameters: Iterable[nn.Parameter], begin: int, end: int) -> None:
@@ -126,7 +122,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def step(self) -> None:
-        """A step of the optimizer, and its weights into the mean."""
+        """Take a step of the optimizer, and add the weights to the mean."""
         self.optimizer.step()
         self.done += 1
         if self.done > self.begin:
@@ -135,7 +131,7 @@ class AveragedWeights:
             torch._foreach_copy_(self.parameters, self.means)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         self.optimizer.zero_grad()
 
 
@@ -147,9 +143,12 @@ SAMPLE: Mapping[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]] 
 
 
 class WithSampledTargets(nn.Module):
-    """A network whose curvature sees, where a refresh is due, targets drawn from the prediction, and no others.
+    """A network whose curvature sees targets drawn from the prediction alone: G is the Fisher matrix's, not the
+    empirical one's. A refresh costs a further forward and backward pass.
 
-    So G is that of the Fisher matrix, not of the empirical one. It costs a forward and a backward pass at a refresh.
+    Args:
+        net: the network.
+        loss: of its outputs and targets, a key of ``SAMPLE``.
     """
 
     def __init__(self, net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -159,7 +158,7 @@ class WithSampledTargets(nn.Module):
         self.curvature: Curvature | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The network's outputs; before, if a refresh is due, a backward pass whose gradients are thrown away."""
+        """Return the network's outputs; before, if a refresh is due, run a backward pass and drop its gradients."""
         if not self.training or self.curvature is None or not self.curvature.is_due():
             out: Tensor = self.net(inputs)
             return out
@@ -173,5 +172,5 @@ class WithSampledTargets(nn.Module):
 
 
 def model_of(task: Task, setting: Setting) -> Callable[[], nn.Module]:
-    """What makes the task's network, as the setting wants it."""
+    """A function that builds the task's network for a setting."""
     return (lambda: WithSampledTargets(task.model(), task.loss)) if setting.sampled else task.model

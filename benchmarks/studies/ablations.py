@@ -1,13 +1,12 @@
 """What one setting of THOR changes: each of ``ablation_settings`` beside the defaults, on two workloads, in both modes.
 
-Every training is as long as those by which ``time_to_target`` tunes, a third of its full ones, at the rate that won
-there, with seeds that were used neither there nor to tune, and is judged by the validation split. A setting's figure is
-its final loss less that of the defaults on the same seed: below 0 is better. Finished trainings are in the JSON file
-and not repeated; seeds are the outer loop, and the settings that tell most come first, so a run may be stopped at any
-time.
+Trainings are as long as the tuning ones of ``time_to_target``, a third of its full ones, at the rate that won there,
+with seeds that were used neither there nor to tune, and are judged by the validation split. A setting's figure is its
+final loss less that of the defaults on the same seed: below 0 is better. Finished trainings are in the JSON file and
+not repeated; seeds are the outer loop, and the most telling settings come first, so a run may be stopped at any time.
 
     python -m benchmarks.studies.ablations --data DIR          # DIR holds cifar10/, tinyshakespeare/
-    python -m benchmarks.studies.ablations --draw              # only the picture and the table
+    python -m benchmarks.studies.ablations --draw              # only draws and prints what is in the file
 """
 
 import argparse
@@ -21,12 +20,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.common.environment import RESULTS, environment
-from benchmarks.common.pictures import finish
+from benchmarks.common.pictures import save, subplots
+from benchmarks.common.results import Results
+from benchmarks.common.tables import rich_table
 from benchmarks.studies.ablation_settings import DEFAULT, NOISE, RATES, contender_of, model_of, settings
-from benchmarks.time_to_target.__main__ import Results
 from benchmarks.time_to_target.tasks import TASKS, Data, Task
 from benchmarks.time_to_target.training import train
 
@@ -40,7 +39,7 @@ Finals = dict[str, dict[str, dict[str, float | None]]]
 
 
 def finals_of(results: Mapping[str, Any]) -> Finals:
-    """What a JSON file holds of trainings as long as its last ones, in the order of `settings`."""
+    """Collect the trainings of a JSON file that are as long as its last ones, in the order of `settings`."""
     order = list(settings(steps=1, rows=1))
     steps = {workload: one["steps"] for workload, one in results["summary"].items()}
     runs = [run for run in results["runs"].values() if run["steps"] == steps[run["workload"]]]
@@ -52,7 +51,7 @@ def finals_of(results: Mapping[str, Any]) -> Finals:
 
 
 def differences(by_setting: Mapping[str, Mapping[str, float | None]]) -> dict[str, list[float]]:
-    """By setting: its final loss less that of the defaults, for each seed that both have; inf if it was not finite.
+    """Each setting's final loss less the defaults', for each seed that both have; infinite if it was not finite.
 
     >>> differences({"default": {"1": 2.0, "2": 3.0}, "damping=2": {"1": 2.5, "2": None}})
     {'damping=2': [0.5, inf]}
@@ -69,7 +68,7 @@ def differences(by_setting: Mapping[str, Mapping[str, float | None]]) -> dict[st
 
 
 def in_words(values: Sequence[float], form: str) -> str:
-    """The mean, and the range where there are several.
+    """The mean of ``values`` in format ``form``, and their range if there are several.
 
     >>> in_words([0.5, 1.0], "+.2f"), in_words([0.5], "+.2f"), in_words([], "+.2f"), in_words([0.5, math.inf], "+.2f")
     ('+0.75 (+0.50 to +1.00)', '+0.50', '–', 'not finite')
@@ -83,79 +82,72 @@ def in_words(values: Sequence[float], form: str) -> str:
 
 
 def heads() -> tuple[str, ...]:
-    """Of the table."""
+    """Heads of the table."""
     return ("setting", *(f"{workload}, {mode}" for workload in RATES for mode in MODES))
 
 
 def cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One row of ``heads`` for each setting, the defaults' own loss first."""
+    """One row under ``heads`` for each setting, the defaults' own loss first."""
     finals = finals_of(results)
     own = [finals[case].get(DEFAULT, {}).values() for case in finals]
     yield (
         "all at their defaults: the loss",
         *(in_words([math.inf if loss is None else loss for loss in losses], ".3f") for losses in own),
     )
-    of = {case: differences(by_setting) for case, by_setting in finals.items() if by_setting}
+    by_case = {case: differences(by_setting) for case, by_setting in finals.items() if by_setting}
     for name in settings(steps=1, rows=1):
-        row = [in_words(of.get(case, {}).get(name, []), "+.3f") for case in finals]
+        row = [in_words(by_case.get(case, {}).get(name, []), "+.3f") for case in finals]
         if any(cell != "–" for cell in row):
             yield (name, *row)
 
 
 def train_all(results: Results, tasks: Mapping[str, tuple[Task, Data]], seeds: int, say: Any) -> None:
-    """Whatever is not in the results yet."""
+    """Train whatever is not in the results yet; ``say`` prints a line of progress."""
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         for name in settings(steps=1, rows=1):
             for workload, (task, data) in tasks.items():
                 for mode in MODES:
-                    one(results, workload, task, data, mode, name, seed, say)
+                    train_one(results, workload, task, data, mode, name, seed, say)
 
 
-def one(
+def train_one(
     results: Results, workload: str, task: Task, data: Data, mode: str, name: str, seed: int, say: Any
-) -> dict[str, Any]:
-    """One training: stored, or done now."""
+) -> None:
+    """Train with the setting ``name``, unless the results hold that training."""
     steps = task.tuning_steps
     setting = settings(steps, rows_of(task, data))[name]
     contender = contender_of(name, setting, mode, RATES[workload][mode], steps)
     about = {"workload": workload, "mode": mode, "setting": name, "seed": seed, "steps": steps}
 
-    def now() -> dict[str, Any]:
-        say(f"{workload}: {contender.words}, seed {seed}")
+    def run() -> dict[str, Any]:
+        say(f"{workload}: {contender.label}, seed {seed}")
         changed = replace(task, model=model_of(task, setting))
         ran = train(changed, data, contender, contender.rates[0], seed=seed, tuning=True, device=CPU)
         return {**about, "final": ran["values"][-1]}
 
     facts = [task.words, steps, task.batch_size, task.decay, contender.rates, repr(setting)]
-    return results.get_or_train(f"{workload} {mode} {name} seed={seed}", facts, now)
+    results.get_or_train(f"{workload} {mode} {name} seed={seed}", facts, run)
 
 
 def rows_of(task: Task, data: Data) -> int:
-    """Of a batch: samples, or positions of all samples where they are what the loss is a mean over."""
+    """Rows of a batch that the loss is a mean over: samples, or positions of all samples."""
     inputs, _ = data.draw(torch.Generator().manual_seed(0))
     return math.prod(inputs.shape[:2]) if task.per_position else len(inputs)
 
 
 def save_picture(results: Mapping[str, Any], path: Path) -> None:
-    """A dot for each seed of each setting, a panel for each workload and mode; what is far off stands at the edge."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Draw a dot for each seed of each setting, a panel for each workload and mode; distant dots stand at the edge."""
     finals = finals_of(results)
     names = [name for name in settings(steps=1, rows=1) if name != DEFAULT]
-    figure, rows = pyplot.subplots(
-        1, len(finals), figsize=(2.9 * len(finals) + 2.6, 0.24 * len(names) + 1.6), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    size = (2.9 * len(finals) + 2.6, 0.24 * len(names) + 1.6)
+    figure, rows = subplots(1, len(finals), figsize=size, sharey=True)
     for axes, (case, by_setting) in zip(rows[0], finals.items(), strict=True):
-        of = differences(by_setting)
-        low, high = limits([value for values in of.values() for value in values])
-        for name, own in of.items():
+        by_name = differences(by_setting)
+        low, high = limits([value for values in by_name.values() for value in values])
+        for name, own in by_name.items():
             values = [min(max(value, low), high) for value in own]
             axes.plot(values, [names.index(name)] * len(values), color="tab:red", linewidth=1, marker=".")
-        noise = of.get(NOISE, [])
+        noise = by_name.get(NOISE, [])
         if noise and math.isfinite(max(noise)):
             axes.axvspan(min(0.0, *noise), max(0.0, *noise), color="tab:gray", alpha=0.25, linewidth=0)
         axes.axvline(0, color="black", linewidth=0.8)
@@ -166,11 +158,11 @@ def save_picture(results: Mapping[str, Any], path: Path) -> None:
     rows[0][0].set_yticks(range(len(names)), names, fontsize="small")
     rows[0][0].set_ylim(len(names) - 0.5, -0.5)
     figure.supxlabel("final loss less that of the defaults (left is better; at the edge: or worse)", fontsize="small")
-    finish(figure, "One setting changed at a time; grey: what a learning rate that is 1 % higher makes", path)
+    save(figure, path, "One setting changed at a time; grey: the effect of a learning rate that is 1 % higher")
 
 
 def limits(values: Sequence[float]) -> tuple[float, float]:
-    """The part of the axis that is worth seeing: all that is better than the defaults, and most of what is worse.
+    """The shown range of differences: all better than the defaults, and most of the worse ones.
 
     >>> limits([-0.1, 0.1, 0.2, math.inf])
     (-0.11, 0.22)
@@ -191,25 +183,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--draw", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, default=RESULTS / "ablations.json", help="a picture goes beside it")
-    said = parser.parse_args(arguments)
-    torch.set_num_threads(said.threads)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
     console = Console()
-    if not said.draw:
-        results = Results(said.out, environment(CPU))
+    if not args.draw:
+        results = Results(args.out, environment(CPU))
         tasks = {}
-        for workload in said.workload:
+        for workload in args.workload:
             task = TASKS["cpu"][workload]
-            task = replace(task, tuning_steps=said.steps or task.tuning_steps)
-            tasks[workload] = (task, task.data(said.data, task.batch_size, CPU))
+            task = replace(task, tuning_steps=args.steps or task.tuning_steps)
+            tasks[workload] = (task, task.data(args.data, task.batch_size, CPU))
             about = {"words": task.words, "metric": task.metric, "steps": task.tuning_steps, "rates": RATES[workload]}
-            results.put("summary", workload, {**about, "environment": results.here})
-        train_all(results, tasks, said.seeds, console.print)
-    content = json.loads(said.out.read_text(encoding="utf-8"))
-    save_picture(content, said.out.with_suffix(".png"))
-    table = Table(*heads(), title="Final loss less that of the defaults on the same seed: mean (range)")
-    for row in cells(content):
-        table.add_row(*row)
-    console.print(table)
+            results.put("summary", workload, {**about, "environment": results.environment})
+        train_all(results, tasks, args.seeds, console.print)
+    content = json.loads(args.out.read_text(encoding="utf-8"))
+    save_picture(content, args.out.with_suffix(".png"))
+    title = "Final loss less that of the defaults on the same seed: mean (range)"
+    console.print(rich_table(title, heads(), cells(content)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the paper's trace rule saves, and what it costs in accuracy, on the CIFAR-10 workload of ``time_to_target``.
+"""The refreshes that the paper's trace rule saves, and their cost in accuracy, on CIFAR-10 as in ``time_to_target``.
 
 THOR at one learning rate, with each rule at each interval, on the same seeds; the seeds are the outer loop. Figures are
 of the test split. Trainings that are in the JSON file already are not repeated.
@@ -9,16 +9,17 @@ of the test split. Trainings that are in the JSON file already are not repeated.
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from benchmarks.common.contenders import Contender, Stepper
 from benchmarks.common.environment import RESULTS, environment
+from benchmarks.common.tables import rich_table
 from benchmarks.time_to_target.race import interval, with_interval
 from benchmarks.time_to_target.tasks import TASKS, Task
 from benchmarks.time_to_target.training import train
@@ -35,7 +36,7 @@ HEADS = ("interval", "trace rule", "refreshes done of possible", "accuracy", "ms
 
 
 def one(task: Task, data: Any, rule: Any, every: int, lr: float, seed: int) -> dict[str, Any]:
-    """One training: the final metric, the seconds, and the refreshes, counted by layer."""
+    """Train once: the final metric, the seconds, and the refreshes done and possible, counted by layer."""
     built: list[Curvature] = []
 
     def build(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
@@ -49,7 +50,7 @@ def one(task: Task, data: Any, rule: Any, every: int, lr: float, seed: int) -> d
 
 
 def cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One row of ``HEADS`` for each interval and rule: means over seeds with 95 % intervals."""
+    """One row under ``HEADS`` for each interval and rule: means over seeds with 95 % intervals."""
     for key in dict.fromkeys(key.rpartition(" ")[0] for key in results["runs"]):
         runs = [run for name, run in results["runs"].items() if name.rpartition(" ")[0] == key]
         every, _, rule = key.partition(" ")
@@ -72,31 +73,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="to try this file out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "trace_rule.json")
-    said = parser.parse_args(arguments)
-    torch.set_num_threads(said.threads)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
     device = torch.device("cpu")
-    task = TASKS["cpu"][said.workload]
-    if said.steps is not None:
-        task = Task(**{**vars(task), "steps": said.steps})
-    data = task.data(said.data, task.batch_size, device)
-    facts = {"words": task.words, "lr": said.lr, "steps": task.steps, "environment": environment(device)}
-    runs = json.loads(said.out.read_text(encoding="utf-8"))["runs"] if said.out.is_file() else {}
+    task = TASKS["cpu"][args.workload]
+    if args.steps is not None:
+        task = replace(task, steps=args.steps)
+    data = task.data(args.data, task.batch_size, device)
+    facts = {"words": task.words, "lr": args.lr, "steps": task.steps, "environment": environment(device)}
+    runs = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.is_file() else {}
     results: dict[str, Any] = {**facts, "runs": runs}
     console = Console()
-    for seed in range(said.seeds):
+    for seed in range(args.seeds):
         for every in INTERVALS:
             for name, rule in RULES.items():
                 key = f"{every} {name} seed={seed}"
                 if key in runs:
                     continue
                 console.print(key)
-                runs[key] = one(task, data, rule, every, said.lr, seed)
-                said.out.parent.mkdir(parents=True, exist_ok=True)
-                said.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    table = Table(*HEADS, title=f"The trace rule on {task.words}, lr {said.lr:g}")
-    for row in cells(results):
-        table.add_row(*row)
-    console.print(table)
+                runs[key] = one(task, data, rule, every, args.lr, seed)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    title = f"The trace rule on {task.words}, lr {args.lr:g}"
+    console.print(rich_table(title, HEADS, cells(results), words=2))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Whether the best learning rate of a narrow network is that of a wide one: the GPT of ``time_to_target`` at 3 widths.
+"""Whether a narrow network's best learning rate suits a wide one: the GPT of ``time_to_target`` at three widths.
 
-Each optimizer is trained at each width with each of its learning rates, as when ``time_to_target`` tunes it: one seed,
-and the loss at the end on held-out data. Trainings that are in the JSON file already are not repeated.
+Each optimizer trains at each width with each of its learning rates, as ``time_to_target`` tunes it: one seed, and the
+final loss on held-out data. Trainings that are in the JSON file already are not repeated.
 
     python -m benchmarks.studies.width_transfer --data DIR      # DIR holds tinyshakespeare/
 """
@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.common.contenders import CONTENDERS
 from benchmarks.common.environment import RESULTS, environment
-from benchmarks.common.pictures import axes_in_a_row, clipped, finish
-from benchmarks.time_to_target.__main__ import Measurement, Results, tune
+from benchmarks.common.pictures import axes_in_a_row, clipped, save
+from benchmarks.common.results import Results
+from benchmarks.common.tables import rich_table
 from benchmarks.time_to_target.tasks import TASKS, Task
+from benchmarks.time_to_target.tuning import Measurement, tune
 from examples.char_gpt import CharGPT
 
 WIDTHS = (64, 128, 256)
@@ -29,7 +30,7 @@ HEADS = ("optimizer", "width", "best lr", "loss", "at its best lr of the narrowe
 
 
 def task_of(width: int, steps: int | None) -> Task:
-    """The GPT's task at another width."""
+    """The GPT's task at another width; ``steps`` of a training, None for those of the task."""
     task = TASKS["cpu"]["gpt"]
     return replace(
         task,
@@ -49,14 +50,14 @@ def best_of(losses: Mapping[str, float | None]) -> str:
 
 
 def cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One row of ``HEADS`` for each optimizer and width."""
+    """One row under ``HEADS`` for each optimizer and width."""
     tuning: Mapping[str, Mapping[str, Mapping[str, float | None]]] = results["summary"]["widths"]["tuning"]
     for name, by_width in tuning.items():
         first = best_of(next(iter(by_width.values())))
         for width, losses in by_width.items():
             best, transferred = best_of(losses), losses[first]
             yield (
-                CONTENDERS[name].words,
+                CONTENDERS[name].label,
                 width,
                 best,
                 f"{losses[best]:.3f}",
@@ -65,7 +66,7 @@ def cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def save_picture(results: Mapping[str, Any], path: Path) -> None:
-    """The loss against the learning rate, one line for each width, one picture for each optimizer."""
+    """Draw the loss against the learning rate: a line for each width, axes for each optimizer."""
     tuning = results["summary"]["widths"]["tuning"]
     figure, axes = axes_in_a_row(len(tuning))
     values = sorted(v for one in tuning.values() for losses in one.values() for v in losses.values() if v is not None)
@@ -77,10 +78,10 @@ def save_picture(results: Mapping[str, Any], path: Path) -> None:
         axis.set_xscale("log")
         axis.set_xlabel("learning rate")
         axis.set_ylim(values[0] - 0.03 * (worst - values[0]), worst)
-        axis.set_title(CONTENDERS[name].words, fontsize="small")
+        axis.set_title(CONTENDERS[name].label, fontsize="small")
     axes[0].set_ylabel("loss (at the edge: or worse)")
     axes[-1].legend(fontsize="small")
-    finish(figure, results["summary"]["widths"]["words"], path)
+    save(figure, path, results["summary"]["widths"]["words"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,25 +93,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="of each training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "width_transfer.json")
-    said = parser.parse_args(arguments)
-    torch.set_num_threads(said.threads)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
     device, console = torch.device("cpu"), Console()
-    results = Results(said.out, environment(device))
-    contenders = {name: CONTENDERS[name] for name in said.optimizer}
+    results = Results(args.out, environment(device))
+    contenders = {name: CONTENDERS[name] for name in args.optimizer}
     tuning: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in contenders}
-    for width in said.width:
-        task = task_of(width, said.steps)
-        data = task.data(said.data, task.batch_size, device)
+    for width in args.width:
+        task = task_of(width, args.steps)
+        data = task.data(args.data, task.batch_size, device)
         one = Measurement(f"width{width}", "cpu", task, data, device, results, console.print)
         for name, losses in tune(one, contenders).items():
             tuning[name][str(width)] = {f"{lr:g}": loss for lr, loss in losses.items()}
     words = f"tiny Shakespeare, GPT, 3 layers, {task.tuning_steps} steps of 16 windows of 64"
-    results.put("summary", "widths", {"words": words, "environment": results.here, "tuning": tuning})
-    save_picture(results.content, said.out.with_suffix(".png"))
-    table = Table(*HEADS, title="The best learning rate at each width")
-    for row in cells(results.content):
-        table.add_row(*row)
-    console.print(table)
+    results.put("summary", "widths", {"words": words, "environment": results.environment, "tuning": tuning})
+    save_picture(results.content, args.out.with_suffix(".png"))
+    console.print(rich_table("The best learning rate at each width", HEADS, cells(results.content)))
 
 
 if __name__ == "__main__":

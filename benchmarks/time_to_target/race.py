@@ -1,18 +1,16 @@
-"""What the trainings of ``time_to_target`` say: steps and seconds to the target, with intervals, and in words."""
+"""Figures from the trainings of ``time_to_target``: steps and seconds to the target, with intervals, and as words."""
 
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
 from benchmarks.common.contenders import CONTENDERS, Contender
 from benchmarks.time_to_target.tasks import Task
 from benchmarks.time_to_target.training import check_steps
 
 OWN = "thor"
-"""How the names of this package's contenders begin."""
+"""Prefix of this package's contenders."""
 HEADS = (
     "workload and target",
     "optimizer",
@@ -24,12 +22,12 @@ HEADS = (
     "final",
 )
 
-# The 97.5 % point of Student's t, by degrees of freedom; beyond, the last serves (a little too wide).
+# The 97.5 % point of Student's t, by degrees of freedom; beyond the last, that one is used (a little too wide).
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def interval(values: Sequence[float]) -> list[float]:
-    """The mean and half the width of its 95 % confidence interval (Student's t; inf for a single value).
+    """The mean and half the width of its 95 % confidence interval (Student's t; infinite for a single value).
 
     >>> interval([1.0, 2.0, 3.0])
     [2.0, 2.484]
@@ -42,7 +40,7 @@ def interval(values: Sequence[float]) -> list[float]:
 
 
 def first_reached(task: Task, run: Mapping[str, Any]) -> int | None:
-    """At which check a training first reached the target; None if it never did."""
+    """The first check at which a training's record reached the target; None if none did."""
     return next((check for check, value in enumerate(run["values"]) if task.reached(value)), None)
 
 
@@ -52,13 +50,13 @@ def summarise(
     rates: Mapping[str, float],
     contenders: Mapping[str, Contender],
 ) -> dict[str, Any]:
-    """The figures of each optimizer; ``runs`` are those of its seeds, the same seeds for all.
+    """Compute the figures of each optimizer from the records ``runs`` of its seeds, the same seeds for all.
 
-    ``[mean, half width]`` are 95 % intervals over seeds. Steps and seconds to the target are None unless every seed got
-    there; ``reached`` says how many did. ``seconds_ratio`` is to the seconds, on the same seed, of the optimizer that
-    is the fastest of those that are not of this package: the geometric mean and its interval ``[mean, low, high]``;
-    None for that one itself. ``final`` is None if some seed ended in a value that is not finite.
-    ``curve`` and ``seconds`` are the runs themselves, for the picture.
+    ``[mean, half width]`` are 95 % intervals over seeds. Steps and seconds to the target are None unless every seed
+    reached it; ``reached`` counts those that did. ``seconds_ratio`` compares seconds, on the same seed, with the
+    fastest optimizer outside this package: the geometric mean and its interval ``[mean, low, high]``; None for that
+    optimizer itself. ``final`` is None if a seed ended with a value that is not finite. ``curve`` and ``seconds`` are
+    the runs themselves, for the picture.
     """
     steps = check_steps(task.steps, task.checks)
     checks = {name: [first_reached(task, run) for run in own] for name, own in runs.items()}
@@ -108,7 +106,7 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 
 def cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One row of ``HEADS`` for each workload and optimizer, in words; the terminal and the page show the same."""
+    """One row under ``HEADS`` for each workload and optimizer; the terminal and the page show the same."""
     for task in summary.values():
         seeds = max(one["seeds"] for one in task["optimizers"].values())
         words = f"{task['words']}: {goal(task)}; {seeds} seeds"
@@ -116,7 +114,7 @@ def cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             ratio = one["seconds_ratio"]
             yield (
                 words if i == 0 else "",
-                CONTENDERS[name].words if name in CONTENDERS else name,
+                label_of(name),
                 f"{one['lr']:g}" + (" (end of its grid)" if one["lr_is_at_an_end_of_its_grid"] else ""),
                 missed(one) or with_interval(one["steps_to_target"], ".0f"),
                 "–" if missed(one) else with_interval(one["seconds_to_target"], ".1f"),
@@ -126,50 +124,43 @@ def cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             )
 
 
+def label_of(name: str) -> str:
+    """The label of an optimizer; its name, where results hold one that is no contender any more."""
+    return CONTENDERS[name].label if name in CONTENDERS else name
+
+
 def goal(task: Mapping[str, Any]) -> str:
     """The target in words."""
     return f"{task['metric']} {'≥' if task['higher_is_better'] else '≤'} {task['target']:g}"
 
 
 def short_heads(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    """Of the table of seconds alone: a column for each workload."""
+    """Heads of the table of seconds alone: a column for each workload."""
     return ("optimizer", *(f"{name}: {goal(task)}" for name, task in summary.items()))
 
 
 def short_cells(summary: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One row of ``short_heads`` for each optimizer: seconds to the target, or how many seeds got there at all."""
+    """One row under ``short_heads`` for each optimizer: seconds to the target, or how many seeds reached it."""
     columns = [task["optimizers"] for task in summary.values()]
     for name in dict.fromkeys(name for column in columns for name in column):
         own = [column.get(name) for column in columns]
         yield (
-            CONTENDERS[name].words if name in CONTENDERS else name,
+            label_of(name),
             *("" if one is None else missed(one) or with_interval(one["seconds_to_target"], ".2f") for one in own),
         )
 
 
 def missed(one: Mapping[str, Any]) -> str:
-    """How many seeds reached the target, where not all did; else nothing."""
+    """How many seeds reached the target, in words; empty if all did."""
     if one["reached"] == one["seeds"]:
         return ""
     return f"{one['reached'] or 'none'} of {one['seeds']} got there"
 
 
 def with_interval(pair: Sequence[float], form: str) -> str:
-    """``mean ± half width``; without the second where there is a single value.
+    """``mean ± half width``; the mean alone if there is a single value.
 
     >>> with_interval([1.5, 0.25], ".2f"), with_interval([1.5, 1e9], ".2f")
     ('1.50 ± 0.25', '1.50')
     """
     return f"{pair[0]:{form}}" + (f" ± {pair[1]:{form}}" if pair[1] < 1e9 else "")
-
-
-def table(summary: Mapping[str, Any]) -> Table:
-    """The summary of the measured workloads, for a terminal."""
-    out = Table(
-        title="To the target: means over seeds with 95 % intervals; all that an optimizer costs is in the seconds"
-    )
-    for i, head in enumerate(HEADS):
-        out.add_column(head, justify="left" if i < 2 else "right")
-    for row in cells(summary):
-        out.add_row(*row)
-    return out

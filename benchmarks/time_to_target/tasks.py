@@ -1,6 +1,6 @@
-"""What is trained in ``time_to_target``: data, network, loss, and the target. Two sizes of each: two cores, or a GPU.
+"""The tasks of ``time_to_target``: data, network, loss and target, each in two sizes: for two cores, and for a GPU.
 
-Tuning looks at the validation split; all figures that are reported are of the test split, which tuning never saw.
+Tuning uses the validation split; all reported figures come from the test split, which tuning never saw.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,19 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common.models import mlp, small_resnet
+from benchmarks.common.workloads import Batch
 from examples.char_gpt import CharData, CharGPT
 from examples.cifar10 import CIFAR10Data, normalise, random_crop_and_flip
 from examples.digits import DigitsData, DigitsNet
 from examples.resnet import ResNet18
 
-Batch = tuple[Tensor, Tensor]
-
 
 class Data(NamedTuple):
-    """Where batches come from."""
+    """Training batches, and two held-out splits."""
 
     draw: Callable[[torch.Generator], Batch]
-    """A training batch, decided by the generator alone; drawn with replacement."""
+    """Draws a training batch, with replacement; the generator alone decides it."""
     validation: Batch
     test: Batch
 
@@ -42,49 +41,49 @@ class Task:
     tuning_steps: int
     batch_size: int
     decay: float
-    """Weights of two or more dimensions are multiplied by ``1 - decay`` a step, or by less as the rate falls."""
+    """Weight decay per step at the peak learning rate, of weights of two or more dimensions; it falls with the rate."""
     data: Callable[[Path | None, int, torch.device], Data]
-    """From the folder of the data sets, the batch size, and the device that everything is to lie on."""
+    """From the folder of the data sets (None: there is none), the batch size, and the device for all tensors."""
     model: Callable[[], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
-    """What is minimised, from the network's output and the batch's targets."""
+    """Minimised in training; from the network's output and the batch's targets."""
     score: Callable[[Tensor, Tensor], Tensor]
-    """The metric of one batch, a mean over its rows."""
+    """The metric: a mean over the rows of one batch."""
     per_position: bool = False
     """Whether the loss is a mean over positions as well as samples."""
     checks: int = 20
-    """How often a full training is looked at, evenly spaced."""
+    """Evaluations of a full training, evenly spaced."""
     seeds: int = 3
-    """How many full trainings each optimizer gets: on two cores, what all of them do in half an hour to an hour."""
+    """Full trainings of each optimizer: those of all optimizers take half an hour to an hour on two cores."""
 
     def goodness(self, value: float | None) -> float:
-        """``value`` on a scale where more is better; the worst for one that was not finite."""
+        """``value`` on a scale where more is better; minus infinity for None, a value that was not finite."""
         if value is None:
             return -float("inf")
         return value if self.higher_is_better else -value
 
     def reached(self, value: float | None) -> bool:
-        """Whether ``value`` is as good as the target; None is a value that was not finite."""
+        """Whether ``value`` is as good as the target; None (not finite) is not."""
         return self.goodness(value) >= self.goodness(self.target)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over all rows; the classes are the last dimension."""
+    """Mean cross-entropy over all rows of ``logits`` ``[..., classes]`` and ``labels`` ``[...]``."""
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of rows whose largest logit is their label's."""
+    """Share of the rows of ``logits`` ``[..., classes]`` whose largest logit is their label's."""
     return (logits.argmax(-1) == labels).float().mean()
 
 
 def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Half the squared distance of each row, its mean over the batch: ``[N, d]`` both."""
+    """Half the squared distance between rows of ``[N, d]``, as a mean over the batch."""
     return 0.5 * (outputs - targets).square().sum(1).mean()
 
 
 def draws(inputs: Tensor, targets: Tensor, batch_size: int) -> Callable[[torch.Generator], Batch]:
-    """Random rows of both; the generator is on their device."""
+    """Make a function that draws ``batch_size`` random rows of both, with a generator on their device."""
 
     def draw(generator: torch.Generator) -> Batch:
         rows = torch.randint(len(inputs), (batch_size,), generator=generator, device=inputs.device)
@@ -93,25 +92,25 @@ def draws(inputs: Tensor, targets: Tensor, batch_size: int) -> Callable[[torch.G
     return draw
 
 
-def on(device: torch.device, *parts: tuple[Tensor, ...]) -> list[Batch]:
-    """Pairs of tensors, on ``device``."""
-    return [(inputs.to(device), targets.to(device)) for inputs, targets in parts]
+def on_device(device: torch.device, *splits: tuple[Tensor, ...]) -> list[Batch]:
+    """Copy pairs of inputs and targets to ``device``."""
+    return [(inputs.to(device), targets.to(device)) for inputs, targets in splits]
 
 
 def digits(folder: Path | None, batch_size: int, device: torch.device) -> Data:
-    """scikit-learn's digits; they need no folder."""
+    """scikit-learn's digits, which need no folder; see `Task.data`."""
     data = DigitsData()
     data.setup()
-    train, val, test = on(device, data.train, data.val, data.test)
+    train, val, test = on_device(device, data.train, data.val, data.test)
     return Data(draws(*train, batch_size), val, test)
 
 
 def cifar10(train_rows: int | None, test_rows: int) -> Callable[[Path | None, int, torch.device], Data]:
-    """CIFAR-10, augmented; ``train_rows`` images to train on, ``test_rows`` each to tune and to test with."""
+    """CIFAR-10, augmented: ``train_rows`` training images (None: all), ``test_rows`` in each held-out split."""
 
     def data(folder: Path | None, batch_size: int, device: torch.device) -> Data:
         read = read_cifar10(folder, train_rows, test_rows)
-        train, *held_out = on(device, read.train, read.val, read.test)
+        train, *held_out = on_device(device, read.train, read.val, read.test)
         draw = draws(*train, batch_size)
 
         def augmented(generator: torch.Generator) -> Batch:
@@ -125,7 +124,7 @@ def cifar10(train_rows: int | None, test_rows: int) -> Callable[[Path | None, in
 
 
 def grey_cifar10(folder: Path | None, batch_size: int, device: torch.device) -> Data:
-    """CIFAR-10's images in grey, as rows of 1024 numbers around 0, which are input and target both."""
+    """CIFAR-10's images in grey, rows of 1024 numbers around 0, both inputs and targets; see `Task.data`."""
     read = read_cifar10(folder, 20_000, 1000)
     parts = (read.train[0], read.val[0], read.test[0])
     train, val, test = (part.to(device).float().mean(1).flatten(1) / 255 - 0.5 for part in parts)
@@ -133,18 +132,18 @@ def grey_cifar10(folder: Path | None, batch_size: int, device: torch.device) -> 
 
 
 def read_cifar10(folder: Path | None, train_rows: int | None, test_rows: int) -> CIFAR10Data:
-    """The data module of the examples, with its images read."""
-    root = str(needed(folder, "cifar10"))
+    """Read the images of the examples' data module; arguments as of `cifar10`, ``folder`` as of `Task.data`."""
+    root = str(data_folder(folder, "cifar10"))
     data = CIFAR10Data(root, subset=train_rows, val_subset=test_rows, test_subset=test_rows)
     data.setup()
     return data
 
 
 def shakespeare(context: int, windows: int) -> Callable[[Path | None, int, torch.device], Data]:
-    """Tiny Shakespeare, in windows of ``context`` characters; ``windows`` of them each to tune and to test with."""
+    """Tiny Shakespeare, in windows of ``context`` characters; ``windows`` of them in each held-out split."""
 
     def data(folder: Path | None, batch_size: int, device: torch.device) -> Data:
-        read = CharData(str(needed(folder, "tinyshakespeare")), context=context, val_windows=windows)
+        read = CharData(str(data_folder(folder, "tinyshakespeare")), context=context, val_windows=windows)
         read.setup()
         characters, reach = read.train.characters.to(device), torch.arange(context + 1, device=device)
 
@@ -155,14 +154,14 @@ def shakespeare(context: int, windows: int) -> Callable[[Path | None, int, torch
 
         loaders = (read.val_dataloader(), read.test_dataloader())
         held_out = [[torch.cat(part) for part in zip(*loader, strict=True)] for loader in loaders]
-        val, test = on(device, *map(tuple, held_out))
+        val, test = on_device(device, *map(tuple, held_out))
         return Data(draw, val, test)
 
     return data
 
 
-def needed(folder: Path | None, name: str) -> Path:
-    """``folder / name``, or an end of the program that says what to do."""
+def data_folder(folder: Path | None, name: str) -> Path:
+    """``folder / name``; without a folder, exit with advice."""
     if folder is None:
         raise SystemExit(f"This workload reads {name}: say --data DIR, a folder that holds {name}/.")
     return folder / name
@@ -176,7 +175,7 @@ CPU = {
         digits, DigitsNet, cross_entropy, accuracy, checks=50, seeds=20,
     ),
     "autoencoder": Task(
-        # The target is what AdamW reached in 290 steps, in a trial before any other optimizer but SGD had run.
+        # AdamW reached the target in 290 steps, in a trial before any other optimizer but SGD had run.
         "CIFAR-10 in grey, tanh autoencoder 1024-256-128-32-128-256-1024, batch 128", "squared error", 5.5, False,
         400, 130, 128, 0.0, grey_cifar10, lambda: mlp(AUTOENCODER, nn.Tanh), squared_error, squared_error,
         checks=40, seeds=8,

@@ -2,23 +2,24 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from benchmarks.common.contenders import Contender, Stepper, decayed
+from benchmarks.common.contenders import Contender, Stepper
 from benchmarks.common.environment import synchronise
-from benchmarks.time_to_target.tasks import Batch, Data, Task
+from benchmarks.common.workloads import Batch
+from benchmarks.time_to_target.tasks import Data, Task
 
 WARM_UP_SHARE = 0.05
-ROWS_AT_ONCE = 500
+EVALUATION_CHUNK_ROWS = 500
 
 
-def shape(step: int, steps: int) -> float:
+def lr_share(step: int, steps: int) -> float:
     """The learning rate at ``step`` of ``steps`` over its peak: a linear rise, then half a cosine down towards 0.
 
-    >>> shape(0, 100), shape(4, 100), shape(99, 100) < 0.001
+    >>> lr_share(0, 100), lr_share(4, 100), lr_share(99, 100) < 0.001
     (0.2, 1.0, True)
     """
     warm_up = max(1, round(WARM_UP_SHARE * steps))
@@ -28,7 +29,7 @@ def shape(step: int, steps: int) -> float:
 
 
 def check_steps(steps: int, checks: int) -> list[int]:
-    """After which steps the metric is taken: ``checks`` of them, evenly spaced, the last one included.
+    """The steps after which the metric is taken: ``checks`` of ``steps``, evenly spaced, the last one included.
 
     >>> check_steps(10, 3)
     [3, 7, 10]
@@ -39,7 +40,7 @@ def check_steps(steps: int, checks: int) -> list[int]:
 def train(
     task: Task, data: Data, contender: Contender, lr: float, *, seed: int, tuning: bool, device: torch.device
 ) -> dict[str, Any]:
-    """One training, see `train_in_turns`."""
+    """Train one contender at peak rate ``lr``; other arguments and the record are those of `train_in_turns`."""
     alone = {"": (contender, lr)}
     return train_in_turns(task, data, alone, seed=seed, tuning=tuning, device=device)[""]
 
@@ -53,12 +54,11 @@ def train_in_turns(
     tuning: bool,
     device: torch.device,
 ) -> dict[str, dict[str, Any]]:
-    """The metric and the seconds of training at each check, of each contender.
+    """Train several contenders, each in turn from one check to the next, so a slow machine slows all of them.
 
-    They take turns, each from one check to the next, so that a machine that is slower for a while is slower for all.
-    Each has a clock of its own, which runs from before the optimizer is built, so that it sees all that an optimizer
-    costs, and stands still while the metric is taken. A training whose loss is not finite at a check, or whose
-    optimizer gives up in linear algebra, ends there: its last value is None.
+    Each contender has its own clock. It starts before the optimizer is built, so it counts all costs of an optimizer,
+    and stands still while the metric is taken. A training ends early, with a last value of None, if its loss is not
+    finite at a check or its optimizer raises an error of linear algebra.
 
     Args:
         task: what to train.
@@ -67,6 +67,9 @@ def train_in_turns(
         seed: decides the initial weights and the batches, the same for all.
         tuning: a shorter training, judged by the validation split instead of the test split.
         device: on which to train; bfloat16 autocast on a GPU.
+
+    Returns:
+        By contender: ``"values"``, the metric, and ``"seconds"`` of training so far, at each check.
     """
     turns = {name: _checks(task, data, *own, seed, tuning, device) for name, own in contenders.items()}
     records: dict[str, dict[str, Any]] = {name: {"values": [], "seconds": []} for name in contenders}
@@ -84,7 +87,7 @@ def train_in_turns(
 def _checks(
     task: Task, data: Data, contender: Contender, lr: float, seed: int, tuning: bool, device: torch.device
 ) -> Iterator[tuple[float | None, float]]:
-    """Of one training: the metric, None where it is not finite, and the seconds so far, at each check."""
+    """Train one contender; yields the metric (None if it is not finite) and the seconds so far at each check."""
     steps = task.tuning_steps if tuning else task.steps
     checks = check_steps(steps, 1 if tuning else task.checks)
     held_out = data.validation if tuning else data.test
@@ -94,11 +97,11 @@ def _checks(
     seconds, started = 0.0, time.perf_counter()
     optimizer = contender.build(model, lr, contender.options, task.per_position)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    weights = decayed(model)
+    decayed: list[torch.Tensor] = [p for p in model.parameters() if p.dim() >= 2]
     for step in range(steps):
-        now = shape(step, steps)
+        share = lr_share(step, steps)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * now
+            group["lr"] = peak * share
         try:
             take_step(model, optimizer, task, data.draw(generator))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not declare it
@@ -106,7 +109,7 @@ def _checks(
             return
         if task.decay:
             with torch.no_grad():
-                torch._foreach_mul_(weights, 1 - task.decay * now)
+                torch._foreach_mul_(decayed, 1 - task.decay * share)
         if step + 1 in checks:
             synchronise(device)
             seconds += time.perf_counter() - started
@@ -120,7 +123,7 @@ def _checks(
 
 
 def take_step(model: torch.nn.Module, optimizer: Stepper, task: Task, batch: Batch) -> None:
-    """Forward, backward, optimizer."""
+    """Run forward, backward and the optimizer on one batch."""
     inputs, targets = batch
     with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=inputs.device.type == "cuda"):
         loss = task.loss(model(inputs), targets)
@@ -131,10 +134,10 @@ def take_step(model: torch.nn.Module, optimizer: Stepper, task: Task, batch: Bat
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, task: Task, held_out: Batch) -> float:
-    """The metric over all rows of ``held_out``; the model is in training mode before and after."""
+    """The metric's mean over all rows of ``held_out``, in evaluation mode."""
     model.eval()
-    parts = list(zip(*(part.split(ROWS_AT_ONCE) for part in held_out), strict=True))
-    scores = torch.stack([task.score(model(inputs), targets).double() for inputs, targets in parts])
-    rows: Sequence[int] = [len(inputs) for inputs, _ in parts]
+    chunks = list(zip(*(part.split(EVALUATION_CHUNK_ROWS) for part in held_out), strict=True))
+    scores = torch.stack([task.score(model(inputs), targets).double() for inputs, targets in chunks])
+    n_rows = torch.tensor([len(inputs) for inputs, _ in chunks], device=scores.device)
     model.train()
-    return float((scores * torch.tensor(rows, device=scores.device)).sum() / sum(rows))
+    return float((scores * n_rows).sum() / n_rows.sum())

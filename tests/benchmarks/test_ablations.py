@@ -6,9 +6,6 @@ import dataclasses
 import inspect
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,12 +31,10 @@ from benchmarks.studies.ablation_settings import (
 )
 from benchmarks.time_to_target.tasks import CPU as TASKS
 from benchmarks.time_to_target.tasks import Data, Task, cross_entropy, draws, squared_error
-from benchmarks.time_to_target.training import shape, train
+from benchmarks.time_to_target.training import lr_share, train
 from lightning_thor import Curvature, Thor
+from tests.helpers.benchmarks import CPU, ENVIRONMENT
 
-ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
-ENVIRONMENT = {"device": "cpu", "cpu": "A processor", "threads": 1, "torch": "9.9", "malloc": "", "date": "today"}
 ALL = settings(steps=50, rows=128)
 
 
@@ -103,7 +98,7 @@ def test_the_default_max_rows_leaves_nothing_out_so_a_quarter_is_less() -> None:
 def test_damping_falls_as_the_rate_does_after_its_rise() -> None:
     damping = Falling(2.0, floor=0.1, steps=200)
     for step in range(200):
-        expected = 2.0 if step < 10 else max(0.1, 2.0 * shape(step, 200))
+        expected = 2.0 if step < 10 else max(0.1, 2.0 * lr_share(step, 200))
         assert damping(step) == pytest.approx(expected), step
     assert damping(199) == 0.1
 
@@ -221,17 +216,16 @@ def test_the_page_takes_the_table_from_the_trainings() -> None:
     assert block.index(NOISE) < block.index("damping=2") < block.index("nesterov=True")
 
 
-def test_the_command_draws_what_is_there(tmp_path: Path) -> None:
+def test_the_command_draws_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "made_up.json"
     out.write_text(json.dumps(made_up_results()), encoding="utf-8")
-    ended = subprocess.run(
-        [sys.executable, "-m", "benchmarks.studies.ablations", "--draw", f"--out={out}"],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "220"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
+    monkeypatch.setenv("COLUMNS", "220")
+    ablations.main(["--draw", f"--out={out}"])
+    printed = capsys.readouterr().out
     for row in ablations.cells(made_up_results()):
-        assert all(cell in ended.stdout for cell in row)
+        assert all(cell in printed for cell in row)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n")
 
 

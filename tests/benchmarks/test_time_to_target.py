@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,16 +16,15 @@ from torch.nn import functional as F
 
 from benchmarks import readme
 from benchmarks.common.contenders import CONTENDERS, TRIALS, Contender, FlatMuon, newton_schulz
-from benchmarks.common.pictures import save_curves, save_robustness
+from benchmarks.common.results import Results
 from benchmarks.time_to_target import race
-from benchmarks.time_to_target.__main__ import Results, best_rate
+from benchmarks.time_to_target.pictures import save_curves, save_robustness
 from benchmarks.time_to_target.tasks import TASKS, Data, Task, cross_entropy, draws, squared_error
-from benchmarks.time_to_target.training import check_steps, shape, train, train_in_turns
+from benchmarks.time_to_target.training import check_steps, lr_share, train, train_in_turns
+from benchmarks.time_to_target.tuning import HEAT, best_rate
 from examples.char_gpt import CharGPT
+from tests.helpers.benchmarks import CPU, ENVIRONMENT, run_module
 
-ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
-ENVIRONMENT = {"device": "cpu", "cpu": "A processor", "threads": 1, "torch": "9.9", "malloc": "", "date": "today"}
 HERE: dict[str, str | int] = {"date": "2026-01-02", "threads": 1}
 
 
@@ -156,7 +152,7 @@ def test_weights_decay_alike_whatever_the_learning_rate_and_vectors_do_not() -> 
         models.append(small_net())
         task = dataclasses.replace(SMALL, decay=0.1, model=lambda: models[-1])
         run(CONTENDERS["sgd"], lr, task)
-    left = torch.tensor([1 - 0.1 * shape(step, 6) for step in range(6)]).prod()
+    left = torch.tensor([1 - 0.1 * lr_share(step, 6) for step in range(6)]).prod()
     torch.manual_seed(0)
     for p, *trained in zip(small_net().parameters(), *(model.parameters() for model in models), strict=True):
         for one in trained:
@@ -245,7 +241,7 @@ def test_turns_go_from_one_check_to_the_next_and_each_clock_sees_its_own_steps_a
 
 
 def test_the_schedule_rises_to_its_peak_once_and_falls() -> None:
-    rates = [shape(step, 200) for step in range(200)]
+    rates = [lr_share(step, 200) for step in range(200)]
     assert max(rates) == rates[9] == 1.0
     assert rates[:10] == sorted(rates[:10])
     assert rates[9:] == sorted(rates[9:], reverse=True)
@@ -329,7 +325,7 @@ def test_the_readme_takes_the_table_from_the_summary() -> None:
     block = readme.time_to_target_block({"summary": {"small": made_up_summary()}, "runs": {}})
     assert "| small: loss ≤ 1; 2 seeds | THOR | 0.003 | 15 ± 64 | 2.0 ± 0.0 | 0.50 (0.50–0.50) |" in block
     assert "after 2 learning rates" in block
-    assert "A processor, 1 threads" in block
+    assert "A processor, 2 threads" in block
 
 
 # ── results ──
@@ -370,7 +366,7 @@ def test_forgetting_drops_one_optimizer_of_one_workload_and_the_heats_it_ran_in(
     results = Results(tmp_path / "results.json", HERE)
     for key in ("gpt thor lr=1", "gpt thor_plain lr=1", "digits thor lr=1", "gpt heat seed=0", "digits heat seed=0"):
         results.get_or_train(key, [], lambda: {"values": [1.0]})
-    results.forget("gpt", "thor")
+    results.forget("gpt", "thor", HEAT)
     left = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["runs"]
     assert [key.rsplit(" ", 1)[0] for key in left] == ["gpt thor_plain lr=1", "digits thor lr=1", "digits heat seed=0"]
 
@@ -378,24 +374,11 @@ def test_forgetting_drops_one_optimizer_of_one_workload_and_the_heats_it_ran_in(
 # ── the command ──
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.time_to_target", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "220"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 def test_the_command_tunes_trains_draws_and_prints(tmp_path: Path) -> None:
     out = tmp_path / "race.json"
     options = ("--workload=digits", "--optimizer", "thor", "thor_untuned", "adamw", f"--out={out}", "--steps=3")
-    ended = command(*options, "--seeds=2")
-    assert ended.returncode == 0, ended.stderr
+    printed = run_module("benchmarks.time_to_target", *options, "--seeds=2")
     content = json.loads(out.read_text(encoding="utf-8"))
     kinds = [[word for word in key.split()[1:-1] if "lr=" not in word] for key in content["runs"]]
     # The untuned one is not tuned, but runs in the heats.
@@ -403,7 +386,7 @@ def test_the_command_tunes_trains_draws_and_prints(tmp_path: Path) -> None:
     heats = [run for key, run in content["runs"].items() if " heat " in key]
     assert all(heat.keys() == {"thor", "thor_untuned", "adamw"} for heat in heats)
     for row in race.cells(content["summary"]):
-        assert all(cell in ended.stdout for cell in row)
+        assert all(cell in printed for cell in row)
     assert (tmp_path / "race_digits.png").is_file()
     assert (tmp_path / "race_digits_rates.png").is_file()
 

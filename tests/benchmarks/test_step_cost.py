@@ -1,0 +1,187 @@
+"""The cost of a step: how it is measured, and its figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.common.workloads import Workload, rows
+from benchmarks.step_cost import call_counts, figures, memory, parts, rounds, workloads
+from benchmarks.step_cost.profiler import PackageProfile
+from lightning_thor import Curvature, Thor
+from tests.helpers.benchmarks import CPU, ENVIRONMENT, run_module
+
+SMALL = Workload(lambda: nn.Sequential(nn.Linear(4, 10)), rows(8, 4), "small")
+
+
+@pytest.mark.slow
+def test_the_step_cost_is_printed_and_merged_into_its_file(tmp_path: Path) -> None:
+    out = tmp_path / "step_cost.json"
+    other = {"words": "", "environment": ENVIRONMENT, "summary": figures.summarise(measurement("singd")), "memory": {}}
+    other["parts"] = {"parts": dict.fromkeys(parts.PARTS, 0.2), "floor": dict.fromkeys(parts.PARTS, 0.1)}
+    out.write_text(json.dumps({"gpt": other}), encoding="utf-8")
+    options = ("--workload", "mlp", "--rounds", "4", "--threads", "1", "--peers", "--out", str(out))
+    printed = run_module("benchmarks.step_cost", *options)
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert list(results) == ["gpt", "mlp"]  # what was measured before stays
+    measured, summary = results["mlp"], results["mlp"]["summary"]
+    assert (measured["environment"]["threads"], measured["environment"]["torch"]) == (1, torch.__version__)
+    assert summary["rounds"] == 4
+    assert {"adamw", "thor_plain", "thor_refresh", "thor_staggered", "singd_plain", "singd_refresh"} <= summary.keys()
+    state = summary["state_over_parameters"]
+    assert (state["sgd"], round(state["adamw"], 2)) == (1.0, 2.0)
+    assert state["thor"] > 1.0
+    # The tables of the terminal and the README's come from this file and agree.
+    for cells in (figures.cells, figures.parts_cells):
+        (row,) = cells({"mlp": measured})
+        assert all(cell in printed for cell in row)
+
+
+def test_a_refresh_and_a_plain_step_are_told_apart() -> None:
+    """Exactly the steps in which the curvature was inverted count as refreshes."""
+    measured = rounds.measure(SMALL, rounds=6, device=CPU)
+    assert measured["refreshes"] == {"thor": [True, False] * 3}
+    assert {len(values) for values in measured["seconds"].values()} == {6}
+
+
+def measurement(*peers: str) -> dict[str, Any]:
+    # A machine that is ten times slower in the second half: the ratios do not see it.
+    slow, kinds = [1.0, 1.0, 10.0, 10.0], [True, False, True, False]
+    thor = [(4.0 if is_refresh else 2.0) * s for is_refresh, s in zip(kinds, slow, strict=True)]
+    return {
+        "seconds": {
+            "sgd": slow, "adamw": [1.5 * s for s in slow], "thor": thor, "thor_staggered": [2.5 * s for s in slow],
+            **dict.fromkeys(peers, thor),
+        },
+        "refreshes": dict.fromkeys(("thor", *peers), kinds),
+        "state_bytes": {"sgd": 10, "adamw": 20, "thor": 35},
+        "parameter_bytes": 10,
+    }  # fmt: skip
+
+
+def test_ratios_are_taken_within_a_round_and_weighed_by_the_interval() -> None:
+    summary = figures.summarise(measurement())
+    assert [summary[kind] for kind in ("adamw", "thor_plain", "thor_refresh")] == [[1.5] * 3, [2.0] * 3, [4.0] * 3]
+    expected = {"1": 4.0, "10": (9 * 2.0 + 4.0) / 10, "100": (99 * 2.0 + 4.0) / 100, "staggered": 2.5}
+    assert summary["amortised"] == pytest.approx(expected)
+    assert summary["state_over_parameters"] == {"sgd": 1.0, "adamw": 2.0, "thor": 3.5}
+
+
+def test_the_unevenness_of_thor_weighs_its_two_kinds_of_step_as_the_interval_does() -> None:
+    """One step of ten at the interval 10 is a refresh: the 99th percentile is one, the median is none."""
+    measured = measurement()
+    measured["seconds"]["sgd"] = [1.0] * 4
+    # Three of the four timed steps are refreshes: counted as they come, the median would be one too.
+    measured["seconds"]["thor"], measured["refreshes"]["thor"] = [3.0, 3.0, 3.0, 2.0], [True, True, True, False]
+    uneven = figures.summarise(measured)["p99_over_p50"]
+    assert (uneven["thor"], uneven["sgd"]) == (1.5, 1.0)
+
+
+def test_too_few_rounds_are_refused() -> None:
+    measured = {"seconds": {name: [1.0] for name in rounds.OPTIMIZERS}, "refreshes": {"thor": [True]}}
+    with pytest.raises(ValueError, match=r"thor_plain.*take more rounds than 1"):
+        figures.summarise(measured)
+
+
+def test_both_scales_have_the_same_workloads() -> None:
+    assert workloads.WORKLOADS["gpu"].keys() == workloads.WORKLOADS["cpu"].keys()
+
+
+# ── parts ──
+
+
+def test_the_clocks_change_no_number() -> None:
+    trained = []
+    for is_timed in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
+        curvature = Curvature(model, update_every_n_steps=1)
+        preconditioner: Any = parts.TimedPreconditioner(curvature, CPU) if is_timed else curvature
+        optimizer = Thor(model.parameters(), preconditioner=preconditioner)
+        loss = model(torch.randn(2, 3, 8, 8)).square().sum()
+        if is_timed:
+            with PackageProfile() as profile:
+                loss.backward()
+            assert profile.seconds > 0
+        else:
+            loss.backward()
+        optimizer.step()
+        trained.append(list(model.parameters()))
+    assert all(seconds > 0 for seconds in preconditioner.seconds.values())
+    torch.testing.assert_close(*trained, rtol=0, atol=0)
+
+
+def test_the_floor_counts_the_multiplications_of_each_part() -> None:
+    """By hand, for one linear layer from 6 to 4 on 10 rows in blocks of 3 and 2."""
+    curvature = Curvature(nn.Linear(6, 4, bias=False), block_size=3)
+    n_rows = parts.count_rows(curvature, lambda: curvature.model(torch.randn(10, 6)))
+    assert parts.floor_flops(curvature, n_rows) == {
+        "statistics": 2 * 10 * (6 * 3 + 4 * 2),
+        "inversion": 2 * 3**3 + 2 * 2**3,
+        "preconditioning": 2 * 24 * (3 + 2),
+        "update": 0,
+    }
+
+
+@pytest.mark.parametrize(("max_rows", "n_rows"), [(None, 2 * 6 * 6), (36, 36)])
+def test_the_floor_of_a_convolution_counts_its_positions_up_to_max_rows(max_rows: int | None, n_rows: int) -> None:
+    curvature = Curvature(nn.Conv2d(2, 3, 3, bias=False), max_rows=max_rows)  # A of width 18, G of width 3
+    found = parts.count_rows(curvature, lambda: curvature.model(torch.zeros(2, 2, 8, 8)))
+    assert parts.floor_flops(curvature, found)["statistics"] == 2 * n_rows * (18 * 18 + 3 * 3)
+
+
+def test_the_parts_are_shares_of_a_step_of_sgd() -> None:
+    measured = parts.measure_parts(SMALL, rounds.make_batches(SMALL, CPU), 2, CPU)
+    assert measured["parts"].keys() == measured["floor"].keys() == set(parts.PARTS)
+    assert all(measured["parts"][part] > measured["floor"][part] > 0 for part in parts.PARTS[:3])
+    assert measured["gflops"] > 0
+
+
+# ── calls ──
+
+
+def test_a_pair_and_a_step_run_through_little_code() -> None:
+    counts = call_counts.count()
+    assert counts.keys() == call_counts.LIMITS.keys()
+    assert {name: n for name, n in counts.items() if not 0 < n <= call_counts.LIMITS[name]} == {}
+
+
+def test_calls_are_those_of_the_package_alone_and_as_many_as_are_made() -> None:
+    net = nn.Linear(2, 2)
+    curvature = Curvature(net)
+    with PackageProfile() as profile:
+        net(torch.randn(1, 2))
+        for _ in range(3):
+            curvature.is_due()
+    assert sys.getprofile() is None
+    counted = {code.co_name: n for code, n in profile.calls.items()}
+    assert counted["is_due"] >= 3
+    assert "forward" not in counted
+    assert sum(counted.values()) <= profile.n_calls
+    assert profile.n_functions <= profile.n_calls
+    assert "curvature/curvature.py" in profile.files
+
+
+# ── memory ──
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's own peak")
+def test_the_memory_of_adamw_holds_gradients_and_two_moments() -> None:
+    n_bytes = memory.growth("mlp", "adamw", "cpu", threads=1)
+    assert n_bytes is not None
+    parameters = 4 * (784 * 512 + 512 + 2 * (512 * 512 + 512) + 512 * 10 + 10)
+    assert 3 * parameters < n_bytes < 3 * parameters + 50 * 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's own peak")
+def test_the_peak_of_memory_is_seen_after_it_is_gone() -> None:
+    now = memory.resident_bytes("VmRSS")
+    torch.ones(64 * 2**20 // 4)
+    assert memory.resident_bytes("VmHWM") - now > 50 * 2**20
