@@ -28,8 +28,14 @@ from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.factors.state import ELEMENTS, ROWS, Solve, factor_state_of
 from lightning_thor.factors.trace_rule import UPDATE, decide, trace_rule_of
-from lightning_thor.layers.base import Layer, attention_uses
-from lightning_thor.layers.discovery import discover_layers, matrix_layers, name_some, trained, uncompiled_name
+from lightning_thor.layers.base import attention_uses
+from lightning_thor.layers.discovery import (
+    discover_layers,
+    matrix_layers,
+    name_some,
+    trained,
+    warn_of_low_coverage,
+)
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.pair_checks import NOT_A_PAIR, PairChecks
 from lightning_thor.layers.registry import STATISTICS, KfacApprox
@@ -157,7 +163,7 @@ class Curvature:
             fused=fused,
             diagonal_G=matrices[-1:] if chosen.has_diagonal_head else [],
         )
-        _warn_of_few_weights(model, self.layers, self.left_out, parameters)
+        warn_of_low_coverage(model, self.layers, self.left_out, parameters)
         self.polar_layers = {name for name in matrices[:-1] if name in self.layers and chosen.uses_matrix_sign}
         self.factors = factor_state_of(self.layers, chosen.decomposition)
         self._trace_rule = trace_rule_of(trace_rule)
@@ -619,31 +625,3 @@ class Curvature:
         number = list(self.layers).index(name)
         views = {side: self.factors.blocks(number, side, "inverse") for side, _ in self.factors.layout.factors(number)}
         return views.get("A"), views["G"]
-
-
-def _warn_of_few_weights(
-    model: nn.Module, layers: Mapping[str, Layer], left_out: Mapping[str, str], only: set[nn.Parameter] | None
-) -> None:
-    """Warn where less than half of the trained weights have curvature, and name the largest that have none."""
-    of_training = {p for p in model.parameters() if p.requires_grad and (only is None or p in only)}
-    own = {p for layer in layers.values() for p in layer.parameters}
-    n_trained, n_own = (sum(p.numel() for p in some if not _is_lazy(p)) for some in (of_training, own))
-    if not layers or 2 * n_own >= n_trained:
-        return
-    sizes = {
-        name: sum(p.numel() for p in module.parameters(recurse=False) if p in of_training - own and not _is_lazy(p))
-        for name, module in ((uncompiled_name(name), module) for name, module in model.named_modules())
-    }
-    largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > 0]
-    reasons = dict.fromkeys(left_out[name] for name in largest if name in left_out)
-    warnings.warn(
-        f"Curvature preconditions {n_own / n_trained:.0%} of the weights that are trained. The largest of the others "
-        f"are those of {name_some(largest, 3)} ({'; '.join(list(reasons)[:3]) or 'plain parameters'}). Give modules of "
-        "your own curvature with lightning_thor.register_layer; write experts that lie in one stacked parameter as a "
-        "list of nn.Linear, one for each expert.",
-        stacklevel=3,
-    )
-
-
-def _is_lazy(p: nn.Parameter) -> bool:
-    return isinstance(p, nn.UninitializedParameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
@@ -247,3 +248,31 @@ def trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for p in frozen:
             p.requires_grad_(False)
+
+
+def warn_of_low_coverage(
+    model: nn.Module, layers: Mapping[str, Layer], left_out: Mapping[str, str], only: set[nn.Parameter] | None
+) -> None:
+    """Warn where less than half of the trained weights have curvature, and name the largest that have none."""
+    of_training = {p for p in model.parameters() if p.requires_grad and (only is None or p in only)}
+    own = {p for layer in layers.values() for p in layer.parameters}
+    n_trained, n_own = (sum(p.numel() for p in some if not _is_lazy(p)) for some in (of_training, own))
+    if not layers or 2 * n_own >= n_trained:
+        return
+    sizes = {
+        name: sum(p.numel() for p in module.parameters(recurse=False) if p in of_training - own and not _is_lazy(p))
+        for name, module in ((uncompiled_name(name), module) for name, module in model.named_modules())
+    }
+    largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > 0]
+    reasons = dict.fromkeys(left_out[name] for name in largest if name in left_out)
+    warnings.warn(
+        f"Curvature preconditions {n_own / n_trained:.0%} of the weights that are trained. The largest of the others "
+        f"are those of {name_some(largest, 3)} ({'; '.join(list(reasons)[:3]) or 'plain parameters'}). Give modules of "
+        "your own curvature with lightning_thor.register_layer; write experts that lie in one stacked parameter as a "
+        "list of nn.Linear, one for each expert.",
+        stacklevel=3,
+    )
+
+
+def _is_lazy(p: nn.Parameter) -> bool:
+    return isinstance(p, nn.UninitializedParameter)
