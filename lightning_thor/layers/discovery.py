@@ -152,7 +152,7 @@ def _check(use: ModuleUse, only: Set[nn.Parameter] | None, statistics: KfacAppro
     found = find_kind(use.module)
     if found is None or statistics.rows_of(found[0]) is None:
         return unsupported_reason(use.module)
-    kind, base = found
+    (kind, base), module = found, use.module
     if use.attention is not None:
         if use.role not in attention.ROLES or kind.in_attention is None:
             return "inside nn.MultiheadAttention, which uses its parameters without calling it"
@@ -160,15 +160,8 @@ def _check(use: ModuleUse, only: Set[nn.Parameter] | None, statistics: KfacAppro
             return f"{type(use.attention).__name__} has a forward that is not torch's, as it is known here"
         kind = kind.in_attention
         if statistics.rows_of(kind) is None:
-            return unsupported_reason(use.module)
-    return _reason_against(use, kind, base, only) or kind
-
-
-def _reason_against(
-    use: ModuleUse, kind: LayerKind, base: type[nn.Module], only: Set[nn.Parameter] | None
-) -> str | None:
-    """Why this module takes plain momentum, or None if nothing speaks against its curvature."""
-    own = dict(use.module.named_parameters(recurse=False))
+            return unsupported_reason(module)
+    own = dict(module.named_parameters(recurse=False))
     weight = own.get(use.weight_name)
     if weight is None:
         return "its weight is not a plain parameter (parametrized, or not affine)"
@@ -184,8 +177,8 @@ def _reason_against(
         return "not in the optimizer in part"
     if weight.numel() == 0:
         return "empty weight"
-    reason = kind.unsupported_reason(use.module, base)
-    return reason or (None if weight.is_floating_point() else f"weight of dtype {weight.dtype}")
+    reason = kind.unsupported_reason(module, base)
+    return reason or (kind if weight.is_floating_point() else f"weight of dtype {weight.dtype}")
 
 
 def _can_be_tied(one: LayerKind, other: LayerKind, statistics: KfacApprox) -> bool:

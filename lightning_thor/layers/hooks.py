@@ -153,15 +153,12 @@ class Hooks:
         """Remove the copies of these hooks, which do nothing, from a copy of the model."""
         ids = {handle.id for handle in self._handles}
         for module in model.modules():
-            for hooks in (
-                module._forward_hooks,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-                module._forward_pre_hooks,
-                module._forward_pre_hooks_with_kwargs,
-            ):
-                for dead in ids & hooks.keys():
-                    del hooks[dead]
+            for dead in ids & (module._forward_hooks.keys() | module._forward_pre_hooks.keys()):
+                for hooks in (
+                    module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called,
+                    module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs,
+                ):  # fmt: skip
+                    hooks.pop(dead, None)
 
     # Hooks are closures: copy.deepcopy of the model (SWA, EMA) copies hooks, and shares functions, but would copy the
     # object that a bound method belongs to.

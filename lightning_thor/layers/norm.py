@@ -22,6 +22,10 @@ class NormKind(LayerKind):
     diagonal = "G"
     owns_all_parameters = True
 
+    def loss_terms(self, module: Any, g: Tensor) -> int:
+        """The batch size."""
+        return g.shape[0]
+
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
         return 1, None, shape.numel() * (1 if getattr(module, "bias", None) is None else 2)
 
@@ -55,16 +59,8 @@ class PositionNormKind(NormKind):
         return g.numel() // max(width, 1)
 
 
-class ChannelNormKind(NormKind):
-    """A norm of ``[batch, channels, *space]``: every sample is a row, summed over its positions."""
-
-    def loss_terms(self, module: Any, g: Tensor) -> int:
-        """The batch size."""
-        return g.shape[0]
-
-
-class GroupNormKind(ChannelNormKind):
-    """As `nn.GroupNorm`."""
+class GroupNormKind(NormKind):
+    """A group norm of ``[batch, channels, *space]``: every sample is a row, summed over its positions."""
 
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """Gradients of scale and shift for each sample: ``[1, 2 * channels, n]``; see `_samples` for ``max_rows``."""
@@ -75,8 +71,8 @@ class GroupNormKind(ChannelNormKind):
         return _scale_and_shift(module, (g * normal).reshape(per_sample).sum(2), g.reshape(per_sample).sum(2))
 
 
-class BatchNormKind(ChannelNormKind):
-    """As `nn.BatchNorm2d`."""
+class BatchNormKind(NormKind):
+    """A batch norm of ``[batch, channels, *space]``: every sample is a row, summed over its positions."""
 
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """Gradients of scale and shift for each sample: ``[1, 2 * channels, n]``; see `_samples` for ``max_rows``.

@@ -30,12 +30,7 @@ NO_KIND: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
 
 
 def register(kind: LayerKind, *types: type[nn.Module] | str, built_in: bool = False) -> None:
-    """Add a kind to the table.
-
-    Args:
-        kind: everything that is known of these layers.
-        types: types of modules that it serves; by default those that the kind names.
-        built_in: any other registered type goes before these.
+    """Add a kind to the table, for these types of modules (by default those that it names).
 
     Raises:
         ValueError: one of the types has a kind already.
@@ -253,35 +248,29 @@ class _UserKind(LayerKind):
         view = self._matrix(module, weight)
         is_view = isinstance(view, Tensor) and view.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
         if not is_view or view.dim() not in (2, 3) or view.numel() != weight.numel():
-            got = f"one of shape {list(view.shape)}" if isinstance(view, Tensor) else repr(view)
+            got = f"a {'view' if is_view else 'copy'} of shape {list(view.shape)}" if isinstance(view, Tensor) else view
             raise ValueError(
                 f"matrix of {type(module).__name__}, as it was given to register_layer, must return a view [out, in] "
-                f"or [groups, out, in] of all {weight.numel()} entries of a weight {list(weight.shape)}; got "
-                f"{got if is_view or not isinstance(view, Tensor) else 'a copy of shape ' + str(list(view.shape))}. "
+                f"or [groups, out, in] of all {weight.numel()} entries of a weight {list(weight.shape)}; got {got}. "
                 "Use view, transpose, permute, unflatten."
             )
         return view if view.dim() == 3 else view[None]
 
-    def _pair(self, module: Any, a: Tensor, g: Tensor) -> list[Tensor]:
+    def _pair(self, module: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """The user's rows ``[groups, n, in]`` and ``[groups, n, out]``.
 
         Raises:
             ValueError: they do not fit the weight.
         """
-        pair: list[Tensor] = []
-        for name, rows in zip("ag", self._rows_of(module, a.detach(), g), strict=True):
-            if not isinstance(rows, Tensor) or rows.dim() not in (2, 3):
-                got = list(rows.shape) if isinstance(rows, Tensor) else rows
-                raise ValueError(
-                    f"The rows {name} of {type(module).__name__}, as they were given to register_layer, must be a "
-                    f"tensor [n, width] or [groups, n, width]; got {got!r}."
-                )
-            pair.append(rows if rows.dim() == 3 else rows[None])
+        rows_a, rows_g = (
+            x[None] if isinstance(x, Tensor) and x.dim() == 2 else x for x in self._rows_of(module, a.detach(), g)
+        )
         groups, out, width = self._view(module, getattr(module, self.weight_name).detach()).shape
-        a, g = pair
-        if a.shape != (groups, a.shape[1], width) or g.shape != (groups, a.shape[1], out):
+        are_tensors = isinstance(rows_a, Tensor) and isinstance(rows_g, Tensor) and rows_a.dim() == rows_g.dim() == 3
+        if not are_tensors or rows_a.shape != (groups, n := rows_a.shape[1], width) or rows_g.shape != (groups, n, out):
+            got = " and ".join(str(list(x.shape) if isinstance(x, Tensor) else x) for x in (rows_a, rows_g))
             raise ValueError(
-                f"The rows of {type(module).__name__}, as they were given to register_layer, must be [{groups}, n, "
-                f"{width}] and [{groups}, n, {out}] to fit its weight; got {list(a.shape)} and {list(g.shape)}."
+                f"The rows of {type(module).__name__}, as they were given to register_layer, must be tensors "
+                f"[{groups}, n, {width}] and [{groups}, n, {out}] to fit its weight; got {got}."
             )
-        return pair
+        return rows_a, rows_g

@@ -172,9 +172,9 @@ def test_a_matrix_that_is_no_view_of_the_weight_is_refused(matrix: Any, words: s
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (lambda module, a, g: (a, g), r"must be \[2, n, 3\] and \[2, n, 4\] to fit its weight; got"),
-        (lambda module, a, g: (None, g), "rows a of Grouped.*got None"),
-        (lambda module, a, g: (a, g[0]), "rows g of Grouped"),
+        (lambda module, a, g: (a, g), r"must be tensors \[2, n, 3\] and \[2, n, 4\] to fit its weight; got"),
+        (lambda module, a, g: (None, g), "rows of Grouped.*got None and"),
+        (lambda module, a, g: (a, g[0]), "rows of Grouped"),
     ],
 )
 def test_rows_of_another_shape_are_refused(rows: Any, words: str) -> None:
