@@ -39,7 +39,20 @@ RESNET50 = {
 
 
 @dataclass(frozen=True)
-class ResNet50LearningRate:
+class _ResNet50Schedule:
+    steps_per_epoch: int
+    variant: Variant = "gpu"
+
+    def __post_init__(self) -> None:
+        check_positive(steps_per_epoch=self.steps_per_epoch)
+        if self.variant not in RESNET50:
+            raise ValueError(f"variant must be one of {', '.join(RESNET50)}, got {self.variant!r}.")
+
+    def _epoch(self, step: int) -> float:
+        return (step + 1) / self.steps_per_epoch
+
+
+class ResNet50LearningRate(_ResNet50Schedule):
     """Learning rate of ResNet-50 on ImageNet at a step; e is the epoch, ``(step + 1) / steps_per_epoch``.
 
     * ``"gpu"``: 0.05672 · (1 − e/50)^4.9687; the published training ends after epoch 40.
@@ -49,7 +62,7 @@ class ResNet50LearningRate:
 
     Args:
         steps_per_epoch: optimizer steps in an epoch; 5004 for the published batches of 8 x 32 images.
-        variant: which of the two trainings.
+        variant: ``"gpu"`` or ``"ascend"``.
 
     Raises:
         ValueError: ``steps_per_epoch`` is not positive, or there is no such variant.
@@ -59,22 +72,14 @@ class ResNet50LearningRate:
     (0.00181, 0.0, 0.0)
     """
 
-    steps_per_epoch: int
-    variant: Variant = "gpu"
-
-    def __post_init__(self) -> None:
-        _check_resnet50(self.steps_per_epoch, self.variant)
-
     def __call__(self, step: int) -> float:
-        published = RESNET50[self.variant]
-        epoch = (step + 1) / self.steps_per_epoch
+        published, epoch = RESNET50[self.variant], self._epoch(step)
         halvings = sum(epoch >= start for start in published.lr_halved_at)
         left = max(0.0, 1.0 - epoch / published.lr_end_epoch)
         return float(published.lr * left**published.lr_power * 0.5**halvings)
 
 
-@dataclass(frozen=True)
-class ResNet50Damping:
+class ResNet50Damping(_ResNet50Schedule):
     """Damping of ResNet-50 on ImageNet at a step, for ``damping_rule="sqrt"``; e is ``(step + 1) / steps_per_epoch``.
 
     * ``"gpu"``: 0.02345 · 0.5467^(e/10)
@@ -82,7 +87,7 @@ class ResNet50Damping:
 
     Args:
         steps_per_epoch: optimizer steps in an epoch.
-        variant: which of the two trainings.
+        variant: ``"gpu"`` or ``"ascend"``.
 
     Raises:
         ValueError: ``steps_per_epoch`` is not positive, or there is no such variant.
@@ -91,16 +96,9 @@ class ResNet50Damping:
     0.01282
     """
 
-    steps_per_epoch: int
-    variant: Variant = "gpu"
-
-    def __post_init__(self) -> None:
-        _check_resnet50(self.steps_per_epoch, self.variant)
-
     def __call__(self, step: int) -> float:
         published = RESNET50[self.variant]
-        epoch = (step + 1) / self.steps_per_epoch
-        return float(published.damping * published.damping_per_10_epochs ** (epoch / 10))
+        return float(published.damping * published.damping_per_10_epochs ** (self._epoch(step) / 10))
 
 
 @dataclass(frozen=True)
@@ -239,9 +237,3 @@ def bert_large(n_steps: int = 30_000) -> Recipe:
         loss_scale=1024.0,
         split_indices=(38, 93, 149),
     )
-
-
-def _check_resnet50(steps_per_epoch: int, variant: str) -> None:
-    check_positive(steps_per_epoch=steps_per_epoch)
-    if variant not in RESNET50:
-        raise ValueError(f"variant must be one of {', '.join(RESNET50)}, got {variant!r}.")

@@ -54,29 +54,15 @@ class RowBlocks(NamedTuple):
         return n_rows * (product_cost(factors) / self.n_rows)
 
     def param_rows(self, parameter: nn.Parameter, start: int, stop: int) -> tuple[int, int]:
-        """Convert rows of the layer to rows of one of its parameters.
-
-        Args:
-            parameter: of the layer.
-            start: first row in the layer.
-            stop: end of the rows in the layer.
-
-        Returns:
-            First row and end in ``parameter``.
-        """
+        """Rows ``start`` to ``stop`` of the layer as first row and end in its ``parameter``."""
         if self.layer.param_slice is not None:
             return self.layer.param_slice.start + start, self.layer.param_slice.start + stop
         # The bias of a weight [in, out] of one block has another number of rows: its own.
         return (0, parameter.shape[0]) if self.side is None else (start, stop)
 
     def borders(self, held: int) -> list[int]:
-        """Where the layer is cut into ranges: at borders of blocks, as near as possible to borders of shards.
-
-        Args:
-            held: rows of the parameter in each rank's shard.
-
-        Returns:
-            Rows, from 0 to ``n_rows``.
+        """Rows, from 0 to ``n_rows``, at which the layer is cut into ranges: borders of blocks, as near as possible to
+        those of shards, which have ``held`` rows of the parameter each.
 
         >>> from lightning_thor.layers.discovery import discover_layers
         >>> layers, _ = discover_layers(nn.Linear(2, 12, bias=False), block_size=4, precondition_bias=False)
@@ -94,7 +80,7 @@ class RowBlocks(NamedTuple):
 
 
 def row_blocks_of(layer: Layer, pair: FactorPair, *, is_polar: bool = False) -> Iterator[RowBlocks]:
-    """Find the blocks of rows in a layer's direction.
+    """Find the blocks of rows in the direction of a layer, or of each parameter of a norm.
 
     In the natural direction ``G⁻¹ grad A⁻¹`` the factor along the rows is block-diagonal, and the other one acts within
     each row. A norm's direction is a division, so its scale and its shift are apart too.
@@ -103,9 +89,6 @@ def row_blocks_of(layer: Layer, pair: FactorPair, *, is_polar: bool = False) -> 
         layer: one with curvature.
         pair: its stored blocks.
         is_polar: whether its direction is polar.
-
-    Yields:
-        The layer; of a norm each parameter.
     """
     if layer.A is not None:
         part, weight = layer.param_slice, layer.parameters[0]
@@ -122,25 +105,16 @@ def row_blocks_of(layer: Layer, pair: FactorPair, *, is_polar: bool = False) -> 
 
 
 def layer_of_rows(row_blocks: RowBlocks, start: int, stop: int) -> tuple[Layer, FactorPair]:
-    """Make a layer of some rows.
+    """Rows ``start`` to ``stop`` of ``row_blocks``, which are borders of blocks, as a layer and its stored blocks.
 
-    Args:
-        row_blocks: the whole layer.
-        start: first row, a border of blocks.
-        stop: end of the rows, a border of blocks.
-
-    Returns:
-        The layer, whose parameters are placeholders (new, without storage, in the shape of the rows), and views of its
-        stored blocks.
+    The layer's parameters are placeholders: new, without storage, in the shape of the rows. The blocks are views.
     """
     layer, (A_stored, G_stored), blocks = row_blocks.layer, row_blocks.pair, row_blocks.blocks
     A, G = layer.A, layer.G
     if blocks is not None:
         width = (stop - start) * row_blocks.coordinates
-        places = slice(
-            start * row_blocks.coordinates // row_blocks.rows_per_block,
-            -(-stop * row_blocks.coordinates // row_blocks.rows_per_block),
-        )
+        first, last = start * row_blocks.coordinates, stop * row_blocks.coordinates
+        places = slice(first // row_blocks.rows_per_block, -(-last // row_blocks.rows_per_block))
         # Groups of a convolution have an A and a G each; the parts of a fused linear layer share their A.
         if row_blocks.side == "G" or G.groups == blocks.groups > 1:
             G, G_stored = _some_of(G, G_stored, places, width)
@@ -195,12 +169,7 @@ class RowTransfer(NamedTuple):
 
 
 def rows_per_rank(n_rows: int, world_size: int) -> int:
-    """Rows in each rank's shard, but for the last ranks, which have fewer or none (``fully_shard``: `torch.chunk`).
-
-    Args:
-        n_rows: of the parameter.
-        world_size: number of ranks.
-    """
+    """Rows in each rank's shard of a parameter of ``n_rows``; the last ranks have fewer or none (`torch.chunk`)."""
     return -(-n_rows // world_size)
 
 
@@ -211,11 +180,11 @@ def assign_rows(layers: Sequence[RowBlocks], world_size: int) -> list[RowRange]:
     far. Layers of one block come last and go, the most expensive first, to the rank with the least load.
 
     Args:
-        layers: to compute directions of.
+        layers: all whose directions are computed.
         world_size: number of ranks.
 
     Returns:
-        All rows, in as few ranges as the owners allow.
+        Ranges of all rows; neighbours have different owners.
     """
     ranges: list[RowRange] = []
     candidates: list[list[int]] = []
@@ -243,15 +212,8 @@ def assign_rows(layers: Sequence[RowBlocks], world_size: int) -> list[RowRange]:
 
 
 def row_transfers(ranges: Sequence[RowRange], world_size: int) -> list[RowTransfer]:
-    """List the rows that each range needs from each rank.
-
-    Args:
-        ranges: of all ranks.
-        world_size: number of ranks.
-
-    Returns:
-        The transfers, in the order of ranges, their parameters and rows.
-    """
+    """The rows that each of all ``ranges`` needs from each of ``world_size`` ranks, in the order of ranges, parameters
+    and rows."""
     return [
         RowTransfer(p, param_index, range_index, range_rows, shard_rows, holder, one.owner)
         for range_index, one in enumerate(ranges)

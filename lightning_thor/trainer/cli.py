@@ -26,12 +26,7 @@ class SplitTrainer(Trainer):
     """A Trainer with the command ``split``."""
 
     def split(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
-        """Measures which block size suits this network on this device; trains nothing.
-
-        Args:
-            model: the network, with its optimizer.
-            datamodule: the data, unless the model has them.
-        """
+        """Measures which block size suits this network on this device; trains nothing."""
         given = [callback for callback in self.callbacks if isinstance(callback, ThorCallback)]
         callback = given[0] if given else ThorCallback()
         callback.measure_block_size()
@@ -53,13 +48,7 @@ class ThorCLI(LightningCLI):
     def configure_optimizers(
         lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
     ) -> Any:
-        """Make the result of the model's ``configure_optimizers``.
-
-        Args:
-            lightning_module: the model.
-            optimizer: of its parameters.
-            lr_scheduler: of the optimizer.
-        """
+        """As of LightningCLI, with the interval at which ``lr_scheduler`` asks to be stepped."""
         interval = getattr(lr_scheduler, "interval", None)
         if interval is None:
             return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)

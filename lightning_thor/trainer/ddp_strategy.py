@@ -77,11 +77,7 @@ class ThorDDPStrategy(ThorStrategyMixin, DDPStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register ``"thor_ddp"`` in every form in which Lightning registers ``"ddp"``.
-
-        Args:
-            strategy_registry: of Lightning.
-        """
+        """Register ``"thor_ddp"`` in every form in which Lightning registers ``"ddp"``."""
         for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
             name = cls.strategy_name + suffix
             description = f"DDP with THOR's factors in buckets and shared inversions, started by {start_method}"

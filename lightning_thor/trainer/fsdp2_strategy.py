@@ -93,17 +93,10 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         return not self._accumulates
 
     def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> Preconditioner:
-        """As `ThorStrategyMixin.connect_curvature`, of a sharded model.
-
-        Args:
-            curvature: of the model.
-            parameters: all parameters of the optimizer, by name.
-
-        Returns:
-            A `ShardedCurvature`.
+        """As `ThorStrategyMixin.connect_curvature`; returns a `ShardedCurvature`.
 
         Raises:
-            ValueError: a parameter is not sharded by rows, or ``split_indices`` names a layer that the model lacks.
+            ValueError: a parameter is not sharded by rows, or the options do not go with the model.
         """
         communicator = ProcessGroupCommunicator(self._factor_group)
         world_size = communicator.world_size
@@ -134,13 +127,6 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         Optimizer states in one file, as a single device or DDP writes it, are matched to parameters by position in
         their groups, as torch does it. (Lightning matches them by the parameters' numbers in the model, which differ
         where there are several groups, or frozen parameters.)
-
-        Args:
-            *args: see there.
-            **kwargs: see there.
-
-        Returns:
-            The checkpoint.
         """
         assert self.model is not None
         dtensor.reshard(self.model)
@@ -168,11 +154,7 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register ``"thor_fsdp2"``.
-
-        Args:
-            strategy_registry: of Lightning.
-        """
+        """Register ``"thor_fsdp2"``."""
         strategy_registry.register(
             cls.strategy_name, cls, description="FSDP2 with THOR's shared inversions and directions"
         )

@@ -18,13 +18,8 @@ from lightning_thor.preconditioning.modes import MODES
 
 
 def curvature_table(curvature: Curvature) -> Table:
-    """Tabulate the factors, block sizes and memory of each weight, or why it has none.
-
-    A module that is tied to an earlier layer has a line of its own.
-
-    Args:
-        curvature: of the model.
-    """
+    """Tabulate each weight that ``curvature`` found: its factors, block sizes and memory, or why it has none. A module
+    that is tied to an earlier layer has a line of its own."""
     total = sum(curvature.n_bytes(name) for name in curvature.layers)
     table = Table(
         title="THOR curvature",
@@ -68,12 +63,8 @@ def print_curvature(curvature: Curvature) -> None:
 
 
 def report_split(split: BlockSplit, folder: str | Path) -> None:
-    """Print `split_table`; save ``thor_split.json`` and, where matplotlib is installed, ``thor_split.png``.
-
-    Args:
-        split: the choice and its reasons.
-        folder: where the files go; made if there is none.
-    """
+    """Print `split_table` of ``split``; save ``thor_split.json`` in ``folder`` and, where matplotlib is installed,
+    ``thor_split.png``."""
     console = Console()
     console.print(split_table(split))
     path = Path(folder)
@@ -88,11 +79,7 @@ def report_split(split: BlockSplit, folder: str | Path) -> None:
 
 
 def split_table(split: BlockSplit) -> Table:
-    """Tabulate both curves over the candidates, as bars and numbers, with the choice marked.
-
-    Args:
-        split: the choice and its reasons.
-    """
+    """Tabulate both curves of ``split`` over the candidates, as bars and numbers, with the choice marked."""
     caption = (
         f"{split.n_factors} factors on {split.device}; the curves cross at {split.crossing:.0f}. "
         "Kept: a factor loses less than 1 % of its spectral norm"
@@ -120,12 +107,7 @@ def split_table(split: BlockSplit) -> Table:
 
 
 def draw_split(split: BlockSplit, path: Path) -> None:
-    """Draw the two curves over the block size, their crossing and the choice.
-
-    Args:
-        split: the choice and its reasons.
-        path: of the picture.
-    """
+    """Draw both curves of ``split`` over the block size, their crossing and the choice, and save them as ``path``."""
     from matplotlib.figure import Figure
 
     share_colour, speed_colour, quiet = "#1b6ca8", "#c8553d", "#555555"

@@ -108,11 +108,7 @@ class ThorStrategyMixin(_Base):
         return bool(getattr(self.model, "require_backward_grad_sync", False))
 
     def new_worker_grid(self) -> WorkerGrid | None:
-        """Decide which ranks store which inverses; called once, on every rank.
-
-        Returns:
-            The grid; None, the default, where every rank stores all.
-        """
+        """Decide which ranks store which inverses; None, the default: each stores all. Called once, on every rank."""
         return None
 
     def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> Preconditioner:
@@ -149,13 +145,7 @@ class ThorStrategyMixin(_Base):
             self._worker_grid = self.new_worker_grid()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """As Lightning's strategy does, but the file or folder is written whole or not at all, and all ranks raise.
-
-        Args:
-            checkpoint: see there.
-            filepath: see there.
-            storage_options: see there.
-        """
+        """As Lightning's strategy does, but the file or folder is written whole or not at all, and all ranks raise."""
         with whole(self, filepath, by_all=self.has_sharded_checkpoints) as path:
             super().save_checkpoint(checkpoint, path, storage_options)
 
@@ -165,14 +155,7 @@ class ThorStrategyMixin(_Base):
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Check that `ThorCallback` supports a strategy.
-
-    Args:
-        strategy: of the trainer.
-
-    Raises:
-        ValueError: it does not; the message says what to use instead.
-    """
+    """Raise a ValueError that says what to use instead, unless `ThorCallback` supports ``strategy``."""
     if isinstance(strategy, ThorStrategyMixin):
         return
     for refused, advice in REFUSED:

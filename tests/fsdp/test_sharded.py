@@ -61,6 +61,12 @@ def shards_of(tensor: Tensor, n: int) -> list[Tensor]:
     return parts + [tensor[:0]] * (n - len(parts))
 
 
+def directions_of(
+    preconditioner: Curvature | ShardedCurvature, tensors: dict[nn.Parameter, Tensor], mode: str
+) -> dict[nn.Parameter, Tensor]:
+    return {p: direction for part in preconditioner.directions(tensors, mode) for p, direction in part.items()}
+
+
 def directions_together(
     curvature: Curvature, grads: dict[nn.Parameter, Tensor], n: int, is_polar: bool = False
 ) -> tuple[list[dict[nn.Parameter, Tensor]], list[list[int]]]:
@@ -69,7 +75,7 @@ def directions_together(
     def work(place: Place) -> tuple[dict[nn.Parameter, Tensor], list[int]]:
         own = {p: shards_of(grad, n)[place.rank] for p, grad in grads.items()}
         sharded = ShardedCurvature(curvature, place.world)
-        found = [sharded.precondition(own, "polar" if is_polar else "natural") for _ in range(2)]
+        found = [directions_of(sharded, own, "polar" if is_polar else "natural") for _ in range(2)]
         assert {op for op, _ in place.world.log} <= {"all_to_all"}
         return found[1], [numel for _, numel in place.world.log]
 
@@ -96,7 +102,7 @@ def test_the_directions_of_all_kinds_of_layers_are_those_of_one_process(
     assert_the_same(directions_together(curvature, grads, n)[0], curvature.precondition(grads))
     if mode == "polar":
         found, _ = directions_together(curvature, grads, n, is_polar=True)
-        assert_the_same(found, curvature.precondition(grads, "polar"))
+        assert_the_same(found, directions_of(curvature, grads, "polar"))
     for p, grad in grads.items():
         assert torch.equal(grad, before[p])
 
@@ -168,7 +174,7 @@ def test_rows_of_several_dtypes_keep_theirs(mode: str) -> None:
     curvature, is_polar = curvature_of(mode), mode == "polar"
     dtypes = [torch.float32, torch.float64]
     grads = {p: p.grad.to(dtypes[len(p) % 4 // 2]) for p in curvature.model.parameters()}
-    alone = curvature.precondition(grads, mode)
+    alone = directions_of(curvature, grads, mode)
     together, _ = directions_together(curvature, grads, 3, is_polar)
     for p, direction in alone.items():
         assert {found[p].dtype for found in together} == {direction.dtype} == {grads[p].dtype}
@@ -198,7 +204,7 @@ def test_a_weight_that_lies_the_other_way_round_is_cut_unless_its_bias_crosses_i
 
 def test_polar_directions_of_a_natural_curvature_are_refused() -> None:
     with pytest.raises(RuntimeError, match='got a curvature of mode="natural"'):
-        ShardedCurvature(curvature_of("natural")).precondition({}, "polar")
+        ShardedCurvature(curvature_of("natural")).directions({}, "polar")
 
 
 def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +233,7 @@ def test_no_directions_wait_for_the_device(mode: str) -> None:
         own = {p: shards_of(grad, 3)[place.rank] for p, grad in grads.items()}
         sharded = ShardedCurvature(curvature, place.world)
         with Watch() as watch:
-            sharded.precondition(own, mode)
+            directions_of(sharded, own, mode)
         assert watch.called
         return watch.waiting
 
