@@ -10,28 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature
 from lightning_thor.layers.base import subsample
 from lightning_thor.layers.hooks import Hooks
-
-
-def curvature_of(model: nn.Module, backward: Callable[[nn.Module], None]) -> Curvature:
-    curvature = Curvature(model, block_size=None, averaging=0.0, max_rows=None)
-    backward(model)
-    curvature.update()
-    curvature.close()
-    return curvature
-
-
-def factors(curvature: Curvature) -> list[Tensor]:
-    return [stack.average for stack in curvature.factors.batches.values()]
-
-
-def assert_same_statistics(one: Curvature, other: Curvature) -> None:
-    torch.testing.assert_close(factors(one), factors(other), rtol=1e-9, atol=1e-12)
-    assert all(factor.abs().sum() > 0 for factor in factors(one))
+from tests.helpers.observing import assert_same, observing
 
 
 def mlp(activation: nn.Module) -> nn.Sequential:
@@ -46,51 +29,42 @@ def plain(model: nn.Module) -> None:
     model(X).sin().mean().backward()
 
 
-@pytest.fixture
-def reference() -> Curvature:
-    return curvature_of(mlp(nn.ReLU()), plain)
+def with_an_unused_output(model: nn.Module) -> None:
+    model(100 * X)
+    plain(model)
 
 
-def test_in_place_relu(reference: Curvature) -> None:
-    assert_same_statistics(curvature_of(mlp(nn.ReLU(inplace=True)), plain), reference)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(reference: Curvature, use_reentrant: bool) -> None:
-    def backward(model: nn.Module) -> None:
-        x = X.clone().requires_grad_()
-        y = checkpoint(lambda x: model[3](model[2](model[1](x))), model[0](x), use_reentrant=use_reentrant)  # type: ignore[index]
-        model[4](y).sin().mean().backward()  # type: ignore[index]
-
-    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
-
-
-def test_an_unused_output_contributes_nothing(reference: Curvature) -> None:
-    def backward(model: nn.Module) -> None:
+def after_passes_without_gradients_and_in_eval_mode(model: nn.Module) -> None:
+    with torch.no_grad():
         model(100 * X)
-        plain(model)
-
-    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
-
-
-def test_passes_without_gradients_and_in_eval_mode_contribute_nothing(reference: Curvature) -> None:
-    def backward(model: nn.Module) -> None:
-        with torch.no_grad():
-            model(100 * X)
-        model.eval()
-        model(100 * X).sum().backward()
-        model.train()
-        plain(model)
-
-    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
+    model.eval()
+    model(100 * X).sum().backward()
+    model.train()
+    model.zero_grad()
+    plain(model)
 
 
-def test_a_layer_called_by_keyword(reference: Curvature) -> None:
-    def backward(model: nn.Module) -> None:
-        y = model[0](input=X).relu()  # type: ignore[index]
-        model[4](model[2](input=y).relu()).sin().mean().backward()  # type: ignore[index]
+def by_keyword(model: nn.Module) -> None:
+    y = model[0](input=X).relu()  # type: ignore[index]
+    model[4](model[2](input=y).relu()).sin().mean().backward()  # type: ignore[index]
 
-    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
+
+def after_a_pass_of_a_copy(model: nn.Module) -> None:
+    """SWA and EMA copy the model together with its hooks."""
+    copy.deepcopy(model)(100 * X).sum().backward()
+    plain(model)
+
+
+def compiled(model: nn.Module) -> None:
+    torch.compile(model, backend="eager")(X).sin().mean().backward()
+
+
+PASSES = [with_an_unused_output, after_passes_without_gradients_and_in_eval_mode, by_keyword, after_a_pass_of_a_copy]
+
+
+@pytest.mark.parametrize("train", [*PASSES, compiled], ids=lambda f: f.__name__)
+def test_only_what_backward_used_counts(train: Callable[[nn.Module], None]) -> None:
+    assert_same(observing(mlp(nn.ReLU()), train), observing(mlp(nn.ReLU()), plain))
 
 
 def test_a_layer_called_twice_sums_both_calls() -> None:
@@ -105,37 +79,17 @@ def test_a_layer_called_twice_sums_both_calls() -> None:
             y.register_hook(lambda g, x=x: seen.append((x.detach(), g)))
         second.sin().mean().backward()
 
-    curvature = curvature_of(layer, backward)
+    curvature = observing(layer, backward)
     A = sum(a.T @ a for a, _ in seen) / (2 * len(X))
     G = sum((len(X) * g).T @ (len(X) * g) for _, g in seen) / len(X)
     torch.testing.assert_close(curvature.factors.blocks(0, "A", "average")[0, 0], A)
     torch.testing.assert_close(curvature.factors.blocks(0, "G", "average")[0, 0], G)
 
 
-def test_a_gradient_penalty_pass_contributes_nothing(reference: Curvature) -> None:
-    def backward(model: nn.Module) -> None:
-        x = X.clone().requires_grad_()
-        torch.autograd.grad(model(x).sum(), x, create_graph=True)
-        plain(model)
-
-    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
-
-
-def test_a_copy_of_the_model_contributes_nothing(reference: Curvature) -> None:
-    """SWA and EMA copy the model together with its hooks."""
-
-    def backward(model: nn.Module) -> None:
-        twin = copy.deepcopy(model)
-        twin(100 * X).sum().backward()
-        plain(model)
-
-    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
-
-
 def test_a_frozen_layer_contributes_nothing() -> None:
     model = mlp(nn.ReLU())
     model[2].requires_grad_(False)
-    curvature = curvature_of(model, plain)
+    curvature = observing(model, plain)
     assert list(curvature.layers) == ["0", "4"]
     assert curvature.left_out["2"] == "frozen"
 
@@ -157,17 +111,10 @@ def test_channels_last_gives_the_same_statistics() -> None:
     ).double()
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     last = copy.deepcopy(net).to(memory_format=torch.channels_last)
-    assert_same_statistics(
-        curvature_of(last, lambda m: m(x.to(memory_format=torch.channels_last)).sin().mean().backward()),
-        curvature_of(net, lambda m: m(x).sin().mean().backward()),
+    assert_same(
+        observing(last, lambda m: m(x.to(memory_format=torch.channels_last)).sin().mean().backward()),
+        observing(net, lambda m: m(x).sin().mean().backward()),
     )
-
-
-def test_a_compiled_model_is_observed(reference: Curvature) -> None:
-    def backward(model: nn.Module) -> None:
-        torch.compile(model, backend="eager")(X).sin().mean().backward()
-
-    assert_same_statistics(curvature_of(mlp(nn.ReLU()), backward), reference)
 
 
 @pytest.mark.parametrize("options", [{}, {"stagger": True}, {"trace_rule": (1e9, 0.0)}])

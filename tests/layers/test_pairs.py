@@ -24,31 +24,9 @@ from lightning_thor import Curvature, Thor
 from lightning_thor.distributed.factor_reducer import by_size
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.factors.layout import SIDES
+from tests.helpers.observing import assert_same, factors, observing
 
 WIDTH, OUT = 6, 5
-
-
-def factors(curvature: Curvature) -> list[Tensor]:
-    return [stack.average for stack in curvature.factors.batches.values()]
-
-
-def observed(model: nn.Module, train: Callable[[nn.Module], Any], **options: Any) -> Curvature:
-    curvature = Curvature(model, block_size=None, averaging=0.0, max_rows=None, **options)
-    train(model)
-    curvature.update()
-    curvature.close()
-    return curvature
-
-
-def assert_same(one: Curvature, other: Curvature, **bounds: float) -> None:
-    """Factors and directions."""
-    torch.testing.assert_close(factors(one), factors(other), **bounds)
-    found = [
-        list(curvature.precondition({p: p.grad for p in curvature.model.parameters() if p.grad is not None}).values())
-        for curvature in (one, other)
-    ]
-    torch.testing.assert_close(*found, **bounds)
-    assert all(factor.abs().sum() > 0 for factor in factors(one))
 
 
 def directions_of(curvature: Curvature, mode: str, grads: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -148,10 +126,10 @@ def layer_of(name: str) -> nn.Module:
 def test_in_place_is_out_of_place(name: str, change: Callable[[Tensor], Tensor]) -> None:
     x = input_of(LAYERS[name][1], name)
     in_place, expected = (
-        observed(After(layer_of(name), way), lambda model: model(x).mean().backward())
+        observing(After(layer_of(name), way), lambda model: model(x).mean().backward())
         for way in (change, OUT_OF_PLACE[change])
     )
-    assert_same(in_place, expected, rtol=1e-9, atol=1e-12)
+    assert_same(in_place, expected)
 
 
 @pytest.mark.parametrize("change", OUT_OF_PLACE, ids=lambda f: f.__name__)
@@ -161,19 +139,19 @@ def test_in_a_forward_hook_of_the_user_too(name: str, hook_first: bool, change: 
     """In place or by another output, before our hook or after it (a change before it through a slice killed the
     process)."""
     x, way = input_of(LAYERS[name][1], name), OUT_OF_PLACE[change]
-    expected = observed(After(layer_of(name), way), lambda model: model(x).mean().backward())
+    expected = observing(After(layer_of(name), way), lambda model: model(x).mean().backward())
     for how in (change, way):
         model = After(layer_of(name), lambda y: y)
         train = lambda model: model(x).mean().backward()  # noqa: E731
         if hook_first:
             model.layer.register_forward_hook(lambda module, args, output, how=how: how(output))
-            assert_same(observed(model, train), expected, rtol=1e-9, atol=1e-12)
+            assert_same(observing(model, train), expected)
         else:
             curvature = Curvature(model, block_size=None, averaging=0.0, max_rows=None)
             model.layer.register_forward_hook(lambda module, args, output, how=how: how(output))
             train(model)
             curvature.update()
-            assert_same(curvature, expected, rtol=1e-9, atol=1e-12)
+            assert_same(curvature, expected)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -184,8 +162,8 @@ def test_under_checkpointing_too(change: Callable[[Tensor], Tensor], use_reentra
     def train(model: nn.Module) -> None:
         checkpoint(model, x, use_reentrant=use_reentrant).mean().backward()
 
-    expected = observed(After(layer_of("linear 3-d"), OUT_OF_PLACE[change]), train)
-    assert_same(observed(After(layer_of("linear 3-d"), change), train), expected, rtol=1e-9, atol=1e-12)
+    expected = observing(After(layer_of("linear 3-d"), OUT_OF_PLACE[change]), train)
+    assert_same(observing(After(layer_of("linear 3-d"), change), train), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -198,8 +176,8 @@ def test_under_autocast_too(change: Callable[[Tensor], Tensor], dtype: torch.dty
             loss = model(x).float().mean()
         loss.backward()
 
-    expected = observed(After(layer_of("linear 3-d").float(), OUT_OF_PLACE[change]), train)
-    assert_same(observed(After(layer_of("linear 3-d").float(), change), train), expected, rtol=1e-5, atol=1e-7)
+    expected = observing(After(layer_of("linear 3-d").float(), OUT_OF_PLACE[change]), train)
+    assert_same(observing(After(layer_of("linear 3-d").float(), change), train), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -208,11 +186,11 @@ def test_under_autocast_too(change: Callable[[Tensor], Tensor], dtype: torch.dty
 def test_compiled_too(change: Callable[[Tensor], Tensor], backend: str) -> None:
     torch._dynamo.reset()
     x = input_of((3, 4, WIDTH), "")
-    expected = observed(After(layer_of("linear 3-d"), OUT_OF_PLACE[change]), lambda m: m(x).mean().backward())
-    compiled = observed(
+    expected = observing(After(layer_of("linear 3-d"), OUT_OF_PLACE[change]), lambda m: m(x).mean().backward())
+    compiled = observing(
         After(layer_of("linear 3-d"), change), lambda m: torch.compile(m, backend=backend)(x).mean().backward()
     )
-    assert_same(compiled, expected, rtol=1e-9, atol=1e-12)
+    assert_same(compiled, expected)
 
 
 # ── subclasses ──
@@ -263,9 +241,7 @@ def test_what_a_subclass_does_to_its_output_is_as_if_it_were_done_outside(kind: 
     inside = kind(WIDTH, OUT).double()
     outside = nn.Linear(WIDTH, OUT).double()
     outside.load_state_dict(inside.state_dict())
-    assert_same(
-        observed(After(inside, lambda y: y), train), observed(After(outside, after), train), rtol=1e-9, atol=1e-12
-    )
+    assert_same(observing(After(inside, lambda y: y), train), observing(After(outside, after), train))
 
 
 class Masked(nn.Linear):
@@ -498,8 +474,8 @@ def test_the_pairs_are_those_of_the_weights_gradients(train: Callable[[nn.Module
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
-        found = observed(net(), train)
-    assert_same(found, observed(net(), lambda model: loss_of(model).backward()), rtol=1e-9, atol=1e-12)
+        found = observing(net(), train)
+    assert_same(found, observing(net(), lambda model: loss_of(model).backward()))
 
 
 def test_a_backward_pass_of_some_leaves_observes_these_alone() -> None:
@@ -520,7 +496,7 @@ def test_a_look_at_gradients_before_a_checkpointed_backward(use_reentrant: bool)
             torch.autograd.grad(1000 * y.mean(), list(model.parameters()), retain_graph=True)
         y.sin().mean().backward()
 
-    assert_same(observed(net(), train), observed(net(), lambda m: loss_of(m).backward()), rtol=1e-9, atol=1e-12)
+    assert_same(observing(net(), train), observing(net(), lambda m: loss_of(m).backward()))
 
 
 @pytest.mark.slow
@@ -533,7 +509,7 @@ def test_a_look_at_gradients_before_a_compiled_backward(backend: str) -> None:
         torch.autograd.grad(1000 * y.mean(), list(model.parameters()), retain_graph=True)
         y.sin().mean().backward()
 
-    assert_same(observed(net(), train), observed(net(), lambda m: loss_of(m).backward()), rtol=1e-9, atol=1e-12)
+    assert_same(observing(net(), train), observing(net(), lambda m: loss_of(m).backward()))
 
 
 def test_a_pair_whose_gradient_comes_after_the_step_is_none_of_the_next_refresh() -> None:
@@ -604,14 +580,14 @@ def test_a_nested_input_is_its_rows(layout: torch.layout) -> None:
         model[5](model[0](X)).sin().mean().backward()  # type: ignore[index]
 
     found, expected = _two_layers(nested), _two_layers(plain)
-    assert_same(found, expected, rtol=1e-9, atol=1e-12)
+    assert_same(found, expected)
 
 
 def _two_layers(train: Callable[[nn.Module], None]) -> Curvature:
     model = net()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return observed(nn.ModuleList([model[0], *[nn.Identity()] * 4, model[5]]), train)
+        return observing(nn.ModuleList([model[0], *[nn.Identity()] * 4, model[5]]), train)
 
 
 def test_features_made_in_inference_mode_under_autocast() -> None:
@@ -624,7 +600,7 @@ def test_features_made_in_inference_mode_under_autocast() -> None:
             loss = model(x).float().sin().mean()
         loss.backward()
 
-    curvature = observed(model, train)
+    curvature = observing(model, train)
     assert curvature.factors.updates.tolist() == [1, 1, 1, 1]
 
 
@@ -854,7 +830,7 @@ def test_natural_directions_are_in_the_units_of_the_fisher_matrix_for_a_loss_of_
         found = []
         for c in (1.0, scale):
             model = net()
-            curvature = observed(model, lambda m, c=c: (loss_of(m) * c).backward())
+            curvature = observing(model, lambda m, c=c: (loss_of(m) * c).backward())
             found.append(curvature.precondition({p: p.grad for p in model.parameters()})[model[0].weight])
         torch.testing.assert_close(found[1] * scale, found[0], rtol=1e-6, atol=0)
         assert math.isfinite(float(found[1].norm()))
@@ -981,7 +957,7 @@ def sharded(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_pairs_of_a_sharded_model_are_those_of_the_whole_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(sharded, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
-    expected = observed(net(), lambda model: loss_of(model).backward())
+    expected = observing(net(), lambda model: loss_of(model).backward())
     for rank in (0, 1):
         for found, left_out in torch.load(tmp_path / f"sharded{rank}.pt"):
             assert left_out == {}
