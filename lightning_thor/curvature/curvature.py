@@ -432,31 +432,30 @@ class Curvature:
         self.__dict__.pop("_groups", None)
 
     @torch.no_grad()
-    def precondition(self, grads: Tensors) -> Directions:
-        """Computes the natural gradient G⁻¹ grad A⁻¹ of each layer.
+    def precondition(self, grads: Tensors, mode: str = "natural") -> Directions:
+        """Compute the natural gradient G⁻¹ grad A⁻¹ of each layer, or the direction of another mode.
 
         Args:
-            grads: dL/dW by parameter, unchanged.
+            grads: dL/dW by parameter, unchanged; momenta in polar mode.
+            mode: name of a mode that this curvature serves.
 
         Returns:
             New tensors by parameter, in at least float32; copies of the gradients of parameters without curvature.
 
         Raises:
-            RuntimeError: this curvature stores neither inverses nor their roots.
+            RuntimeError: this curvature does not serve the mode.
         """
-        return {p: direction for part in self.directions(grads) for p, direction in part.items()}
+        return {p: direction for part in self.directions(grads, mode) for p, direction in part.items()}
 
     def directions(self, tensors: Tensors, mode: str = "natural") -> Iterator[Directions]:
-        """Yields the directions of a mode in parts, as its `Mode.directions` does.
-
-        If directions come from other ranks, all are one part.
+        """Yield what `precondition` returns in parts, each of some parameters; in one part if other ranks compute some.
 
         Args:
-            tensors: by parameter, unchanged: gradients, or momenta in polar mode.
-            mode: name of a mode that this curvature serves.
+            tensors: as of `precondition`.
+            mode: as of `precondition`.
 
         Yields:
-            Directions of some parameters, as of `precondition`.
+            Directions by parameter.
 
         Raises:
             RuntimeError: this curvature does not serve the mode.
@@ -476,7 +475,7 @@ class Curvature:
 
     @torch.no_grad()
     def change_basis(self, tensors: Tensors, mode: str = "adam", *, back: bool = False) -> Directions:
-        """Takes each layer's tensor to the coordinates in which the blocks of its A and G are diagonal.
+        """Take each layer's tensor to the coordinates in which the blocks of its A and G are diagonal.
 
         Args:
             tensors: gradients or moments by parameter, unchanged.
@@ -496,16 +495,18 @@ class Curvature:
             return change(self.grouped(self._groups), tensors, back=back)
 
     def grouped(self, groups: Sequence[LayerGroup]) -> GroupedLayers:
-        """Returns groups with what their directions depend on beside them.
+        """Put groups beside what else their directions depend on.
 
         Args:
-            groups: of layers of this curvature, or of rows of these.
+            groups: of layers of this curvature, or of rows of their parameters.
+
+        Returns:
+            The argument of `Mode.directions` and `Mode.change_basis`.
         """
-        unit = self.factors.gradient_unit
-        return GroupedLayers(groups, self.factors.decomposition, self.polar_layers, 1.0 if unit is None else unit)
+        return GroupedLayers(groups, self.factors.decomposition, self.polar_layers, self.gradient_unit)
 
     def check_that_it_serves(self, mode: str) -> None:
-        """Checks that directions of a mode can be computed from what is stored here.
+        """Check that directions of a mode can be computed from what is stored here.
 
         Args:
             mode: name of a mode.
@@ -614,7 +615,7 @@ class Curvature:
         return list(group_layers(self._own_layers, pairs, self.polar_layers))
 
     def inverses_of(self, name: str) -> FactorPair:
-        """Returns views of what is stored of a layer's A and G: their inverses, roots or eigenvectors by block.
+        """Views of what is stored of a layer's A and G: their inverses, roots or eigenvectors.
 
         Args:
             name: of the layer.

@@ -75,19 +75,32 @@ class ShardedCurvature:
         """As `Curvature.update`."""
         self.curvature.update()
 
-    def precondition(self, grads: Tensors) -> Directions:
-        """As `Curvature.precondition`, of this rank's part of each gradient; of the same parameters on all ranks."""
-        (directions,) = self.directions(grads)
+    def precondition(self, grads: Tensors, mode: str = "natural") -> Directions:
+        """As `Curvature.precondition`, of shards.
+
+        Args:
+            grads: this rank's shard of each gradient, of the same parameters on all ranks; nothing in it is changed.
+            mode: name of a mode that the curvature serves.
+
+        Returns:
+            This rank's shard of each direction.
+        """
+        (directions,) = self.directions(grads, mode)
         return directions
 
-    def directions(self, tensors: Tensors, mode: str = "natural") -> list[Directions]:
-        """As `Curvature.directions`, of this rank's parts, as one part."""
-        self.curvature.check_that_it_serves(mode)
-        return [self._directions(tensors, mode)]
-
     @torch.no_grad()
-    def _directions(self, shards: Tensors, mode: str) -> Directions:
-        is_polar, directions_of = MODES[mode].uses_matrix_sign, MODES[mode].directions
+    def directions(self, tensors: Tensors, mode: str = "natural") -> list[Directions]:
+        """As `Curvature.directions`, of shards, in one part.
+
+        Args:
+            tensors: as of `precondition`.
+            mode: as of `precondition`.
+
+        Returns:
+            This rank's shard of each direction.
+        """
+        self.curvature.check_that_it_serves(mode)
+        is_polar, directions_of, shards = MODES[mode].uses_matrix_sign, MODES[mode].directions, tensors
         assert directions_of is not None
         key = is_polar, frozenset(shards)
         if key not in self._plans:
@@ -99,7 +112,7 @@ class ShardedCurvature:
             parts = directions_of(curvature.grouped(plan.groups), ranges)
             directions = {p: direction for part in parts for p, direction in part.items()}
         returned = self._exchange(plan, _owned(plan, plan.arriving, directions), plan.leaving, shards, back=True)
-        return _to_shards(plan, [*returned, *_owned(plan, plan.staying, directions)], shards)
+        return [_to_shards(plan, [*returned, *_owned(plan, plan.staying, directions)], shards)]
 
     def _exchange(
         self,
