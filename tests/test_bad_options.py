@@ -62,13 +62,16 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
         ({"loss_terms": 3}, "loss_terms must be a function of a batch"),
     ],
     (thor, thor_group): [
+        *(
+            ({name: "x"}, f"{name} must be a number, got 'x'")
+            for name in ("lr", "momentum", "beta2", "weight_decay", "match_rms", "kl_clip", "clip_norm")
+        ),
         ({"lr": -1.0}, "lr must be 0 or greater, got -1.0"),
         ({"lr": NAN}, "lr must be 0 or greater, got nan"),
         ({"lr": torch.tensor(0.1)}, "lr must be a number"),
         ({"lr": None}, "lr must be a number, got None"),
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
         ({"momentum": -0.1}, "momentum must lie in"),
-        ({"momentum": "0.9"}, "momentum must be a number, got '0.9'"),
         ({"weight_decay": -1e-4}, "weight_decay must be 0 or greater"),
         ({"weight_decay": True}, "weight_decay must be a number, got True"),
         ({"match_rms": 0.0}, "match_rms must be greater than 0"),
@@ -80,7 +83,6 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
         ({"mode": "polar", "match_rms": None, "kl_clip": 1e-3}, "kl_clip is for directions of gradients"),
         ({"mode": "adam", "match_rms": None, "kl_clip": 1e-3}, "kl_clip is for directions of gradients"),
         ({"mode": "adam", "beta2": 1.0}, "beta2 must lie in"),
-        ({"mode": "adam", "beta2": "0.9"}, "beta2 must be a number"),
     ],
     (thor_group,): [({"weight_deacy": 0.1}, "does not know the option weight_deacy")],
     (configured,): [({"lr": -1}, "lr must be 0 or greater, got -1")],

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, configure_thor
+from lightning_thor.distributed.communicator import WorkerGrid
+from lightning_thor.distributed.factor_reducer import by_size
+from lightning_thor.mindspore.optimizer import thor
+from tests.helpers.fakes import FakeCommunicator
+from tests.helpers.models import Words
 from tests.helpers.preconditioners import Identity
 from tests.helpers.watch import Watch
 
@@ -27,38 +35,85 @@ def net() -> nn.Sequential:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"match_rms": None, "kl_clip": 1e-3},
-        {"nesterov": True, "weight_decay": 0.1},
-        {"match_rms": None, "clip_norm": 1.0},
-        {"mode": "polar", "nesterov": True},
-        {"mode": "adam", "weight_decay": 0.1},  # on a GPU its eigenvectors wait, at a refresh
-    ],
-)
-@pytest.mark.parametrize("damping_rule", ["trace", "pi", "sqrt"])
-@pytest.mark.parametrize("max_rows", [1024, 2])  # all rows of these batches, or some
-def test_no_step_waits_for_the_device(options: dict[str, Any], damping_rule: Any, max_rows: int, dtype: Any) -> None:
-    model = net().to(dtype)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "natural": {},
+    "kl_clip": {"match_rms": None, "kl_clip": 1e-3},
+    "weight decay": {"nesterov": True, "weight_decay": 0.1},
+    "clip_norm": {"match_rms": None, "clip_norm": 1.0},
+    "polar": {"mode": "polar", "nesterov": True},
+    "adam": {"mode": "adam", "weight_decay": 0.1},  # on a GPU its eigenvectors wait, at a refresh
+}
+Step = Callable[[], None]
+
+
+def stepping(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> Step:
+    def step() -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def alone(options: str, damping_rule: Any, max_rows: int, dtype: torch.dtype) -> Step:
+    model, own = net().to(dtype), OPTIONS[options]
     curvature = Curvature(
         model,
-        mode=options.get("mode", "natural"),
+        mode=own.get("mode", "natural"),
         update_every_n_steps=2,
         damping_rule=damping_rule,
         max_rows=max_rows,
         loss_multiplier=lambda: torch.tensor(2.0),
     )
-    optimizer = configure_thor(model, preconditioner=curvature, **options)
-    tokens = torch.randint(9, (6,))
-    for step in range(4):
+    return stepping(model, torch.randint(9, (6,)), configure_thor(model, preconditioner=curvature, **own))
+
+
+def with_others(mode: Any, n_gradient_workers: int) -> Step:
+    """Sums that start in backward; each process stores all inverses, or some."""
+    model = Words()
+    curvature = Curvature(model, mode=mode, update_every_n_steps=2, block_size=3)
+    grid = WorkerGrid(FakeCommunicator(2), FakeCommunicator(n_gradient_workers))
+    curvature.connect(FakeCommunicator(), bucket_fn=by_size(1), is_sync_step=lambda: True, worker_grid=grid)
+    return stepping(model, torch.arange(6), configure_thor(model, mode=mode, preconditioner=curvature))
+
+
+def tied() -> Step:
+    model = Words()
+    curvature = Curvature(model, update_every_n_steps=1)
+    return stepping(model, torch.arange(6), configure_thor(model, preconditioner=curvature))
+
+
+def of_nn_thor(variant: str) -> Step:
+    model = nn.Sequential(
+        nn.Embedding(9, 8), nn.LayerNorm(8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 4, 1), nn.Flatten()
+    )
+    model.append(nn.Linear(16, 2))
+    own, schedule = list(model.parameters()), torch.full((4,), 0.1)
+    groups = [{"params": own[:3]}, {"params": own[3:5], "grad_centralization": True}, {"params": own[5:], "lr": 0.2}]
+    optimizer = thor(model, schedule, schedule, 0.9, enable_clip_grad=True, frequency=2, variant=variant, params=groups)
+    return stepping(model, torch.randint(9, (6,)), optimizer)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(
+            partial(alone, *case)
+            # All rows of these batches, or some.
+            for case in product(OPTIONS, ("trace", "pi", "sqrt"), (1024, 2), (torch.float32, torch.float64))
+        ),
+        *(partial(with_others, *case) for case in (("natural", 1), ("natural", 2), ("polar", 2))),
+        tied,
+        *(partial(of_nn_thor, variant) for variant in ("gpu", "ascend")),
+    ],
+    ids=lambda make: " ".join(map(str, (make.func.__name__, *make.args))) if isinstance(make, partial) else None,
+)
+def test_no_step_waits_for_the_device(make: Callable[[], Step]) -> None:
+    step = make()
+    for number in range(4):
         with Watch() as watch:
-            model(tokens).square().mean().backward()
-            optimizer.step()
-        assert not watch.waiting, f"step {step} waits by {watch.waiting}"
-        optimizer.zero_grad()
+            step()
+        assert not watch.waiting, f"step {number} waits by {watch.waiting}"
 
 
 def test_a_check_that_would_wait_is_seen() -> None:

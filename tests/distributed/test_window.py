@@ -188,18 +188,6 @@ def test_without_early_starts_a_skipped_step_says_nothing_to_others() -> None:
     assert len(communicator.log) == 9
 
 
-def test_no_step_with_other_processes_waits_for_the_device() -> None:
-    model, communicator = layers(), FakeCommunicator()
-    curvature = Curvature(model, update_every_n_steps=1, block_size=3)
-    curvature.connect(communicator, bucket_fn=by_size(1), is_sync_step=lambda: True)
-    for step in range(3):
-        with Watch() as watch:
-            chain(model, torch.randn(5, 6, dtype=torch.float64), step).square().mean().backward()
-            curvature.update()
-        assert not watch.waiting, f"step {step} waits by {watch.waiting}"
-    assert any(communicator.in_backward)
-
-
 # ── what is counted on the host ──
 
 

@@ -19,13 +19,11 @@ from examples.resnet import ResNet50
 from lightning_thor import Curvature, Thor, ThorDDPStrategy, configure_thor
 from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
 from lightning_thor.distributed.shared_directions import SharedDirections
-from lightning_thor.linalg import memory
 from lightning_thor.trainer.report import curvature_table
 from tests.helpers.boring import assert_bitwise, without_words
 from tests.helpers.distributed_workers import ROWS, Module, fit, four_ranks, results_folder, two_ranks
 from tests.helpers.distributed_workers import state as strategy_state
 from tests.helpers.fakes import FakeCommunicator, Place, on_ranks
-from tests.helpers.watch import Watch
 
 N, WIDTH, VOCABULARY = 12, 8, 7
 LAYOUTS = [(2, 1), (3, 1), (4, 2)]
@@ -291,20 +289,6 @@ def test_parameter_groups_of_both_modes_get_the_directions_of_each() -> None:
     (expected, *_), found = (on_ranks(2, n_workers, work) for n_workers in (None, 1))
     for trained in found:
         torch.testing.assert_close(trained.weights(), expected.weights(), rtol=1e-10, atol=1e-12)
-
-
-def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "HOST", set())
-    net = Net()
-    curvature = Curvature(net, mode="polar", update_every_n_steps=2, block_size=4)
-    communicator = Counting(2)
-    curvature.connect(communicator, worker_grid=WorkerGrid(communicator, communicator))
-    optimizer = configure_thor(net, mode="polar", preconditioner=curvature)
-    for step in range(3):
-        with Watch() as watch:
-            net(TOKENS).square().mean().backward()
-            optimizer.step()
-        assert not watch.waiting, f"step {step} waits by {watch.waiting}"
 
 
 def test_the_work_of_a_step_is_shared_out_evenly() -> None:

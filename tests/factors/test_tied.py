@@ -12,7 +12,6 @@ from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.linalg.block_diagonal import diagonal_to_blocks
 from lightning_thor.trainer.report import curvature_table
 from tests.helpers.formulas import preconditioned
-from tests.helpers.watch import Watch
 
 N, POSITIONS, WIDTH = 6, 4, 5
 
@@ -215,15 +214,6 @@ def test_a_weight_shared_by_layers_of_other_kinds_is_preconditioned_as_the_first
     layers, left_out = discover_layers(model, block_size=None, precondition_bias=False)
     assert list(layers) == ["a"]
     assert left_out == {"b": "shares its weight with 'a', which is preconditioned"}
-
-
-def test_no_refresh_of_a_tied_model_waits_for_the_device() -> None:
-    model = Tied()
-    curvature = Curvature(model)
-    with Watch() as watch:
-        loss(model).backward()
-        curvature.update()
-    assert not watch.waiting
 
 
 @pytest.mark.parametrize("max_rows", [None, 40, 12])

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from lightning_thor import ThorCallback
 from lightning_thor.mindspore.optimizer import MindSporeThor, thor
 from tests.helpers.boring import Boring, trainer, without_words
-from tests.helpers.watch import Watch
 
 FOLDER = Path(__file__).parents[3] / "shared" / "oracle"  # outside the project: skipped where it is absent
 needs_recordings = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no recordings of nn.thor in {FOLDER.name}/")
@@ -291,21 +290,3 @@ def test_its_state_can_be_saved_without_a_trainer() -> None:
 def test_the_callback_beside_it_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found a MindSporeThor that has a preconditioner already"):
         trainer(tmp_path).fit(Migrated())
-
-
-@pytest.mark.parametrize("variant", ["gpu", "ascend"])
-def test_no_step_of_it_waits_for_the_device(variant: str) -> None:
-    net = nn.Sequential(
-        nn.Embedding(9, 8), nn.LayerNorm(8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 4, 1), nn.Flatten()
-    )
-    net.append(nn.Linear(16, 2))
-    own = list(net.parameters())
-    groups = [{"params": own[:3]}, {"params": own[3:5], "grad_centralization": True}, {"params": own[5:], "lr": 0.2}]
-    schedule = torch.full((4,), 0.1)
-    optimizer = thor(net, schedule, schedule, 0.9, enable_clip_grad=True, frequency=2, variant=variant, params=groups)
-    for step in range(4):
-        with Watch() as watch:
-            net(torch.randint(9, (6,))).square().mean().backward()
-            optimizer.step()
-        assert not watch.waiting, f"step {step} waits by {watch.waiting}"
-        optimizer.zero_grad()
