@@ -20,7 +20,7 @@ from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.linalg.decompositions import damped_inverses
 from lightning_thor.linalg.matrix_sign import msign
-from tests.helpers.boring import Boring, callback_of, everything, trainer
+from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
 from tests.helpers.fakes import FakeCommunicator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -68,7 +68,7 @@ def stepper(device: str, dtype: torch.dtype, mode: str, **options: Any) -> tuple
     model, tokens, labels = Net().to(device, dtype), torch.randint(9, (12, 6)), torch.randint(5, (12,))
     tokens, labels = tokens.to(device), labels.to(device)
     own = {"update_every_n_steps": 3, "block_size": 8, "max_rows": 32, **options}
-    optimizer = configure_thor(model, lr=0.01, mode=mode, preconditioner=Curvature(model, mode=mode, **own))  # type: ignore[arg-type]
+    optimizer = configure_thor(model, lr=0.01, mode=mode, preconditioner=Curvature(model, mode=mode, **own))
 
     def step() -> None:
         nn.functional.cross_entropy(model(tokens), labels).backward()
@@ -222,9 +222,9 @@ def test_a_trainer_of_one_rank_over_nccl_is_one_without(
     for one in ("auto", strategy):
         found = trainer(tmp_path, precision=precision, strategy=one, use_distributed_sampler=False, **deterministic)
         found.fit(Boring())
-        assert callback_of(found).curvature.factors.flat_sums.isfinite().all()  # type: ignore[union-attr]
+        assert callback_of(found).curvature.factors.flat_sums.isfinite().all()
         fits.append([tensor.cpu() for tensor in everything(found)])
-    torch.testing.assert_close(*fits, rtol=0, atol=0)
+    assert_bitwise(*fits)
 
 
 def test_a_step_that_overflows_is_skipped_and_the_curvature_with_it(tmp_path: Path) -> None:
@@ -232,7 +232,6 @@ def test_a_step_that_overflows_is_skipped_and_the_curvature_with_it(tmp_path: Pa
     found = trainer(tmp_path, accelerator="gpu", max_epochs=12, plugins=[MixedPrecision("16-mixed", "cuda", scaler)])
     found.fit(Boring())
     curvature = callback_of(found).curvature
-    assert curvature is not None
     assert 0 < curvature.step < found.global_step == 48
     assert all(torch.isfinite(tensor).all() for tensor in everything(found))
     assert curvature.factors.rejected_windows == 0
@@ -247,7 +246,7 @@ def test_a_resumed_fit_is_bitwise_the_unbroken_one(tmp_path: Path, deterministic
     unbroken.fit(Boring(mode=mode))
     resumed = trainer(tmp_path, ThorCallback(update_every_n_steps=3, summary=False), max_epochs=4, **options)
     resumed.fit(Boring(mode=mode), ckpt_path=str(tmp_path / "epoch=1.ckpt"))
-    torch.testing.assert_close(everything(resumed), everything(unbroken), rtol=0, atol=0)
+    assert_bitwise(everything(resumed), everything(unbroken))
 
 
 @pytest.mark.slow

@@ -84,8 +84,8 @@ def test_after_its_last_epoch_the_learning_rate_of_resnet_50_is_zero(variant: An
     [
         (lambda: ResNet50LearningRate(0), "steps_per_epoch must be greater than 0, got 0"),
         (lambda: ResNet50Damping(-1), "steps_per_epoch must be greater than 0, got -1"),
-        (lambda: ResNet50Damping(10, "cpu"), "variant must be one of gpu, ascend, got 'cpu'"),  # type: ignore[arg-type]
-        (lambda: resnet50_imagenet(10, "GPU"), "variant must be one of gpu, ascend, got 'GPU'"),  # type: ignore[arg-type]
+        (lambda: ResNet50Damping(10, "cpu"), "variant must be one of gpu, ascend, got 'cpu'"),
+        (lambda: resnet50_imagenet(10, "GPU"), "variant must be one of gpu, ascend, got 'GPU'"),
         (lambda: bert_large(0), "n_steps must be greater than 0, got 0"),
     ],
 )

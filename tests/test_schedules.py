@@ -31,7 +31,6 @@ class Refreshes(ThorCallback):
         self.steps: list[int] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        assert self.curvature is not None
         if self.curvature.is_due():
             self.steps.append(self.curvature.step)
 
@@ -54,7 +53,7 @@ def test_a_fit_refreshes_often_at_first_and_once_an_epoch_at_the_end(
         "--trainer.callbacks.update_every_n_steps.end=5",
         "--trainer.callbacks.update_every_n_steps.growth=0.5",
     )
-    callback: Any = next(c for c in ran.trainer.callbacks if isinstance(c, ThorCallback))  # type: ignore[attr-defined]
+    callback: Any = next(c for c in ran.trainer.callbacks if isinstance(c, ThorCallback))
     # After step 4 half of it, 2; after 6, 3; after 9, 4; after 13 and on the longest, 5.
     assert callback.steps == [0, 1, 2, 3, 4, 6, 9, 13, 18, 23]
 

@@ -26,7 +26,7 @@ from lightning_thor.block_size.choose import BlockSplit, candidates, choose_bloc
 from lightning_thor.block_size.spectral_loss import spectral_losses
 from lightning_thor.linalg.block_diagonal import partition
 from lightning_thor.trainer import callback, report
-from tests.helpers.boring import Boring, callback_of, everything, trainer
+from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
 
 # ── the loss of cutting ──
 
@@ -249,7 +249,7 @@ def test_gradients_buffers_and_random_numbers_stay() -> None:
     grads = {p: (p.grad, p.grad.clone()) for p in net.parameters() if p.grad is not None}
     state = torch.get_rng_state()
     choose_block_size(net, loss)
-    torch.testing.assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
+    assert_bitwise(dict(net.state_dict()), before)
     assert torch.equal(torch.get_rng_state(), state)
     for p, (grad, value) in grads.items():
         assert p.grad is grad
@@ -264,10 +264,10 @@ def test_a_failing_loss_leaves_no_trace_either() -> None:
         loss()
         raise KeyError("broken data")
 
-    before = net.norm.running_mean.clone()  # type: ignore[union-attr]
+    before = net.norm.running_mean.clone()
     with pytest.raises(KeyError, match="broken data"):
         choose_block_size(net, failing)
-    assert torch.equal(net.norm.running_mean, before)  # type: ignore[arg-type]
+    assert torch.equal(net.norm.running_mean, before)
     assert not any(module._forward_hooks for module in net.modules())
 
 
@@ -325,7 +325,6 @@ class Careful(Boring):
         self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
         loss = self.loss(logits, y)
         self.log_dict({"loss": loss}, on_step=True)
-        assert self.logger is not None
         self.logger.log_metrics({"seen": self.seen}, step=self.global_step)
         self.seen += 1
         self.losses.append(float(loss.detach()))
@@ -382,10 +381,9 @@ def test_a_fit_that_chose_its_block_size_is_bitwise_the_fit_with_that_size(
     timed_as(monkeypatch, 0.2)
     found, chosen = results(tmp_path, Several(data), "auto", **options)
     own = callback_of(found)
-    assert own.split is not None
     assert own.block_size == own.split.block_size == 16
     _, fixed = results(tmp_path, Several(data), 16, **options)
-    torch.testing.assert_close(chosen[:4], fixed[:4], rtol=0, atol=0)
+    assert_bitwise(chosen[:4], fixed[:4])
     assert chosen[4] == fixed[4]
     assert torch.equal(chosen[5], fixed[5])
 
@@ -401,7 +399,7 @@ def test_a_loader_that_is_there_already_is_not_disturbed(tmp_path: Path, monkeyp
     timed_as(monkeypatch, 0.2)
     _, chosen = results(tmp_path, Counting(with_own_generator), "auto")
     _, fixed = results(tmp_path, Counting(with_own_generator), 16)
-    torch.testing.assert_close(chosen[:4], fixed[:4], rtol=0, atol=0)
+    assert_bitwise(chosen[:4], fixed[:4])
 
 
 def test_the_rate_finder_comes_after_the_choice(tmp_path: Path) -> None:
@@ -409,7 +407,6 @@ def test_the_rate_finder_comes_after_the_choice(tmp_path: Path) -> None:
     own = ThorCallback(block_size="auto", summary=False)
     found = trainer(tmp_path, finder, own, max_epochs=1)
     found.fit(Boring())
-    assert own.curvature is not None
     assert (own.curvature.step, own.split is not None) == (4, True)
 
 
@@ -426,7 +423,7 @@ def test_a_resumed_run_takes_the_block_size_of_its_checkpoint(tmp_path: Path, mo
     monkeypatch.setattr(callback, "try_block_sizes", None)  # not to be called again
     path = tmp_path / "a" / "epoch=0.ckpt"
     resumed = fit("auto", tmp_path / "b", ckpt_path=path, weights_only=True)
-    torch.testing.assert_close(everything(resumed), everything(unbroken), rtol=0, atol=0)
+    assert_bitwise(everything(resumed), everything(unbroken))
     assert callback_of(resumed).block_size == callback_of(unbroken).block_size == 16
     assert callback_of(resumed).split is None
     checkpoint = torch.load(path, weights_only=True)
@@ -489,7 +486,7 @@ def test_what_cannot_be_tried_is_told(tmp_path: Path, module: type[Boring], word
 
 def test_a_step_that_takes_the_batch_alone_and_gives_a_dict_is_tried(tmp_path: Path) -> None:
     class Other(Boring):
-        def training_step(self, batch: list[Tensor]) -> Any:  # type: ignore[override]
+        def training_step(self, batch: list[Tensor]) -> Any:
             return {"loss": super().training_step(batch, 0)}
 
     found = trainer(tmp_path, ThorCallback(block_size="auto", summary=False), max_epochs=1)
@@ -505,7 +502,7 @@ SPLIT = BlockSplit(32, 24.3, [1, 16, 32, 40], [0.0, 0.4, 0.7, 1.0], [1e-3, 1.5e-
 def printed(made: BlockSplit) -> str:
     console = Console(file=io.StringIO(), width=140)
     console.print(report.split_table(made))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    text: str = console.file.getvalue()
     return text
 
 
@@ -574,8 +571,6 @@ def test_the_second_fit_of_a_callback_measures_anew(tmp_path: Path) -> None:
             return configure_thor(self)
 
     trainer(tmp_path, own, max_epochs=1).fit(Another())
-    assert own.split is not None
-    assert first is not None
     assert (first.candidates[-1], own.split.candidates[-1]) == (36, 64)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_thor import Curvature, Thor, ThorCallback
-from tests.helpers.boring import Boring, trainer, without_words
+from tests.helpers.boring import Boring, assert_bitwise, trainer, without_words
 from tests.helpers.models import Words
 
 State = dict[str, Any]
@@ -52,9 +52,7 @@ def saved(mode: str = "natural") -> State:
 def test_a_sound_state_is_taken(mode: Any) -> None:
     curvature = trained(mode, n_steps=1)
     curvature.load_state_dict(saved(mode))
-    torch.testing.assert_close(
-        without_words(curvature.state_dict()), without_words(trained(mode).state_dict()), rtol=0, atol=0
-    )
+    assert_bitwise(without_words(curvature.state_dict()), without_words(trained(mode).state_dict()))
 
 
 @pytest.mark.parametrize("key", ["step", "refreshes", "turns", "failed_inversions", "rejected_windows", "layers"])

@@ -145,7 +145,7 @@ def test_a_registered_layer_is_the_references_linear_layer(statistics: str) -> N
     ours = Sequence(per_position).double()
     ours.load_state_dict(theirs.state_dict())
     theirs.first.bias.data.zero_()
-    ours.first = Mirrored(theirs.first.weight.detach().T.clone())  # type: ignore[assignment]
+    ours.first = Mirrored(theirs.first.weight.detach().T.clone())
     terms = 7 if per_position else 1
     x, y = torch.randn(5, 7, 4, dtype=torch.float64), torch.randint(3, (5 * terms,))
     curvature = observed(ours, x, y, statistics)

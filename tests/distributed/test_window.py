@@ -17,7 +17,7 @@ from lightning_thor.distributed.communicator import SingleProcess
 from lightning_thor.distributed.factor_reducer import FactorReducer, by_layer, by_size
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.layout import SIDES
-from tests.helpers.boring import without_words
+from tests.helpers.boring import assert_bitwise, without_words
 from tests.helpers.fakes import FakeCommunicator, Place, on_ranks
 from tests.helpers.watch import Watch
 
@@ -64,7 +64,7 @@ def unused_head(model: nn.ModuleList, x: Tensor, step: int) -> Tensor:
 
 
 def sometimes(model: nn.ModuleList, x: Tensor, step: int) -> Tensor:
-    return chain(model, x, step) if step % 2 == 0 else chain(model[1:], x, step)  # type: ignore[arg-type]
+    return chain(model, x, step) if step % 2 == 0 else chain(model[1:], x, step)
 
 
 def train(forward: Forward, communicator: Any = None, steps: int = 4, is_sync_step: Any = lambda: True) -> Curvature:
@@ -167,11 +167,11 @@ def test_a_skipped_step_ends_what_is_on_its_way_and_leaves_no_trace() -> None:
     communicator = FakeCommunicator()
     curvature = train(chain, communicator, steps=2)
     before = {name: tensor.clone() for name, tensor in curvature.state_dict()["layers"]["1"].items()}
-    chain(curvature.model, torch.randn(5, 6, dtype=torch.float64), 0).mean().backward()  # type: ignore[arg-type]
+    chain(curvature.model, torch.randn(5, 6, dtype=torch.float64), 0).mean().backward()
     curvature.discard()
     assert communicator.log[-8:] == [START] * 4 + [WAIT] * 4
     assert curvature.factors.flat_sums.abs().sum() == 0
-    torch.testing.assert_close(curvature.state_dict()["layers"]["1"], before, rtol=0, atol=0)
+    assert_bitwise(curvature.state_dict()["layers"]["1"], before)
 
 
 def test_a_skipped_step_ends_sums_that_only_others_have_started() -> None:
@@ -217,7 +217,7 @@ def test_a_bucket_that_starts_early_takes_the_counts_of_its_own_layers_alone() -
                 each.count(layer, 1, part, 0.0)
         flat = stacks.pack_window(stacks.index((3,)))
     assert flat[-3] > 0
-    torch.testing.assert_close(stacks.counts[:3], whole.counts[:3], rtol=0, atol=0)
+    assert_bitwise(stacks.counts[:3], whole.counts[:3])
     assert whole.counts[2, 1] == torch.tensor(sum(parts), dtype=torch.float32)
 
 
@@ -232,7 +232,7 @@ def test_numbers_of_the_host_and_of_the_device_add_up() -> None:
 
 def test_what_is_counted_of_a_skipped_step_is_forgotten_with_it() -> None:
     curvature = train(chain, steps=1)
-    chain(curvature.model, torch.randn(5, 6, dtype=torch.float64), 0).mean().backward()  # type: ignore[arg-type]
+    chain(curvature.model, torch.randn(5, 6, dtype=torch.float64), 0).mean().backward()
     curvature.discard()
     assert not curvature.factors.counts.any()
 

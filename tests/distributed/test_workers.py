@@ -72,8 +72,7 @@ class Trained(NamedTuple):
 
     @property
     def receivers(self) -> FakeCommunicator:
-        assert self.place.workers is not None
-        return self.place.workers.gradient_workers  # type: ignore[return-value]
+        return self.place.workers.gradient_workers
 
 
 def fresh(place: Place, **options: Any) -> Trained:
@@ -110,11 +109,11 @@ def train(n_ranks: int, n_workers: int | None, n_steps: int = 8, skip_at: int = 
 
 
 def alone(**options: Any) -> Trained:
-    return fresh(Place(0, SingleProcess(), None), **options)  # type: ignore[arg-type]
+    return fresh(Place(0, SingleProcess(), None), **options)
 
 
 def state(trained: Trained) -> dict[str, Any]:
-    return without_words(trained.curvature.state_dict())  # type: ignore[no-any-return]
+    return without_words(trained.curvature.state_dict())
 
 
 def common(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -146,7 +145,7 @@ def test_whoever_keeps_the_inverses_the_numbers_are_the_same(options: str, n_ran
     expected, found = one_process(options), train(n_ranks, n_workers, **OPTIONS[options])
     for trained in found:
         torch.testing.assert_close(trained.weights(), expected.weights(), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(trained.weights(), found[0].weights(), rtol=0, atol=0)
+        assert_bitwise(trained.weights(), found[0].weights())
         theirs, ours = state(expected), state(trained)
         for name, layer in ours.pop("layers").items():
             torch.testing.assert_close(*common(layer, theirs["layers"][name]), rtol=1e-8, atol=1e-10)
@@ -268,7 +267,7 @@ def test_directions_travel_in_the_widest_dtype_of_the_gradients_but_not_in_float
     assert communicator.messages == [("all_gather", 16 * travels.itemsize)]
     assert {direction.dtype for direction in found.values()} == {torch.float32}
     (own,) = shared.own_grads(grads)
-    torch.testing.assert_close(found[own], grads[own].float(), rtol=0, atol=0)
+    assert_bitwise(found[own], grads[own].float())
 
 
 @pytest.mark.parametrize("mode", ["natural", "polar"])
@@ -364,7 +363,7 @@ def test_a_checkpoint_of_the_first_process_goes_on_with_any_number_of_processes_
         resumed = fresh(place, **OPTIONS[options])
         parts = (resumed.curvature, resumed.optimizer, resumed.net)
         for part, its in zip(parts, copy.deepcopy(states), strict=True):
-            part.load_state_dict(its)  # type: ignore[arg-type]
+            part.load_state_dict(its)
         go_on(resumed, range(n_steps, 11))
         return resumed
 
@@ -393,7 +392,7 @@ def test_inverses_that_a_checkpoint_lacks_come_back(n_steps: int, mode: str, dam
     found = state(restored)["layers"]
     torch.testing.assert_close(found, everywhere, rtol=1e-12, atol=1e-12)
     for name, layer in found.items():
-        torch.testing.assert_close(*common(layer, states[0]["layers"][name]), rtol=0, atol=0)
+        assert_bitwise(*common(layer, states[0]["layers"][name]))
 
 
 def test_a_silent_layer_has_the_identity_after_a_checkpoint_too() -> None:
@@ -409,7 +408,7 @@ def test_a_silent_layer_has_the_identity_after_a_checkpoint_too() -> None:
         restored.curvature.load_state_dict(saved.curvature.state_dict())
         for name, layer in restored.curvature.state_dict()["layers"].items():
             identity = torch.eye(layer["G"].shape[-1], dtype=torch.float64).expand_as(layer["G"])
-            torch.testing.assert_close(layer["G_inverse"], identity, rtol=0, atol=0)
+            assert_bitwise(layer["G_inverse"], identity)
             assert not layer["G_inverted"].any(), name
 
 
@@ -436,7 +435,7 @@ def test_a_block_whose_inversion_failed_has_lost_its_older_inverse_and_that_is_t
     for name in lost:
         own = restored.state_dict()["layers"][name]
         trace = own["A"].diagonal(dim1=-2, dim2=-1).sum()
-        mean = trace / restored.layers[name].A.width  # type: ignore[union-attr]
+        mean = trace / restored.layers[name].A.width
         block = torch.eye(own["A"].shape[-1], dtype=torch.float64) / (mean + own["A_added"])
         torch.testing.assert_close(own["A_inverse"][0, 0], block)
         assert own["A_inverted"].tolist()[0] is False
@@ -452,7 +451,7 @@ def test_a_factor_that_became_zero_keeps_its_inverse_but_not_through_a_checkpoin
     stacks.invert(stacks.index(tuple(stacks.has_inverse)), "trace", 0.7, trained.curvature.solve)
     saved = copy.deepcopy(trained.curvature.state_dict())
     for key in ("G_added", "G_inverse"):
-        torch.testing.assert_close(saved["layers"][name][key], before[key], rtol=0, atol=0)
+        assert_bitwise(saved["layers"][name][key], before[key])
     saved["layers"][name].pop("G_inverse")
     trained.curvature.load_state_dict(saved)
     expected = torch.eye(4, dtype=torch.float64).expand(1, 6, 4, 4) / before["G_added"]

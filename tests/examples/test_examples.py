@@ -23,6 +23,7 @@ from examples.cifar10 import MEAN, STD, CIFAR10Data, normalise, random_crop_and_
 from examples.digits import DigitsData, DigitsNet
 from examples.resnet import ResNet18
 from lightning_thor import Curvature, ThorCallback, configure_thor
+from tests.helpers.boring import assert_bitwise
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120
@@ -92,7 +93,7 @@ def test_the_contenders_of_the_demo_start_from_the_same_weights_and_see_the_same
         seen[name] = [*(p.detach().clone() for p in module.parameters()), next(iter(data.train_dataloader()))[0]]
     reference = seen.pop("THOR")
     for tensors in seen.values():
-        torch.testing.assert_close(tensors, reference, rtol=0, atol=0)
+        assert_bitwise(tensors, reference)
 
 
 def test_a_target_that_was_not_reached_is_said() -> None:
@@ -190,7 +191,7 @@ def test_an_augmented_image_is_a_shifted_or_mirrored_one() -> None:
     images = torch.arange(1, 65, dtype=torch.uint8).reshape(1, 1, 8, 8).repeat(200, 1, 1, 1)
     original = images.clone()
     augmented = random_crop_and_flip(images, padding=2, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(images, original, rtol=0, atol=0)
+    assert_bitwise(images, original)
     padded = torch.nn.functional.pad(images[:1], (2,) * 4)
     allowed = set()
     for down in range(5):
@@ -228,8 +229,8 @@ def test_targets_are_the_next_characters(tmp_path: Path) -> None:
     assert len(batches) == 4
     for characters, following in batches:
         assert characters.shape == following.shape == (3, 5)
-        torch.testing.assert_close(following[:, :-1], characters[:, 1:], rtol=0, atol=0)
-        torch.testing.assert_close(following, (characters + 1) % 8, rtol=0, atol=0)
+        assert_bitwise(following[:, :-1], characters[:, 1:])
+        assert_bitwise(following, (characters + 1) % 8)
 
 
 def test_the_windows_of_an_epoch_depend_on_the_seed_and_the_epoch_alone() -> None:

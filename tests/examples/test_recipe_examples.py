@@ -16,6 +16,7 @@ from examples.imagenet import MEAN, STD, ImageFolderData, middle_box, random_box
 from examples.resnet import ResNet50
 from lightning_thor import Curvature
 from lightning_thor.recipes import ResNet50LearningRate, bert_large
+from tests.helpers.boring import assert_bitwise
 from tests.helpers.commands import DATA, checkpoint_in, command, metrics_in
 
 # ── ResNet-50 ──
@@ -117,7 +118,7 @@ def test_more_classes_than_the_classifier_has_are_refused(plain_images: Path) ->
     classifier = ImageClassifier(nn.Identity(), num_classes=2)
     data = ImageFolderData(str(plain_images))
     data.setup()
-    classifier._trainer = type("Trainer", (), {"datamodule": data})  # type: ignore[assignment]
+    classifier._trainer = type("Trainer", (), {"datamodule": data})
     with pytest.raises(
         ValueError, match=r"has 3 classes, the classifier only num_classes=2\. Set --model\.num_classes 3"
     ):
@@ -131,13 +132,13 @@ def test_as_many_tokens_of_each_piece_are_hidden_and_never_the_first_or_last() -
     tokens = torch.randint(10, 1000, (64, 42))
     original = tokens.clone()
     inputs, labels = hide_tokens(tokens, mask=4, vocab_size=1000)
-    torch.testing.assert_close(tokens, original, rtol=0, atol=0)
+    assert_bitwise(tokens, original)
     hidden = labels != NO_TARGET
     assert hidden.sum(1).tolist() == [6] * 64  # 15 % of 40
     assert not hidden[:, [0, -1]].any()
     assert hidden[:, 1:-1].any(0).all()
-    torch.testing.assert_close(labels[hidden], tokens[hidden], rtol=0, atol=0)
-    torch.testing.assert_close(inputs[~hidden], tokens[~hidden], rtol=0, atol=0)
+    assert_bitwise(labels[hidden], tokens[hidden])
+    assert_bitwise(inputs[~hidden], tokens[~hidden])
 
 
 def test_of_the_hidden_tokens_eight_in_ten_are_masked_one_is_random_and_one_stays() -> None:
@@ -193,7 +194,7 @@ def test_training_hides_other_tokens_each_time_and_validation_the_same(text_data
     seen = next(iter(text_data.val_dataloader()))
     text_data.setup()
     again = next(iter(text_data.val_dataloader()))
-    torch.testing.assert_close(text_data.on_after_batch_transfer(seen, 0), again, rtol=0, atol=0)
+    assert_bitwise(text_data.on_after_batch_transfer(seen, 0), again)
 
 
 def test_a_tokenizer_that_is_there_is_used_and_one_without_a_mask_is_refused(text_data: MaskedTextData) -> None:
@@ -230,7 +231,7 @@ def test_a_model_that_does_not_fit_the_text_is_refused(
     model = BertPretraining(
         **{"vocab_size": 60, "layers": 1, "width": 8, "heads": 2, "inner": 16, "context": 10, **sizes}
     )
-    model._trainer = type("Trainer", (), {"datamodule": text_data})  # type: ignore[assignment]
+    model._trainer = type("Trainer", (), {"datamodule": text_data})
     with pytest.raises(ValueError, match=message):
         model.setup("fit")
 
@@ -250,7 +251,7 @@ def test_what_is_logged_is_the_loss_and_the_share_of_hidden_tokens_found() -> No
     model = BertPretraining(vocab_size=30, layers=1, width=8, heads=2, inner=16, context=12, dropout=0.0)
     inputs, labels = hide_tokens(torch.randint(5, 30, (6, 12)), mask=4, vocab_size=30)
     logged: dict[str, Tensor] = {}
-    model.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[assignment, misc]
+    model.log = lambda name, value, **_: logged.update({name: value})
     model.validation_step((inputs, labels), 0)
     hidden = labels != NO_TARGET
     logits = model.bert(input_ids=inputs).logits[hidden]

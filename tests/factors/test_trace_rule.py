@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_thor import Curvature, ThorCallback, configure_thor
 from lightning_thor.curvature.refresh_schedule import DECISION_DELAY_STEPS, RefreshSchedule
 from lightning_thor.factors.trace_rule import KEEP, STOP, UPDATE
-from tests.helpers.boring import Boring, callback_of, everything, trainer, without_words
+from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer, without_words
 from tests.helpers.watch import Watch
 
 
@@ -128,7 +128,7 @@ def test_thor_nt_is_no_rule_at_all(stagger: bool) -> None:
             observe(model, batch(step))
             curvature.update()
         states.append(without_words(curvature.state_dict()))
-    torch.testing.assert_close(states[1:], [states[0]] * 2, rtol=0, atol=0)
+    assert_bitwise(states[1:], [states[0]] * 2)
 
 
 def test_the_loss_scale_and_accumulation_change_no_verdict() -> None:
@@ -269,12 +269,11 @@ def test_a_fit_with_a_rule_logs_the_share_and_resumes_bitwise(tmp_path: Path) ->
     unbroken = trainer(tmp_path, callback(), each, enable_checkpointing=True, max_epochs=3)
     unbroken.fit(Boring())
     curvature = callback_of(unbroken).curvature
-    assert curvature is not None
     done, turns = curvature.refreshes
     assert 0 < done < turns
     resumed = trainer(tmp_path, callback(), max_epochs=3)
     resumed.fit(Boring(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
-    torch.testing.assert_close(everything(resumed), everything(unbroken), rtol=0, atol=0)
+    assert_bitwise(everything(resumed), everything(unbroken))
 
 
 def test_a_training_with_a_rule_steps_with_the_kept_inverses() -> None:
@@ -288,5 +287,5 @@ def test_a_training_with_a_rule_steps_with_the_kept_inverses() -> None:
         optimizer.step()
         if step == 0:
             first = curvature.factors.blocks(0, "A", "inverse").clone()
-    torch.testing.assert_close(curvature.factors.blocks(0, "A", "inverse"), first, rtol=0, atol=0)
+    assert_bitwise(curvature.factors.blocks(0, "A", "inverse"), first)
     assert not torch.equal(first[0, 0], torch.eye(6).double())

@@ -92,7 +92,7 @@ def trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
 
 
 def callback_of(trainer: L.Trainer) -> ThorCallback:
-    (callback,) = (c for c in trainer.callbacks if isinstance(c, ThorCallback))  # type: ignore[attr-defined]
+    (callback,) = (c for c in trainer.callbacks if isinstance(c, ThorCallback))
     return callback
 
 

@@ -23,7 +23,7 @@ class Own:
 
 
 class OwnInterval(Own):
-    def __call__(self, step: int) -> int:  # type: ignore[override]
+    def __call__(self, step: int) -> int:
         return 2
 
 
@@ -39,7 +39,7 @@ class OfTwo:
 class Meta(type):
     """Whose instances are classes."""
 
-    def __call__(cls, step: int) -> float:  # type: ignore[override]
+    def __call__(cls, step: int) -> float:
         return 1.0
 
 

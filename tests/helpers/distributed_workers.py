@@ -120,7 +120,7 @@ class Module(L.LightningModule):
             inputs, targets = (part.split(list(self.parts))[rank] for part in self.batch(number))
             numbers = torch.full((len(targets),), number)
             pieces += list(zip(*(x.chunk(self.micro_batches) for x in (inputs, targets, numbers)), strict=True))
-        return DataLoader(pieces, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(pieces, batch_size=None)
 
     def training_step(self, piece: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         inputs, targets, numbers = piece
@@ -156,8 +156,7 @@ class StepLog(L.Callback):
 
 
 def curvature_of(trainer: L.Trainer) -> Curvature:
-    callback = next(one for one in trainer.callbacks if isinstance(one, ThorCallback))  # type: ignore[attr-defined]
-    assert callback.curvature is not None
+    callback = next(one for one in trainer.callbacks if isinstance(one, ThorCallback))
     return callback.curvature
 
 
@@ -293,7 +292,7 @@ def training(
 
     def train(folder: Path) -> Result:
         if scaled:
-            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # type: ignore[attr-defined]
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
             options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
         start = None if resume is None else Path(os.environ.get("TWO_RANKS", folder)) / resume / "epoch=0.ckpt"
         made = strategy() if callable(strategy) else strategy
@@ -307,11 +306,11 @@ def fit_with_a_block_size_that_each_rank_would_choose_differently(folder: Path) 
         # Rank 0 finds that large blocks cost nothing, rank 1 that they cost everything.
         return 1.0 if dist.get_rank() == 0 else float(block_size) ** 9
 
-    original, choose._inversion_seconds = choose._inversion_seconds, seconds  # type: ignore[assignment]
+    original, choose._inversion_seconds = choose._inversion_seconds, seconds
     try:
         return fit(folder, Module(HALVES), max_epochs=1, block_size="auto")
     finally:
-        choose._inversion_seconds = original  # type: ignore[assignment]
+        choose._inversion_seconds = original
 
 
 def plain_loop(folder: Path) -> Result:

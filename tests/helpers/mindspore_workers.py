@@ -47,7 +47,7 @@ class Module(L.LightningModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         parts = [part(step, self.trainer.global_rank) for step in range(STEPS)]
-        return DataLoader(parts, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(parts, batch_size=None)
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         x, y = batch

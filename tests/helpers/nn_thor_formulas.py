@@ -71,10 +71,9 @@ class NumpyThor:
         factors: list[Factors] = []
         for loss in losses:
             self.net.zero_grad()
-            (loss(self.net) * self.loss_scale).backward()  # type: ignore[no-untyped-call]
+            (loss(self.net) * self.loss_scale).backward()
             factors.append({name: self._factors(name, *pair) for name, pair in self.seen.items()})
             for name, p in self.net.named_parameters():
-                assert p.grad is not None
                 gradients[name] += p.grad.numpy() / self.loss_scale / len(losses)
         if self.step_number % self.frequency == 0:
             for name in factors[0]:

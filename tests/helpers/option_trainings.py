@@ -50,7 +50,7 @@ class Compressed(Module):
 
     def on_train_start(self) -> None:
         # Lightning itself registers hooks on a GPU only.
-        self.trainer.strategy.model.register_comm_hook(None, default_hooks.fp16_compress_hook)  # type: ignore
+        self.trainer.strategy.model.register_comm_hook(None, default_hooks.fp16_compress_hook)
 
 
 class Requeued(Module):

@@ -95,7 +95,7 @@ class Grouped(Sharded):
     def configure_optimizers(self) -> Any:
         params = [p for p in self.parameters() if p.requires_grad][::-1]
         groups = [{"params": params[1::2], "weight_decay": 0.1}, {"params": params[::2]}]
-        optimizer = Thor(groups, lr=0.02, mode=self.mode)  # type: ignore[arg-type]
+        optimizer = Thor(groups, lr=0.02, mode=self.mode)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)]
 
 

@@ -130,7 +130,7 @@ class Module(L.LightningModule):
     def train_dataloader(self) -> DataLoader[Any]:
         rank, n_ranks = self.trainer.global_rank, self.trainer.world_size
         parts = [tuple(x.chunk(n_ranks)[rank] for x in batch(number)) for number in range(SAVED_AT)]
-        return DataLoader(parts, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(parts, batch_size=None)
 
     def training_step(self, part: tuple[Tensor, Tensor], index: int) -> Tensor:
         words, symbols = part

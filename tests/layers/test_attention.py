@@ -17,6 +17,7 @@ from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers.base import attention_uses
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.hooks import Hooks
+from tests.helpers.boring import assert_bitwise
 from tests.helpers.models import ByLinears
 from tests.helpers.watch import Watch
 
@@ -82,8 +83,7 @@ def weight_grad(attention: nn.MultiheadAttention, role: str) -> Tensor:
     elif attention.in_proj_weight is None:
         grad = getattr(attention, f"{role}_weight").grad
     else:
-        grad = attention.in_proj_weight.grad.chunk(3)[ROLES.index(role)]  # type: ignore[union-attr]
-    assert grad is not None
+        grad = attention.in_proj_weight.grad.chunk(3)[ROLES.index(role)]
     return grad
 
 
@@ -121,9 +121,9 @@ def test_the_numbers_of_the_model_do_not_change(name: str) -> None:
     for value in values:
         value.backward()
     assert curvature.factors.flat_sums.abs().sum() > 0
-    torch.testing.assert_close(values[0], values[1], rtol=0, atol=0)
+    assert_bitwise(values[0], values[1])
     for p, q in zip(attention.parameters(), watched.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
+        assert_bitwise(p.grad, q.grad)
 
 
 @pytest.mark.parametrize("precondition_bias", [False, True])

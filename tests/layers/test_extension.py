@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, register_layer
 from lightning_thor.layers import registry
+from tests.helpers.boring import assert_bitwise
 
 
 class OwnLinear(nn.Module):
@@ -76,4 +77,4 @@ def test_a_layer_from_outside_trains_bitwise_as_torchs_own(name: str, max_rows: 
         assert list(curvature.layers) == ["0"]
         factors = [curvature.factors.blocks(0, side, "average") for side in ("A", "G")]
         found.append([*factors, *model.parameters()])
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    assert_bitwise(found[0], found[1])

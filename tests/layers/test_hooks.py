@@ -45,8 +45,8 @@ def after_passes_without_gradients_and_in_eval_mode(model: nn.Module) -> None:
 
 
 def by_keyword(model: nn.Module) -> None:
-    y = model[0](input=X).relu()  # type: ignore[index]
-    model[4](model[2](input=y).relu()).sin().mean().backward()  # type: ignore[index]
+    y = model[0](input=X).relu()
+    model[4](model[2](input=y).relu()).sin().mean().backward()
 
 
 def after_a_pass_of_a_copy(model: nn.Module) -> None:
@@ -162,7 +162,7 @@ def test_dynamo_sees_nothing_of_a_hook() -> None:
 
     def idle(model: nn.Module) -> None:
         for layer in (0, 2, 4):
-            model[layer].register_forward_hook(torch.compiler.disable(lambda *args, **kwargs: None), with_kwargs=True)  # type: ignore[index]
+            model[layer].register_forward_hook(torch.compiler.disable(lambda *args, **kwargs: None), with_kwargs=True)
 
     assert frames(Curvature) == frames(idle)
 
@@ -259,7 +259,7 @@ def test_an_input_changed_in_place_afterwards_is_left_out_and_told() -> None:
 
 def test_a_linear_layer_called_with_another_keyword() -> None:
     class Mine(nn.Linear):
-        def forward(self, rows: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, rows: Tensor) -> Tensor:
             return super().forward(rows)
 
     layer = Mine(5, 3).double()

@@ -117,12 +117,11 @@ def test_everything_else_takes_plain_momentum_in_the_same_optimizer() -> None:
     model[1](y, y).square().mean().backward()
     before = model[1].weight.detach().clone()
     optimizer.step()
-    torch.testing.assert_close(model[1].weight.detach(), before - 0.1 * model[1].weight.grad)  # type: ignore[operator]
+    torch.testing.assert_close(model[1].weight.detach(), before - 0.1 * model[1].weight.grad)
 
 
 def test_blocks_of_grouped_convolutions() -> None:
     layers, _ = discover_layers(nn.Conv2d(8, 12, 3, groups=4), block_size=128, precondition_bias=True)
-    assert layers[""].A is not None
     assert layers[""].A.shape == (4, 1, 19, 19)  # 2 channels x 3 x 3, and the bias
     assert layers[""].G.shape == (4, 1, 3, 3)
 

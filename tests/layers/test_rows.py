@@ -16,6 +16,7 @@ from lightning_thor.layers.base import Layer, LayerKind, subsample
 from lightning_thor.layers.conv import CONVOLUTION
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM
+from tests.helpers.boring import assert_bitwise
 from tests.helpers.fakes import FakeCommunicator
 from tests.helpers.formulas import preconditioned
 
@@ -75,7 +76,6 @@ def seen_by(module: nn.Module, x: Tensor, precondition_bias: bool = False) -> tu
     y = module(x)
     y.retain_grad()
     (y * torch.randn_like(y)).sin().mean().backward()
-    assert y.grad is not None
     return layer, x, y.grad
 
 
@@ -108,7 +108,6 @@ def test_embedding_rows_give_the_gradient(padding_idx: int | None) -> None:
     one_hot = torch.nn.functional.one_hot(a.flatten(), 6).double()
     torch.testing.assert_close(rows.g @ one_hot, grad_matrix(layer), rtol=1e-10, atol=1e-12)
     kept = one_hot if padding_idx is None else one_hot[a.flatten() != padding_idx]
-    assert rows.token_counts is not None
     torch.testing.assert_close(rows.token_counts, kept.sum(0))
     assert int(rows.n_rows) == len(kept)
 
@@ -157,11 +156,11 @@ def test_factors_are_those_of_per_sample_gradients(name: str, loss_reduction: st
         weights = torch.linspace(1.0, 2.0, y[0].numel(), dtype=y.dtype).view(y[0].shape)
         (y[0] * weights).sin().sum().backward()
         if layer.A is None:  # the gradient of scale and shift itself, squared
-            grads = torch.cat([p.grad.flatten() for p in layer.parameters])  # type: ignore[union-attr]
+            grads = torch.cat([p.grad.flatten() for p in layer.parameters])
             G += grads.square().view(G.shape) / len(x)
             continue
         a = brute_force_patches(layer, sample, y)
-        g = y.grad[0].reshape(layer.G.groups, layer.G.width, -1)  # type: ignore[index]
+        g = y.grad[0].reshape(layer.G.groups, layer.G.width, -1)
         A += (a @ a.mT)[:, None] / (len(x) * g.shape[-1])
         G += (g @ g.mT)[:, None] / len(x)
     if A is not None:
@@ -171,7 +170,6 @@ def test_factors_are_those_of_per_sample_gradients(name: str, loss_reduction: st
 
 def brute_force_patches(layer: Layer, sample: Tensor, y: Tensor) -> Tensor:
     """What each output position sees, found by differentiating: d(output of a layer with one-hot weight)/d(weight)."""
-    assert layer.A is not None
     module = layer.module
     width, groups = layer.A.width, layer.A.groups
     state = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
@@ -245,8 +243,6 @@ def test_max_rows_of_a_convolution_takes_lines_of_all_samples(name: str) -> None
     part = layer.observe(a, g, torch.float64, 5 * positions // first)
     assert part.n_rows == 5 * positions // first
     assert part.n_samples == part.n_rows / positions
-    assert whole.a is not None
-    assert part.a is not None
     both, some = torch.cat([whole.a, whole.g], 1).flatten(0, 1), torch.cat([part.a, part.g], 1).flatten(0, 1)
     equal = (both[:, :, None] == some[:, None, :]).all(0)  # which of all rows each of the taken ones is
     taken = equal.int().argmax(0)
@@ -292,9 +288,8 @@ def test_lines_that_are_taken_are_those_of_the_whole_to_the_bit(
     innermost = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (a, g)]
     for given in ((a, g), innermost, (a.half(), g.half())):
         whole, part = (CONVOLUTION.rows(module, *given, torch.float32, rows) for rows in (None, n_lines * rest))
-        assert whole.a is not None
-        torch.testing.assert_close(part.a, whole.a[..., columns], rtol=0, atol=0)
-        torch.testing.assert_close(part.g, whole.g[..., columns], rtol=0, atol=0)
+        assert_bitwise(part.a, whole.a[..., columns])
+        assert_bitwise(part.g, whole.g[..., columns])
 
 
 def test_max_rows_takes_at_least_one_line() -> None:
@@ -335,7 +330,7 @@ def test_max_rows_of_a_norm_of_channels_takes_whole_samples(
     assert (rows.n_rows, rows.n_samples, rows.g.shape) == (taken, taken, (1, 8, taken))
     step = {7: 1, 3: 3, 1: 7}[taken]
     alone = kind.rows(module, a[::step], g[::step], torch.float64, None)
-    torch.testing.assert_close(rows.g, alone.g, rtol=0, atol=0)
+    assert_bitwise(rows.g, alone.g)
 
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 6), nn.BatchNorm2d(6).eval()])
@@ -411,7 +406,6 @@ def test_reduced_factors_are_those_of_averaged_inputs_and_summed_gradients(name:
     model.losses(x).mean().backward()
     curvature.update()
     layer = curvature.layers["layer"]
-    assert layer.A is not None
     A, G = torch.zeros(layer.A.shape, dtype=torch.float64), torch.zeros(layer.G.shape, dtype=torch.float64)
     for sample in x:
         y = model.layer(sample[None])
@@ -441,4 +435,4 @@ def test_identity_inverses_give_the_gradient_back(name: str, precondition_bias: 
     A = None if layer.A is None else identity(layer.A.size, layer.A.groups * layer.A.n_blocks).view(layer.A.shape)
     G = identity(layer.G.size, layer.G.groups * layer.G.n_blocks).view(layer.G.shape)
     grads = [p.grad for p in layer.parameters if p.grad is not None]
-    torch.testing.assert_close(preconditioned(layer, grads, A, G), grads, rtol=0, atol=0)
+    assert_bitwise(preconditioned(layer, grads, A, G), grads)

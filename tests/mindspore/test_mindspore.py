@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_thor import ThorCallback
 from lightning_thor.mindspore.optimizer import MindSporeThor, thor
-from tests.helpers.boring import Boring, trainer, without_words
+from tests.helpers.boring import Boring, assert_bitwise, trainer, without_words
 
 FOLDER = Path(__file__).parents[3] / "shared" / "oracle"  # outside the project: skipped where it is absent
 needs_recordings = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no recordings of nn.thor in {FOLDER.name}/")
@@ -164,7 +164,6 @@ def test_a_width_over_128_has_blocks_of_128_and_the_remainder_last() -> None:
     x = torch.randn(16, 300, dtype=torch.float64)
     grad_of(net, x)
     before, grad = net.weight.detach().clone(), net.weight.grad
-    assert grad is not None
     y = (x @ before.T).requires_grad_()
     (gradients,) = torch.autograd.grad(y.square().sum(1).mean(), y)
     A, G = x.T @ x / 300, gradients.T @ gradients / 16 * 16**2
@@ -237,7 +236,7 @@ class Migrated(Boring):
 
 def plain_fit(folder: Path, module: L.LightningModule, epochs: int, **options: Any) -> L.Trainer:
     found = trainer(folder, max_epochs=epochs)
-    found.callbacks = [c for c in found.callbacks if not isinstance(c, ThorCallback)]  # type: ignore[attr-defined]
+    found.callbacks = [c for c in found.callbacks if not isinstance(c, ThorCallback)]
     found.fit(module, **options)
     return found
 
@@ -252,10 +251,10 @@ def test_it_trains_and_resumes_under_a_trainer(tmp_path: Path, epochs: int) -> N
     resumed = plain_fit(tmp_path, Migrated(), 3, ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     assert resumed.global_step == 12
     ours, theirs = (dict(t.lightning_module.named_parameters()) for t in (resumed, unbroken))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert_bitwise(ours, theirs)
     ours, theirs = (t.optimizers[0].state_dict() for t in (resumed, unbroken))
     assert ours.keys() == {"state", "param_groups", "curvature"}
-    torch.testing.assert_close(without_words(ours), without_words(theirs), rtol=0, atol=0)
+    assert_bitwise(without_words(ours), without_words(theirs))
 
 
 @pytest.mark.filterwarnings("ignore:.* the last one holds from here on")
@@ -265,10 +264,10 @@ def test_a_fit_is_the_plain_loop(tmp_path: Path) -> None:
     optimizer = module.configure_optimizers()
     for _ in range(2):
         for x, y in module.data():
-            module.loss(module(x), y).backward()  # type: ignore[no-untyped-call]
+            module.loss(module(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-    torch.testing.assert_close(dict(module.named_parameters()), dict(fitted.named_parameters()), rtol=0, atol=0)
+    assert_bitwise(dict(module.named_parameters()), dict(fitted.named_parameters()))
 
 
 def test_its_state_can_be_saved_without_a_trainer() -> None:

@@ -114,7 +114,7 @@ def test_settings_per_step_come_as_sequences_tensors_or_arrays(values: Any) -> N
         grad_of(net, torch.randn(8, 4))
         optimizer.step()
         assert optimizer.param_groups[0]["lr"] == rate
-    assert [optimizer.curvature.damping(step) for step in (0, 1)] == [0.25, 0.5]  # type: ignore[operator]
+    assert [optimizer.curvature.damping(step) for step in (0, 1)] == [0.25, 0.5]
 
 
 @pytest.mark.parametrize("value", [0.25, torch.tensor(0.25), np.float32(0.25), np.array(0.25)])

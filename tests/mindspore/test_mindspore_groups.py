@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_thor.mindspore.optimizer import MindSporeThor, thor
+from tests.helpers.boring import assert_bitwise
 from tests.helpers.nn_thor_formulas import float64
 
 Groups = Callable[[nn.Module], Any]
@@ -46,7 +47,7 @@ def halves(net: nn.Module, first: dict[str, Any], second: dict[str, Any]) -> lis
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert_bitwise(actual, expected)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.helpers import mindspore_workers as workers
-from tests.helpers.boring import without_words
+from tests.helpers.boring import assert_bitwise, without_words
 from tests.helpers.nn_thor_formulas import NumpyThor
 
 
@@ -63,5 +63,5 @@ def test_two_ranks_follow_the_formulas_with_the_mean_of_their_factors(variant: s
 @pytest.mark.parametrize("variant", workers.VARIANTS)
 def test_both_ranks_hold_bitwise_the_same(variant: str, results: Any) -> None:
     ours, theirs = (without_words(results[variant, rank]) for rank in (1, 0))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert_bitwise(ours, theirs)
     assert results[variant, 0]["optimizer"]["curvature"]["step"] == workers.STEPS

@@ -15,6 +15,7 @@ from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.linalg.decompositions import eigenvectors
 from lightning_thor.optim.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
 from lightning_thor.trainer.report import curvature_table
+from tests.helpers.boring import assert_bitwise
 from tests.helpers.models import every_kind as net
 from tests.helpers.models import grads_of, observed
 from tests.helpers.preconditioners import Identity
@@ -34,7 +35,6 @@ def basis(curvature: Curvature, name: str, side: str) -> Tensor:
     """Eigenvectors of a factor, ``[groups, width, width]``, from its averages alone, each block without its padding."""
     layer = curvature.layers[name]
     blocks = layer.A if side == "A" else layer.G
-    assert blocks is not None
     average = curvature.factors.blocks(list(curvature.layers).index(name), side, "average")
     widths = [min(blocks.size, blocks.width - start) for start in range(0, blocks.width, blocks.size)]
     return torch.stack(
@@ -85,7 +85,7 @@ def test_a_block_that_is_not_finite_fails_alone(wrong: float) -> None:
     blocks[1, 2, 2] = wrong
     Q, succeeded = eigenvectors(blocks, torch.zeros(3))
     assert succeeded.tolist() == [True, False, True]
-    torch.testing.assert_close(Q[::2], sound[::2], rtol=0, atol=0)
+    assert_bitwise(Q[::2], sound[::2])
 
 
 def test_where_lapack_gives_up_all_of_them_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_a_block_that_failed_keeps_its_basis(monkeypatch: pytest.MonkeyPatch) ->
     model(torch.randint(9, (40,))).square().mean().backward()
     curvature.update()
     after = {name: list(curvature.inverses_of(name)) for name in curvature.layers}
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert_bitwise(after, before)
     assert curvature.factors.failed_inversions > 0
 
 
@@ -190,7 +190,6 @@ def test_its_steps_are_those_of_dense_eigenbases(nesterov: bool) -> None:
         optimizer.zero_grad()
         x = torch.randn(16, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
         model(x).square().mean().backward()
-        assert weight.grad is not None
         grad = weight.grad.clone()
         optimizer.step()
         Q_A, Q_G = basis(curvature, "0", "A")[0], basis(curvature, "0", "G")[0]
@@ -308,7 +307,7 @@ def test_the_scale_of_the_loss_hardly_matters() -> None:
     results = []
     for scale in (1.0, 1e3):
         model = two_layers()
-        curvature = Curvature(model, mode="adam", loss_multiplier=lambda scale=scale: scale)  # type: ignore[misc]
+        curvature = Curvature(model, mode="adam", loss_multiplier=lambda scale=scale: scale)
         optimizer = configure_thor(model, mode="adam", preconditioner=curvature)
         for step in range(3):
             optimizer.zero_grad()
@@ -372,8 +371,8 @@ def test_a_moment_is_carried_to_a_new_basis_in_a_step_in_which_its_parameter_has
 def test_a_curvature_of_another_mode_is_told() -> None:
     for mode, wanted in (("natural", "adam"), ("polar", "adam"), ("adam", "natural"), ("adam", "polar")):
         model = net()
-        curvature = Curvature(model, mode=mode)  # type: ignore[arg-type]
-        optimizer = Thor(model.parameters(), mode=wanted, preconditioner=curvature)  # type: ignore[arg-type]
+        curvature = Curvature(model, mode=mode)
+        optimizer = Thor(model.parameters(), mode=wanted, preconditioner=curvature)
         with pytest.raises(RuntimeError, match=f'Thor\\(mode="{wanted}"\\) got a curvature of mode="{mode}"'):
             trained(model, optimizer, steps=1)
 

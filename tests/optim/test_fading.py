@@ -17,6 +17,7 @@ from lightning_thor import Curvature, Thor
 from lightning_thor.linalg import memory
 from lightning_thor.optim import fading
 from lightning_thor.optim.fading import ROUNDINGS, SLICE_NUMEL, fade_factors
+from tests.helpers.boring import assert_bitwise
 from tests.helpers.preconditioners import Identity
 
 HOSTS = pytest.mark.parametrize("host", [{"cpu"}, set()], ids=["as on a CPU", "as on a GPU"])
@@ -128,7 +129,7 @@ def test_a_training_that_has_gradients_is_bitwise_the_one_without_fading(
             nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 4)
         )
         found.append(train(model, thor(model, mode), 20))
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert_bitwise(*found)
 
 
 @HOSTS
@@ -140,7 +141,7 @@ def test_the_unit_of_the_loss_changes_no_bit(monkeypatch: pytest.MonkeyPatch, ho
         model = net()
         optimizer = Thor(model.parameters(), lr=3e-3, preconditioner=Identity())
         found.append(train(model, optimizer, 10, scale))
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert_bitwise(*found)
 
 
 @HOSTS
@@ -165,7 +166,7 @@ def test_a_resumed_training_is_bitwise_the_unbroken_one(monkeypatch: pytest.Monk
     twin.preconditioner = Identity()
     expected = go_on(optimizer, [1e-9])
     for one in (other, twin):
-        torch.testing.assert_close(go_on(one, [1e-9]), expected, rtol=0, atol=0)
+        assert_bitwise(go_on(one, [1e-9]), expected)
     del state["param_groups"][0]["gradient_rms"]  # as of a checkpoint that did not have it yet
     other.load_state_dict(state)
     assert other.param_groups[0]["gradient_rms"] == 0.0

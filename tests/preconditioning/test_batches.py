@@ -95,7 +95,7 @@ def test_a_curvature_that_keeps_some_inverses_batches_those() -> None:
     for index in chosen:
         for into, copy in zip(curvature.inverses_of(names[index]), copies[names[index]], strict=True):
             if into is not None:
-                into.copy_(copy)  # type: ignore[arg-type]
+                into.copy_(copy)
     found = curvature.precondition(grads)
     assert [len(batch.layers) for batch in curvature._groups if isinstance(batch, DenseGroup)] == [2, 2]
     for index in chosen:
@@ -128,7 +128,6 @@ def test_some_rows_at_a_time_are_the_whole_product(
     assert (layers["padded"].G.padding, layers["more"].G.padding) == (3, 1)
     for name, layer in layers.items():
         A, G = layer.A, layer.G
-        assert A is not None
         kept = torch.randn(A.shape, dtype=torch.float64), torch.randn(G.shape, dtype=torch.float64)
         (batch,) = group_layers([layer], [kept])
         assert type(batch) is (DenseGroup if name == "convolution" and not one_by_one else RowChunkedLayer)

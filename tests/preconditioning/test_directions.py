@@ -17,6 +17,7 @@ from lightning_thor.linalg.decompositions import damped_inverse_roots, damped_in
 from lightning_thor.linalg.matrix_sign import msign
 from lightning_thor.preconditioning import directions
 from lightning_thor.trainer.report import curvature_table
+from tests.helpers.boring import assert_bitwise
 from tests.helpers.models import ByLinears, every_kind, grads_of, observed
 from tests.helpers.preconditioners import Identity
 
@@ -31,7 +32,6 @@ def dense(curvature: Curvature, name: str, side: str) -> Tensor:
     """The damped factor, ``[groups, width, width]``, from its averages alone."""
     layer = curvature.layers[name]
     blocks = layer.A if side == "A" else layer.G
-    assert blocks is not None
     average = curvature.factors.blocks(list(curvature.layers).index(name), side, "average")
     full = torch.stack([torch.block_diag(*group)[: blocks.width, : blocks.width] for group in average])
     mean = full.diagonal(dim1=-2, dim2=-1).sum() / (blocks.groups * blocks.width)
@@ -89,7 +89,7 @@ def test_roots_give_the_natural_direction_too() -> None:
         if p is not output:  # whose G is cut otherwise, see below
             torch.testing.assert_close(found[p], direction, rtol=1e-8, atol=1e-8 * direction.abs().max().item())
     for p in (*model[0].parameters(), *model[7].parameters(), *model[8].parameters(), model[1].bias):
-        torch.testing.assert_close(polar[p], found[p], rtol=0, atol=0)
+        assert_bitwise(polar[p], found[p])
 
 
 def test_the_output_layer_has_the_diagonal_of_its_G_alone() -> None:
@@ -97,7 +97,6 @@ def test_the_output_layer_has_the_diagonal_of_its_G_alone() -> None:
     model = every_kind()
     curvature, whole = observed(model), observed(model, "natural", block_size=None)
     weight = model[8].weight
-    assert weight.grad is not None
     A = torch.block_diag(*curvature.factors.blocks(list(curvature.layers).index("8"), "A", "average")[0])[:64, :64]
     A = A + 0.1 * A.trace() / 64 * torch.eye(64, dtype=A.dtype)
     G = dense(whole, "8", "G")[0].diagonal()
@@ -218,7 +217,7 @@ def test_momentum_comes_first_and_is_that_of_the_raw_gradients(nesterov: bool) -
         optimizer.step()
         for p in model.parameters():
             torch.testing.assert_close(before[p] - p.detach(), 0.1 * expected[p])
-            torch.testing.assert_close(p.grad, grads[p], rtol=0, atol=0)
+            assert_bitwise(p.grad, grads[p])
 
 
 def trained(model: nn.Module, curvature: Curvature, optimizer: Thor, steps: range, scale: float = 1.0) -> list[Tensor]:
@@ -259,7 +258,7 @@ def test_zero_gradients_move_nothing(dtype: torch.dtype) -> None:
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    torch.testing.assert_close([p.detach() for p in model.parameters()], before, rtol=0, atol=0)
+    assert_bitwise([p.detach() for p in model.parameters()], before)
 
 
 def test_a_group_of_natural_mode_beside_a_polar_one_takes_the_natural_steps() -> None:
@@ -275,7 +274,7 @@ def test_a_group_of_natural_mode_beside_a_polar_one_takes_the_natural_steps() ->
         for _ in range(3):
             optimizer.step()
         weights.append([p.detach().clone() for p in own])
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert_bitwise(*weights)
 
 
 @pytest.mark.parametrize(("saved", "loading"), [("natural", "polar"), ("polar", "natural")])

@@ -169,7 +169,6 @@ def test_numbers_schedules_of_the_package_and_classes_of_ones_own_are_taken(
 ) -> None:
     ran = plainly(monkeypatch, tmp_path, configuration(option, value))
     curvature = callback_of(ran.trainer).curvature
-    assert curvature is not None
     assert curvature.step == 3
     if option == "schedule":
         (scheduler,) = (config.scheduler for config in ran.trainer.lr_scheduler_configs)

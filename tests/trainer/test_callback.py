@@ -18,7 +18,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, ThorCallback, configure_thor
-from tests.helpers.boring import Boring, callback_of, everything, trainer
+from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
 
 
 def fit(folder: Path, module: Boring | None = None, *callbacks: L.Callback, **options: Any) -> L.Trainer:
@@ -45,12 +45,7 @@ def test_a_fit_is_the_plain_loop(tmp_path: Path) -> None:
             optimizer.step()
             schedule.step()
     assert curvature.step == found.global_step == 8
-    torch.testing.assert_close(
-        [p.detach() for p in found.lightning_module.parameters()],
-        [p.detach() for p in module.parameters()],
-        rtol=0,
-        atol=0,
-    )
+    assert_bitwise([p.detach() for p in found.lightning_module.parameters()], [p.detach() for p in module.parameters()])
 
 
 def test_no_hook_outlives_fit(tmp_path: Path) -> None:
@@ -80,7 +75,7 @@ def test_validation_captures_nothing(tmp_path: Path) -> None:
 
     with_it = fit(tmp_path, Validating(), val_check_interval=1, inference_mode=False)
     without = fit(tmp_path, limit_val_batches=0)
-    torch.testing.assert_close(everything(with_it), everything(without), rtol=0, atol=0)
+    assert_bitwise(everything(with_it), everything(without))
 
 
 def test_a_second_fit_starts_anew_and_test_does_not_disturb(tmp_path: Path) -> None:
@@ -93,7 +88,7 @@ def test_a_second_fit_starts_anew_and_test_does_not_disturb(tmp_path: Path) -> N
     twice.fit_loop.epoch_loop.reset()
     again = trainer(tmp_path, callback_of(twice))
     again.fit(module)
-    torch.testing.assert_close(everything(again), everything(once), rtol=0, atol=0)
+    assert_bitwise(everything(again), everything(once))
 
 
 # ── batches in parts ──
@@ -115,7 +110,6 @@ def test_the_terms_of_the_loss_can_be_told_of_the_batch(tmp_path: Path) -> None:
     for loss_terms in (None, lambda batch: 2 * len(batch[0])):
         callback = ThorCallback(loss_terms=loss_terms, summary=False)
         fit(tmp_path, Boring(lr=0.0).double(), callback, max_steps=1, precision="64-true")
-        assert callback.curvature is not None
         assert callback._batch is None
         factors.append([layer["G"] for layer in callback.curvature.state_dict()["layers"].values()])
     torch.testing.assert_close(factors[1], [4 * G for G in factors[0]])
@@ -140,7 +134,6 @@ def test_an_uneven_last_window_is_weighed_by_its_rows(tmp_path: Path) -> None:
     nn.functional.cross_entropy(module(x), y).backward()
     reference.update()
     curvature = callback_of(found).curvature
-    assert curvature is not None
     for size, stack in reference.factors.batches.items():
         torch.testing.assert_close(curvature.factors.batches[size].average, stack.average, rtol=1e-9, atol=1e-12)
 
@@ -152,7 +145,6 @@ def test_a_training_step_without_loss_is_no_step(tmp_path: Path) -> None:
 
     found = fit(tmp_path, Skipping(), max_epochs=1)
     curvature = callback_of(found).curvature
-    assert curvature is not None
     assert (found.global_step, curvature.step) == (4, 3)
 
 
@@ -162,7 +154,7 @@ def test_gradients_are_clipped_before_they_are_preconditioned(tmp_path: Path, al
     options: dict[str, Any] = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": algorithm, "max_steps": 1}
     clipped, plain = fit(tmp_path, **options), fit(tmp_path, max_steps=1)
     for a, b in zip(callback_state(clipped), callback_state(plain), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert_bitwise(a, b)
     weights = [list(t.lightning_module.parameters()) for t in (clipped, plain)]
     same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*weights, strict=True))
     assert same is (algorithm == "norm")
@@ -170,7 +162,6 @@ def test_gradients_are_clipped_before_they_are_preconditioned(tmp_path: Path, al
 
 def callback_state(found: L.Trainer) -> list[Tensor]:
     curvature = callback_of(found).curvature
-    assert curvature is not None
     return [stack.inverse for stack in curvature.factors.batches.values()]
 
 
@@ -180,12 +171,12 @@ def test_manual_optimization(tmp_path: Path) -> None:
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
             optimizer = self.optimizers()
-            optimizer.zero_grad()  # type: ignore[union-attr]
+            optimizer.zero_grad()
             self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
-            optimizer.step()  # type: ignore[union-attr]
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+            optimizer.step()
+            self.lr_schedulers().step()
 
-    torch.testing.assert_close(everything(fit(tmp_path, Manual())), everything(fit(tmp_path)), rtol=0, atol=0)
+    assert_bitwise(everything(fit(tmp_path, Manual())), everything(fit(tmp_path)))
 
 
 # ── what a Lightning user has beside it ──
@@ -211,14 +202,13 @@ def test_a_fit_after_a_search_is_the_fit_without_it(tmp_path: Path, finder: L.Ca
     searched = fit(tmp_path, Boring(batch_size=2), finder, max_epochs=1, limit_train_batches=6, limit_val_batches=0)
     batch_size = searched.lightning_module.batch_size
     plain = fit(tmp_path, Boring(batch_size=batch_size), max_epochs=1, limit_train_batches=6, limit_val_batches=0)
-    torch.testing.assert_close(everything(searched), everything(plain), rtol=0, atol=0)
+    assert_bitwise(everything(searched), everything(plain))
 
 
 def test_lr_find_of_the_tuner(tmp_path: Path) -> None:
     found = trainer(tmp_path, limit_val_batches=0)
     module = Boring()
     finder = L.pytorch.tuner.Tuner(found).lr_find(module, num_training=20, update_attr=True)
-    assert finder is not None
     assert len(finder.results["loss"]) > 5
     found.fit(module)
     assert found.global_step == 8
@@ -229,13 +219,13 @@ def test_the_callback_can_be_pickled_and_copied(tmp_path: Path) -> None:
     twins = pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)
     plain = fit(tmp_path)
     for twin in twins:
-        torch.testing.assert_close(everything(fit(tmp_path, None, twin)), everything(plain), rtol=0, atol=0)
+        assert_bitwise(everything(fit(tmp_path, None, twin)), everything(plain))
 
 
 def test_a_compiled_part_trains_as_the_plain_one(tmp_path: Path) -> None:
     torch._dynamo.reset()
     module = Boring()
-    module.net = torch.compile(module.net, backend="eager")  # type: ignore[assignment]
+    module.net = torch.compile(module.net, backend="eager")
     found = fit(tmp_path, module)
     torch.testing.assert_close(everything(found), everything(fit(tmp_path)))
 
@@ -265,7 +255,7 @@ def test_the_summary_names_every_layer_and_why_others_are_left_out(
 
 def test_a_model_left_in_eval_mode_trains_as_any(tmp_path: Path) -> None:
     """Lightning keeps the modes of modules; no layer here depends on them."""
-    torch.testing.assert_close(everything(fit(tmp_path, Boring().eval())), everything(fit(tmp_path)), rtol=0, atol=0)
+    assert_bitwise(everything(fit(tmp_path, Boring().eval())), everything(fit(tmp_path)))
 
 
 def test_an_optimizer_kept_from_one_fit_to_the_next(tmp_path: Path) -> None:
@@ -289,18 +279,18 @@ def test_another_optimizer_between_two_steps_throws_no_window_away(tmp_path: Pat
         automatic_optimization = False
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-            thor, other = self.optimizers()  # type: ignore[misc]
+            thor, other = self.optimizers()
             self.manual_backward(self.loss(self(batch[0]), batch[1]))
             other.step()
             if batch_idx % 2:
-                assert callback_of(self.trainer).curvature.factors.counts[0, 1] == 16  # type: ignore[union-attr]
+                assert callback_of(self.trainer).curvature.factors.counts[0, 1] == 16
                 thor.step()
                 thor.zero_grad()
 
         def configure_optimizers(self) -> Any:
             return [configure_thor(self.net[:4]), torch.optim.SGD(self.net[4:].parameters(), lr=0.0)]
 
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))  # type: ignore[arg-type]
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
     fit(tmp_path, TwoOptimizers(), ThorCallback(update_every_n_steps=1, summary=False), max_epochs=1, plugins=[plugin])
 
 

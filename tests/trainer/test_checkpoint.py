@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_thor import ThorCallback
-from tests.helpers.boring import Boring, callback_of, everything, trainer
+from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
 
 
 def saved(folder: Path, module: Boring | None = None, epochs: int = 2, **options: Any) -> tuple[L.Trainer, Path]:
@@ -43,7 +43,7 @@ def test_a_resumed_fit_is_bitwise_the_unbroken_one(tmp_path: Path, scaled: bool,
     resumed.fit(
         Boring(nesterov=True, weight_decay=0.1, mode=mode), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True
     )
-    torch.testing.assert_close(everything(resumed), everything(unbroken), rtol=0, atol=0)
+    assert_bitwise(everything(resumed), everything(unbroken))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,6 @@ def test_a_subclass_keeps_the_state(tmp_path: Path) -> None:
     found = trainer(tmp_path, Mine(update_every_n_steps=2, summary=False), max_epochs=1)
     found.fit(Boring(nesterov=True, weight_decay=0.1), ckpt_path=path)
     curvature = callback_of(found).curvature
-    assert curvature is not None
     assert curvature.step == 4
 
 
@@ -84,7 +83,6 @@ def test_a_checkpoint_without_curvature_is_told_and_starts_anew(tmp_path: Path) 
     with pytest.warns(UserWarning, match="saved without ThorCallback's curvature.*curvature starts anew"):
         found.fit(Boring(nesterov=True, weight_decay=0.1), ckpt_path=path)
     curvature = callback_of(found).curvature
-    assert curvature is not None
     assert curvature.step == 4  # of this fit alone: epoch 1
 
 
@@ -122,7 +120,7 @@ def test_validate_and_test_take_checkpoints_and_leave_a_later_fit_alone(tmp_path
         warnings.filterwarnings("error", ".*(THOR|Thor|curvature)")
         found.validate(Boring(), ckpt_path=path, verbose=False)
     found.fit(Boring())
-    torch.testing.assert_close(everything(found), everything(untouched(tmp_path)), rtol=0, atol=0)
+    assert_bitwise(everything(found), everything(untouched(tmp_path)))
 
 
 def untouched(folder: Path) -> L.Trainer:

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_thor import ThorCallback
 from lightning_thor.trainer import cli
-from tests.helpers.boring import callback_of
+from tests.helpers.boring import assert_bitwise, callback_of
 from tests.helpers.commands import DATA, ROOT, TINY_DIGITS, checkpoint_in, command, metrics_in, run
 
 # jsonargparse, about how LightningCLI calls it.
@@ -172,9 +172,8 @@ def printed_in_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
 
 
 def applied_steps(ran: LightningCLI) -> int:
-    callback = ran.trainer.callbacks[0]  # type: ignore[attr-defined]
+    callback = ran.trainer.callbacks[0]
     assert isinstance(callback, ThorCallback)
-    assert callback.curvature is not None
     return callback.curvature.step
 
 
@@ -270,7 +269,7 @@ def test_test_takes_a_checkpoint(made_up: Path, tmp_path: Path, monkeypatch: pyt
     ran = run(monkeypatch, tmp_path / "test", "test", *options, f"--ckpt_path={checkpoint}")
     assert torch.isfinite(ran.trainer.callback_metrics["test_loss"])
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]["network.head.weight"]
-    torch.testing.assert_close(ran.model.network.head.weight.detach(), saved, rtol=0, atol=0)
+    assert_bitwise(ran.model.network.head.weight.detach(), saved)
 
 
 def test_short_option_names_of_the_comments_work(
@@ -350,7 +349,6 @@ def test_the_trace_rule_of_a_configuration_is_a_name_two_thresholds_or_null(
     options = ("--trainer.callbacks=lightning_thor.ThorCallback", f"--trainer.callbacks.trace_rule={given}")
     ran = run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, "--trainer.max_epochs=1", *options)
     callback = callback_of(ran.trainer)
-    assert callback.curvature is not None
     assert callback.curvature._trace_rule == found
 
 
@@ -373,7 +371,7 @@ def test_split_goes_by_the_options_of_the_configuration(tmp_path: Path, monkeypa
 
 def test_the_polar_mode_is_one_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, "--optimizer.mode=polar", "--trainer.max_epochs=1")
-    callback = ran.trainer.callbacks[0]  # type: ignore[attr-defined]
+    callback = ran.trainer.callbacks[0]
     assert len(callback.curvature.polar_layers) == 3
     assert "network.head" not in callback.curvature.polar_layers
     checkpoint = torch.load(checkpoint_in(tmp_path), weights_only=True)

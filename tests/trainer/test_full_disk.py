@@ -42,7 +42,6 @@ def test_a_checkpoint_onto_a_full_disk_leaves_the_one_before_or_none(
     strategy, options, when = STRATEGIES[name]
     saver = SavesOntoAFullDisk(tmp_path / "own", when, sound_first=sound_first)
     run(tmp_path, strategy(**options), saver)
-    assert saver.error is not None
     assert "No space left on device" in saver.error
     first = 1 if sound_first else None
     assert saver.step_of_last == [first, first, 3, 3]
