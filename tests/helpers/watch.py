@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -28,15 +29,20 @@ class Watch(TorchDispatchMode):
     copy that an earlier step sent to the host is there when it is read.
     """
 
+    _lock, _patch, _n_entered = Lock(), pytest.MonkeyPatch(), 0
+    """The way of other devices is one for all threads: the first that enters takes it, the last leaves it."""
+
     def __init__(self) -> None:
         super().__init__()
-        self._patch = pytest.MonkeyPatch()
         self.called: Counter[str] = Counter()
         self._lists = _Lists(self.called)
 
     def __enter__(self) -> Watch:
-        self._patch.setattr(memory, "HOST", set())
-        self._patch.setattr(HostCopy, "read", _read_of_the_host)
+        with Watch._lock:
+            Watch._n_entered += 1
+            if Watch._n_entered == 1:
+                self._patch.setattr(memory, "HOST", set())
+                self._patch.setattr(HostCopy, "read", _read_of_the_host)
         self._lists.__enter__()
         super().__enter__()
         return self
@@ -44,7 +50,10 @@ class Watch(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._lists.__exit__(*exception)
-        self._patch.undo()
+        with Watch._lock:
+            Watch._n_entered -= 1
+            if Watch._n_entered == 0:
+                self._patch.undo()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.called[func.overloadpacket.__name__] += 1
