@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,14 @@ def observing(model: nn.Module, train: Callable[[nn.Module], Any], **options: An
     curvature.update()
     curvature.close()
     return curvature
+
+
+def told_by(curvature: Curvature) -> list[str]:
+    """The warnings of the coming refresh."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        curvature.update()
+    return [str(warning.message) for warning in caught]
 
 
 def assert_same(one: Curvature, other: Curvature, **bounds: float) -> None:

@@ -24,13 +24,15 @@ from lightning_thor import Curvature, Thor
 from lightning_thor.distributed.factor_reducer import by_size
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.factors.layout import SIDES
-from tests.helpers.observing import assert_same, factors, observing
+from tests.helpers.observing import assert_same, factors, observing, told_by
 
 WIDTH, OUT = 6, 5
 
 
 def directions_of(curvature: Curvature, mode: str, grads: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-    return curvature.change_basis(grads) if mode == "adam" else curvature.precondition(grads, mode)
+    if mode == "adam":
+        return curvature.change_basis(grads)
+    return {p: direction for some in curvature.directions(grads, mode) for p, direction in some.items()}
 
 
 def clean(model: nn.Module) -> nn.Module:
@@ -142,55 +144,59 @@ def test_in_a_forward_hook_of_the_user_too(name: str, hook_first: bool, change: 
     expected = observing(After(layer_of(name), way), lambda model: model(x).mean().backward())
     for how in (change, way):
         model = After(layer_of(name), lambda y: y)
-        train = lambda model: model(x).mean().backward()  # noqa: E731
+
+        def add_hook(model: nn.Module = model, how: Callable[[Tensor], Tensor] = how) -> None:
+            model.layer.register_forward_hook(lambda module, args, output: how(output))  # type: ignore[operator, union-attr]
+
+        def train(model: nn.Module, add_hook: Callable[[], None] = add_hook) -> None:
+            if not hook_first:
+                add_hook()
+            model(x).mean().backward()
+
         if hook_first:
-            model.layer.register_forward_hook(lambda module, args, output, how=how: how(output))
-            assert_same(observing(model, train), expected)
-        else:
-            curvature = Curvature(model, block_size=None, averaging=0.0, max_rows=None)
-            model.layer.register_forward_hook(lambda module, args, output, how=how: how(output))
-            train(model)
-            curvature.update()
-            assert_same(curvature, expected)
+            add_hook()
+        assert_same(observing(model, train), expected)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("change", [relu_, slice_], ids=lambda f: f.__name__)
-def test_under_checkpointing_too(change: Callable[[Tensor], Tensor], use_reentrant: bool) -> None:
-    x = input_of((3, 4, WIDTH), "").requires_grad_()
-
-    def train(model: nn.Module) -> None:
-        checkpoint(model, x, use_reentrant=use_reentrant).mean().backward()
-
-    expected = observing(After(layer_of("linear 3-d"), OUT_OF_PLACE[change]), train)
-    assert_same(observing(After(layer_of("linear 3-d"), change), train), expected, rtol=1e-9, atol=1e-12)
+def checkpointed(use_reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    return lambda model, x: checkpoint(model, x.requires_grad_(), use_reentrant=use_reentrant)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("change", [relu_, slice_], ids=lambda f: f.__name__)
-def test_under_autocast_too(change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
-    x = input_of((3, 4, WIDTH), "").float()
-
-    def train(model: nn.Module) -> None:
+def under_autocast(dtype: torch.dtype) -> Callable[[nn.Module, Tensor], Tensor]:
+    def run(model: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=dtype):
-            loss = model(x).float().mean()
-        loss.backward()
+            return model.float()(x.float()).float()
 
-    expected = observing(After(layer_of("linear 3-d").float(), OUT_OF_PLACE[change]), train)
-    assert_same(observing(After(layer_of("linear 3-d").float(), change), train), expected, rtol=1e-5, atol=1e-7)
+    return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("change", [relu_, add_], ids=lambda f: f.__name__)
-def test_compiled_too(change: Callable[[Tensor], Tensor], backend: str) -> None:
-    torch._dynamo.reset()
-    x = input_of((3, 4, WIDTH), "")
-    expected = observing(After(layer_of("linear 3-d"), OUT_OF_PLACE[change]), lambda m: m(x).mean().backward())
-    compiled = observing(
-        After(layer_of("linear 3-d"), change), lambda m: torch.compile(m, backend=backend)(x).mean().backward()
+def compiled(backend: str) -> Callable[[nn.Module, Tensor], Tensor]:
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        torch._dynamo.reset()
+        y: Tensor = torch.compile(model, backend=backend)(x)
+        return y
+
+    return run
+
+
+PASSES: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "checkpointed": checkpointed(use_reentrant=False),
+    "checkpointed, reentrant": checkpointed(use_reentrant=True),
+    "bfloat16": under_autocast(torch.bfloat16),
+    "float16": under_autocast(torch.float16),
+}
+COMPILED = {backend: compiled(backend) for backend in ("eager", "aot_eager")}
+
+
+@pytest.mark.parametrize("change", [relu_, slice_, add_], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", [*PASSES, *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED)])
+def test_in_place_is_out_of_place_in_other_passes_too(name: str, change: Callable[[Tensor], Tensor]) -> None:
+    x, run = input_of((3, 4, WIDTH), ""), {**PASSES, **COMPILED}[name]
+    in_place, expected = (
+        observing(After(layer_of("linear 3-d"), way), lambda model: run(model, x.clone()).mean().backward())
+        for way in (change, OUT_OF_PLACE[change])
     )
-    assert_same(compiled, expected)
+    assert_same(in_place, expected, **({"rtol": 1e-5, "atol": 1e-7} if name in ("bfloat16", "float16") else {}))
 
 
 # ── subclasses ──
@@ -289,10 +295,7 @@ def test_what_does_not_fit_is_left_out_with_its_reason_and_takes_its_plain_gradi
         clean(model)
         args = (torch.full((8, 1), 0.7, dtype=torch.float64), x) if kind is OtherFirst else (x,)
         F.cross_entropy(model["head"](model["odd"](*args).tanh()), y).backward()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            curvature.update()
-        told += [str(warning.message) for warning in caught]
+        told += told_by(curvature)
     weight = model["odd"].weight
     assert curvature.left_out.keys() == {"odd"}
     assert len(told) == 1
@@ -309,17 +312,6 @@ def test_what_does_not_fit_is_left_out_with_its_reason_and_takes_its_plain_gradi
     assert "odd" in resumed.left_out
 
 
-def test_a_weight_that_is_used_without_its_module_too_is_left_out() -> None:
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)).double()
-    curvature = Curvature(model)
-    x = input_of((8, WIDTH), "")
-    h = F.linear(model[0](x).tanh(), model[0].weight)
-    model[1](h).square().mean().backward()
-    with pytest.warns(UserWarning, match="0: without curvature"):
-        curvature.update()
-    assert curvature.left_out.keys() == {"0"}
-
-
 class Scaled(nn.Embedding):
     """A table whose forward is its own, as of Gemma and BART, tied to the output layer."""
 
@@ -333,31 +325,50 @@ def test_a_weight_that_a_module_without_curvature_shares_keeps_that_of_its_layer
     curvature = Curvature(model)
     tokens = torch.arange(14) % 7
     F.cross_entropy(model["head"](model["table"](tokens)), tokens.flip(0)).backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        curvature.update()
+    assert told_by(curvature) == []
     assert curvature.left_out.keys() == {"table"}
 
 
-def test_linear_layers_that_share_a_weight_are_checked_together() -> None:
-    for share, is_left_out in ((nn.Linear, False), (Masked, True)):
-        model = nn.ModuleDict({"one": nn.Linear(WIDTH, WIDTH), "other": share(WIDTH, WIDTH)}).double()
-        model["other"].weight = model["one"].weight
-        curvature = Curvature(model)
-        model["other"](model["one"](input_of((8, WIDTH), "")).tanh()).square().mean().backward()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore" if is_left_out else "error")
-            curvature.update()
-        assert bool(curvature.left_out) == is_left_out
+def used_without_its_module(model: Any) -> Tensor:
+    return model[1](F.linear(model[0](input_of((8, WIDTH), "")).tanh(), model[0].weight))  # type: ignore[no-any-return]
 
 
-def test_hooks_on_a_weight_that_change_its_gradient_leave_it_out() -> None:
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)).double()
+def with_a_hook_on_its_gradient(model: Any) -> Tensor:
     model[0].weight.register_hook(lambda grad: grad * (torch.arange(WIDTH) % 2))
+    return plainly(model)
+
+
+def shared_with_one_that_fits(model: Any) -> Tensor:
+    model[1].weight = model[0].weight
+    return plainly(model)
+
+
+def shared_with_one_that_does_not(model: Any) -> Tensor:
+    model[1] = Masked(WIDTH, WIDTH).double()
+    return shared_with_one_that_fits(model)
+
+
+def plainly(model: Any) -> Tensor:
+    return model[1](model[0](input_of((8, WIDTH), "")).tanh())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("use", "left_out"),
+    [
+        (plainly, set()),
+        (used_without_its_module, {"0"}),
+        (with_a_hook_on_its_gradient, {"0"}),
+        (shared_with_one_that_fits, set()),
+        (shared_with_one_that_does_not, {"0"}),
+    ],
+)
+def test_a_weight_whose_pairs_are_not_all_of_its_gradient_is_left_out(use: Any, left_out: set[str]) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)).double()
+    use(model)  # weights are shared before hooks are there
     curvature = Curvature(model)
-    model(input_of((8, WIDTH), "")).square().mean().backward()
-    with pytest.warns(UserWarning, match="0: without curvature"):
-        curvature.update()
+    use(model).square().mean().backward()
+    assert bool(told_by(curvature)) == bool(left_out)
+    assert curvature.left_out.keys() == left_out
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "autocast", "medium"])
@@ -381,9 +392,7 @@ def test_what_fits_is_never_left_out(precision: str) -> None:
                         h = model["b"](h - h.mean(0)).tanh() + model["b"](h.tanh())
                         y = model["c"](h).float()
                     ((y - y.mean()).square().mean() + (y - y.detach()).sum()).mul(scale).backward()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")
-                    curvature.update()
+                assert told_by(curvature) == []
             assert curvature.left_out == {}
             curvature.close()
     finally:
@@ -407,10 +416,26 @@ def loss_of(model: nn.Module) -> Tensor:
     return model(X).sin().mean()
 
 
-def look_first(model: nn.Module) -> None:
-    y = model(X)
+def look_first(model: nn.Module, run: Callable[[nn.Module], Tensor] = lambda model: model(X)) -> None:
+    y = run(model)
     torch.autograd.grad(1000 * y.mean(), list(model.parameters()), retain_graph=True)
     y.sin().mean().backward()
+
+
+def look_first_in_a_checkpoint(model: nn.Module) -> None:
+    look_first(model, lambda model: checkpoint(model, X.clone().requires_grad_(), use_reentrant=False))  # type: ignore[no-any-return]
+
+
+def in_a_reentrant_checkpoint(model: nn.Module) -> None:  # which refuses autograd.grad
+    checkpoint(model, X.clone().requires_grad_(), use_reentrant=True).sin().mean().backward()
+
+
+def look_first_compiled(model: nn.Module) -> None:
+    look_first(model, lambda model: COMPILED["eager"](model, X))
+
+
+def look_first_compiled_ahead_of_time(model: nn.Module) -> None:
+    look_first(model, lambda model: COMPILED["aot_eager"](model, X))
 
 
 def look_at_some(model: nn.Module) -> None:
@@ -460,9 +485,13 @@ def of_all_leaves(model: nn.Module) -> None:
     "train",
     [
         look_first,
+        look_first_in_a_checkpoint,
+        pytest.param(look_first_compiled, marks=pytest.mark.slow),
+        pytest.param(look_first_compiled_ahead_of_time, marks=pytest.mark.slow),
         look_at_some,
         look_at_inputs,
         look_afterwards,
+        in_a_reentrant_checkpoint,
         with_create_graph,
         in_two_backwards,
         in_three_backwards_that_keep_the_graph,
@@ -472,7 +501,7 @@ def of_all_leaves(model: nn.Module) -> None:
 )
 def test_the_pairs_are_those_of_the_weights_gradients(train: Callable[[nn.Module], None]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("default" if "compiled" in train.__name__ else "error")  # the compiler has its own
         warnings.filterwarnings("ignore", "Using backward.. with create_graph=True")
         found = observing(net(), train)
     assert_same(found, observing(net(), lambda model: loss_of(model).backward()))
@@ -485,31 +514,6 @@ def test_a_backward_pass_of_some_leaves_observes_these_alone() -> None:
     with pytest.warns(UserWarning, match="3 of 4 layers with curvature were not observed"):
         curvature.update()
     assert curvature.factors.updates.tolist() == [0, 0, 1, 0]
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_look_at_gradients_before_a_checkpointed_backward(use_reentrant: bool) -> None:
-    def train(model: nn.Module) -> None:
-        x = X.clone().requires_grad_()
-        y = checkpoint(model, x, use_reentrant=use_reentrant)
-        if not use_reentrant:  # reentrant checkpoints refuse autograd.grad
-            torch.autograd.grad(1000 * y.mean(), list(model.parameters()), retain_graph=True)
-        y.sin().mean().backward()
-
-    assert_same(observing(net(), train), observing(net(), lambda m: loss_of(m).backward()))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_look_at_gradients_before_a_compiled_backward(backend: str) -> None:
-    torch._dynamo.reset()
-
-    def train(model: nn.Module) -> None:
-        y = torch.compile(model, backend=backend)(X)
-        torch.autograd.grad(1000 * y.mean(), list(model.parameters()), retain_graph=True)
-        y.sin().mean().backward()
-
-    assert_same(observing(net(), train), observing(net(), lambda m: loss_of(m).backward()))
 
 
 def test_a_pair_whose_gradient_comes_after_the_step_is_none_of_the_next_refresh() -> None:
@@ -615,10 +619,7 @@ def test_a_layer_that_falls_silent_after_its_first_refresh_is_told_once_by_name(
         clean(model)
         h = model[:3](X)
         model[5](model[3](h) if step < 4 else h).sin().mean().backward()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            curvature.update()
-        told += [str(warning.message) for warning in caught]
+        told += told_by(curvature)
     assert len(told) == 1
     assert told[0].startswith("3: observed before, but not at this refresh")
 
@@ -630,9 +631,7 @@ def test_a_layer_that_is_frozen_later_is_silent_by_intent() -> None:
         if step == 2:
             model[3].requires_grad_(False)
         loss_of(clean(model)).backward()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            curvature.update()
+        assert told_by(curvature) == []
 
 
 # ── the terms of the loss ──
@@ -662,104 +661,92 @@ class Routed(nn.Module):
         return self.head(h)
 
 
-def micro_batches(
-    route: Tensor, parts: list[slice], n_segments: int = 0, **options: Any
-) -> tuple[Curvature, dict[str, Tensor]]:
-    model = Routed()
+def assert_parts_are_one(
+    make: Callable[[], nn.Module], loss_of_part: Callable[[Any, slice], Tensor], n: int, *borders: int,
+    n_terms: Callable[[slice], float] = lambda part: part.stop - part.start, is_told: bool = False, rtol: float = 1e-9,
+) -> None:  # fmt: skip
+    """The mean loss of ``n`` samples gives the factors of the same loss in parts, weighed by their terms."""
+    found = []
+    for parts in ([slice(0, n)], [slice(*ends) for ends in pairwise((0, *borders, n))]):
+        model, terms = make(), 1.0
+        curvature = Curvature(
+            model,
+            loss_multiplier=lambda: terms / n_terms(slice(0, n)),  # noqa: B023
+            loss_terms=(lambda: terms) if is_told else None,  # noqa: B023
+            averaging=0.0,
+        )
+        for part in parts:
+            terms = n_terms(part)
+            (loss_of_part(model, part) * terms / n_terms(slice(0, n))).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an expert that sees nothing at all
+            curvature.update()
+        curvature.close()
+        found.append(factors(curvature))
+    torch.testing.assert_close(found[1], found[0], rtol=rtol, atol=1e-14)
+
+
+def tokens(n: int, width: int = WIDTH) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, labels of 3 classes and a mask of about 40 %."""
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(len(route), WIDTH, dtype=torch.float64, generator=generator)
-    y = torch.randint(4, (len(route),), generator=generator)
-    weights = [len(route[part]) / len(route) for part in parts]
-    weight = 1.0
-    curvature = Curvature(model, loss_multiplier=lambda: weight, averaging=0.0, **options)
-    for part, weight in zip(parts, weights, strict=True):
-        inputs = x[part].clone().requires_grad_(n_segments > 0)
-        (F.cross_entropy(model(inputs, route[part], n_segments), y[part]) * weight).backward()
-    curvature.update()
-    curvature.close()
-    return curvature, {n: p.grad for n, p in model.named_parameters()}
+    x, y = torch.randn(n, width, dtype=torch.float64, generator=generator), torch.randint(3, (n,), generator=generator)
+    return x, y, torch.rand(n, generator=generator) < 0.4
+
+
+def body_and_head() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"body": nn.Linear(WIDTH, WIDTH), "head": nn.Linear(WIDTH, 4)}).double()
 
 
 @given(
-    route=st.lists(st.integers(0, 3), min_size=8, max_size=40),
+    route=st.lists(st.integers(0, 3), min_size=8, max_size=40).map(torch.tensor),
     cuts=st.sets(st.integers(1, 39), max_size=3),
     n_segments=st.sampled_from([0, 1, 2]),
 )
-def test_micro_batches_are_one_batch_for_any_routing(route: list[int], cuts: set[int], n_segments: int) -> None:
+def test_micro_batches_are_one_batch_for_any_routing(route: Tensor, cuts: set[int], n_segments: int) -> None:
     """Also of different lengths, of which an expert sees nothing, and under either checkpointing."""
-    borders = [0, *sorted(cut for cut in cuts if cut < len(route)), len(route)]
-    parts = [slice(start, stop) for start, stop in pairwise(borders)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an expert that sees nothing at all
-        one, _ = micro_batches(torch.tensor(route), [slice(0, len(route))], n_segments)
-        many, _ = micro_batches(torch.tensor(route), parts, n_segments)
-    torch.testing.assert_close(factors(many), factors(one), rtol=1e-9, atol=1e-14)
+    x, y, _ = tokens(len(route))
+
+    def loss(model: nn.Module, part: slice) -> Tensor:
+        inputs = x[part].clone().requires_grad_(n_segments > 0)
+        return F.cross_entropy(model(inputs, route[part], n_segments), y[part])
+
+    assert_parts_are_one(Routed, loss, len(route), *sorted(cut for cut in cuts if cut < len(route)))
 
 
 def test_an_expert_that_one_pass_uses_several_times_is_one_of_the_same_loss_each_time() -> None:
     """Each use sees other tokens, more or fewer than the first."""
-    found = []
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(32, WIDTH, dtype=torch.float64, generator=generator)
-    y, routes = torch.randint(4, (32,), generator=generator), [number == ROUTE for number in (1, 0, 2)]
-    for parts in ([slice(0, 32)], [slice(0, 12), slice(12, 32)]):
-        torch.manual_seed(0)
-        model = nn.ModuleDict({"expert": nn.Linear(WIDTH, WIDTH), "head": nn.Linear(WIDTH, 4)}).double()
-        weight = 1.0
-        curvature = Curvature(model, loss_multiplier=lambda: weight, averaging=0.0)  # noqa: B023
-        for part in parts:
-            weight, h = len(x[part]) / len(x), x[part]
-            for route in routes:
-                where = route[part].nonzero()[:, 0]
-                h = h.index_add(0, where, model["expert"](h[where]).tanh())
-            (F.cross_entropy(model["head"](h), y[part]) * weight).backward()
-        curvature.update()
-        found.append(factors(curvature))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-14)
+    x, y, _ = tokens(32)
+
+    def loss(model: Any, part: slice) -> Tensor:
+        h = x[part]
+        for number in (1, 0, 2):
+            where = (ROUTE[part] == number).nonzero()[:, 0]
+            h = h.index_add(0, where, model["body"](h[where]).tanh())
+        return F.cross_entropy(model["head"](h), y[part])
+
+    assert_parts_are_one(body_and_head, loss, 32, 12)
 
 
 def test_masked_tokens_are_the_terms_of_the_loss_of_all_layers() -> None:
     """Only the head sees the masked ones, and their number differs; the loss is their mean."""
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(30, WIDTH, dtype=torch.float64, generator=generator)
-    y, masked = torch.randint(4, (30,), generator=generator), torch.rand(30, generator=generator) < 0.4
-    model = nn.ModuleDict({"body": nn.Linear(WIDTH, WIDTH), "head": nn.Linear(WIDTH, 4)}).double()
-    found = []
-    for parts in ([slice(0, 30)], [slice(0, 11), slice(11, 30)]):
-        weight = 1.0
-        curvature = Curvature(clean(model), loss_multiplier=lambda: weight, averaging=0.0)  # noqa: B023
-        for part in parts:
-            weight = float(masked[part].sum() / masked.sum())
-            h = model["body"](x[part]).tanh()[masked[part]]
-            (F.cross_entropy(model["head"](h), y[part][masked[part]]) * weight).backward()
-        curvature.update()
-        curvature.close()
-        found.append(factors(curvature))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-12)
+    x, y, masked = tokens(30)
+
+    def loss(model: Any, part: slice) -> Tensor:
+        h = model["body"](x[part]).tanh()[masked[part]]
+        return F.cross_entropy(model["head"](h), y[part][masked[part]])
+
+    assert_parts_are_one(body_and_head, loss, 30, 11, n_terms=lambda part: int(masked[part].sum()), rtol=1e-6)
 
 
 def test_the_number_of_terms_can_be_told() -> None:
     """Labels that are left out of the mean: no shape tells how many there are."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(30, 5, dtype=torch.float64, generator=generator)
-    y = torch.randint(3, (30,), generator=generator).where(torch.rand(30, generator=generator) < 0.4, -100)
-    found = []
-    for parts in ([slice(0, 30)], [slice(0, 11), slice(11, 30)]):
-        weight, terms = 1.0, 0
-        curvature = Curvature(
-            net(),
-            loss_multiplier=lambda: weight,  # noqa: B023
-            loss_terms=lambda: terms,  # noqa: B023
-            averaging=0.0,
-        )
-        for part in parts:
-            terms = int((y[part] != -100).sum())
-            weight = terms / int((y != -100).sum())
-            (F.cross_entropy(curvature.model(x[part]), y[part]) * weight).backward()
-        curvature.update()
-        found.append(factors(curvature))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    x, y, masked = tokens(30, width=5)
+    y = y.where(masked, -100)
+    assert_parts_are_one(
+        net, lambda model, part: F.cross_entropy(model(x[part]), y[part]), 30, 11,
+        n_terms=lambda part: int(masked[part].sum()), is_told=True,
+    )  # fmt: skip
 
 
 def test_staggered_refreshes_know_the_terms_of_the_loss_too() -> None:
@@ -867,10 +854,7 @@ def trained(rows: slice, n_ranks: int, scale: float) -> dict[str, Any]:
         x = torch.randn(len(ROUTE), WIDTH, dtype=torch.float64, generator=generator)
         y = torch.randint(4, (len(ROUTE),), generator=generator)
         (F.cross_entropy(model(x[rows], ROUTE[rows]), y[rows]) * scale).backward()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            curvature.update()
-        told += [str(warning.message) for warning in caught]
+        told += told_by(curvature)
     return {
         "factors": [factor / scale**2 if index % 2 else factor for index, factor in enumerate(true_factors(curvature))],
         "left_out": sorted(curvature.left_out),
