@@ -16,12 +16,7 @@ from lightning_thor.curvature.callables import StepFn
 
 @dataclass(frozen=True)
 class Exponential:
-    """``start * factor ** (step / every_n_steps)``.
-
-    Args:
-        start: the value at step 0; greater than 0.
-        factor: of the value, over ``every_n_steps`` steps; greater than 0.
-        every_n_steps: steps; greater than 0.
+    """``start * factor ** (step / every_n_steps)``; all three are greater than 0.
 
     >>> Exponential(0.2, factor=0.5, every_n_steps=100)(200)
     0.05
@@ -42,11 +37,7 @@ class Exponential:
 class Polynomial:
     """From ``start`` to ``end`` in ``n_steps``: ``end + (start - end) * (1 - step / n_steps) ** power``, then ``end``.
 
-    Args:
-        start: the value at step 0; greater than 0.
-        end: the value from step ``n_steps`` on; greater than 0.
-        n_steps: steps; greater than 0.
-        power: greater than 0.
+    All four are greater than 0.
 
     >>> decay = Polynomial(1.1, end=0.1, n_steps=10, power=2.0)
     >>> decay(0), decay(5), decay(20)

@@ -93,30 +93,23 @@ class SharedInversions:
         solutions = {size: self._invert(*problem) for size, problem in problems.items() if size not in shared}
         if not shared:
             return solutions
-        assignment = self._assignment_of(shared, world_size)
-        message = self._gathered(assignment, shared)
-        for size, starts in assignment.starts.items():
-            # A view of every window of a block's length; the index copies those that begin at a block.
-            records = message.unfold(0, packed_numel(size, self._form) + 1, 1)[starts]
-            solutions[size] = unpack(records[:, :-1].contiguous(), size, self._form), records[:, -1] > 0
-        return solutions
-
-    def _gathered(self, assignment: InversionAssignment, problems: Problems) -> Tensor:
-        """All inverses, packed, each followed by 1 if it succeeded and 0 if not, ``[layout.length]``."""
-        some = next(iter(problems.values()))[0]
-        records = [some.new_empty(0)]
-        for size, own in assignment.own.items():
-            if len(own):
-                blocks, damping = problems[size]
-                inverses, succeeded = self._invert(blocks[own], damping[own])
-                records.append(torch.cat([pack(inverses, self._form), succeeded[:, None].to(some.dtype)], 1).flatten())
-        return all_gather_uneven(torch.cat(records), assignment.layout, self._communicator)
-
-    def _assignment_of(self, problems: Problems, world_size: int) -> InversionAssignment:
-        """Remembered with its indices on the device, since the same layers are refreshed together again."""
-        key = tuple((size, len(blocks)) for size, (blocks, _) in problems.items())
+        some = next(iter(shared.values()))[0]
+        key = tuple((size, len(blocks)) for size, (blocks, _) in shared.items())
         if key not in self._assignments:
-            device = next(iter(problems.values()))[0].device
+            # Remembered with its indices on the device, since the same layers are refreshed together again.
             rank = self._communicator.rank
-            self._assignments[key] = assign_inversions(dict(key), world_size, rank, self._form, device)
-        return self._assignments[key]
+            self._assignments[key] = assign_inversions(dict(key), world_size, rank, self._form, some.device)
+        own, starts, layout = self._assignments[key]
+        # A record is a packed inverse, and 1 if the inversion succeeded, else 0.
+        records = [some.new_empty(0)]
+        for size, indices in own.items():
+            if len(indices):
+                blocks, damping = shared[size]
+                inverses, succeeded = self._invert(blocks[indices], damping[indices])
+                records.append(torch.cat([pack(inverses, self._form), succeeded[:, None].to(some.dtype)], 1).flatten())
+        message = all_gather_uneven(torch.cat(records), layout, self._communicator)
+        for size, indices in starts.items():
+            # A view of every window of a record's length; the index copies those that begin at a record.
+            found = message.unfold(0, packed_numel(size, self._form) + 1, 1)[indices]
+            solutions[size] = unpack(found[:, :-1].contiguous(), size, self._form), found[:, -1] > 0
+        return solutions

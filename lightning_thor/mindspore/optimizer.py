@@ -156,14 +156,7 @@ class MindSporeThor(Thor):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As `Thor.step`, at this step's learning rates.
-
-        Args:
-            closure: see there.
-
-        Returns:
-            The closure's loss.
-        """
+        """As `Thor.step`, at this step's learning rates."""
         # A group that was added later keeps its own rate.
         for group, learning_rate in zip(self.param_groups, self.learning_rates, strict=False):
             group["lr"] = learning_rate(self.curvature.step)
@@ -174,14 +167,7 @@ class MindSporeThor(Thor):
         return {**super().state_dict(), "curvature": self.curvature.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state.
-
-        Args:
-            state_dict: as `state_dict` returns it.
-
-        Raises:
-            ValueError: it is another optimizer's, or of another network.
-        """
+        """Restore what `state_dict` returned; a ValueError if it is another optimizer's, or of another network."""
         if "curvature" not in state_dict:
             raise ValueError(
                 "This optimizer state holds no curvature: it is not that of lightning_thor.mindspore.thor. Load a "

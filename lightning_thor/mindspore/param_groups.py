@@ -39,17 +39,7 @@ def groups_of(
     weight_decay: float,
     decay_filter: Callable[[Named], bool],
 ) -> list[Group]:
-    """Make groups, each of which decays as a whole or not at all; see `lightning_thor.mindspore.thor`.
-
-    Args:
-        net: the network.
-        params: see there.
-        learning_rate: of groups that have none of their own.
-        weight_decay: of groups that have none of their own, where ``decay_filter`` allows.
-        decay_filter: whether a parameter decays.
-
-    Returns:
-        The groups, of all trained parameters.
+    """Make groups, each of which decays as a whole or not at all, from arguments of `lightning_thor.mindspore.thor`.
 
     Raises:
         TypeError: something in ``params`` is of the wrong type.
@@ -117,17 +107,14 @@ def _entries_of(
         raise ValueError("params has order_params alone: it needs dictionaries with the key 'params'.")
     if ordered is None:
         return entries, list(label_of)
-    _check_order([names[p] for p in ordered], [names[p] for p in label_of])
-    return entries, ordered
-
-
-def _check_order(ordered: list[str], grouped: list[str]) -> None:
-    if sorted(ordered) != sorted(grouped):
+    found, grouped = [names[p] for p in ordered], [names[p] for p in label_of]
+    if sorted(found) != sorted(grouped):
         raise ValueError(
             "order_params must hold every parameter of the groups once and no other. "
-            f"Missing: {sorted({*grouped} - {*ordered})}. In no group: {sorted({*ordered} - {*grouped})}. "
-            f"Twice: {sorted({name for name in ordered if ordered.count(name) > 1})}."
+            f"Missing: {sorted({*grouped} - {*found})}. In no group: {sorted({*found} - {*grouped})}. "
+            f"Twice: {sorted({name for name in found if found.count(name) > 1})}."
         )
+    return entries, ordered
 
 
 def _parameters_of(label: str, values: Any, names: Mapping[nn.Parameter, str]) -> list[nn.Parameter]:

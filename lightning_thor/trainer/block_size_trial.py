@@ -126,12 +126,9 @@ def _copy_of(pl_module: pl.LightningModule, trainer: pl.Trainer) -> pl.Lightning
     trial.trainer = trainer
     for module in trial.modules():
         if isinstance(module, pl.LightningModule):
-            module.log = module.log_dict = _log_nothing  # type: ignore[method-assign]
+            for name in ("log", "log_dict"):
+                setattr(module, name, lambda *_, **__: None)
     return trial
-
-
-def _log_nothing(*args: Any, **kwargs: Any) -> None:
-    pass
 
 
 @contextmanager

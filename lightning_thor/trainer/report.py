@@ -21,9 +21,11 @@ def curvature_table(curvature: Curvature) -> Table:
     """Tabulate each weight that ``curvature`` found: its factors, block sizes and memory, or why it has none. A module
     that is tied to an earlier layer has a line of its own."""
     total = sum(curvature.n_bytes(name) for name in curvature.layers)
+    n_others = len(curvature.layers) - len(curvature.factors.has_inverse)
+    where = f" on this rank (others store the inverses of {n_others})" if n_others else ""
     table = Table(
         title="THOR curvature",
-        caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all{_elsewhere(curvature)}; "
+        caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all{where}; "
         f"other parameters, their biases too, take {MODES[curvature.mode].fallback}",
     )
     for column in ("layer", "type", "weight", "curvature"):
@@ -127,18 +129,10 @@ def draw_split(split: BlockSplit, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
-    axes.set_title(
-        f"Block size {split.block_size}: the curves cross at {split.crossing:.0f} "
-        f"({split.n_factors} factors on {split.device})",
-        loc="left",
-        fontsize=11,
-    )
+    of = f"{split.n_factors} factors on {split.device}"
+    title = f"Block size {split.block_size}: the curves cross at {split.crossing:.0f} ({of})"
+    axes.set_title(title, loc="left", fontsize=11)
     figure.savefig(path)
-
-
-def _elsewhere(curvature: Curvature) -> str:
-    n = len(curvature.layers) - len(curvature.factors.has_inverse)
-    return f" on this rank (others store the inverses of {n})" if n else ""
 
 
 def _bar(share: float, width: int = 12) -> str:
