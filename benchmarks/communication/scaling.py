@@ -38,15 +38,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 HEADS = ("model", "way", *(f"{n} ranks, ms" for n in RANKS), f"MB sent at {RANKS[1]}", f"work at {RANKS[1]}, %")
 CHECK_HEADS = (
-    "model",
-    "ranks",
-    "latency, µs",
-    "GB/s",
-    "10⁹ multiplications/s",
-    "sums, ms: model / measured",
-    "gathering, ms",
+    "model", "ranks", "latency, µs", "GB/s", "10⁹ multiplications/s", "sums, ms: model / measured", "gathering, ms",
     "inverting, ms",
-)
+)  # fmt: skip
 
 
 class Rates(NamedTuple):
