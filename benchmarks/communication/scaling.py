@@ -219,8 +219,8 @@ def check(results: dict[str, Any]) -> str:
             )
     sums, gathering, inverting = apart
     return (
-        f"{markdown_table(CHECK_HEADS, rows)}\n\nThe farthest that model and measurement lie apart: sums a factor of "
-        f"{sums:.1f}, gathering {gathering:.1f}, inverting {inverting:.1f}."
+        f"{markdown_table(CHECK_HEADS, rows)}\n\nLargest factor between model and measurement: sums {sums:.1f}, "
+        f"gathering {gathering:.1f}, inverting {inverting:.1f}."
     )
 
 
