@@ -51,9 +51,9 @@ def step_cost_block(results: dict[str, Any]) -> str:
     rounds = sorted({result["summary"]["rounds"] for result in results.values()})
     return (
         f"{markdown_table(step_figures.HEADS, step_figures.cells(results))}\n\n"
-        "Times of whole steps (forward, backward, optimizer) over those of momentum SGD, in one process, in rounds: "
+        "Times of whole steps (forward, backward, optimizer) as ratios to momentum SGD, in one process, in rounds: "
         f"median (first to third quartile) of {' and '.join(map(str, rounds))} rounds. p99 / p50: SGD / THOR / "
-        "staggered THOR, at the interval 10. State: bytes that a checkpoint holds of it, over bytes of the parameters, "
+        "staggered THOR, at the interval 10. State: bytes of the optimizer's checkpoint over bytes of the parameters, "
         "SGD / AdamW / THOR. Memory: growth of the process's peak over AdamW's, on a CPU medians of 5. "
         f"Measured on: {measured_in(results.values())}."
     )
@@ -63,7 +63,7 @@ def step_parts_block(results: dict[str, Any]) -> str:
     """The parts of a refresh, from the same file."""
     return (
         f"{markdown_table(step_figures.PARTS_HEADS, step_figures.parts_cells(results))}\n\n"
-        "What a refresh step adds to SGD's step, as shares of it, and (≥) what its arithmetic alone would take at the "
+        "Parts of a refresh step beyond SGD's step, as shares of it, and (≥) the time of their arithmetic alone at the "
         f"rate of a large matrix product ({product_rates(results)}). Measured on: {measured_in(results.values())}."
     )
 
@@ -84,8 +84,8 @@ def time_to_target_block(results: dict[str, Any]) -> str:
     return (
         f"{markdown_table(race.HEADS, race.cells(summary), words=2)}\n\n"
         f"Means over seeds with 95 % intervals, after {tried} learning rates for each optimizer (but the untuned one) "
-        "in a shorter training on another seed and other held-out data. Seconds are of training, with everything an "
-        "optimizer costs, validation left out; on each seed all optimizers took turns of a few steps in one process. "
+        "in a shorter training on another seed and other held-out data. Seconds count training, with all costs "
+        "of an optimizer and without validation; on each seed all optimizers took turns of a few steps in one process. "
         f"Measured on: {measured_in(summary.values())}."
     )
 
@@ -134,12 +134,11 @@ def communication_block(results: dict[str, Any]) -> str:
     words = "; ".join(f"{name}: {result['words']} a rank" for name, result in timed.items())
     return (
         f"{markdown_table(communication.SHARE_HEADS, communication.share_cells(timed))}\n\n"
-        f"{words}. Processes of one thread each over gloo, all on one machine; steps are timed where each has a core "
-        "of its own. Sums hidden: what buckets that start in backward save of the waiting for sums at once. Inverting: "
-        "the busiest rank's share, each share on a core of its own. THOR's over SGD's step, taken in turns, at the "
-        "interval 10, and of that what its refreshes take, network included, with whole models (DDP); both sharded: "
-        "the same where `fully_shard` shares out the weights of both, SGD's and THOR's. Measured on: "
-        f"{measured_in(timed.values())}."
+        f"{words}. Processes of one thread each over gloo, all on one machine; steps are timed where each process has "
+        "a core. Sums hidden: the share of the wait for sums at once that buckets, sent from backward, save. "
+        "Inverting: the busiest rank's share, each share on its own core. THOR's over SGD's step, in turns, at the "
+        "interval 10, and the part of its refreshes, network included, with whole models (DDP); both sharded: the same "
+        f"with the weights of both sharded by `fully_shard`. Measured on: {measured_in(timed.values())}."
     )
 
 

@@ -7,6 +7,7 @@ usual ones, except the untuned contender, which has its default alone.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 from unittest.mock import patch
 
@@ -122,14 +123,9 @@ def thor(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: 
     return Thor(model.parameters(), lr=lr, preconditioner=curvature, **options.get("optimizer", {}))
 
 
-def sgd(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
-    """Momentum SGD."""
-    return torch.optim.SGD(model.parameters(), lr=lr, **options)
-
-
-def adamw(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
-    """AdamW."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, **options)
+def plain(optimizer_type: Callable[..., Stepper]) -> Build:
+    """An optimizer that takes parameters, ``lr`` and the options."""
+    return lambda model, lr, options, per_position: optimizer_type(model.parameters(), lr=lr, **options)
 
 
 def muon(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
@@ -141,18 +137,18 @@ def muon(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: 
     )
 
 
-def soap(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
+def soap(params: Iterable[nn.Parameter], **options: Any) -> Stepper:
     """SOAP (pytorch_optimizer)."""
     import pytorch_optimizer
 
-    return pytorch_optimizer.SOAP(model.parameters(), lr=lr, weight_decay=0.0, **options)
+    return pytorch_optimizer.SOAP(params, weight_decay=0.0, **options)
 
 
-def shampoo(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
+def shampoo(params: Iterable[nn.Parameter], **options: Any) -> Stepper:
     """Distributed Shampoo (pytorch_optimizer)."""
     import pytorch_optimizer
 
-    return pytorch_optimizer.ScalableShampoo(model.parameters(), lr=lr, **options)
+    return pytorch_optimizer.ScalableShampoo(params, **options)
 
 
 def singd(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
@@ -204,14 +200,14 @@ CONTENDERS = {
     "thor_natural": Contender("THOR, KL clip and π", thor, half_decades(3e-2), "tab:orange", NATURAL),
     # Damping of about the size with which nn.thor's published recipes begin.
     "thor_plain": Contender("THOR, as nn.thor", thor, half_decades(1e-3), "gold", FALLBACK),
-    "sgd": Contender("momentum SGD", sgd, half_decades(1e-2), "tab:gray", {"momentum": 0.9}),
-    "adamw": Contender("AdamW", adamw, half_decades(3e-4), "tab:blue"),
+    "sgd": Contender("momentum SGD", plain(torch.optim.SGD), half_decades(1e-2), "tab:gray", {"momentum": 0.9}),
+    "adamw": Contender("AdamW", plain(partial(torch.optim.AdamW, weight_decay=0.0)), half_decades(3e-4), "tab:blue"),
     # torch documents this rule for rates known from AdamW: with it one rate serves both halves.
     "muon": Contender("Muon", muon, half_decades(1e-3), "tab:green", {"adjust_lr_fn": "match_rms_adamw"}),
-    "soap": Contender("SOAP", soap, half_decades(3e-4), "tab:purple"),
+    "soap": Contender("SOAP", plain(soap), half_decades(3e-4), "tab:purple"),
     # Not the defaults: those first precondition at step 1000, and graft SGD's norm, which suits no transformer.
     "shampoo": Contender(
-        "Shampoo", shampoo, half_decades(3e-4), "tab:brown",
+        "Shampoo", plain(shampoo), half_decades(3e-4), "tab:brown",
         # 3 is its RMSPROP. On a CPU, roots by SVD take a fifth of its iteration's time.
         {"preconditioning_compute_steps": 20, "graft_type": 3, "moving_average_for_momentum": True, "use_svd": True},
     ),

@@ -9,38 +9,19 @@ from benchmarks.communication.messages import moved
 
 COUNT_HEADS = ("workload", "way", "ranks", "collectives", "factors, MB", "of whole blocks", "moved per rank, MB")
 TIME_HEADS = (
-    "workload",
-    "way",
-    "ranks",
-    "backward, ms",
-    "update, ms",
-    "waiting for sums, ms",
-    "gathering, ms",
-    "hidden",
+    "workload", "way", "ranks", "backward, ms", "update, ms", "waiting for sums, ms", "gathering, ms", "hidden",
     "inverting, ms",
-)
+)  # fmt: skip
 SHARE_HEADS = (
-    "workload",
-    "ranks",
-    "sums hidden",
-    "inverting, ms",
-    "times ranks, over one rank's",
-    "SGD's step, ms",
-    "THOR's over it, %",
-    "without refreshes, %",
-    "refreshes, %",
-    "both sharded, %",
-)
+    "workload", "ranks", "sums hidden", "inverting, ms", "times ranks, over one rank's", "SGD's step, ms",
+    "THOR's over it, %", "without refreshes, %", "refreshes, %", "both sharded, %",
+)  # fmt: skip
 TIMELINE_RANKS = "2"
 TIMELINE_WAYS = ("at once", "buckets")
 COLOURS = {
-    "backward": "tab:gray",
-    "sum": "tab:blue",
-    "wait": "tab:red",
-    "invert": "tab:green",
-    "gather": "tab:purple",
+    "backward": "tab:gray", "sum": "tab:blue", "wait": "tab:red", "invert": "tab:green", "gather": "tab:purple",
     "update": "lightgray",
-}
+}  # fmt: skip
 """By kind of event; from the top of the timeline down."""
 
 

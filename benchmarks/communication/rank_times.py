@@ -12,9 +12,10 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,13 +43,6 @@ except ImportError:  # torch 2.5
 INTERVAL = 10
 SMALL_NUMEL, LARGE_NUMEL = 2**8, 2**20
 """Messages from which latency and bandwidth follow."""
-
-
-class TimedWork:
-    """A collective under way, whose wait is timed."""
-
-    def __init__(self, wait: Callable[[], None]) -> None:
-        self.wait = wait
 
 
 class TimedCommunicator(ProcessGroupCommunicator):
@@ -95,7 +89,7 @@ class TimedCommunicator(ProcessGroupCommunicator):
                 work.wait()
             self.events.append(("sum", began, time.perf_counter()))
 
-        return TimedWork(wait)
+        return SimpleNamespace(wait=wait)
 
     def all_gather(self, own: Tensor) -> Tensor:
         self.messages.append(("all_gather", own.nbytes))

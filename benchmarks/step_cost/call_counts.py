@@ -17,11 +17,11 @@ from benchmarks.step_cost.profiler import PackageProfile
 from lightning_thor import Curvature, Thor
 
 LIMITS = {
-    "files of a pair": 13,
-    "functions of a plain step": 89,
-    "calls of a plain step": 233,
-    "functions of a first refresh": 227,
-    "calls of a first refresh": 617,
+    "files of a pair": 12,
+    "functions of a plain step": 64,
+    "calls of a plain step": 105,
+    "functions of a first refresh": 224,
+    "calls of a first refresh": 512,
 }
 """Upper limits, held by a test."""
 HEADS = ("of a two-layer net, natural mode", "count", "limit")

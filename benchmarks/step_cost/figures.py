@@ -10,15 +10,9 @@ from benchmarks.step_cost.parts import PARTS
 REPORTED_INTERVAL = 10
 INTERVALS = (1, 10, 100)
 HEADS_OF_TIMES = (
-    "workload",
-    "SGD, ms",
-    "AdamW",
-    "THOR, plain step",
-    "THOR, refresh step",
-    "every 10",
-    "every 100",
+    "workload", "SGD, ms", "AdamW", "THOR, plain step", "THOR, refresh step", "every 10", "every 100",
     "staggered, every 10",
-)
+)  # fmt: skip
 HEADS = (*HEADS_OF_TIMES, "p99 / p50", "state", "memory")
 PARTS_HEADS = ("workload", *PARTS, "every 10", "floor, every 10", "SINGD, refresh step")
 

@@ -18,8 +18,8 @@ PACKAGE = f"{Path(lightning_thor.__file__).parent}/"
 class PackageProfile:
     """A context that counts calls of functions defined in lightning_thor, and times the outermost ones.
 
-    Every event "call" of `sys.setprofile` counts: also each resumption of a generator, lambdas, and the comprehensions
-    that this Python runs as functions (before 3.12 those of lists, dicts and sets; generator expressions in all).
+    Every event "call" of `sys.setprofile` counts: also each resumption of a generator, lambdas, and comprehensions that
+    Python runs as functions: before 3.12 those of lists, dicts and sets, in all versions generator expressions.
     Functions of torch and builtins do not count. Only calls in this thread do; in backward on a GPU turn off
     `torch.autograd.set_multithreading_enabled`.
 

@@ -12,15 +12,9 @@ from benchmarks.time_to_target.training import check_steps
 OWN = "thor"
 """Prefix of this package's contenders."""
 HEADS = (
-    "workload and target",
-    "optimizer",
-    "lr",
-    "steps to target",
-    "seconds to target",
-    "of the fastest other's",
-    "ms per step",
-    "final",
-)
+    "workload and target", "optimizer", "lr", "steps to target", "seconds to target", "of the fastest other's",
+    "ms per step", "final",
+)  # fmt: skip
 
 # The 97.5 % point of Student's t, by degrees of freedom; beyond the last, that one is used (a little too wide).
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import readme
-from benchmarks.step_cost import figures, parts
-from tests.helpers.benchmarks import ENVIRONMENT, ROOT
+from tests.helpers.benchmarks import ROOT, step_cost
 
 
 def test_the_pages_of_this_repository_hold_what_was_measured() -> None:
@@ -33,29 +32,6 @@ def test_every_command_in_the_documents_exists() -> None:
         assert 'if __name__ == "__main__":' in Path(spec.origin).read_text(encoding="utf-8"), name
 
 
-def made_up_step_cost() -> dict[str, Any]:
-    measured: dict[str, Any] = {
-        "seconds": {
-            "sgd": [0.01] * 4,
-            "adamw": [0.011] * 4,
-            "thor": [0.02, 0.012] * 2,
-            "thor_staggered": [0.013] * 4,
-        },
-        "refreshes": {"thor": [True, False] * 2},
-        "state_bytes": {"sgd": 10, "adamw": 20, "thor": 35},
-        "parameter_bytes": 10,
-    }
-    shares, floor = dict.fromkeys(parts.PARTS, 0.2), dict.fromkeys(parts.PARTS, 0.1)
-    result = {
-        "words": "a made-up \\g<0> network",
-        "environment": ENVIRONMENT,
-        "summary": figures.summarise(measured),
-        "parts": {"parts": shares, "floor": floor, "gflops": 10.0},
-        "memory": {"adamw": 20, "thor": 30},
-    }
-    return {"mlp": result}
-
-
 def made_up_demo() -> dict[str, Any]:
     run = {"epochs_to_target": 2.0, "seconds_to_target": 1.5, "accuracy": [0.5, 0.98], "step_seconds": [0.01, 0.01]}
     never = run | {"epochs_to_target": None, "seconds_to_target": None, "accuracy": [0.5, 0.9]}
@@ -74,7 +50,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     step_cost_file = tmp_path / "benchmarks" / "results" / "step_cost.json"
-    step_cost_file.write_text(json.dumps(made_up_step_cost()), encoding="utf-8")
+    step_cost_file.write_text(json.dumps({"mlp": step_cost()}), encoding="utf-8")
     (tmp_path / "docs" / "demo.json").write_text(json.dumps(made_up_demo()), encoding="utf-8")
     text = (
         "# Title\n<!-- step_cost:begin -->\nstale figures\n<!-- step_cost:end -->\nbetween \\1\n"
@@ -92,12 +68,12 @@ def test_the_blocks_are_filled_and_all_else_stays(root: Path) -> None:
     text = (root / "README.md").read_text(encoding="utf-8")
     assert text.startswith("# Title\n<!-- step_cost:begin -->\n| workload |")
     assert (
-        r"| a made-up \g<0> network | 10.0 | 1.10 (1.10–1.10) | 1.20 (1.20–1.20) | 2.00 (2.00–2.00) "
-        "| 1.28 | 1.21 | 1.30 | 1.00 / 1.67 / 1.00 | 1.0 / 2.0 / 3.5 | 1.50 |"
+        r"| a made-up \g<0> network | 1000.0 | 1.50 (1.50–1.50) | 2.00 (2.00–2.00) | 4.00 (4.00–4.00) "
+        "| 2.20 | 2.02 | 2.50 | 10.00 / 10.00 / 10.00 | 1.0 / 2.0 / 3.5 | 1.50 |"
     ) in text
     # The floor at the interval 10: 1 + 0.1 for each step, and a tenth of 0.1 + 0.1.
     shares = "0.200 (≥ 0.100) | " * 4
-    assert rf"| a made-up \g<0> network | {shares}1.28 | 1.12 | – |" in text
+    assert rf"| a made-up \g<0> network | {shares}2.20 | 1.12 | – |" in text
     assert "A processor, 2 threads, torch 9.9, 2026-01-02" in text
     assert "| THOR, lr 0.02 | 2.00 | 1.50 | 98.0% | 10.0 |" in text
     assert "| AdamW, lr 0.5 | not reached by 1 of 1 | not reached by 1 of 1 | 90.0% | 10.0 |" in text

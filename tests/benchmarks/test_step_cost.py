@@ -15,7 +15,7 @@ from benchmarks.common.workloads import Workload, rows
 from benchmarks.step_cost import call_counts, figures, memory, parts, rounds, workloads
 from benchmarks.step_cost.profiler import PackageProfile
 from lightning_thor import Curvature, Thor
-from tests.helpers.benchmarks import CPU, ENVIRONMENT, run_module
+from tests.helpers.benchmarks import CPU, run_module, step_cost, step_seconds
 
 SMALL = Workload(lambda: nn.Sequential(nn.Linear(4, 10)), rows(8, 4), "small")
 
@@ -23,9 +23,7 @@ SMALL = Workload(lambda: nn.Sequential(nn.Linear(4, 10)), rows(8, 4), "small")
 @pytest.mark.slow
 def test_the_step_cost_is_printed_and_merged_into_its_file(tmp_path: Path) -> None:
     out = tmp_path / "step_cost.json"
-    other = {"words": "", "environment": ENVIRONMENT, "summary": figures.summarise(measurement("singd")), "memory": {}}
-    other["parts"] = {"parts": dict.fromkeys(parts.PARTS, 0.2), "floor": dict.fromkeys(parts.PARTS, 0.1)}
-    out.write_text(json.dumps({"gpt": other}), encoding="utf-8")
+    out.write_text(json.dumps({"gpt": step_cost()}), encoding="utf-8")
     options = ("--workload", "mlp", "--rounds", "4", "--threads", "1", "--peers", "--out", str(out))
     printed = run_module("benchmarks.step_cost", *options)
     results = json.loads(out.read_text(encoding="utf-8"))
@@ -50,23 +48,8 @@ def test_a_refresh_and_a_plain_step_are_told_apart() -> None:
     assert {len(values) for values in measured["seconds"].values()} == {6}
 
 
-def measurement(*peers: str) -> dict[str, Any]:
-    # A machine that is ten times slower in the second half: the ratios do not see it.
-    slow, kinds = [1.0, 1.0, 10.0, 10.0], [True, False, True, False]
-    thor = [(4.0 if is_refresh else 2.0) * s for is_refresh, s in zip(kinds, slow, strict=True)]
-    return {
-        "seconds": {
-            "sgd": slow, "adamw": [1.5 * s for s in slow], "thor": thor, "thor_staggered": [2.5 * s for s in slow],
-            **dict.fromkeys(peers, thor),
-        },
-        "refreshes": dict.fromkeys(("thor", *peers), kinds),
-        "state_bytes": {"sgd": 10, "adamw": 20, "thor": 35},
-        "parameter_bytes": 10,
-    }  # fmt: skip
-
-
 def test_ratios_are_taken_within_a_round_and_weighed_by_the_interval() -> None:
-    summary = figures.summarise(measurement())
+    summary = figures.summarise(step_seconds())
     assert [summary[kind] for kind in ("adamw", "thor_plain", "thor_refresh")] == [[1.5] * 3, [2.0] * 3, [4.0] * 3]
     expected = {"1": 4.0, "10": (9 * 2.0 + 4.0) / 10, "100": (99 * 2.0 + 4.0) / 100, "staggered": 2.5}
     assert summary["amortised"] == pytest.approx(expected)
@@ -75,7 +58,7 @@ def test_ratios_are_taken_within_a_round_and_weighed_by_the_interval() -> None:
 
 def test_the_unevenness_of_thor_weighs_its_two_kinds_of_step_as_the_interval_does() -> None:
     """One step of ten at the interval 10 is a refresh: the 99th percentile is one, the median is none."""
-    measured = measurement()
+    measured = step_seconds()
     measured["seconds"]["sgd"] = [1.0] * 4
     # Three of the four timed steps are refreshes: counted as they come, the median would be one too.
     measured["seconds"]["thor"], measured["refreshes"]["thor"] = [3.0, 3.0, 3.0, 2.0], [True, True, True, False]
@@ -103,7 +86,7 @@ def test_the_clocks_change_no_number() -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
         curvature = Curvature(model, update_every_n_steps=1)
         preconditioner: Any = parts.TimedPreconditioner(curvature, CPU) if is_timed else curvature
-        optimizer = Thor(model.parameters(), preconditioner=preconditioner)
+        optimizer = Thor(model.parameters(), match_rms=None, preconditioner=preconditioner)
         loss = model(torch.randn(2, 3, 8, 8)).square().sum()
         if is_timed:
             with PackageProfile() as profile:
