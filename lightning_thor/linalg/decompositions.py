@@ -24,7 +24,7 @@ def traces(blocks: Tensor) -> Tensor:
 
 
 def damped_inverses(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverts ``blocks + damping * I`` as ``WᵀW`` with the roots W of `damped_inverse_roots`; no device sync.
+    """Invert ``blocks + damping * I`` as ``WᵀW`` with the roots W of `damped_inverse_roots`; no device sync.
 
     Damping below rounding error (machine epsilon times the trace of the block) is raised to it, so that a singular
     positive semi-definite block has an inverse in its own precision.
@@ -50,7 +50,7 @@ def damped_inverses(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def damped_inverse_roots(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes a root W of each damped inverse: ``WᵀW = (blocks + damping * I)⁻¹``; no device sync.
+    """Compute a root W of each damped inverse: ``WᵀW = (blocks + damping * I)⁻¹``; no device sync.
 
     W is the inverse of the lower Cholesky factor, so no eigenvalues are needed. Every other root is ``Q W`` with an
     orthogonal Q.
@@ -83,12 +83,12 @@ def _damped(blocks: Tensor, damping: Tensor) -> Tensor:
 
 
 def _positive(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ``numbers [n, 1, 1]`` and a mask ``[n]`` of the ones that are finite and above 0."""
+    """Return ``numbers [n, 1, 1]`` and a mask ``[n]`` of the ones that are finite and above 0."""
     return numbers, torch.isfinite(numbers.flatten()) & (numbers.flatten() > 0)
 
 
 def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
-    """Writes the inverse of each block's lower Cholesky factor into ``into``, by halves.
+    """Write the inverse of each block's lower Cholesky factor into ``into``, by halves.
 
     For a block ``[[P, Qᵀ], [Q, S]]``, the inverse factor W of P, and the inverse factor U of the Schur complement
     ``S - Q Wᵀ W Qᵀ``, it is ``[[W, 0], [-U Q Wᵀ W, U]]``.
@@ -121,7 +121,7 @@ def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
 
 
 def _gram(W: Tensor) -> Tensor:
-    """Computes ``WᵀW``, symmetric to the last bit, of lower triangular ``W [n, d, d]``; by halves where d is large,
+    """Compute ``WᵀW``, symmetric to the last bit, of lower triangular ``W [n, d, d]``; by halves where d is large,
     which skips the products with zeros."""
     if W.shape[-1] <= 2 * LAPACK_SIZE:
         return _symmetrize_(torch.bmm(W.mT, W))
@@ -141,7 +141,7 @@ def _symmetrize_(product: Tensor, out: Tensor | None = None) -> Tensor:
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    """Multiplies float32 in float32 within this context, also if the program allows TF32 or bfloat16: rounded to them,
+    """Multiply float32 in float32 within this context, also if the program allows TF32 or bfloat16: rounded to them,
     a Schur complement may be indefinite."""
     try:
         chosen = torch.get_float32_matmul_precision()
@@ -167,7 +167,7 @@ def _ieee_products() -> Iterator[None]:
 
 
 def eigenvectors(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes orthonormal eigenvectors of each block, as columns, by rising eigenvalue; those of zero rows last.
+    """Compute orthonormal eigenvectors of each block, as columns, by rising eigenvalue; those of zero rows last.
 
     A zero row is a feature that was never seen, or the padding of a block. Its eigenvector is a unit vector, mixes with
     no other, and comes at the end, in order, where products with padded blocks cut the padding off. Waits for the

@@ -32,7 +32,7 @@ GRAM_FROM = 1.5
 
 
 def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
-    """Computes ``U Vᵀ`` of each ``U S Vᵀ``, the nearest matrix with orthonormal rows or columns; zero for zeros.
+    """Compute ``U Vᵀ`` of each ``U S Vᵀ``, the nearest matrix with orthonormal rows or columns; zero for zeros.
 
     Matrices are first divided by their Schatten norm ``(sum s⁸)^⅛``, which is closer to the largest singular value than
     the Frobenius norm and costs no product of its own. Polynomials of ``X Xᵀ`` then bring all singular values
@@ -86,7 +86,7 @@ def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
 
 
 def is_wide(small: int, large: int) -> bool:
-    """Returns whether `msign` iterates the Gram matrix of ``[small, large]`` and multiplies the matrix itself once.
+    """Whether `msign` iterates the Gram matrix of ``[small, large]`` and multiplies the matrix itself once.
 
     Args:
         small: smaller dimension of a matrix.

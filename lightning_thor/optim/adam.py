@@ -15,7 +15,6 @@ from lightning_thor.preconditioning.grouping import Directions
 
 EPS = 1e-8
 
-
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
 """Keys of a parameter's state, those of `torch.optim.Adam`."""
 
@@ -28,7 +27,7 @@ def adam_directions(
     *,
     nesterov: bool = False,
 ) -> list[Tensor]:
-    """Updates the moments of each tensor and returns ``m̂ / (√v̂ + 1e-8)`` (Kingma & Ba 2015, arXiv:1412.6980,
+    """Update the moments of each tensor and return ``m̂ / (√v̂ + 1e-8)`` (Kingma & Ba 2015, arXiv:1412.6980,
     algorithm 1).
 
     Args:
@@ -72,7 +71,7 @@ def adam_directions(
 def carry_to_other_coordinates(
     states: Sequence[MutableMapping[str, Any]], first: Sequence[Tensor], beta1: float, beta2: float
 ) -> None:
-    """Replaces the first moments by what they are in other coordinates; raises second moments where they are too small.
+    """Replace the first moments by what they are in other coordinates; raise second moments where they are too small.
 
     Second moments are not carried: they stay those of the old coordinates, but at least as large as such first moments
     allow. After t steps in the same coordinates ``m² ≤ c v`` with ``c = Σ ((1 - β₁) β₁ᵏ)² / ((1 - β₂) β₂ᵏ)``, k < t
@@ -99,7 +98,7 @@ def carry_to_other_coordinates(
 
 
 def _largest_ratio(beta1: float, beta2: float, steps: int) -> float:
-    """Returns the largest m² / v after ``steps`` steps in the same coordinates.
+    """Return the largest m² / v after ``steps`` steps in the same coordinates.
 
     >>> _largest_ratio(0.9, 0.99, 1000), _largest_ratio(0.0, 0.5, 3), _largest_ratio(0.5, 0.25, 3)
     (5.5, 2.0, 1.0)
@@ -120,7 +119,7 @@ def steps_in_other_coordinates(
     change_basis: Callable[..., Directions],
     grads: Mapping[nn.Parameter, Tensor],
 ) -> Directions:
-    """Updates the preconditioner, carries first moments to its new coordinates, and takes Adam's step there.
+    """Update the preconditioner, carry first moments to its new coordinates, and take Adam's step there.
 
     Args:
         groups: parameter groups, with ``momentum`` (β₁), ``beta2`` and ``nesterov``.

@@ -19,7 +19,6 @@ from lightning_thor.optim import norms
 SLICE_NUMEL = 2**12
 """Entries that are read first, on a CPU, of a tensor with more than four times as many."""
 
-
 ROUNDINGS = 8
 """Up to this multiple of eps times the largest gradients, a gradient may be made of rounding errors alone.
 
@@ -28,10 +27,8 @@ up, and with a factor that is only proportional weights go far in thousands of s
 lost 7 and 10 points of held-out accuracy in 6,000 steps (two seeds), and none with the squared factor.
 """
 
-
 GROWTH = 2.0
 """Limit of the largest gradients' growth in one step: a batch whose gradients explode fades no later batch by more."""
-
 
 Largest = float | Tensor
 """Root mean square of the largest gradients so far, 0 before the first; a 0-dimensional float64 tensor where reading it
@@ -41,10 +38,10 @@ would wait for a device."""
 def fade_factors(
     sources: Sequence[Tensor], params: Sequence[Tensor], shares: Sequence[float], largest: Largest
 ) -> tuple[list[float] | list[Tensor], Largest]:
-    """Computes the factor ``min(1, r / (8 eps R))²`` of each direction, and R with this step.
+    """Compute the factor ``min(1, r / (8 eps R))²`` of each direction, and R with this step.
 
-    r is the root mean square of a direction's source, R the largest r of the training so far. eps is that of the dtype
-    of the weights, but at most float32's; R follows the unit of the loss. R does not fall with the gradients, since
+    r is the root mean square of a direction's source, R the largest r of the training so far. eps is that of the
+    weights' dtype, but at most float32's; R follows the unit of the loss. R does not fall with the gradients, since
     their rounding errors are those of the minuends (probabilities and targets), which do not fall either. A step whose
     gradients are not all finite leaves R as it is.
 
@@ -110,7 +107,7 @@ def _with_step(before: float, r: Sequence[float]) -> float:
 
 
 def _slice(x: Tensor) -> Tensor:
-    """Returns `SLICE_NUMEL` entries from the middle of the memory of ``x``; ``x`` itself if there are gaps."""
+    """Return `SLICE_NUMEL` entries from the middle of the memory of ``x``; ``x`` itself if there are gaps."""
     middle = (x.numel() - SLICE_NUMEL) // 2
     if x.is_contiguous():
         return x.as_strided((SLICE_NUMEL,), (1,), x.storage_offset() + middle)

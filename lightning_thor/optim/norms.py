@@ -1,4 +1,8 @@
-"""Norms of large tensors, right for all finite numbers: squares leave the range of a dtype long before numbers do."""
+"""Norms of tensors, right for all finite numbers: squares leave the range of a dtype long before numbers do.
+
+In all functions ``tensors`` are this rank's parts, and ``params`` their parameters, all sharded over the same ranks or
+none.
+"""
 
 from __future__ import annotations
 
@@ -15,36 +19,23 @@ SUM_CHUNK_NUMEL = 2**16
 """How many squares are added in the dtype of a tensor; longer sums are sums of such sums in float64. One float32 sum of
 10⁷ squares is off by up to 3e-4."""
 
-
 LEAST_MEAN_SQUARE = 1e-24
 """Below it squares of float32 may lose digits: the square of an entry a thousand times smaller than the others, which
 still counts, is no normal number."""
 
 
 def can_read_on_host(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
-    """Returns whether Python may read numbers of ``tensors``: they are whole, and no device has to be waited for.
-
-    Args:
-        tensors: this rank's part of each tensor.
-        params: the parameters of ``tensors``, all sharded alike.
-    """
+    """Whether Python may read numbers of ``tensors``: they are whole, and no device has to be waited for."""
     return not is_split(params[0]) and not [x for x in tensors if x.device.type not in memory.HOST]
 
 
 def as_real(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Returns complex tensors as views of pairs of real numbers, and real tensors as they are.
-
-    Args:
-        tensors: real or complex.
-    """
+    """Complex tensors as views of pairs of real numbers, real tensors as they are."""
     return [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """Flattens ``x`` to ``[numel]`` in the order of its memory; copies only if there are gaps.
-
-    Args:
-        x: of any strides.
+    """Flatten ``x`` to ``[numel]`` in the order of its memory; copy only if there are gaps.
 
     >>> in_memory_order(torch.arange(6).view(2, 3).T)
     tensor([0, 1, 2, 3, 4, 5])
@@ -57,54 +48,38 @@ def in_memory_order(x: Tensor) -> Tensor:
 # ── on the host ──
 
 
-def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
-    """Sums the squares of each tensor, in at least float32; `inexact` tells where they left the range of the dtype.
+def scaled_sums_of_squares(tensors: Sequence[Tensor]) -> tuple[list[float], list[int]]:
+    """Sum the squares of each real tensor: ``(sums, exponents)``, of the tensor times ``2**-exponent``.
 
-    Args:
-        tensors: real.
-
-    >>> sums_of_squares([torch.tensor([3.0, 4.0]), torch.tensor([1e-30])])
-    [25.0, 0.0]
+    >>> scaled_sums_of_squares([torch.tensor([3.0, 4.0]), torch.tensor([2.0**-100])])
+    ([25.0, 0.25], [0, -99])
     """
+    sums, exponents = _sums_of_squares(tensors), [0] * len(tensors)
+    for index, x in enumerate(tensors):
+        if not LEAST_MEAN_SQUARE * x.numel() <= sums[index] < math.inf:
+            y, exponents[index] = scaled_down(x)
+            (sums[index],) = _sums_of_squares([y])
+    return sums, exponents
+
+
+def _sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
     sums: list[float] = []
     for x in tensors:
         flat = x if x.dim() == 1 else x.view(-1) if x.is_contiguous() else in_memory_order(x)
-        chunks = (flat,) if flat.numel() <= SUM_CHUNK_NUMEL else flat.split(SUM_CHUNK_NUMEL)
-        of_chunks: list[float] = []
-        for chunk in chunks:
+        total: list[float] = []
+        for chunk in (flat,) if flat.numel() <= SUM_CHUNK_NUMEL else flat.split(SUM_CHUNK_NUMEL):
             wide = chunk if chunk.dtype in (torch.float32, torch.float64) else chunk.float()
             # Read one by one: on a CPU, stacking the sums first takes longer.
-            of_chunks.append(torch.dot(wide, wide).item())
-        sums.append(math.fsum(of_chunks))
+            total.append(torch.dot(wide, wide).item())
+        sums.append(math.fsum(total))
     return sums
 
 
-def inexact(sums: Sequence[float], tensors: Sequence[Tensor]) -> list[int]:
-    """Finds the tensors whose `sums_of_squares` are not to be trusted; a tensor of zeros is one of them.
-
-    Args:
-        sums: of squares.
-        tensors: real.
-
-    Returns:
-        Their indices.
-    """
-    return [
-        index
-        for index, (total, x) in enumerate(zip(sums, tensors, strict=True))
-        if not LEAST_MEAN_SQUARE * x.numel() <= total < math.inf
-    ]
-
-
 def scaled_down(x: Tensor) -> tuple[Tensor, int]:
-    """Multiplies a tensor by a power of two so that its largest absolute value is in [0.5, 1).
-
-    Args:
-        x: real, unchanged.
+    """Copy a real tensor times a power of two, in at least float32, so that its largest absolute value is in [0.5, 1).
 
     Returns:
-        ``(y, exponent)`` with ``x = y * 2**exponent`` and y in at least float32; exponent 0 if all of ``x`` is zero or
-        its largest number is not finite.
+        ``(y, exponent)`` with ``x = y * 2**exponent``; exponent 0 if all numbers are zero or some are not finite.
 
     >>> scaled_down(torch.tensor([1e-45, 0.0]))
     (tensor([0.5000, 0.0000]), -148)
@@ -118,34 +93,21 @@ def scaled_down(x: Tensor) -> tuple[Tensor, int]:
 
 
 def root_mean_squares(tensors: Sequence[Tensor]) -> list[float]:
-    """Computes the root mean square of the absolute values of each tensor.
-
-    Args:
-        tensors: real or complex.
+    """Root mean square of the absolute values of each real or complex tensor.
 
     >>> root_mean_squares([torch.tensor([1e-30, -1e-30]), torch.zeros(2), torch.zeros(0)])
     [1e-30, 0.0, 0.0]
     """
-    real = as_real(tensors)
-    sums, exponents = sums_of_squares(real), [0] * len(real)
-    for index in inexact(sums, real):
-        y, exponents[index] = scaled_down(real[index])
-        (sums[index],) = sums_of_squares([y])
-    return [
-        math.ldexp(math.sqrt(total / max(1, x.numel())), exponent)
-        for total, x, exponent in zip(sums, tensors, exponents, strict=True)
-    ]
+    sums, exponents = scaled_sums_of_squares(as_real(tensors))
+    means = [total / max(1, x.numel()) for total, x in zip(sums, tensors, strict=True)]
+    return [math.ldexp(math.sqrt(mean), exponent) for mean, exponent in zip(means, exponents, strict=True)]
 
 
 # ── on a device, or over several ranks ──
 
 
 def norms(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Computes the L2 norms of whole tensors in few kernel launches, without a device sync.
-
-    Args:
-        tensors: this rank's part of each tensor, real.
-        params: the parameters of ``tensors``, all sharded over the same ranks or none.
+    """L2 norms of whole real tensors in few kernel launches, without a device sync.
 
     Returns:
         ``(norms [n], ())`` in float64, in whose range squares of float32 are. If a tensor is of float64,
@@ -161,7 +123,7 @@ def norms(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, 
 
 
 def _scales(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns two powers of two per tensor; times both, its largest number is in [0.5, 1) or 0."""
+    """Two powers of two per tensor; times both, its largest number is in [0.5, 1) or 0."""
     filled = [x if x.numel() else x.new_zeros(1) for x in tensors]
     largest = torch.stack(torch._foreach_norm(filled, math.inf, dtype=torch.float64))
     exponent = torch.frexp(max_over_shards(largest, params)).exponent.double()
@@ -170,16 +132,7 @@ def _scales(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor
 
 
 def roots_of_products(left: Sequence[Tensor], right: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
-    """Computes ``sqrt|sum x y|`` of pairs of whole tensors without a device sync.
-
-    Args:
-        left: this rank's part of each x, real.
-        right: this rank's part of each y, in the shape of x.
-        params: the parameters of both, all sharded over the same ranks or none.
-
-    Returns:
-        ``[n]`` in float64.
-    """
+    """``sqrt|sum x y|`` of whole real tensors x of ``left`` and y of ``right``, ``[n]`` in float64; no device sync."""
     sides, all_scales = [left, right], list[Tensor]()
     for index, side in enumerate(sides):
         if any(x.dtype == torch.float64 for x in side):
@@ -194,7 +147,7 @@ def roots_of_products(left: Sequence[Tensor], right: Sequence[Tensor], params: S
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    """Sums ``x * y`` in float64, 0-dimensional; on a CPU in chunks that fit its cache."""
+    """Sum ``x * y`` in float64, 0-dimensional; on a CPU in chunks that fit its cache."""
     length = SUM_CHUNK_NUMEL if x.device.type in memory.HOST else max(1, x.numel())
     chunks = zip(x.reshape(-1).split(length), y.reshape(-1).split(length), strict=True)
     return torch.stack([torch.dot(a.double(), b.double()) for a, b in chunks]).sum()

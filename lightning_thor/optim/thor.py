@@ -19,43 +19,43 @@ from lightning_thor.distributed.dtensor import local_parts
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.optim.adam import FIRST, SECOND, steps_in_other_coordinates
 from lightning_thor.optim.fading import fade_factors
-from lightning_thor.optim.update_scaling import Numbers, Updates, clip_kl_, clip_norm_, multiply, scale_to_rms_
+from lightning_thor.optim.update_scaling import Numbers, clip_kl_, clip_norm_, multiply, scale_to_rms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
 from lightning_thor.preconditioning.modes import MODES, NATURAL, Mode, ModeName, common_mode
 
+POSITIVE_OR_NONE = ("match_rms", "kl_clip", "clip_norm")
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("be 0 or greater", lambda x: x >= 0),
     "momentum": ("lie in [0, 1)", lambda x: 0 <= x < 1),
     "beta2": ("lie in [0, 1)", lambda x: 0 <= x < 1),
     "weight_decay": ("be 0 or greater", lambda x: x >= 0),
-    "match_rms": ("be greater than 0, or None to turn it off", lambda x: x > 0),
-    "kl_clip": ("be greater than 0, or None to turn it off", lambda x: x > 0),
-    "clip_norm": ("be greater than 0, or None to turn it off", lambda x: x > 0),
+    **dict.fromkeys(POSITIVE_OR_NONE, ("be greater than 0, or None to turn it off", lambda x: x > 0)),
 }
-"""Options that are finite numbers: which ones, in words and as a condition."""
-
+"""Options that are finite numbers, with their range in words and as a condition."""
 
 OPTIONS = ("mode", "nesterov", "decoupled_weight_decay", *RANGES)
-
 
 GRADIENT_RMS = "gradient_rms"
 """Key of each group, with one value for all: root mean square of the largest gradients of this training, see
 `lightning_thor.optim.fading`. Saved with the options, but no option."""
 
+Factors = Mapping[nn.Parameter, float | Tensor]
+"""As of `fade_factors`; without an entry 1."""
+
 
 class Preconditioner(Protocol):
-    """What `Thor` asks of its preconditioner.
+    """What `Thor` asks of its preconditioner; of sharded parameters (DTensors) all tensors are this rank's shards.
 
     These two methods suffice for ``mode="natural"``. For other modes, and for directions in parts, it has
     ``directions(tensors, mode)`` too; for a mode with a change of basis ``change_basis(tensors, mode, back=False)`` and
-    ``due_parameters()``, all as of `Curvature`. Of sharded parameters (DTensors) all tensors are this rank's parts.
+    ``due_parameters()``, all as of `Curvature`.
     """
 
     def update(self) -> None:
-        """Is called once per applied step, between backward and the directions."""
+        """Update curvature: called once per applied step, between backward and the directions."""
 
     def precondition(self, grads: Tensors) -> Directions:
-        """Computes one direction of descent for each gradient.
+        """Compute one direction of descent for each gradient.
 
         Args:
             grads: by parameter, to be left unchanged.
@@ -66,20 +66,8 @@ class Preconditioner(Protocol):
         """
 
 
-def method_for(preconditioner: Preconditioner, mode: Mode) -> Callable[..., Any]:
-    """Finds what computes a mode's directions.
-
-    Args:
-        preconditioner: a `Curvature`, or an object of the user's.
-        mode: that of a parameter group.
-
-    Returns:
-        ``change_basis`` of the preconditioner for this mode; or ``directions``, a function from tensors by parameter to
-        parts of their directions.
-
-    Raises:
-        RuntimeError: the preconditioner does not have it.
-    """
+def _method_for(preconditioner: Preconditioner, mode: Mode) -> Callable[..., Any]:
+    """Find the preconditioner's ``change_basis`` for a mode that has one, else its ``directions``, for this mode."""
     name = "directions" if mode.change_basis is None else "change_basis"
     method = getattr(preconditioner, name, None)
     if method is not None:
@@ -111,8 +99,8 @@ class Thor(Optimizer):
             Muon's step in whitened coordinates. Embeddings, norms and the output layer (the last linear layer or
             convolution, with the diagonal of G alone) take the natural direction of their momentum, other parameters
             plain momentum. ``"adam"``, for all groups, is Adam in the coordinates in which the blocks of A and G are
-            diagonal (in Shampoo's blocks: SOAP, Vyas et al. 2024, arXiv:2409.11321; of the output layer those of A
-            alone), and plain Adam for parameters without curvature; its learning rates are AdamW's, and ``match_rms``
+            diagonal (as SOAP has it with Shampoo's factors: Vyas et al. 2024, arXiv:2409.11321), for the output layer
+            those of A, and plain Adam for parameters without curvature. Its learning rates are AdamW's; ``match_rms``
             does not apply.
         momentum: in [0, 1); Adam's β₁.
         beta2: in [0, 1); Adam's β₂, for ``mode="adam"`` alone.
@@ -121,7 +109,7 @@ class Thor(Optimizer):
         decoupled_weight_decay: multiply weights by ``1 - lr * weight_decay``, as AdamW does; otherwise add
             ``weight_decay * weight`` to the preconditioned gradient, as THOR does.
         match_rms: scale each tensor's direction to this root mean square (0.2 is about AdamW's: Liu et al. 2025,
-            arXiv:2502.16982), or less where its gradient is below 64 roundings of the largest gradients of this
+            arXiv:2502.16982), or less where its gradient is below 8 roundings of the largest gradients of this
             training (`lightning_thor.optim.fading`); None leaves the scale to the curvature.
         kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` over all groups that set it is at
             most this (Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored
@@ -151,32 +139,14 @@ class Thor(Optimizer):
         clip_norm: float | None = None,
         preconditioner: Preconditioner | None = None,
     ) -> None:
+        arguments = locals()
         self.preconditioner = preconditioner
         self.numbered: tuple[nn.Parameter, ...] | None = None
         """All parameters of the model, in its order, if known; see `state_dict`."""
-        defaults = {
-            "mode": mode,
-            "lr": lr,
-            "momentum": momentum,
-            "beta2": beta2,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "match_rms": match_rms,
-            "kl_clip": kl_clip,
-            "clip_norm": clip_norm,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, {option: arguments[option] for option in OPTIONS})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group, as `torch.optim.Optimizer.add_param_group`.
-
-        Args:
-            param_group: ``"params"`` and any options.
-
-        Raises:
-            ValueError: as of `Thor`.
-        """
+        """Add parameters with options of their own, as `torch.optim.Optimizer.add_param_group`; raises as `Thor`."""
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # torch's own error
         unknown = param_group.keys() - {*OPTIONS, GRADIENT_RMS, "params", "name", "param_names", "initial_lr"}
@@ -189,17 +159,15 @@ class Thor(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # After unpickling or copying, for which torch drops extra attributes and adds no options of later versions.
         super().__setstate__(state)
-        if "preconditioner" not in self.__dict__:
-            self.preconditioner = None
-        if "numbered" not in self.__dict__:
-            self.numbered = None
+        self.__dict__.setdefault("preconditioner", None)
+        self.__dict__.setdefault("numbered", None)
         for group in self.param_groups:
             for option in OPTIONS:
                 group.setdefault(option, self.defaults[option])
             group.setdefault(GRADIENT_RMS, 0.0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Thor:
-        """Copies the optimizer, and a preconditioner that is a `Curvature` with its model.
+        """Copy the optimizer, and a preconditioner that is a `Curvature` with its model.
 
         The copy's parameters are those of the model's copy if both are copied at once:
         ``copy.deepcopy((model, optimizer))``. Any other preconditioner is left out, as in a pickle.
@@ -217,7 +185,7 @@ class Thor(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes one step.
+        """Take one step.
 
         Args:
             closure: forward and backward passes; run once, before anything else. If it leaves no gradients (a
@@ -244,16 +212,16 @@ class Thor(Optimizer):
         grads = dict(zip(params, local_parts([p.grad for p in params]), strict=True))
         if [p for p in params if grads[p].is_sparse]:
             raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
-        parts, fades = self._update_parts(self.preconditioner, grads)
+        parts, factors = self._update_parts(self.preconditioner, grads)
         for updates in parts:
-            self._apply(grads, updates, fades)
+            self._apply(grads, updates, factors)
             # Frees the memory for the next part.
             updates.clear()
         return loss
 
     @torch.no_grad()
     def make_state(self) -> None:
-        """Sets momentum to zeros where there is none, as a step with gradients of zero does.
+        """Set momentum to zeros where there is none, as a step with gradients of zero does.
 
         `torch.distributed.checkpoint` takes such a step to save or restore an optimizer that has no state yet, and the
         curvature would count it.
@@ -263,7 +231,7 @@ class Thor(Optimizer):
                 self._momentum_buffers(group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as `torch.optim.Optimizer.state_dict` does, but numbers parameters as the model does.
+        """Return the state as `torch.optim.Optimizer.state_dict` does, but number parameters as the model does.
 
         Torch numbers parameters group by group, without frozen ones, and `load_state_dict` goes by their places in the
         groups, not by numbers. But Lightning takes the numbers for those of the model when it restores a checkpoint
@@ -286,23 +254,13 @@ class Thor(Optimizer):
         if not all(p in numbers for p in params) or own != list(range(len(params))):
             return state
         number_of = {old: numbers[p] for old, p in zip(own, params, strict=True)}
-        return {
-            **state,
-            "state": {number_of.get(key, key): value for key, value in state["state"].items()},
-            "param_groups": [
-                {**group, "params": [number_of[number] for number in group["params"]]}
-                for group in state["param_groups"]
-            ],
-        }
+        for group in state["param_groups"]:
+            group["params"] = [number_of[number] for number in group["params"]]
+        return {**state, "state": {number_of.get(key, key): value for key, value in state["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state as `torch.optim.Optimizer.load_state_dict` does, with Adam's moments in at least float32.
-
-        Torch casts them to the dtype of the weights; in float16, squares of small gradients would become 0.
-
-        Args:
-            state_dict: of an optimizer with the same groups.
-        """
+        """Load a state as `torch.optim.Optimizer.load_state_dict` does, but Adam's moments in at least float32: torch
+        casts them to the dtype of the weights, and in float16 squares of small gradients would become 0."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -312,18 +270,12 @@ class Thor(Optimizer):
                 moments = {key: saved[key].to(p.device, wide(p.dtype), copy=True) for key in (FIRST, SECOND)}
                 self.state[p].update(moments)
 
-    def _update_parts(
-        self, preconditioner: Preconditioner, grads: Tensors
-    ) -> tuple[Iterable[Directions], Mapping[nn.Parameter, float | Tensor]]:
-        """Updates the preconditioner and computes directions.
-
-        Returns:
-            Parts of the directions, each to be used before the next one is computed; and `_fade_factors`.
-        """
+    def _update_parts(self, preconditioner: Preconditioner, grads: Tensors) -> tuple[Iterable[Directions], Factors]:
+        """Update the preconditioner; returns parts of directions, each to be used before the next one, and factors."""
         groups = self.param_groups
         mode = MODES[groups[0]["mode"]]
         if mode.change_basis is not None:  # so have all groups
-            change_basis = method_for(preconditioner, mode)
+            change_basis = _method_for(preconditioner, mode)
             return [steps_in_other_coordinates(groups, self.state, preconditioner, change_basis, grads)], {}
         preconditioner.update()
         momenta: dict[nn.Parameter, Tensor] = {}
@@ -338,13 +290,13 @@ class Thor(Optimizer):
             for group in groups:
                 own = {p: sources[p] for p in group["params"] if p in sources}
                 by_mode[group["mode"]] = {**by_mode.get(group["mode"], {}), **own}
-        parts = [method_for(preconditioner, MODES[name])(tensors) for name, tensors in by_mode.items() if tensors]
+        parts = [_method_for(preconditioner, MODES[name])(tensors) for name, tensors in by_mode.items() if tensors]
         if len(parts) == 1 and not [group for group in groups if group["kl_clip"] is not None]:
             return parts[0], factors
         return [{p: one for each in parts for part in each for p, one in part.items()}], factors
 
     def _momenta(self, group: Mapping[str, Any], grads: Tensors) -> Tensors:
-        """Adds gradients to the momentum of a group; returns the momenta by parameter, not to be changed."""
+        """Add gradients to the momentum of a group; return the momenta by parameter, not to be changed."""
         params = [p for p in group["params"] if p in grads]
         momenta, momentum = [grads[p] for p in params], group["momentum"]
         if momentum and params:
@@ -354,12 +306,8 @@ class Thor(Optimizer):
             momenta = list(torch._foreach_add(momenta, buffers, alpha=momentum)) if group["nesterov"] else buffers
         return dict(zip(params, momenta, strict=True))
 
-    def _fade_factors(self, sources: Tensors) -> Mapping[nn.Parameter, float | Tensor]:
-        """Counts this step and returns `fade_factors` of the directions that ``match_rms`` scales; empty if all are 1.
-
-        Args:
-            sources: gradient or momentum by parameter.
-        """
+    def _fade_factors(self, sources: Tensors) -> Factors:
+        """Count this step; returns the factors of the directions of these gradients and momenta that are matched."""
         shares = {
             # A momentum adds up 1 / (1 - momentum) gradients.
             p: 1.0 - group["momentum"] if MODES[group["mode"]].momentum_first else 1.0
@@ -378,14 +326,8 @@ class Thor(Optimizer):
             return {}
         return dict(zip(shares, factors, strict=True))
 
-    def _apply(self, grads: Tensors, updates: Updates, factors: Mapping[nn.Parameter, float | Tensor]) -> None:
-        """Scales updates, decays weights, and moves the parameters of ``updates``, whose tensors are lost.
-
-        Args:
-            grads: by parameter.
-            updates: directions of some of these parameters.
-            factors: as of `_fade_factors`.
-        """
+    def _apply(self, grads: Tensors, updates: Directions, factors: Factors) -> None:
+        """Scale updates, decay weights, and move the parameters of ``updates``, whose tensors are lost."""
         steps: list[tuple[dict[str, Any], list[nn.Parameter], list[Tensor], list[Tensor]]] = []
         for group in self.param_groups:
             if params := [p for p in group["params"] if p in updates]:
@@ -420,7 +362,7 @@ class Thor(Optimizer):
             sgd_step(weights, own, self._momentum_buffers(params) if group["momentum"] else [], group)
 
     def _momentum_buffers(self, params: list[nn.Parameter]) -> list[Tensor]:
-        """Returns this rank's part of each momentum; sets zeros where there was none."""
+        """Return this rank's shard of each momentum, of zeros where there was none."""
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
             if "momentum_buffer" not in state:
@@ -429,15 +371,10 @@ class Thor(Optimizer):
 
 
 def sgd_step(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor], group: Mapping[str, Any]) -> None:
-    """Takes a step of SGD with momentum, by torch's fused kernel (one pass over memory instead of four) where possible.
+    """Take a step of SGD with the ``lr``, ``momentum`` and ``nesterov`` of a group; ``updates`` are lost.
 
-    The fused kernel takes all tensors as contiguous, and that of torch 2.13 for CPUs is wrong in half precision.
-
-    Args:
-        weights: changed in place.
-        updates: of each weight, in its dtype; lost.
-        momenta: of each weight, changed in place; empty without momentum.
-        group: has ``lr``, ``momentum`` and ``nesterov``.
+    By torch's fused kernel, in one pass over memory instead of four, where it can be trusted: it takes all tensors as
+    contiguous, and that of torch 2.13 for CPUs is wrong in half precision.
     """
     unfit = [
         x
@@ -472,7 +409,7 @@ def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
         raise ValueError("lr must be a number, got a Tensor: Thor's step would have to wait for it.")
     for option, (words, is_in_range) in RANGES.items():
         value = group[option]
-        if value is None and option in ("match_rms", "kl_clip", "clip_norm"):
+        if value is None and option in POSITIVE_OR_NONE:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{option} must be a number, got {value!r}.")

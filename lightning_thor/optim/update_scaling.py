@@ -1,4 +1,8 @@
-"""Scales of updates: to a root mean square, to at most a norm, to at most a change of the predictions."""
+"""Scales of updates: to a root mean square, to at most a norm, to at most a change of the predictions.
+
+No function waits for a device. ``updates`` are this rank's parts, changed in place, and ``params`` their parameters,
+whole or sharded.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +18,18 @@ from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view
 from lightning_thor.optim import norms
 from lightning_thor.optim.norms import as_real
 
-Updates = Mapping[nn.Parameter, Tensor]
-"""This rank's part of each update, by parameter; changed in place."""
-
-
 Numbers = Sequence[float | Tensor]
-"""One per tensor, all of one type: floats, or 0-dimensional float64 tensors on the device."""
-
+"""One per tensor, all of one type: floats, or 0-dimensional float64 tensors where reading them would wait for a device
+or for other ranks."""
 
 LEAST_NORM = 1e-100
 """Norms of zeros are raised to it: far below any other norm, and its reciprocal is finite."""
 
 
 def scale_to_rms_(updates: Sequence[Tensor], params: Sequence[Tensor], rms: Numbers) -> None:
-    """Scales each tensor to a root mean square, whatever finite numbers it has; zeros stay. No device sync.
+    """Scale each tensor to a root mean square ``rms``, whatever finite numbers it has; zeros stay.
 
     A tensor times a power of two is scaled to bitwise the same result.
-
-    Args:
-        updates: this rank's part of each tensor; changed in place.
-        params: their parameters, whole or sharded.
-        rms: root mean square of each whole tensor; tensors only where reading them would wait for a device or for
-            other ranks.
 
     >>> both = [torch.full((4,), 1e-30), torch.zeros(2)]
     >>> scale_to_rms_(both, both, [0.2, 0.2])
@@ -46,27 +40,14 @@ def scale_to_rms_(updates: Sequence[Tensor], params: Sequence[Tensor], rms: Numb
 
 
 def multiply(numbers: Numbers, factors: Sequence[float]) -> Numbers:
-    """Multiplies each of ``numbers`` by its factor.
-
-    Args:
-        numbers: unchanged.
-        factors: one for each of them.
-
-    Returns:
-        New numbers of the same type.
-    """
+    """Multiply each of ``numbers`` by its factor; returns new numbers of the same type."""
     if numbers and isinstance(numbers[0], Tensor):
         return list(torch._foreach_mul(list(numbers), list(factors)))  # type: ignore[arg-type]
     return [number * factor for number, factor in zip(numbers, factors, strict=True)]
 
 
 def clip_norm_(updates: Sequence[Tensor], params: Sequence[Tensor], limits: Sequence[float]) -> None:
-    """Shrinks each tensor to at most its limit of the L2 norm; no device sync.
-
-    Args:
-        updates: as of `scale_to_rms_`.
-        params: as of `scale_to_rms_`.
-        limits: largest L2 norm of each whole tensor.
+    """Shrink each tensor to at most its limit of the L2 norm.
 
     >>> both = [torch.full((4,), 2.0), torch.ones(1)]
     >>> clip_norm_(both, both, [1.0, 1.0])
@@ -77,88 +58,61 @@ def clip_norm_(updates: Sequence[Tensor], params: Sequence[Tensor], limits: Sequ
 
 
 def clip_kl_(
-    clipped: Sequence[tuple[nn.Parameter, dict[str, Any]]], grads: Mapping[nn.Parameter, Tensor], updates: Updates
+    clipped: Sequence[tuple[nn.Parameter, dict[str, Any]]],
+    grads: Mapping[nn.Parameter, Tensor],
+    updates: Mapping[nn.Parameter, Tensor],
 ) -> None:
-    """Multiplies updates by one factor, `kl_clip_factor`; no device sync.
+    """Multiply updates by one factor ``min(1, sqrt(kl_clip / sum lr² |update · grad|))``.
 
     Args:
         clipped: the parameters of these updates, each with its group, which has ``lr`` and ``kl_clip``.
-        grads: this rank's part of each gradient, by parameter; may have others.
-        updates: by parameter; may have others, which stay.
+        grads: this rank's part of each gradient, by parameter.
+        updates: by parameter; those of other parameters stay.
     """
     params = [p for p, _ in clipped]
     own = as_real(updates[p] for p in params)
-    rates = [group["lr"] / math.sqrt(group["kl_clip"]) for _, group in clipped]
-    factor = kl_clip_factor(own, as_real(grads[p].resolve_conj() for p in params), params, rates)
-    if norms.can_read_on_host(own, params):
-        _multiply_on_host_(own, [float(factor)] * len(own))
-    else:
-        _multiply_on_device_(own, factor.expand(len(own)))
-
-
-def kl_clip_factor(
-    updates: Sequence[Tensor], grads: Sequence[Tensor], params: Sequence[Tensor], rates: Sequence[float]
-) -> Tensor:
-    """Computes ``min(1, 1 / sqrt(sum rate² |update · grad|))``, by which a step's change of predictions is bounded.
-
-    Args:
-        updates: this rank's part of each update, real.
-        grads: this rank's part of each gradient, real.
-        params: their parameters, whole or sharded.
-        rates: ``lr / sqrt(kl_clip)`` of each.
-
-    Returns:
-        0-dimensional, in float64.
-    """
-    # Square roots of the products, which have the range of their factors.
-    roots = norms.roots_of_products(updates, grads, params)
-    torch._foreach_mul_(list(roots.unbind()), list(rates))
+    # Square roots, whose range is that of the factors: lr times the root of |update · grad|.
+    roots = norms.roots_of_products(own, as_real(grads[p].resolve_conj() for p in params), params)
+    torch._foreach_mul_(list(roots.unbind()), [group["lr"] / math.sqrt(group["kl_clip"]) for _, group in clipped])
     limits = torch.finfo(roots.dtype)
     largest = roots.clamp_(max=limits.max).amax().clamp_min(limits.tiny)
-    length: Tensor = roots.div_(largest).norm() * largest
-    return length.reciprocal().clamp_max(1.0)
+    kl_clip_factor = (roots.div_(largest).norm() * largest).reciprocal().clamp_max(1.0)
+    if norms.can_read_on_host(own, params):
+        _multiply_on_host_(own, [float(kl_clip_factor)] * len(own), [0] * len(own))
+    else:
+        _multiply_on_device_(own, kl_clip_factor.expand(len(own)))
 
 
 def _scale_to_norms_(updates: Sequence[Tensor], params: Sequence[Tensor], targets: Numbers, *, at_most: bool) -> None:
-    """Scales each tensor to an L2 norm; with ``at_most`` only tensors whose norm is above it."""
+    """Scale each tensor to an L2 norm; with ``at_most`` only tensors whose norm is above it."""
     real = as_real(updates)
     if not norms.can_read_on_host(real, params):
         _scale_on_device_(real, params, targets, at_most=at_most)
         return
-    sums = norms.sums_of_squares(real)
+    sums, exponents = norms.scaled_sums_of_squares(real)
     factors = [float(target) / math.sqrt(total) if total else 1.0 for target, total in zip(targets, sums, strict=True)]
-    for index in norms.inexact(sums, real):
-        _scale_by_way_of_one_(real[index], float(targets[index]), at_most=at_most)
-        factors[index] = 1.0
-    _multiply_on_host_(real, [min(1.0, factor) for factor in factors] if at_most else factors)
+    _multiply_on_host_(real, factors, [-exponent for exponent in exponents], at_most=at_most)
 
 
-def _scale_by_way_of_one_(x: Tensor, target: float, *, at_most: bool) -> None:
-    """Scales a tensor whose squares leave the range of its dtype, by way of one whose largest number is about 1."""
-    if target == 0.0:
-        x.zero_()
-        return
-    y, exponent = norms.scaled_down(x)
-    norm = math.sqrt(norms.sums_of_squares([y])[0])
-    # The norm of x is norm * 2**exponent, which may be no float.
-    if norm and not (at_most and math.log2(norm) + exponent <= math.log2(target)):
-        x.copy_(y.mul_(target / norm))
-
-
-def _multiply_on_host_(real: Sequence[Tensor], factors: Sequence[float]) -> None:
-    chosen: list[tuple[Tensor, float]] = []
-    for x, factor in zip(real, factors, strict=True):
-        if factor == 1.0:
+def _multiply_on_host_(
+    real: Sequence[Tensor], factors: Sequence[float], exponents: Sequence[int], *, at_most: bool = False
+) -> None:
+    """Multiply by ``factor * 2**exponent``, which may be no float; with ``at_most`` only where it is below 1."""
+    chosen, chosen_factors = list[Tensor](), list[float]()
+    for x, factor, exponent in zip(real, factors, exponents, strict=True):
+        magnitude = math.frexp(factor)[1] + exponent
+        if (at_most and magnitude > 0) or (factor == 1.0 and not exponent):
             continue
-        limits = torch.finfo(x.dtype)
-        if x.dtype == wide(x.dtype) and (limits.tiny <= factor <= limits.max or not math.isfinite(factor)):
-            chosen.append((x, factor))
+        limits, product = torch.finfo(x.dtype), math.ldexp(factor, exponent) if abs(magnitude) < 1000 else 0.0
+        if x.dtype == wide(x.dtype) and (limits.tiny <= product <= limits.max or not math.isfinite(factor)):
+            chosen.append(x)
+            chosen_factors.append(product)
         else:
             # A factor is rounded to the dtype of its tensor, in which it may have few digits or none.
-            y, exponent = norms.scaled_down(x)
-            x.copy_(y.mul_(math.ldexp(factor, exponent)))
+            y, own = norms.scaled_down(x)
+            x.copy_(y.mul_(math.ldexp(factor, exponent + own)))
     if chosen:
-        torch._foreach_mul_([x for x, _ in chosen], [factor for _, factor in chosen])
+        torch._foreach_mul_(chosen, chosen_factors)
 
 
 def _scale_on_device_(real: Sequence[Tensor], params: Sequence[Tensor], targets: Numbers, *, at_most: bool) -> None:
@@ -175,7 +129,7 @@ def _scale_on_device_(real: Sequence[Tensor], params: Sequence[Tensor], targets:
 
 
 def _multiply_on_device_(real: Sequence[Tensor], *factors: Tensor) -> None:
-    """Multiplies by each of ``factors [n]`` in float64: float32 cannot represent all of them."""
+    """Multiply by each of ``factors [n]`` in float64: float32 cannot represent all of them."""
     runs = adjacent_runs(real)
     together = [as_stacked_view([real[index] for index in run]) for run in runs]
     for each in factors:

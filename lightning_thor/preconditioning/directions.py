@@ -23,14 +23,13 @@ from lightning_thor.preconditioning.grouping import (
 MSIGN_CHUNK_NUMEL = 2**24
 """Entries of the matrices whose sign is computed at once: enough to fill a device, and a bound on the memory."""
 
-
 DIRECTION_CHUNK_NUMEL = {"cpu": 2**21}
 """By type of device: entries of natural directions that make a part, which the optimizer uses while it is in the
 processor's cache, and whose memory the next part takes. On other devices one part has all, in fewer kernel launches."""
 
 
 def natural(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
-    """Yields ``G⁻¹ grad A⁻¹`` of each layer and copies of other parameters' gradients, in parts.
+    """Yield ``G⁻¹ grad A⁻¹`` of each layer and copies of other parameters' gradients, in parts.
 
     A part has about `DIRECTION_CHUNK_NUMEL` entries; each parameter is in one part. Against one part for all, a step of
     a GPT-2 small of 163M untied parameters takes 2.66 GB of memory instead of 3.19 and as much time to within 2 %
@@ -75,7 +74,7 @@ def _precondition(group: LayerGroup, tensors: Tensors, stored: GroupedLayers) ->
 
 
 def polar(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
-    """Yields ``Wᵀ msign(W M Vᵀ) V`` of each polar layer, as one part: steepest descent in the whitened spectral norm.
+    """Yield ``Wᵀ msign(W M Vᵀ) V`` of each polar layer, as one part: steepest descent in the whitened spectral norm.
 
     It equals ``G^-½ msign(G^-½ M A^-½) A^-½`` for any roots W of G⁻¹ and V of A⁻¹: every other pair is ``Q W`` and
     ``P V`` with orthogonal Q and P, and ``msign(Q X Pᵀ) = Q msign(X) Pᵀ``. Other layers have their natural direction,
@@ -107,7 +106,7 @@ def polar(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
 
 
 def change_basis(stored: GroupedLayers, tensors: Tensors, *, back: bool = False) -> Directions:
-    """Computes ``Q_Gᵀ X Q_A`` of each layer, with the eigenvectors of its blocks as columns of Q_G and Q_A.
+    """Compute ``Q_Gᵀ X Q_A`` of each layer, with the eigenvectors of its blocks as columns of Q_G and Q_A.
 
     In these coordinates A ⊗ G is diagonal within its blocks.
 
@@ -127,14 +126,7 @@ def change_basis(stored: GroupedLayers, tensors: Tensors, *, back: bool = False)
 
 
 def complete_groups(groups: Iterable[LayerGroup], tensors: Tensors) -> list[LayerGroup]:
-    """Selects the layers that are preconditioned and have all their tensors; those of incomplete groups one by one.
-
-    Args:
-        groups: layers with curvature.
-        tensors: gradients, momenta or moments by parameter.
-
-    Returns:
-        Groups of these layers.
+    """Select the layers that are preconditioned and have all their ``tensors``; of incomplete groups one by one.
 
     Raises:
         ValueError: a tensor is a shard of its parameter.
@@ -161,14 +153,14 @@ def complete_groups(groups: Iterable[LayerGroup], tensors: Tensors) -> list[Laye
 
 
 def _divide(matrices: Matrices, unit: Unit) -> Matrices:
-    """Divides by ``unit``; returns ``matrices`` themselves where it is 1."""
+    """Divide by ``unit``; returns ``matrices`` themselves where it is 1."""
     if not isinstance(unit, Tensor) and unit == 1.0:
         return matrices
     return matrices / unit if isinstance(matrices, Tensor) else [matrix / unit for matrix in matrices]
 
 
 def _divide_within_range_(direction: Tensor, unit: Unit) -> Tensor:
-    """Divides by ``unit``, or by so much less that the result is in the range of the dtype."""
+    """Divide by ``unit``, or by so much less that the result is in the range of the dtype."""
     if isinstance(unit, Tensor) or unit != 1.0:
         room = torch.finfo(direction.dtype).max / 2 / direction.abs().amax()
         direction.mul_((1.0 / torch.as_tensor(unit).to(direction)).minimum(room))
@@ -176,27 +168,19 @@ def _divide_within_range_(direction: Tensor, unit: Unit) -> Tensor:
 
 
 def _msign_in_chunks(matrices: Tensor) -> Tensor:
-    """Computes `msign` of ``[n, rows, columns]``, `MSIGN_CHUNK_NUMEL` entries or one larger matrix at a time."""
+    """Compute `msign` of ``[n, rows, columns]``, `MSIGN_CHUNK_NUMEL` entries or one larger matrix at a time."""
     length = max(1, MSIGN_CHUNK_NUMEL // matrices[0].numel())
     signs = [msign(chunk) for chunk in matrices.split(length)]
     return signs[0] if len(signs) == 1 else torch.cat(signs)
 
 
 def add_copies(directions: Directions, tensors: Tensors) -> Directions:
-    """Adds copies of the tensors of parameters without direction.
-
-    Args:
-        directions: by parameter.
-        tensors: gradients or momenta by parameter, unchanged.
-
-    Returns:
-        ``directions`` and the copies, which are in at least float32.
-    """
+    """Return ``directions`` and copies, in at least float32, of the tensors of parameters that have none there."""
     return directions | _copies({p: tensor for p, tensor in tensors.items() if p not in directions})
 
 
 def _copies(tensors: Tensors) -> Directions:
-    """Copies tensors of one shape and dtype by one operation; in at least float32, as all directions."""
+    # Tensors of one shape and dtype by one operation.
     alike: dict[tuple[torch.Size, torch.dtype], list[nn.Parameter]] = {}
     for p, tensor in tensors.items():
         alike.setdefault((tensor.shape, tensor.dtype), []).append(p)

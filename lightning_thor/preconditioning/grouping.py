@@ -23,21 +23,19 @@ FactorPair = tuple[Tensor | None, Tensor]
 """What is stored of a layer's A and G, each ``[groups, n_blocks, size, size]``: inverses, roots V and W with
 ``VᵀV = A⁻¹`` and ``WᵀW = G⁻¹``, or eigenvectors as columns. None for a layer without A."""
 
-
 Tensors = Mapping[nn.Parameter, Tensor]
 """Gradients, momenta or moments by parameter."""
 
-
 Directions = dict[nn.Parameter, Tensor]
-
 
 Matrices = Tensor | Sequence[Tensor]
 """A matrix ``[out, in]`` (``[groups, out, in]`` of a `SingleLayer`) for each layer of a group."""
 
+Transposed = tuple[bool, bool]
+"""Whether a product takes the transpose of the stored A, and of the stored G."""
 
 Unit = float | Tensor
 """What output gradients were divided by to be rows of G, see `FactorState.gradient_unit`."""
-
 
 ROW_CHUNK_NUMEL = {"cpu": 2**22}
 """By type of device: entries of a weight that are multiplied at once; on other devices all of them."""
@@ -62,29 +60,16 @@ class LayerGroup(ABC):
 
     @abstractmethod
     def to_matrices(self, tensors: Tensors) -> Matrices:
-        """Returns the tensors of this group's parameters as one matrix per layer, possibly views."""
+        """Return the tensors of this group's parameters as one matrix per layer, possibly views."""
 
     @abstractmethod
-    def product(self, matrices: Matrices, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
-        """Computes ``G X A`` of each matrix X with the stored factors.
-
-        Args:
-            matrices: X of each layer.
-            transposed: whether to transpose the stored A, and the stored G.
-
-        Returns:
-            New tensor ``[n, *X.shape]`` for ``n`` layers.
-        """
+    def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
+        """Compute ``G X A`` of each matrix X with the stored A and G: new tensor, with one result per layer."""
 
     @abstractmethod
     def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
-        """Writes matrices into ``directions``, in the shapes of ``tensors`` and their dtypes, but at least float32.
-
-        Args:
-            directions: gets an entry for each parameter of this group.
-            matrices: one per layer, as of `product`; directions may be views of them.
-            tensors: what `to_matrices` took.
-        """
+        """Write a `product` into ``directions``, in the shapes of ``tensors`` and their dtypes, but at least float32;
+        directions may be views of ``matrices``."""
 
 
 class DenseGroup(LayerGroup):
@@ -100,7 +85,7 @@ class DenseGroup(LayerGroup):
         dtype = self._G.dtype
         return [tensors[layer.parameters[0]].to(dtype).flatten(1) for layer in self.layers]
 
-    def product(self, matrices: Matrices, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
+    def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
         A, G = self._A_transposed if transposed[0] else self._A, self._G.mT if transposed[1] else self._G
         (n_blocks, size, _), (n_rows, n_columns) = A[0].shape, matrices[0].shape
         halfway = G.new_empty(len(A), n_rows, n_blocks, size)
@@ -138,7 +123,7 @@ class RowChunkedLayer(LayerGroup):
     def to_matrices(self, tensors: Tensors) -> Matrices:
         return [tensors[self._parameter].to(self._across.dtype).flatten(1)]
 
-    def product(self, matrices: Matrices, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
+    def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
         (matrix,), (n_rows, n_columns), across = matrices, matrices[0].shape, self._across
         # A table's parameter is the transpose of X: (G X A)ᵀ = Aᵀ Xᵀ Gᵀ.
         transpose_across, transpose_along = (not transposed[1], not transposed[0]) if self._is_table else transposed
@@ -163,16 +148,8 @@ class RowChunkedLayer(LayerGroup):
 
 
 def chunk_lengths(n_rows: int, size: int, n_columns: int, device_type: str) -> list[int]:
-    """Cuts ``n_rows`` into chunks of whole blocks, and last the rows of a smaller block.
-
-    Args:
-        n_rows: rows of a weight.
-        size: rows of a block.
-        n_columns: entries of a row.
-        device_type: key of `ROW_CHUNK_NUMEL`.
-
-    Returns:
-        Number of rows of each chunk.
+    """Cut the rows of a weight ``[n_rows, n_columns]`` into chunks of whole blocks of ``size`` rows; a smaller block is
+    the last chunk.
 
     >>> chunk_lengths(7, size=2, n_columns=2**20, device_type="cpu")
     [4, 2, 1]
@@ -184,7 +161,7 @@ def chunk_lengths(n_rows: int, size: int, n_columns: int, device_type: str) -> l
 
 
 def _factors_of_chunks(lengths: Sequence[int], blocks: Tensor) -> list[Tensor]:
-    """Returns the blocks along the rows of each chunk, ``[n, size, size]``; of a diagonal factor ``[rows, 1, 1]``."""
+    """Return the blocks along the rows of each chunk, ``[n, size, size]``; of a diagonal factor ``[rows, 1, 1]``."""
     size, factors, start = blocks.shape[-1], [], 0
     for length in lengths:
         height = min(size, length)
@@ -204,7 +181,7 @@ class NormGroup(LayerGroup):
     def to_matrices(self, tensors: Tensors) -> Matrices:
         return torch.stack([tensors[p].to(self._G.dtype) for p in self._parameters])
 
-    def product(self, matrices: Matrices, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
+    def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
         assert isinstance(matrices, Tensor)
         return matrices * self._G
 
@@ -221,7 +198,7 @@ class SingleLayer(LayerGroup):
         own = [layer.slice_of(tensors[p]) for p in layer.parameters]
         return layer.to_matrix(own, G.dtype)[None]
 
-    def product(self, matrices: Matrices, transposed: tuple[bool, bool] = (False, False)) -> Tensor:
+    def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
         (layer,), ((A, G),) = self.layers, self.pairs
         A = None if A is None else A.mT if transposed[0] else A
         return layer.product(G.mT if transposed[1] else G, matrices[0], A)[None]
@@ -252,7 +229,7 @@ class GroupedLayers(NamedTuple):
 def group_layers(
     layers: Sequence[Layer], pairs: Sequence[FactorPair], polar_layers: Container[str] = ()
 ) -> Iterator[LayerGroup]:
-    """Groups layers that are alike and whose stored G are adjacent in memory.
+    """Group layers that are alike and whose stored G are adjacent in memory.
 
     Args:
         layers: layers with curvature.
@@ -274,15 +251,7 @@ def group_layers(
 
 
 def group_type_of(layer: Layer, pair: FactorPair) -> tuple[type[LayerGroup], Hashable]:
-    """Finds the fastest kind of group for a layer.
-
-    Args:
-        layer: a layer with curvature.
-        pair: what is stored of its factors.
-
-    Returns:
-        The class, and a key that is equal for all layers that can share a group of this class.
-    """
+    """Find the fastest kind of group for a layer, and a key that is equal for all layers that can share the group."""
     (stored_A, stored_G), (A, G), p = pair, (layer.A, layer.G), layer.parameters[0]
     key = A, G, p.shape, len(layer.parameters), stored_G.dtype
     if layer.param_slice is None and A is None and stored_G.is_contiguous():

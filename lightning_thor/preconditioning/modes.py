@@ -21,10 +21,10 @@ DirectionsFn = Callable[[GroupedLayers, Tensors], Iterator[Directions]]
 
 
 class ChangeBasisFn(Protocol):
-    """Takes tensors to the coordinates of a mode, and back."""
+    """Take tensors to the coordinates of a mode, and back."""
 
     def __call__(self, stored: GroupedLayers, tensors: Tensors, *, back: bool = False) -> Directions:
-        """Returns new tensors in the shapes of ``tensors``, for every parameter."""
+        """Return new tensors in the shapes of ``tensors``, for every parameter."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Mode:
     directions: DirectionsFn | None = None
     """Directions of descent from gradients (from momenta if `momentum_first`), in parts, as of `natural`."""
     change_basis: ChangeBasisFn | None = None
-    """Coordinates in which `Thor` takes Adam's steps, on all ranks alike and on whole gradients."""
+    """Coordinates in which `Thor` takes Adam's steps, of whole gradients and on all ranks alike."""
     momentum_first: bool = False
     """Whether momentum is that of gradients; otherwise it is that of directions."""
     uses_matrix_sign: bool = False
@@ -59,13 +59,7 @@ MODES: dict[str, Mode] = {}
 
 
 def register_mode(mode: Mode) -> Mode:
-    """Adds a mode, for ``Thor(mode=...)`` and ``Curvature(model, mode=...)``.
-
-    Args:
-        mode: what is to be known of it.
-
-    Returns:
-        ``mode``.
+    """Add a mode, for ``Thor(mode=...)`` and ``Curvature(model, mode=...)``, and return it.
 
     Raises:
         ValueError: the name is taken, or not exactly one of ``directions`` and ``change_basis`` is set.
@@ -79,35 +73,28 @@ def register_mode(mode: Mode) -> Mode:
 
 NATURAL = register_mode(Mode("natural", INVERSE, natural))
 
-
 POLAR = register_mode(
     Mode("polar", ROOT, polar, momentum_first=True, uses_matrix_sign=True, has_diagonal_head=True, serves=("natural",))
 )
 
-
+# Adam's directions have the scale of its learning rates, so nothing else sets it.
 ADAM = register_mode(
     Mode(
         "adam",
         EIGENVECTORS,
         change_basis=change_basis,
         has_diagonal_head=True,
-        matches_rms=False,  # Adam's directions have the scale of its learning rates
+        matches_rms=False,
         fallback="plain Adam",
     )
 )
 
 
 def common_mode(names: Iterable[str]) -> Mode:
-    """Chooses the mode of the curvature that serves parameter groups of these modes.
-
-    Args:
-        names: mode of each parameter group, registered.
-
-    Returns:
-        The one of these modes that serves all others.
+    """Choose the one of these modes whose curvature serves parameter groups of all of them.
 
     Raises:
-        ValueError: none of them does.
+        ValueError: none does.
 
     >>> common_mode(["natural", "polar"]).name
     'polar'
