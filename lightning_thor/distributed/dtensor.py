@@ -27,7 +27,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def is_split(tensor: Tensor) -> bool:
     """True for a DTensor over several ranks."""
-    return is_sharded(tensor) and tensor.device_mesh.size() > 1  # type: ignore[attr-defined]
+    return isinstance(tensor, _SHARDED) and tensor.device_mesh.size() > 1  # type: ignore[attr-defined]
 
 
 def local_parts(tensors: Iterable[Any]) -> list[Tensor]:

@@ -363,11 +363,13 @@ class Thor(Optimizer):
 
     def _momentum_buffers(self, params: list[nn.Parameter]) -> list[Tensor]:
         """Return this rank's shard of each momentum, of zeros where there was none."""
-        states = [self.state[p] for p in params]
-        for p, state in zip(params, states, strict=True):
+        buffers = []
+        for p in params:
+            state = self.state[p]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return local_parts([state["momentum_buffer"] for state in states])
+            buffers.append(state["momentum_buffer"])
+        return local_parts(buffers)
 
 
 def sgd_step(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor], group: Mapping[str, Any]) -> None:

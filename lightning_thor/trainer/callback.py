@@ -330,7 +330,10 @@ def _weight_trains(name: str, modules: Mapping[str, torch.nn.Module]) -> bool:
 
 def _warn_of_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:
     by_norm = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm")
-    matched = (group["match_rms"] is not None and group["mode"] == "natural" for group in optimizer.param_groups)
+    matched = (
+        group["match_rms"] is not None and MODES[group["mode"]].matches_rms and not MODES[group["mode"]].momentum_first
+        for group in optimizer.param_groups
+    )
     if by_norm and all(matched):
         rank_zero_warn(
             "gradient_clip_val clips the gradient's norm before it is preconditioned, and match_rms sets the scale "
