@@ -91,7 +91,7 @@ class UnevenLayout(NamedTuple):
 
 
 def uneven_layout(lengths: Sequence[int]) -> UnevenLayout:
-    """Lay out parts, given the ``lengths`` of those of all ranks ``[world_size]``; the same on all processes.
+    """Lay out one part of each rank, of these ``lengths`` ``[world_size]``; the same on all processes.
 
     >>> uneven_layout([4, 3])
     UnevenLayout(starts=[0, 4], length=8, is_gathered=True)

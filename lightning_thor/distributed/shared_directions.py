@@ -1,4 +1,4 @@
-"""Shared directions: each group of processes makes those of its layers, and one message gathers those of all."""
+"""Shared directions: each group of processes computes its layers' directions, and one message gathers them all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SharedDirections:
 
     Args:
         communicator: of one process of each group; where it has this process alone, this makes all directions.
-        layers: those with curvature, by name.
+        layers: all layers with curvature, by name.
         products: number of products of a layer's matrix with the stored blocks of both its factors in one direction.
         polar: names of the layers whose directions are polar.
 
@@ -53,7 +53,8 @@ class SharedDirections:
         self._elsewhere = set().union(*self._parameters) - self._parameters[self._rank].keys()
 
     def own_grads(self, grads: Mapping[nn.Parameter, Tensor]) -> Mapping[nn.Parameter, Tensor]:
-        """Those of all ``grads`` whose directions this process makes: its layers' and those without curvature."""
+        """Select from all ``grads`` the ones whose directions this process computes: of its layers, and of parameters
+        without curvature."""
         return {p: grad for p, grad in grads.items() if p not in self._elsewhere} if self._elsewhere else grads
 
     def all_gather_uneven(

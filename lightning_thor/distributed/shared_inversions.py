@@ -109,7 +109,7 @@ class SharedInversions:
                 records.append(torch.cat([pack(inverses, self._form), succeeded[:, None].to(some.dtype)], 1).flatten())
         message = all_gather_uneven(torch.cat(records), layout, self._communicator)
         for size, indices in starts.items():
-            # A view of every window of a record's length; the index copies those that begin at a record.
+            # A view of every window of a record's length; the index copies the windows that begin at a record.
             found = message.unfold(0, packed_numel(size, self._form) + 1, 1)[indices]
             solutions[size] = unpack(found[:, :-1].contiguous(), size, self._form), found[:, -1] > 0
         return solutions

@@ -19,7 +19,7 @@ from lightning_thor.preconditioning.grouping import FactorPair
 class RowBlocks(NamedTuple):
     """A layer, or one parameter of a norm, whose rows form blocks: a block's direction is computed at once.
 
-    Rows are those of the parameters' first dimension, counted from the layer's own first row.
+    Rows are slices along the parameters' first dimension, counted from the layer's own first row.
     """
 
     layer: Layer
@@ -61,8 +61,8 @@ class RowBlocks(NamedTuple):
         return (0, parameter.shape[0]) if self.side is None else (start, stop)
 
     def borders(self, held: int) -> list[int]:
-        """Rows, from 0 to ``n_rows``, at which the layer is cut into ranges: borders of blocks, as near as possible to
-        those of shards, which have ``held`` rows of the parameter each.
+        """Rows, from 0 to ``n_rows``, at which the layer is cut into ranges: the borders of blocks that are nearest to
+        borders of shards, which have ``held`` rows of the parameter each.
 
         >>> from lightning_thor.layers.discovery import discover_layers
         >>> layers, _ = discover_layers(nn.Linear(2, 12, bias=False), block_size=4, precondition_bias=False)

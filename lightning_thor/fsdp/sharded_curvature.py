@@ -173,7 +173,7 @@ def row_blocks_of_layers(
 
     Args:
         curvature: of the model.
-        parameters: those that have gradients.
+        parameters: all that have gradients.
         is_polar: whether directions are polar, of the layers that have polar ones.
     """
     return [
@@ -200,7 +200,10 @@ def _owned(
 
 
 def _assembled(plan: RowExchangePlan, rows: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
-    """All rows of this rank's ranges, by placeholder, from those that arrived and then those that stayed."""
+    """All rows of this rank's ranges, by placeholder.
+
+    ``rows`` are of ``plan.arriving``, then of ``plan.staying``.
+    """
     found: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
     for one, some in zip([*plan.arriving, *plan.staying], rows, strict=True):
         found.setdefault((one.range_index, one.param_index), []).append((one.range_rows.start, some))
@@ -215,7 +218,10 @@ def _assembled(plan: RowExchangePlan, rows: Sequence[Tensor]) -> dict[nn.Paramet
 def _to_shards(
     plan: RowExchangePlan, rows: Sequence[Tensor], shards: Mapping[nn.Parameter, Tensor]
 ) -> dict[nn.Parameter, Tensor]:
-    """Directions of this rank's shards, from rows that left and then those that stayed; elsewhere the gradient."""
+    """Directions of this rank's shards; copies of the gradients where there is no direction.
+
+    ``rows`` are directions of ``plan.leaving``, then of ``plan.staying``.
+    """
     directions: dict[nn.Parameter, Tensor] = {}
     for one, direction in zip([*plan.leaving, *plan.staying], rows, strict=True):
         p = one.parameter

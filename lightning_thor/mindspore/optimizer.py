@@ -178,7 +178,7 @@ class MindSporeThor(Thor):
 
 
 class _Preconditioner:
-    """nn.thor's first operations: unscale gradients and precondition them, those of layer norms by their own square."""
+    """nn.thor's first operations: unscale and precondition gradients; divide a layer norm's by their square."""
 
     def __init__(
         self,
@@ -214,8 +214,8 @@ class _Preconditioner:
 
 
 def _without_G(curvature: Curvature, variant: str) -> list[Tensor]:
-    """The G⁻¹ for which nn.thor takes the identity: on Ascend, those of dense layers with two outputs (a special case
-    for BERT's next sentence head)."""
+    """Every G⁻¹ for which nn.thor takes the identity: on Ascend, of dense layers with two outputs (a special case for
+    BERT's next sentence head)."""
     return [
         curvature.factors.blocks(index, "G", "inverse")
         for index, layer in enumerate(curvature.layers.values())

@@ -41,7 +41,7 @@ class ThorCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The commands, and those of their arguments that are no options."""
+        """The commands, each with its arguments that are no options."""
         return LightningCLI.subcommands() | {"split": {"model", "datamodule"}}
 
     @staticmethod
