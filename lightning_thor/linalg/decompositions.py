@@ -53,14 +53,7 @@ def damped_inverse_roots(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tenso
     """Compute a root W of each damped inverse: ``WᵀW = (blocks + damping * I)⁻¹``; no device sync.
 
     W is the inverse of the lower Cholesky factor, so no eigenvalues are needed. Every other root is ``Q W`` with an
-    orthogonal Q.
-
-    Args:
-        blocks: symmetric positive semi-definite, ``[n, d, d]``.
-        damping: as of `damped_inverses`, ``[n]``.
-
-    Returns:
-        ``(roots [n, d, d], succeeded [n])``, lower triangular; ``succeeded`` as of `damped_inverses`.
+    orthogonal Q. Arguments and results are as of `damped_inverses`.
 
     >>> roots, succeeded = damped_inverse_roots(torch.diag(torch.tensor([3.0, 0.0]))[None], torch.tensor([1.0]))
     >>> roots[0], succeeded
@@ -88,7 +81,7 @@ def _positive(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
-    """Write the inverse of each block's lower Cholesky factor into ``into``, by halves.
+    """Write the inverses of the lower Cholesky factors of ``damped [n, d, d]`` into zeros ``into``, by halves.
 
     For a block ``[[P, Qᵀ], [Q, S]]``, the inverse factor W of P, and the inverse factor U of the Schur complement
     ``S - Q Wᵀ W Qᵀ``, it is ``[[W, 0], [-U Q Wᵀ W, U]]``.
@@ -96,10 +89,6 @@ def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
     Nearly all work is batched products, which use every core; LAPACK factors a batch block by block. For 24 blocks of
     128 on one core of an AMD EPYC (Zen 3, float32, torch 2.13) roots take 3.4 ms and inverses 4.7 ms; LAPACK's
     factorisation and inverse take 7.1 ms. Unlike `torch.cholesky_inverse` it neither raises nor waits for the device.
-
-    Args:
-        into: zeros, ``[n, d, d]``; overwritten.
-        damped: symmetric, ``[n, d, d]``.
 
     Returns:
         ``[n]``, above 0 for a block that is not positive definite, whose result is meaningless.
@@ -173,9 +162,7 @@ def eigenvectors(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     no other, and comes at the end, in order, where products with padded blocks cut the padding off. Waits for the
     device on a GPU, as `torch.linalg.eigh` does.
 
-    Args:
-        blocks: symmetric positive semi-definite, ``[n, d, d]``.
-        damping: unused, since it changes no eigenvector; every `Decomposition` has one signature. ``[n]``.
+    Arguments are as of `damped_inverses`; ``damping`` changes no eigenvector.
 
     Returns:
         ``(eigenvectors [n, d, d], succeeded [n])``. ``succeeded`` is False for a block that is not finite, whose result
@@ -227,9 +214,5 @@ class Decomposition(NamedTuple):
 
 
 INVERSE = Decomposition("inverse", damped_inverses, "symmetric", -1.0, ((False, False),))
-
-
 ROOT = Decomposition("root", damped_inverse_roots, "lower", -0.5, ((True, False), (False, True)))
-
-
 EIGENVECTORS = Decomposition("eigenvectors", eigenvectors, "full", 0.0, ((False, True), (True, False)))

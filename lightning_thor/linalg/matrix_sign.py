@@ -9,7 +9,6 @@ SAFETY = 1.01
 """Margin by which each polynomial's output is shrunk: rounding must not carry a singular value beyond the interval of
 the next polynomial."""
 
-
 POLYNOMIALS = (
     (8.1521075, -23.2112081, 17.0183430),
     (3.9094318, -2.8997808, 0.5538707),
@@ -21,7 +20,6 @@ POLYNOMIALS = (
 """Coefficients (a, b, c) of odd polynomials a x + b x³ + c x⁵. Each is the best approximation of 1 on the image of the
 polynomial before it, the first one on [0.005, 1]: "Polar Express" (Amsel, Persson, Musco & Gower 2025,
 arXiv:2505.16932, algorithm 2, cushion 0.024)."""
-
 
 STEPS = 4
 """How many polynomials `msign` applies by default."""
@@ -86,10 +84,5 @@ def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
 
 
 def is_wide(small: int, large: int) -> bool:
-    """Whether `msign` iterates the Gram matrix of ``[small, large]`` and multiplies the matrix itself once.
-
-    Args:
-        small: smaller dimension of a matrix.
-        large: larger dimension.
-    """
+    """Whether `msign` iterates the Gram matrix of ``[small, large]`` and multiplies the matrix itself once."""
     return large > GRAM_FROM * small

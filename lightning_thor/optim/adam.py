@@ -76,12 +76,7 @@ def carry_to_other_coordinates(
     Second moments are not carried: they stay those of the old coordinates, but at least as large as such first moments
     allow. After t steps in the same coordinates ``m² ≤ c v`` with ``c = Σ ((1 - β₁) β₁ᵏ)² / ((1 - β₂) β₂ᵏ)``, k < t
     (Cauchy-Schwarz). Otherwise a coordinate without any gradient so far would take a step of ``m / 1e-8``.
-
-    Args:
-        states: of each tensor, with moments.
-        first: new first moment of each, real, in the dtype of its state.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
+    ``first`` has the new first moment of each state, real and in its dtype.
 
     >>> state = {"step": 1, "exp_avg": torch.tensor([0.1, 0.0]), "exp_avg_sq": torch.tensor([0.05, 0.0])}
     >>> carry_to_other_coordinates([state], [torch.tensor([0.0, 0.1])], 0.9, 0.95)

@@ -285,11 +285,9 @@ class Thor(Optimizer):
         sources = {**grads, **momenta} if momenta else grads
         factors = self._fade_factors(sources)
         by_mode: dict[str, Tensors] = {mode.name: sources}
-        if len({group["mode"] for group in groups}) > 1:
-            by_mode = {}
-            for group in groups:
-                own = {p: sources[p] for p in group["params"] if p in sources}
-                by_mode[group["mode"]] = {**by_mode.get(group["mode"], {}), **own}
+        if len(names := dict.fromkeys([group["mode"] for group in groups])) > 1:
+            members = [(group["mode"], p) for group in groups for p in group["params"] if p in sources]
+            by_mode = {name: {p: sources[p] for own, p in members if own == name} for name in names}
         parts = [_method_for(preconditioner, MODES[name])(tensors) for name, tensors in by_mode.items() if tensors]
         if len(parts) == 1 and not [group for group in groups if group["kl_clip"] is not None]:
             return parts[0], factors
@@ -383,19 +381,9 @@ def sgd_step(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor]
         for x in (*weights, *updates, *momenta)
         if x.dtype != torch.float32 or x.device.type not in ("cpu", "cuda") or not x.is_contiguous()
     ]
-    sgd(
-        weights,
-        updates,
-        list[Tensor | None](momenta),
-        fused=not unfit,
-        foreach=bool(unfit),
-        weight_decay=0.0,
-        momentum=group["momentum"],
-        lr=group["lr"],
-        dampening=0.0,
-        nesterov=group["nesterov"],
-        maximize=False,
-    )
+    options: dict[str, Any] = {"lr": group["lr"], "momentum": group["momentum"], "nesterov": group["nesterov"]}
+    options |= {"weight_decay": 0.0, "dampening": 0.0, "maximize": False, "fused": not unfit, "foreach": bool(unfit)}
+    sgd(weights, updates, list[Tensor | None](momenta), **options)
 
 
 def _matches_rms(group: Mapping[str, Any]) -> bool:

@@ -45,19 +45,16 @@ def natural(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
     Raises:
         ValueError: a gradient is a shard of its parameter; nothing was yielded then.
     """
-    directions: Directions = {}
-    rest, n_entries = dict(tensors), 0
-    for group in complete_groups(stored.groups, tensors):
+    groups, directions, numel = complete_groups(stored.groups, tensors), Directions(), 0
+    for group in groups:
         limit = DIRECTION_CHUNK_NUMEL.get(group.device_type, math.inf)
         # The projections of a packed attention weight are layers of one parameter: they stay in one part.
-        if n_entries >= limit and directions.keys().isdisjoint(group.parameters):
+        if numel >= limit and directions.keys().isdisjoint(group.parameters):
             yield directions
-            directions, n_entries = {}, 0
+            directions, numel = {}, 0
         group.put(directions, _precondition(group, tensors, stored), tensors)
-        for p in group.parameters:
-            rest.pop(p, None)
-            n_entries += p.numel()
-    directions.update(_copies(rest))
+        numel += group.numel
+    directions.update(copies_of_others(groups, tensors))
     yield directions
 
 
@@ -87,10 +84,10 @@ def polar(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
     Yields:
         Directions by parameter, as of `natural`.
     """
-    directions: Directions = {}
-    whiten, whiten_again = stored.decomposition.products
+    groups, (whiten, whiten_again) = complete_groups(stored.groups, tensors), stored.decomposition.products
+    directions = copies_of_others(groups, tensors)
     by_shape: dict[torch.Size, list[tuple[LayerGroup, Tensor]]] = {}
-    for group in complete_groups(stored.groups, tensors):
+    for group in groups:
         if group.layers[0].name in stored.polar_layers:
             matrices = group.product(_divide(group.to_matrices(tensors), stored.unit), whiten)
             by_shape.setdefault(matrices.shape[-2:], []).append((group, matrices))
@@ -102,7 +99,7 @@ def polar(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
         for (group, matrices), sign in zip(members, signs, strict=True):
             direction = group.product(sign.view(matrices.shape), whiten_again)
             group.put(directions, _divide_within_range_(direction, stored.unit), tensors)
-    yield add_copies(directions, tensors)
+    yield directions
 
 
 def change_basis(stored: GroupedLayers, tensors: Tensors, *, back: bool = False) -> Directions:
@@ -118,11 +115,12 @@ def change_basis(stored: GroupedLayers, tensors: Tensors, *, back: bool = False)
     Returns:
         New tensors by parameter, in the shapes of ``tensors``; copies of parameters without curvature.
     """
-    directions: Directions = {}
-    for group in complete_groups(stored.groups, tensors):
+    groups = complete_groups(stored.groups, tensors)
+    directions = copies_of_others(groups, tensors)
+    for group in groups:
         matrices = group.product(group.to_matrices(tensors), stored.decomposition.products[back])
         group.put(directions, matrices, tensors)
-    return add_copies(directions, tensors)
+    return directions
 
 
 def complete_groups(groups: Iterable[LayerGroup], tensors: Tensors) -> list[LayerGroup]:
@@ -174,16 +172,13 @@ def _msign_in_chunks(matrices: Tensor) -> Tensor:
     return signs[0] if len(signs) == 1 else torch.cat(signs)
 
 
-def add_copies(directions: Directions, tensors: Tensors) -> Directions:
-    """Return ``directions`` and copies, in at least float32, of the tensors of parameters that have none there."""
-    return directions | _copies({p: tensor for p, tensor in tensors.items() if p not in directions})
-
-
-def _copies(tensors: Tensors) -> Directions:
-    # Tensors of one shape and dtype by one operation.
+def copies_of_others(groups: Iterable[LayerGroup], tensors: Tensors) -> Directions:
+    """Copy the tensors of parameters that are in no group, in at least float32; equal shapes by one operation."""
+    taken = {p for group in groups for p in group.parameters}
     alike: dict[tuple[torch.Size, torch.dtype], list[nn.Parameter]] = {}
     for p, tensor in tensors.items():
-        alike.setdefault((tensor.shape, tensor.dtype), []).append(p)
+        if p not in taken:
+            alike.setdefault((tensor.shape, tensor.dtype), []).append(p)
     copies: Directions = {}
     for (_, dtype), members in alike.items():
         together = torch.stack([tensors[p] for p in members])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ class LayerGroup(ABC):
             p: layer.name if layer.param_slice is None else None for layer in layers for p in layer.parameters
         }
         """Name of the layer by parameter; None where the layer has a slice of the parameter."""
+        self.numel = sum(p.numel() for p in self.parameters)
 
     @abstractmethod
     def to_matrices(self, tensors: Tensors) -> Matrices:
@@ -116,9 +118,16 @@ class RowChunkedLayer(LayerGroup):
         self._is_table = layer.kind.row_factor == "A"
         along, across = (A, G) if self._is_table else (G, A)
         self._across = across.view(across.shape[1:])
-        n_rows = len(self._parameter)
-        self._lengths = chunk_lengths(n_rows, along.shape[-1], self._parameter.numel() // n_rows, self.device_type)
-        self._factors = _factors_of_chunks(self._lengths, along.flatten(0, 1))
+        n_rows, size, blocks = len(self._parameter), along.shape[-1], along.flatten(0, 1)
+        n_whole, row_numel = n_rows - n_rows % size, self.numel // n_rows
+        length = size * max(1, ROW_CHUNK_NUMEL.get(self.device_type, self.numel) // (size * row_numel))
+        self._lengths: list[int] = []
+        self._factors: list[Tensor] = []
+        """Of each chunk the blocks along its rows, ``[n, size, size]``; of a diagonal factor ``[rows, 1, 1]``."""
+        for start, stop in pairwise(sorted({*range(0, n_whole, length), n_whole, n_rows})):
+            height = min(size, stop - start)
+            self._lengths.append(stop - start)
+            self._factors.append(blocks[start // size :, :height, :height][: (stop - start) // height])
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
         return [tensors[self._parameter].to(self._across.dtype).flatten(1)]
@@ -129,9 +138,8 @@ class RowChunkedLayer(LayerGroup):
         transpose_across, transpose_along = (not transposed[1], not transposed[0]) if self._is_table else transposed
         across = across.mT if transpose_across else across
         product = across.new_empty(n_rows, *across.shape[:2])
-        for rows, out, along in zip(
-            matrix.split(self._lengths), product.split(self._lengths), self._factors, strict=True
-        ):
+        chunks = zip(matrix.split(self._lengths), product.split(self._lengths), self._factors, strict=True)
+        for rows, out, along in chunks:
             if len(along) == len(rows):
                 columns_product(rows.view(out.shape), across, into=out, scale=along)
                 continue
@@ -145,29 +153,6 @@ class RowChunkedLayer(LayerGroup):
     def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
         like = tensors[self._parameter]
         directions[self._parameter] = matrices.view(like.shape).to(wide(like.dtype))
-
-
-def chunk_lengths(n_rows: int, size: int, n_columns: int, device_type: str) -> list[int]:
-    """Cut the rows of a weight ``[n_rows, n_columns]`` into chunks of whole blocks of ``size`` rows; a smaller block is
-    the last chunk.
-
-    >>> chunk_lengths(7, size=2, n_columns=2**20, device_type="cpu")
-    [4, 2, 1]
-    """
-    whole = n_rows - n_rows % size
-    length = size * max(1, ROW_CHUNK_NUMEL.get(device_type, n_rows * n_columns) // (size * n_columns))
-    lengths = [min(length, whole - start) for start in range(0, whole, length)]
-    return lengths + [n_rows - whole] * (whole < n_rows)
-
-
-def _factors_of_chunks(lengths: Sequence[int], blocks: Tensor) -> list[Tensor]:
-    """Return the blocks along the rows of each chunk, ``[n, size, size]``; of a diagonal factor ``[rows, 1, 1]``."""
-    size, factors, start = blocks.shape[-1], [], 0
-    for length in lengths:
-        height = min(size, length)
-        factors.append(blocks[start // size :, :height, :height][: length // height])
-        start += length
-    return factors
 
 
 class NormGroup(LayerGroup):

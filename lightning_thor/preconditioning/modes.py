@@ -79,14 +79,7 @@ POLAR = register_mode(
 
 # Adam's directions have the scale of its learning rates, so nothing else sets it.
 ADAM = register_mode(
-    Mode(
-        "adam",
-        EIGENVECTORS,
-        change_basis=change_basis,
-        has_diagonal_head=True,
-        matches_rms=False,
-        fallback="plain Adam",
-    )
+    Mode("adam", EIGENVECTORS, None, change_basis, has_diagonal_head=True, matches_rms=False, fallback="plain Adam")
 )
 
 

@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor
 from lightning_thor.linalg.decompositions import INVERSE
-from lightning_thor.preconditioning.directions import add_copies, complete_groups
+from lightning_thor.preconditioning.directions import complete_groups, copies_of_others
 from lightning_thor.preconditioning.grouping import Directions, GroupedLayers, SingleLayer, Tensors
 from lightning_thor.preconditioning.modes import MODES, Mode, common_mode, register_mode
 
 
 def input_directions(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
     """``grad A⁻¹``: the inputs alone are whitened (as FOOF does)."""
-    directions: Directions = {}
-    for group in complete_groups(stored.groups, tensors):
+    groups = complete_groups(stored.groups, tensors)
+    directions = copies_of_others(groups, tensors)
+    for group in groups:
         for layer, (A, G) in zip(group.layers, group.pairs, strict=True):
             alone = SingleLayer([layer], [(A, torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G))])
             alone.put(directions, alone.product(alone.to_matrices(tensors)), tensors)
-    yield add_copies(directions, tensors)
+    yield directions
 
 
 @pytest.fixture(autouse=True)
