@@ -54,12 +54,12 @@ def test_fit_prints_the_curvature_and_leaves_a_checkpoint_with_it(fitted: tuple[
 
 
 @pytest.mark.slow
-def test_a_strategy_from_yaml_keeps_each_layers_inverses_on_one_of_two_ranks(tmp_path: Path) -> None:
+def test_a_strategy_from_yaml_stores_each_layers_inverses_on_one_of_two_ranks(tmp_path: Path) -> None:
     strategy = {"class_path": "lightning_thor.ThorDDPStrategy", "init_args": {"inverse_workers": 1}}
     config = tmp_path / "two_ranks.yaml"
     config.write_text(yaml.safe_dump({"trainer": {"devices": 2, "strategy": strategy}}), encoding="utf-8")
     printed = command("fit", *TINY_DIGITS, f"--config={config}", "--trainer.max_epochs=1", folder=tmp_path)
-    line = r"7 layers preconditioned, \S+ \S+ in all on this rank \(others keep the inverses of (\d)\)"
+    line = r"7 layers preconditioned, \S+ \S+ in all on this rank \(others store the inverses of (\d)\)"
     found = re.search(line, " ".join(printed.split()))
     assert found, printed
     layers = torch.load(checkpoint_in(tmp_path), weights_only=True)["callbacks"]["ThorCallback"]["curvature"]["layers"]
