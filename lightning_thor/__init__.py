@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from lightning_thor import former_addresses
 from lightning_thor import schedules as schedules
 from lightning_thor.block_size.choose import choose_block_size
 from lightning_thor.curvature.curvature import Curvature
@@ -14,6 +15,8 @@ from lightning_thor.trainer.callback import ThorCallback
 from lightning_thor.trainer.ddp_strategy import ThorDDPStrategy
 from lightning_thor.trainer.fsdp2_strategy import ThorModelParallelStrategy
 from lightning_thor.trainer.strategies import ThorStrategyMixin
+
+former_addresses.install()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Former modules, which an ``import lightning_thor`` alone brought along.
-    if name in ("split", "sharded"):
+    # An ``import lightning_thor`` alone brought its modules along.
+    if name in former_addresses.FORMER:
         return import_module(f"lightning_thor.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,8 +27,7 @@ FLOORS = (
     "mindspore",
     "trainer",
     "recipes",
-    "split",
-    "sharded",
+    "former_addresses",
     "__init__",
 )
 """From the ground up: folders, and modules of the root. Each may import those before it."""

@@ -21,7 +21,7 @@ from tests.helpers.boring import Boring
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FORMER = ("split.py", "sharded.py")
+FORMER = ("former_addresses.py",)
 """Former addresses, which have no line of their own."""
 
 

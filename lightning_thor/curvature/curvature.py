@@ -26,7 +26,7 @@ from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.distributed.shared_directions import SharedDirections
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.damping import DampingRule
-from lightning_thor.factors.state import ELEMENTS, ROWS, Solve, factor_state_of
+from lightning_thor.factors.state import ELEMENTS, ROWS, FactorState, Solve, factor_state_of
 from lightning_thor.factors.trace_rule import UPDATE, decide, trace_rule_of
 from lightning_thor.layers.base import attention_uses
 from lightning_thor.layers.discovery import (
@@ -264,6 +264,12 @@ class Curvature:
         self._reducer = FactorReducer(self.factors, communicator, self._schedule.due, bucket_fn, is_sync_step)
         self._accumulator.connect(self._reducer)
         self.solve: Solve = SharedInversions(inverters, decomposition.make, decomposition.form)
+
+    @property
+    def stacks(self) -> FactorState:
+        """Former name of `factors`."""
+        warnings.warn("Curvature.stacks is now Curvature.factors.", DeprecationWarning, stacklevel=2)
+        return self.factors
 
     @property
     def step(self) -> int:
