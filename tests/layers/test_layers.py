@@ -53,6 +53,11 @@ def test_what_has_no_curvature_is_named_with_its_reason(layer: nn.Module, reason
     assert left_out["layer"] == reason
 
 
+def test_a_transposed_convolution_has_no_reduced_statistics() -> None:
+    curvature = Curvature(nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Conv2d(3, 2, 3)), statistics="reduce")
+    assert (list(curvature.layers), curvature.left_out) == (["1"], {"0": "no curvature for ConvTranspose2d"})
+
+
 def test_modules_without_parameters_are_not_mentioned() -> None:
     assert found(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3, affine=False), nn.Dropout())) == ([], {})
 

@@ -655,10 +655,10 @@ class Routed(nn.Module):
             for number, expert in enumerate(self.experts):
                 where = (route == number).nonzero()[:, 0]
                 h = h.index_add(0, where, expert(h[where]))
-            return self.norm(h)
+            return h
 
         h = checkpoint(body, x, use_reentrant=n_segments == 2) if n_segments else body(x)
-        return self.head(h)
+        return self.head(self.norm(h))
 
 
 def assert_parts_are_one(

@@ -224,6 +224,22 @@ def test_processes_share_max_rows(n_processes: int, max_rows: int | None, rows: 
     assert curvature.factors.counts[0, 0] == rows
 
 
+@pytest.mark.parametrize("statistics", ["expand", "reduce"])
+def test_rows_that_are_taken_in_forward_under_autocast_are_those_taken_in_backward(statistics: str) -> None:
+    """Autocast leaves float64 as it is."""
+    model, x = nn.Linear(5, 3).double(), torch.randn(8, 6, 5, dtype=torch.float64)
+    found = []
+    for enabled in (False, True):
+        curvature = Curvature(model, max_rows=7, averaging=0.0, statistics=statistics)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(x).sin().mean()
+        loss.backward()
+        curvature.update()
+        curvature.close()
+        found.append([curvature.factors.blocks(0, side, "average") for side in SIDES])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 LINES = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (7, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), dilation=(1, 2), padding=1), (7, 3, 9, 8)),

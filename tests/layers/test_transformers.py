@@ -136,6 +136,16 @@ def test_every_matrix_is_preconditioned_and_the_table_says_so(name: str, tmp_pat
     assert directions.keys() == module.got_gradients
 
 
+class Doubled(Conv1D):  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)  # type: ignore[no-any-return]
+
+
+def test_a_conv1d_with_a_forward_of_its_own_is_left_out() -> None:
+    _, left_out = discover_layers(Doubled(3, 2), block_size=None, precondition_bias=False)
+    assert left_out == {"": "Doubled has a forward of its own, which may not be Conv1D's"}
+
+
 def test_the_table_of_gpt2_is_its_output_layer_and_both_are_one_matrix() -> None:
     model = gpt2()
     layers, left_out = discover_layers(model, block_size=128, precondition_bias=False)

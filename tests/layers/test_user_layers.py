@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, register_layer
@@ -112,6 +113,18 @@ def test_a_registered_subclass_of_a_supported_layer_overrules_it() -> None:
     torch.testing.assert_close(A[0, 0], rows.T @ rows / len(rows))
 
 
+def test_a_registered_subclass_of_a_convolution_has_a_loss_with_a_term_per_image_too() -> None:
+    class Patched(nn.Conv2d):
+        pass
+
+    register_layer(Patched, lambda module, a, g: (F.unfold(a, 3).mT.flatten(0, 1), g.flatten(2).mT.flatten(0, 1)))
+    x, found = torch.randn(5, 2, 6, 6, dtype=torch.float64), []
+    for kind in (Patched, nn.Conv2d):
+        torch.manual_seed(0)
+        found.append(statistics_of(nn.Sequential(kind(2, 4, 3)).double(), x, "0")[1])
+    torch.testing.assert_close(found[0], found[1])
+
+
 class Other(Grouped):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(2 * x)
@@ -131,24 +144,26 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_out_and_its_base_is_not() 
         ((int, grouped_rows), TypeError, "takes a class of modules"),
         ((Grouped, None), TypeError, "either rows_of, a function, or like, .* got neither"),
         ((nn.Linear, grouped_rows), ValueError, "Linear has curvature already"),
+        ((Grouped, grouped_rows, {"like": nn.Linear}), TypeError, "either rows_of, a function, or like, .* got both"),
+        ((Grouped, None, {"like": nn.Linear, "weight": "kernel"}), TypeError, "matrix and weight with rows_of only"),
+        ((Grouped, None, {"like": nn.GRU}), ValueError, "like must be a type with curvature, such as nn.Linear; got"),
+        ((Grouped, None, {"like": nn.MultiheadAttention}), ValueError, "like must be a type with curvature"),
+        ((Grouped, None, {"like": nn.Linear(2, 2)}), ValueError, "like must be a type with curvature"),
+        ((nn.Conv2d, None, {"like": nn.Linear}), ValueError, "Conv2d has curvature already"),
+        ((Grouped, grouped_rows, {"matrix": "w"}), TypeError, "matrix must be a function, got 'w'"),
+        ((Grouped, grouped_rows, {"weight": 3}), TypeError, "weight must be the name of a parameter, got 3"),
     ],
 )
 def test_what_cannot_be_registered_is_refused(arguments: Any, error: type[Exception], words: str) -> None:
+    module_type, rows, options = (*arguments, {})[:3]
     with pytest.raises(error, match=words):
-        register_layer(*arguments)
+        register_layer(module_type, rows, **options)
 
 
 def test_a_type_is_registered_once() -> None:
     register_layer(Grouped, grouped_rows, matrix=grouped_matrix, weight="kernel")
     with pytest.raises(ValueError, match="Grouped has curvature already"):
         register_layer(Grouped, grouped_rows)
-
-
-def test_the_other_arguments_have_types_too() -> None:
-    with pytest.raises(TypeError, match="matrix must be a function, got 'w'"):
-        register_layer(Grouped, grouped_rows, matrix="w")
-    with pytest.raises(TypeError, match="weight must be the name of a parameter, got 3"):
-        register_layer(Grouped, grouped_rows, weight=3)
 
 
 @pytest.mark.parametrize(
