@@ -45,7 +45,7 @@ TIMED_NUMEL = 2**24
 
 @dataclass(frozen=True)
 class BlockSplit:
-    """What was measured, and what was chosen: plain types, for JSON."""
+    """The measurement and the choice: plain types, for JSON."""
 
     block_size: int
     """The choice: the candidate nearest to the crossing, as a ratio."""
@@ -84,7 +84,7 @@ def choose_block_size(
 ) -> BlockSplit:
     """Measure on this device and network which ``block_size`` a `Curvature` should have (about a second to a minute).
 
-    Gradients, buffers (running means) and torch's random numbers are afterwards what they were before.
+    Gradients, buffers (running means) and torch's random numbers are restored.
 
     Args:
         model: on the device that will train it, in training mode.
@@ -114,7 +114,9 @@ def choose_block_size(
         statistics=statistics,
         fused=fused,
     )
-    factors = {f"{name}.{side}": whole for name, layer in layers.items() for side, whole in _whole(layer).items()}
+    sides = [(f"{name}.{side}", whole) for name, at in layers.items() for side, whole in (("A", at.A), ("G", at.G))]
+    # No partition changes a diagonal factor or a single number.
+    factors = {key: whole for key, whole in sides if whole and whole.n_blocks == 1 and whole.width > 1}
     too_wide = (key for key, whole in factors.items() if whole.width > WIDEST)
     left_out = {key: f"{factors[key].width} wide, more than {WIDEST}" for key in too_wide}
     wanted = {key: whole for key, whole in factors.items() if key not in left_out}
@@ -178,12 +180,6 @@ def cross(candidates: Sequence[int], shares: Sequence[float], speeds: Sequence[f
     return 2.0**place, candidates[first if place >= (low + high) / 2 else first - 1]
 
 
-def _whole(layer: Layer) -> dict[str, BlockPartition]:
-    """The whole factors of a layer, by side, without diagonal ones and single numbers, which no partition changes."""
-    sides = {"A": layer.A, "G": layer.G}
-    return {side: whole for side, whole in sides.items() if whole and whole.n_blocks == 1 and whole.width > 1}
-
-
 def _observe(
     layers: dict[str, Layer], wanted: Mapping[str, BlockPartition], loss_of_a_batch: Callable[[], Tensor],
     dtype: torch.dtype, max_rows: int | None,
@@ -238,7 +234,7 @@ def _portions(wanted: Mapping[str, BlockPartition]) -> list[dict[str, BlockParti
 def _inversion_seconds(
     factors: Sequence[BlockPartition], block_size: int, partition: PartitionFn, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Seconds to invert all blocks of these factors once, as a refresh does: those of one size together.
+    """Seconds to invert all blocks of these factors once, as a refresh does: blocks of one size together.
 
     A block of size 1 is timed as one of size 2: inverting a diagonal is a division, and beside that every real
     inversion would seem slow, on every device, and the curves would always cross before 16.
@@ -274,7 +270,7 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         for p in grads:
-            p.grad = None  # not to add to what is there
+            p.grad = None  # or the trial's gradients would be added
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:

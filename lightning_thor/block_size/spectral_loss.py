@@ -71,7 +71,7 @@ def _largest_eigenvalue(matrices: Tensor) -> Tensor:
         vector = matrices @ vector
         for _ in range(2):  # once is not enough in floating point
             vector = vector - space @ (space.mT @ vector)
-        # A matrix of low rank ends its Krylov space earlier; the orthogonalisation below takes what remains.
+        # A matrix of low rank ends its Krylov space earlier; the orthogonalisation below takes the rest.
         vector = vector / vector.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vector.dtype).tiny)
     basis = torch.linalg.qr(space).Q
     largest: Tensor = torch.linalg.eigvalsh(basis.mT @ matrices @ basis).max()

@@ -1,4 +1,4 @@
-"""What a layer is: its kind, the uses of its weight, and the rows that one call of it adds to A and G."""
+"""A layer with curvature: its kind, the uses of its weight, and the rows that one call adds to A and G."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class LayerKind:
     bias ``[out]`` that can be the matrix's last column.
 
     Args:
-        name: what messages call it.
+        name: for messages.
         types: the types of modules that it serves, their subclasses included; the type of a library that is not
             imported here is named by ``"module.qualname"``.
     """
@@ -94,7 +94,7 @@ class LayerKind:
     checks_pairs: bool = False
     """Pairs are compared once with the weight's gradient: a user's forward may do more than multiply by the weight."""
     needs_returned: bool = False
-    """g is the gradient of what the module returned, not of its product with the weight."""
+    """g is the gradient of the module's output, not of its product with the weight."""
     in_attention: LayerKind | None = None
     """The kind of such a weight inside `nn.MultiheadAttention`, which uses it without calling the module."""
     ties_to: LayerKind | None = None
@@ -150,12 +150,12 @@ class LayerKind:
             module: the one that was called.
             a: its input.
             g: the gradient of its output.
-            is_whole: False if ``a`` may be what `subsample_input` left of the input.
+            is_whole: False if ``a`` may be the result of `subsample_input`.
         """
         return True
 
     def subsample_input(self, a: Tensor, max_rows: int | None) -> Tensor:
-        """What `rows` needs of an input: the rows that it will take, or all of it."""
+        """The part of an input ``a`` that `rows` needs: the rows that it will take, or all."""
         return a
 
     def unsupported_reason(self, module: Any, base: type[nn.Module]) -> str | None:
@@ -226,7 +226,7 @@ class Layer:
     """Name of the layer that preconditions the weight with these statistics too: an embedding tied to an output
     layer."""
     is_left_out: bool = False
-    """Training has shown that the statistics are not those of the weight."""
+    """True once training has shown that its statistics do not belong to the weight."""
 
     @property
     def is_preconditioned(self) -> bool:
@@ -273,7 +273,7 @@ class Layer:
         return seen._replace(a=torch.cat([seen.a, ones], dim=1))
 
     def subsample_input(self, a: Tensor, max_rows: int | None) -> Tensor:
-        """What `observe` needs of an input ``a``: the rows that it will take, or all of it."""
+        """The part of an input ``a`` that `observe` needs: the rows that it will take, or all."""
         return self.kind.subsample_input(a, max_rows) if self.rows_of == self.kind.rows else a
 
     def slice_of(self, tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from lightning_thor.layers.patches import Convolution, TransposedConvolution, pa
 
 
 def _batched(module: Convolution | TransposedConvolution, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """A single image as a batch of one; torch makes one of it too, so its gradient may be a batch already."""
+    """A single image as a batch of one; torch makes this batch too, so the gradient may have it already."""
     single = len(module.kernel_size) + 1
     return a[None] if a.dim() == single else a, g[None] if g.dim() == single else g
 
@@ -24,8 +24,8 @@ class ConvolutionKind(LayerKind):
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """``a [batch, in, *space]``, ``g [batch, out, *space]``: every output position is a row, its patch the input.
 
-        With ``max_rows`` the positions are those of whole lines (all behind one index of the first axis of space), from
-        all samples: a copy of a line is cheap, one of single positions is not, and a few whole samples say less.
+        ``max_rows`` takes whole lines (all positions behind one index of the first axis of space) from all samples: to
+        copy a line is cheap, to copy single positions is not, and a few whole samples say less.
         """
         a, g = _batched(module, a, g)
         return Rows(*patches_and_values(module, a.detach(), g, dtype, max_rows))

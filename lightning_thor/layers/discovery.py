@@ -195,8 +195,8 @@ def _layer(
     uses: tuple[ModuleUse, ...], kind: LayerKind, statistics: KfacApprox, block_sizes: tuple[int | None, int | None],
     takes_bias: bool, fused: Mapping[str, int],
 ) -> Layer:  # fmt: skip
-    """The layer of a weight; ``block_sizes`` are those of A and of G, and ``takes_bias`` is a wish that not all kinds
-    grant."""
+    """The layer of a weight, with ``block_sizes`` of A and of G; ``takes_bias`` asks for a bias, which some kinds have
+    no place for."""
     use, (size_A, size_G), rows_of = uses[0], block_sizes, statistics.rows_of(kind)
     assert rows_of is not None
     weight: nn.Parameter = getattr(use.module, use.weight_name)

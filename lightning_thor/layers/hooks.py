@@ -26,7 +26,7 @@ class _Pair:
         name: of the module.
         a: the input; released when the pair is handed over, since autograd frees saved tensors after backward, but no
             hooks.
-        projected: what a check needs of the input, if not all of it.
+        projected: the part of the input that a check needs, if not all.
         arrange: brings the gradient to the shape in which it is handed over.
     """
 
@@ -76,8 +76,8 @@ class Hooks:
         is_due: a cheap first test, run in every forward pass; True whenever ``is_open`` is. A plain function that calls
             no other.
         weight_of: the weight that the named module multiplies by; by default its ``weight``.
-        needs_returned: whether the gradient is to be that of what the named module returned, whatever it did after its
-            product with the weight.
+        needs_returned: whether the gradient is wanted of the named module's output, whatever it did after its product
+            with the weight.
         note_output: called in forward with the name and the output of a module for which ``is_due`` is true and
             ``is_open`` is not.
         checks: compares pairs with the weight's gradient.
@@ -220,7 +220,7 @@ class Hooks:
             if use is None and not (isinstance(output, Tensor) and output.requires_grad):
                 return
             a = _plain(a)
-            # Before rows are taken of the input, or they would not be those of the arranged gradient.
+            # Before rows are taken of the input, or other rows would be taken of the arranged gradient.
             a = a if arrange is None else arrange(a.detach())
             rows, device = a.shape[:-1], a.device.type
             projected = None

@@ -15,7 +15,7 @@ class ProjectionKind(LayerKind):
     """A weight ``[out, in]`` that multiplies the last dimension of the input."""
 
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-        """``a [..., in]`` or what `subsample_input` left of it, ``g [..., out]``: every position is a row."""
+        """``a [..., in]`` or its `subsample_input`, ``g [..., out]``: every position is a row."""
         # reshape, never view: gradients can come in any memory format.
         a, g = a.detach().reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
         index = subsample(g.shape[0], max_rows, g.device)

@@ -77,8 +77,8 @@ class BatchNormKind(NormKind):
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """Gradients of scale and shift for each sample: ``[1, 2 * channels, n]``; see `_samples` for ``max_rows``.
 
-        Inputs are normalised by the mean and variance of the samples that are taken, which are near those of the batch
-        and, in a `nn.SyncBatchNorm`, those of all ranks' batches: these would take a pass over the whole batch.
+        Inputs are normalised by the mean and variance of the samples that are taken: near the statistics of the whole
+        batch, and in a `nn.SyncBatchNorm` of all ranks' batches, but without a pass over all samples.
         """
         a, g = _samples(a, g, dtype, max_rows)
         per_sample = (*g.shape[:2], g.shape[2:].numel())

@@ -38,7 +38,7 @@ class _Sums(NamedTuple):
 
 class PairChecks:
     """Compares ``g.T @ a``, summed over a layer's pairs, with its weight's gradient: both times one fixed vector, since
-    a matrix-vector product costs nothing. A layer where they differ has other factors than those of its weight: its
+    a matrix-vector product costs nothing. Where they differ, the layer's factors do not belong to its weight: its
     module changes the input first, masks the weight, or uses it in other ways too.
 
     Kinds whose modules run torch's own forward (convolutions, embeddings, norms) are not checked, nor are weights that

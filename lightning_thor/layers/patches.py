@@ -98,7 +98,7 @@ def _find_patches(
         # A pass over the whole input would take longer than all the rest.
         read, n_positions = (samples.repeat(size), inputs.flatten()), inputs.numel()
         index = torch.arange(n_positions, device=device).view(inputs.shape)
-    # A kernel of one position: along the first axis the lines that are read are those that are taken.
+    # A kernel of one position: the lines that are read are the lines that are taken.
     unmoved = read is not None or (taken is None and n_inputs == n_outputs)
     if unmoved and all(axis[0] == axis[1] for axis in others) and all((axis[2], axis[5]) == (1, 0) for axis in axes):
         return _PatchIndex(None if taken is None else (samples, outputs), read, None)
@@ -117,8 +117,8 @@ _find_patches_cached = lru_cache(maxsize=256)(_find_patches)
 
 
 def _inputs(axis: tuple[int, ...], outputs: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """The positions on an axis of the input that positions of the output see, and a mask of those outside the input
-    (where the position is arbitrary): both ``[kernel, outputs]``."""
+    """The positions on an axis of the input that positions of the output see, and a mask, True outside the input (where
+    the position is arbitrary): both ``[kernel, outputs]``."""
     n_inputs, _, size, stride, dilation, before = axis
     inputs = torch.arange(size, device=outputs.device)[:, None] * dilation + outputs * stride - before
     last = n_inputs - 1

@@ -30,7 +30,7 @@ NO_KIND: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
 
 
 def register(kind: LayerKind, *types: type[nn.Module] | str, built_in: bool = False) -> None:
-    """Add a kind to the table, for these types of modules (by default those that it names).
+    """Add a kind to the table, for these types of modules (by default the types that it names).
 
     Raises:
         ValueError: one of the types has a kind already.
@@ -76,7 +76,7 @@ def unsupported_reason(module: nn.Module) -> str:
 
 
 class KfacApprox(NamedTuple):
-    """Which statistics are gathered: a named choice among what each kind of layer offers."""
+    """Which statistics are gathered: a named choice among the rows that each kind of layer offers."""
 
     rows_of: Callable[[LayerKind], RowsFn | None]
     """The rows of a kind; None: the kind has no curvature."""
@@ -204,7 +204,7 @@ class _UserKind(LayerKind):
         self.loss_terms = base[0].loss_terms if base is not None else super().loss_terms  # type: ignore[method-assign]
 
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-        """What ``rows_of`` returns, or evenly spread rows of it."""
+        """The rows that ``rows_of`` returns, or some of them, evenly spread."""
         terms, (a, g) = self.loss_terms(module, g), self._pair(module, a, g)
         n = a.shape[1]
         index = subsample(n, max_rows, a.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 MOST_NODES = 64
-"""Nodes behind an output that are searched: enough for what users do after the product, in the module or in hooks."""
+"""Nodes behind an output that are searched: enough for operations of users after the product, in modules or hooks."""
 
 
 DEEPEST_WEIGHT = 5
@@ -52,7 +52,7 @@ def find_product(output: Any, weight: Tensor) -> WeightProduct | None:
     """The operation nearest to ``output`` that used ``weight``; None if the graph shows none.
 
     Args:
-        output: what the layer returned: a tensor, or tensors in tuples, lists and dicts.
+        output: of the layer: a tensor, or tensors in tuples, lists and dicts.
         weight: the layer's parameter. A sharded one (FSDP2) was used through another parameter of the same shape.
     """
     for tensor in _tensors_in(output):
