@@ -30,10 +30,11 @@ class ThorDDPStrategy(ThorStrategyMixin, DDPStrategy):
         inverse_workers: number of ranks that store each layer's inverses, a divisor of the number of ranks; None for
             all. These ranks alone compute the layer's direction, at every step, and send it to the others: less memory,
             and each rank does part of a step's products, for one more message a step, of the size of the weights. That
-            pays in polar mode, whose Newton-Schulz products are most of a step's work (distributed Muon shares them in
-            the same way), and where the inverses do not fit. 1 takes least memory, the number of ranks is None. This is
-            KAISA's option (Pauloski et al. 2021, arXiv:2107.01739). Checkpoints then lack the inverses that rank 0 does
-            not store; they are computed again on load, see `Curvature.load_state_dict`. Not for ``mode="adam"``.
+            saves time in polar mode, whose Newton-Schulz products are most of an optimizer step (distributed Muon
+            shares them in the same way; docs/scaling.md has the times); in natural mode it only saves memory. 1 takes
+            least memory, the number of ranks is None. This is KAISA's option (Pauloski et al. 2021, arXiv:2107.01739).
+            Checkpoints then lack the inverses that rank 0 does not store; they are computed again on load, see
+            `Curvature.load_state_dict`. Not for ``mode="adam"``.
         **kwargs: as of `lightning.pytorch.strategies.DDPStrategy`.
 
     Raises:

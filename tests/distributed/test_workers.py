@@ -219,7 +219,7 @@ def test_the_page_on_scaling_holds_what_is_kept_and_sent() -> None:
     ddp = moved([("all_reduce", sum(p.nbytes for p in grads))], 8) / 1e6
     page = " ".join((Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8").split())
     assert (
-        f"keeps {min(kept):.0f} to {max(kept):.0f} MB of the {inverses:.0f} MB of inverses on each rank and sends "
+        f"stores {min(kept):.0f} to {max(kept):.0f} MB of the {inverses:.0f} MB of inverses on each rank and sends "
         f"{sent:.0f} MB a step; DDP sends {ddp:.0f} MB"
     ) in page
 
