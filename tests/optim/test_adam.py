@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lightning_thor import Curvature, Thor, configure_thor
 from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
-from lightning_thor.linalg.decompositions import eigenvectors
 from lightning_thor.optim.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
 from lightning_thor.trainer.report import curvature_table
 from tests.helpers.boring import assert_bitwise
@@ -43,57 +42,6 @@ def basis(curvature: Curvature, name: str, side: str) -> Tensor:
             for group in average
         ]
     )
-
-
-def covariances(n: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    x = torch.randn(n, size, 3 * size, dtype=dtype, generator=torch.Generator().manual_seed(size))
-    return x @ x.mT
-
-
-# ── eigenvectors ──
-
-
-@pytest.mark.parametrize("size", [1, 2, 7])
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_they_are_orthonormal_and_make_a_block_diagonal(size: int, scale: float) -> None:
-    blocks = covariances(3, size) * scale
-    Q, succeeded = eigenvectors(blocks, torch.zeros(3))
-    assert succeeded.all()
-    torch.testing.assert_close(Q.mT @ Q, torch.eye(size, dtype=Q.dtype).expand(3, -1, -1))
-    diagonal = Q.mT @ blocks @ Q
-    values = diagonal.diagonal(dim1=-2, dim2=-1)
-    torch.testing.assert_close(diagonal, values.diag_embed(), rtol=0, atol=1e-12 * scale * size**2)
-    assert (values.diff() >= 0).all()
-
-
-@pytest.mark.parametrize("rank", [1, 3])
-def test_what_was_never_seen_and_padding_stay_apart_at_the_end(rank: int) -> None:
-    """However many eigenvalues besides are zero too, of which eigenvectors could be mixed with them."""
-    x = torch.randn(8, rank, dtype=torch.float64)
-    x[[2, 6, 7]] = 0.0
-    Q, _ = eigenvectors((x @ x.T)[None], torch.zeros(1))
-    expected = torch.zeros(8, 3, dtype=torch.float64)
-    expected[[2, 6, 7], [0, 1, 2]] = 1.0
-    torch.testing.assert_close(Q[0, :, -3:].abs(), expected, rtol=0, atol=1e-12)
-    assert not Q[0, 6:, :-2].any()
-
-
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_a_block_that_is_not_finite_fails_alone(wrong: float) -> None:
-    blocks = covariances(3, 4)
-    sound, _ = eigenvectors(blocks, torch.zeros(3))
-    blocks[1, 2, 2] = wrong
-    Q, succeeded = eigenvectors(blocks, torch.zeros(3))
-    assert succeeded.tolist() == [True, False, True]
-    assert_bitwise(Q[::2], sound[::2])
-
-
-def test_where_lapack_gives_up_all_of_them_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def give_up(_: Tensor) -> None:
-        raise torch.linalg.LinAlgError("did not converge")
-
-    monkeypatch.setattr(torch.linalg, "eigh", give_up)
-    assert not eigenvectors(covariances(2, 4), torch.zeros(2))[1].any()
 
 
 def test_a_block_that_failed_keeps_its_basis(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,6 +311,12 @@ def test_a_moment_is_carried_to_a_new_basis_in_a_step_in_which_its_parameter_has
         optimizer.step()
         moments.append(curvature.change_basis({weight: optimizer.state[weight][FIRST]}, back=True)[weight])
     torch.testing.assert_close(moments[0], moments[1])
+
+
+def test_its_state_begins_with_its_first_step() -> None:
+    optimizer = Thor(two_layers().parameters(), mode="adam")
+    optimizer.make_state()
+    assert not optimizer.state
 
 
 # ── what cannot be ──

@@ -91,35 +91,16 @@ def test_match_rms_gives_every_tensor_the_same_root_mean_square() -> None:
         assert (p - q).square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
 
 
-def test_match_rms_does_not_see_the_scale_of_the_loss() -> None:
-    runs = []
-    for scale in (1.0, 1024.0):
-        model = net()
-        optimizer = thor(model, lr=0.1, match_rms=0.2)
-        for _ in range(3):
-            optimizer.zero_grad()
-            (scale * model(torch.ones(4, 6)).square().mean()).backward()
-            optimizer.step()
-        runs.append([p.detach().clone() for p in model.parameters()])
-    torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-7)
-
-
-def test_zero_gradients_stay_zero_under_match_rms() -> None:
-    model = net()
-    before = [p.detach().clone() for p in model.parameters()]
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    thor(model, lr=0.1, match_rms=0.2).step()
-    assert_bitwise([p.detach() for p in model.parameters()], before)
-
-
 @pytest.mark.parametrize("numel", [1, 399, 400, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
-def test_a_tensor_without_gradient_moves_nowhere_whatever_its_size(numel: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("options", [{"match_rms": 0.2}, {"match_rms": None, "kl_clip": 1e-3}], ids=str)
+def test_a_tensor_without_gradient_moves_nowhere_whatever_its_size(
+    options: dict[str, Any], numel: int, dtype: torch.dtype
+) -> None:
     """0 times a factor that overflowed would be NaN."""
     weight = nn.Parameter(torch.ones(numel, dtype=dtype))
     weight.grad = torch.zeros_like(weight)
-    Thor([weight], lr=0.1, match_rms=0.2, preconditioner=Identity()).step()
+    Thor([weight], lr=0.1, preconditioner=Identity(), **options).step()
     assert_bitwise(weight.detach(), torch.ones(numel, dtype=dtype))
 
 
@@ -155,14 +136,6 @@ def test_a_complex_parameter_is_clipped_as_its_two_real_parts_are() -> None:
         weight.grad = grad.clone()
         Thor([weight], lr=1.0, kl_clip=1e-2, match_rms=None, preconditioner=Identity()).step()
     torch.testing.assert_close(torch.view_as_real(weights[0]), weights[1])
-
-
-def test_a_zero_gradient_is_not_clipped() -> None:
-    model = net()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    thor(model, kl_clip=1e-3).step()
-    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_gradients_are_left_as_they_were() -> None:
@@ -237,12 +210,3 @@ def test_a_sparse_gradient_is_refused() -> None:
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         Thor(table.parameters(), preconditioner=Curvature(nn.Linear(1, 1))).step()
-
-
-def test_match_rms_holds_for_large_tensors() -> None:
-    # torch's own norm of this one, added up in float32 by one thread, is off by 4e-4 on a CPU.
-    torch.manual_seed(0)
-    weight = nn.Parameter(torch.zeros(10_000_000))
-    weight.grad = torch.randn(10_000_000)
-    Thor([weight], lr=1.0, match_rms=0.2, momentum=0.0, preconditioner=Identity()).step()
-    assert weight.double().square().mean().sqrt().item() == pytest.approx(0.2, rel=5e-5)

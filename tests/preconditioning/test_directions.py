@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, configure_thor
 from lightning_thor.layers.base import Layer
-from lightning_thor.linalg.decompositions import damped_inverse_roots, damped_inverses
 from lightning_thor.linalg.matrix_sign import msign
 from lightning_thor.preconditioning import directions
 from lightning_thor.trainer.report import curvature_table
@@ -111,28 +110,9 @@ def test_the_table_says_which_layers_are_polar() -> None:
     assert [line.split()[1] for line in lines if ", polar" in line] == ["1", "3", "4", "5"]
 
 
-@pytest.mark.parametrize("size", [1, 2, 17, 33, 100, 128])
-def test_a_root_is_a_root_of_the_inverse(size: int) -> None:
-    rows = torch.randn(5, size, 3, dtype=torch.float64)
-    blocks, damping = rows @ rows.mT, torch.tensor([0.1, 1.0, 10.0, 0.5, 2.0], dtype=torch.float64)
-    roots, succeeded = damped_inverse_roots(blocks, damping)
-    assert succeeded.all()
-    torch.testing.assert_close(roots.mT @ roots, damped_inverses(blocks, damping)[0])
-
-
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("entry", [float("nan"), float("inf"), -5.0])
-def test_a_bad_block_has_no_root_and_hurts_no_other(size: int, entry: float) -> None:
-    blocks = torch.eye(size).repeat(3, 1, 1)
-    blocks[1, 0, 0] = entry
-    roots, succeeded = damped_inverse_roots(blocks, torch.ones(3))
-    assert succeeded.tolist() == [True, False, True]
-    torch.testing.assert_close(roots[::2], torch.eye(size).repeat(2, 1, 1) / 2**0.5)
-
-
 def test_a_block_that_fails_has_a_root_of_what_natural_mode_has() -> None:
     """The last good one, or before there ever was one that of the mean eigenvalue."""
-    kept = []
+    stored = []
     for mode in ("natural", "polar"):
         curvature = observed(every_kind(), mode)
         stack = curvature.factors.batches[4]
@@ -143,11 +123,11 @@ def test_a_block_that_fails_has_a_root_of_what_natural_mode_has() -> None:
             curvature.factors.index(tuple(range(len(curvature.layers)))), "sqrt", 1e-4, curvature.solve
         )
         assert int(curvature.factors.failed_inversions) == 2
-        kept.append(stack.inverse)
-    torch.testing.assert_close(kept[1].mT @ kept[1], kept[0], rtol=1e-8, atol=1e-8)
+        stored.append(stack.inverse)
+    torch.testing.assert_close(stored[1].mT @ stored[1], stored[0], rtol=1e-8, atol=1e-8)
 
 
-def test_batches_of_one_layer_give_what_one_batch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signs_in_chunks_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
     curvature = Curvature(model, mode="polar")
@@ -261,20 +241,22 @@ def test_zero_gradients_move_nothing(dtype: torch.dtype) -> None:
     assert_bitwise([p.detach() for p in model.parameters()], before)
 
 
-def test_a_group_of_natural_mode_beside_a_polar_one_takes_the_natural_steps() -> None:
-    """Bitwise those of a model whose only group is natural, on the same roots."""
-    weights = []
-    for others in ("polar", "natural"):
+def test_groups_of_natural_and_of_polar_mode_take_the_steps_of_their_mode() -> None:
+    """On one curvature: those of a model all of whose groups are natural, bitwise, or polar."""
+    weights = {}
+    for modes in (("polar", "natural"), ("natural", "natural"), ("polar", "polar")):
         model = every_kind()
         curvature = observed(model)
         own = list(model[3].parameters())
         rest = [p for p in model.parameters() if all(p is not q for q in own)]
-        groups = [{"params": rest, "mode": others}, {"params": own, "mode": "natural"}]
+        groups = [{"params": params, "mode": mode} for params, mode in zip((rest, own), modes, strict=True)]
         optimizer = Thor(groups, lr=0.01, preconditioner=curvature)
         for _ in range(3):
             optimizer.step()
-        weights.append([p.detach().clone() for p in own])
-    assert_bitwise(*weights)
+        weights[modes] = [[p.detach().clone() for p in params] for params in (rest, own)]
+    (rest, own), (_, natural), (polar, _) = weights.values()
+    assert_bitwise(own, natural)
+    torch.testing.assert_close(rest, polar)
 
 
 @pytest.mark.parametrize(("saved", "loading"), [("natural", "polar"), ("polar", "natural")])
@@ -303,7 +285,7 @@ def test_a_polar_optimizer_on_a_natural_curvature_is_told_what_to_build() -> Non
         Thor(model.parameters(), mode="polar", preconditioner=Identity()).step()
 
 
-class UnevenLayout(nn.Module):
+class Concatenated(nn.Module):
     """Three linear layers whose outputs are put together, and a head."""
 
     def __init__(self, whole: nn.Sequential) -> None:
@@ -321,7 +303,7 @@ class UnevenLayout(nn.Module):
 
 def test_each_part_of_a_fused_layer_has_a_polar_direction_of_its_own(exact: None) -> None:
     whole = nn.Sequential(nn.Linear(5, 12, bias=False), nn.Tanh(), nn.Linear(12, 3)).double()
-    parts = UnevenLayout(whole)
+    parts = Concatenated(whole)
     x = torch.randn(20, 5, dtype=torch.float64)
     found = []
     for model, fused in ((whole, {"0": 3}), (parts, None)):

@@ -1,4 +1,4 @@
-"""Laws of directions that are made and used some at a time: the step is the same, and memory is let go of."""
+"""Laws of directions in parts: the step is bitwise the same, and the memory of a used part is free."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def observed(**options: Any) -> tuple[Net, Curvature]:
     return net, curvature
 
 
-def uneven_layout(net: nn.Module, curvature: Curvature) -> Iterator[dict[nn.Parameter, Tensor]]:
+def parts_of(net: nn.Module, curvature: Curvature) -> Iterator[dict[nn.Parameter, Tensor]]:
     return curvature.directions({p: p.grad for p in net.parameters() if p.grad is not None})
 
 
@@ -49,9 +49,9 @@ def test_each_parameter_is_in_one_part_and_parts_of_one_parameter_stay_together(
 ) -> None:
     net, curvature = observed()
     curvature.update()
-    (whole,) = uneven_layout(net, curvature)
+    (whole,) = parts_of(net, curvature)
     monkeypatch.setitem(directions.DIRECTION_CHUNK_NUMEL, "cpu", 1)
-    parts = list(uneven_layout(net, curvature))
+    parts = list(parts_of(net, curvature))
     assert len(parts) > 4
     names = {p: name for name, p in net.named_parameters()}
     found = [names[p] for part in parts for p in part]
@@ -124,16 +124,3 @@ def test_nothing_moves_where_a_later_gradient_is_refused(monkeypatch: pytest.Mon
     parts = curvature.directions({p: torch.ones(4, 4) for p in net.parameters()} | {net[3].weight: torch.ones(2, 4)})
     with pytest.raises(ValueError, match="a shard of its weight"):
         next(parts)
-
-
-def test_a_preconditioner_of_ones_own_needs_no_parts() -> None:
-    class Doubled:
-        def update(self) -> None: ...
-
-        def precondition(self, grads: Any) -> dict[nn.Parameter, Tensor]:
-            return {p: 2.0 * grad for p, grad in grads.items()}
-
-    weight = nn.Parameter(torch.zeros(3))
-    weight.grad = torch.ones(3)
-    Thor([weight], lr=0.5, momentum=0.0, match_rms=None, preconditioner=Doubled()).step()
-    torch.testing.assert_close(weight.detach(), torch.full((3,), -1.0))

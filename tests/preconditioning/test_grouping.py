@@ -1,4 +1,4 @@
-"""Laws of batches: they are what each layer would be alone, and take no more operations for more layers."""
+"""Laws of groups: directions are those of each layer alone, and more layers take no more operations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.watch import Watch
 
 
 @pytest.fixture(autouse=True)
-def _together(monkeypatch: pytest.MonkeyPatch) -> None:
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU; all other tests are as on a CPU."""
     monkeypatch.setattr(memory, "UNMERGED_DEVICES", set())
     monkeypatch.setattr(memory, "HOST", set())
@@ -57,10 +57,10 @@ def observed(model: nn.Module, **options: Any) -> tuple[Curvature, dict[nn.Param
 
 
 @pytest.mark.parametrize("missing", [(), ("6.weight",), ("7.bias", "1.weight"), ("12.weight", "0", "2.weight")])
-def test_directions_of_a_batch_are_those_of_each_layer(missing: tuple[str, ...]) -> None:
+def test_directions_of_a_group_are_those_of_each_layer(missing: tuple[str, ...]) -> None:
     model = net()
     curvature, grads = observed(model)
-    kinds = Counter((type(batch), len(batch.layers)) for batch in curvature._groups)
+    kinds = Counter((type(group), len(group.layers)) for group in curvature._groups)
     assert kinds == {
         (DenseGroup, 2): 1,
         (DenseGroup, 3): 1,
@@ -81,13 +81,13 @@ def test_directions_of_a_batch_are_those_of_each_layer(missing: tuple[str, ...])
         assert all(a.data_ptr() != b.data_ptr() for a, b in zip(given, own, strict=True)), "it was not copied"
 
 
-def test_a_curvature_that_keeps_some_inverses_batches_those() -> None:
-    """The inverses of the others are not there, so what is kept lies otherwise."""
+def test_a_curvature_that_stores_some_inverses_groups_those() -> None:
+    """Without the inverses of the others, those stored are adjacent to other ones."""
     curvature, grads = observed(net())
     everything = curvature.precondition(grads)
     stacks, names = curvature.factors, list(curvature.layers)
-    kept = {name: curvature.inverses_of(name) for name in names}
-    copies = {name: tuple(None if one is None else one.clone() for one in own) for name, own in kept.items()}
+    stored = {name: curvature.inverses_of(name) for name in names}
+    copies = {name: tuple(None if one is None else one.clone() for one in own) for name, own in stored.items()}
     chosen = [index for index, name in enumerate(names) if name not in ("8", "2")]
     stacks.set_inverse_owner(chosen)
     curvature._own_layers = [curvature.layers[names[index]] for index in chosen]
@@ -97,10 +97,18 @@ def test_a_curvature_that_keeps_some_inverses_batches_those() -> None:
             if into is not None:
                 into.copy_(copy)
     found = curvature.precondition(grads)
-    assert [len(batch.layers) for batch in curvature._groups if isinstance(batch, DenseGroup)] == [2, 2]
+    assert [len(group.layers) for group in curvature._groups if isinstance(group, DenseGroup)] == [2, 2]
     for index in chosen:
         for p in curvature.layers[names[index]].parameters:
             torch.testing.assert_close(found[p], everything[p], rtol=1e-12, atol=1e-14)
+
+
+def test_polar_layers_share_no_group_with_others() -> None:
+    layers, _ = discover_layers(net(), block_size=8, precondition_bias=False)
+    alike = {name: layers[name] for name in ("6", "8", "10")}
+    A, G = (torch.eye(8).repeat(3, 1, 4, 1, 1) for _ in range(2))
+    groups = group_layers(list(alike.values()), list(zip(A, G, strict=True)), polar_layers={"6", "8"})
+    assert [[layer.name for layer in group.layers] for group in groups] == [["6", "8"], ["10"]]
 
 
 @pytest.mark.parametrize("one_by_one", [set(), {"cpu"}], ids=["as on a GPU", "as on a CPU"])
@@ -128,18 +136,18 @@ def test_some_rows_at_a_time_are_the_whole_product(
     assert (layers["padded"].G.padding, layers["more"].G.padding) == (3, 1)
     for name, layer in layers.items():
         A, G = layer.A, layer.G
-        kept = torch.randn(A.shape, dtype=torch.float64), torch.randn(G.shape, dtype=torch.float64)
-        (batch,) = group_layers([layer], [kept])
-        assert type(batch) is (DenseGroup if name == "convolution" and not one_by_one else RowChunkedLayer)
+        stored = torch.randn(A.shape, dtype=torch.float64), torch.randn(G.shape, dtype=torch.float64)
+        (group,) = group_layers([layer], [stored])
+        assert type(group) is (DenseGroup if name == "convolution" and not one_by_one else RowChunkedLayer)
         (p,) = layer.parameters
         grad = torch.randn(p.shape, dtype=torch.float64)
-        turned = [one.mT if turn else one for one, turn in zip(kept, transposed, strict=True)]
+        turned = [one.mT if turn else one for one, turn in zip(stored, transposed, strict=True)]
         right, left = (torch.block_diag(*one[0])[:n, :n] for one, n in zip(turned, (A.width, G.width), strict=True))
         matrix = grad.T if name == "table" else grad.flatten(1)
         product = left @ matrix @ right
         for laid_out in (grad, grad.mT.contiguous().mT):
             found: dict[nn.Parameter, Tensor] = {}
-            batch.put(found, batch.product(batch.to_matrices({p: laid_out}), transposed=transposed), {p: laid_out})
+            group.put(found, group.product(group.to_matrices({p: laid_out}), transposed=transposed), {p: laid_out})
             torch.testing.assert_close(found[p], (product.T if name == "table" else product).view_as(p))
             assert found[p].is_contiguous()
 
