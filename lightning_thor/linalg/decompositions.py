@@ -156,7 +156,7 @@ def _ieee_products() -> Iterator[None]:
 
 
 def eigenvectors(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute orthonormal eigenvectors of each block, as columns, by rising eigenvalue; those of zero rows last.
+    """Compute orthonormal eigenvectors of each block, as columns, by rising eigenvalue, zero rows' last.
 
     A zero row is a feature that was never seen, or the padding of a block. Its eigenvector is a unit vector, mixes with
     no other, and comes at the end, in order, where products with padded blocks cut the padding off. Waits for the

@@ -34,7 +34,7 @@ def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
 
     Matrices are first divided by their Schatten norm ``(sum s⁸)^⅛``, which is closer to the largest singular value than
     the Frobenius norm and costs no product of its own. Polynomials of ``X Xᵀ`` then bring all singular values
-    towards 1. Four polynomials bring those above 0.005 of the Schatten norm to 1 ± 0.11, smaller ones less far; six
+    towards 1. Four polynomials bring values above 0.005 of the Schatten norm to 1 ± 0.11, smaller ones less far; six
     bring all above 0.005 to 1 within rounding. No device sync. A GPU computes float32 in bfloat16, as Muon does.
 
     Args:

@@ -16,7 +16,7 @@ from lightning_thor.preconditioning.grouping import Directions
 EPS = 1e-8
 
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
-"""Keys of a parameter's state, those of `torch.optim.Adam`."""
+"""Keys of a parameter's state, named as in `torch.optim.Adam`."""
 
 
 def adam_directions(
@@ -73,9 +73,10 @@ def carry_to_other_coordinates(
 ) -> None:
     """Replace the first moments by what they are in other coordinates; raise second moments where they are too small.
 
-    Second moments are not carried: they stay those of the old coordinates, but at least as large as such first moments
-    allow. After t steps in the same coordinates ``m² ≤ c v`` with ``c = Σ ((1 - β₁) β₁ᵏ)² / ((1 - β₂) β₂ᵏ)``, k < t
-    (Cauchy-Schwarz). Otherwise a coordinate without any gradient so far would take a step of ``m / 1e-8``.
+    Second moments keep their values from the old coordinates, but are raised to the least value that goes with the new
+    first moments: after t steps in the same coordinates ``m² ≤ c v`` with
+    ``c = Σ ((1 - β₁) β₁ᵏ)² / ((1 - β₂) β₂ᵏ)``, k < t (Cauchy-Schwarz). Otherwise a coordinate without any gradient so
+    far would take a step of ``m / 1e-8``.
     ``first`` has the new first moment of each state, real and in its dtype.
 
     >>> state = {"step": 1, "exp_avg": torch.tensor([0.1, 0.0]), "exp_avg_sq": torch.tensor([0.05, 0.0])}

@@ -1,7 +1,7 @@
-"""Directions of rounding errors fade: those of gradients that are tiny beside the largest gradients of the training.
+"""Directions fade where gradients are tiny beside the largest gradients of the training: they are rounding errors.
 
 Where every direction is scaled to a root mean square, a gradient of nothing but rounding errors would take a step of
-full size: that of a bias which a softmax or a norm cancels, or of all weights once the loss is 0 for every sample.
+full size, such as a bias's which a softmax or a norm cancels, or all weights' once the loss is 0 for every sample.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def fade_factors(
 ) -> tuple[list[float] | list[Tensor], Largest]:
     """Compute the factor ``min(1, r / (8 eps R))²`` of each direction, and R with this step.
 
-    r is the root mean square of a direction's source, R the largest r of the training so far. eps is that of the
-    weights' dtype, but at most float32's; R follows the unit of the loss. R does not fall with the gradients, since
-    their rounding errors are those of the minuends (probabilities and targets), which do not fall either. A step whose
+    r is the root mean square of a direction's source, R the largest r of the training so far, eps the machine epsilon
+    of the weights' dtype, but at most float32's. R follows the unit of the loss. R does not fall with the gradients:
+    their rounding errors come from the minuends (probabilities and targets), which do not fall either. A step whose
     gradients are not all finite leaves R as it is.
 
     Args:
@@ -108,8 +108,5 @@ def _with_step(before: float, r: Sequence[float]) -> float:
 
 def _slice(x: Tensor) -> Tensor:
     """Return `SLICE_NUMEL` entries from the middle of the memory of ``x``; ``x`` itself if there are gaps."""
-    middle = (x.numel() - SLICE_NUMEL) // 2
-    if x.is_contiguous():
-        return x.as_strided((SLICE_NUMEL,), (1,), x.storage_offset() + middle)
     flat = norms.in_memory_order(x)
-    return flat[middle:][:SLICE_NUMEL] if flat.data_ptr() == x.data_ptr() else x
+    return flat[(x.numel() - SLICE_NUMEL) // 2 :][:SLICE_NUMEL] if flat.data_ptr() == x.data_ptr() else x

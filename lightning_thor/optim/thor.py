@@ -86,9 +86,9 @@ class Thor(Optimizer):
     A step, per tensor: precondition, scale, add weight decay (unless decoupled), then momentum as in `torch.optim.SGD`.
     With an identity preconditioner and no scaling it is bitwise SGD (the fused one where weights are float32 and
     contiguous). In polar mode momentum comes first; with an identity preconditioner a matrix then takes the steps of
-    `torch.optim.Muon`. In adam mode steps are those of `torch.optim.AdamW` in other coordinates; ``nesterov`` then
-    takes the first moment ahead, as NAdam does (Dozat 2016, "Incorporating Nesterov momentum into Adam"). Parameters
-    may be sharded by ``fully_shard`` (FSDP2): momentum is sharded as they are, and scales are those of whole tensors.
+    `torch.optim.Muon`. Adam mode takes the steps of `torch.optim.AdamW` in other coordinates; ``nesterov`` then takes
+    the first moment ahead, as NAdam does (Dozat 2016, "Incorporating Nesterov momentum into Adam"). Parameters may be
+    sharded by ``fully_shard`` (FSDP2): momentum is sharded alike, and scales are computed of whole tensors.
 
     Args:
         params: parameters or parameter groups. Groups and schedulers can set all options below but ``preconditioner``.
@@ -100,8 +100,8 @@ class Thor(Optimizer):
             convolution, with the diagonal of G alone) take the natural direction of their momentum, other parameters
             plain momentum. ``"adam"``, for all groups, is Adam in the coordinates in which the blocks of A and G are
             diagonal (as SOAP has it with Shampoo's factors: Vyas et al. 2024, arXiv:2409.11321), for the output layer
-            those of A, and plain Adam for parameters without curvature. Its learning rates are AdamW's; ``match_rms``
-            does not apply.
+            the blocks of A, and plain Adam for parameters without curvature. Its learning rates are AdamW's;
+            ``match_rms`` does not apply.
         momentum: in [0, 1); Adam's β₁.
         beta2: in [0, 1); Adam's β₂, for ``mode="adam"`` alone.
         nesterov: Nesterov's momentum, as in `torch.optim.SGD` (in adam mode as above); no effect if ``momentum`` is 0.
@@ -169,8 +169,8 @@ class Thor(Optimizer):
     def __deepcopy__(self, memo: dict[int, Any]) -> Thor:
         """Copy the optimizer, and a preconditioner that is a `Curvature` with its model.
 
-        The copy's parameters are those of the model's copy if both are copied at once:
-        ``copy.deepcopy((model, optimizer))``. Any other preconditioner is left out, as in a pickle.
+        Copy model and optimizer at once, ``copy.deepcopy((model, optimizer))``, so that the copies belong together.
+        Any other preconditioner is left out, as in a pickle.
         """
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -234,8 +234,8 @@ class Thor(Optimizer):
         """Return the state as `torch.optim.Optimizer.state_dict` does, but number parameters as the model does.
 
         Torch numbers parameters group by group, without frozen ones, and `load_state_dict` goes by their places in the
-        groups, not by numbers. But Lightning takes the numbers for those of the model when it restores a checkpoint
-        into a sharded model. Functions of torch.distributed rely on torch's numbers and get them.
+        groups, not by numbers. But Lightning takes the numbers for the model's when it restores a checkpoint into a
+        sharded model. Functions of torch.distributed rely on torch's numbers and get them.
         """
         state = super().state_dict()
         for group in state["param_groups"]:
@@ -374,7 +374,7 @@ def sgd_step(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor]
     """Take a step of SGD with the ``lr``, ``momentum`` and ``nesterov`` of a group; ``updates`` are lost.
 
     By torch's fused kernel, in one pass over memory instead of four, where it can be trusted: it takes all tensors as
-    contiguous, and that of torch 2.13 for CPUs is wrong in half precision.
+    contiguous, and torch 2.13's for CPUs is wrong in half precision.
     """
     unfit = [
         x

@@ -67,11 +67,11 @@ def clip_kl_(
     Args:
         clipped: the parameters of these updates, each with its group, which has ``lr`` and ``kl_clip``.
         grads: this rank's part of each gradient, by parameter.
-        updates: by parameter; those of other parameters stay.
+        updates: by parameter; other parameters' stay.
     """
     params = [p for p, _ in clipped]
     own = as_real(updates[p] for p in params)
-    # Square roots, whose range is that of the factors: lr times the root of |update · grad|.
+    # Square roots, lr times the root of |update · grad|: they have the range of the factors.
     roots = norms.roots_of_products(own, as_real(grads[p].resolve_conj() for p in params), params)
     torch._foreach_mul_(list(roots.unbind()), [group["lr"] / math.sqrt(group["kl_clip"]) for _, group in clipped])
     limits = torch.finfo(roots.dtype)

@@ -40,7 +40,7 @@ class Mode:
     change_basis: ChangeBasisFn | None = None
     """Coordinates in which `Thor` takes Adam's steps, of whole gradients and on all ranks alike."""
     momentum_first: bool = False
-    """Whether momentum is that of gradients; otherwise it is that of directions."""
+    """Whether momentum adds up gradients; otherwise it adds up directions."""
     uses_matrix_sign: bool = False
     """Whether matrices but for the head have a polar direction, which needs all rows of a matrix on one rank."""
     has_diagonal_head: bool = False
