@@ -18,10 +18,10 @@ from lightning_thor import Curvature, Thor
 
 LIMITS = {
     "files of a pair": 12,
-    "functions of a plain step": 64,
-    "calls of a plain step": 105,
-    "functions of a first refresh": 224,
-    "calls of a first refresh": 512,
+    "functions of a plain step": 60,
+    "calls of a plain step": 100,
+    "functions of a first refresh": 217,
+    "calls of a first refresh": 505,
 }
 """Upper limits, held by a test."""
 HEADS = ("of a two-layer net, natural mode", "count", "limit")

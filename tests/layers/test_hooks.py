@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_thor import Curvature
 from lightning_thor.layers.base import subsample
 from lightning_thor.layers.hooks import Hooks
+from lightning_thor.layers.weight_product import MOST_NODES
 from tests.helpers.observing import assert_same, observing
 
 
@@ -294,3 +295,28 @@ def test_under_autocast_no_input_waits_whole_for_its_gradient() -> None:
     taken = whole[subsample(100, 30, torch.device("cpu"))]
     for sums, those in zip(found, (taken, whole), strict=True):
         torch.testing.assert_close(sums[0, 0], those.T @ those, rtol=0.02, atol=0.1)
+
+
+class FarFromItsOutput(nn.Linear):
+    """So many operations follow the product that the search of the graph ends before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        for _ in range(MOST_NODES + 1):
+            y = 1.0 * y
+        return y
+
+
+def test_where_the_graph_does_not_show_the_product_a_gradient_penalty_leaves_no_trace() -> None:
+    found = []
+    for has_penalty in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(FarFromItsOutput(4, 3)).double()
+        curvature = Curvature(model)
+        loss = model(torch.randn(6, 4, dtype=torch.float64).requires_grad_()).square().mean()
+        if has_penalty:
+            torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        loss.backward()
+        found.append(curvature.factors.flat_sums.clone())
+        assert curvature.factors.counts[0, 0] == 6
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
