@@ -132,6 +132,11 @@ def ranges_of(curvature: Curvature, n: int, is_polar: bool = False) -> list[RowR
     return assign_rows(row_blocks_of_layers(curvature, parameters, is_polar=is_polar), n)
 
 
+def test_neighbouring_blocks_of_one_process_are_one_range() -> None:
+    ranges = ranges_of(Curvature(nn.Linear(3, 12, bias=False), block_size=3), 3)
+    assert [(one.start, one.stop, one.owner) for one in ranges] == [(0, 3, 0), (3, 9, 1), (9, 12, 2)]
+
+
 def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
     model = nn.Linear(3, 12, bias=False)  # shards of 4, 4 and 4 rows; blocks of 0 to 6 and of 6 to 12
     ranges = ranges_of(Curvature(model, block_size=6), 3)
