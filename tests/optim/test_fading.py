@@ -174,6 +174,19 @@ def test_a_resumed_training_is_bitwise_the_unbroken_one(monkeypatch: pytest.Monk
     assert float(other.param_groups[0]["gradient_rms"]) == pytest.approx(1e-9)
 
 
+def test_a_momentum_is_measured_as_the_mean_gradient_that_it_adds_up() -> None:
+    class Copies(Identity):
+        def directions(self, tensors: dict[nn.Parameter, Tensor], mode: str) -> list[dict[nn.Parameter, Tensor]]:
+            return [self.precondition(tensors)]
+
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = Thor([weight], mode="polar", nesterov=False, preconditioner=Copies())
+    weight.grad = torch.full((3,), 4.0)
+    for _ in range(150):
+        optimizer.step()
+    assert float(optimizer.param_groups[0]["gradient_rms"]) == pytest.approx(4.0, rel=1e-4)
+
+
 def test_groups_have_one_measure_and_unmatched_ones_none() -> None:
     p, q, r = (nn.Parameter(torch.zeros(2)) for _ in range(3))
     optimizer = Thor([{"params": [p], "match_rms": None}, {"params": [q]}], preconditioner=Identity())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_thor import Thor
 from lightning_thor.linalg import memory
+from lightning_thor.optim.norms import root_mean_squares
 from lightning_thor.optim.update_scaling import clip_norm_, scale_to_rms_
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.preconditioners import Identity
@@ -115,6 +116,12 @@ def test_ten_million_numbers_are_brought_to_scale(monkeypatch: pytest.MonkeyPatc
     x = draw(10**7) * 0.3
     scale_to_rms_([x], [x], [0.2])
     assert x.double().square().mean().sqrt().item() == pytest.approx(0.2, rel=5e-5 if draw is torch.ones else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_halves_are_measured_as_their_copies_in_float32(dtype: torch.dtype) -> None:
+    x = torch.randn(1000).to(dtype)
+    assert root_mean_squares([x]) == root_mean_squares([x.float()])
 
 
 def test_a_factor_that_is_no_normal_number_keeps_its_digits() -> None:
