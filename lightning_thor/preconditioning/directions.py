@@ -33,7 +33,7 @@ def natural(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
 
     A part has about `DIRECTION_CHUNK_NUMEL` entries; each parameter is in one part. Against one part for all, a step of
     a GPT-2 small of 163M untied parameters takes 2.66 GB of memory instead of 3.19 and as much time to within 2 %
-    (2026-11-28, one core of an AMD EPYC, float32, three runs of each in turns).
+    (2026-11-28, one core of an Intel Xeon, float32, three runs of each in turns).
 
     Args:
         stored: all layers with curvature; their inverses or roots.
