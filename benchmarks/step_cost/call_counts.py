@@ -18,7 +18,7 @@ from lightning_thor import Curvature, Thor
 
 LIMITS = {
     "files of a pair": 12,
-    "functions of a plain step": 64,
+    "functions of a plain step": 60,
     "calls of a plain step": 105,
     "functions of a first refresh": 224,
     "calls of a first refresh": 512,
