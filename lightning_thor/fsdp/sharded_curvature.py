@@ -69,7 +69,7 @@ class ShardedCurvature:
             )
         self.curvature = curvature
         self._communicator = communicator or ProcessGroupCommunicator()
-        self._plans: dict[tuple[bool, frozenset[nn.Parameter]], RowExchangePlan] = {}
+        self._plans: dict[tuple[bool, int, frozenset[nn.Parameter]], RowExchangePlan] = {}
 
     def update(self) -> None:
         """As `Curvature.update`."""
@@ -102,7 +102,8 @@ class ShardedCurvature:
         self.curvature.check_that_it_serves(mode)
         is_polar, directions_of, shards = MODES[mode].uses_matrix_sign, MODES[mode].directions, tensors
         assert directions_of is not None
-        key = is_polar, frozenset(shards)
+        # A layer that is left out later has no place in a plan any more.
+        key = is_polar, len(self.curvature.left_out), frozenset(shards)
         if key not in self._plans:
             self._plans[key] = self._plan(shards, is_polar)
         plan, curvature = self._plans[key], self.curvature

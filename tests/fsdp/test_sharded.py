@@ -229,6 +229,28 @@ def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -
     assert (whole.start, whole.stop) == (0, 10)
 
 
+def test_a_layer_that_is_left_out_later_takes_its_plain_gradient() -> None:
+    curvature = curvature_of("natural")
+    grads = {p: p.grad.clone() for p in curvature.model.parameters() if p.grad is not None}
+
+    def work(place: Place) -> list[dict[nn.Parameter, Tensor]]:
+        own = {p: shards_of(grad, 2)[place.rank] for p, grad in grads.items()}
+        sharded, found = ShardedCurvature(curvature, place.world), []
+        for _ in range(2):
+            found.append(directions_of(sharded, own, "natural"))
+            place.world.all_gather(torch.zeros(1))  # both have their directions
+            if place.rank == 0 and len(found) == 1:
+                curvature._leave_out(0, "a test")
+            place.world.all_gather(torch.zeros(1))
+        return found
+
+    first = next(iter(curvature.layers.values())).parameters[0]
+    for rank, (before, after) in enumerate(on_ranks(2, None, work)):
+        plain = shards_of(grads[first], 2)[rank]
+        assert not torch.equal(before[first], plain)
+        torch.testing.assert_close(after[first], plain, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["natural", "polar"])
 def test_no_directions_wait_for_the_device(mode: str) -> None:
     curvature = curvature_of(mode)
