@@ -85,12 +85,7 @@ class ResNet50Damping(_ResNet50Schedule):
     * ``"gpu"``: 0.02345 · 0.5467^(e/10)
     * ``"ascend"``: 0.03 · 0.50036^(e/10)
 
-    Args:
-        steps_per_epoch: optimizer steps in an epoch.
-        variant: ``"gpu"`` or ``"ascend"``.
-
-    Raises:
-        ValueError: ``steps_per_epoch`` is not positive, or there is no such variant.
+    Arguments and errors are those of `ResNet50LearningRate`.
 
     >>> ResNet50Damping(steps_per_epoch=10)(99)
     0.01282

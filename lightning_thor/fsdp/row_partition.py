@@ -145,19 +145,22 @@ class RowRange(NamedTuple):
     stop: int
     owner: int
     """The rank that computes it."""
+    layer: Layer
+    """These rows alone, see `layer_of_rows`."""
+    pair: FactorPair
+    """The stored blocks of ``layer``."""
 
 
 class RowTransfer(NamedTuple):
     """Rows of a parameter in one rank's shard that go to the range of another rank, or are in one of the same rank."""
 
     parameter: nn.Parameter
-    param_index: int
-    """In the range's layer."""
-    range_index: int
+    placeholder: nn.Parameter
+    """The parameter's rows in the range, see `layer_of_rows`."""
     range_rows: slice
-    """In the range, which ``owner`` computes."""
+    """In ``placeholder``, whose direction ``owner`` computes."""
     shard_rows: slice
-    """In the shard that ``holder`` has."""
+    """In the shard of ``parameter`` that ``holder`` has."""
     holder: int
     owner: int
 
@@ -186,38 +189,37 @@ def assign_rows(layers: Sequence[RowBlocks], world_size: int) -> list[RowRange]:
     Returns:
         Ranges of all rows; neighbours have different owners.
     """
-    ranges: list[RowRange] = []
+    ranges: list[tuple[RowBlocks, int, int]] = []
     candidates: list[list[int]] = []
-    for layer in layers:
-        if layer.side is None:
+    for row_blocks in layers:
+        if row_blocks.side is None:
             continue
-        weight = layer.layer.parameters[0]
+        weight = row_blocks.layer.parameters[0]
         held = rows_per_rank(weight.shape[0], world_size)
-        for start, stop in pairwise(layer.borders(held)):
-            shards = _by_holder(*layer.param_rows(weight, start, stop), held)
+        for start, stop in pairwise(row_blocks.borders(held)):
+            shards = _by_holder(*row_blocks.param_rows(weight, start, stop), held)
             most = max(rows.stop - rows.start for _, rows, _ in shards)
-            ranges.append(RowRange(layer, start, stop, owner=0))
+            ranges.append((row_blocks, start, stop))
             candidates.append([holder for holder, rows, _ in shards if rows.stop - rows.start == most])
-    whole = [RowRange(layer, 0, layer.n_rows, owner=0) for layer in layers if layer.side is None]
-    ranges += sorted(whole, key=lambda one: -one.row_blocks.cost(one.stop))
-    costs = [one.row_blocks.cost(one.stop - one.start) for one in ranges]
+    whole = [row_blocks for row_blocks in layers if row_blocks.side is None]
+    ranges += [(one, 0, one.n_rows) for one in sorted(whole, key=lambda one: -one.cost(one.n_rows))]
+    costs = [row_blocks.cost(stop - start) for row_blocks, start, stop in ranges]
     owners = assign_greedily(costs, world_size, allowed=candidates)
-    joined: list[RowRange] = []
-    for one, owner in zip(ranges, owners, strict=True):
-        if joined and joined[-1].row_blocks is one.row_blocks and joined[-1].owner == owner:
-            joined[-1] = joined[-1]._replace(stop=one.stop)
-        else:
-            joined.append(one._replace(owner=owner))
-    return joined
+    joined: list[tuple[RowBlocks, int, int, int]] = []
+    for (row_blocks, start, stop), owner in zip(ranges, owners, strict=True):
+        if joined and joined[-1][0] is row_blocks and joined[-1][3] == owner:
+            start = joined.pop()[1]
+        joined.append((row_blocks, start, stop, owner))
+    return [RowRange(*one, *layer_of_rows(*one[:3])) for one in joined]
 
 
 def row_transfers(ranges: Sequence[RowRange], world_size: int) -> list[RowTransfer]:
     """The rows that each of all ``ranges`` needs from each of ``world_size`` ranks, in the order of ranges, parameters
     and rows."""
     return [
-        RowTransfer(p, param_index, range_index, range_rows, shard_rows, holder, one.owner)
-        for range_index, one in enumerate(ranges)
-        for param_index, p in enumerate(one.row_blocks.layer.parameters)
+        RowTransfer(p, placeholder, range_rows, shard_rows, holder, one.owner)
+        for one in ranges
+        for p, placeholder in zip(one.row_blocks.layer.parameters, one.layer.parameters, strict=True)
         for holder, range_rows, shard_rows in _by_holder(
             *one.row_blocks.param_rows(p, one.start, one.stop), rows_per_rank(p.shape[0], world_size)
         )

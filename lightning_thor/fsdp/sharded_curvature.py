@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.distributed.communicator import Communicator
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
-from lightning_thor.fsdp.row_partition import (
-    RowBlocks,
-    RowTransfer,
-    assign_rows,
-    layer_of_rows,
-    row_blocks_of,
-    row_transfers,
-)
+from lightning_thor.fsdp.row_partition import RowBlocks, RowTransfer, assign_rows, row_blocks_of, row_transfers
 from lightning_thor.linalg.dtypes import message_dtype, wide
 from lightning_thor.preconditioning.grouping import Directions, LayerGroup, Tensors, group_layers
 from lightning_thor.preconditioning.modes import MODES
@@ -29,8 +22,6 @@ class RowExchangePlan(NamedTuple):
 
     groups: list[LayerGroup]
     """This rank's ranges, as layers."""
-    placeholders: dict[tuple[int, int], nn.Parameter]
-    """The parameters of these layers, by ``(range_index, param_index)``."""
     leaving: list[RowTransfer]
     """Rows that this rank holds and another one owns, in the order of owners."""
     arriving: list[RowTransfer]
@@ -112,8 +103,8 @@ class ShardedCurvature:
         with torch.autocast(curvature.factors.device.type, enabled=False):
             parts = directions_of(curvature.grouped(plan.groups), ranges)
             directions = {p: direction for part in parts for p, direction in part.items()}
-        returned = self._exchange(plan, _owned(plan, plan.arriving, directions), plan.leaving, shards, back=True)
-        return [_to_shards(plan, [*returned, *_owned(plan, plan.staying, directions)], shards)]
+        returned = self._exchange(plan, _owned(plan.arriving, directions), plan.leaving, shards, back=True)
+        return [_to_shards(plan, [*returned, *_owned(plan.staying, directions)], shards)]
 
     def _exchange(
         self,
@@ -140,16 +131,8 @@ class ShardedCurvature:
     def _plan(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> RowExchangePlan:
         world_size, rank = self._communicator.world_size, self._communicator.rank
         ranges = assign_rows(row_blocks_of_layers(self.curvature, shards, is_polar=is_polar), world_size)
-        own = {
-            index: layer_of_rows(one.row_blocks, one.start, one.stop)
-            for index, one in enumerate(ranges)
-            if one.owner == rank
-        }
-        groups = group_layers(
-            [layer for layer, _ in own.values()],
-            [pair for _, pair in own.values()],
-            self.curvature.polar_layers,
-        )
+        own = [one for one in ranges if one.owner == rank]
+        groups = group_layers([one.layer for one in own], [one.pair for one in own], self.curvature.polar_layers)
         transfers = row_transfers(ranges, world_size)
         moving = [one for one in transfers if one.holder != one.owner]
         leaving = sorted((one for one in moving if one.holder == rank), key=lambda one: one.owner)
@@ -157,7 +140,6 @@ class ShardedCurvature:
         dtypes = {shards[one.parameter].dtype for one in moving}
         return RowExchangePlan(
             groups=list(groups),
-            placeholders={(index, i): p for index, (layer, _) in own.items() for i, p in enumerate(layer.parameters)},
             leaving=leaving,
             arriving=arriving,
             staying=[one for one in transfers if one.holder == one.owner == rank],
@@ -192,12 +174,9 @@ def _held(transfers: Sequence[RowTransfer], shards: Mapping[nn.Parameter, Tensor
     return [shards[one.parameter][one.shard_rows] for one in transfers]
 
 
-def _owned(
-    plan: RowExchangePlan, transfers: Sequence[RowTransfer], directions: Mapping[nn.Parameter, Tensor]
-) -> list[Tensor]:
+def _owned(transfers: Sequence[RowTransfer], directions: Mapping[nn.Parameter, Tensor]) -> list[Tensor]:
     """The rows of each transfer in the directions of this rank's ranges; views."""
-    names = plan.placeholders
-    return [directions[names[one.range_index, one.param_index]][one.range_rows] for one in transfers]
+    return [directions[one.placeholder][one.range_rows] for one in transfers]
 
 
 def _assembled(plan: RowExchangePlan, rows: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
@@ -205,14 +184,12 @@ def _assembled(plan: RowExchangePlan, rows: Sequence[Tensor]) -> dict[nn.Paramet
 
     ``rows`` are of ``plan.arriving``, then of ``plan.staying``.
     """
-    found: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+    found: dict[nn.Parameter, list[tuple[int, Tensor]]] = {}
     for one, some in zip([*plan.arriving, *plan.staying], rows, strict=True):
-        found.setdefault((one.range_index, one.param_index), []).append((one.range_rows.start, some))
+        found.setdefault(one.placeholder, []).append((one.range_rows.start, some))
     return {
-        plan.placeholders[key]: parts[0][1]
-        if len(parts) == 1
-        else torch.cat([some for _, some in sorted(parts, key=lambda part: part[0])])
-        for key, parts in found.items()
+        p: parts[0][1] if len(parts) == 1 else torch.cat([some for _, some in sorted(parts, key=lambda part: part[0])])
+        for p, parts in found.items()
     }
 
 

@@ -152,8 +152,9 @@ def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 16])
 def test_only_rows_of_blocks_that_lie_on_two_processes_travel(n: int) -> None:
     ranges = ranges_of(curvature_of("natural", block_size=3), n)
+    row_blocks_of = {placeholder: one.row_blocks for one in ranges for placeholder in one.layer.parameters}
     for one in row_transfers(ranges, n):
-        row_blocks, held = ranges[one.range_index].row_blocks, rows_per_rank(one.parameter.shape[0], n)
+        row_blocks, held = row_blocks_of[one.placeholder], rows_per_rank(one.parameter.shape[0], n)
         size, (first, last) = row_blocks.rows_per_block, row_blocks.param_rows(one.parameter, 0, row_blocks.n_rows)
         block = (one.holder * held + one.shard_rows.start - first) // size * size + first
         straddles = block // held != (min(block + size, last) - 1) // held
