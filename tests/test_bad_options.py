@@ -93,7 +93,7 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
         ),
         ({"factor_bucket_mb": 1, "split_indices": [3]}, r"factor_bucket_mb=1 and split_indices=\[3\] both say"),
         *(
-            ({"split_indices": split}, "split_indices must not be empty and increase")
+            ({"split_indices": split}, "split_indices must be one or more layer numbers that increase")
             for split in ([], [3, 3], [5, 2], [-1, 4])
         ),
     ],

@@ -118,7 +118,9 @@ def check_split_indices(split_indices: Any) -> None:
     if not isinstance(split_indices, list | tuple) or not all(type(index) is int for index in split_indices):
         raise TypeError(f"split_indices must be a list of ints (the last layer of each group), got {split_indices!r}.")
     if not split_indices or list(split_indices) != sorted(set(split_indices)) or split_indices[0] < 0:
-        raise ValueError(f"split_indices must not be empty and increase from 0 on, got {split_indices!r}.")
+        raise ValueError(
+            f"split_indices must be one or more layer numbers that increase from 0 on, got {split_indices!r}."
+        )
 
 
 class Bucket(NamedTuple):
