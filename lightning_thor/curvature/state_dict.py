@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_thor.curvature.refresh_schedule import RefreshSchedule
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.factors.state import FactorState
+from lightning_thor.factors.trace_rule import DECISIONS
 from lightning_thor.layers.discovery import name_some
 from lightning_thor.preconditioning.modes import MODES
 
@@ -46,10 +47,10 @@ def check_state(state: Any) -> None:
         raise _damaged(f"its gradient_unit is no number above 0, but {unit!r}")
     if not isinstance(loss_layer, str | None):
         raise _damaged(f"its loss_layer is no name of a layer, but {loss_layer!r}")
-    if not _is_pending(state.get("pending", [])):
-        raise _damaged(f"its pending decisions are none, but {state['pending']!r}")
     if not isinstance(state["layers"], Mapping):
         raise _damaged(f"its layers are a {type(state['layers']).__name__}, not a dict")
+    if not _is_pending(state.get("pending", []), n_layers=len(state["layers"])):
+        raise _damaged(f"its pending decisions are none, but {state['pending']!r}")
     for name, tensors in state["layers"].items():
         if not isinstance(name, str):
             raise _damaged(f"the name of a layer is {name!r}, not a string")
@@ -57,13 +58,17 @@ def check_state(state: Any) -> None:
             raise _damaged(f"layer {name!r} is a {type(tensors).__name__}, not a dict")
 
 
-def _is_pending(pending: Any) -> bool:
-    """True for what `RefreshSchedule.pending` returns."""
-    numbers = {"step": int, "layers": list, "decisions": list}
+def _is_pending(pending: Any, n_layers: int) -> bool:
+    """True for what `RefreshSchedule.pending` returns: one decision for each of some of the layers."""
     return isinstance(pending, list) and all(
         isinstance(one, Mapping)
-        and all(isinstance(one.get(key), kind) for key, kind in numbers.items())
-        and all(isinstance(number, int) for number in (*one["layers"], *one["decisions"]))
+        and isinstance(one.get("layers"), list)
+        and isinstance(one.get("decisions"), list)
+        and len(one["layers"]) == len(one["decisions"])
+        and isinstance(one.get("step"), int)
+        and one["step"] >= 0
+        and all(isinstance(layer, int) and 0 <= layer < n_layers for layer in one["layers"])
+        and all(isinstance(decision, int) and decision in DECISIONS for decision in one["decisions"])
         for one in pending
     )
 

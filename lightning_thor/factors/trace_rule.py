@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-KEEP, UPDATE, STOP = 0, 1, 2
+KEEP, UPDATE, STOP = DECISIONS = 0, 1, 2
 
 
 class TraceRule(NamedTuple):

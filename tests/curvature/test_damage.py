@@ -65,7 +65,29 @@ def test_a_state_that_lacks_a_part_is_refused(key: str) -> None:
 def test_a_state_of_before_there_were_modes_is_taken() -> None:
     state = saved()
     del state["mode"]
-    trained().load_state_dict(state)
+    curvature = trained(n_steps=1)
+    curvature.load_state_dict(state)
+    assert_bitwise(without_words(curvature.state_dict()), without_words(saved()))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"step": -1},
+        {"step": None},
+        {"layers": [9], "decisions": [1]},
+        {"layers": [-1], "decisions": [1]},
+        {"layers": [0.0], "decisions": [1]},
+        {"layers": (0,), "decisions": [1]},
+        {"decisions": [1]},
+        {"decisions": [1, 7]},
+        {"decisions": [1, "1"]},
+    ],
+)
+def test_pending_decisions_that_are_none_are_refused(damage: State) -> None:
+    sound = {"step": 2, "layers": [0, 1], "decisions": [1, 2]}
+    trained().load_state_dict(saved() | {"pending": [sound]})
+    assert_refused(saved() | {"pending": [sound | damage]}, "its pending decisions are none, but")
 
 
 @pytest.mark.parametrize(
