@@ -194,8 +194,8 @@ class Curvature:
 
         def is_due(name: str) -> bool:
             # The module that shows how many terms the loss has is asked whenever any layer is due.
-            step, steps = schedule.step, schedule.next_steps
-            return step >= (steps[numbers[name]] if name != accumulator.loss_layer else min(steps))
+            is_of_loss = name == accumulator.loss_layer
+            return schedule.step >= (schedule.earliest if is_of_loss else schedule.next_steps[numbers[name]])
 
         return Hooks(
             {use.name: use.module for use in uses if use.attention is None},
@@ -281,7 +281,7 @@ class Curvature:
         return self._schedule.is_any_due
 
     def due_parameters(self) -> set[nn.Parameter]:
-        """Returns the parameters of the layers that the coming `update` refreshes."""
+        """The parameters of the layers that the coming `update` inverts."""
         layers = list(self.layers.values())
         return {p for number in self._schedule.due_inversions() for p in layers[number].parameters}
 
@@ -418,11 +418,10 @@ class Curvature:
         for index in new:
             self._leave_out(index, self._accumulator.misfits.get(index, NOT_A_PAIR))
         if new:
-            names = list(self.layers)
+            names = [list(self.layers)[index] for index in new]
             warnings.warn(
-                f"{name_some([names[index] for index in new])}: without curvature from now on, with "
-                f"{MODES[self.mode].fallback}. "
-                f"{names[new[0]] or '(the model itself)'}: {self.left_out[names[new[0]]]}.",
+                f"{name_some(names)}: without curvature from now on, with {MODES[self.mode].fallback}. "
+                f"{names[0] or '(the model itself)'}: {self.left_out[names[0]]}.",
                 stacklevel=5,
             )
 

@@ -77,7 +77,8 @@ class RefreshSchedule:
         """Inversions so far, counted by layer."""
         self._turns = 0
         self._pending: list[_Pending] = []
-        self._earliest = 0
+        self.earliest = 0
+        """The first step at which some layer that has not stopped is due."""
 
     def is_due(self, layer: int) -> bool:
         """True if the coming step observes the layer."""
@@ -86,12 +87,12 @@ class RefreshSchedule:
     @property
     def is_any_due(self) -> bool:
         """True if the coming step observes some layer."""
-        return self.step >= self._earliest
+        return self.step >= self.earliest
 
     @property
     def has_work(self) -> bool:
         """True if the coming step observes or inverts some layer, or reads a decision."""
-        return self.step >= self._earliest or bool(self._pending)
+        return self.step >= self.earliest or bool(self._pending)
 
     @property
     def decides(self) -> bool:
@@ -100,7 +101,7 @@ class RefreshSchedule:
 
     def due(self) -> tuple[int, ...]:
         """The layers that the coming step observes, in order."""
-        if self.step < self._earliest:
+        if self.step < self.earliest:
             return ()
         step, both = self.step, zip(self.next_steps, self.has_stopped, strict=True)
         return tuple([layer for layer, (next_step, stopped) in enumerate(both) if step >= next_step and not stopped])
@@ -200,7 +201,7 @@ class RefreshSchedule:
 
     def _find_earliest(self) -> None:
         going = [step for step, stopped in zip(self.next_steps, self.has_stopped, strict=True) if not stopped]
-        self._earliest = min(going, default=NEVER)
+        self.earliest = min(going, default=NEVER)
 
     def _every(self, step: int) -> int:
         every = self.every_n_steps(step) if callable(self.every_n_steps) else self.every_n_steps
