@@ -237,8 +237,8 @@ class ThorCallback(Callback):
                 self.curvature.left_out[name] = "frozen when fit began"
                 rank_zero_warn(
                     f"{name!r} was frozen when fit began and has no curvature: it takes "
-                    f"{MODES[self.curvature.mode].fallback} now "
-                    "that it trains. Start another fit from this one's weights to precondition it."
+                    f"{MODES[self.curvature.mode].fallback} now that it trains. Start another fit from this one's "
+                    "weights to precondition it."
                 )
 
     def _troubles(self) -> tuple[int, int]:
