@@ -251,6 +251,9 @@ class Hooks:
                 if torch.is_grad_enabled():
                     return
             elif not accumulates(accumulator):
+                if self._checks is not None and torch.is_grad_enabled():
+                    # The loss may depend on this gradient, and the weight's gradient then on more than the pair.
+                    self._checks.skip(pair.name)
                 return
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 self._add(pair, _plain(g.detach()), accumulator)

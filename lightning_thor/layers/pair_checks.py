@@ -70,6 +70,14 @@ class PairChecks:
         """True until the layer that the named module belongs to was checked."""
         return self._numbers.get(name) in self._unchecked
 
+    def skip(self, name: str) -> None:
+        """Check the layer that the named module belongs to no more: its gradient is known to be more than the product.
+
+        Args:
+            name: of the module.
+        """
+        self._unchecked.discard(self._numbers.get(name, -1))
+
     def project(self, name: str, a: Tensor) -> Tensor | None:
         """What the check needs of an input.
 

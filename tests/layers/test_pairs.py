@@ -348,6 +348,13 @@ def shared_with_one_that_does_not(model: Any) -> Tensor:
     return shared_with_one_that_fits(model)
 
 
+def with_a_derivative_in_its_loss(model: Any) -> Tensor:
+    """As in a physics-informed network: the gradient is more than the pair, which is curvature all the same."""
+    x = input_of((8, WIDTH), "").requires_grad_()
+    u = model[1](model[0](x).tanh())
+    return torch.autograd.grad(u.sum(), x, create_graph=True)[0] + u  # type: ignore[no-any-return]
+
+
 def plainly(model: Any) -> Tensor:
     return model[1](model[0](input_of((8, WIDTH), "")).tanh())  # type: ignore[no-any-return]
 
@@ -356,6 +363,7 @@ def plainly(model: Any) -> Tensor:
     ("use", "left_out"),
     [
         (plainly, set()),
+        (with_a_derivative_in_its_loss, set()),
         (used_without_its_module, {"0"}),
         (with_a_hook_on_its_gradient, {"0"}),
         (shared_with_one_that_fits, set()),
