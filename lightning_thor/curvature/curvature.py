@@ -30,6 +30,7 @@ from lightning_thor.factors.state import ELEMENTS, ROWS, FactorState, Solve, fac
 from lightning_thor.factors.trace_rule import UPDATE, decide, trace_rule_of
 from lightning_thor.layers.base import attention_uses
 from lightning_thor.layers.discovery import (
+    coverage,
     discover_layers,
     matrix_layers,
     name_some,
@@ -114,6 +115,7 @@ class Curvature:
     Attributes:
         layers: the layers with curvature, by name.
         left_out: why the others have none, by name.
+        coverage: the share of the trained weights that had curvature when it was built.
         polar_layers: those that have polar directions: in polar mode linear layers and convolutions but for the last.
         step: applied steps so far.
     """
@@ -164,6 +166,7 @@ class Curvature:
             diagonal_G=matrices[-1:] if chosen.has_diagonal_head else [],
         )
         warn_of_low_coverage(model, self.layers, self.left_out, parameters)
+        self.coverage = coverage(model, self.layers, parameters)
         self.polar_layers = {name for name in matrices[:-1] if name in self.layers and chosen.uses_matrix_sign}
         self.factors = factor_state_of(self.layers, chosen.decomposition)
         self._trace_rule = trace_rule_of(trace_rule)

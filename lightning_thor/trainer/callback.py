@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -22,7 +22,8 @@ from lightning_thor.optim.thor import Preconditioner, Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.trainer.block_size_trial import try_block_sizes
-from lightning_thor.trainer.report import print_curvature, report_split
+from lightning_thor.trainer.report import report_split
+from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
 
 
@@ -39,8 +40,10 @@ class ThorCallback(Callback):
         loss_terms: gives, of a training batch, how many terms the mean of its loss has: a number, or a 0-dimensional
             tensor. As in `Curvature`; needed where labels are left out of the mean and their number differs between
             micro-batches or processes: ``lambda batch: (batch["labels"] != -100).sum()``.
-        summary: print a table of what is preconditioned when fit starts, and how a block size was chosen; the latter is
-            also saved, as ``thor_split.json`` and, where matplotlib is, ``thor_split.png``, beside the logger's files.
+        summary: print what is preconditioned when fit starts, and how a block size was chosen; the latter is also
+            saved, as ``thor_split.json`` and, where matplotlib is, ``thor_split.png``, beside the logger's files.
+            Equal layers are one row; ``"full"`` has a row for each. With ``Trainer(enable_model_summary=False)``
+            nothing is printed.
 
     Raises:
         ValueError: an option out of its range.
@@ -66,7 +69,7 @@ class ThorCallback(Callback):
         loss_reduction: str = "mean",
         fused: dict[str, int] | None = None,
         loss_terms: BatchFn | None = None,
-        summary: bool = True,
+        summary: bool | Literal["full"] = True,
     ) -> None:
         super().__init__()
         # "auto" is the callback's own value.
@@ -74,10 +77,13 @@ class ThorCallback(Callback):
         self._options["block_size"] = block_size
         if loss_terms is not None and not callable(loss_terms):
             raise ValueError(f"loss_terms must be a function of a batch, or None, got {loss_terms!r}.")
+        if not (isinstance(summary, bool) or summary == "full"):
+            raise ValueError(f'summary must be True, False or "full", got {summary!r}.')
         self._loss_terms = loss_terms
         self._batch: Any = None
         """The training batch under way, where `loss_terms` is to be asked of it."""
         self.summary = summary
+        self._is_measuring = False
         self.curvature: Curvature | None = None
         """The curvature of the present or last fit."""
         self.block_size: int | None = None
@@ -100,7 +106,8 @@ class ThorCallback(Callback):
     def measure_block_size(self) -> None:
         """From now on choose the block size when a fit starts, whatever was given, and report it."""
         self._options["block_size"] = "auto"
-        self.summary = True
+        self.summary = self.summary or True
+        self._is_measuring = True
 
     # ── wiring ──
 
@@ -110,7 +117,7 @@ class ThorCallback(Callback):
             return
         check_strategy(trainer.strategy)
         # To the front: LearningRateFinder and BatchSizeFinder train inside their own on_fit_start, after ours then.
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = _callbacks_of(trainer)
         callbacks.remove(self)
         callbacks.insert(0, self)
         self._restored = None
@@ -152,14 +159,15 @@ class ThorCallback(Callback):
         if not self.curvature.layers:
             rank_zero_warn(
                 "ThorCallback found no layer to precondition: all parameters take "
-                f"{MODES[self.curvature.mode].fallback}. Its table of left-out layers says why (summary=True)."
+                f"{MODES[self.curvature.mode].fallback}. What it prints when fit starts says why (summary=True)."
             )
+        quiet = not self._is_measuring and not any(isinstance(one, ModelSummary) for one in _callbacks_of(trainer))
         if self.summary and self.split is not None:
             folder = trainer.log_dir or trainer.default_root_dir  # on all ranks: it is a broadcast
             if trainer.is_global_zero:
-                report_split(self.split, folder)
+                report_split(self.split, folder, quiet=quiet)
         if self.summary and trainer.is_global_zero:
-            print_curvature(self.curvature)
+            print_curvature(self.curvature, full=self.summary == "full", quiet=quiet)
 
     def _decide_block_size(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[torch.nn.Parameter]
@@ -314,6 +322,12 @@ class _LossMultiplier:
         # Scaling a one instead of get_scale(), which waits for the device.
         scale: Tensor = scaler.scale(torch.ones((), device=self.trainer.strategy.root_device))
         return scale / n
+
+
+def _callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """The trainer's own list."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 def _scaler_of(trainer: pl.Trainer) -> Any | None:

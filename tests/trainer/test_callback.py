@@ -238,14 +238,14 @@ def test_the_summary_names_every_layer_and_why_others_are_left_out(
     module.rnn = nn.GRU(2, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit(tmp_path, module, ThorCallback(summary=True), max_steps=1)
+        fit(tmp_path, module, ThorCallback(summary=True), max_steps=1, enable_model_summary=True)
     printed = capsys.readouterr().out
     for words in (
         "THOR curvature",
         "net.0",
         "4×1×3×3",
         "A 1 × 9², G 1 × 4²",
-        "diagonal 32",
+        "G diagonal",
         "frozen",
         "no curvature for GRU",
     ):
