@@ -55,7 +55,7 @@ def test_folded_names_stand_for_exactly_the_names_they_fold() -> None:
         return [str(n) for n in range(int(first), int(last) + 1)] if dash else [part]
 
     names = [f"h.{i}.{part}.{j}" for i in (0, 1, 2, 5) for part in ("q", "k") for j in (0, 1)]
-    names += ["h.3.q.0", "h.3.k.1", "h.4.q", "x.0", "y.1", "head"]
+    names += ["h.3.q.0", "h.3.k.1", "h.4.q", "x.0", "x.a", "y.1", "head"]
     folded = _patterns(names)
     assert len(folded) < len(names) / 2
     assert sorted(name for _, own in folded for name in own) == sorted(names)
