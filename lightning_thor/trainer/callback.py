@@ -29,7 +29,7 @@ from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
 
 class ThorCallback(Callback):
     """Gives the `Thor` optimizer of a fit its curvature, for the mode it has; use it with ``return
-    configure_thor(self)``. It serves one `Thor`, beside any other optimizers.
+    configure_thor(self)``. It serves one `Thor`, beside any other optimizers; a Trainer takes one of it.
 
     Args:
         damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, stagger,
@@ -116,6 +116,9 @@ class ThorCallback(Callback):
         if not self._fitting:
             return
         check_strategy(trainer.strategy)
+        # Lightning's own error comes first, unless one was appended to the list.
+        if sum(isinstance(one, ThorCallback) for one in _callbacks_of(trainer)) > 1:
+            raise ValueError("Trainer(callbacks=...) has more than one ThorCallback: leave one, with all the options.")
         # To the front: LearningRateFinder and BatchSizeFinder train inside their own on_fit_start, after ours then.
         callbacks = _callbacks_of(trainer)
         callbacks.remove(self)

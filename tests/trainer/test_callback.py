@@ -343,6 +343,13 @@ def test_thor_without_the_callback_is_told(tmp_path: Path) -> None:
         found.fit(Boring())
 
 
+def test_two_callbacks_are_told(tmp_path: Path) -> None:
+    found = trainer(tmp_path)
+    found.callbacks.append(ThorCallback())  # in Trainer(callbacks=...) Lightning itself raises
+    with pytest.raises(ValueError, match="more than one ThorCallback"):
+        found.fit(Boring())
+
+
 def test_two_thors_are_told(tmp_path: Path) -> None:
     class Two(WithOptimizers):
         automatic_optimization = False
