@@ -148,8 +148,8 @@ class Thor(Optimizer):
         arguments = locals()
         if isinstance(params, nn.Module):
             raise TypeError(
-                f"Thor takes parameters, got a {type(params).__name__}: write configure_thor(model, lr=...), which leaves"
-                " biases and norms without weight decay, or Thor(model.parameters(), lr=...)."
+                f"Thor takes parameters, got a {type(params).__name__}: write configure_thor(model, lr=...), which "
+                "leaves biases and norms without weight decay, or Thor(model.parameters(), lr=...)."
             )
         self.preconditioner = preconditioner
         self.numbered: tuple[nn.Parameter, ...] | None = None
