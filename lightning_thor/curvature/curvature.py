@@ -18,6 +18,7 @@ from lightning_thor.curvature.accumulator import FactorAccumulator
 from lightning_thor.curvature.callables import NumberFn
 from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.refresh_schedule import Interval, RefreshSchedule
+from lightning_thor.curvature.silence import Call, why_silent
 from lightning_thor.curvature.state_dict import curvature_state, load_curvature_state
 from lightning_thor.distributed.assignment import refresh_costs
 from lightning_thor.distributed.communicator import Communicator, SingleProcess, WorkerGrid
@@ -153,6 +154,8 @@ class Curvature:
         # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
         self.is_listening: Callable[[], bool] = partial(getattr, model, "training")
         self._paused = False
+        self._calls: dict[int, Call] = {}
+        """What became of the last call of each layer that is due, by its number."""
         parameters = None if parameters is None else set(parameters)
         chosen = MODES[mode]
         matrices = matrix_layers(model) if chosen.has_diagonal_head or chosen.uses_matrix_sign else []
@@ -341,7 +344,7 @@ class Curvature:
         """Average and refresh what is due; once per applied step, between backward and `precondition`.
 
         Raises:
-            RuntimeError: at the first refresh, if no layer at all was observed.
+            RuntimeError: at the first refresh, if no layer was observed and no weight of theirs has a gradient.
         """
         if self._found is not None:
             self._settle()
@@ -359,7 +362,8 @@ class Curvature:
         # Fewer than before, if `_agree` left some out.
         due = schedule.due()
         if due:
-            self._accumulator.check_that_layers_fire(due)
+            self._accumulator.check_that_layers_fire(due, self._why_silent)
+            self._calls.clear()
             costs = self._refresh_costs() if schedule.stagger and self.step == 0 else None
         with self._full_precision():
             if due:
@@ -594,9 +598,14 @@ class Curvature:
 
     def _is_open(self, name: str) -> bool:
         index, use = self._accumulator.uses[name]
-        if not self._schedule.is_due(index) or self._paused or not self.is_listening():
+        if not self._schedule.is_due(index):
             return False
-        return use.trains
+        call = Call.PAUSED if self._paused else Call.OBSERVED if self.is_listening() else Call.NOT_TRAINING
+        self._calls[index] = call
+        return call is Call.OBSERVED and use.trains
+
+    def _why_silent(self, number: int) -> str:
+        return why_silent(list(self.layers.values())[number], self._calls.get(number))
 
     def _refresh_costs(self) -> list[float]:
         # Waits for the device, once in a run: a layer's cost is known only when its rows have been seen.

@@ -173,17 +173,6 @@ def test_a_compiled_part_has_the_name_it_had_before() -> None:
     assert list(Curvature(model).layers) == ["net.0", "net.2", "net.4"]
 
 
-def test_a_model_compiled_and_run_before_is_told_loudly() -> None:
-    torch._dynamo.reset()
-    model = mlp(nn.ReLU())
-    compiled = torch.compile(model, backend="eager")
-    compiled(X)
-    curvature = Curvature(model)
-    compiled(X).sin().mean().backward()
-    with pytest.raises(RuntimeError, match=r"No layer was observed.*torch\._dynamo\.reset"):
-        curvature.update()
-
-
 def test_hooks_do_nothing_on_steps_where_no_layer_is_due() -> None:
     model = mlp(nn.ReLU())
     curvature = Curvature(model, update_every_n_steps=3)
