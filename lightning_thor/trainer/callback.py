@@ -29,14 +29,29 @@ from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
 
 class ThorCallback(Callback):
     """Gives the `Thor` optimizer of a fit its curvature, for the mode it has; use it with ``return
-    configure_thor(self)``. It serves one `Thor`, beside any other optimizers; a Trainer takes one of it.
+    configure_thor(self)``. It serves one `Thor`, beside any other optimizers; a Trainer takes one of it. `Curvature`
+    explains its options at length.
 
     Args:
-        damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, stagger,
-            trace_rule, max_rows, statistics, loss_reduction, fused: as in `Curvature`. With ``block_size="auto"`` it is
-            chosen when fit starts, on the first training batch, by `lightning_thor.choose_block_size`; a resumed
-            run goes on with its checkpoint's. A function of the step is in a configuration file a class of such, by
-            ``class_path``: one of `lightning_thor.schedules`, or your own.
+        damping: greater than 0, added to the eigenvalues of the factors, or a function of the step. (A function is in a
+            configuration file a class of such, by ``class_path``: one of `lightning_thor.schedules`, or your own.)
+        damping_rule: how damping is shared between A and G: ``"trace"`` (relative to their mean eigenvalues), ``"pi"``
+            or ``"sqrt"`` (absolute).
+        block_size: size of the largest diagonal block of a factor; None keeps factors whole; ``"auto"`` chooses it when
+            fit starts, on the first training batch, by `lightning_thor.choose_block_size`, and a resumed run goes on
+            with its checkpoint's.
+        update_every_n_steps: steps from one refresh of the curvature to the next, or a function of the step.
+        averaging: weight of the past in the factors' moving average, in [0, 1); 0 uses the last batch alone.
+        precondition_bias: take biases of linear layers and convolutions into A; otherwise they take plain momentum.
+        stagger: refresh each layer at a step of its own within the interval, so that step times stay flat.
+        trace_rule: invert a layer only if the trace of its curvature moved: ``"THOR"``, ``"THOR_stop"``, ``"THOR_NT"``
+            or ``(update_above, stop_below)``; None inverts all.
+        max_rows: rows of a batch to take statistics from, shared by all processes; None for all.
+        statistics: ``"expand"`` takes each position of a convolution or sequence as a row, ``"reduce"`` each sample,
+            ``"thor"`` what MindSpore's nn.thor does.
+        loss_reduction: ``"mean"`` or ``"sum"``: how the loss reduces over samples.
+        fused: number of parts of linear layers whose outputs are a concatenation, by pattern of the name, such as
+            ``{"*.qkv": 3}``.
         loss_terms: gives, of a training batch, how many terms the mean of its loss has: a number, or a 0-dimensional
             tensor. As in `Curvature`; needed where labels are left out of the mean and their number differs between
             micro-batches or processes: ``lambda batch: (batch["labels"] != -100).sum()``.
