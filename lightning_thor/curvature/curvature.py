@@ -119,6 +119,7 @@ class Curvature:
         coverage: the share of the trained weights that had curvature when it was built.
         polar_layers: those that have polar directions: in polar mode linear layers and convolutions but for the last.
         step: applied steps so far.
+        last_damping: the ``damping`` of the last inversion here, None before.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Curvature:
         # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
         self.is_listening: Callable[[], bool] = partial(getattr, model, "training")
         self._paused = False
+        self.last_damping: float | None = None
         self._calls: dict[int, Call] = {}
         """What became of the last call of each layer that is due, by its number."""
         parameters = None if parameters is None else set(parameters)
@@ -297,6 +299,12 @@ class Curvature:
         return self._schedule.refreshes, self._schedule.turns()
 
     @property
+    def inverse_age(self) -> float:
+        """Steps from the inversion of the inverses that the last step used to that step, on average over layers; after
+        `load_state_dict` counted from there."""
+        return self._schedule.mean_age()
+
+    @property
     def gradient_unit(self) -> float | Tensor:
         """Power of two that output gradients are divided by to be rows of G, see `FactorState.gradient_unit`."""
         unit = self.factors.gradient_unit
@@ -371,7 +379,8 @@ class Curvature:
             inverted = schedule.due_inversions()
             if inverted:
                 failed = factors.failed_inversions.clone()
-                factors.invert(factors.index(inverted), self.damping_rule, self.damping_now(), self.solve)
+                self.last_damping = self.damping_now()
+                factors.invert(factors.index(inverted), self.damping_rule, self.last_damping, self.solve)
                 self._shared.add_up_(factors.failed_inversions, before=failed)
         schedule.advance(costs, decisions)
         self._accumulator.next_window()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -22,9 +22,11 @@ from lightning_thor.optim.thor import Preconditioner, Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.trainer.block_size_trial import try_block_sizes
+from lightning_thor.trainer.fit_report import FitFigures, print_fit
 from lightning_thor.trainer.report import report_split
 from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
+from lightning_thor.trainer.update_ratio import Sample, sample_weights, update_ratio
 
 
 class ThorCallback(Callback):
@@ -63,9 +65,14 @@ class ThorCallback(Callback):
     Raises:
         ValueError: an option out of its range.
 
-    Logs, where there is a logger, at each epoch's end: ``thor/failed_inversions`` and ``thor/rejected_windows``, the
-    blocks that kept an old inverse and the layers' windows that were left out for not being finite, so far; with a
-    trace rule ``thor/refreshed_share``, the refreshes that were done over those that there would have been without it.
+    Logs, where there is a logger, every ``log_every_n_steps`` of the Trainer: ``thor/refreshes``, the refreshes of a
+    layer so far, on average; ``thor/inverse_age``, the steps since its last one; ``thor/damping``, as of then; and
+    ``thor/update_to_weights``, the norm of the step over the norm of the weights, from a sample of their entries (of
+    sharded ones, of rank 0's). At each epoch's end: ``thor/failed_inversions`` and ``thor/rejected_windows``, the
+    blocks that kept an old inverse and the layers' windows that were left out for not being finite, so far: both stay 0
+    as long as all is well; with a trace rule ``thor/refreshed_share``, the refreshes that were done over those that
+    there would have been without it. When fit ends, these figures are printed with advice, unless ``summary`` is False
+    or the model's summary or the progress bar is off.
     """
 
     def __init__(
@@ -112,6 +119,12 @@ class ThorCallback(Callback):
         self._applied = 0
         self._called = 0
         self._told = 0
+        self._begin = FitFigures()
+        """The counts when training began."""
+        self._weights: Sample | None = None
+        """A sample of the weights before the step that is logged."""
+        self._ratio_sum: float | Tensor = 0.0
+        self._n_ratios = 0
 
     @property
     def state_key(self) -> str:
@@ -179,7 +192,7 @@ class ThorCallback(Callback):
                 "ThorCallback found no layer to precondition: all parameters take "
                 f"{MODES[self.curvature.mode].fallback}. What it prints when fit starts says why (summary=True)."
             )
-        quiet = not self._is_measuring and not any(isinstance(one, ModelSummary) for one in _callbacks_of(trainer))
+        quiet = self._is_quiet(trainer)
         if self.summary and self.split is not None:
             folder = trainer.log_dir or trainer.default_root_dir  # on all ranks: it is a broadcast
             if trainer.is_global_zero:
@@ -211,12 +224,16 @@ class ThorCallback(Callback):
         if self.curvature is not None:
             self._applied, self._called = self.curvature.step, trainer.global_step
             self._told = sum(self._troubles())
+            self._begin, self._ratio_sum, self._n_ratios = self._figures(), 0.0, 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._loss_terms is not None:
             self._batch = batch
+        self._weights = None
+        if self._optimizer is not None and trainer._logger_connector.should_update_logs:
+            self._weights = sample_weights(self._optimizer)
 
     def _terms_of_the_batch(self) -> Any:
         assert self._loss_terms is not None
@@ -233,7 +250,24 @@ class ThorCallback(Callback):
         # In manual optimization another optimizer may have stepped; what is not finite is left out all the same.
         if skipped and pl_module.automatic_optimization and _scaler_of(trainer) is not None:
             self.curvature.discard()
+        if self.curvature.step != self._applied and self._weights:
+            self._log_step(trainer, pl_module, update_ratio(self._weights))
+        self._weights = None
         self._called, self._applied = trainer.global_step, self.curvature.step
+
+    def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ratio: Tensor) -> None:
+        assert self.curvature is not None
+        self._ratio_sum, self._n_ratios = self._ratio_sum + ratio, self._n_ratios + 1
+        if trainer.logger is not None:
+            done, _ = self.curvature.refreshes
+            figures: dict[str, Any] = {
+                "thor/refreshes": done / max(len(self.curvature.layers), 1),
+                "thor/inverse_age": self.curvature.inverse_age,
+                "thor/update_to_weights": ratio,
+            }
+            if self.curvature.last_damping is not None:
+                figures["thor/damping"] = self.curvature.last_damping
+            pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.curvature is None:
@@ -271,6 +305,27 @@ class ThorCallback(Callback):
         """Blocks that could not be inverted, and layers' windows that were not finite, so far. Waits for the device."""
         assert self.curvature is not None
         return int(self.curvature.factors.failed_inversions), int(self.curvature.factors.rejected_windows)
+
+    def _figures(self) -> FitFigures:
+        """Counts so far. Waits for the device."""
+        assert self.curvature is not None
+        (done, turns), (failed, rejected) = self.curvature.refreshes, self._troubles()
+        return FitFigures(self.curvature.step, done, turns, failed, rejected)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_silent = not self.summary or self._is_quiet(trainer) or trainer.progress_bar_callback is None
+        if self.curvature is None or is_silent or not trainer.is_global_zero:
+            return
+        figures = self._figures() - self._begin
+        if not figures.n_steps:
+            return
+        updates = self.curvature.factors.updates.tolist()
+        idle = [name for name, n in zip(self.curvature.layers, updates, strict=True) if not n]
+        ratio = float(self._ratio_sum) / self._n_ratios if self._n_ratios else None
+        print_fit(replace(figures, update_ratio=ratio, idle=tuple(idle)), len(self.curvature.layers))
+
+    def _is_quiet(self, trainer: pl.Trainer) -> bool:
+        return not self._is_measuring and not any(isinstance(one, ModelSummary) for one in _callbacks_of(trainer))
 
     # ── leaving ──
 
