@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_thor.curvature.accumulator import FactorAccumulator
 from lightning_thor.curvature.callables import NumberFn
+from lightning_thor.curvature.export import export_factors
 from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.refresh_schedule import Interval, RefreshSchedule
 from lightning_thor.curvature.silence import Call, why_silent
@@ -600,6 +601,28 @@ class Curvature:
         if self._hooks.are_removed:
             twin.close()
         return twin
+
+    def export(self) -> dict[str, dict[str, Any]]:
+        """The factors by layer name, as copies in float64; waits for the device.
+
+        They are the empirical K-FAC approximation of the Fisher matrix of the per-sample loss, block-diagonal, averaged
+        over the windows of the refreshes (see ``averaging``), without damping: for a weight ``[out, in]``, flattened
+        row by row, E[∇W ∇Wᵀ] ≈ G ⊗ A. A is the mean over rows, G over samples of the sum over their positions. Where
+        several processes train together each has the same.
+
+        Returns:
+            For each layer:
+
+            * ``"A"``, ``"G"``: diagonal blocks ``[groups, n_blocks, size, size]``, the last one padded with zeros
+              beyond ``"A_width"``, ``"G_width"``; size 1 is a diagonal. Without ``"A"`` (norms) G is the diagonal of
+              the parameters' own Fisher matrix. Groups are those of a grouped convolution, or fused parts.
+            * ``"A_eigenvalues"``, rising, ``[groups, n_blocks, size]``, and ``"A_eigenvectors"``, in columns; as of G.
+            * ``"n_windows"``: refreshes whose statistics the average holds; 0: never observed, and all zeros.
+            * ``"rows_per_sample"``: positions of a convolution or sequence, as last seen.
+            * ``"with_bias"``: True if the bias is the last column of the weight here, and the last coordinate of A.
+            * ``"tied_to"``: name of the layer that this one's factors are added to at inversion, or None.
+        """
+        return export_factors(self.layers, self.factors)
 
     def n_bytes(self, name: str) -> int:
         """Memory of one layer's window sums, factors and, if they are stored here, inverses, in bytes."""
