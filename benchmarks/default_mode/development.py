@@ -66,7 +66,7 @@ def relu_network(folder: Path | None) -> Problem:
 
 def laplacian(u: Tensor, x: Tensor) -> Tensor:
     """The sum of second derivatives of ``u [n, 1]`` by the columns of ``x [n, d]``, as ``[n]``."""
-    (first,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    first: Tensor = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
     columns = [
         torch.autograd.grad(first[:, i].sum(), x, create_graph=True, retain_graph=True)[0][:, i]
         for i in range(x.shape[1])
