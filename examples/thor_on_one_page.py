@@ -69,9 +69,7 @@ class ThorOnOnePage:
         for p, direction in directions.items():  # that of a bias is its gradient; one of zeros stays zero
             update = direction * (self.match_rms / direction.square().mean().sqrt().clamp_min(1e-30))
             self.momenta[p].mul_(self.momentum).add_(update)
-            update += self.momentum * self.momenta[p]  # Nesterov's momentum, as in torch.optim.SGD
-            limit = 2.5 * self.match_rms * math.sqrt(p.numel())  # directions that agree add up
-            p -= self.lr * update * (limit / update.norm().clamp_min(limit))
+            p -= self.lr * (update + self.momentum * self.momenta[p])  # Nesterov's momentum, as in torch.optim.SGD
         if self.n_steps == self.next_refresh:
             self.n_refreshes += 1
             self.next_refresh += self.update_every_n_steps or min(10, max(1, self.n_steps // 10))

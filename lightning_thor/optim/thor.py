@@ -35,10 +35,6 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 OPTIONS = ("mode", "nesterov", "decoupled_weight_decay", *RANGES)
 
-LARGEST_UPDATE = 2.5
-"""Limit of the root mean square of an update, momentum included, over ``match_rms``. Without it directions that agree
-add up to ``1 / (1 - momentum)`` times it, faster than refreshes follow."""
-
 GRADIENT_RMS = "gradient_rms"
 """Key of each group, with one value for all: root mean square of the largest gradients of this training, see
 `lightning_thor.optim.fading`. Saved with the options, but no option."""
@@ -114,8 +110,7 @@ class Thor(Optimizer):
             ``weight_decay * weight`` to the preconditioned gradient, as THOR does.
         match_rms: scale each tensor's direction to this root mean square (0.2 is about AdamW's: Liu et al. 2025,
             arXiv:2502.16982), or less where its gradient is below 8 roundings of the largest gradients of this
-            training (`lightning_thor.optim.fading`). In natural mode momentum adds up directions that agree, to at most
-            2.5 times this in a step. None leaves the scale to the curvature.
+            training (`lightning_thor.optim.fading`); None leaves the scale to the curvature.
         kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` over all groups that set it is at
             most this (Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored
             approximations", section 5); None does not. For natural mode, without ``match_rms``.
@@ -362,15 +357,7 @@ class Thor(Optimizer):
                 continue
             # Cast last: see `Preconditioner.precondition`.
             own = [u if u.dtype == w.dtype else u.to(w.dtype) for u, w in zip(own, weights, strict=True)]
-            if not (_matches_rms(group) and group["momentum"]):
-                sgd_step(weights, own, self._momentum_buffers(params) if group["momentum"] else [], group)
-                continue
-            ahead = list(self._momenta(group, dict(zip(params, own, strict=True))).values())
-            if not group["nesterov"]:
-                ahead = [buffer.clone() for buffer in ahead]
-            limit = LARGEST_UPDATE * group["match_rms"]
-            clip_norm_(ahead, params, [limit * math.sqrt(p.numel()) for p in params])
-            torch._foreach_add_(weights, ahead, alpha=-group["lr"])
+            sgd_step(weights, own, self._momentum_buffers(params) if group["momentum"] else [], group)
 
     def _momentum_buffers(self, params: list[nn.Parameter]) -> list[Tensor]:
         """Return this rank's shard of each momentum, of zeros where there was none."""

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -159,7 +158,6 @@ class Saves(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-@patch("lightning_thor.optim.thor.LARGEST_UPDATE", 1e30)  # the versions that wrote the files had no limit
 def train(training: Training, saved: Path, resume: Path | None = None) -> Result:
     """Train until `LAST_STEP`, and save a checkpoint on the way, as `Saves` says, at the path ``saved``.
 

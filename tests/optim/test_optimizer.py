@@ -91,24 +91,6 @@ def test_match_rms_gives_every_tensor_the_same_root_mean_square() -> None:
         assert (p - q).square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_directions_that_agree_add_up_to_two_and_a_half_and_no_further(nesterov: bool) -> None:
-    """The limit is of the step, not of the momentum, which must forget as fast as ever."""
-    weight, moved, momentum = nn.Parameter(torch.zeros(4, 3, dtype=torch.float64)), [], 0.0
-    optimizer = Thor([weight], lr=0.1, nesterov=nesterov, preconditioner=Identity())
-    signs = torch.ones(4, 3, dtype=torch.float64)
-    expected = []
-    for sign in [1.0] * 12 + [-1.0] * 3:
-        before, weight.grad = weight.detach().clone(), sign * signs
-        optimizer.step()
-        moved.append(float((before - weight.detach()).mean()))
-        momentum = 0.9 * momentum + 0.2 * sign
-        ahead = 0.2 * sign + 0.9 * momentum if nesterov else momentum
-        expected.append(0.1 * max(-0.5, min(0.5, ahead)))
-    assert moved == pytest.approx(expected, rel=1e-12)
-    assert {0.05} < set(expected)
-
-
 @pytest.mark.parametrize("numel", [1, 399, 400, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
 @pytest.mark.parametrize("options", [{"match_rms": 0.2}, {"match_rms": None, "kl_clip": 1e-3}], ids=str)
