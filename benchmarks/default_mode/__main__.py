@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from benchmarks.common.environment import RESULTS, environment
 from benchmarks.common.results import Results
 from benchmarks.default_mode.confirmation import CONFIRMATION
 from benchmarks.default_mode.development import DEVELOPMENT
+from benchmarks.default_mode.figures import save_picture
 from benchmarks.default_mode.problem import Problem, StudyTask
 from benchmarks.default_mode.settings import DEFAULT_RATE, SETTINGS
 from benchmarks.default_mode.summary import summarise
@@ -77,9 +77,12 @@ def main(argv: list[str] | None = None) -> None:
     for name in arguments.task:
         study = Study(name, arguments.data, results)
         found = study.run(arguments.setting)
-        task = dataclasses.replace(study.task)
+        task = study.task
         summary = {"words": task.words, "metric": task.metric, "is_confirmation": name in CONFIRMATION}
         results.put("summary", name, summary | {"environment": results.environment} | summarise(found))
+    for kind, is_confirmation in (("confirmation", True), ("development", False)):
+        picture = arguments.results.with_name(f"default_mode_{kind}.png")
+        save_picture(results.content["summary"], picture, confirmation=is_confirmation)
 
 
 if __name__ == "__main__":
