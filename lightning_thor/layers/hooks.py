@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import RecordProducts
-from lightning_thor.layers.compiled import can_pass_on, guard_hooks, not_alone, number_of, pass_on
+from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
 from lightning_thor.layers.pair_checks import PairChecks
 from lightning_thor.layers.weight_product import (
     WeightProduct,
@@ -124,7 +124,7 @@ class Hooks:
         # its cost.
         skip = getattr(decorators, "skip", torch.compiler.disable)
         self.graphs_hand_over = True
-        self._receivers: list[Callable[[Tensor, Tensor], None]] = []
+        self._receivers: list[Receiver] = []
         self._listener, self._expect, self._subsample_input = listener, expect, subsample_input
         self._is_open, self._is_due, self._note_output = is_open, skip(is_due), note_output
         self._weight_of = weight_of or (lambda name: getattr(modules.get(name), "weight", None))
@@ -139,9 +139,9 @@ class Hooks:
         ]
         for attention, names in (attentions or {}).items():
             before, after = self._attention_hooks(names, attention)
-            self._handles.append(attention.register_forward_pre_hook(skip(before)))
+            self._handles.append(attention.register_forward_pre_hook(before))
             # Always called: a forward pass that fails must not leave its recording open.
-            self._handles.append(attention.register_forward_hook(skip(after), always_call=True))
+            self._handles.append(attention.register_forward_hook(after, always_call=True))
 
     @property
     def backward_pass(self) -> int:
@@ -193,12 +193,7 @@ class Hooks:
             else:
                 self._note_output(name, output)
 
-        def receive(a: Tensor, g: Tensor) -> None:
-            if self._is_due(name) and backward_pass() >= 0:
-                self._receive(name, a, g)
-
-        self._receivers.append(torch.compiler.disable(receive))
-        number = number_of(self._receivers[-1])
+        number = number_of(self._receiver(name))
         is_due, pair_unseen = self._is_due, torch.compiler.disable(pair)
 
         def on_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
@@ -217,16 +212,25 @@ class Hooks:
     def _attention_hooks(
         self, names: Mapping[str, str], owner: nn.Module
     ) -> tuple[Callable[[nn.Module, Any], None], Callable[[nn.Module, Any, Any], None]]:
-        entered: list[ExitStack] = []
+        numbers = {name: number_of(self._receiver(name)) for name in names.values()}
 
-        def note(role: str, a: Tensor, output: Tensor, arrange: Arrange) -> None:
-            if role in names and self._is_open(names[role]):
-                self._pair(names[role], a, output, arrange)
+        def note(role: str, a: Tensor, output: Tensor, arrange: Arrange) -> Tensor:
+            name = names.get(role)
+            if name is None:
+                return output
+            if not torch.compiler.is_dynamo_compiling():
+                if self._is_open(name):
+                    self._pair(name, a, output, arrange)
+            elif can_pass_on(a, output):
+                return pass_on(arrange(output), arrange(a), numbers[name]).transpose(0, 1).reshape(output.shape)
+            return output
+
+        record, entered = RecordProducts(note), list[ExitStack]()
 
         def enter() -> None:
             if any(self._is_open(name) for name in names.values()):
                 entered.append(ExitStack())
-                entered[-1].enter_context(RecordProducts(note))
+                entered[-1].enter_context(record)
 
         def leave() -> None:
             entered.pop().close()
@@ -235,16 +239,23 @@ class Hooks:
         enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
 
         def before(module: nn.Module, args: Any) -> None:
+            if torch.compiler.is_dynamo_compiling():
+                if self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
+                    record.__enter__()
+                return
             for name in names.values():
                 if is_due(name) and torch.is_grad_enabled() and module is owner:
                     enter_unseen()
                     return
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            if entered and module is owner:
+            if torch.compiler.is_dynamo_compiling():
+                if self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
+                    record.__exit__(None, None, None)
+            elif entered and module is owner:
                 leave_unseen()
 
-        return before, after
+        return not_alone(before), not_alone(after)
 
     def _pair(self, name: str, a: Any, output: Any, arrange: Arrange | None = None) -> None:
         """Hand ``(name, a, g)`` over when the gradient of ``output`` arrives, both by ``arrange``."""
@@ -273,8 +284,17 @@ class Hooks:
             else:
                 _before_backward_of(output, on_gradient)
 
+    def _receiver(self, name: str) -> Receiver:
+        """What compiled graphs hand the named module's pairs to; it lives until the hooks are removed."""
+
+        def receive(a: Tensor, g: Tensor) -> None:
+            if self._is_due(name) and backward_pass() >= 0:
+                self._receive(name, a, g)
+
+        self._receivers.append(torch.compiler.disable(receive))
+        return self._receivers[-1]
+
     def _receive(self, name: str, a: Tensor, g: Tensor) -> None:
-        """Take a pair that a compiled graph hands over in backward."""
         if not self._is_open(name):
             self._note_output(name, g)
             return

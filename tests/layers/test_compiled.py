@@ -90,11 +90,26 @@ def convolutions() -> nn.Module:
     )
 
 
+class Encoder(nn.Module):
+    """Attentions of torch, which call no module for their projections."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.attention = nn.MultiheadAttention(6, 2, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(x)
+        return self.attention(x, x, x.sin())[0]
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "linear": (mlp, X),
     "convolutions": (convolutions, IMAGES),
     "reused": (Reused, X),
     "tied": (Tied, TOKENS),
+    "attention": (Encoder, X.view(3, 4, 6)),
+    "attention of other widths": (lambda: Encoder(kdim=6, vdim=6), X.view(3, 4, 6)),
     "checkpointed": (lambda: Checkpointed(False), X.clone().requires_grad_()),
     "checkpointed, reentrant": (lambda: Checkpointed(True), X.clone().requires_grad_()),
 }
