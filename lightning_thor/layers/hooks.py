@@ -241,7 +241,7 @@ class Hooks:
         def before(module: nn.Module, args: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
                 if self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
-                    record.__enter__()
+                    record.__enter__()  # type: ignore[no-untyped-call]
                 return
             for name in names.values():
                 if is_due(name) and torch.is_grad_enabled() and module is owner:
@@ -251,7 +251,7 @@ class Hooks:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
                 if self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
-                    record.__exit__(None, None, None)
+                    record.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             elif entered and module is owner:
                 leave_unseen()
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature
-from tests.helpers.observing import assert_same, observing
+from tests.helpers.observing import assert_same, factors, observing, told_by
 
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 GENERATOR = torch.Generator().manual_seed(4)
@@ -188,3 +189,84 @@ def test_where_graphs_break_statistics_are_those_of_an_eager_model_too() -> None
     model = nn.Sequential(*(Broken() for _ in range(12))).double()
     found = observing(copy.deepcopy(model), lambda model: plain(torch.compile(model, backend="aot_eager"), X))
     assert_same(found, observing(model, lambda model: plain(model, X)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_under_autocast_and_of_some_rows(precision: torch.dtype, backend: str) -> None:
+    averages = []
+    for compiled in (True, False):
+        torch.manual_seed(3)
+        model = mlp()
+        curvature = Curvature(model, block_size=None, averaging=0.0, max_rows=7)
+        run = whole(model, backend) if compiled else model
+        with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+            y = run(X.float())
+        y.float().sin().mean().backward()
+        curvature.update()
+        assert curvature.left_out == {}
+        averages.append(factors(curvature))
+    bound = 1e-5 if precision == torch.float32 else 0.02  # the compiler rounds less often
+    torch.testing.assert_close(*averages, rtol=bound, atol=bound)
+
+
+def look_first(model: Any, x: Tensor) -> None:
+    y = model(x)
+    torch.autograd.grad(1000 * y.mean(), list(model.parameters()), retain_graph=True)
+    y.sin().mean().backward()
+
+
+def of_some_leaves(model: Any, x: Tensor) -> None:
+    model(x).sin().mean().backward(inputs=list(model.parameters()))
+
+
+def in_two_backwards(model: Any, x: Tensor) -> None:
+    y = model(x).sin()
+    y[:, 0].sum().div(y.numel()).backward(retain_graph=True)
+    y[:, 1:].sum().div(y.numel()).backward()
+
+
+# Inductor may compute an input again for a second backward pass, which then counts as another pair.
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("train", [look_first, of_some_leaves, in_two_backwards], ids=lambda f: f.__name__)
+def test_the_pairs_are_those_of_the_weights_gradients(train: Callable[[Any, Tensor], None], backend: str) -> None:
+    model, x = model_of("linear")
+    with torch._functorch.config.patch(donated_buffer=False):  # which torch asks for where a graph is kept
+        found = observing(copy.deepcopy(model), lambda model: train(whole(model, backend), x))
+    assert_same(found, observing(model, lambda model: plain(model, x)))
+
+
+def test_a_pass_that_makes_a_graph_of_its_own_leaves_no_trace() -> None:
+    """Compilers refuse it, but for one that runs the graph as it was traced."""
+    model, x = nn.Sequential(nn.Linear(6, 3)).double(), X.clone().requires_grad_()
+    curvature = Curvature(model)
+    (gradient,) = torch.autograd.grad(whole(model, "eager")(x).square().mean(), x, create_graph=True)
+    assert gradient.requires_grad
+    assert not curvature.factors.counts.any()
+
+
+class Gelu(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(super().forward(x))
+
+
+def test_what_a_compiled_subclass_does_to_its_product_leaves_it_out() -> None:
+    """The graph shows what the module returned alone; eager mode sees the product."""
+    torch.manual_seed(3)
+    model = nn.Sequential(Gelu(6, 8), nn.Linear(8, 3)).double()
+    curvature = Curvature(model)
+    plain(whole(model), X)
+    assert len(told_by(curvature)) == 1
+    assert curvature.left_out.keys() == {"0"}
+
+
+def test_an_input_that_is_no_plain_tensor_breaks_the_graph_and_is_observed() -> None:
+    torch.manual_seed(3)
+    model = mlp().double()
+    nested = torch.nested.nested_tensor([X[:5], X[5:]], layout=torch.jagged)
+
+    def train(model: Any) -> None:
+        model(nested).values().sin().mean().backward()
+
+    found = observing(copy.deepcopy(model), lambda model: train(torch.compile(model, backend="aot_eager")))
+    assert_same(found, observing(model, train))
