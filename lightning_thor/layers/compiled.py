@@ -40,18 +40,18 @@ def number_of(receiver: Receiver) -> Tensor:
 
 
 def can_pass_on(a: Any, output: Any) -> bool:
-    """Whether `pass_on` takes a layer's input and output: plain tensors, the output with a gradient."""
+    """Whether `pass_on` takes a layer's input and output: both plain tensors."""
     if not isinstance(a, Tensor) or not isinstance(output, Tensor):
         return False
     plain = type(a) in (Tensor, nn.Parameter) and type(output) in (Tensor, nn.Parameter)
-    return plain and a.layout is torch.strided and output.requires_grad
+    return plain and a.layout is torch.strided
 
 
 def pass_on(output: Tensor, a: Tensor, number: Tensor) -> Tensor:
     """A layer's output, whose gradient goes to a receiver, with the input, whenever it is computed.
 
     Args:
-        output: of the layer.
+        output: of the layer; it requires a gradient.
         a: its input.
         number: see `number_of`.
 

@@ -94,7 +94,7 @@ class Hooks:
         needs_returned: whether the gradient is wanted of the named module's output, whatever it did after its product
             with the weight.
         note_output: called in forward with the name and the output of a module for which ``is_due`` is true and
-            ``is_open`` is not.
+            ``is_open`` is not; of a compiled one in backward, with the output's gradient.
         checks: compares pairs with the weight's gradient.
 
     Attributes:
@@ -203,7 +203,7 @@ class Hooks:
             elif self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
                 a: Any = args[0] if args else next(iter(kwargs.values()), None)
                 if can_pass_on(a, output):
-                    return pass_on(output, a, number)
+                    return pass_on(output, a, number) if output.requires_grad else None
                 pair_unseen(args, kwargs, output)
             return None
 
@@ -221,7 +221,7 @@ class Hooks:
             if not torch.compiler.is_dynamo_compiling():
                 if self._is_open(name):
                     self._pair(name, a, output, arrange)
-            elif can_pass_on(a, output):
+            elif can_pass_on(a, output) and output.requires_grad:
                 return pass_on(arrange(output), arrange(a), numbers[name]).transpose(0, 1).reshape(output.shape)
             return output
 

@@ -245,6 +245,14 @@ def test_a_pass_that_makes_a_graph_of_its_own_leaves_no_trace() -> None:
     assert not curvature.factors.counts.any()
 
 
+def test_a_layer_that_is_frozen_breaks_no_graph() -> None:
+    model, x = model_of("linear")
+    curvature, compiled = Curvature(model), whole(model)
+    model[0].requires_grad_(False)  # type: ignore[index]
+    plain(compiled, x)
+    assert (curvature.factors.counts[:, 0] > 0).tolist() == [False, True, True, True]
+
+
 class Gelu(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(super().forward(x))
