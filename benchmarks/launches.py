@@ -91,7 +91,7 @@ class Launches(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.called: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -133,7 +133,7 @@ def launches_of(run: Callable[[], Any]) -> int:
     """The launches of a function."""
     with Launches() as launches:
         run()
-    return launches.called.total()
+    return sum(launches.called.values())
 
 
 def steps(
@@ -182,6 +182,9 @@ def count(workload: Workload, modes: Sequence[str] = MODES, *, staggered: bool =
         base = next(iter(counts.values())).passes if counts else 0.0
         return [one._replace(passes=one.passes - base) for one in found]
 
+    def alone(build: Callable[[nn.Module], Stepper]) -> Callable[[nn.Module], tuple[Stepper, None]]:
+        return lambda model: (build(model), None)
+
     def thor(mode: str, every: int, stagger: bool) -> Callable[[nn.Module], tuple[Stepper, Curvature]]:
         def build(model: nn.Module) -> tuple[Stepper, Curvature]:
             curvature = Curvature(model, mode=mode, update_every_n_steps=every, stagger=stagger)
@@ -191,7 +194,7 @@ def count(workload: Workload, modes: Sequence[str] = MODES, *, staggered: bool =
 
     with as_on_a_gpu():
         for name, build in OTHERS.items():
-            (counts[name],) = of(lambda model, build=build: (build(model), None), 1)
+            (counts[name],) = of(alone(build), 1)
         for mode in modes:
             counts[f"{mode}, plain"], counts[f"{mode}, refresh"] = of(thor(mode, 2, False), 2)
             if staggered:
