@@ -262,9 +262,8 @@ class FactorAccumulator:
 
     def _check_that_layers_fire_at_first(self, silent: list[str], n_due: int) -> None:
         advice = (
-            "Their modules were not called, were called without gradients, or were compiled before the hooks were "
-            "there: call modules (not F.linear with their weight), build Curvature before torch.compile first runs the "
-            "model (or call torch._dynamo.reset()), and call optimizer.step() after a backward pass in training mode."
+            "Their modules were not called, or were called without gradients: call modules (not F.linear with their "
+            "weight), and call optimizer.step() after a backward pass in training mode."
         )
         # After the sum over ranks, so that all of them raise, or none: a rank alone would leave the others waiting.
         if len(silent) == n_due and not self._factors.counts.any():
@@ -292,7 +291,7 @@ class FactorAccumulator:
             warnings.warn(
                 f"{name_some(names)}: observed before, but not at this refresh, and goes on with the curvature that it "
                 "has. Its module was not called since the last step, was called without gradients or in another way "
-                "(F.linear with its weight), or was compiled anew without hooks. This is told once for each layer.",
+                "(F.linear with its weight). This is told once for each layer.",
                 stacklevel=5,
             )
 

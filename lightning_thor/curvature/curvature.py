@@ -307,10 +307,12 @@ class Curvature:
         """Listen to no forward pass in this context: for passes whose gradients are not those of the training loss,
         such as an adversarial example's, or another optimizer's loss that flows through these layers."""
         before, self._paused = self._paused, True
+        self._choose_graphs()
         try:
             yield
         finally:
             self._paused = before
+            self._choose_graphs()
 
     def observe(self, name: str, a: Tensor, g: Tensor) -> None:
         """Add one call of a layer to the open window.
@@ -348,6 +350,11 @@ class Curvature:
             self._refresh()
         else:
             self._schedule.step += 1
+        self._choose_graphs()
+
+    def _choose_graphs(self) -> None:
+        """Choose whether the coming forward pass takes a compiled graph that hands pairs over."""
+        self._hooks.graphs_hand_over = self._schedule.is_any_due and not self._paused
 
     def _refresh(self) -> None:
         schedule, factors, decisions = self._schedule, self.factors, None
@@ -557,6 +564,7 @@ class Curvature:
         for index in self._schedule.dismissed():
             self._leave_out(index, "found not to fit its weight's gradient in the run that was saved")
         self._reset()
+        self._choose_graphs()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
         """A curvature of a copy of the model, with hooks of its own there, which goes on as this one does.
