@@ -1,4 +1,4 @@
-# make test: everything that CI runs.  make demo: THOR beside AdamW and momentum SGD, in about a minute.
+# make test: everything that CI runs.  make demo: THOR beside other optimizers, in some three minutes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -54,7 +54,7 @@ format: $(INSTALLED)  ## Rewrite the layout and fix what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(INSTALLED)  ## THOR beside AdamW and momentum SGD
+demo: $(INSTALLED)  ## THOR beside AdamW, Muon and momentum SGD
 	$(BIN)/python -m examples.demo
 
 bench: $(INSTALLED)  ## Measure the cost of a step (minutes) and put the figures into README.md

@@ -1,22 +1,26 @@
-"""THOR, momentum SGD and AdamW side by side on handwritten digits: ``make demo``, or ``python -m examples.demo``.
+"""THOR, momentum SGD, AdamW and Muon side by side: ``make demo``, or ``python -m examples.demo``.
 
-The three train the same network from the same initial weights on the same batches, each through a Lightning Trainer,
-for the same number of epochs, under the same one-cycle schedule. It prints a table, whoever wins, and writes
-``curves.png`` and ``figures.json``.
+On handwritten digits all train the same network from the same initial weights on the same batches, each through a
+Lightning Trainer, for the same number of epochs, under the same one-cycle schedule; on Burgers' equation they train a
+physics-informed network for equally many seconds (`examples.pinn`). It prints tables, whoever wins, and writes
+``curves.png``, ``pinn.png`` and ``figures.json``.
 
 How the peak learning rates in ``RECIPES`` were chosen: ``--tune`` tries six per optimizer, each twice the one before,
 on the same two seeds, and scores a rate by the validation accuracy averaged over the whole training (being good early
 counts, and so does being good in the end). Tuning uses seeds and a train/validation split that the demo does not use.
-All else stays at each optimizer's defaults; the momentum of SGD, which has none by default, is 0.9 like THOR's.
+Muon's rate is AdamW's, whose steps have the same size, and was not tuned yet. All else stays at each optimizer's
+defaults; the momentum of SGD, which has none by default, is 0.9 like THOR's. The rates for Burgers' equation are those
+of `examples.pinn`: THOR's default; for the others the best of four of AdamW's on a similar task, 0.01.
 """
 
 import argparse
 import json
 import logging
+import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -41,6 +45,9 @@ CHECKS_PER_EPOCH = 3  # validations, after every third step; epochs are too coar
 WARMUP_SHARE = 0.1  # of all steps
 TUNING_SEEDS = (100, 101)
 TUNING_SPLIT_SEED = 1
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,27 @@ class Recipe:
     lr: float
     lr_grid: tuple[float, ...]
     callbacks: Callable[[], list[L.Callback]] = list
+
+
+class MuonAndAdamW(torch.optim.AdamW):
+    """`torch.optim.Muon` for hidden matrices and kernels, and AdamW at the same rate for the head and for vectors."""
+
+    def __init__(self, module: nn.Module, lr: float) -> None:
+        from benchmarks.common.contenders import FlatMuon, others  # it needs torch 2.9
+
+        hidden: list[Any] = [m.weight for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)][:-1]
+        super().__init__(others(module, hidden), lr=lr, weight_decay=0.0)
+        self.muon = FlatMuon(hidden, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]  # schedulers set that one
+        self.muon.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self.muon.zero_grad()
 
 
 RECIPES = {
@@ -70,7 +98,14 @@ RECIPES = {
         lr=0.02,
         lr_grid=(0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
     ),
+    "Muon": Recipe(
+        build=lambda module, lr: MuonAndAdamW(module, lr=lr),
+        lr=0.02,
+        lr_grid=(0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
+    ),
 }
+PINN_NAMES = {"thor": "THOR", "sgd": "momentum SGD", "adamw": "AdamW", "muon": "Muon", "soap": "SOAP"}
+PINN_TARGET = 0.1  # relative error
 
 
 @dataclass
@@ -132,7 +167,7 @@ class Contender(ImageClassifier):
     def configure_optimizers(self) -> Any:
         optimizer = self.recipe.build(self, self.lr)
         steps = int(self.trainer.estimated_stepping_batches)
-        # The momentum stays where it is: a cycle of it would be one more thing that treats the three differently.
+        # The momentum stays where it is: a cycle of it would be one more thing that treats them differently.
         scheduler = OneCycleLR(
             optimizer, max_lr=self.lr, total_steps=steps, pct_start=WARMUP_SHARE, cycle_momentum=False
         )
@@ -146,15 +181,12 @@ def train(recipe: Recipe, lr: float, seed: int, epochs: int, split_seed: int = 0
     stopwatch = Stopwatch()
     bars: list[L.Callback] = [RichProgressBar(leave=False)] if progress else []
     trainer = L.Trainer(
-        accelerator="cpu",
         max_epochs=epochs,
         val_check_interval=1 / CHECKS_PER_EPOCH,
         callbacks=[stopwatch, *recipe.callbacks(), *bars],
         enable_progress_bar=progress,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        logger=False,
         num_sanity_val_steps=0,
+        **QUIET,
     )
     data = DigitsData(batch_size=BATCH_SIZE, split_seed=split_seed)
     # Reading the data set is not training, so it is done before the clock starts.
@@ -207,22 +239,58 @@ def result_table(curves: dict[str, list[Curve]], epochs: int) -> Table:
     table = Table(
         title=f"Digits, {epochs} epochs: median over {seeds} seeds (smallest–largest)",
         caption="Seconds of training with all that the optimizer costs, validation left out.\n"
-        "* median, mean: the mean has THOR's refreshes of the curvature in it, every 10th step.",
+        "* median, mean: the mean has THOR's refreshes of the curvature in it.",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("optimizer")
-    for column in (f"epochs to {TARGET:.0%}", f"seconds to {TARGET:.0%}", "final accuracy, %", "ms per step*"):
+    for column in (f"epochs to {TARGET:.0%}", f"seconds to {TARGET:.0%}", "accuracy, %", "ms per step*"):
         table.add_column(column, justify="right")
     for name, runs in curves.items():
         steps = [seconds for run in runs for seconds in run.step_seconds]
         table.add_row(
             name,
-            median_and_range((run.epochs_to(TARGET) for run in runs), ".2f"),
+            median_and_range((run.epochs_to(TARGET) for run in runs), ".1f"),
             median_and_range((run.seconds_to(TARGET) for run in runs), ".2f"),
             median_and_range((100 * run.accuracy[-1] for run in runs), ".1f"),
             f"{1e3 * statistics.median(steps):.1f}, {1e3 * statistics.mean(steps):.1f}",
         )
     return table
+
+
+def pinn_table(runs: dict[str, dict[str, Any]], title: str, seconds: float) -> Table:
+    """The figures of one training by each optimizer, see `pinn_figures`."""
+    table = Table(
+        title=f"A physics-informed network for {title}, {seconds:g} s of training",
+        caption="Relative L2 error on a grid of the known solution.",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("optimizer")
+    for column in ("final error, %", f"seconds to {PINN_TARGET:.0%}", "steps", "ms per step"):
+        table.add_column(column, justify="right")
+    for name, run in runs.items():
+        reached = run["seconds_to_target"]
+        table.add_row(
+            name,
+            f"{100 * run['error'][-1]:.2g}",
+            "not reached" if reached is None else f"{reached:.1f}",
+            f"{run['steps']:,}",
+            f"{1e3 * run['seconds'][-1] / run['steps']:.1f}",
+        )
+    return table
+
+
+def pinn_figures(networks: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What trainings of `examples.pinn` measured, in plain types."""
+    runs = {}
+    for name, network in networks.items():
+        seconds, errors = zip(*network.curve, strict=True)
+        runs[PINN_NAMES[name]] = {
+            "seconds": list(seconds),
+            "error": list(errors),
+            "seconds_to_target": next((s for s, error in network.curve if error <= PINN_TARGET), None),
+            "steps": network.trainer.global_step,
+        }
+    return runs
 
 
 def figures(curves: dict[str, list[Curve]], epochs: int) -> dict[str, Any]:
@@ -247,8 +315,8 @@ def figures(curves: dict[str, list[Curve]], epochs: int) -> dict[str, Any]:
     }
 
 
-def save_picture(curves: dict[str, list[Curve]], path: Path) -> None:
-    """Validation accuracy against epochs and against seconds: every run thin, their median bold."""
+def pyplot() -> Any:
+    """``matplotlib.pyplot``, drawing to files."""
     try:
         import matplotlib
     except ImportError as error:
@@ -256,8 +324,14 @@ def save_picture(curves: dict[str, list[Curve]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for colour, (name, runs) in zip(("tab:blue", "tab:orange", "tab:green"), curves.items(), strict=True):
+    return pyplot
+
+
+def save_picture(curves: dict[str, list[Curve]], path: Path) -> None:
+    """Validation accuracy against epochs and against seconds: every run thin, their median bold."""
+    plots = pyplot()
+    figure, (left, right) = plots.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for colour, (name, runs) in zip(("tab:blue", "tab:orange", "tab:green", "tab:red"), curves.items(), strict=True):
         for run in runs:
             percent = [100 * accuracy for accuracy in run.accuracy]
             left.plot(run.epochs, percent, color=colour, alpha=0.3, linewidth=0.7)
@@ -274,14 +348,57 @@ def save_picture(curves: dict[str, list[Curve]], path: Path) -> None:
     left.set(ylabel="validation accuracy, %", ylim=(80, 100.5))
     left.legend()
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plots.close(figure)
+
+
+def save_fields(path: Path, title: str, exact: Callable[[Tensor], Tensor], networks: Mapping[str, Any]) -> None:
+    """Draw a function of two coordinates, what networks miss of it, and how that fell in their training.
+
+    Args:
+        path: of the picture.
+        title: what the function is.
+        exact: the function, of points ``[n, 2]``.
+        networks: by name; `examples.pinn.PINN`, all of one equation.
+    """
+    plots, panels = pyplot(), ["exact", *networks]
+    figure, axes = plots.subplot_mosaic(
+        [panels, ["curves"] * len(panels)], layout="constrained", figsize=(3 * len(panels) + 0.5, 6.4)
+    )
+    grid = next(iter(networks.values())).grid
+    u, side = exact(grid), math.isqrt(len(grid))
+    (left, low), (right, high) = grid.amin(0).tolist(), grid.amax(0).tolist()
+
+    def show(panel: str, values: Tensor, words: str, **style: Any) -> Any:
+        axes[panel].set_title(words, fontsize=10)
+        picture = values.view(side, side).T
+        return axes[panel].imshow(picture, origin="lower", extent=(left, right, low, high), aspect="auto", **style)
+
+    figure.colorbar(show("exact", u, title, cmap="RdBu_r"), ax=axes["exact"])
+    for name, network in networks.items():
+        with torch.no_grad():
+            missed = (network.network(grid)[:, 0] - u).abs()
+        image = show(
+            name, missed, f"|error| of {PINN_NAMES[name]}, {network.error():.1e} in all", cmap="magma", norm="log"
+        )
+        image.set_clim(1e-5, 1e-1)
+        axes["curves"].semilogy(*zip(*network.curve, strict=True), label=PINN_NAMES[name], linewidth=2)
+    figure.colorbar(image, ax=axes[panels[-1]])
+    axes["curves"].set(xlabel="seconds of training", ylabel="relative error")
+    axes["curves"].grid(alpha=0.3)
+    axes["curves"].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plots.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the demo, or the tuning; returns the figures that it also wrote (empty after tuning)."""
-    parser = argparse.ArgumentParser(description="THOR, momentum SGD and AdamW on handwritten digits.")
+    parser = argparse.ArgumentParser(description="THOR, momentum SGD, AdamW and Muon, on digits and Burgers' equation.")
     parser.add_argument("--epochs", type=int, default=15, help="epochs of each training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="trainings per optimizer (default: %(default)s)")
+    parser.add_argument(
+        "--pinn-seconds", type=float, default=15, help="for Burgers' equation, per optimizer (default: %(default)s)"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder to write into (default: %(default)s)"
     )
@@ -298,18 +415,24 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     warm_up()
     curves: dict[str, list[Curve]] = {name: [] for name in RECIPES}
-    # Seed by seed rather than optimizer by optimizer: a machine that is slower for a while is slower for all three.
+    # Seed by seed rather than optimizer by optimizer: a machine that is slower for a while is slower for all.
     for seed in range(options.seeds):
         for name, recipe in RECIPES.items():
             console.print(f"seed {seed}: [bold]{name}[/bold], peak learning rate {recipe.lr:g}")
             curves[name].append(train(recipe, recipe.lr, seed, options.epochs))
 
-    measured = figures(curves, options.epochs)
+    from examples import pinn  # which imports this module
+
+    console.print("a physics-informed network")
+    limits = (f"--seconds={options.pinn_seconds}", f"--out={options.out}")
+    networks = pinn.main(["--equation=burgers", *limits, "--optimizers", "thor", "sgd", "adamw", "muon"])
+    measured = figures(curves, options.epochs) | {"pinn": pinn_figures(networks)}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "figures.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     save_picture(curves, options.out / "curves.png")
     console.print(result_table(curves, options.epochs))
-    console.print(f"Written: {options.out / 'curves.png'}, {options.out / 'figures.json'}")
+    console.print(pinn_table(measured["pinn"], "Burgers' equation", options.pinn_seconds))
+    console.print(f"Written into {options.out}: curves.png, pinn.png, figures.json")
     return measured
 
 

@@ -3,8 +3,7 @@
 A linear layer y = W a + b has an input a and a gradient g = dloss/dy for each sample. K-FAC (Martens & Grosse 2015,
 arXiv:1503.05671, section 3) approximates its Fisher matrix by A ⊗ G, where A = E[a aᵀ] and G = E[g gᵀ]. THOR (Chen et
 al., AAAI 2021) keeps only diagonal blocks of A and G, inverts them every n steps, and takes g from the true labels.
-tests/test_thor_on_one_page.py holds `lightning_thor` to this page, to rounding, after every step. Left out, since it
-does nothing here: `lightning_thor` shortens the steps of gradients that are only rounding errors.
+tests/test_thor_on_one_page.py holds `lightning_thor`, which also shortens steps along rounding errors, to this page.
 """
 
 import math
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 def block_covariance(x: Tensor, block_size: int) -> Tensor:
@@ -25,8 +23,7 @@ def block_covariance(x: Tensor, block_size: int) -> Tensor:
 
 
 def damped_inverse(C: Tensor, damping: float) -> Tensor:
-    """(C + damping · mean eigenvalue of C · I)⁻¹: K-FAC's factored damping (section 6.3), relative to each factor."""
-    # THOR is cheap because it inverts, and multiplies, block by block. The whole matrix gives the same.
+    """(C + damping · mean eigenvalue of C · I)⁻¹ (K-FAC, section 6.3); THOR is cheap because it goes block by block."""
     return (C + damping * C.diag().mean() * torch.eye(len(C)).to(C)).inverse()
 
 
@@ -39,12 +36,12 @@ class ThorOnOnePage:
     momentum: float = 0.9
     match_rms: float = 0.2  # root mean square of each direction, about that of AdamW's (Liu et al., arXiv:2502.16982)
     damping: float = 0.2  # relative to the mean eigenvalue of A and of G
-    averaging: float = 0.8  # weight of the past in A and G
+    averaging: float = 0.8  # weight of the past in A and G (K-FAC, section 5), bias-corrected as in Adam
     block_size: int = 64  # at most
-    update_every_n_steps: int = 10  # A, G and their inverses
+    update_every_n_steps: int | None = None  # A, G and their inverses; None: n / 10 at step n, from 1 to 10
 
     def __post_init__(self) -> None:
-        self.n_steps = 0
+        self.n_steps = self.next_refresh = self.n_refreshes = 0
         self.momenta: dict[Tensor, Tensor] = {p: torch.zeros_like(p) for p in self.model.parameters()}
         self.average: dict[tuple[nn.Module, str], Tensor] = {}
         self.inverse: dict[tuple[nn.Module, str], Tensor] = {}
@@ -53,16 +50,15 @@ class ThorOnOnePage:
             layer.register_forward_hook(self.observe)
 
     def observe(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # a forward hook
-        if output.requires_grad and self.n_steps % self.update_every_n_steps == 0:
+        if output.requires_grad and self.n_steps == self.next_refresh:
             # In backward. The loss is a mean: the gradient of a sample's own loss is g times the batch size.
             output.register_hook(lambda g: self.refresh(layer, A=inputs[0].detach(), G=g * len(g)))
 
     def refresh(self, layer: nn.Module, **rows: Tensor) -> None:
-        # Exponential moving average (K-FAC, section 5), bias-corrected as in Adam (Kingma & Ba 2015, arXiv:1412.6980).
-        weight = (1 - self.averaging) / (1 - self.averaging ** (1 + self.n_steps // self.update_every_n_steps))
+        weight = (1 - self.averaging) / (1 - self.averaging ** (self.n_refreshes + 1))
         for factor, x in rows.items():
-            average = self.average.get((layer, factor), torch.tensor(0.0))
-            self.average[layer, factor] = (1 - weight) * average + weight * block_covariance(x, self.block_size)
+            average = (1 - weight) * self.average.get((layer, factor), 0 * x[0, 0])
+            self.average[layer, factor] = average + weight * block_covariance(x, self.block_size)
             self.inverse[layer, factor] = damped_inverse(self.average[layer, factor], self.damping)
 
     @torch.no_grad()
@@ -74,6 +70,9 @@ class ThorOnOnePage:
             update = direction * (self.match_rms / direction.square().mean().sqrt().clamp_min(1e-30))
             self.momenta[p].mul_(self.momentum).add_(update)
             p -= self.lr * (update + self.momentum * self.momenta[p])  # Nesterov's momentum, as in torch.optim.SGD
+        if self.n_steps == self.next_refresh:
+            self.n_refreshes += 1
+            self.next_refresh += self.update_every_n_steps or min(10, max(1, self.n_steps // 10))
         self.n_steps += 1
 
 
@@ -89,7 +88,7 @@ def main(n_steps: int = 200) -> float:
     for _ in range(n_steps):
         batch = train[torch.randint(1437, (64,))]
         model.zero_grad()
-        F.cross_entropy(model(pixels[batch] / 16), labels[batch]).backward()
+        nn.functional.cross_entropy(model(pixels[batch] / 16), labels[batch]).backward()
         optimizer.step()
     return float((model(pixels[held_out] / 16).argmax(dim=1) == labels[held_out]).double().mean())
 

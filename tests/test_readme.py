@@ -79,8 +79,8 @@ def test_the_plain_loop_trains() -> None:
     model, x = nn.Linear(6, 2), torch.randn(64, 6)
     y = (x[:, 0] > 0).long()
     first = F.cross_entropy(model(x), y).item()
-    names = run("optimizer.zero_grad()", model=model, F=F, data=[(x, y)] * 20)
-    assert names["curvature"].step == 20
+    names = run("optimizer.zero_grad()", model=model, F=F, data=[(x, y)] * 60)
+    assert names["curvature"].step == 60
     assert names["loss"] < 0.9 * first
 
 

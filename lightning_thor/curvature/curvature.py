@@ -75,12 +75,14 @@ class Curvature:
         damping_rule: ``"trace"``, ``"pi"`` or ``"sqrt"``, see `lightning_thor.factors.damping.split_damping`.
         block_size: size of the largest diagonal block of a factor; None keeps factors whole. A measured choice:
             `lightning_thor.choose_block_size`.
-        update_every_n_steps: steps from one refresh to the next; or a function of the step that returns them.
+        update_every_n_steps: steps from one refresh to the next; or a function of the step that returns them. None
+            refreshes at every step at first, then more and more rarely, and from step 100 on at every 10th:
+            `lightning_thor.curvature.refresh_schedule.frequent_at_first`.
         averaging: weight of the past in the factors' exponential moving average (factor decay); 0 uses the last
             refresh's batch alone, as the paper does.
         precondition_bias: take biases of linear layers and convolutions into A, as its last coordinate; otherwise they
             take plain momentum.
-        stagger: refresh each layer at a step of its own within the interval (all of them at the first step), balanced
+        stagger: refresh each layer at a step of its own within the interval (all of them at the first steps), balanced
             by cost, so that no step takes much longer than another.
         trace_rule: refresh a layer only if the trace of its curvature moved: ``"THOR"``, ``"THOR_stop"``,
             ``"THOR_NT"`` (the paper's thresholds) or ``(update_above, stop_below)``, see
@@ -131,7 +133,7 @@ class Curvature:
         damping: Schedule = 0.2,
         damping_rule: DampingRule = "trace",
         block_size: int | None = 64,
-        update_every_n_steps: Interval = 10,
+        update_every_n_steps: Interval | None = None,
         averaging: float = 0.8,
         precondition_bias: bool = False,
         stagger: bool = False,
@@ -320,10 +322,12 @@ class Curvature:
         """Listen to no forward pass in this context: for passes whose gradients are not those of the training loss,
         such as an adversarial example's, or another optimizer's loss that flows through these layers."""
         before, self._paused = self._paused, True
+        self._choose_graphs()
         try:
             yield
         finally:
             self._paused = before
+            self._choose_graphs()
 
     def observe(self, name: str, a: Tensor, g: Tensor) -> None:
         """Add one call of a layer to the open window.
@@ -361,9 +365,14 @@ class Curvature:
             self._refresh()
         else:
             self._schedule.step += 1
+        self._choose_graphs()
+
+    def _choose_graphs(self) -> None:
+        """Choose whether the coming forward pass takes a compiled graph that hands pairs over."""
+        self._hooks.graphs_hand_over = self._schedule.is_any_due and not self._paused
 
     def _refresh(self) -> None:
-        schedule, factors, costs, decisions = self._schedule, self.factors, None, None
+        schedule, factors, decisions = self._schedule, self.factors, None
         if schedule.is_any_due:
             self._hooks.flush()
             self._agree()
@@ -373,7 +382,8 @@ class Curvature:
         if due:
             self._accumulator.check_that_layers_fire(due, self._why_silent)
             self._calls.clear()
-            costs = self._refresh_costs() if schedule.stagger and self.step == 0 else None
+            if schedule.stagger and not schedule.costs:
+                schedule.costs = self._refresh_costs()
         with self._full_precision():
             if due:
                 decisions = self._average(due)
@@ -383,7 +393,7 @@ class Curvature:
                 self.last_damping = self.damping_now()
                 factors.invert(factors.index(inverted), self.damping_rule, self.last_damping, self.solve)
                 self._shared.add_up_(factors.failed_inversions, before=failed)
-        schedule.advance(costs, decisions)
+        schedule.advance(decisions)
         self._accumulator.next_window()
 
     def _average(self, due: tuple[int, ...]) -> HostCopy | None:
@@ -571,6 +581,7 @@ class Curvature:
         for index in self._schedule.dismissed():
             self._leave_out(index, "found not to fit its weight's gradient in the run that was saved")
         self._reset()
+        self._choose_graphs()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Curvature:
         """A curvature of a copy of the model, with hooks of its own there, which goes on as this one does.

@@ -52,8 +52,8 @@ OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         'must be an int of at least 1, None for whole factors, or "auto" (ThorCallback)',
     ),
     "update_every_n_steps": (
-        lambda value: callable(value) or _is_count(value),
-        "must be an int of at least 1 (or a function of the step)",
+        lambda value: value is None or callable(value) or _is_count(value),
+        "must be an int of at least 1 (or a function of the step, or None: often at first)",
     ),
     "averaging": (
         lambda value: _is_number(value) and 0.0 <= value < 1.0,

@@ -11,10 +11,25 @@ from lightning_thor.factors.trace_rule import STOP, UPDATE
 
 Interval = int | IntStepFn
 
+LONGEST_INTERVAL = 10
+"""Steps from one refresh to the next, by default, once the network moves slowly."""
+
 # Steps from a decision by traces to the inversions that follow it: it reaches the host meanwhile, and nobody waits.
 DECISION_DELAY_STEPS = 2
 NEVER = 2**62
 """The next step of a layer that is left out."""
+
+
+def frequent_at_first(step: int) -> int:
+    """Steps until the next refresh by default: a tenth of the steps so far, at least 1 and at most `LONGEST_INTERVAL`.
+
+    A network moves fast at first, and directions from stale curvature then lead astray: THOR's paper (AAAI 2021)
+    refreshes often at first too.
+
+    >>> [frequent_at_first(step) for step in (0, 19, 20, 55, 100, 10_000)]
+    [1, 1, 2, 5, 10, 10]
+    """
+    return min(LONGEST_INTERVAL, max(1, step // 10))
 
 
 class HostNumbers(Protocol):
@@ -52,7 +67,7 @@ class RefreshSchedule:
     Nothing is read here but applied steps, costs and decisions, which are equal on all ranks: all ranks decide alike.
 
     Args:
-        every_n_steps: a number, or a function of the step.
+        every_n_steps: a number, or a function of the step; None is `frequent_at_first`.
         n_layers: how many there are.
         stagger: spread the layers over the interval, so that each step refreshes about its share of them.
         has_trace_rule: whether traces decide, at all turns but the first.
@@ -66,9 +81,12 @@ class RefreshSchedule:
     """
 
     def __init__(
-        self, every_n_steps: Interval, n_layers: int, stagger: bool = False, has_trace_rule: bool = False
+        self, every_n_steps: Interval | None, n_layers: int, stagger: bool = False, has_trace_rule: bool = False
     ) -> None:
-        self.every_n_steps, self.stagger, self.has_trace_rule = every_n_steps, stagger, has_trace_rule
+        self.every_n_steps: Interval = frequent_at_first if every_n_steps is None else every_n_steps
+        self.stagger, self.has_trace_rule = stagger, has_trace_rule
+        self.costs: list[float] = []
+        """Of refreshing each layer, to spread them evenly if `stagger`; empty until the first refresh."""
         self.step = 0
         """Applied steps so far."""
         self.next_steps = [0] * n_layers
@@ -112,12 +130,11 @@ class RefreshSchedule:
         """The layers that the coming step inverts, in order."""
         return self._decided(UPDATE) if self.decides else self.due()
 
-    def advance(self, costs: Sequence[float] | None = None, decisions: HostNumbers | None = None) -> None:
+    def advance(self, decisions: HostNumbers | None = None) -> None:
         """Go on to the next step: the due layers were observed, and those of `due_inversions` inverted. Where there
         was no work, adding 1 to `step` does the same.
 
         Args:
-            costs: of refreshing each layer, for the first staggered round; None takes them as equal.
             decisions: for the due layers, where traces decide: ``KEEP``, ``UPDATE`` or ``STOP``.
 
         Raises:
@@ -133,12 +150,8 @@ class RefreshSchedule:
         self._pending = [one for one in self._pending if one.step + DECISION_DELAY_STEPS > self.step]
         if due:
             every = self._every(self.step)
-            offsets = [every] * len(due)
-            if self.stagger and len(due) == sum(step < NEVER for step in self.next_steps):
-                own = [1.0 if costs is None else costs[layer] for layer in due]
-                offsets = [1 + place for place in assign_greedily(own, every)]
-            for layer, offset in zip(due, offsets, strict=True):
-                self.next_steps[layer] = self.step + offset
+            for layer, next_step in zip(due, self._spread(due, every), strict=True):
+                self.next_steps[layer] = next_step
             self._turns += len(due)
             if decisions is not None:
                 self._pending.append(_Pending(self.step, due, decisions))
@@ -188,12 +201,13 @@ class RefreshSchedule:
         refreshes: int,
         turns: int,
         pending: Sequence[dict[str, Any]] = (),
+        costs: Sequence[float] = (),
     ) -> None:
         """Go on from another schedule's state; without a trace rule no layer has stopped."""
         self.inverted_at = [step - 1] * len(next_steps)
         self.step, self.next_steps = step, next_steps
         self.has_stopped = [stopped and self.has_trace_rule for stopped in has_stopped]
-        self.refreshes, self._turns = refreshes, turns
+        self.refreshes, self._turns, self.costs = refreshes, turns, list(costs)
         self._pending = [_Pending(one["step"], tuple(one["layers"]), Known(one["decisions"])) for one in pending]
         if not self.has_trace_rule:
             self._pending = []
@@ -209,6 +223,19 @@ class RefreshSchedule:
             if each == decision and self.next_steps[layer] < NEVER
         ]
         return tuple(sorted(found))
+
+    def _spread(self, due: tuple[int, ...], every: int) -> list[int]:
+        """The next step of each of these layers, ``every`` steps from now; if staggered, some go to steps before it at
+        which no other layer is due, as at the first refresh and after the interval has grown."""
+        last = self.step + every
+        if not self.stagger:
+            return [last] * len(due)
+        taken = {step for layer, step in enumerate(self.next_steps) if layer not in due}
+        free = [step for step in range(self.step + 1, last + 1) if step not in taken or step == last]
+        if taken:
+            free.reverse()  # the whole interval first
+        costs = [self.costs[layer] if self.costs else 1.0 for layer in due]
+        return [free[place] for place in assign_greedily(costs, len(free))]
 
     def _find_earliest(self) -> None:
         going = [step for step, stopped in zip(self.next_steps, self.has_stopped, strict=True) if not stopped]

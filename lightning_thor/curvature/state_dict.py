@@ -51,6 +51,8 @@ def check_state(state: Any) -> None:
         raise _damaged(f"its layers are a {type(state['layers']).__name__}, not a dict")
     if not _is_pending(state.get("pending", []), n_layers=len(state["layers"])):
         raise _damaged(f"its pending decisions are none, but {state['pending']!r}")
+    if not _are_costs(state.get("refresh_costs", []), n_layers=len(state["layers"])):
+        raise _damaged(f"its refresh_costs are no number of at least 0 for each layer, but {state['refresh_costs']!r}")
     for name, tensors in state["layers"].items():
         if not isinstance(name, str):
             raise _damaged(f"the name of a layer is {name!r}, not a string")
@@ -70,6 +72,15 @@ def _is_pending(pending: Any, n_layers: int) -> bool:
         and all(isinstance(layer, int) and 0 <= layer < n_layers for layer in one["layers"])
         and all(isinstance(decision, int) and decision in DECISIONS for decision in one["decisions"])
         for one in pending
+    )
+
+
+def _are_costs(costs: Any, n_layers: int) -> bool:
+    """True for a number for each layer, or an empty list: they are measured only for staggered refreshes."""
+    return (
+        isinstance(costs, list)
+        and len(costs) in (0, n_layers)
+        and all(isinstance(cost, float) and math.isfinite(cost) and cost >= 0 for cost in costs)
     )
 
 
@@ -154,6 +165,7 @@ def curvature_state(
         "refreshes": schedule.refreshes,
         "turns": turns,
         "pending": schedule.pending(),
+        "refresh_costs": list(schedule.costs),
         "mode": mode,
         "failed_inversions": factors.failed_inversions,
         "rejected_windows": factors.rejected_windows,
@@ -213,6 +225,7 @@ def load_curvature_state(
         refreshes=int(state["refreshes"]),
         turns=int(state["turns"]),
         pending=state.get("pending", ()),
+        costs=state.get("refresh_costs", ()),
     )
 
 

@@ -82,10 +82,11 @@ def product_cost(factors: FactorShapes) -> float:
 
 
 def sign_cost(factors: FactorShapes) -> float:
-    """Multiplications that `matrix_sign.msign` takes of a layer's matrix, which has the widths of its ``factors``.
+    """Multiplications that `matrix_sign.msign` takes of the parts of a layer's matrix, which has the widths of its
+    ``factors``.
 
-    They are its Gram matrix and, for each polynomial, either one product of the small side's square matrices and two
-    with the whole matrix, or four of square ones.
+    They are a part's Gram matrix and, for each polynomial, either one product of the small side's square matrices and
+    two with the whole part, or four of square ones.
 
     >>> sign_cost((BlockPartition(1, 8, 2, 4), BlockPartition(1, 6, 1, 6))) == 4 * 6**2 * (2 * 8 + 6)
     True
@@ -93,7 +94,8 @@ def sign_cost(factors: FactorShapes) -> float:
     True
     """
     A, G = factors
-    small, large = sorted((G.width, 1 if A is None else A.width))
-    n = matrix_sign.STEPS
+    width = 1 if A is None else A.width
+    side, large = (G, width) if A is None or G.width <= width else (A, G.width)
+    small, n = matrix_sign.part_length(side.width, side.n_blocks, side.size), matrix_sign.STEPS
     each = 2 * large + (4 * n - 3) * small if matrix_sign.is_wide(small, large) else n * (2 * large + small)
-    return float(G.groups * small**2 * each)
+    return float(G.groups * side.width * small * each)

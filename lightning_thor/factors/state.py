@@ -18,7 +18,7 @@ from lightning_thor.factors.layout import SIDES, BlockIndex, FactorLayout, Facto
 from lightning_thor.factors.tied_embedding import add_table_factors_
 from lightning_thor.layers.base import Layer, Rows
 from lightning_thor.linalg.block_diagonal import add_covariance_
-from lightning_thor.linalg.decompositions import INVERSE, Decomposition, traces
+from lightning_thor.linalg.decompositions import INVERSE, Decomposition, is_finite, traces
 from lightning_thor.linalg.packing import pack, packed_numel, unpack
 
 Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tensor, Tensor]]]
@@ -88,7 +88,8 @@ class BlockBatch:
         """
         inverse, succeeded = solution
         owners, inverted = self.owners[blocks], self.inverted[stored]
-        own, observed = damping[owners], damping[owners] > 0
+        own = damping[owners]
+        observed = own > 0
         failed = (observed & ~succeeded).sum()
         succeeded = succeeded & observed
         last_resort = torch.where(observed, (means[owners] + own) ** power, 1.0)
@@ -367,7 +368,7 @@ class FactorState:
         # E over rows for A, E over samples of the sum over positions for G: then A ⊗ G has the Fisher matrix's scale.
         divisors = counts.flatten().clamp_min(tiny)
         # A covariance has a number that is not finite only if its diagonal has one, so its trace tells.
-        finite = torch.isfinite(self._factor_traces("sums", index)).all(1) & torch.isfinite(self.counts).all(1)
+        finite = is_finite(torch.cat([self._factor_traces("sums", index), self.counts], dim=1)).all(1)
         taken = finite & (counts[:, 0] > 0)
         taken = taken if wanted is None else taken & wanted
         self.rejected_windows += (~finite).sum()

@@ -20,9 +20,9 @@ ROLES = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The weights of an attention."""
 
 
-Note = Callable[[str, Tensor, Tensor, Callable[[Tensor], Tensor]], None]
+Note = Callable[[str, Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 """Called with the role of a weight, its input, its output, and a function that brings either of them to ``[batch,
-positions, width]``."""
+positions, width]``; returns the output to go on with."""
 
 
 _CODE: CodeType = F.multi_head_attention_forward.__code__
@@ -43,49 +43,51 @@ class RecordProducts(TorchFunctionMode):
     def __init__(self, note: Note) -> None:
         super().__init__()
         self.note = note
+        self._positions, self._batch = 0, 1
+        """Of the query, which is ``[positions, batch, width]`` or has no batch."""
+        self._forward = self._recording_forward()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         # Tensor subclasses may have an attention of their own.
         if func is F.multi_head_attention_forward and all(cls in (Tensor, torch.nn.Parameter) for cls in types):
-            # Under torch.compile the code over other globals is a graph break: dynamo would guard on torch's own.
-            func = torch.compiler.disable(_recording(self.note, args[0]))
+            query = args[0]
+            self._positions, self._batch = query.shape[0], query.shape[1] if query.dim() == 3 else 1
+            return self._forward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-
-def _recording(note: Note, query: Tensor) -> Callable[..., Any]:
-    """`F.multi_head_attention_forward` that records; ``query`` is ``[positions, batch, width]`` or has no batch."""
-    batch = query.shape[1] if query.dim() == 3 else 1
-
-    def batch_first(x: Tensor) -> Tensor:
+    def _batch_first(self, x: Tensor) -> Tensor:
         # x is [positions, batch, width], or has the first two as one.
-        return (x if x.dim() == 3 else x.unflatten(0, (query.shape[0], batch))).transpose(0, 1)
+        return (x if x.dim() == 3 else x.unflatten(0, (self._positions, self._batch))).transpose(0, 1)
 
-    def recording(projections: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-        def record(q: Tensor, k: Tensor, v: Tensor, *weights: Any) -> tuple[Tensor, ...]:
-            outputs = projections(q, k, v, *weights)
-            for role, a, output in zip(ROLES, (q, k, v), outputs, strict=False):
-                note(role, a, output, batch_first)
-            return outputs
+    def _recording_forward(self) -> Callable[..., Any]:
+        """`F.multi_head_attention_forward` that records."""
 
-        return record
+        def recording(projections: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+            def record(q: Tensor, k: Tensor, v: Tensor, *weights: Any) -> tuple[Tensor, ...]:
+                outputs = projections(q, k, v, *weights)
+                noted = zip(ROLES, (q, k, v), outputs, strict=False)
+                return tuple([self.note(role, a, output, self._batch_first) for role, a, output in noted])
 
-    def linear(a: Tensor, *weights: Any) -> Tensor:
-        output = F.linear(a, *weights)
-        note("out_proj", a, output, batch_first)
-        return output
+            return record
 
-    own = vars(F)
-    names = {
-        **own,
-        "linear": linear,
-        "_in_projection_packed": recording(own["_in_projection_packed"]),
-        "_in_projection": recording(own["_in_projection"]),
-        # Another mode (a default device) would be given the original function; it still sees every operation inside.
-        "has_torch_function": lambda tensors: False,
-    }
-    original: Any = F.multi_head_attention_forward
-    function = FunctionType(_CODE, names, original.__name__, original.__defaults__, original.__closure__)
-    function.__kwdefaults__ = original.__kwdefaults__
-    return function
+        def linear(a: Tensor, *weights: Any) -> Tensor:
+            return self.note("out_proj", a, F.linear(a, *weights), self._batch_first)
+
+        own = vars(F)
+        names = {
+            **own,
+            "linear": linear,
+            "_in_projection_packed": recording(own["_in_projection_packed"]),
+            "_in_projection": recording(own["_in_projection"]),
+            # Another mode (a default device) would be given the original function; it still sees every operation
+            # inside.
+            "has_torch_function": lambda tensors: False,
+        }
+        # Dynamo looks names up in the module of this name, if there is one.
+        del names["__name__"]
+        original: Any = F.multi_head_attention_forward
+        function = FunctionType(_CODE, names, original.__name__, original.__defaults__, original.__closure__)
+        function.__kwdefaults__ = original.__kwdefaults__
+        return function

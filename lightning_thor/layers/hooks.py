@@ -12,8 +12,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import RecordProducts
+from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
 from lightning_thor.layers.pair_checks import PairChecks
-from lightning_thor.layers.weight_product import WeightProduct, accumulates, backward_pass, find_product, graph_is_kept
+from lightning_thor.layers.weight_product import (
+    WeightProduct,
+    accumulates,
+    accumulator_of,
+    backward_pass,
+    find_product,
+    graph_is_kept,
+)
 
 NamePredicate = Callable[[str], bool]
 Arrange = Callable[[Tensor], Tensor]
@@ -44,6 +52,10 @@ class _Pair:
     def input_was_changed(self) -> bool:
         return self.a is not None and self._version is not None and self.a._version != self._version
 
+    def is_of(self, name: str, a: Tensor) -> bool:
+        """Whether this is the pair of the named module's input ``a``."""
+        return self.name == name and self.a is not None and self.a.data_ptr() == a.data_ptr()
+
     def add(self, g: Tensor) -> None:
         """Add the gradient of a backward pass."""
         if self.backward_pass < 0:
@@ -57,6 +69,9 @@ class Hooks:
     The output is that of the operation that multiplied by the weight, which autograd's graph shows: whatever is done to
     it afterwards, within the module, in other hooks, in place or through views, the gradient belongs to the input.
     Where the graph does not show the operation (a compiled region), the output is what the module returned.
+
+    Compiled graphs hand pairs over from within, see `lightning_thor.layers.compiled`; a model has a second graph that
+    does not, which is taken unless `graphs_hand_over`.
 
     A pair is handed over when its gradient arrives in a backward pass that adds to the weight's gradient: so activation
     checkpointing, unused outputs, passes without gradients and `torch.autograd.grad` give exactly the pairs that made
@@ -79,8 +94,11 @@ class Hooks:
         needs_returned: whether the gradient is wanted of the named module's output, whatever it did after its product
             with the weight.
         note_output: called in forward with the name and the output of a module for which ``is_due`` is true and
-            ``is_open`` is not.
+            ``is_open`` is not; of a compiled one in backward, with the output's gradient.
         checks: compares pairs with the weight's gradient.
+
+    Attributes:
+        graphs_hand_over: whether compiled graphs hand pairs over; must be true whenever ``is_open`` is of any module.
     """
 
     def __init__(
@@ -99,10 +117,14 @@ class Hooks:
     ) -> None:
         from torch._dynamo import decorators  # takes a second, like all of dynamo
 
-        # Under torch.compile hooks read Python counters, which would recompile at every step. A function that dynamo
-        # skips runs as it is, while a disabled one (with all that it calls) costs a wrapper, which is most of an idle
-        # hook. `skip` is not public: where it is missing, `disable` does the same at its cost.
+        guard_hooks()
+        # Where hooks cannot be part of a graph they run beside it: they read Python counters, which would recompile at
+        # every step. A function that dynamo skips runs as it is, while a disabled one (with all that it calls) costs a
+        # wrapper, which is most of an idle hook. `skip` is not public: where it is missing, `disable` does the same at
+        # its cost.
         skip = getattr(decorators, "skip", torch.compiler.disable)
+        self.graphs_hand_over = True
+        self._receivers: list[Receiver] = []
         self._listener, self._expect, self._subsample_input = listener, expect, subsample_input
         self._is_open, self._is_due, self._note_output = is_open, skip(is_due), note_output
         self._weight_of = weight_of or (lambda name: getattr(modules.get(name), "weight", None))
@@ -112,14 +134,14 @@ class Hooks:
         self._handed_over: _Pair | None = None
         """The pair that the listener is called with."""
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(skip(self._forward_hook(name, module)), with_kwargs=True)
+            module.register_forward_hook(self._forward_hook(name, module), with_kwargs=True)
             for name, module in modules.items()
         ]
         for attention, names in (attentions or {}).items():
             before, after = self._attention_hooks(names, attention)
-            self._handles.append(attention.register_forward_pre_hook(skip(before)))
+            self._handles.append(attention.register_forward_pre_hook(before))
             # Always called: a forward pass that fails must not leave its recording open.
-            self._handles.append(attention.register_forward_hook(skip(after), always_call=True))
+            self._handles.append(attention.register_forward_hook(after, always_call=True))
 
     @property
     def backward_pass(self) -> int:
@@ -144,6 +166,7 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._receivers.clear()
 
     @property
     def are_removed(self) -> bool:
@@ -163,34 +186,51 @@ class Hooks:
     # Hooks are closures: copy.deepcopy of the model (SWA, EMA) copies hooks, and shares functions, but would copy the
     # object that a bound method belongs to.
 
-    def _forward_hook(self, name: str, owner: nn.Module) -> Callable[[nn.Module, Any, dict[str, Any], Any], None]:
+    def _forward_hook(self, name: str, owner: nn.Module) -> Callable[[nn.Module, Any, dict[str, Any], Any], Any]:
         def pair(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self._is_open(name):
                 self._pair(name, args[0] if args else next(iter(kwargs.values()), None), output)
             else:
                 self._note_output(name, output)
 
+        number = number_of(self._receiver(name))
         is_due, pair_unseen = self._is_due, torch.compiler.disable(pair)
 
-        def on_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if is_due(name) and torch.is_grad_enabled() and module is owner:
+        def on_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            if not torch.compiler.is_dynamo_compiling():
+                if is_due(name) and torch.is_grad_enabled() and module is owner:
+                    pair_unseen(args, kwargs, output)
+            elif self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
+                a: Any = args[0] if args else next(iter(kwargs.values()), None)
+                if can_pass_on(a, output):
+                    return pass_on(output, a, number) if output.requires_grad else None
                 pair_unseen(args, kwargs, output)
+            return None
 
-        return on_forward
+        return not_alone(on_forward)
 
     def _attention_hooks(
         self, names: Mapping[str, str], owner: nn.Module
     ) -> tuple[Callable[[nn.Module, Any], None], Callable[[nn.Module, Any, Any], None]]:
-        entered: list[ExitStack] = []
+        numbers = {name: number_of(self._receiver(name)) for name in names.values()}
 
-        def note(role: str, a: Tensor, output: Tensor, arrange: Arrange) -> None:
-            if role in names and self._is_open(names[role]):
-                self._pair(names[role], a, output, arrange)
+        def note(role: str, a: Tensor, output: Tensor, arrange: Arrange) -> Tensor:
+            name = names.get(role)
+            if name is None:
+                return output
+            if not torch.compiler.is_dynamo_compiling():
+                if self._is_open(name):
+                    self._pair(name, a, output, arrange)
+            elif can_pass_on(a, output) and output.requires_grad:
+                return pass_on(arrange(output), arrange(a), numbers[name]).transpose(0, 1).reshape(output.shape)
+            return output
+
+        record, entered = RecordProducts(note), list[ExitStack]()
 
         def enter() -> None:
             if any(self._is_open(name) for name in names.values()):
                 entered.append(ExitStack())
-                entered[-1].enter_context(RecordProducts(note))
+                entered[-1].enter_context(record)
 
         def leave() -> None:
             entered.pop().close()
@@ -199,16 +239,23 @@ class Hooks:
         enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
 
         def before(module: nn.Module, args: Any) -> None:
+            if torch.compiler.is_dynamo_compiling():
+                if self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
+                    record.__enter__()  # type: ignore[no-untyped-call]
+                return
             for name in names.values():
                 if is_due(name) and torch.is_grad_enabled() and module is owner:
                     enter_unseen()
                     return
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            if entered and module is owner:
+            if torch.compiler.is_dynamo_compiling():
+                if self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
+                    record.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            elif entered and module is owner:
                 leave_unseen()
 
-        return before, after
+        return not_alone(before), not_alone(after)
 
     def _pair(self, name: str, a: Any, output: Any, arrange: Arrange | None = None) -> None:
         """Hand ``(name, a, g)`` over when the gradient of ``output`` arrives, both by ``arrange``."""
@@ -223,25 +270,48 @@ class Hooks:
             # Before rows are taken of the input, or other rows would be taken of the arranged gradient.
             a = a if arrange is None else arrange(a.detach())
             rows, device = a.shape[:-1], a.device.type
-            projected = None
-            if self._checks is not None and use is not None and self._checks.wants(name):
-                with torch.no_grad(), torch.autocast(device, enabled=False):
-                    projected = self._checks.project(name, a)
+            accumulator = None if use is None else use.accumulator
+            projected = self._projected(name, a, accumulator)
             if torch.is_autocast_enabled(device) and a.dtype != torch.get_autocast_dtype(device):
                 a = self._subsample_input(name, a)
             pair = _Pair(name, a, projected, arrange)
             del a
             self._expect(name)
-            on_gradient = self._on_gradient(pair, use)
+            # Not with the node of the use, which would hold on to the graph that holds this.
+            on_gradient = self._on_gradient(pair, accumulator)
             if use is not None and arrange is None and not self._needs_returned(name):
                 _before_product(use, rows, on_gradient)
             else:
                 _before_backward_of(output, on_gradient)
 
-    def _on_gradient(self, pair: _Pair, use: WeightProduct | None) -> Callable[[Tensor], None]:
-        # Not the node of the use, which would hold on to the graph that holds this.
-        accumulator = None if use is None else use.accumulator
+    def _receiver(self, name: str) -> Receiver:
+        """What compiled graphs hand the named module's pairs to; it lives until the hooks are removed."""
 
+        def receive(a: Tensor, g: Tensor) -> None:
+            if self._is_due(name) and backward_pass() >= 0:
+                self._receive(name, a, g)
+
+        self._receivers.append(torch.compiler.disable(receive))
+        return self._receivers[-1]
+
+    def _receive(self, name: str, a: Tensor, g: Tensor) -> None:
+        if not self._is_open(name):
+            self._note_output(name, g)
+            return
+        weight = self._weight_of(name)
+        accumulator = None if weight is None else accumulator_of(weight)
+        waiting = (pair for pair in self._waiting if pair.is_of(name, a))
+        pair = next(waiting, None) or _Pair(name, a, self._projected(name, a, accumulator), None)
+        self._on_gradient(pair, accumulator)(g)
+
+    def _projected(self, name: str, a: Tensor, accumulator: Any) -> Tensor | None:
+        """What a check needs of an input, if not all, and if there is to be one."""
+        if self._checks is None or accumulator is None or not self._checks.wants(name):
+            return None
+        with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+            return self._checks.project(name, a)
+
+    def _on_gradient(self, pair: _Pair, accumulator: Any) -> Callable[[Tensor], None]:
         def on_gradient(g: Tensor) -> None:
             if pair.a is None or not self._is_due(pair.name):
                 pair.a = None

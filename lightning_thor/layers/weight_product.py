@@ -62,6 +62,11 @@ def find_product(output: Any, weight: Tensor) -> WeightProduct | None:
     return None
 
 
+def accumulator_of(weight: Tensor) -> Any:
+    """The autograd node that adds to the gradient of a parameter; None of a tensor that takes none."""
+    return torch.autograd.graph.get_gradient_edge(weight).node if weight.is_leaf and weight.requires_grad else None
+
+
 def accumulates(accumulator: Any) -> bool:
     """True if the backward pass under way adds to the gradient of the accumulator's parameter: true in
     ``loss.backward()``, false in ``torch.autograd.grad``; in ``backward(inputs=...)`` true for the inputs.

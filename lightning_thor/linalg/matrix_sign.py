@@ -25,6 +25,10 @@ STEPS = 4
 """How many polynomials `msign` applies by default."""
 
 
+LARGEST_PART = 64
+"""Rows of a wide matrix, or columns of a tall one, that have a sign of their own in `part_length`."""
+
+
 GRAM_FROM = 1.5
 """Ratio of width to height above which iterating the Gram matrix takes fewer multiplications."""
 
@@ -81,6 +85,29 @@ def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
             if step < steps - 1:
                 gram = torch.bmm(x, x.mT)
     return (x if product is None else torch.bmm(product, x)).to(matrices.dtype)
+
+
+def part_length(width: int, n_blocks: int, size: int) -> int:
+    """Length of the parts of a matrix's smaller side that each have a sign of their own: as many whole blocks of the
+    factor on that side as divide it evenly into parts of at most `LARGEST_PART`, but at least one block.
+
+    The sign of a part of 64 rows costs a fraction of the whole matrix's where this has hundreds, and leads as far: a
+    GPT of width 96 ends 200 steps at 2.13 (whole: 2.11), an autoencoder 400 at 5.21 (5.20).
+
+    Args:
+        width: of the side.
+        n_blocks: of the factor.
+        size: of a block.
+
+    >>> part_length(512, n_blocks=8, size=64), part_length(96, n_blocks=2, size=48), part_length(24, n_blocks=6, size=4)
+    (64, 48, 24)
+    >>> part_length(10, n_blocks=3, size=4)  # the last block has padding
+    10
+    """
+    if n_blocks * size != width:
+        return width
+    together = max(k for k in range(1, n_blocks + 1) if n_blocks % k == 0 and (k == 1 or k * size <= LARGEST_PART))
+    return together * size
 
 
 def is_wide(small: int, large: int) -> bool:

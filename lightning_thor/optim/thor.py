@@ -102,12 +102,12 @@ class Thor(Optimizer):
             after momentum, takes three to ten times as much.
         mode: ``"natural"``, ``"polar"``, ``"adam"``, or the name of a registered mode. ``"polar"`` computes
             G^-½ msign(G^-½ M A^-½) A^-½ of the momentum M of linear layers and convolutions, with msign(U S Vᵀ) = U Vᵀ:
-            Muon's step in whitened coordinates. Embeddings, norms and the output layer (the last linear layer or
-            convolution, with the diagonal of G alone) take the natural direction of their momentum, other parameters
-            plain momentum. ``"adam"``, for all groups, is Adam in the coordinates in which the blocks of A and G are
-            diagonal (as SOAP has it with Shampoo's factors: Vyas et al. 2024, arXiv:2409.11321), for the output layer
-            the blocks of A, and plain Adam for parameters without curvature. Its learning rates are AdamW's;
-            ``match_rms`` does not apply.
+            Muon's step in whitened coordinates, of up to 64 rows at a time. Embeddings, norms and the output layer (the
+            last linear layer or convolution, with the diagonal of G alone) take the natural direction of their
+            momentum, other parameters plain momentum. ``"adam"``, for all groups, is Adam in the coordinates in which
+            the blocks of A and G are diagonal (as SOAP has it with Shampoo's factors: Vyas et al. 2024,
+            arXiv:2409.11321), for the output layer the blocks of A, and plain Adam for parameters without curvature.
+            Its learning rates are AdamW's; ``match_rms`` does not apply.
         momentum: in [0, 1); Adam's β₁.
         beta2: in [0, 1); Adam's β₂, for ``mode="adam"`` alone.
         nesterov: Nesterov's momentum, as in `torch.optim.SGD` (in adam mode as above); no effect if ``momentum`` is 0.

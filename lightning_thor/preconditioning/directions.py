@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.linalg.dtypes import wide
-from lightning_thor.linalg.matrix_sign import msign
+from lightning_thor.linalg.matrix_sign import msign, part_length
 from lightning_thor.preconditioning.grouping import (
     Directions,
     GroupedLayers,
@@ -71,7 +71,8 @@ def _precondition(group: LayerGroup, tensors: Tensors, stored: GroupedLayers) ->
 
 
 def polar(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
-    """Yield ``Wᵀ msign(W M Vᵀ) V`` of each polar layer, as one part: steepest descent in the whitened spectral norm.
+    """Yield ``Wᵀ msign(W M Vᵀ) V`` of each polar layer, as one part: steepest descent in the whitened spectral norm,
+    of each part of the rows (of the columns, where these are fewer) for itself, see `part_length`.
 
     It equals ``G^-½ msign(G^-½ M A^-½) A^-½`` for any roots W of G⁻¹ and V of A⁻¹: every other pair is ``Q W`` and
     ``P V`` with orthogonal Q and P, and ``msign(Q X Pᵀ) = Q msign(X) Pᵀ``. Other layers have their natural direction,
@@ -86,18 +87,18 @@ def polar(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
     """
     groups, (whiten, whiten_again) = complete_groups(stored.groups, tensors), stored.decomposition.products
     directions = copies_of_others(groups, tensors)
-    by_shape: dict[torch.Size, list[tuple[LayerGroup, Tensor]]] = {}
+    by_shape: dict[torch.Size, list[tuple[LayerGroup, torch.Size, Tensor]]] = {}
     for group in groups:
         if group.layers[0].name in stored.polar_layers:
             matrices = group.product(_divide(group.to_matrices(tensors), stored.unit), whiten)
-            by_shape.setdefault(matrices.shape[-2:], []).append((group, matrices))
+            parts = _in_parts(matrices, group)
+            by_shape.setdefault(parts.shape[1:], []).append((group, matrices.shape, parts))
         else:
             group.put(directions, _precondition(group, tensors, stored), tensors)
     for members in by_shape.values():
-        flat = [matrices.flatten(0, -3) for _, matrices in members]
-        signs = _msign_in_chunks(torch.cat(flat)).split([len(matrices) for matrices in flat])
-        for (group, matrices), sign in zip(members, signs, strict=True):
-            direction = group.product(sign.view(matrices.shape), whiten_again)
+        signs = _msign_in_chunks(torch.cat([parts for *_, parts in members])).split([len(p) for *_, p in members])
+        for (group, shape, _), sign in zip(members, signs, strict=True):
+            direction = group.product(_put_together(sign, shape), whiten_again)
             group.put(directions, _divide_within_range_(direction, stored.unit), tensors)
     yield directions
 
@@ -163,6 +164,24 @@ def _divide_within_range_(direction: Tensor, unit: Unit) -> Tensor:
         room = torch.finfo(direction.dtype).max / 2 / direction.abs().amax()
         direction.mul_((1.0 / torch.as_tensor(unit).to(direction)).minimum(room))
     return direction
+
+
+def _in_parts(matrices: Tensor, group: LayerGroup) -> Tensor:
+    """Cut matrices ``[..., p, q]`` along their smaller side, at borders of its factor's blocks: ``[n, p', q']``."""
+    A, G = group.pairs[0]
+    p, q = matrices.shape[-2:]
+    if p <= q:
+        return matrices.reshape(-1, part_length(p, *G.shape[1:3]), q)
+    assert A is not None
+    return matrices.unflatten(-1, (-1, part_length(q, *A.shape[1:3]))).movedim(-2, -3).flatten(0, -3)
+
+
+def _put_together(parts: Tensor, shape: torch.Size) -> Tensor:
+    """The matrices of ``shape`` whose parts `_in_parts` made."""
+    p, q = shape[-2:]
+    if p <= q:
+        return parts.view(shape)
+    return parts.view(*shape[:-2], -1, p, parts.shape[-1]).movedim(-3, -2).flatten(-2)
 
 
 def _msign_in_chunks(matrices: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class ThorCallback(Callback):
         damping: float | StepFn = 0.2,
         damping_rule: DampingRule = "trace",
         block_size: int | Literal["auto"] | None = 64,
-        update_every_n_steps: int | IntStepFn = 10,
+        update_every_n_steps: int | IntStepFn | None = None,
         averaging: float = 0.8,
         precondition_bias: bool = False,
         stagger: bool = False,

@@ -41,9 +41,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "polar": {},
     "adam": {},
     "staggered": {"stagger": True, "update_every_n_steps": 3},
-    "probed": {"trace_rule": (0.01, 0.001)},
+    "probed": {"trace_rule": (0.01, 0.0)},
     "stopping": {"trace_rule": (0.3, 0.2)},
     "stopping, staggered": {"trace_rule": (0.3, 0.2), "stagger": True, "update_every_n_steps": 3},
+    "staggered, growing": {"stagger": True, "update_every_n_steps": GrowingInterval(start=1, end=3, growth=0.4)},
     "a growing interval": {"update_every_n_steps": GrowingInterval(start=1, end=3), "damping_rule": "pi"},
 }
 

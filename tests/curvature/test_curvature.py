@@ -388,6 +388,16 @@ def test_staggered_each_layer_is_refreshed_once_in_each_interval() -> None:
     assert rest[:3] == rest[3:]
 
 
+def test_staggered_layers_go_apart_as_the_interval_grows() -> None:
+    """By default all layers are refreshed together in each of the first steps."""
+    curvature = Curvature(net(), stagger=True, averaging=0.0)
+    found = refreshed_in(curvature, 130, batch(8))
+    assert all(step == set(curvature.layers) for step in found[:21])
+    for window in (found[110:120], found[120:]):
+        assert sorted(map(len, window)) == [0] * 6 + [1] * 4
+        assert set().union(*window) == set(curvature.layers)
+
+
 def test_staggered_the_costliest_layer_has_a_step_for_itself() -> None:
     curvature = Curvature(net(), update_every_n_steps=2, stagger=True)
     _, *rest = refreshed_in(curvature, 3, batch(8))

@@ -90,6 +90,12 @@ def test_pending_decisions_that_are_none_are_refused(damage: State) -> None:
     assert_refused(saved() | {"pending": [sound | damage]}, "its pending decisions are none, but")
 
 
+@pytest.mark.parametrize("costs", [None, [1.0], [1.0, NAN], [1.0, -1.0], [1, 1]])
+def test_costs_of_refreshes_that_are_none_are_refused(costs: Any) -> None:
+    trained().load_state_dict(saved() | {"refresh_costs": [1.0] * len(saved()["layers"])})
+    assert_refused(saved() | {"refresh_costs": costs}, "its refresh_costs are no number of at least 0 for each layer")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +21,9 @@ from examples.digits import DigitsData, DigitsNet
 from examples.resnet import ResNet18
 from lightning_thor import Curvature, ThorCallback, configure_thor
 from tests.helpers.boring import assert_bitwise
+from tests.helpers.commands import python_module
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 120
-
-
-def python_module(*arguments: str) -> str:
-    """``python -m ...`` in the repository's root; what it printed."""
-    ended = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"[-4000:]
-    return ended.stdout
 
 
 # ── plain_loop ──
@@ -66,13 +48,18 @@ def test_the_plain_loop_returns_the_accuracy_that_it_prints_last(capsys: pytest.
 
 @pytest.mark.slow
 def test_the_demo_prints_a_table_and_writes_a_picture_and_its_figures(tmp_path: Path) -> None:
-    printed = python_module("examples.demo", "--epochs=1", "--seeds=2", f"--out={tmp_path / 'new' / 'folder'}")
-    for word in ("median over 2 seeds", *demo.RECIPES, "ms per step"):
+    out = tmp_path / "new" / "folder"
+    printed = python_module("examples.demo", "--epochs=1", "--seeds=2", "--pinn-seconds=0.5", f"--out={out}")
+    for word in ("median over 2 seeds", *demo.RECIPES, "ms per step", "Burgers' equation"):
         assert word in printed
-    assert (tmp_path / "new" / "folder" / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
-    figures = json.loads((tmp_path / "new" / "folder" / "figures.json").read_text(encoding="utf-8"))
+    for picture in ("curves.png", "pinn.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG\r\n")
+    figures = json.loads((out / "figures.json").read_text(encoding="utf-8"))
     assert (figures["epochs"], figures["target"]) == (1, demo.TARGET)
-    assert list(figures["optimizers"]) == ["THOR", "momentum SGD", "AdamW"]
+    assert list(figures["optimizers"]) == ["THOR", "momentum SGD", "AdamW", "Muon"]
+    for run in figures["pinn"].values():
+        assert len(run["error"]) == len(run["seconds"]) > 1
+        assert run["steps"] > 1
     for name, contender in figures["optimizers"].items():
         assert contender["lr"] == demo.RECIPES[name].lr
         first, second = contender["runs"]

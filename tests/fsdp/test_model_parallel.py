@@ -63,6 +63,7 @@ def four_processes() -> Iterator[None]:
     [
         ("natural", (), {"max_epochs": 3}),
         ("micro_batches", (), {}),
+        ("compiled", (), {}),
         ("kl_clip", (KL,), {"gradient_clip_val": 0.05}),
         ("polar", (), {"mode": "polar"}),
     ],

@@ -30,6 +30,21 @@ TINY_DIGITS = (
 )
 
 
+def python_module(*arguments: str) -> str:
+    """``python -m ...`` in the repository's root; what it printed."""
+    ended = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"[-4000:]
+    return ended.stdout
+
+
 def command(*arguments: str, folder: Path, status: int = 0) -> str:
     """Run the installed command in the repository's root; everything that it printed."""
     assert COMMAND.is_file(), f"{COMMAND} is missing: pip install -e . puts it there."

@@ -142,6 +142,14 @@ class Module(L.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)]
 
 
+class Compiled(Module):
+    """Its model is compiled, as several graphs for DDP's buckets of gradients."""
+
+    def __init__(self, *args: Any, **others: Any) -> None:
+        super().__init__(*args, **others)
+        self.net.compile(backend="aot_eager")
+
+
 class StepLog(L.Callback):
     """After every batch: how many all-reduces of factors there were so far, and how many applied steps."""
 
@@ -416,6 +424,7 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "one_from_all": training(max_epochs=3, strategy=keeping(1), resume="halves"),
     "all_from_one": training(max_epochs=3, resume="one"),
     "two": training(max_epochs=3, strategy=keeping(2)),
+    "compiled": training(kind=Compiled, micro_batches=2, strategy=in_buckets),
 }
 FOUR: dict[str, Callable[[Path], Result]] = {
     "four": training(QUARTERS, max_epochs=3, strategy=in_buckets),

@@ -85,6 +85,14 @@ class Sharded(Module):
         return found, schedules
 
 
+class CompiledSharded(Sharded):
+    """Its model is compiled: graphs break where FSDP2 gathers weights."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.net.compile(backend="aot_eager")
+
+
 class Grouped(Sharded):
     """With a layer in its middle that does not train, and groups of parameters that go backwards through the model."""
 
@@ -213,6 +221,7 @@ TWO: dict[str, Callable[[Path], Result]] = {
     "polar": sharded(mode="polar", strategy=consolidated, checkpoints="polar"),
     "resumed": sharded(max_epochs=3, resume="natural"),
     "polar_resumed": sharded(mode="polar", strategy=consolidated, resume="polar"),
+    "compiled": sharded(kind=CompiledSharded, micro_batches=2),
     "one_file": sharded(max_epochs=3, strategy=consolidated, checkpoints="one_file"),
     "one_file_resumed": sharded(max_epochs=3, strategy=consolidated, resume="one_file"),
     "searching": sharded(kind=Searching, max_epochs=3),

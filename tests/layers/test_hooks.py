@@ -118,56 +118,6 @@ def test_channels_last_gives_the_same_statistics() -> None:
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"stagger": True}, {"trace_rule": (1e9, 0.0)}])
-def test_no_hook_makes_a_compiled_model_compile_again(options: dict[str, Any]) -> None:
-    """Not at a step where nothing is due, nor at a refresh or a probe: hooks read numbers that change at each step."""
-    torch._dynamo.reset()
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph
-
-    # More layers than dynamo would compile the code of a hook for.
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(12))).double()
-    curvature = Curvature(model, update_every_n_steps=3, **options)
-    compiled = torch.compile(model, backend=backend)
-    observed = []
-    for step in range(8):
-        # The first layer's input has no gradient, so that some code is compiled twice in the first step.
-        with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            compiled(X).sin().mean().backward()
-        observed.append(int((curvature.factors.counts[:, 0] > 0).sum()))
-        curvature.update()
-        frames = len(graphs), sum(torch._dynamo.utils.counters["frames"].values())
-        if step == 0:
-            first = frames
-        assert frames == first
-    assert graphs
-    assert observed == ([12] + [4] * 7 if "stagger" in options else [12, 0, 0, 12, 0, 0, 12, 0])
-
-
-def test_dynamo_sees_nothing_of_a_hook() -> None:
-    """What it traces and compiles is what it does with hooks that do nothing at all and are disabled."""
-
-    def frames(hook: Callable[[nn.Module], object]) -> tuple[int, int]:
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        model = mlp(nn.ReLU())
-        hook(model)
-        compiled = torch.compile(model, backend="eager")
-        for _ in range(3):
-            compiled(X).sin().mean().backward()
-        counters = torch._dynamo.utils.counters
-        return counters["frames"]["total"], sum(counters["graph_break"].values())
-
-    def idle(model: nn.Module) -> None:
-        for layer in (0, 2, 4):
-            model[layer].register_forward_hook(torch.compiler.disable(lambda *args, **kwargs: None), with_kwargs=True)
-
-    assert frames(Curvature) == frames(idle)
-
-
 def test_a_compiled_part_has_the_name_it_had_before() -> None:
     model = nn.ModuleDict({"net": torch.compile(mlp(nn.ReLU()), backend="eager")})
     assert list(Curvature(model).layers) == ["net.0", "net.2", "net.4"]

@@ -64,6 +64,27 @@ def test_the_polar_direction_is_that_of_symmetric_square_roots(block_size: int |
 
 
 @pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("shape", [(144, 200), (200, 144)])
+@pytest.mark.parametrize(("block_size", "n_parts"), [(24, 3), (48, 3), (72, 2), (144, 1)])
+def test_rows_or_columns_have_a_sign_of_their_own_up_to_64_of_them_in_whole_blocks(
+    shape: tuple[int, int], block_size: int, n_parts: int
+) -> None:
+    """By SVD; what else a layer's direction is made of is the same."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(shape[1], shape[0]), nn.Linear(shape[0], 3)).double()
+    curvature = Curvature(model, mode="polar", block_size=block_size)
+    model(torch.randn(400, shape[1], dtype=torch.float64)).square().mean().backward()
+    curvature.update()
+    weight, grad = model[0].weight, torch.randn(shape, dtype=torch.float64)
+    A, G = (torch.block_diag(*one[0]) for one in curvature.inverses_of("0") if one is not None)
+    whitened = G @ grad @ A.mT
+    parts = whitened.chunk(n_parts, dim=0 if shape[0] < shape[1] else 1)
+    U, _, Vh = zip(*(torch.linalg.svd(part, full_matrices=False) for part in parts), strict=True)
+    signs = torch.cat([u @ vh for u, vh in zip(U, Vh, strict=True)], dim=0 if shape[0] < shape[1] else 1)
+    torch.testing.assert_close(curvature.precondition({weight: grad}, "polar")[weight], G.mT @ signs @ A)
+
+
+@pytest.mark.usefixtures("exact")
 def test_any_root_gives_the_same_direction() -> None:
     model = every_kind()
     curvature = observed(model)

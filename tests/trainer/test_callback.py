@@ -222,14 +222,6 @@ def test_the_callback_can_be_pickled_and_copied(tmp_path: Path) -> None:
         assert_bitwise(everything(fit(tmp_path, None, twin)), everything(plain))
 
 
-def test_a_compiled_part_trains_as_the_plain_one(tmp_path: Path) -> None:
-    torch._dynamo.reset()
-    module = Boring()
-    module.net = torch.compile(module.net, backend="eager")
-    found = fit(tmp_path, module)
-    torch.testing.assert_close(everything(found), everything(fit(tmp_path)))
-
-
 def test_the_summary_names_every_layer_and_why_others_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,6 +118,7 @@ LIKE_ONE_RANK: dict[str, tuple[dict[str, Any], float]] = {
     "odd": ({"max_epochs": 3, "accumulate": 3}, 1e-9),
     "staggered": ({"max_epochs": 3, "stagger": True}, 1e-9),
     "trace_rule": ({"max_epochs": 3, "trace_rule": (0.2, 0.02)}, 1e-9),
+    "compiled": ({}, 1e-9),
     "polar": ({"mode": "polar"}, 1e-8),  # roots of the inverses travel as triangles
     "adam": ({"mode": "adam"}, 1e-8),  # eigenvectors travel whole
 }

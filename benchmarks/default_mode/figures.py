@@ -1,0 +1,77 @@
+"""The table and the picture of the study, from its file of results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.pictures import save, subplots
+from benchmarks.default_mode.settings import DEFAULT_RATE, SETTINGS
+
+HEADS = ("task", "optimizer", "lr", "final", "steps to target", "seconds to target", "of AdamW's", "ms per step")
+
+
+def label(run: Mapping[str, Any]) -> str:
+    """The optimizer's name; THOR's run at its default rate, unless that is its best, is called untuned."""
+    name = SETTINGS[run["setting"]].label
+    return name if run["is_best"] else f"{name}, untuned"
+
+
+def cells(summary: Mapping[str, Mapping[str, Any]], *, confirmation: bool) -> Iterator[tuple[str, ...]]:
+    """Make the rows of the table under `HEADS`, of the confirmation or of the development tasks."""
+    for task in (task for task in summary.values() if task["is_confirmation"] == confirmation):
+        words = f"{task['words']}: {task['metric']}"
+        adamw = next((run for run in task["runs"].values() if run["setting"] == "adamw"), None)
+        for run in sorted(task["runs"].values(), key=lambda run: math.inf if run["final"] is None else run["final"]):
+            yield words, label(run), f"{run['lr']:g}", *_figures(run, adamw)
+            words = ""
+
+
+def _figures(run: Mapping[str, Any], adamw: Mapping[str, Any] | None) -> tuple[str, ...]:
+    final = "not finite" if run["final"] is None else f"{run['final']:.4g} ± {run['error']:.1g}"
+    milliseconds = f"{run['ms_per_step']:.1f}"
+    if run["seconds"] is None:
+        reached = f"{run['n_reached']} seeds got there" if run["n_reached"] else "none got there"
+        return final, reached, "–", "–", milliseconds
+    others = adamw["seconds"] if adamw is not None else None
+    ratio = f"{run['seconds'] / others:.2f}" if others else "–"
+    return final, f"{run['steps']:.0f}", f"{run['seconds']:.1f}", ratio, milliseconds
+
+
+def save_picture(summary: Mapping[str, Mapping[str, Any]], path: Path, *, confirmation: bool) -> None:
+    """Draw each task's scores against seconds, a line for each optimizer at its best rate."""
+    tasks = {name: task for name, task in summary.items() if task["is_confirmation"] == confirmation}
+    n_columns = 4
+    n_rows = math.ceil(len(tasks) / n_columns)
+    figure, axes = subplots(n_rows, n_columns, figsize=(3.4 * n_columns, 2.9 * n_rows))
+    for place, (name, task) in zip(axes.flat, tasks.items(), strict=False):
+        for run in (run for run in task["runs"].values() if run["is_best"]):
+            setting = SETTINGS[run["setting"]]
+            values = [math.nan if value is None else value for value in run["curve"]["values"]]
+            width = 2.2 if run["setting"] == "thor" else 1.1
+            place.plot(run["curve"]["seconds"], values, color=setting.colour, label=setting.label, linewidth=width)
+        place.set_yscale("log")
+        place.set_title(name, fontsize="medium")
+        place.set_xlabel("seconds of the processor", fontsize="small")
+        if task["target"] is not None:
+            place.axhline(task["target"], color="black", linestyle=":", linewidth=1)
+    for place in list(axes.flat)[len(tasks) :]:
+        place.set_axis_off()
+    handles = {text: handle for one in axes.flat for handle, text in zip(*one.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")
+    save(figure, path)
+
+
+def rates_within(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """By task, the worst final score of THOR's three rates on the tuning seed over AdamW's best there: infinite where
+    one diverged."""
+    found = {}
+    for name, task in summary.items():
+        tuning = task["tuning"]
+        if "adamw" in tuning and "thor" in tuning and f"{DEFAULT_RATE:g}" in tuning["thor"]:
+            best = min(value for value in tuning["adamw"].values() if value is not None)
+            worst = max(math.inf if value is None else value for value in tuning["thor"].values())
+            found[name] = worst / best
+    return found

@@ -1,0 +1,80 @@
+"""The optimizers of this study, each with three peak learning rates to try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from benchmarks.common.contenders import CONTENDERS, Stepper
+from lightning_thor import Curvature, Thor
+from lightning_thor.optim.thor import Preconditioner
+from lightning_thor.preconditioning.grouping import Directions, Tensors
+
+
+class Identity:
+    """A preconditioner that leaves gradients as they are: what is left of THOR without curvature."""
+
+    def update(self) -> None:
+        """Do nothing."""
+
+    def precondition(self, grads: Tensors) -> Directions:
+        """Copy the gradients."""
+        return {p: grad.clone() for p, grad in grads.items()}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One optimizer of the study."""
+
+    label: str
+    rates: tuple[float, ...]
+    colour: str
+    build: Callable[[nn.Module, float, bool], Stepper]
+    """From the model, the peak learning rate, and whether the loss is a mean over positions as well as samples."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Options in plain types; a training with other options is another training."""
+
+
+def thor(label: str, rates: tuple[float, ...], colour: str, mode: str = "natural", **options: Any) -> Setting:
+    """`Thor` with its curvature at their defaults, but for options of the curvature."""
+
+    def build(model: nn.Module, lr: float, per_position: bool) -> Stepper:
+        curvature: Preconditioner = Curvature(model, mode=mode, **options)
+        return Thor(model.parameters(), lr=lr, mode=mode, preconditioner=curvature)
+
+    return Setting(label, rates, colour, build, {"mode": mode, **options})
+
+
+def without_curvature(model: nn.Module, lr: float, per_position: bool) -> Stepper:
+    """Momentum with matched scale, as `Thor`'s, on plain gradients."""
+    return Thor(model.parameters(), lr=lr, preconditioner=Identity())
+
+
+def peer(name: str, rates: tuple[float, ...]) -> Setting:
+    """An optimizer of the race to a target."""
+    contender = CONTENDERS[name]
+    return Setting(
+        contender.label,
+        rates,
+        contender.colour,
+        lambda model, lr, per_position: contender.build(model, lr, contender.options, per_position),
+        contender.options,
+    )
+
+
+DEFAULT_RATE = 3e-3
+
+SETTINGS: Mapping[str, Setting] = {
+    # A third of the default's rate, the default, and three times it.
+    "thor": thor("THOR", (1e-3, DEFAULT_RATE, 1e-2), "tab:red"),
+    "thor_polar": thor("THOR, polar", (3e-3, 1e-2, 3e-2), "tab:pink", mode="polar"),
+    "thor_adam": thor("THOR, adam", (1e-3, 3e-3, 1e-2), "tab:olive", mode="adam"),
+    "without": Setting("THOR without curvature", (1e-3, 3e-3, 1e-2), "lightgray", without_curvature),
+    "sgd": peer("sgd", (1e-2, 3e-2, 1e-1)),
+    "adamw": peer("adamw", (1e-3, 3e-3, 1e-2)),
+    "muon": peer("muon", (3e-3, 1e-2, 3e-2)),
+    "soap": peer("soap", (1e-3, 3e-3, 1e-2)),
+}
