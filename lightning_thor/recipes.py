@@ -85,7 +85,12 @@ class ResNet50Damping(_ResNet50Schedule):
     * ``"gpu"``: 0.02345 · 0.5467^(e/10)
     * ``"ascend"``: 0.03 · 0.50036^(e/10)
 
-    Arguments and errors are those of `ResNet50LearningRate`.
+    Args:
+        steps_per_epoch: as of `ResNet50LearningRate`.
+        variant: ``"gpu"`` or ``"ascend"``.
+
+    Raises:
+        ValueError: as of `ResNet50LearningRate`.
 
     >>> ResNet50Damping(steps_per_epoch=10)(99)
     0.01282

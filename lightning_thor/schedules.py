@@ -18,6 +18,11 @@ from lightning_thor.curvature.callables import StepFn
 class Exponential:
     """``start * factor ** (step / every_n_steps)``; all three are greater than 0.
 
+    Args:
+        start: value at step 0.
+        factor: what it is multiplied by each ``every_n_steps``.
+        every_n_steps: steps from one factor to the next.
+
     >>> Exponential(0.2, factor=0.5, every_n_steps=100)(200)
     0.05
     """
@@ -38,6 +43,12 @@ class Polynomial:
     """From ``start`` to ``end`` in ``n_steps``: ``end + (start - end) * (1 - step / n_steps) ** power``, then ``end``.
 
     All four are greater than 0.
+
+    Args:
+        start: value at step 0.
+        end: value from ``n_steps`` on.
+        n_steps: steps from one to the other.
+        power: 1 is a straight line, more falls faster at first.
 
     >>> decay = Polynomial(1.1, end=0.1, n_steps=10, power=2.0)
     >>> decay(0), decay(5), decay(20)

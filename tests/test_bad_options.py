@@ -58,7 +58,7 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
         ({"block_size": "auto"}, r"choose_block_size\(model, loss_of_a_batch\)"),
     ],
     (ThorCallback,): [
-        ({"block_size": "automatic"}, r"block_size must be an int of at least 1.*'automatic'"),
+        ({"block_size": "Auto"}, r"block_size must be an int of at least 1.*\"auto\" \(ThorCallback\), got 'Auto'"),
         ({"loss_terms": 3}, "loss_terms must be a function of a batch"),
     ],
     (thor, thor_group): [

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_thor.curvature.silence import silent_layers
 from lightning_thor.distributed.factor_reducer import FactorReducer
 from lightning_thor.factors.state import ROWS, FactorState
 from lightning_thor.layers.base import Layer, ModuleUse
@@ -241,40 +242,42 @@ class FactorAccumulator:
 
     # ── layers that are silent ──
 
-    def check_that_layers_fire(self, due: tuple[int, ...]) -> None:
+    def check_that_layers_fire(self, due: tuple[int, ...], cause_of: Callable[[int], str]) -> None:
         """Warn of layers that are due and had no pair: at the first refresh of all such, later once of each that had
         one before. Called after the sum over processes.
 
         Args:
             due: numbers of the layers.
+            cause_of: says why a layer had none, see `lightning_thor.curvature.silence`.
 
         Raises:
-            RuntimeError: at the first refresh no layer had one, on any process.
+            RuntimeError: at the first refresh no layer had one, on any process, and no weight has a gradient.
         """
         silent = [number for number in due if number not in self._observed]
         if self._checked:
-            self._check_that_layers_still_fire(silent)
+            self._check_that_layers_still_fire(silent, cause_of)
         elif silent:
-            self._check_that_layers_fire_at_first([self._layers[number].name for number in silent], len(due))
+            self._check_that_layers_fire_at_first(silent, len(due), cause_of)
         if not self._checked:
             self._warned_of_silence.update(silent)
         self._checked = True
 
-    def _check_that_layers_fire_at_first(self, silent: list[str], n_due: int) -> None:
-        advice = (
-            "Their modules were not called, or were called without gradients: call modules (not F.linear with their "
-            "weight), and call optimizer.step() after a backward pass in training mode."
-        )
+    def _check_that_layers_fire_at_first(self, silent: list[int], n_due: int, cause_of: Callable[[int], str]) -> None:
+        names = [layer.name for layer in self._layers]
+        have_gradients = any(p.grad is not None for layer in self._layers for p in layer.parameters)
         # After the sum over ranks, so that all of them raise, or none: a rank alone would leave the others waiting.
-        if len(silent) == n_due and not self._factors.counts.any():
-            raise RuntimeError(f"No layer was observed before the first step ({name_some(silent)}). {advice}")
+        if len(silent) == n_due and not have_gradients and not self._factors.counts.any():
+            raise RuntimeError(
+                f"None of the {len(names)} layers with curvature ({name_some(names)}) was observed, and none has a "
+                "gradient: the optimizer steps on parameters of another model. Build Curvature and Thor of one model."
+            )
         warnings.warn(
-            f"{len(silent)} of {n_due} layers with curvature were not observed before the first step (in "
-            f"this process) and take their plain gradient until they are: {name_some(silent)}. {advice}",
+            f"{len(silent)} of {n_due} layers with curvature were not observed before the first step (in this process) "
+            f"and take their plain gradient until they are. {silent_layers(silent, names, cause_of)}",
             stacklevel=5,
         )
 
-    def _check_that_layers_still_fire(self, silent: list[int]) -> None:
+    def _check_that_layers_still_fire(self, silent: list[int], cause_of: Callable[[int], str]) -> None:
         # Frozen layers are silent by intent.
         new = [
             number
@@ -286,12 +289,13 @@ class FactorAccumulator:
         self._warned_of_silence.update(new)
         # Read once for each layer: it waits for the device.
         n_rows = self._factors.counts[new, ROWS].tolist()
-        names = [self._layers[number].name for number, rows in zip(new, n_rows, strict=True) if not rows]
-        if names:
+        told = [number for number, rows in zip(new, n_rows, strict=True) if not rows]
+        if told:
+            names = [layer.name for layer in self._layers]
             warnings.warn(
-                f"{name_some(names)}: observed before, but not at this refresh, and goes on with the curvature that it "
-                "has. Its module was not called since the last step, was called without gradients or in another way "
-                "(F.linear with its weight). This is told once for each layer.",
+                f"{name_some([names[number] for number in told])}: observed before, but not at this refresh, and goes "
+                f"on with the curvature that it has. {silent_layers(told, names, cause_of)} This is told once for each "
+                "layer.",
                 stacklevel=5,
             )
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from lightning_thor.curvature.accumulator import FactorAccumulator
 from lightning_thor.curvature.callables import NumberFn
+from lightning_thor.curvature.export import export_factors
 from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.refresh_schedule import Interval, RefreshSchedule
+from lightning_thor.curvature.silence import Call, why_silent
 from lightning_thor.curvature.state_dict import curvature_state, load_curvature_state
 from lightning_thor.distributed.assignment import refresh_costs
 from lightning_thor.distributed.communicator import Communicator, SingleProcess, WorkerGrid
@@ -30,6 +32,7 @@ from lightning_thor.factors.state import ELEMENTS, ROWS, FactorState, Solve, fac
 from lightning_thor.factors.trace_rule import UPDATE, decide, trace_rule_of
 from lightning_thor.layers.base import attention_uses
 from lightning_thor.layers.discovery import (
+    coverage,
     discover_layers,
     matrix_layers,
     name_some,
@@ -116,8 +119,10 @@ class Curvature:
     Attributes:
         layers: the layers with curvature, by name.
         left_out: why the others have none, by name.
+        coverage: the share of the trained weights that had curvature when it was built.
         polar_layers: those that have polar directions: in polar mode linear layers and convolutions but for the last.
         step: applied steps so far.
+        last_damping: the ``damping`` of the last inversion here, None before.
     """
 
     def __init__(
@@ -153,6 +158,9 @@ class Curvature:
         # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
         self.is_listening: Callable[[], bool] = partial(getattr, model, "training")
         self._paused = False
+        self.last_damping: float | None = None
+        self._calls: dict[int, Call] = {}
+        """What became of the last call of each layer that is due, by its number."""
         parameters = None if parameters is None else set(parameters)
         chosen = MODES[mode]
         matrices = matrix_layers(model) if chosen.has_diagonal_head or chosen.uses_matrix_sign else []
@@ -166,6 +174,7 @@ class Curvature:
             diagonal_G=matrices[-1:] if chosen.has_diagonal_head else [],
         )
         warn_of_low_coverage(model, self.layers, self.left_out, parameters)
+        self.coverage = coverage(model, self.layers, parameters)
         self.polar_layers = {name for name in matrices[:-1] if name in self.layers and chosen.uses_matrix_sign}
         self.factors = factor_state_of(self.layers, chosen.decomposition)
         self._trace_rule = trace_rule_of(trace_rule)
@@ -293,6 +302,12 @@ class Curvature:
         return self._schedule.refreshes, self._schedule.turns()
 
     @property
+    def inverse_age(self) -> float:
+        """Steps from the inversion of the inverses that the last step used to that step, on average over layers; after
+        `load_state_dict` counted from there."""
+        return self._schedule.mean_age()
+
+    @property
     def gradient_unit(self) -> float | Tensor:
         """Power of two that output gradients are divided by to be rows of G, see `FactorState.gradient_unit`."""
         unit = self.factors.gradient_unit
@@ -342,7 +357,7 @@ class Curvature:
         """Average and refresh what is due; once per applied step, between backward and `precondition`.
 
         Raises:
-            RuntimeError: at the first refresh, if no layer at all was observed.
+            RuntimeError: at the first refresh, if no layer was observed and no weight of theirs has a gradient.
         """
         if self._found is not None:
             self._settle()
@@ -365,7 +380,8 @@ class Curvature:
         # Fewer than before, if `_agree` left some out.
         due = schedule.due()
         if due:
-            self._accumulator.check_that_layers_fire(due)
+            self._accumulator.check_that_layers_fire(due, self._why_silent)
+            self._calls.clear()
             if schedule.stagger and not schedule.costs:
                 schedule.costs = self._refresh_costs()
         with self._full_precision():
@@ -374,7 +390,8 @@ class Curvature:
             inverted = schedule.due_inversions()
             if inverted:
                 failed = factors.failed_inversions.clone()
-                factors.invert(factors.index(inverted), self.damping_rule, self.damping_now(), self.solve)
+                self.last_damping = self.damping_now()
+                factors.invert(factors.index(inverted), self.damping_rule, self.last_damping, self.solve)
                 self._shared.add_up_(factors.failed_inversions, before=failed)
         schedule.advance(decisions)
         self._accumulator.next_window()
@@ -596,15 +613,42 @@ class Curvature:
             twin.close()
         return twin
 
+    def export(self) -> dict[str, dict[str, Any]]:
+        """The factors by layer name, as copies in float64; waits for the device.
+
+        They are the empirical K-FAC approximation of the Fisher matrix of the per-sample loss, block-diagonal, averaged
+        over the windows of the refreshes (see ``averaging``), without damping: for a weight ``[out, in]``, flattened
+        row by row, E[∇W ∇Wᵀ] ≈ G ⊗ A. A is the mean over rows, G over samples of the sum over their positions. Where
+        several processes train together each has the same.
+
+        Returns:
+            For each layer:
+
+            * ``"A"``, ``"G"``: diagonal blocks ``[groups, n_blocks, size, size]``, the last one padded with zeros
+              beyond ``"A_width"``, ``"G_width"``; size 1 is a diagonal. Without ``"A"`` (norms) G is the diagonal of
+              the parameters' own Fisher matrix. Groups are those of a grouped convolution, or fused parts.
+            * ``"A_eigenvalues"``, rising, ``[groups, n_blocks, size]``, and ``"A_eigenvectors"``, in columns; as of G.
+            * ``"n_windows"``: refreshes whose statistics the average holds; 0: never observed, and all zeros.
+            * ``"rows_per_sample"``: positions of a convolution or sequence, as last seen.
+            * ``"with_bias"``: True if the bias is the last column of the weight here, and the last coordinate of A.
+            * ``"tied_to"``: name of the layer that this one's factors are added to at inversion, or None.
+        """
+        return export_factors(self.layers, self.factors)
+
     def n_bytes(self, name: str) -> int:
         """Memory of one layer's window sums, factors and, if they are stored here, inverses, in bytes."""
         return self.factors.n_bytes(list(self.layers).index(name))
 
     def _is_open(self, name: str) -> bool:
         index, use = self._accumulator.uses[name]
-        if not self._schedule.is_due(index) or self._paused or not self.is_listening():
+        if not self._schedule.is_due(index):
             return False
-        return use.trains
+        call = Call.PAUSED if self._paused else Call.OBSERVED if self.is_listening() else Call.NOT_TRAINING
+        self._calls[index] = call
+        return call is Call.OBSERVED and use.trains
+
+    def _why_silent(self, number: int) -> str:
+        return why_silent(list(self.layers.values())[number], self._calls.get(number))
 
     def _refresh_costs(self) -> list[float]:
         # Waits for the device, once in a run: a layer's cost is known only when its rows have been seen.

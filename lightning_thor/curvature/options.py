@@ -49,7 +49,7 @@ OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "damping_rule": _one_of(RULES),
     "block_size": (
         lambda value: value is None or _is_count(value),
-        "must be an int of at least 1, or None for whole factors",
+        'must be an int of at least 1, None for whole factors, or "auto" (ThorCallback)',
     ),
     "update_every_n_steps": (
         lambda value: value is None or callable(value) or _is_count(value),

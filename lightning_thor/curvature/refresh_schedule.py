@@ -93,6 +93,8 @@ class RefreshSchedule:
         self.has_stopped = [False] * n_layers
         self.refreshes = 0
         """Inversions so far, counted by layer."""
+        self.inverted_at = [-1] * n_layers
+        """The step of each layer's last inversion, or the last one before this schedule was restored."""
         self._turns = 0
         self._pending: list[_Pending] = []
         self.earliest = 0
@@ -139,7 +141,10 @@ class RefreshSchedule:
             ValueError: the interval function returned something that is not a whole number of at least 1.
         """
         due = self.due()
-        self.refreshes += len(self._decided(UPDATE) if self.decides else due)
+        inverted = self._decided(UPDATE) if self.decides else due
+        self.refreshes += len(inverted)
+        for layer in inverted:
+            self.inverted_at[layer] = self.step
         for layer in self._decided(STOP):
             self.has_stopped[layer] = True
         self._pending = [one for one in self._pending if one.step + DECISION_DELAY_STEPS > self.step]
@@ -166,6 +171,11 @@ class RefreshSchedule:
     def dismissed(self) -> list[int]:
         """The layers that have no more turns because they are left out."""
         return [layer for layer, step in enumerate(self.next_steps) if step >= NEVER]
+
+    def mean_age(self) -> float:
+        """Steps between the last step and the inversion of the inverses that it used, on average over layers; after
+        `restore`, which does not know when that was, counted from there."""
+        return self.step - 1 - sum(self.inverted_at) / max(len(self.inverted_at), 1)
 
     def turns(self) -> int:
         """How many refreshes, counted by layer, there would have been so far without a trace rule."""
@@ -194,6 +204,7 @@ class RefreshSchedule:
         costs: Sequence[float] = (),
     ) -> None:
         """Go on from another schedule's state; without a trace rule no layer has stopped."""
+        self.inverted_at = [step - 1] * len(next_steps)
         self.step, self.next_steps = step, next_steps
         self.has_stopped = [stopped and self.has_trace_rule for stopped in has_stopped]
         self.refreshes, self._turns, self.costs = refreshes, turns, list(costs)

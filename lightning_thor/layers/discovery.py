@@ -126,6 +126,8 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
     inside: dict[nn.Module, nn.MultiheadAttention] = {}
     for full_name, module in model.named_modules():
         name = uncompiled_name(full_name)
+        if _owner(name) != name:
+            continue  # the parts of a parametrized weight
         if isinstance(module, nn.MultiheadAttention):
             inside.update((child, module) for child in module.modules() if child is not module)
             yield from _projections(name, module)
@@ -149,6 +151,9 @@ def _projections(name: str, module: nn.MultiheadAttention) -> Iterator[ModuleUse
 
 def _check(use: ModuleUse, only: Set[nn.Parameter] | None, statistics: KfacApprox) -> LayerKind | str:
     """The kind of a use, or why it has no curvature with these statistics."""
+    parameters = list(use.module.parameters())
+    if parameters and not any(p.requires_grad for p in parameters):
+        return "frozen"
     found = find_kind(use.module)
     if found is None or statistics.rows_of(found[0]) is None:
         return unsupported_reason(use.module)
@@ -243,28 +248,60 @@ def trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(False)
 
 
+LOW_COVERAGE = 0.5
+"""Share of the trained weights below which too few have curvature."""
+LOW_COVERAGE_ADVICE = (
+    "Give modules of your own curvature with lightning_thor.register_layer; write experts that lie in one stacked "
+    "parameter as a list of nn.Linear, one for each expert."
+)
+
+
+def coverage(model: nn.Module, layers: Mapping[str, Layer], only: Set[nn.Parameter] | None) -> float:
+    """The share of the trained weights, of ``only`` these parameters if given, that have curvature; 0 if none train."""
+    of_training, own = _trained_and_own(model, layers, only)
+    n_trained, n_own = (sum(p.numel() for p in some if not _is_lazy(p)) for some in (of_training, own))
+    return n_own / n_trained if n_trained else 0.0
+
+
 def warn_of_low_coverage(
-    model: nn.Module, layers: Mapping[str, Layer], left_out: Mapping[str, str], only: set[nn.Parameter] | None
+    model: nn.Module, layers: Mapping[str, Layer], left_out: Mapping[str, str], only: Set[nn.Parameter] | None
 ) -> None:
     """Warn where less than half of the trained weights have curvature, and name the largest that have none."""
-    of_training = {p for p in model.parameters() if p.requires_grad and (only is None or p in only)}
-    own = {p for layer in layers.values() for p in layer.parameters}
-    n_trained, n_own = (sum(p.numel() for p in some if not _is_lazy(p)) for some in (of_training, own))
-    if not layers or 2 * n_own >= n_trained:
+    share = coverage(model, layers, only)
+    if not layers or share >= LOW_COVERAGE:
         return
-    sizes = {
-        name: sum(p.numel() for p in module.parameters(recurse=False) if p in of_training - own and not _is_lazy(p))
-        for name, module in ((uncompiled_name(name), module) for name, module in model.named_modules())
-    }
+    of_training, own = _trained_and_own(model, layers, only)
+    sizes: dict[str, int] = {}
+    for full_name, module in model.named_modules():
+        name = _owner(uncompiled_name(full_name))
+        lacking = [p for p in module.parameters(recurse=False) if p in of_training - own and not _is_lazy(p)]
+        sizes[name] = sizes.get(name, 0) + sum(p.numel() for p in lacking)
     largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > 0]
     reasons = dict.fromkeys(left_out[name] for name in largest if name in left_out)
     warnings.warn(
-        f"Curvature preconditions {n_own / n_trained:.0%} of the weights that are trained. The largest of the others "
-        f"are those of {name_some(largest, 3)} ({'; '.join(list(reasons)[:3]) or 'plain parameters'}). Give modules of "
-        "your own curvature with lightning_thor.register_layer; write experts that lie in one stacked parameter as a "
-        "list of nn.Linear, one for each expert.",
+        f"Curvature preconditions {share:.0%} of the weights that are trained. The largest of the others "
+        f"are those of {name_some(largest, 3)} ({'; '.join(list(reasons)[:3]) or 'plain parameters'}). "
+        f"{LOW_COVERAGE_ADVICE}",
         stacklevel=3,
     )
+
+
+def _trained_and_own(
+    model: nn.Module, layers: Mapping[str, Layer], only: Set[nn.Parameter] | None
+) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
+    """The parameters that train, and those that have curvature."""
+    trained = {p for p in model.parameters() if p.requires_grad and (only is None or p in only)}
+    return trained, {p for layer in layers.values() for p in layer.parameters}
+
+
+def _owner(name: str) -> str:
+    """The module whose parameter a module stands for: of `torch.nn.utils.parametrize` the one that it parametrizes.
+
+    >>> _owner("net.0.parametrizations.weight"), _owner("net.0"), _owner("parametrizations.weight")
+    ('net.0', 'net.0', '')
+    """
+    parts = name.split(".")
+    return ".".join(parts[: parts.index("parametrizations")]) if "parametrizations" in parts else name
 
 
 def _is_lazy(p: nn.Parameter) -> bool:

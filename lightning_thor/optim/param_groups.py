@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
 
-from lightning_thor.optim.thor import Thor
+from lightning_thor.optim.thor import FOREIGN_OPTIONS, Thor
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
@@ -25,12 +26,20 @@ def configure_thor(module: nn.Module, lr: float = 3e-3, *, weight_decay: float =
 
     Raises:
         ValueError: nothing in ``module`` is trained, or an option is out of its range.
-        TypeError: an option that `Thor` does not have.
+        TypeError: ``module`` is no module, or an option that `Thor` does not have.
 
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
     >>> [(len(g["params"]), g["weight_decay"]) for g in configure_thor(net, weight_decay=0.1).param_groups]
     [(1, 0.1), (3, 0.0)]
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            "configure_thor takes the module itself, configure_thor(self, lr=...), whose layers it must see; got "
+            f"a {type(module).__name__}. Parameters alone go into Thor(parameters, lr=...)."
+        )
+    unknown = options.keys() - inspect.signature(Thor).parameters
+    if unknown:
+        raise TypeError(f"configure_thor does not know {', '.join(sorted(unknown))}. {FOREIGN_OPTIONS}")
     trained = [p for p in module.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True: nothing to train.")

@@ -35,6 +35,12 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 OPTIONS = ("mode", "nesterov", "decoupled_weight_decay", *RANGES)
 
+FOREIGN_OPTIONS = (
+    'AdamW\'s betas are momentum and, with mode="adam", beta2. damping, block_size, update_every_n_steps and what else '
+    "concerns the curvature are options of ThorCallback, or outside Lightning of Curvature."
+)
+"""For those who give `Thor` options of others."""
+
 GRADIENT_RMS = "gradient_rms"
 """Key of each group, with one value for all: root mean square of the largest gradients of this training, see
 `lightning_thor.optim.fading`. Saved with the options, but no option."""
@@ -140,6 +146,11 @@ class Thor(Optimizer):
         preconditioner: Preconditioner | None = None,
     ) -> None:
         arguments = locals()
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"Thor takes parameters, got a {type(params).__name__}: write configure_thor(model, lr=...), which "
+                "leaves biases and norms without weight decay, or Thor(model.parameters(), lr=...)."
+            )
         self.preconditioner = preconditioner
         self.numbered: tuple[nn.Parameter, ...] | None = None
         """All parameters of the model, in its order, if known; see `state_dict`."""
@@ -392,7 +403,8 @@ def _matches_rms(group: Mapping[str, Any]) -> bool:
 
 def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
     if unknown:
-        raise ValueError(f"Thor does not know the option {', '.join(sorted(unknown))} of a parameter group.")
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"Thor does not know the option {names} of a parameter group. {FOREIGN_OPTIONS}")
     if group["mode"] not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {group['mode']!r}.")
     if isinstance(group["lr"], Tensor):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -22,32 +22,57 @@ from lightning_thor.optim.thor import Preconditioner, Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.trainer.block_size_trial import try_block_sizes
-from lightning_thor.trainer.report import print_curvature, report_split
+from lightning_thor.trainer.fit_report import FitFigures, print_fit
+from lightning_thor.trainer.report import report_split
+from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
+from lightning_thor.trainer.update_ratio import Sample, sample_weights, update_ratio
 
 
 class ThorCallback(Callback):
     """Gives the `Thor` optimizer of a fit its curvature, for the mode it has; use it with ``return
-    configure_thor(self)``. It serves one `Thor`, beside any other optimizers.
+    configure_thor(self)``. It serves one `Thor`, beside any other optimizers; a Trainer takes one of it. `Curvature`
+    explains its options at length.
 
     Args:
-        damping, damping_rule, block_size, update_every_n_steps, averaging, precondition_bias, stagger,
-            trace_rule, max_rows, statistics, loss_reduction, fused: as in `Curvature`. With ``block_size="auto"`` it is
-            chosen when fit starts, on the first training batch, by `lightning_thor.choose_block_size`; a resumed
-            run goes on with its checkpoint's. A function of the step is in a configuration file a class of such, by
-            ``class_path``: one of `lightning_thor.schedules`, or your own.
+        damping: greater than 0, added to the eigenvalues of the factors, or a function of the step. (A function is in a
+            configuration file a class of such, by ``class_path``: one of `lightning_thor.schedules`, or your own.)
+        damping_rule: how damping is shared between A and G: ``"trace"`` (relative to their mean eigenvalues), ``"pi"``
+            or ``"sqrt"`` (absolute).
+        block_size: size of the largest diagonal block of a factor; None keeps factors whole; ``"auto"`` chooses it when
+            fit starts, on the first training batch, by `lightning_thor.choose_block_size`, and a resumed run goes on
+            with its checkpoint's.
+        update_every_n_steps: steps from one refresh of the curvature to the next, or a function of the step.
+        averaging: weight of the past in the factors' moving average, in [0, 1); 0 uses the last batch alone.
+        precondition_bias: take biases of linear layers and convolutions into A; otherwise they take plain momentum.
+        stagger: refresh each layer at a step of its own within the interval, so that step times stay flat.
+        trace_rule: invert a layer only if the trace of its curvature moved: ``"THOR"``, ``"THOR_stop"``, ``"THOR_NT"``
+            or ``(update_above, stop_below)``; None inverts all.
+        max_rows: rows of a batch to take statistics from, shared by all processes; None for all.
+        statistics: ``"expand"`` takes each position of a convolution or sequence as a row, ``"reduce"`` each sample,
+            ``"thor"`` what MindSpore's nn.thor does.
+        loss_reduction: ``"mean"`` or ``"sum"``: how the loss reduces over samples.
+        fused: number of parts of linear layers whose outputs are a concatenation, by pattern of the name, such as
+            ``{"*.qkv": 3}``.
         loss_terms: gives, of a training batch, how many terms the mean of its loss has: a number, or a 0-dimensional
             tensor. As in `Curvature`; needed where labels are left out of the mean and their number differs between
             micro-batches or processes: ``lambda batch: (batch["labels"] != -100).sum()``.
-        summary: print a table of what is preconditioned when fit starts, and how a block size was chosen; the latter is
-            also saved, as ``thor_split.json`` and, where matplotlib is, ``thor_split.png``, beside the logger's files.
+        summary: print what is preconditioned when fit starts, and how a block size was chosen; the latter is also
+            saved, as ``thor_split.json`` and, where matplotlib is, ``thor_split.png``, beside the logger's files.
+            Equal layers are one row; ``"full"`` has a row for each. With ``Trainer(enable_model_summary=False)``
+            nothing is printed.
 
     Raises:
         ValueError: an option out of its range.
 
-    Logs, where there is a logger, at each epoch's end: ``thor/failed_inversions`` and ``thor/rejected_windows``, the
-    blocks that kept an old inverse and the layers' windows that were left out for not being finite, so far; with a
-    trace rule ``thor/refreshed_share``, the refreshes that were done over those that there would have been without it.
+    Logs, where there is a logger, every ``log_every_n_steps`` of the Trainer: ``thor/refreshes``, the refreshes of a
+    layer so far, on average; ``thor/inverse_age``, the steps since its last one; ``thor/damping``, as of then; and
+    ``thor/update_to_weights``, the norm of the step over the norm of the weights, from a sample of their entries (of
+    sharded ones, of rank 0's). At each epoch's end: ``thor/failed_inversions`` and ``thor/rejected_windows``, the
+    blocks that kept an old inverse and the layers' windows that were left out for not being finite, so far: both stay 0
+    as long as all is well; with a trace rule ``thor/refreshed_share``, the refreshes that were done over those that
+    there would have been without it. When fit ends, these figures are printed with advice, unless ``summary`` is False
+    or the model's summary or the progress bar is off.
     """
 
     def __init__(
@@ -66,7 +91,7 @@ class ThorCallback(Callback):
         loss_reduction: str = "mean",
         fused: dict[str, int] | None = None,
         loss_terms: BatchFn | None = None,
-        summary: bool = True,
+        summary: bool | Literal["full"] = True,
     ) -> None:
         super().__init__()
         # "auto" is the callback's own value.
@@ -74,10 +99,13 @@ class ThorCallback(Callback):
         self._options["block_size"] = block_size
         if loss_terms is not None and not callable(loss_terms):
             raise ValueError(f"loss_terms must be a function of a batch, or None, got {loss_terms!r}.")
+        if not (isinstance(summary, bool) or summary == "full"):
+            raise ValueError(f'summary must be True, False or "full", got {summary!r}.')
         self._loss_terms = loss_terms
         self._batch: Any = None
         """The training batch under way, where `loss_terms` is to be asked of it."""
         self.summary = summary
+        self._is_measuring = False
         self.curvature: Curvature | None = None
         """The curvature of the present or last fit."""
         self.block_size: int | None = None
@@ -91,6 +119,12 @@ class ThorCallback(Callback):
         self._applied = 0
         self._called = 0
         self._told = 0
+        self._begin = FitFigures()
+        """The counts when training began."""
+        self._weights: Sample | None = None
+        """A sample of the weights before the step that is logged."""
+        self._ratio_sum: float | Tensor = 0.0
+        self._n_ratios = 0
 
     @property
     def state_key(self) -> str:
@@ -100,7 +134,8 @@ class ThorCallback(Callback):
     def measure_block_size(self) -> None:
         """From now on choose the block size when a fit starts, whatever was given, and report it."""
         self._options["block_size"] = "auto"
-        self.summary = True
+        self.summary = self.summary or True
+        self._is_measuring = True
 
     # ── wiring ──
 
@@ -109,8 +144,11 @@ class ThorCallback(Callback):
         if not self._fitting:
             return
         check_strategy(trainer.strategy)
+        # Lightning's own error comes first, unless one was appended to the list.
+        if sum(isinstance(one, ThorCallback) for one in _callbacks_of(trainer)) > 1:
+            raise ValueError("Trainer(callbacks=...) has more than one ThorCallback: leave one, with all the options.")
         # To the front: LearningRateFinder and BatchSizeFinder train inside their own on_fit_start, after ours then.
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = _callbacks_of(trainer)
         callbacks.remove(self)
         callbacks.insert(0, self)
         self._restored = None
@@ -152,14 +190,15 @@ class ThorCallback(Callback):
         if not self.curvature.layers:
             rank_zero_warn(
                 "ThorCallback found no layer to precondition: all parameters take "
-                f"{MODES[self.curvature.mode].fallback}. Its table of left-out layers says why (summary=True)."
+                f"{MODES[self.curvature.mode].fallback}. What it prints when fit starts says why (summary=True)."
             )
+        quiet = self._is_quiet(trainer)
         if self.summary and self.split is not None:
             folder = trainer.log_dir or trainer.default_root_dir  # on all ranks: it is a broadcast
             if trainer.is_global_zero:
-                report_split(self.split, folder)
+                report_split(self.split, folder, quiet=quiet)
         if self.summary and trainer.is_global_zero:
-            print_curvature(self.curvature)
+            print_curvature(self.curvature, full=self.summary == "full", quiet=quiet)
 
     def _decide_block_size(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[torch.nn.Parameter]
@@ -185,12 +224,16 @@ class ThorCallback(Callback):
         if self.curvature is not None:
             self._applied, self._called = self.curvature.step, trainer.global_step
             self._told = sum(self._troubles())
+            self._begin, self._ratio_sum, self._n_ratios = self._figures(), 0.0, 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._loss_terms is not None:
             self._batch = batch
+        self._weights = None
+        if self._optimizer is not None and trainer._logger_connector.should_update_logs:
+            self._weights = sample_weights(self._optimizer)
 
     def _terms_of_the_batch(self) -> Any:
         assert self._loss_terms is not None
@@ -207,7 +250,24 @@ class ThorCallback(Callback):
         # In manual optimization another optimizer may have stepped; what is not finite is left out all the same.
         if skipped and pl_module.automatic_optimization and _scaler_of(trainer) is not None:
             self.curvature.discard()
+        if self.curvature.step != self._applied and self._weights:
+            self._log_step(trainer, pl_module, update_ratio(self._weights))
+        self._weights = None
         self._called, self._applied = trainer.global_step, self.curvature.step
+
+    def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ratio: Tensor) -> None:
+        assert self.curvature is not None
+        self._ratio_sum, self._n_ratios = self._ratio_sum + ratio, self._n_ratios + 1
+        if trainer.logger is not None:
+            done, _ = self.curvature.refreshes
+            figures: dict[str, Any] = {
+                "thor/refreshes": done / max(len(self.curvature.layers), 1),
+                "thor/inverse_age": self.curvature.inverse_age,
+                "thor/update_to_weights": ratio,
+            }
+            if self.curvature.last_damping is not None:
+                figures["thor/damping"] = self.curvature.last_damping
+            pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.curvature is None:
@@ -245,6 +305,27 @@ class ThorCallback(Callback):
         """Blocks that could not be inverted, and layers' windows that were not finite, so far. Waits for the device."""
         assert self.curvature is not None
         return int(self.curvature.factors.failed_inversions), int(self.curvature.factors.rejected_windows)
+
+    def _figures(self) -> FitFigures:
+        """Counts so far. Waits for the device."""
+        assert self.curvature is not None
+        (done, turns), (failed, rejected) = self.curvature.refreshes, self._troubles()
+        return FitFigures(self.curvature.step, done, turns, failed, rejected)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_silent = not self.summary or self._is_quiet(trainer) or trainer.progress_bar_callback is None
+        if self.curvature is None or is_silent or not trainer.is_global_zero:
+            return
+        figures = self._figures() - self._begin
+        if not figures.n_steps:
+            return
+        updates = self.curvature.factors.updates.tolist()
+        idle = [name for name, n in zip(self.curvature.layers, updates, strict=True) if not n]
+        ratio = float(self._ratio_sum) / self._n_ratios if self._n_ratios else None
+        print_fit(replace(figures, update_ratio=ratio, idle=tuple(idle)), len(self.curvature.layers))
+
+    def _is_quiet(self, trainer: pl.Trainer) -> bool:
+        return not self._is_measuring and not any(isinstance(one, ModelSummary) for one in _callbacks_of(trainer))
 
     # ── leaving ──
 
@@ -314,6 +395,12 @@ class _LossMultiplier:
         # Scaling a one instead of get_scale(), which waits for the device.
         scale: Tensor = scaler.scale(torch.ones((), device=self.trainer.strategy.root_device))
         return scale / n
+
+
+def _callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """The trainer's own list."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 def _scaler_of(trainer: pl.Trainer) -> Any | None:

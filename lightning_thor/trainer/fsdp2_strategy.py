@@ -35,8 +35,9 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         data_parallel_size: number of ranks that share the weights and the batch; ``"auto"`` is all of them (of
             Lightning's strategy, the number of nodes).
         tensor_parallel_size: 1 or ``"auto"``, which is 1 too.
-        factor_bucket_mb: as of `lightning_thor.ThorDDPStrategy`.
-        split_indices: as of `lightning_thor.ThorDDPStrategy`.
+        factor_bucket_mb: megabytes (2²⁰ bytes) at which a bucket of factors is closed, see
+            `lightning_thor.ThorDDPStrategy`.
+        split_indices: instead, the last layer of each bucket, see there.
         bf16_factors: has no effect any more.
         **kwargs: as of Lightning's strategy, such as ``save_distributed_checkpoint``.
 

@@ -1,4 +1,4 @@
-"""Reports on what is preconditioned and how the block size was chosen: rich tables, and a picture."""
+"""How the block size was chosen: a rich table, a picture and JSON."""
 
 from __future__ import annotations
 
@@ -6,68 +6,16 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from lightning_thor.block_size.choose import BlockSplit
-from lightning_thor.curvature.curvature import Curvature
-from lightning_thor.layers.discovery import uncompiled_name
-from lightning_thor.linalg.block_diagonal import BlockPartition
-from lightning_thor.preconditioning.modes import MODES
 
 
-def curvature_table(curvature: Curvature) -> Table:
-    """Tabulate each weight that ``curvature`` found: its factors, block sizes and memory, or why it has none. A module
-    that is tied to an earlier layer has a line of its own."""
-    total = sum(curvature.n_bytes(name) for name in curvature.layers)
-    n_others = len(curvature.layers) - len(curvature.factors.has_inverse)
-    where = f" on this rank (others store the inverses of {n_others})" if n_others else ""
-    table = Table(
-        title="THOR curvature",
-        caption=f"{len(curvature.layers)} layers preconditioned, {_size(total)} in all{where}; "
-        f"other parameters, their biases too, take {MODES[curvature.mode].fallback}",
-    )
-    for column in ("layer", "type", "weight", "curvature"):
-        table.add_column(column, overflow="fold")
-    table.add_column("memory", justify="right", no_wrap=True)
-    modules = {uncompiled_name(name): module for name, module in curvature.model.named_modules()}
-    place = {name: index for index, name in enumerate(modules)}
-    used = {use.name: (name, use) for name, layer in curvature.layers.items() for use in layer.uses}
-
-    def owner(name: str) -> str:
-        # The projections of an attention are no modules.
-        return name if name in modules else name.rpartition(".")[0]
-
-    for name in sorted([*used, *curvature.left_out], key=lambda name: place[owner(name)]):
-        kind = type(modules[owner(name)]).__name__
-        if name in curvature.left_out:
-            table.add_row(name or "(root)", kind, "", f"plain: {curvature.left_out[name]}", style="dim")
-            continue
-        layer = curvature.layers[used[name][0]]
-        # Slicing a sharded parameter is a collective, and only one rank prints.
-        whole = torch.empty(layer.parameters[0].shape, device="meta")
-        shape = "×".join(map(str, layer.slice_of(whole).shape)) + (" + bias" if layer.with_bias else "")
-        if name != layer.name:
-            table.add_row(name or "(root)", kind, shape, f"tied: its rows are added to {layer.name!r}")
-            continue
-        factors = f"G {_blocks(layer.G)}" if layer.A is None else f"A {_blocks(layer.A)}, G {_blocks(layer.G)}"
-        factors += ", polar" if name in curvature.polar_layers else ""
-        if layer.tied_to is not None:
-            factors += f", tied: folded into {layer.tied_to!r}"
-        table.add_row(name or "(root)", kind, shape, factors, _size(curvature.n_bytes(name)))
-    return table
-
-
-def print_curvature(curvature: Curvature) -> None:
-    """Print `curvature_table` of ``curvature`` to standard output."""
-    Console().print(curvature_table(curvature))
-
-
-def report_split(split: BlockSplit, folder: str | Path) -> None:
-    """Print `split_table` of ``split``; save ``thor_split.json`` in ``folder`` and, where matplotlib is installed,
-    ``thor_split.png``."""
-    console = Console()
+def report_split(split: BlockSplit, folder: str | Path, *, quiet: bool = False) -> None:
+    """Print `split_table` of ``split`` unless ``quiet``; save ``thor_split.json`` in ``folder`` and, where matplotlib
+    is installed, ``thor_split.png``."""
+    console = Console(quiet=quiet)
     console.print(split_table(split))
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -140,24 +88,3 @@ def _bar(share: float, width: int = 12) -> str:
     ('━━  ', '━━━━', '    ')
     """
     return ("━" * round(share * width)).ljust(width)
-
-
-def _blocks(blocks: BlockPartition) -> str:
-    """>>> _blocks(BlockPartition(1, 256, 2, 128)), _blocks(BlockPartition(1, 10, 10, 1))
-    ('2 × 128²', 'diagonal 10')
-    """
-    if blocks.size == 1 and blocks.width > 1:
-        return f"diagonal {blocks.width}"
-    return f"{blocks.groups * blocks.n_blocks} × {blocks.size}²"
-
-
-def _size(n_bytes: int) -> str:
-    """>>> _size(512), _size(3 * 2**20)
-    ('512 B', '3.0 MiB')
-    """
-    size = float(n_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -547,7 +547,7 @@ def test_a_fit_reports_its_choice_beside_the_loggers_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], recwarn: Sequence[Any]
 ) -> None:
     logger = CSVLogger(tmp_path, name="mine")
-    found = trainer(tmp_path, ThorCallback(block_size="auto"), logger=logger, max_epochs=1)
+    found = trainer(tmp_path, ThorCallback(block_size="auto"), logger=logger, max_epochs=1, enable_model_summary=True)
     found.fit(Boring())
     text = capsys.readouterr().out
     assert f"THOR block size: {callback_of(found).block_size}" in text

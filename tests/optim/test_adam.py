@@ -13,7 +13,7 @@ from lightning_thor import Curvature, Thor, configure_thor
 from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.optim.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
-from lightning_thor.trainer.report import curvature_table
+from lightning_thor.trainer.start_report import curvature_report
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.models import every_kind as net
 from tests.helpers.models import grads_of, observed
@@ -353,4 +353,5 @@ def test_a_preconditioner_without_a_basis_is_told() -> None:
 
 @pytest.mark.parametrize(("mode", "step"), [("natural", "momentum"), ("polar", "momentum"), ("adam", "Adam")])
 def test_the_table_says_what_parameters_without_curvature_take(mode: str, step: str) -> None:
-    assert f"their biases too, take plain {step}" in str(curvature_table(Curvature(net(), mode=mode)).caption)
+    said = " ".join(map(str, curvature_report(Curvature(net(), mode=mode)).renderables))
+    assert f"Biases and plain layers take plain {step}" in said

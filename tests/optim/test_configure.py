@@ -44,6 +44,20 @@ def test_nothing_to_train_is_told() -> None:
         configure_thor(nn.Linear(2, 2).requires_grad_(False))
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model: configure_thor(model.parameters()), r"takes the module itself.*got a generator"),
+        (lambda model: Thor(model), r"takes parameters, got a Linear: write configure_thor\(model"),
+        (lambda model: configure_thor(model, betas=(0.9, 0.99)), 'does not know betas.*momentum.*mode="adam", beta2'),
+        (lambda model: configure_thor(model, damping=0.1), "does not know damping.*options of ThorCallback"),
+    ],
+)
+def test_a_wrong_call_is_told_what_was_meant(call: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        call(nn.Linear(2, 2))
+
+
 def make_momenta(optimizer: Thor) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -15,7 +15,7 @@ from lightning_thor import Curvature, Thor, configure_thor
 from lightning_thor.layers.base import Layer
 from lightning_thor.linalg.matrix_sign import msign
 from lightning_thor.preconditioning import directions
-from lightning_thor.trainer.report import curvature_table
+from lightning_thor.trainer.start_report import curvature_table
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.models import ByLinears, every_kind, grads_of, observed
 from tests.helpers.preconditioners import Identity
@@ -128,7 +128,7 @@ def test_the_table_says_which_layers_are_polar() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(curvature_table(Curvature(every_kind(), mode="polar")))
     lines = console.export_text().splitlines()
-    assert [line.split()[1] for line in lines if ", polar" in line] == ["1", "3", "4", "5"]
+    assert [line.split()[0] for line in lines if ", polar" in line] == ["1", "3", "4", "5"]
 
 
 def test_a_block_that_fails_has_a_root_of_what_natural_mode_has() -> None:

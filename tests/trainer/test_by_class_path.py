@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
+from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_thor import Curvature, ThorCallback
@@ -38,7 +41,30 @@ REFUSED = [
     {"class_path": "builtins.type"},
 ]
 ALLOWED = "a class with __call__(step), given by class_path, such as lightning_thor.schedules.Polynomial"
+CLASSES_OF_CONFIGURATIONS = [
+    "lightning_thor.Thor",
+    "lightning_thor.ThorCallback",
+    "lightning_thor.ThorDDPStrategy",
+    "lightning_thor.ThorModelParallelStrategy",
+    "lightning_thor.recipes.ResNet50Damping",
+    "lightning_thor.recipes.ResNet50LearningRate",
+    "lightning_thor.schedules.Exponential",
+    "lightning_thor.schedules.GrowingInterval",
+    "lightning_thor.schedules.PerStepLR",
+    "lightning_thor.schedules.Polynomial",
+]
 OPTIONS = ("damping", "update_every_n_steps", "schedule")
+
+
+@pytest.mark.parametrize("address", CLASSES_OF_CONFIGURATIONS)
+def test_the_help_describes_every_option_of_every_class(address: str) -> None:
+    made = import_object(address)
+    parser = ArgumentParser()
+    parser.add_class_arguments(made, "own")
+    described = {action.dest.removeprefix("own."): bool(action.help) for action in parser._actions}
+    # Those of Lightning's own strategies are Lightning's to describe.
+    options = [name for name in inspect.signature(made).parameters if name in described]
+    assert [name for name in options if not described[name]] == []
 
 
 def configuration(option: str, value: Any) -> dict[str, Any]:

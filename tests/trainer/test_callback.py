@@ -230,14 +230,14 @@ def test_the_summary_names_every_layer_and_why_others_are_left_out(
     module.rnn = nn.GRU(2, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit(tmp_path, module, ThorCallback(summary=True), max_steps=1)
+        fit(tmp_path, module, ThorCallback(summary=True), max_steps=1, enable_model_summary=True)
     printed = capsys.readouterr().out
     for words in (
         "THOR curvature",
         "net.0",
         "4×1×3×3",
         "A 1 × 9², G 1 × 4²",
-        "diagonal 32",
+        "G diagonal",
         "frozen",
         "no curvature for GRU",
     ):
@@ -335,6 +335,13 @@ def test_thor_without_the_callback_is_told(tmp_path: Path) -> None:
         found.fit(Boring())
 
 
+def test_two_callbacks_are_told(tmp_path: Path) -> None:
+    found = trainer(tmp_path)
+    found.callbacks.append(ThorCallback())  # in Trainer(callbacks=...) Lightning itself raises
+    with pytest.raises(ValueError, match="more than one ThorCallback"):
+        found.fit(Boring())
+
+
 def test_two_thors_are_told(tmp_path: Path) -> None:
     class Two(WithOptimizers):
         automatic_optimization = False
@@ -383,7 +390,7 @@ def test_a_model_without_layers_is_warned_about(tmp_path: Path) -> None:
 def test_a_layer_that_never_fires_is_named_once(tmp_path: Path) -> None:
     module = Boring()
     module.unused = nn.Linear(3, 3)
-    with pytest.warns(UserWarning, match="1 of 6 layers.*: unused.") as caught:
+    with pytest.warns(UserWarning, match="1 of 6 layers.* unused: its module was not called") as caught:
         fit(tmp_path, module)
     assert sum("not observed" in str(w.message) for w in caught) == 1
 

@@ -1,0 +1,63 @@
+"""Why a layer that was due had no pair: one cause, with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from enum import Enum
+
+from lightning_thor.layers.base import Layer
+from lightning_thor.layers.discovery import name_some
+
+
+class Call(Enum):
+    """What became of the last call of a layer that was due."""
+
+    OBSERVED = "its input waited for a gradient"
+    PAUSED = "within `Curvature.paused`"
+    NOT_TRAINING = "in eval mode, or outside of the Trainer's training"
+
+
+def why_silent(layer: Layer, call: Call | None) -> str:
+    """Say why a layer had no pair, and what to do.
+
+    Args:
+        layer: one that was due.
+        call: its last one since the step before; None if its module was not called.
+    """
+    has_gradient = any(p.grad is not None for p in layer.parameters)
+    if not any(use.trains for use in layer.uses):
+        return "frozen since"
+    if call is Call.PAUSED:
+        return "called within curvature.paused() alone"
+    if call is Call.NOT_TRAINING:
+        return "called in eval mode alone (call model.train() before)"
+    if call is Call.OBSERVED:
+        return (
+            "its gradient came from elsewhere than loss.backward(), such as torch.func or torch.autograd.grad (call "
+            "loss.backward())"
+            if has_gradient
+            else "called, but the loss does not depend on its output"
+        )
+    if not has_gradient:
+        return "its module was not called"
+    return (
+        "its weight has a gradient, but its module was not called (call the module, not F.linear or functional_call "
+        "with its weight)"
+    )
+
+
+def silent_layers(numbers: Iterable[int], names: list[str], cause_of: Callable[[int], str]) -> str:
+    """Name layers by cause.
+
+    Args:
+        numbers: of the layers.
+        names: of all layers.
+        cause_of: see `why_silent`.
+
+    >>> silent_layers([0, 2, 3], ["a", "b", "c", "d"], ["unused", "", "unused", "frozen since"].__getitem__)
+    'a, c: unused. d: frozen since.'
+    """
+    by_cause: dict[str, list[str]] = {}
+    for number in numbers:
+        by_cause.setdefault(cause_of(number), []).append(names[number])
+    return " ".join(f"{name_some(some)}: {cause}." for cause, some in by_cause.items())

@@ -1,0 +1,105 @@
+"""What the curvature did in a fit, as it is printed at the end, with advice where a figure suggests one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console, Group
+from rich.text import Text
+
+from lightning_thor.layers.discovery import name_some
+from lightning_thor.trainer.start_report import fold_names
+
+FAST = 0.1
+"""Weights that move by more than this share in one step are rarely wanted."""
+FEW_REFRESHES = 3
+"""With fewer refreshes of a layer in a fit, its inverses are those of the beginning."""
+
+
+@dataclass(frozen=True)
+class FitFigures:
+    """Counts, and what else is known at the end of a fit."""
+
+    n_steps: int = 0
+    """Applied steps."""
+    n_refreshes: int = 0
+    """Of all layers together."""
+    n_possible: int = 0
+    """As many there would have been without a trace rule."""
+    n_failed: int = 0
+    """Blocks that could not be inverted."""
+    n_rejected: int = 0
+    """Layers' statistics that were left out for not being finite."""
+    update_ratio: float | None = None
+    """Mean of the update's norm over the weights' norm, of the steps that were looked at; None if none was."""
+    idle: tuple[str, ...] = ()
+    """Layers that were never observed."""
+
+    def __sub__(self, before: FitFigures) -> FitFigures:
+        """The counts since ``before``."""
+        return FitFigures(
+            self.n_steps - before.n_steps,
+            self.n_refreshes - before.n_refreshes,
+            self.n_possible - before.n_possible,
+            self.n_failed - before.n_failed,
+            self.n_rejected - before.n_rejected,
+        )
+
+
+def print_fit(figures: FitFigures, n_layers: int) -> None:
+    """Print `fit_report` to standard output."""
+    Console().print(fit_report(figures, n_layers))
+
+
+def fit_report(figures: FitFigures, n_layers: int) -> Group:
+    """Say what the curvature did in a fit.
+
+    Args:
+        figures: of the fit.
+        n_layers: with curvature.
+
+    Returns:
+        A renderable of rich: the figures, and a line for each advice.
+    """
+    per_layer = figures.n_refreshes / max(n_layers, 1)
+    saved = figures.n_possible - figures.n_refreshes
+    line = (
+        f"THOR after {figures.n_steps} steps: each layer was refreshed {per_layer:.3g} times"
+        + (f" ({saved} of {figures.n_possible} refreshes were not needed)" if saved else "")
+        + f"; {figures.n_failed} inversions failed, {figures.n_rejected} statistics were not finite"
+        + ("" if figures.update_ratio is None else f"; a step moved the weights by {figures.update_ratio:.1%}")
+        + "."
+    )
+    advice = [Text(f"→ {one}", style="yellow") for one in advice_on(figures, per_layer)]
+    return Group(Text(line, style="bold"), *advice)
+
+
+def advice_on(figures: FitFigures, per_layer: float) -> list[str]:
+    """What the figures suggest to change.
+
+    Args:
+        figures: of the fit.
+        per_layer: refreshes of a layer.
+    """
+    advice = []
+    if figures.n_failed:
+        advice.append(f"{figures.n_failed} inversions failed, and an older inverse was kept: raise damping.")
+    if figures.n_rejected:
+        advice.append(
+            f"{figures.n_rejected} statistics were not finite and were left out: lower lr, or look for overflows in "
+            "the loss."
+        )
+    has_rule = figures.n_possible > figures.n_refreshes
+    if 0 < per_layer < FEW_REFRESHES <= figures.n_steps and not has_rule:
+        advice.append(
+            "Few refreshes: the inverses were mostly those of the first steps. Lower update_every_n_steps for a fit as "
+            "short as this."
+        )
+    if figures.update_ratio is not None and figures.update_ratio > FAST:
+        advice.append("The weights moved fast: if the loss is not steady, lower lr.")
+    if figures.idle:
+        advice.append(
+            f"Never observed, and trained by plain gradients: {name_some(fold_names(figures.idle), 3)}. Call these "
+            "modules in training_step, or freeze them."
+        )
+    return advice

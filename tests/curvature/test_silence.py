@@ -1,0 +1,88 @@
+"""The law that layers which were not observed are told with one cause, and train on by plain momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_thor import Curvature, configure_thor
+from tests.helpers.boring import assert_bitwise
+
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def in_eval_mode(model: nn.Module, curvature: Curvature) -> None:
+    model.eval()
+    model(X).square().mean().backward()
+
+
+def paused(model: nn.Module, curvature: Curvature) -> None:
+    with curvature.paused():
+        model(X).square().mean().backward()
+
+
+def by_functions(model: nn.Sequential, curvature: Curvature) -> None:
+    h = F.linear(X, model[0].weight, model[0].bias).tanh()
+    F.linear(h, model[2].weight, model[2].bias).square().mean().backward()
+
+
+def by_vmap(model: nn.Module, curvature: Curvature) -> None:
+    parameters = dict(model.named_parameters())
+
+    def loss(given: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, given, (x,)).square().mean()
+
+    grads = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, X)
+    for name, p in parameters.items():
+        p.grad = grads[name].mean(0)
+
+
+@pytest.mark.parametrize(
+    ("passes", "cause"),
+    [
+        (in_eval_mode, "called in eval mode alone"),
+        (paused, r"called within curvature.paused\(\) alone"),
+        (by_functions, "has a gradient, but its module was not called"),
+        (by_vmap, r"came from elsewhere than loss.backward\(\)"),
+    ],
+)
+def test_one_cause_is_named_and_the_step_is_one_of_plain_momentum(
+    passes: Callable[[nn.Module, Curvature], None], cause: str
+) -> None:
+    model, plain = net(), net()
+    curvature = Curvature(model)
+    optimizer = configure_thor(model, lr=0.1, match_rms=None, preconditioner=curvature)
+    passes(model, curvature)
+    with pytest.warns(UserWarning, match=rf"2 of 2 layers.*until they are. 0, 2: [\w ]*{cause}[^:]*$"):
+        optimizer.step()
+    sgd = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, nesterov=True)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        p.grad = q.grad
+    sgd.step()
+    assert_bitwise(list(model.parameters()), list(plain.parameters()))
+
+
+def test_the_curvature_of_another_model_is_refused() -> None:
+    model = net()
+    optimizer = configure_thor(model, preconditioner=Curvature(net()))
+    model(X).square().mean().backward()
+    with pytest.raises(RuntimeError, match="none has a gradient: the optimizer steps on"):
+        optimizer.step()
+
+
+def test_an_output_that_the_loss_does_not_use_is_told_from_a_module_that_is_not_called() -> None:
+    model = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)])
+    curvature = Curvature(model)
+    model[1](X)
+    model[0](X).square().mean().backward()
+    with pytest.warns(UserWarning, match="1: called, but the loss does not.* 2: its module was not called"):
+        curvature.update()

@@ -1,0 +1,90 @@
+"""Laws of what is printed when a fit starts: it fits a screen, and hides nothing."""
+
+from __future__ import annotations
+
+import io
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from benchmarks.common.models import gpt2, resnet50
+from lightning_thor import Curvature, ThorCallback
+from lightning_thor.trainer.start_report import _patterns, curvature_report
+from tests.helpers.boring import Boring, trainer
+
+
+def printed(curvature: Curvature, *, full: bool = False, width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(curvature_report(curvature, full=full, width=width))
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gpt2(vocab_size=64, context=8, width=16, heads=2),
+        lambda: resnet50(4),
+        lambda: nn.Transformer(16, 2, 3, 3, 16),
+    ],
+)
+def test_it_fits_a_screen_and_full_names_every_layer(make) -> None:
+    with torch.random.fork_rng():
+        curvature = Curvature(make())
+    lines = printed(curvature).splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 80
+    assert f"{len(curvature.layers)} layers preconditioned" in lines[0]
+    assert "…" not in "".join(lines)  # nothing was cut off
+    in_full = {line.split()[0] for line in printed(curvature, full=True, width=200).splitlines()}
+    assert curvature.layers.keys() <= in_full
+
+
+def test_folded_names_stand_for_exactly_the_names_they_fold() -> None:
+    def expand(pattern: str) -> set[str]:
+        parts = [part.strip("{}") for part in re.split(r"\.(?![^{]*\})", pattern)]
+        alternatives = [[one for each in part.split(",") for one in numbers(each)] for part in parts]
+        return {".".join(choice) for choice in product(*alternatives)}
+
+    def numbers(part: str) -> list[str]:
+        first, dash, last = part.partition("–")
+        return [str(n) for n in range(int(first), int(last) + 1)] if dash else [part]
+
+    names = [f"h.{i}.{part}.{j}" for i in (0, 1, 2, 5) for part in ("q", "k") for j in (0, 1)]
+    names += ["h.3.q.0", "h.3.k.1", "h.4.q", "x.0", "x.a", "y.1", "head"]
+    folded = _patterns(names)
+    assert len(folded) < len(names) / 2
+    assert sorted(name for _, own in folded for name in own) == sorted(names)
+    assert all(expand(pattern) == set(own) for pattern, own in folded)
+
+
+def test_a_parametrized_layer_is_named_once_and_little_curvature_says_what_to_do() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(9, 9)), nn.Linear(9, 2))
+    with pytest.warns(UserWarning, match="those of 0, 1 .its weight is not a plain parameter"):
+        curvature = Curvature(model)
+    assert list(curvature.left_out) == ["0"]
+    assert "register_layer" in printed(curvature)
+    model[0].requires_grad_(False)
+    curvature = Curvature(model)
+    assert "; 1 frozen" in printed(curvature)
+    assert "register_layer" not in printed(curvature)
+
+
+@pytest.mark.parametrize(
+    ("summary", "model_summary", "speaks"), [(True, True, True), ("full", False, False), (False, True, False)]
+)
+def test_it_is_silent_where_the_models_summary_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], summary: bool | str, model_summary: bool, speaks: bool
+) -> None:
+    found = trainer(tmp_path, ThorCallback(summary=summary), max_steps=1, enable_model_summary=model_summary)
+    found.fit(Boring())
+    assert ("THOR curvature" in capsys.readouterr().out) == speaks
+
+
+def test_summary_takes_no_other_word() -> None:
+    with pytest.raises(ValueError, match="got 'all'"):
+        ThorCallback(summary="all")  # type: ignore[arg-type]
