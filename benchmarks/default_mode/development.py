@@ -87,10 +87,11 @@ def poisson(folder: Path | None) -> Problem:
         side = torch.arange(128) % 4
         border[torch.arange(128), side // 2] = (side % 2).float()
         # One call of the network, so that each layer is used once.
-        values = model(torch.cat([inside, border]))
+        values: Tensor = model(torch.cat([inside, border]))
         second = laplacian(values[:512], inside)
         residual = second + 2 * math.pi**2 * solution(inside.detach())
-        return residual.square().mean() + 100 * values[512:].square().mean()
+        on_border: Tensor = values[512:].square().mean()
+        return residual.square().mean() + 100 * on_border
 
     def error(shift: float) -> ScoreFn:
         axis = (torch.arange(64) + shift) / 64

@@ -173,7 +173,8 @@ def _in_parts(matrices: Tensor, group: LayerGroup) -> Tensor:
     if p <= q:
         return matrices.reshape(-1, part_length(p, *G.shape[1:3]), q)
     assert A is not None
-    return matrices.unflatten(-1, (-1, part_length(q, *A.shape[1:3]))).movedim(-2, -3).flatten(0, -3)
+    columns: Tensor = matrices.unflatten(-1, (-1, part_length(q, *A.shape[1:3])))
+    return columns.movedim(-2, -3).flatten(0, -3)
 
 
 def _put_together(parts: Tensor, shape: torch.Size) -> Tensor:
