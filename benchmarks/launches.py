@@ -53,8 +53,8 @@ LIMITS = {
     "gpt": {
         "natural, plain": (0, 102),
         "natural, refresh": (265, 307),
-        "polar, plain": (0, 335),
-        "polar, refresh": (266, 473),
+        "polar, plain": (0, 342),
+        "polar, refresh": (266, 480),
         "adam, plain": (0, 138),
         "adam, refresh": (266, 397),
     },

@@ -13,7 +13,10 @@ from benchmarks.time_to_target.training import WARM_UP_SHARE, lr_share
 from lightning_thor import Curvature
 
 DEFAULT = "default"
-BASE: Mapping[str, Mapping[str, Any]] = {"curvature": {"block_size": 128}, "optimizer": {"nesterov": False}}
+BASE: Mapping[str, Mapping[str, Any]] = {
+    "curvature": {"block_size": 128, "update_every_n_steps": 10},
+    "optimizer": {"nesterov": False},
+}
 """Options of all settings that do not change them: the defaults before this study, which changed them."""
 NOISE = "lr 1 % higher"
 """Next to no change: its effect is the chaos of a training."""

@@ -365,7 +365,8 @@ class Curvature:
             self._refresh()
         else:
             self._schedule.step += 1
-        self._choose_graphs()
+        # As in `_choose_graphs`, without a call in every step.
+        self._hooks.graphs_hand_over = self._schedule.step >= self._schedule.earliest and not self._paused
 
     def _choose_graphs(self) -> None:
         """Choose whether the coming forward pass takes a compiled graph that hands pairs over."""

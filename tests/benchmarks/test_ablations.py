@@ -131,7 +131,7 @@ def sampled(loss: Any, targets: Tensor) -> tuple[WithSampledTargets, Curvature, 
     """A linear network after a forward and a backward pass on many rows, its curvature, and the rows."""
     torch.manual_seed(0)
     net = WithSampledTargets(nn.Linear(4, 3), loss)
-    net.curvature = Curvature(net, averaging=0.0, max_rows=None)
+    net.curvature = Curvature(net, averaging=0.0, max_rows=None, update_every_n_steps=10)
     x = torch.randn(len(targets), 4)
     loss(net(x), targets).backward()
     return net, net.curvature, x
