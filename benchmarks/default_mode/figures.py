@@ -10,7 +10,16 @@ from typing import Any
 from benchmarks.common.pictures import save, subplots
 from benchmarks.default_mode.settings import DEFAULT_RATE, SETTINGS
 
-HEADS = ("task", "optimizer", "lr", "final", "steps to target", "seconds to target", "of AdamW's", "ms per step")
+HEADS = (
+    "task",
+    "optimizer",
+    "lr",
+    "final",
+    "steps to target",
+    "seconds to target",
+    "of AdamW's training",
+    "ms per step",
+)
 
 
 def label(run: Mapping[str, Any]) -> str:
@@ -23,27 +32,34 @@ def cells(summary: Mapping[str, Mapping[str, Any]], *, confirmation: bool) -> It
     """Make the rows of the table under `HEADS`, of the confirmation or of the development tasks."""
     for task in (task for task in summary.values() if task["is_confirmation"] == confirmation):
         words = f"{task['words']}: {task['metric']}"
-        adamw = next((run for run in task["runs"].values() if run["setting"] == "adamw"), None)
+        own = seconds_of_adamw(task)
         for run in sorted(task["runs"].values(), key=lambda run: math.inf if run["final"] is None else run["final"]):
-            yield words, label(run), f"{run['lr']:g}", *_figures(run, adamw)
+            yield words, label(run), f"{run['lr']:g}", *_figures(run, own)
             words = ""
 
 
-def _figures(run: Mapping[str, Any], adamw: Mapping[str, Any] | None) -> tuple[str, ...]:
+def seconds_of_adamw(task: Mapping[str, Any]) -> float:
+    """Seconds of a whole training by AdamW, at whose end it has the target's score, in the mean over seeds."""
+    adamw = next(run for run in task["runs"].values() if run["setting"] == "adamw")
+    return float(adamw["curve"]["seconds"][-1])
+
+
+def _figures(run: Mapping[str, Any], adamw_seconds: float) -> tuple[str, ...]:
     final = "not finite" if run["final"] is None else f"{run['final']:.4g} ± {run['error']:.1g}"
     milliseconds = f"{run['ms_per_step']:.1f}"
     if run["seconds"] is None:
-        reached = f"{run['n_reached']} seeds got there" if run["n_reached"] else "none got there"
+        reached = f"{run['n_reached']} of 3 got there" if run["n_reached"] else "none got there"
         return final, reached, "–", "–", milliseconds
-    others = adamw["seconds"] if adamw is not None else None
-    ratio = f"{run['seconds'] / others:.2f}" if others else "–"
+    ratio = f"{run['seconds'] / adamw_seconds:.2f}"
     return final, f"{run['steps']:.0f}", f"{run['seconds']:.1f}", ratio, milliseconds
 
 
 def save_picture(summary: Mapping[str, Mapping[str, Any]], path: Path, *, confirmation: bool) -> None:
     """Draw each task's scores against seconds, a line for each optimizer at its best rate."""
     tasks = {name: task for name, task in summary.items() if task["is_confirmation"] == confirmation}
-    n_columns = 4
+    if not tasks:
+        return
+    n_columns = min(4, len(tasks))
     n_rows = math.ceil(len(tasks) / n_columns)
     figure, axes = subplots(n_rows, n_columns, figsize=(3.4 * n_columns, 2.9 * n_rows))
     for place, (name, task) in zip(axes.flat, tasks.items(), strict=False):
@@ -62,6 +78,33 @@ def save_picture(summary: Mapping[str, Mapping[str, Any]], path: Path, *, confir
     handles = {text: handle for one in axes.flat for handle, text in zip(*one.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")
     save(figure, path)
+
+
+def ratio_heads(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Make the heads of the table of `ratio_cells`: the task, then each optimizer but AdamW."""
+    present = {run["setting"] for task in summary.values() for run in task["runs"].values()}
+    others = [setting.label for name, setting in SETTINGS.items() if name in present - {"adamw"}]
+    return ["task", f"THOR, lr {DEFAULT_RATE:g} untuned", *others]
+
+
+def ratio_cells(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
+    """Make a row for each task: each optimizer's seconds to tuned AdamW's final score, over those of its training."""
+    present = {run["setting"] for task in summary.values() for run in task["runs"].values()}
+    for name, task in summary.items():
+        runs = list(task["runs"].values())
+        own = seconds_of_adamw(task)
+        untuned = next((run for run in runs if run["setting"] == "thor" and run["lr"] == DEFAULT_RATE), None)
+        best = {run["setting"]: run for run in runs if run["is_best"]}
+        chosen = [untuned, *(best.get(setting) for setting in SETTINGS if setting in present - {"adamw"})]
+        yield [name, *(_ratio(run, own) for run in chosen)]
+
+
+def _ratio(run: Mapping[str, Any] | None, adamw_seconds: float) -> str:
+    if run is None:
+        return ""
+    if run["seconds"] is None:
+        return f"{run['n_reached']} of 3 got there" if run["n_reached"] else "–"
+    return f"{run['seconds'] / adamw_seconds:.2f}"
 
 
 def rates_within(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -70,6 +70,7 @@ DEFAULT_RATE = 3e-3
 SETTINGS: Mapping[str, Setting] = {
     # A third of the default's rate, the default, and three times it.
     "thor": thor("THOR", (1e-3, DEFAULT_RATE, 1e-2), "tab:red"),
+    # Its trials of 2026-11-28 were of whole signs.
     "thor_polar": thor("THOR, polar", (3e-3, 1e-2, 3e-2), "tab:pink", mode="polar"),
     "thor_adam": thor("THOR, adam", (1e-3, 3e-3, 1e-2), "tab:olive", mode="adam"),
     "without": Setting("THOR without curvature", (1e-3, 3e-3, 1e-2), "lightgray", without_curvature),
