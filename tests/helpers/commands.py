@@ -31,25 +31,20 @@ TINY_DIGITS = (
 
 
 def python_module(*arguments: str) -> str:
-    """``python -m ...`` in the repository's root; what it printed."""
-    ended = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=ROOT,
-        env=os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert ended.returncode == 0, f"{ended.stdout}\n{ended.stderr}"[-4000:]
-    return ended.stdout
+    """``python -m ...`` in the repository's root; what it printed, without warnings."""
+    return _ended(sys.executable, "-m", *arguments).stdout
 
 
 def command(*arguments: str, folder: Path, status: int = 0) -> str:
     """Run the installed command in the repository's root; everything that it printed."""
     assert COMMAND.is_file(), f"{COMMAND} is missing: pip install -e . puts it there."
+    ended = _ended(str(COMMAND), *arguments, *paths(folder), status=status)
+    return ended.stdout + ended.stderr
+
+
+def _ended(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     ended = subprocess.run(
-        [str(COMMAND), *arguments, *paths(folder)],
+        arguments,
         cwd=ROOT,
         env=os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -57,9 +52,8 @@ def command(*arguments: str, folder: Path, status: int = 0) -> str:
         timeout=SECONDS,
         check=False,
     )
-    printed = ended.stdout + ended.stderr
-    assert ended.returncode == status, f"exit status {ended.returncode}:\n{printed[-4000:]}"
-    return printed
+    assert ended.returncode == status, f"exit status {ended.returncode}:\n{(ended.stdout + ended.stderr)[-4000:]}"
+    return ended
 
 
 def paths(folder: Path) -> tuple[str, ...]:
