@@ -35,8 +35,8 @@ lint: $(INSTALLED)  ## Style and layout
 types: $(INSTALLED)  ## Static types
 	$(BIN)/mypy
 
-unit: $(INSTALLED)  ## Tests and doctests; PYTEST_ARGS="-m 'not slow'" for the quick ones
-	$(BIN)/python -m pytest --doctest-modules lightning_thor examples benchmarks tests $(PYTEST_ARGS)
+unit: $(INSTALLED)  ## Tests and doctests in two processes; PYTEST_ARGS="-m 'not slow'" for the quick ones
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --doctest-modules lightning_thor examples benchmarks tests $(PYTEST_ARGS)
 
 # Every kind of processor adds up in another order, this one by where in memory numbers lie: tests hold on any of them.
 OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
@@ -47,7 +47,7 @@ fuzz: $(INSTALLED)  ## Thousands of drawn cases where the tests draw forty (an h
 	LIGHTNING_THOR_FUZZ=1 $(BIN)/python -m pytest -m fuzz tests
 
 portable: $(INSTALLED)  ## Quick tests that compare numbers, computed as on an old processor
-	$(OLD_PROCESSOR) $(BIN)/python -m pytest -m 'not slow' --doctest-modules lightning_thor tests \
+	$(OLD_PROCESSOR) $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow' --doctest-modules lightning_thor tests \
 		$(WITHOUT_NUMBERS:%=--ignore=tests/%)
 
 format: $(INSTALLED)  ## Rewrite the layout and fix what ruff can

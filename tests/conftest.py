@@ -19,6 +19,15 @@ settings.register_profile("fuzz", max_examples=3000, derandomize=False, deadline
 settings.load_profile("fuzz" if os.environ.get("LIGHTNING_THOR_FUZZ") == "1" else "default")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one of pytest-xdist's processes, and all that share the trainings of a launcher."""
+    for item in items:
+        module = getattr(item, "module", None)
+        launchers = [getattr(module, name) for name in ("two_ranks", "four_ranks", "ranks") if hasattr(module, name)]
+        item.add_marker(pytest.mark.xdist_group(launchers[0].__module__ if launchers else str(item.path)))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
