@@ -35,6 +35,7 @@ class ThorOnOnePage:
     lr: float = 3e-3
     momentum: float = 0.9
     match_rms: float = 0.2  # root mean square of each direction, about that of AdamW's (Liu et al., arXiv:2502.16982)
+    max_relative_step: float = 0.01  # most of lr · match_rms, over the 1 / √(3 · inputs) of nn.Linear at first
     damping: float = 0.2  # relative to the mean eigenvalue of A and of G
     averaging: float = 0.8  # weight of the past in A and G (K-FAC, section 5), bias-corrected as in Adam
     block_size: int = 64  # at most
@@ -67,7 +68,8 @@ class ThorOnOnePage:
         for layer in self.layers:  # the natural gradient, (A ⊗ G)⁻¹ vec(grad) = vec(G⁻¹ grad A⁻¹): K-FAC, section 4.2
             directions[layer.weight] = self.inverse[layer, "G"] @ directions[layer.weight] @ self.inverse[layer, "A"]
         for p, direction in directions.items():  # that of a bias is its gradient; one of zeros stays zero
-            update = direction * (self.match_rms / direction.square().mean().sqrt().clamp_min(1e-30))
+            most = math.inf if p.dim() < 2 else self.max_relative_step / (self.lr * math.sqrt(3 * p.shape[1]))
+            update = direction * min(self.match_rms, most) / direction.square().mean().sqrt().clamp_min(1e-30)
             self.momenta[p].mul_(self.momentum).add_(update)
             p -= self.lr * (update + self.momentum * self.momenta[p])  # Nesterov's momentum, as in torch.optim.SGD
         if self.n_steps == self.next_refresh:

@@ -13,6 +13,8 @@ from lightning_thor import Curvature, Thor
 from lightning_thor.optim.thor import Preconditioner
 from lightning_thor.preconditioning.grouping import Directions, Tensors
 
+LIMIT = {"max_relative_step": 0.01}
+
 
 class Identity:
     """A preconditioner that leaves gradients as they are: what is left of THOR without curvature."""
@@ -45,7 +47,8 @@ def thor(label: str, rates: tuple[float, ...], colour: str, mode: str = "natural
         curvature: Preconditioner = Curvature(model, mode=mode, **options)
         return Thor(model.parameters(), lr=lr, mode=mode, preconditioner=curvature)
 
-    return Setting(label, rates, colour, build, {"mode": mode, **options})
+    facts = {"mode": mode, **options} | ({} if mode == "adam" else LIMIT)
+    return Setting(label, rates, colour, build, facts)
 
 
 def without_curvature(model: nn.Module, lr: float, per_position: bool) -> Stepper:
@@ -70,10 +73,11 @@ DEFAULT_RATE = 3e-3
 SETTINGS: Mapping[str, Setting] = {
     # A third of the default's rate, the default, and three times it.
     "thor": thor("THOR", (1e-3, DEFAULT_RATE, 1e-2), "tab:red"),
-    # Its trials of 2026-11-28 were of whole signs.
     "thor_polar": thor("THOR, polar", (3e-3, 1e-2, 3e-2), "tab:pink", mode="polar"),
     "thor_adam": thor("THOR, adam", (1e-3, 3e-3, 1e-2), "tab:olive", mode="adam"),
-    "without": Setting("THOR without curvature", (1e-3, 3e-3, 1e-2), "lightgray", without_curvature),
+    "without": Setting(
+        "THOR without curvature", (1e-3, 3e-3, 1e-2), "lightgray", without_curvature, {"max_relative_step": 0.01}
+    ),
     "sgd": peer("sgd", (1e-2, 3e-2, 1e-1)),
     "adamw": peer("adamw", (1e-3, 3e-3, 1e-2)),
     "muon": peer("muon", (3e-3, 1e-2, 3e-2)),

@@ -30,7 +30,7 @@ from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.factors.state import ELEMENTS, ROWS, FactorState, Solve, factor_state_of
 from lightning_thor.factors.trace_rule import UPDATE, decide, trace_rule_of
-from lightning_thor.layers.base import attention_uses
+from lightning_thor.layers.base import attention_uses, fan_in
 from lightning_thor.layers.discovery import (
     coverage,
     discover_layers,
@@ -120,6 +120,7 @@ class Curvature:
         layers: the layers with curvature, by name.
         left_out: why the others have none, by name.
         coverage: the share of the trained weights that had curvature when it was built.
+        fan_in: the number of inputs of each output, by weight; 1 for an embedding.
         polar_layers: those that have polar directions: in polar mode linear layers and convolutions but for the last.
         step: applied steps so far.
         last_damping: the ``damping`` of the last inversion here, None before.
@@ -175,6 +176,7 @@ class Curvature:
         )
         warn_of_low_coverage(model, self.layers, self.left_out, parameters)
         self.coverage = coverage(model, self.layers, parameters)
+        self.fan_in = fan_in(self.layers.values())
         self.polar_layers = {name for name in matrices[:-1] if name in self.layers and chosen.uses_matrix_sign}
         self.factors = factor_state_of(self.layers, chosen.decomposition)
         self._trace_rule = trace_rule_of(trace_rule)

@@ -59,6 +59,7 @@ class ShardedCurvature:
                 'that mix rows of several ranks. Take strategy="thor_ddp"; thor_fsdp2 has mode="natural" or "polar".'
             )
         self.curvature = curvature
+        self.fan_in = curvature.fan_in
         self._communicator = communicator or ProcessGroupCommunicator()
         self._plans: dict[tuple[bool, int, frozenset[nn.Parameter]], RowExchangePlan] = {}
 

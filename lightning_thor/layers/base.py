@@ -305,3 +305,16 @@ class Layer:
             direction.reshape(grad.shape).to(wide(grad.dtype)).contiguous()
             for direction, grad in zip(self.kind.from_matrix(self, matrix), grads, strict=True)
         ]
+
+
+def fan_in(layers: Iterable[Layer]) -> dict[nn.Parameter, int]:
+    """The number of inputs that each output of a weight adds up, without a bias: by parameter, for layers with an A.
+
+    Of an embedding, which picks one row of its weight for each token, it is 1.
+    """
+    found: dict[nn.Parameter, int] = {}
+    for layer in layers:
+        if layer.A is not None and layer.is_preconditioned:
+            n = 1 if layer.kind.diagonal == "A" else layer.A.width - layer.with_bias
+            found[layer.parameters[0]] = max(n, found.get(layer.parameters[0], 0))
+    return found

@@ -19,11 +19,11 @@ from lightning_thor.distributed.dtensor import local_parts
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.optim.adam import FIRST, SECOND, steps_in_other_coordinates
 from lightning_thor.optim.fading import fade_factors
-from lightning_thor.optim.update_scaling import Numbers, clip_kl_, clip_norm_, multiply, scale_to_rms_
+from lightning_thor.optim.update_scaling import clip_kl_, clip_norm_, multiply, scale_to_rms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
 from lightning_thor.preconditioning.modes import MODES, NATURAL, Mode, ModeName, common_mode
 
-POSITIVE_OR_NONE = ("match_rms", "kl_clip", "clip_norm")
+POSITIVE_OR_NONE = ("match_rms", "max_relative_step", "kl_clip", "clip_norm")
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("be 0 or greater", lambda x: x >= 0),
     "momentum": ("lie in [0, 1)", lambda x: 0 <= x < 1),
@@ -35,6 +35,9 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 OPTIONS = ("mode", "nesterov", "decoupled_weight_decay", *RANGES)
 
+FORMER: Mapping[str, Any] = {"max_relative_step": None}
+"""Options that states of earlier versions lack, with the value that goes on as they did."""
+
 FOREIGN_OPTIONS = (
     'AdamW\'s betas are momentum and, with mode="adam", beta2. damping, block_size, update_every_n_steps and what else '
     "concerns the curvature are options of ThorCallback, or outside Lightning of Curvature."
@@ -45,8 +48,8 @@ GRADIENT_RMS = "gradient_rms"
 """Key of each group, with one value for all: root mean square of the largest gradients of this training, see
 `lightning_thor.optim.fading`. Saved with the options, but no option."""
 
-Factors = Mapping[nn.Parameter, float | Tensor]
-"""As of `fade_factors`; without an entry 1."""
+Targets = Mapping[nn.Parameter, float | Tensor]
+"""The root mean square that each direction is scaled to; without an entry its scale stays."""
 
 
 class Preconditioner(Protocol):
@@ -54,7 +57,8 @@ class Preconditioner(Protocol):
 
     These two methods suffice for ``mode="natural"``. For other modes, and for directions in parts, it has
     ``directions(tensors, mode)`` too; for a mode with a change of basis ``change_basis(tensors, mode, back=False)`` and
-    ``due_parameters()``, all as of `Curvature`.
+    ``due_parameters()``, all as of `Curvature`. ``fan_in``, if it has that, says of how many inputs each output of a
+    weight is made where the weight's shape does not.
     """
 
     def update(self) -> None:
@@ -117,6 +121,11 @@ class Thor(Optimizer):
         match_rms: scale each tensor's direction to this root mean square (0.2 is about AdamW's: Liu et al. 2025,
             arXiv:2502.16982), or less where its gradient is below 8 roundings of the largest gradients of this
             training (`lightning_thor.optim.fading`); None leaves the scale to the curvature.
+        max_relative_step: with ``match_rms``, limit ``lr`` times the direction's root mean square, of weights with two
+            or more dimensions, to this share of 1/√(3 fan_in), the root mean square of `nn.Linear`'s initial weights
+            (momentum adds up to ``1 / (1 - momentum)`` such steps; polar mode, whose directions are of the momentum,
+            takes a limit as many times as large). A wider layer has smaller weights, and a rate too large for them
+            costs nothing but time. None does not.
         kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` over all groups that set it is at
             most this (Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored
             approximations", section 5); None does not. For natural mode, without ``match_rms``.
@@ -141,6 +150,7 @@ class Thor(Optimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         match_rms: float | None = 0.2,
+        max_relative_step: float | None = 0.01,
         kl_clip: float | None = None,
         clip_norm: float | None = None,
         preconditioner: Preconditioner | None = None,
@@ -174,7 +184,7 @@ class Thor(Optimizer):
         self.__dict__.setdefault("numbered", None)
         for group in self.param_groups:
             for option in OPTIONS:
-                group.setdefault(option, self.defaults[option])
+                group.setdefault(option, FORMER.get(option, self.defaults.get(option)))
             group.setdefault(GRADIENT_RMS, 0.0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Thor:
@@ -223,9 +233,9 @@ class Thor(Optimizer):
         grads = dict(zip(params, local_parts([p.grad for p in params]), strict=True))
         if [p for p in params if grads[p].is_sparse]:
             raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
-        parts, factors = self._update_parts(self.preconditioner, grads)
+        parts, targets = self._update_parts(self.preconditioner, grads)
         for updates in parts:
-            self._apply(grads, updates, factors)
+            self._apply(grads, updates, targets)
             # Frees the memory for the next part.
             updates.clear()
         return loss
@@ -281,8 +291,8 @@ class Thor(Optimizer):
                 moments = {key: saved[key].to(p.device, wide(p.dtype), copy=True) for key in (FIRST, SECOND)}
                 self.state[p].update(moments)
 
-    def _update_parts(self, preconditioner: Preconditioner, grads: Tensors) -> tuple[Iterable[Directions], Factors]:
-        """Update the preconditioner; returns parts of directions, each to be used before the next one, and factors."""
+    def _update_parts(self, preconditioner: Preconditioner, grads: Tensors) -> tuple[Iterable[Directions], Targets]:
+        """Update the preconditioner; returns parts of directions, each to be used before the next, and their scale."""
         groups = self.param_groups
         mode = MODES[groups[0]["mode"]]
         if mode.change_basis is not None:  # so have all groups
@@ -294,15 +304,15 @@ class Thor(Optimizer):
             if MODES[group["mode"]].momentum_first:
                 momenta.update(self._momenta(group, grads))
         sources = {**grads, **momenta} if momenta else grads
-        factors = self._fade_factors(sources)
+        targets = self._target_rms(sources)
         by_mode: dict[str, Tensors] = {mode.name: sources}
         if len(names := dict.fromkeys([group["mode"] for group in groups])) > 1:
             members = [(group["mode"], p) for group in groups for p in group["params"] if p in sources]
             by_mode = {name: {p: sources[p] for own, p in members if own == name} for name in names}
         parts = [_method_for(preconditioner, MODES[name])(tensors) for name, tensors in by_mode.items() if tensors]
         if len(parts) == 1 and not [group for group in groups if group["kl_clip"] is not None]:
-            return parts[0], factors
-        return [{p: one for each in parts for part in each for p, one in part.items()}], factors
+            return parts[0], targets
+        return [{p: one for each in parts for part in each for p, one in part.items()}], targets
 
     def _momenta(self, group: Mapping[str, Any], grads: Tensors) -> Tensors:
         """Add gradients to the momentum of a group; return the momenta by parameter, not to be changed."""
@@ -315,38 +325,43 @@ class Thor(Optimizer):
             momenta = list(torch._foreach_add(momenta, buffers, alpha=momentum)) if group["nesterov"] else buffers
         return dict(zip(params, momenta, strict=True))
 
-    def _fade_factors(self, sources: Tensors) -> Factors:
-        """Count this step; returns the factors of the directions of these gradients and momenta that are matched."""
-        shares = {
+    def _target_rms(self, sources: Tensors) -> Targets:
+        """Count this step; returns the scale of the directions of these gradients and momenta, where it is matched."""
+        fan_in = getattr(self.preconditioner, "fan_in", {})
+        rms: dict[nn.Parameter, float] = {}
+        shares: dict[nn.Parameter, float] = {}
+        for group in self.param_groups:
+            mode, match_rms, lr = MODES[group["mode"]], group["match_rms"], group["lr"]
+            if match_rms is None or not mode.matches_rms:
+                continue
             # A momentum adds up 1 / (1 - momentum) gradients.
-            p: 1.0 - group["momentum"] if MODES[group["mode"]].momentum_first else 1.0
-            for group in self.param_groups
-            if _matches_rms(group)
-            for p in group["params"]
-            if p in sources
-        }
-        if not shares:
+            share = 1.0 - group["momentum"] if mode.momentum_first else 1.0
+            is_limited = group["max_relative_step"] is not None and lr > 0
+            limit = group["max_relative_step"] / (share * lr) if is_limited else math.inf
+            for p in group["params"]:
+                if p in sources:
+                    inputs = (fan_in.get(p) or p.shape[1:].numel() or 1) if p.dim() > 1 else 0
+                    rms[p] = min(match_rms, limit / math.sqrt(3 * inputs)) if inputs else match_rms
+                    shares[p] = share
+        if not rms:
             return {}
         before = self.param_groups[0][GRADIENT_RMS]
         factors, largest = fade_factors([sources[p] for p in shares], list(shares), list(shares.values()), before)
         for group in self.param_groups:
             group[GRADIENT_RMS] = largest
         if not isinstance(factors[0], Tensor) and factors.count(1.0) == len(factors):
-            return {}
-        return dict(zip(shares, factors, strict=True))
+            return rms
+        return dict(zip(rms, multiply(factors, list(rms.values())), strict=True))
 
-    def _apply(self, grads: Tensors, updates: Directions, factors: Factors) -> None:
+    def _apply(self, grads: Tensors, updates: Directions, targets: Targets) -> None:
         """Scale updates, decay weights, and move the parameters of ``updates``, whose tensors are lost."""
         steps: list[tuple[dict[str, Any], list[nn.Parameter], list[Tensor], list[Tensor]]] = []
         for group in self.param_groups:
             if params := [p for p in group["params"] if p in updates]:
                 steps.append((group, params, local_parts(params), [updates[p] for p in params]))
-        matched = {p: group["match_rms"] for group, params, *_ in steps if _matches_rms(group) for p in params}
+        matched = [p for _, params, *_ in steps for p in params if p in targets]
         if matched:
-            rms: Numbers = list(matched.values())
-            if factors:
-                rms = multiply([factors[p] for p in matched], list(matched.values()))
-            scale_to_rms_([updates[p] for p in matched], list(matched), rms)
+            scale_to_rms_([updates[p] for p in matched], matched, [targets[p] for p in matched])
         clipped = [(p, group) for group, params, *_ in steps if group["kl_clip"] is not None for p in params]
         if clipped:
             clip_kl_(clipped, grads, updates)
@@ -395,10 +410,6 @@ def sgd_step(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor]
     options: dict[str, Any] = {"lr": group["lr"], "momentum": group["momentum"], "nesterov": group["nesterov"]}
     options |= {"weight_decay": 0.0, "dampening": 0.0, "maximize": False, "fused": not unfit, "foreach": bool(unfit)}
     sgd(weights, updates, list[Tensor | None](momenta), **options)
-
-
-def _matches_rms(group: Mapping[str, Any]) -> bool:
-    return group["match_rms"] is not None and MODES[group["mode"]].matches_rms
 
 
 def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:

@@ -139,7 +139,8 @@ class Module(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = configure_thor(self, lr=0.02, weight_decay=0.1, mode=self.options.mode)
+        mode = self.options.mode
+        optimizer = configure_thor(self, lr=0.02, weight_decay=0.1, mode=mode, max_relative_step=None)
         schedule = PerStepLR(optimizer, Polynomial(1.0, end=0.5, n_steps=20))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -210,7 +210,8 @@ def test_directions_beyond_float16_are_brought_to_scale_first(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
     x = torch.randn(32, 8)
-    optimizer = Thor(model.parameters(), lr=0.1, mode=mode, preconditioner=Curvature(model, mode=mode))
+    curvature = Curvature(model, mode=mode)
+    optimizer = Thor(model.parameters(), lr=0.1, mode=mode, max_relative_step=None, preconditioner=curvature)
     for layer, dtype in zip(list(model)[::2], dtypes, strict=True):
         layer.to(dtype)
     before = [p.detach().double().clone() for p in model.parameters()]
