@@ -18,7 +18,7 @@ class ImageClassifier(L.LightningModule):
 
         class Classifier(ImageClassifier):
             def configure_optimizers(self):
-                return configure_thor(self, lr=3e-3, weight_decay=0.05)
+                return configure_thor(self, lr=6e-3, weight_decay=0.05)
 
     Args:
         network: images ``[N, C, H, W]`` to logits ``[N, num_classes]``.

@@ -32,7 +32,7 @@ class ThorOnOnePage:
     """For a loss that is a mean over the batch, and one backward pass per step. Options as in `lightning_thor`."""
 
     model: nn.Module
-    lr: float = 3e-3
+    lr: float = 6e-3
     momentum: float = 0.9
     match_rms: float = 0.2  # root mean square of each direction, about that of AdamW's (Liu et al., arXiv:2502.16982)
     max_relative_step: float = 0.01  # most of lr · match_rms, over the 1 / √(3 · inputs) of nn.Linear at first

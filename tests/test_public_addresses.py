@@ -167,7 +167,7 @@ def a_function() -> None:
 
 def of_thor(
     params,
-    lr=0.003,
+    lr=0.006,
     *,
     mode="natural",
     momentum=0.9,
@@ -223,7 +223,7 @@ def of_curvature(
 ): ...
 
 
-def of_configure_thor(module, lr=0.003, *, weight_decay=0.0, **options): ...
+def of_configure_thor(module, lr=0.006, *, weight_decay=0.0, **options): ...
 
 
 def of_ddp(*args, factor_bucket_mb=None, split_indices=None, bf16_factors=False, inverse_workers=None, **kwargs): ...

@@ -13,6 +13,7 @@ from benchmarks.common.results import Results
 from benchmarks.default_mode.confirmation import CONFIRMATION
 from benchmarks.default_mode.development import DEVELOPMENT
 from benchmarks.default_mode.figures import save_picture
+from benchmarks.default_mode.later_confirmation import LATER_CONFIRMATION
 from benchmarks.default_mode.problem import Problem, StudyTask
 from benchmarks.default_mode.settings import DEFAULT_RATE, SETTINGS
 from benchmarks.default_mode.summary import summarise
@@ -20,7 +21,7 @@ from benchmarks.default_mode.trial import train
 
 TUNING_SEED = 1000
 SEEDS = (0, 1, 2)
-TASKS = {**DEVELOPMENT, **CONFIRMATION}
+TASKS = {**DEVELOPMENT, **CONFIRMATION, **LATER_CONFIRMATION}
 
 
 class Study:
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         study = Study(name, arguments.data, results)
         found = study.run(arguments.setting)
         task = study.task
-        summary = {"words": task.words, "metric": task.metric, "is_confirmation": name in CONFIRMATION}
+        summary = {"words": task.words, "metric": task.metric, "is_confirmation": name not in DEVELOPMENT}
         results.put("summary", name, summary | {"environment": results.environment} | summarise(found))
     for kind, is_confirmation in (("confirmation", True), ("development", False)):
         picture = arguments.results.with_name(f"default_mode_{kind}.png")

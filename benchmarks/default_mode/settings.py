@@ -68,11 +68,11 @@ def peer(name: str, rates: tuple[float, ...]) -> Setting:
     )
 
 
-DEFAULT_RATE = 3e-3
+DEFAULT_RATE = 6e-3
 
 SETTINGS: Mapping[str, Setting] = {
     # A third of the default's rate, the default, and three times it.
-    "thor": thor("THOR", (1e-3, DEFAULT_RATE, 1e-2), "tab:red"),
+    "thor": thor("THOR", (2e-3, DEFAULT_RATE, 2e-2), "tab:red"),
     "thor_polar": thor("THOR, polar", (3e-3, 1e-2, 3e-2), "tab:pink", mode="polar"),
     "thor_adam": thor("THOR, adam", (1e-3, 3e-3, 1e-2), "tab:olive", mode="adam"),
     "without": Setting(

@@ -12,7 +12,7 @@ from lightning_thor.optim.thor import FOREIGN_OPTIONS, Thor
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
-def configure_thor(module: nn.Module, lr: float = 3e-3, *, weight_decay: float = 0.0, **options: Any) -> Thor:
+def configure_thor(module: nn.Module, lr: float = 6e-3, *, weight_decay: float = 0.0, **options: Any) -> Thor:
     """A `Thor` optimizer of everything in ``module`` that is trained, for ``return`` in ``configure_optimizers``.
 
     Weights of two or more dimensions decay; biases, norms and scalars do not. Under a Trainer, `ThorCallback` supplies

@@ -141,7 +141,7 @@ class Thor(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 3e-3,
+        lr: float = 6e-3,
         *,
         mode: ModeName = "natural",
         momentum: float = 0.9,

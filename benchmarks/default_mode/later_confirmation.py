@@ -1,0 +1,153 @@
+"""Confirmation tasks named after the first confirmation and before the second, see README.md: nothing was tried on them
+but AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.common.models import mlp
+from benchmarks.default_mode.confirmation import CPU, problem, shuffled
+from benchmarks.default_mode.problem import Problem, ScoreFn, StudyTask
+from benchmarks.time_to_target.tasks import Data, cifar10, cross_entropy, draws
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Scikit-learn's 1,797 digits: pixels ``[1797, 64]`` in -1..1 and labels ``[1797]``."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
+    return pixels.float() / 8 - 1, labels
+
+
+# ── mixer ──
+
+
+class MixerBlock(nn.Module):
+    """Mixes positions, then channels, each after a layer norm: ``[N, 64, width]`` to the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.positions = mlp((64, 64, 64), nn.GELU)
+        self.channels = mlp((width, 2 * width, width), nn.GELU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions(self.norms[0](x).mT).mT
+        mixed: Tensor = x + self.channels(self.norms[1](x))
+        return mixed
+
+
+class Mixer(nn.Module):
+    """An MLP-Mixer (Tolstikhin et al. 2021, arXiv:2105.01601) on patches of 4x4: ``[N, 3, 32, 32]`` to logits."""
+
+    def __init__(self, layers: int = 2, width: int = 64) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, kernel_size=4, stride=4)
+        self.blocks = nn.Sequential(*(MixerBlock(width) for _ in range(layers)), nn.LayerNorm(width))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(self.patches(images).flatten(2).mT).mean(dim=1))
+        return logits
+
+
+def mixed_images(folder: Path | None) -> Problem:
+    """10,000 images of CIFAR-10, shifted and mirrored at random."""
+    return problem(cifar10(10_000, 1000)(folder, 32, CPU), Mixer, cross_entropy)
+
+
+# ── diffusion ──
+
+
+def diffusion(folder: Path | None) -> Problem:
+    """The noise in digits that were mixed with noise at random angles (as the cosine schedule of Nichol & Dhariwal
+    2021, arXiv:2102.09672, has them), by a SiLU network that is told the angle."""
+    pixels, _ = digits()
+    data = shuffled(pixels, torch.zeros(len(pixels)), 360, batch_size=128)
+
+    def mixed(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        angle = torch.rand(len(clean), 1, generator=generator) * math.pi / 2
+        noise = torch.randn(clean.shape, generator=generator)
+        told = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return torch.cat([angle.cos() * clean + angle.sin() * noise, told], dim=1), noise
+
+    def held_out(part: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        return mixed(part.repeat(4, 1), torch.Generator().manual_seed(seed))
+
+    noisy = Data(
+        lambda generator: mixed(data.draw(generator)[0], generator),
+        held_out(data.validation[0], 0),
+        held_out(data.test[0], 1),
+    )
+    return problem(noisy, lambda: mlp((66, 256, 256, 256, 64), nn.SiLU), F.mse_loss)
+
+
+# ── contrast ──
+
+
+class TwoTowers(nn.Module):
+    """Upper and lower halves of digits, ``[N, 64]``, to cosines of all pairs times a learnt scale, ``[N, N]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upper, self.lower = (mlp((32, 128, 128, 32)) for _ in range(2))
+        self.log_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        upper, lower = self.upper(pixels[:, :32]), self.lower(pixels[:, 32:])
+        return self.log_scale.exp() * F.normalize(upper, dim=1) @ F.normalize(lower, dim=1).T
+
+
+def contrast(folder: Path | None) -> Problem:
+    """Which lower half belongs to which upper one, among 128: contrastive learning as in CLIP (Radford et al. 2021,
+    arXiv:2103.00020). Scores are losses on the first 256 held-out digits in twos of 128."""
+    data = shuffled(*digits(), 360, batch_size=128)
+
+    def measure(cosines: Tensor) -> Tensor:
+        own = torch.arange(len(cosines))
+        return (F.cross_entropy(cosines, own) + F.cross_entropy(cosines.T, own)) / 2
+
+    def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
+        return measure(model(data.draw(generator)[0]))
+
+    def held_out(pixels: Tensor) -> ScoreFn:
+        @torch.no_grad()
+        def score(model: nn.Module) -> float:
+            return sum(float(measure(model(part))) for part in pixels[:256].split(128)) / 2
+
+        return score
+
+    return Problem(TwoTowers, loss, held_out(data.validation[0]), held_out(data.test[0]))
+
+
+# ── deep ──
+
+
+def deep(folder: Path | None) -> Problem:
+    """Digits, by twelve ReLU layers of 64 with torch's initial weights, no norm and no shortcut; scores are training
+    losses, since it is there to be fitted."""
+    pixels, labels = digits()
+
+    def part(start: int) -> tuple[Tensor, Tensor]:
+        return pixels[start : start + 800], labels[start : start + 800]
+
+    return problem(Data(draws(pixels, labels, 64), part(0), part(800)), lambda: mlp((64,) * 13 + (10,)), cross_entropy)
+
+
+LATER_CONFIRMATION: Mapping[str, StudyTask] = {
+    "mixer": StudyTask(
+        "10,000 images of CIFAR-10, MLP-Mixer, 2 layers, width 64, batch 32", "cross-entropy", 300, mixed_images,
+        decay=1e-4,
+    ),
+    "diffusion": StudyTask(
+        "denoising diffusion of digits, SiLU network of 3 layers of 256, batch 128", "squared error", 1500, diffusion
+    ),
+    "contrast": StudyTask("halves of digits, two ReLU towers, InfoNCE among 128", "cross-entropy", 200, contrast),
+    "deep": StudyTask("digits, 12 ReLU layers of 64 without norms, batch 64", "training loss", 1500, deep),
+}  # fmt: skip
