@@ -218,6 +218,11 @@ class FactorAccumulator:
 
     # ── windows ──
 
+    @property
+    def has_pairs(self) -> bool:
+        """True if a layer had a pair in the open window."""
+        return bool(self._observed)
+
     def copy_window_(self, other: FactorAccumulator) -> None:
         """Go on with what another accumulator of the same layers has noted.
 

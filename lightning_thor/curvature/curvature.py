@@ -287,6 +287,12 @@ class Curvature:
         self._accumulator.connect(self._reducer)
         self.solve: Solve = SharedInversions(inverters, decomposition.make, decomposition.form)
 
+    def send_in_update(self) -> None:
+        """Send nothing from backward any more: one backward pass may reach layers of several curvatures, and processes
+        must not send their factors in different orders."""
+        if self._connection["is_sync_step"] is not None:
+            self.connect(**self._connection | {"is_sync_step": None})
+
     @property
     def stacks(self) -> FactorState:
         """Former name of `factors`."""
@@ -355,10 +361,16 @@ class Curvature:
         """Empty the open window: its step was skipped (a loss scale that overflowed), on all processes alike."""
         self._reset(finish=self.is_due())
 
-    def _reset(self, *, finish: bool = False) -> None:
-        self._hooks.reset()
+    def forget(self) -> None:
+        """Leave out what was observed since the last step, since its gradients were set to zero; on all processes
+        alike. Forward passes that wait for their backward pass are observed all the same."""
+        if self._accumulator.has_pairs or self._hooks.has_waiting:
+            self._reset(finish=self.is_due(), keeps_graphs=True)
+
+    def _reset(self, *, finish: bool = False, keeps_graphs: bool = False) -> None:
+        self._hooks.reset(keeps_graphs=keeps_graphs)
         self._checks.reset()
-        self._reducer.reset(finish=finish)
+        self._reducer.reset(finish=finish, keeps_graphs=keeps_graphs)
         self._accumulator.reset()
         if not (self._has_agreed or self._schedule.refreshes):
             self.factors.gradient_unit = None
@@ -482,8 +494,7 @@ class Curvature:
 
         They are due at once. All others go on as they are; but with ``stagger`` they are due too, and all are spread
         anew. A layer whose blocks change, since its bias trains now, is a new one. Call it on all processes alike,
-        between a step and the next forward pass; after `connect` with other functions of layers' numbers, call that
-        again.
+        between a step and the next forward pass.
 
         Args:
             parameters: of this curvature from now on, beside those that it was given. They are taken as trained.

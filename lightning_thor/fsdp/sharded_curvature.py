@@ -67,6 +67,10 @@ class ShardedCurvature:
         """As `Curvature.update`."""
         self.curvature.update()
 
+    def forget(self) -> None:
+        """As `Curvature.forget`."""
+        self.curvature.forget()
+
     def precondition(self, grads: Tensors, mode: str = "natural") -> Directions:
         """As `Curvature.precondition`, of shards.
 

@@ -155,10 +155,20 @@ class Hooks:
             for pair in list(self._waiting):
                 self._hand_over(pair)
 
-    def reset(self) -> None:
-        """Forget the pairs that wait: their step is skipped."""
+    @property
+    def has_waiting(self) -> bool:
+        """True if a pair waits for more backward passes through a kept graph."""
+        return bool(self._waiting)
+
+    def reset(self, *, keeps_graphs: bool = False) -> None:
+        """Forget the pairs that wait: their step is skipped.
+
+        Args:
+            keeps_graphs: forget their gradients alone, since more backward passes may come.
+        """
         for pair in self._waiting:
-            pair.a = pair.g = None
+            pair.g, pair.backward_pass = None, -1
+            pair.a = pair.a if keeps_graphs else None
         self._waiting.clear()
 
     def remove(self) -> None:

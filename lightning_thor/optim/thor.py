@@ -240,6 +240,15 @@ class Thor(Optimizer):
             updates.clear()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of torch; the preconditioner forgets what it observed of these gradients, such as those of another
+        optimizer's loss."""
+        super().zero_grad(set_to_none)
+        # Custom preconditioners need not have it.
+        forget = getattr(self.preconditioner, "forget", None)
+        if forget is not None:
+            forget()
+
     @torch.no_grad()
     def make_state(self) -> None:
         """Set momentum to zeros where there is none, as a step with gradients of zero does.
