@@ -268,7 +268,13 @@ class FactorAccumulator:
         Raises:
             RuntimeError: at the first refresh no layer had one, on any process, and no weight has a gradient.
         """
-        silent = [number for number in due if number not in self._observed | self._warned_of_silence]
+        known = self._observed | self._warned_of_silence
+        silent = [
+            number
+            for number in due
+            if number not in known
+            if any(use.trains for use in self._layers[number].uses)  # frozen layers are silent by intent
+        ]
         if self._checked:
             self._check_that_layers_still_fire(silent, cause_of)
         elif silent:
@@ -293,14 +299,12 @@ class FactorAccumulator:
         )
 
     def _check_that_layers_still_fire(self, silent: list[int], cause_of: Callable[[int], str]) -> None:
-        # Frozen layers are silent by intent.
-        new = [number for number in silent if any(use.trains for use in self._layers[number].uses)]
-        if not new:
+        if not silent:
             return
-        self._warned_of_silence.update(new)
+        self._warned_of_silence.update(silent)
         # Read once for each layer: it waits for the device.
-        n_rows = self._factors.counts[new, ROWS].tolist()
-        told = [number for number, rows in zip(new, n_rows, strict=True) if not rows]
+        n_rows = self._factors.counts[silent, ROWS].tolist()
+        told = [number for number, rows in zip(silent, n_rows, strict=True) if not rows]
         if told:
             names = [layer.name for layer in self._layers]
             warnings.warn(

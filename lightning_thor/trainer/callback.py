@@ -19,6 +19,7 @@ from lightning_thor.curvature.callables import BatchFn, IntStepFn, StepFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.options import check_options
 from lightning_thor.factors.damping import DampingRule
+from lightning_thor.layers.base import Layer
 from lightning_thor.layers.discovery import name_some
 from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
@@ -28,7 +29,7 @@ from lightning_thor.trainer.fit_report import FitFigures, print_fit
 from lightning_thor.trainer.report import report_split
 from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
-from lightning_thor.trainer.unfreezing import warn_of_layers_without_optimizer, wrap_again
+from lightning_thor.trainer.unfreezing import warn_of_layers_still_frozen, warn_of_layers_without_optimizer, wrap_again
 from lightning_thor.trainer.update_ratio import Sample, sample_weights, update_ratio
 
 
@@ -136,6 +137,8 @@ class ThorCallback(Callback):
         """The parameters of each that have trained so far in this fit."""
         self._seen: tuple[list[Optimizer], list[int]] = [], []
         """The trainer's optimizers, and how many groups each had, when they were looked at last."""
+        self._unfrozen_there: list[Layer] = []
+        """Layers of a checkpoint that were frozen here when it was loaded."""
         self._looks = False
         """Whether to look for changes before the next batch that begins a window, whatever the former say."""
         self._window_is_open = False
@@ -157,14 +160,8 @@ class ThorCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A fit's curvatures and all that belongs to them have functions of the trainer; copies start anew.
-        none: dict[str, Any] = {
-            "curvatures": [],
-            "_served": {},
-            "_trained": {},
-            "_seen": ([], []),
-            "_weights": {},
-            "_batch": None,
-        }
+        none: dict[str, Any] = {"_served": {}, "_trained": {}, "_weights": {}, "_batch": None}
+        none |= {"curvatures": [], "_seen": ([], []), "_unfrozen_there": []}
         return self.__dict__ | none | {"_ratio_sum": float(self._ratio_sum)}
 
     @property
@@ -200,6 +197,8 @@ class ThorCallback(Callback):
         thors = _thors_of(trainer)
         if not thors and not self._waits_for_thor:
             raise ValueError(_no_thor(trainer))
+        if not thors and self._options["block_size"] == "auto":
+            raise ValueError('block_size="auto" needs the Thor when fit starts. Give ThorCallback a number instead.')
         parameters = [p for optimizer in thors for p in _parameters_of(optimizer)]
         self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
         quiet = self._is_quiet(trainer)
@@ -304,6 +303,8 @@ class ThorCallback(Callback):
         self._seen = list(trainer.optimizers), n_groups
         for curvature in self.curvatures:
             warn_of_layers_without_optimizer(curvature, trainer.optimizers)
+        warn_of_layers_still_frozen(self._unfrozen_there)
+        self._unfrozen_there = []
 
     # ── each step ──
 
@@ -456,7 +457,9 @@ class ThorCallback(Callback):
         place = self.curvatures.index(curvature)
         states = [] if self._restored is None else [self._restored["curvature"], *self._restored.get("others", ())]
         if place < len(states):
+            before = set(curvature.layers)
             curvature.load_state_dict(states[place])
+            self._unfrozen_there += [layer for name, layer in curvature.layers.items() if name not in before]
         if place >= len(states) - 1:
             self._restored = None
 

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_thor.curvature.curvature import Curvature
+from lightning_thor.layers.base import Layer
 from lightning_thor.layers.discovery import name_some, parameters_of
 
 
@@ -35,4 +36,15 @@ def warn_of_layers_without_optimizer(curvature: Curvature, optimizers: Sequence[
         rank_zero_warn(
             f"{names} was frozen when fit began and is unfrozen now, but no optimizer has its parameters: it does not "
             'train. Add them: optimizer.add_param_group({"params": list(layer.parameters())}).'
+        )
+
+
+def warn_of_layers_still_frozen(layers: Sequence[Layer]) -> None:
+    """Warn of layers that trained in the run that was saved and do not train now."""
+    frozen = [layer.name for layer in layers if not any(use.trains for use in layer.uses)]
+    if frozen:
+        rank_zero_warn(
+            f"{name_some(frozen)}: trained in the checkpoint and frozen now. (Lightning's BackboneFinetuning leaves "
+            "the backbone frozen where a fit goes on after it unfroze it, with any optimizer.) If they are to train, "
+            "unfreeze them in on_train_start; their curvature was loaded."
         )

@@ -342,14 +342,6 @@ def test_two_callbacks_are_told(tmp_path: Path) -> None:
         found.fit(Boring())
 
 
-def test_two_thors_are_told(tmp_path: Path) -> None:
-    class Two(WithOptimizers):
-        automatic_optimization = False
-
-    with pytest.raises(ValueError, match="found 2 Thor optimizers"):
-        fit(tmp_path, Two(lambda m: [Thor(m.net[0].parameters()), Thor(m.net[4].parameters())]))
-
-
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
