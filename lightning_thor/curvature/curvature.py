@@ -335,6 +335,17 @@ class Curvature:
         self._hooks.remove()
 
     @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Remove the hooks in this context, for what takes no modules with hooks, such as `torch.jit.script`."""
+        is_closed = self._hooks.are_removed
+        self.close()
+        try:
+            yield
+        finally:
+            if not is_closed:
+                self._hooks = self._listen()
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Listen to no forward pass in this context: for passes whose gradients are not those of the training loss,
         such as an adversarial example's, or another optimizer's loss that flows through these layers."""

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelSummary
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_thor.block_size.choose import BlockSplit
@@ -162,7 +163,8 @@ class ThorCallback(Callback):
         # A fit's curvatures and all that belongs to them have functions of the trainer; copies start anew.
         none: dict[str, Any] = {"_served": {}, "_trained": {}, "_weights": {}, "_batch": None}
         none |= {"curvatures": [], "_seen": ([], []), "_unfrozen_there": []}
-        return self.__dict__ | none | {"_ratio_sum": float(self._ratio_sum)}
+        own = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}  # the module's
+        return own | none | {"_ratio_sum": float(self._ratio_sum)}
 
     @property
     def state_key(self) -> str:
@@ -251,7 +253,7 @@ class ThorCallback(Callback):
         """Say what is preconditioned, and warn of what has no effect."""
         curvature = self._served[optimizer]
         _warn_of_clipping(trainer, optimizer)
-        if not curvature.layers:
+        if not curvature.layers and not any(map(is_lazy, _parameters_of(optimizer))):
             rank_zero_warn(
                 "ThorCallback found no layer to precondition: all parameters take "
                 f"{MODES[curvature.mode].fallback}. What it prints when fit starts says why (summary=True)."
@@ -286,8 +288,8 @@ class ThorCallback(Callback):
         n_groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
         if self._window_is_open or not (self._looks or self._seen != (trainer.optimizers, n_groups)):
             return
-        self._looks = False
         self._serve(trainer, pl_module)
+        self._looks = any(is_lazy(p) for optimizer in self._served for p in _parameters_of(optimizer))
         further = {
             optimizer: more
             for optimizer, trained in self._trained.items()
@@ -537,7 +539,7 @@ def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _trained_of(optimizer: Optimizer) -> set[nn.Parameter]:
-    return {p for p in _parameters_of(optimizer) if p.requires_grad}
+    return {p for p in _parameters_of(optimizer) if p.requires_grad and not is_lazy(p)}
 
 
 def _is_training(trainer: pl.Trainer, optimizer: Thor) -> bool:
