@@ -269,12 +269,7 @@ class FactorAccumulator:
             RuntimeError: at the first refresh no layer had one, on any process, and no weight has a gradient.
         """
         known = self._observed | self._warned_of_silence
-        silent = [
-            number
-            for number in due
-            if number not in known
-            if any(use.trains for use in self._layers[number].uses)  # frozen layers are silent by intent
-        ]
+        silent = [number for number in due if number not in known]
         if self._checked:
             self._check_that_layers_still_fire(silent, cause_of)
         elif silent:
@@ -299,12 +294,14 @@ class FactorAccumulator:
         )
 
     def _check_that_layers_still_fire(self, silent: list[int], cause_of: Callable[[int], str]) -> None:
-        if not silent:
+        # Frozen layers are silent by intent.
+        new = [number for number in silent if any(use.trains for use in self._layers[number].uses)]
+        if not new:
             return
-        self._warned_of_silence.update(silent)
+        self._warned_of_silence.update(new)
         # Read once for each layer: it waits for the device.
-        n_rows = self._factors.counts[silent, ROWS].tolist()
-        told = [number for number, rows in zip(silent, n_rows, strict=True) if not rows]
+        n_rows = self._factors.counts[new, ROWS].tolist()
+        told = [number for number, rows in zip(new, n_rows, strict=True) if not rows]
         if told:
             names = [layer.name for layer in self._layers]
             warnings.warn(

@@ -25,6 +25,8 @@ def why_silent(layer: Layer, call: Call | None) -> str:
         call: its last one since the step before; None if its module was not called.
     """
     has_gradient = any(p.grad is not None for p in layer.parameters)
+    if not any(use.trains for use in layer.uses):
+        return "frozen since"
     if call is Call.PAUSED:
         return "called within curvature.paused() alone"
     if call is Call.NOT_TRAINING:
@@ -52,8 +54,8 @@ def silent_layers(numbers: Iterable[int], names: list[str], cause_of: Callable[[
         names: of all layers.
         cause_of: see `why_silent`.
 
-    >>> silent_layers([0, 2, 3], ["a", "b", "c", "d"], ["unused", "", "unused", "in eval mode"].__getitem__)
-    'a, c: unused. d: in eval mode.'
+    >>> silent_layers([0, 2, 3], ["a", "b", "c", "d"], ["unused", "", "unused", "frozen since"].__getitem__)
+    'a, c: unused. d: frozen since.'
     """
     by_cause: dict[str, list[str]] = {}
     for number in numbers:

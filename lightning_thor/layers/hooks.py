@@ -207,7 +207,7 @@ class Hooks:
 
     def _forward_hook(self, name: str, owner: nn.Module) -> Callable[..., Any]:
         def pair(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if torch.jit.is_tracing():
+            if torch._C._is_tracing():
                 return  # what is asked of tensors here would be in the graph
             if self._is_open(name):
                 self._pair(name, args[0] if args else next(iter(kwargs.values()), None), output)
@@ -251,7 +251,7 @@ class Hooks:
         record, entered = RecordProducts(note), list[ExitStack]()
 
         def enter() -> None:
-            if not torch.jit.is_tracing() and any(self._is_open(name) for name in names.values()):
+            if not torch._C._is_tracing() and any(self._is_open(name) for name in names.values()):
                 entered.append(ExitStack())
                 entered[-1].enter_context(record)
 

@@ -154,8 +154,11 @@ class Thor(Optimizer):
         kl_clip: float | None = None,
         clip_norm: float | None = None,
         preconditioner: Preconditioner | None = None,
+        **others: Any,
     ) -> None:
         arguments = locals()
+        if others:
+            raise TypeError(f"Thor does not know {', '.join(sorted(others))}. {FOREIGN_OPTIONS}")
         if isinstance(params, nn.Module):
             raise TypeError(
                 f"Thor takes parameters, got a {type(params).__name__}: write configure_thor(model, lr=...), which "
@@ -291,6 +294,13 @@ class Thor(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as `torch.optim.Optimizer.load_state_dict` does, but Adam's moments in at least float32: torch
         casts them to the dtype of the weights, and in float16 squares of small gradients would become 0."""
+        if not any("match_rms" in group for group in state_dict["param_groups"]):
+            options = sorted({key for group in state_dict["param_groups"] for key in group} - {"params"})
+            raise ValueError(
+                f"This state is of another optimizer than Thor (with the options {', '.join(options)}): load the "
+                "checkpoint's weights alone, model.load_state_dict(torch.load(path)['state_dict']), and fit without "
+                "ckpt_path."
+            )
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
