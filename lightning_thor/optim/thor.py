@@ -132,8 +132,10 @@ class Thor(Optimizer):
         clip_norm: shrink each tensor's update to at most this L2 norm, after weight decay and before natural mode's
             momentum (MindSpore's ``enable_clip_grad`` is 1); None does not.
         preconditioner: a `Curvature`; under a Trainer `ThorCallback` sets it when fit starts.
+        **others: none; the error of another optimizer's option says what to write.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: an option is out of its range or does not go with another one, or no curvature serves the modes of
             all groups.
     """
