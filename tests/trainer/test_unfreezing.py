@@ -124,7 +124,7 @@ def test_a_layer_that_comes_within_a_window_is_taken_at_the_next_one(tmp_path: P
     class Midway(Finetuned):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             found_in.append((batch_idx, len(layers_of(self.trainer))))
-            if batch_idx == 1:
+            if batch_idx == 0:
                 further = list(self.backbone.requires_grad_(True).parameters())
                 self.trainer.optimizers[0].add_param_group({"params": further})
 
