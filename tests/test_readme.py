@@ -44,9 +44,9 @@ def defaults_of(function: Any, *without: str) -> dict[str, object]:
 def test_the_tables_have_every_option_with_its_default() -> None:
     of_callback = options_in("`ThorCallback(...)`")
     assert of_callback == defaults_of(ThorCallback)
-    assert options_in("`Thor(...)`") == defaults_of(Thor, "params", "preconditioner")
+    assert options_in("`Thor(...)`") == defaults_of(Thor, "params", "preconditioner", "others")
     of_curvature = defaults_of(Curvature, "model", "mode", "loss_multiplier", "parameters")
-    assert {"summary": True, **of_curvature} == of_callback
+    assert {"summary": True, "waits_for_thor": False, **of_curvature} == of_callback
 
 
 def run(marker: str, **names: Any) -> dict[str, Any]:

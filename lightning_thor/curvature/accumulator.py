@@ -218,6 +218,11 @@ class FactorAccumulator:
 
     # ── windows ──
 
+    @property
+    def has_pairs(self) -> bool:
+        """True if a layer had a pair in the open window."""
+        return bool(self._observed)
+
     def copy_window_(self, other: FactorAccumulator) -> None:
         """Go on with what another accumulator of the same layers has noted.
 
@@ -228,6 +233,16 @@ class FactorAccumulator:
         self._terms, self._noted_terms, self.loss_layer = other._terms, other._noted_terms, other.loss_layer
         self._warned_of_late_pair, self._checked = other._warned_of_late_pair, other._checked
         self._warned_of_silence, self.misfits = set(other._warned_of_silence), dict(other.misfits)
+
+    def go_on_from(self, other: FactorAccumulator) -> None:
+        """Keep what another accumulator, of some of the layers, has learnt of them, but no window.
+
+        Args:
+            other: its layers have the names that they have here.
+        """
+        self.loss_layer, self._warned_of_late_pair = other.loss_layer, other._warned_of_late_pair
+        known = {other._layers[number].name for number in other._warned_of_silence}
+        self._warned_of_silence = {number for number, layer in enumerate(self._layers) if layer.name in known}
 
     def next_window(self) -> None:
         """Start the next window: the sums of the open one were taken."""
@@ -253,7 +268,8 @@ class FactorAccumulator:
         Raises:
             RuntimeError: at the first refresh no layer had one, on any process, and no weight has a gradient.
         """
-        silent = [number for number in due if number not in self._observed]
+        known = self._observed | self._warned_of_silence
+        silent = [number for number in due if number not in known]
         if self._checked:
             self._check_that_layers_still_fire(silent, cause_of)
         elif silent:
@@ -279,11 +295,7 @@ class FactorAccumulator:
 
     def _check_that_layers_still_fire(self, silent: list[int], cause_of: Callable[[int], str]) -> None:
         # Frozen layers are silent by intent.
-        new = [
-            number
-            for number in silent
-            if number not in self._warned_of_silence and any(use.trains for use in self._layers[number].uses)
-        ]
+        new = [number for number in silent if any(use.trains for use in self._layers[number].uses)]
         if not new:
             return
         self._warned_of_silence.update(new)

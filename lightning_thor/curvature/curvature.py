@@ -20,7 +20,12 @@ from lightning_thor.curvature.export import export_factors
 from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.refresh_schedule import Interval, RefreshSchedule
 from lightning_thor.curvature.silence import Call, why_silent
-from lightning_thor.curvature.state_dict import curvature_state, load_curvature_state
+from lightning_thor.curvature.state_dict import (
+    check_state,
+    curvature_state,
+    extended_state,
+    load_curvature_state,
+)
 from lightning_thor.distributed.assignment import refresh_costs
 from lightning_thor.distributed.communicator import Communicator, SingleProcess, WorkerGrid
 from lightning_thor.distributed.factor_reducer import BucketFn, FactorReducer, one_bucket
@@ -32,10 +37,12 @@ from lightning_thor.factors.state import ELEMENTS, ROWS, FactorState, Solve, fac
 from lightning_thor.factors.trace_rule import UPDATE, decide, trace_rule_of
 from lightning_thor.layers.base import attention_uses, fan_in
 from lightning_thor.layers.discovery import (
+    NOT_TRAINED,
     coverage,
     discover_layers,
     matrix_layers,
     name_some,
+    parameters_of,
     trained,
     warn_of_low_coverage,
 )
@@ -124,6 +131,7 @@ class Curvature:
         polar_layers: those that have polar directions: in polar mode linear layers and convolutions but for the last.
         step: applied steps so far.
         last_damping: the ``damping`` of the last inversion here, None before.
+        n_changes: how often layers were left out or included.
     """
 
     def __init__(
@@ -159,10 +167,11 @@ class Curvature:
         # The whole model's mode, not each layer's: a submodule kept in eval mode still trains.
         self.is_listening: Callable[[], bool] = partial(getattr, model, "training")
         self._paused = False
+        self.n_changes = 0
         self.last_damping: float | None = None
         self._calls: dict[int, Call] = {}
         """What became of the last call of each layer that is due, by its number."""
-        parameters = None if parameters is None else set(parameters)
+        self._parameters = parameters = None if parameters is None else set(parameters)
         chosen = MODES[mode]
         matrices = matrix_layers(model) if chosen.has_diagonal_head or chosen.uses_matrix_sign else []
         self.layers, self.left_out = discover_layers(
@@ -278,6 +287,12 @@ class Curvature:
         self._accumulator.connect(self._reducer)
         self.solve: Solve = SharedInversions(inverters, decomposition.make, decomposition.form)
 
+    def send_in_update(self) -> None:
+        """Send nothing from backward any more: one backward pass may reach layers of several curvatures, and processes
+        must not send their factors in different orders."""
+        if self._connection["is_sync_step"] is not None:
+            self.connect(**self._connection | {"is_sync_step": None})
+
     @property
     def stacks(self) -> FactorState:
         """Former name of `factors`."""
@@ -320,6 +335,17 @@ class Curvature:
         self._hooks.remove()
 
     @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Remove the hooks in this context, for what takes no modules with hooks, such as `torch.jit.script`."""
+        is_closed = self._hooks.are_removed
+        self.close()
+        try:
+            yield
+        finally:
+            if not is_closed:
+                self._hooks = self._listen()
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Listen to no forward pass in this context: for passes whose gradients are not those of the training loss,
         such as an adversarial example's, or another optimizer's loss that flows through these layers."""
@@ -346,12 +372,18 @@ class Curvature:
         """Empty the open window: its step was skipped (a loss scale that overflowed), on all processes alike."""
         self._reset(finish=self.is_due())
 
-    def _reset(self, *, finish: bool = False) -> None:
-        self._hooks.reset()
+    def forget(self) -> None:
+        """Leave out what was observed since the last step, since its gradients were set to zero; on all processes
+        alike. Forward passes that wait for their backward pass are observed all the same."""
+        if self._accumulator.has_pairs or self._hooks.has_waiting:
+            self._reset(finish=self.is_due(), keeps_graphs=True)
+
+    def _reset(self, *, finish: bool = False, keeps_graphs: bool = False) -> None:
+        self._hooks.reset(keeps_graphs=keeps_graphs)
         self._checks.reset()
-        self._reducer.reset(finish=finish)
+        self._reducer.reset(finish=finish, keeps_graphs=keeps_graphs)
         self._accumulator.reset()
-        if not self._has_agreed:
+        if not (self._has_agreed or self._schedule.refreshes):
             self.factors.gradient_unit = None
 
     @torch.no_grad()
@@ -464,7 +496,44 @@ class Curvature:
         self._accumulator.misfits.setdefault(index, reason)
         self._schedule.dismiss(index)
         self._own_layers = [self.layers[layer.name] for layer in self._own_layers]
+        self.n_changes += 1
         self.__dict__.pop("_groups", None)
+
+    @torch.no_grad()
+    def include(self, parameters: Iterable[nn.Parameter] = ()) -> list[str]:
+        """Give curvature to layers that train by now, and were frozen or not among the parameters of this curvature.
+
+        They are due at once. All others go on as they are; but with ``stagger`` they are due too, and all are spread
+        anew. A layer whose blocks change, since its bias trains now, is a new one. Call it on all processes alike,
+        between a step and the next forward pass.
+
+        Args:
+            parameters: of this curvature from now on, beside those that it was given. They are taken as trained.
+
+        Returns:
+            The names of the new layers.
+        """
+        self._settle()
+        parameters = {*parameters}
+        own = [p for layer in self.layers.values() for p in layer.parameters]
+        only = None if self._parameters is None else self._parameters | parameters
+        before, state, is_closed = copy.copy(self), self.state_dict(), self._hooks.are_removed
+        self.close()
+        with trained([*own, *parameters]):  # those of our own that were frozen since too
+            self.__init__(self.model, **self._options, parameters=only)  # type: ignore[misc]
+        self.connect(**before._connection)
+        self.is_listening, self._paused = before.is_listening, before._paused
+        self.n_changes, self.last_damping = before.n_changes + 1, before.last_damping
+        self.__dict__.pop("_groups", None)
+        state, new = extended_state(state, self.state_dict(), spreads=before._schedule.stagger)
+        load_curvature_state(state, list(self.layers), self.factors, self._schedule, mode=self.mode)
+        self._accumulator.go_on_from(before._accumulator)
+        for index in self._schedule.dismissed():
+            self._leave_out(index, before.left_out[list(self.layers)[index]])
+        self._choose_graphs()
+        if is_closed:
+            self.close()
+        return new
 
     @torch.no_grad()
     def precondition(self, grads: Tensors, mode: str = "natural") -> Directions:
@@ -567,6 +636,9 @@ class Curvature:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; a following step is bitwise the one that would have followed there.
 
+        Layers of the state that are frozen here, or not among the parameters of this curvature, become layers of it
+        again: they were unfrozen there.
+
         Inverses that the state lacks, since another process stored them, are computed again from the averages and the
         last damping: equal on all processes, and to the lost ones to rounding, which depends on the batch that a block
         is in and its place there. One thing cannot come back: the older inverse of a block whose last inversion failed
@@ -579,6 +651,10 @@ class Curvature:
             ValueError: the state is of another mode, other layers, or of other block sizes, or it is damaged; nothing
                 was changed.
         """
+        check_state(state)
+        further = {name for name in state["layers"] if self.left_out.get(name, "").startswith(NOT_TRAINED)}
+        if further:
+            self.include(parameters_of(self.model, further))
         load_curvature_state(state, list(self.layers), self.factors, self._schedule, mode=self.mode)
         self._has_agreed, self._accumulator.loss_layer = self.factors.gradient_unit is not None, state.get("loss_layer")
         for index in self._schedule.dismissed():
@@ -605,7 +681,7 @@ class Curvature:
         parameters = [copy.deepcopy(p, memo) for layer in self.layers.values() for p in layer.parameters]
         with trained(parameters):  # those that were frozen since too
             twin.__init__(model, **self._options, parameters=parameters)  # type: ignore[misc]
-        twin.left_out = dict(self.left_out)
+        twin._parameters, twin.left_out = copy.deepcopy(self._parameters, memo), dict(self.left_out)
         twin.connect(**self._connection)
         twin.load_state_dict(self.state_dict())
         # Micro-batches since the last step.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_thor.curvature.refresh_schedule import RefreshSchedule
+from lightning_thor.curvature.refresh_schedule import NEVER, RefreshSchedule
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.factors.state import FactorState
 from lightning_thor.factors.trace_rule import DECISIONS
@@ -227,6 +227,44 @@ def load_curvature_state(
         pending=state.get("pending", ()),
         costs=state.get("refresh_costs", ()),
     )
+
+
+def extended_state(
+    state: Mapping[str, Any], fresh: Mapping[str, Any], *, spreads: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """A state with further layers, which are due at its step.
+
+    Args:
+        state: of some of the layers.
+        fresh: of all of them; taken for those that ``state`` lacks, or has in other shapes.
+        spreads: have all layers due, to be spread over the interval anew.
+
+    Returns:
+        The state, and the names of the further layers.
+    """
+    old, due = state["layers"], {"next_turn": torch.tensor(state["step"])}
+    same = {
+        name
+        for name, own in fresh["layers"].items()
+        if name in old and _factor_shapes(own) == _factor_shapes(old[name])
+    }
+    new = [name for name in fresh["layers"] if name not in same]
+    layers = {name: old[name] if name in same else {**own, **due} for name, own in fresh["layers"].items()}
+    spreads = spreads and bool(new)
+    if spreads:
+        layers = {name: {**own, **due} if own["next_turn"] < NEVER else own for name, own in layers.items()}
+    names, numbers = list(old), {name: number for number, name in enumerate(layers) if name in same}
+    pending = []
+    for one in state["pending"]:
+        kept = [(names[layer], decision) for layer, decision in zip(one["layers"], one["decisions"], strict=True)]
+        kept = [(numbers[name], decision) for name, decision in kept if name in numbers]
+        pending.append({**one, "layers": [layer for layer, _ in kept], "decisions": [decision for _, decision in kept]})
+    costs = [] if spreads else state["refresh_costs"]
+    return {**state, "layers": layers, "pending": pending, "refresh_costs": costs}, new
+
+
+def _factor_shapes(tensors: Mapping[str, Tensor]) -> list[str | None]:
+    return [_shape(tensors.get(key)) for key in ("A", "G", "table_A", "table_G")]
 
 
 def _check_that_layers_are_the_same(

@@ -225,18 +225,20 @@ class FactorReducer:
         self._most = [max(most, ready) for most, ready in zip(self._most, self._ready, strict=True)]
         self.reset()
 
-    def reset(self, *, finish: bool = False) -> None:
+    def reset(self, *, finish: bool = False, keeps_graphs: bool = False) -> None:
         """Go back to an empty window.
 
         Args:
             finish: the step is skipped, on all processes: let all-reduces that were begun anywhere come to their end.
+            keeps_graphs: forward passes so far may still bring their pairs.
         """
         # Others may have sent buckets that were not complete here: all take part in all of them, or in none.
         if finish and self.world_size > 1 and self._is_sync_step is not None:
             self._send_all()
             for _, work in self._sent:
                 work.wait()
-        self._expected = [0] * len(self._expected)
+        if not keeps_graphs:
+            self._expected = [0] * len(self._expected)
         self._ready = [0] * len(self._ready)
         self._arrived = {}
         self._buckets = None

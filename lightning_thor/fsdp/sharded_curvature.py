@@ -67,6 +67,10 @@ class ShardedCurvature:
         """As `Curvature.update`."""
         self.curvature.update()
 
+    def forget(self) -> None:
+        """As `Curvature.forget`."""
+        self.curvature.forget()
+
     def precondition(self, grads: Tensors, mode: str = "natural") -> Directions:
         """As `Curvature.precondition`, of shards.
 
@@ -94,8 +98,8 @@ class ShardedCurvature:
         self.curvature.check_that_it_serves(mode)
         is_polar, directions_of, shards = MODES[mode].uses_matrix_sign, MODES[mode].directions, tensors
         assert directions_of is not None
-        # A layer that is left out later has no place in a plan any more.
-        key = is_polar, len(self.curvature.left_out), frozenset(shards)
+        # A layer that is left out or included later makes a new plan.
+        key = is_polar, self.curvature.n_changes, frozenset(shards)
         if key not in self._plans:
             self._plans[key] = self._plan(shards, is_polar)
         plan, curvature = self._plans[key], self.curvature

@@ -16,6 +16,9 @@ from lightning_thor.layers.base import Layer, LayerKind, ModuleUse
 from lightning_thor.layers.registry import EXPAND, KfacApprox, find_kind, unsupported_reason
 from lightning_thor.linalg import block_diagonal
 
+NOT_TRAINED = ("frozen", "not in the optimizer")
+"""How the reasons begin for which a layer has no curvature as long as its parameters are not trained."""
+
 
 def uncompiled_name(name: str) -> str:
     """A module's name without the parts that `torch.compile` adds.
@@ -138,6 +141,11 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
             weight_name = "weight" if found is None else found[0].weight_name
             role = "" if outer is None else "out_proj" if module is outer.out_proj else "?"
             yield ModuleUse(name, module, weight_name, None, outer, role)
+
+
+def parameters_of(model: nn.Module, names: Container[str]) -> set[nn.Parameter]:
+    """The parameters of the modules that use weights by these names, see `discover_layers`."""
+    return {p for use in _uses(model) if use.name in names for p in use.module.parameters(recurse=False)}
 
 
 def _projections(name: str, module: nn.MultiheadAttention) -> Iterator[ModuleUse]:

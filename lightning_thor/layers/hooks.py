@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from types import MethodType
 from typing import Any
 
 import torch
@@ -63,6 +64,15 @@ class _Pair:
         self.g = g if self.g is None else self.g + g
 
 
+class _Unpickled:
+    """What hooks are bound to: a pickled module has methods of this class in their place, and its copy is silent."""
+
+    def on_forward(self, *args: Any) -> None:
+        """Do nothing."""
+
+    before = after = on_forward
+
+
 class Hooks:
     """Forward hooks that pair each layer's input with the gradient of its output.
 
@@ -99,6 +109,7 @@ class Hooks:
 
     Attributes:
         graphs_hand_over: whether compiled graphs hand pairs over; must be true whenever ``is_open`` is of any module.
+        are_removed: whether `remove` was called.
     """
 
     def __init__(
@@ -123,7 +134,7 @@ class Hooks:
         # wrapper, which is most of an idle hook. `skip` is not public: where it is missing, `disable` does the same at
         # its cost.
         skip = getattr(decorators, "skip", torch.compiler.disable)
-        self.graphs_hand_over = True
+        self.graphs_hand_over, self.are_removed = True, False
         self._receivers: list[Receiver] = []
         self._listener, self._expect, self._subsample_input = listener, expect, subsample_input
         self._is_open, self._is_due, self._note_output = is_open, skip(is_due), note_output
@@ -133,15 +144,16 @@ class Hooks:
         """Pairs that have a gradient, of a graph that is kept."""
         self._handed_over: _Pair | None = None
         """The pair that the listener is called with."""
+        owner = _Unpickled()
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(self._forward_hook(name, module), with_kwargs=True)
+            module.register_forward_hook(MethodType(self._forward_hook(name, module), owner), with_kwargs=True)
             for name, module in modules.items()
         ]
         for attention, names in (attentions or {}).items():
             before, after = self._attention_hooks(names, attention)
-            self._handles.append(attention.register_forward_pre_hook(before))
+            self._handles.append(attention.register_forward_pre_hook(MethodType(before, owner)))
             # Always called: a forward pass that fails must not leave its recording open.
-            self._handles.append(attention.register_forward_hook(after, always_call=True))
+            self._handles.append(attention.register_forward_hook(MethodType(after, owner), always_call=True))
 
     @property
     def backward_pass(self) -> int:
@@ -155,10 +167,20 @@ class Hooks:
             for pair in list(self._waiting):
                 self._hand_over(pair)
 
-    def reset(self) -> None:
-        """Forget the pairs that wait: their step is skipped."""
+    @property
+    def has_waiting(self) -> bool:
+        """True if a pair waits for more backward passes through a kept graph."""
+        return bool(self._waiting)
+
+    def reset(self, *, keeps_graphs: bool = False) -> None:
+        """Forget the pairs that wait: their step is skipped.
+
+        Args:
+            keeps_graphs: forget their gradients alone, since more backward passes may come.
+        """
         for pair in self._waiting:
-            pair.a = pair.g = None
+            pair.g, pair.backward_pass = None, -1
+            pair.a = pair.a if keeps_graphs else None
         self._waiting.clear()
 
     def remove(self) -> None:
@@ -167,10 +189,7 @@ class Hooks:
             handle.remove()
         self._handles.clear()
         self._receivers.clear()
-
-    @property
-    def are_removed(self) -> bool:
-        return not self._handles
+        self.are_removed = True
 
     def remove_from_copy(self, model: nn.Module) -> None:
         """Remove the copies of these hooks, which do nothing, from a copy of the model."""
@@ -183,11 +202,13 @@ class Hooks:
                 ):  # fmt: skip
                     hooks.pop(dead, None)
 
-    # Hooks are closures: copy.deepcopy of the model (SWA, EMA) copies hooks, and shares functions, but would copy the
-    # object that a bound method belongs to.
+    # Hooks are closures: copy.deepcopy of the model (SWA, EMA) copies hooks, and shares functions, but would copy this
+    # object. They are bound to an `_Unpickled`, which copies of them may have.
 
-    def _forward_hook(self, name: str, owner: nn.Module) -> Callable[[nn.Module, Any, dict[str, Any], Any], Any]:
+    def _forward_hook(self, name: str, owner: nn.Module) -> Callable[..., Any]:
         def pair(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if torch._C._is_tracing():
+                return  # what is asked of tensors here would be in the graph
             if self._is_open(name):
                 self._pair(name, args[0] if args else next(iter(kwargs.values()), None), output)
             else:
@@ -196,7 +217,9 @@ class Hooks:
         number = number_of(self._receiver(name))
         is_due, pair_unseen = self._is_due, torch.compiler.disable(pair)
 
-        def on_forward(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        def on_forward(
+            _: _Unpickled, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+        ) -> Tensor | None:
             if not torch.compiler.is_dynamo_compiling():
                 if is_due(name) and torch.is_grad_enabled() and module is owner:
                     pair_unseen(args, kwargs, output)
@@ -211,7 +234,7 @@ class Hooks:
 
     def _attention_hooks(
         self, names: Mapping[str, str], owner: nn.Module
-    ) -> tuple[Callable[[nn.Module, Any], None], Callable[[nn.Module, Any, Any], None]]:
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
         numbers = {name: number_of(self._receiver(name)) for name in names.values()}
 
         def note(role: str, a: Tensor, output: Tensor, arrange: Arrange) -> Tensor:
@@ -228,7 +251,7 @@ class Hooks:
         record, entered = RecordProducts(note), list[ExitStack]()
 
         def enter() -> None:
-            if any(self._is_open(name) for name in names.values()):
+            if not torch._C._is_tracing() and any(self._is_open(name) for name in names.values()):
                 entered.append(ExitStack())
                 entered[-1].enter_context(record)
 
@@ -238,7 +261,7 @@ class Hooks:
         is_due = self._is_due
         enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
 
-        def before(module: nn.Module, args: Any) -> None:
+        def before(_: _Unpickled, module: nn.Module, args: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
                 if self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
                     record.__enter__()  # type: ignore[no-untyped-call]
@@ -248,7 +271,7 @@ class Hooks:
                     enter_unseen()
                     return
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
+        def after(_: _Unpickled, module: nn.Module, args: Any, output: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
                 if self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
                     record.__exit__(None, None, None)  # type: ignore[no-untyped-call]

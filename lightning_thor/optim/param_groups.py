@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_thor.optim.thor import FOREIGN_OPTIONS, Thor
 
@@ -40,12 +41,14 @@ def configure_thor(module: nn.Module, lr: float = 6e-3, *, weight_decay: float =
     unknown = options.keys() - inspect.signature(Thor).parameters
     if unknown:
         raise TypeError(f"configure_thor does not know {', '.join(sorted(unknown))}. {FOREIGN_OPTIONS}")
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = {p: name for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True: nothing to train.")
     of_norms = {p for m in module.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
-    decayed = [p for p in trained if p.dim() >= 2 and p not in of_norms]
-    plain = [p for p in trained if p.dim() < 2 or p in of_norms]
+    # A lazy parameter has no dimensions yet.
+    is_matrix = {p: not name.endswith("bias") if is_lazy(p) else p.dim() >= 2 for p, name in trained.items()}
+    decayed = [p for p in trained if is_matrix[p] and p not in of_norms]
+    plain = [p for p in trained if not is_matrix[p] or p in of_norms]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = Thor([group for group in groups if group["params"]], lr=lr, **options)
     optimizer.numbered = tuple(module.parameters())

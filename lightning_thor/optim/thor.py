@@ -132,8 +132,10 @@ class Thor(Optimizer):
         clip_norm: shrink each tensor's update to at most this L2 norm, after weight decay and before natural mode's
             momentum (MindSpore's ``enable_clip_grad`` is 1); None does not.
         preconditioner: a `Curvature`; under a Trainer `ThorCallback` sets it when fit starts.
+        **others: none; the error of another optimizer's option says what to write.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: an option is out of its range or does not go with another one, or no curvature serves the modes of
             all groups.
     """
@@ -154,8 +156,11 @@ class Thor(Optimizer):
         kl_clip: float | None = None,
         clip_norm: float | None = None,
         preconditioner: Preconditioner | None = None,
+        **others: Any,
     ) -> None:
         arguments = locals()
+        if others:
+            raise TypeError(f"Thor does not know {', '.join(sorted(others))}. {FOREIGN_OPTIONS}")
         if isinstance(params, nn.Module):
             raise TypeError(
                 f"Thor takes parameters, got a {type(params).__name__}: write configure_thor(model, lr=...), which "
@@ -240,6 +245,15 @@ class Thor(Optimizer):
             updates.clear()
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of torch; the preconditioner forgets what it observed of these gradients, such as those of another
+        optimizer's loss."""
+        super().zero_grad(set_to_none)
+        # Custom preconditioners need not have it.
+        forget = getattr(self.preconditioner, "forget", None)
+        if forget is not None:
+            forget()
+
     @torch.no_grad()
     def make_state(self) -> None:
         """Set momentum to zeros where there is none, as a step with gradients of zero does.
@@ -282,6 +296,13 @@ class Thor(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as `torch.optim.Optimizer.load_state_dict` does, but Adam's moments in at least float32: torch
         casts them to the dtype of the weights, and in float16 squares of small gradients would become 0."""
+        if not any("match_rms" in group for group in state_dict["param_groups"]):
+            options = sorted({key for group in state_dict["param_groups"] for key in group} - {"params"})
+            raise ValueError(
+                f"This state is of another optimizer than Thor (with the options {', '.join(options)}): load the "
+                "checkpoint's weights alone, model.load_state_dict(torch.load(path)['state_dict']), and fit without "
+                "ckpt_path."
+            )
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelSummary
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from lightning_thor.block_size.choose import BlockSplit
 from lightning_thor.curvature.callables import BatchFn, IntStepFn, StepFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.options import check_options
 from lightning_thor.factors.damping import DampingRule
-from lightning_thor.layers.discovery import uncompiled_name
-from lightning_thor.optim.thor import Preconditioner, Thor
+from lightning_thor.layers.base import Layer
+from lightning_thor.layers.discovery import name_some
+from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.trainer.block_size_trial import try_block_sizes
@@ -26,13 +30,20 @@ from lightning_thor.trainer.fit_report import FitFigures, print_fit
 from lightning_thor.trainer.report import report_split
 from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
+from lightning_thor.trainer.unfreezing import warn_of_layers_still_frozen, warn_of_layers_without_optimizer, wrap_again
 from lightning_thor.trainer.update_ratio import Sample, sample_weights, update_ratio
 
 
 class ThorCallback(Callback):
     """Gives the `Thor` optimizer of a fit its curvature, for the mode it has; use it with ``return
-    configure_thor(self)``. It serves one `Thor`, beside any other optimizers; a Trainer takes one of it. `Curvature`
-    explains its options at length.
+    configure_thor(self)``. A Trainer takes one of it. `Curvature` explains its options at length.
+
+    It serves any number of `Thor`, beside other optimizers: each has a curvature of its own parameters, with these
+    options. One that ``trainer.optimizers`` gets in mid-run is served from the next batch on. Layers that are unfrozen
+    in mid-run, as by Lightning's ``BackboneFinetuning``, get curvature in the first batch of an epoch, or as soon as
+    ``add_param_group`` adds their parameters; DDP then averages their gradients too. Statistics are of the gradients
+    that a step uses: ``optimizer.zero_grad()`` empties them as well, and where ``toggle_optimizer`` freezes a layer,
+    another optimizer's loss adds nothing to them.
 
     Args:
         damping: greater than 0, added to the eigenvalues of the factors, or a function of the step. (A function is in a
@@ -58,6 +69,8 @@ class ThorCallback(Callback):
         loss_terms: gives, of a training batch, how many terms the mean of its loss has: a number, or a 0-dimensional
             tensor. As in `Curvature`; needed where labels are left out of the mean and their number differs between
             micro-batches or processes: ``lambda batch: (batch["labels"] != -100).sum()``.
+        waits_for_thor: let a fit begin without a `Thor`, which ``trainer.optimizers`` gets later; False: its absence is
+            an error.
         summary: print what is preconditioned when fit starts, and how a block size was chosen; the latter is also
             saved, as ``thor_split.json`` and, where matplotlib is, ``thor_split.png``, beside the logger's files.
             Equal layers are one row; ``"full"`` has a row for each. With ``Trainer(enable_model_summary=False)``
@@ -92,6 +105,7 @@ class ThorCallback(Callback):
         loss_reduction: str = "mean",
         fused: dict[str, int] | None = None,
         loss_terms: BatchFn | None = None,
+        waits_for_thor: bool = False,
         summary: bool | Literal["full"] = True,
     ) -> None:
         super().__init__()
@@ -102,30 +116,55 @@ class ThorCallback(Callback):
             raise ValueError(f"loss_terms must be a function of a batch, or None, got {loss_terms!r}.")
         if not (isinstance(summary, bool) or summary == "full"):
             raise ValueError(f'summary must be True, False or "full", got {summary!r}.')
+        if not isinstance(waits_for_thor, bool):
+            raise ValueError(f"waits_for_thor must be True or False, got {waits_for_thor!r}.")
+        self._waits_for_thor = waits_for_thor
         self._loss_terms = loss_terms
         self._batch: Any = None
         """The training batch under way, where `loss_terms` is to be asked of it."""
         self.summary = summary
         self._is_measuring = False
-        self.curvature: Curvature | None = None
-        """The curvature of the present or last fit."""
+        self.curvatures: list[Curvature] = []
+        """Of the present or last fit, one for each `Thor`, in the order in which they came."""
         self.block_size: int | None = None
-        """Of that curvature."""
+        """Of these curvatures."""
         self.split: BlockSplit | None = None
         """How it was chosen, if this fit did."""
         self._restored: dict[str, Any] | None = None
         self._fitting = False
-        self._optimizer: Thor | None = None
-        """The optimizer that has the curvature: None outside of fit."""
-        self._applied = 0
+        self._served: dict[Thor, Curvature] = {}
+        """The optimizers that have these curvatures: none outside of fit."""
+        self._trained: dict[Thor, set[nn.Parameter]] = {}
+        """The parameters of each that have trained so far in this fit."""
+        self._seen: tuple[list[Optimizer], list[int]] = [], []
+        """The trainer's optimizers, and how many groups each had, when they were looked at last."""
+        self._unfrozen_there: list[Layer] = []
+        """Layers of a checkpoint that were frozen here when it was loaded."""
+        self._looks = False
+        """Whether to look for changes before the next batch that begins a window, whatever the former say."""
+        self._window_is_open = False
+        self._applied: list[int] = []
+        """Steps of each curvature when the last batch ended."""
         self._called = 0
         self._told = 0
         self._begin = FitFigures()
         """The counts when training began."""
-        self._weights: Sample | None = None
+        self._weights: dict[Thor, Sample] = {}
         """A sample of the weights before the step that is logged."""
         self._ratio_sum: float | Tensor = 0.0
         self._n_ratios = 0
+
+    @property
+    def curvature(self) -> Curvature | None:
+        """The first of `curvatures`, if there is one."""
+        return self.curvatures[0] if self.curvatures else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A fit's curvatures and all that belongs to them have functions of the trainer; copies start anew.
+        none: dict[str, Any] = {"_served": {}, "_trained": {}, "_weights": {}, "_batch": None}
+        none |= {"curvatures": [], "_seen": ([], []), "_unfrozen_there": []}
+        own = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}  # the module's
+        return own | none | {"_ratio_sum": float(self._ratio_sum)}
 
     @property
     def state_key(self) -> str:
@@ -155,51 +194,77 @@ class ThorCallback(Callback):
         self._restored = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        optimizer = _the_thor_of(trainer)
-        if optimizer.preconditioner is not None:
-            raise ValueError(
-                f"ThorCallback found a {type(optimizer).__name__} that has a preconditioner already. Remove the "
-                "callback, or build the optimizer without preconditioner=..."
-            )
         self._close()
-        # Now: while ``fully_shard`` holds weights whole, a model has other parameters.
-        optimizer.numbered = tuple(pl_module.parameters())
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.curvatures = []
+        thors = _thors_of(trainer)
+        if not thors and not self._waits_for_thor:
+            raise ValueError(_no_thor(trainer))
+        if not thors and self._options["block_size"] == "auto":
+            raise ValueError('block_size="auto" needs the Thor when fit starts. Give ThorCallback a number instead.')
+        parameters = [p for optimizer in thors for p in _parameters_of(optimizer)]
         self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
-        self.curvature = Curvature(
-            pl_module,
-            mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
-            loss_multiplier=_LossMultiplier(trainer, pl_module),
-            loss_terms=None if self._loss_terms is None else self._terms_of_the_batch,
-            parameters=parameters,
-            **{**self._options, "block_size": self.block_size},
-        )
-        preconditioner: Preconditioner = self.curvature
-        if isinstance(trainer.strategy, ThorStrategyMixin):
-            own = set(parameters)
-            named = {name: p for name, p in pl_module.named_parameters() if p in own}
-            preconditioner = trainer.strategy.connect_curvature(self.curvature, named)
-        # The trainer's stage, not the model's mode: fit trains a model that was left in eval mode too.
-        self.curvature.is_listening = lambda: trainer.training
-        optimizer.preconditioner = preconditioner
-        self._optimizer = optimizer
-        if self._restored is not None:
-            self.curvature.load_state_dict(self._restored["curvature"])
-            self._restored = None
-        _warn_of_clipping(trainer, optimizer)
-        _warn_of_intervals(trainer)
-        if not self.curvature.layers:
-            rank_zero_warn(
-                "ThorCallback found no layer to precondition: all parameters take "
-                f"{MODES[self.curvature.mode].fallback}. What it prints when fit starts says why (summary=True)."
-            )
         quiet = self._is_quiet(trainer)
         if self.summary and self.split is not None:
             folder = trainer.log_dir or trainer.default_root_dir  # on all ranks: it is a broadcast
             if trainer.is_global_zero:
                 report_split(self.split, folder, quiet=quiet)
+        self._serve(trainer, pl_module)
+        _warn_of_intervals(trainer)
+
+    def _serve(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give each new `Thor` of the trainer its curvature."""
+        new = [optimizer for optimizer in _thors_of(trainer) if optimizer not in self._served]
+        for optimizer in new:
+            if optimizer.preconditioner is not None:
+                raise ValueError(
+                    f"ThorCallback found a {type(optimizer).__name__} that has a preconditioner already. Remove the "
+                    "callback, or build the optimizer without preconditioner=..."
+                )
+            # Now: while ``fully_shard`` holds weights whole, a model has other parameters.
+            optimizer.numbered = tuple(pl_module.parameters())
+            curvature = Curvature(
+                pl_module,
+                mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
+                loss_multiplier=_LossMultiplier(trainer, pl_module),
+                loss_terms=None if self._loss_terms is None else self._terms_of_the_batch,
+                parameters=_parameters_of(optimizer),
+                **{**self._options, "block_size": self.block_size},
+            )
+            # The trainer's stage, not the model's mode: fit trains a model that was left in eval mode too.
+            curvature.is_listening = partial(_is_training, trainer, optimizer)
+            self.curvatures.append(curvature)
+            self._served[optimizer] = curvature
+            self._trained[optimizer] = _trained_of(optimizer)
+            optimizer.preconditioner = curvature
+            if isinstance(trainer.strategy, ThorStrategyMixin):
+                own = set(_parameters_of(optimizer))
+                named = {name: p for name, p in pl_module.named_parameters() if p in own}
+                optimizer.preconditioner = trainer.strategy.connect_curvature(curvature, named)
+        if len(self.curvatures) > 1:
+            for curvature in self.curvatures:
+                curvature.send_in_update()
+        for optimizer in new:
+            self._restore(self._served[optimizer])
+            self._tell(trainer, optimizer)
+        self._applied = [curvature.step for curvature in self.curvatures]
+        self._seen = list(trainer.optimizers), [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+
+    def _tell(self, trainer: pl.Trainer, optimizer: Thor) -> None:
+        """Say what is preconditioned, and warn of what has no effect."""
+        curvature = self._served[optimizer]
+        _warn_of_clipping(trainer, optimizer)
+        if not curvature.layers and not any(map(is_lazy, _parameters_of(optimizer))):
+            rank_zero_warn(
+                "ThorCallback found no layer to precondition: all parameters take "
+                f"{MODES[curvature.mode].fallback}. What it prints when fit starts says why (summary=True)."
+            )
+        for other in self.curvatures:
+            # The layers of another Thor are not left out.
+            if other is not curvature:
+                for own, others in ((curvature, other.layers), (other, curvature.layers)):
+                    own.left_out = {name: why for name, why in own.left_out.items() if name not in others}
         if self.summary and trainer.is_global_zero:
-            print_curvature(self.curvature, full=self.summary == "full", quiet=quiet)
+            print_curvature(curvature, full=self.summary == "full", quiet=self._is_quiet(trainer))
 
     def _decide_block_size(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[torch.nn.Parameter]
@@ -218,23 +283,49 @@ class ThorCallback(Callback):
         split = try_block_sizes(trainer, pl_module, parameters, **options)
         return split.block_size, split
 
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Serve a `Thor` that the trainer has got, and give curvature to layers that began to train."""
+        n_groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+        if self._window_is_open or not (self._looks or self._seen != (trainer.optimizers, n_groups)):
+            return
+        self._serve(trainer, pl_module)
+        self._looks = any(is_lazy(p) for optimizer in self._served for p in _parameters_of(optimizer))
+        further = {
+            optimizer: more
+            for optimizer, trained in self._trained.items()
+            if (more := _trained_of(optimizer) - trained)
+        }
+        if further:
+            wrap_again(trainer.strategy)
+        for optimizer, more in further.items():
+            self._trained[optimizer] |= more
+            new = self._served[optimizer].include(more)
+            if new:
+                rank_zero_info(f"THOR: {name_some(new)} began to train, and have curvature from this step on.")
+        self._seen = list(trainer.optimizers), n_groups
+        for curvature in self.curvatures:
+            warn_of_layers_without_optimizer(curvature, trainer.optimizers)
+        warn_of_layers_still_frozen(self._unfrozen_there)
+        self._unfrozen_there = []
+
     # ── each step ──
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not when fit starts: some strategies restore a checkpoint after that.
-        if self.curvature is not None:
-            self._applied, self._called = self.curvature.step, trainer.global_step
-            self._told = sum(self._troubles())
-            self._begin, self._ratio_sum, self._n_ratios = self._figures(), 0.0, 0
+        self._looks, self._window_is_open = True, False
+        self._applied, self._called = [curvature.step for curvature in self.curvatures], trainer.global_step
+        self._told = sum(self._troubles())
+        self._begin, self._ratio_sum, self._n_ratios = self._figures(), 0.0, 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._loss_terms is not None:
             self._batch = batch
-        self._weights = None
-        if self._optimizer is not None and trainer._logger_connector.should_update_logs:
-            self._weights = sample_weights(self._optimizer)
+        self._look(trainer, pl_module)
+        self._weights = {}
+        if trainer._logger_connector.should_update_logs:
+            self._weights = {one: sample_weights(one) for one in self._served if one in trainer.optimizers}
 
     def _terms_of_the_batch(self) -> Any:
         assert self._loss_terms is not None
@@ -244,34 +335,38 @@ class ThorCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch = None
-        if self.curvature is None:
-            return
+        steps = [curvature.step for curvature in self.curvatures]
+        self._window_is_open = trainer.global_step == self._called
         # A GradScaler that found an overflow calls no Optimizer.step and tells nobody: only the counters differ.
-        skipped = trainer.global_step != self._called and self.curvature.step == self._applied
+        skipped = not self._window_is_open and steps == self._applied
         # In manual optimization another optimizer may have stepped; what is not finite is left out all the same.
         if skipped and pl_module.automatic_optimization and _scaler_of(trainer) is not None:
-            self.curvature.discard()
-        if self.curvature.step != self._applied and self._weights:
-            self._log_step(trainer, pl_module, update_ratio(self._weights))
-        self._weights = None
-        self._called, self._applied = trainer.global_step, self.curvature.step
+            for optimizer in _thors_of(trainer):
+                self._served[optimizer].discard()
+        for number, (optimizer, curvature) in enumerate(self._served.items()):
+            if self._weights.get(optimizer) and curvature.step != self._applied[number]:
+                prefix = f"thor-{number}" if number else "thor"
+                self._log_step(trainer, pl_module, curvature, update_ratio(self._weights[optimizer]), prefix)
+        self._weights = {}
+        self._called, self._applied = trainer.global_step, steps
 
-    def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ratio: Tensor) -> None:
-        assert self.curvature is not None
+    def _log_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, curvature: Curvature, ratio: Tensor, prefix: str
+    ) -> None:
         self._ratio_sum, self._n_ratios = self._ratio_sum + ratio, self._n_ratios + 1
         if trainer.logger is not None:
-            done, _ = self.curvature.refreshes
+            done, _ = curvature.refreshes
             figures: dict[str, Any] = {
-                "thor/refreshes": done / max(len(self.curvature.layers), 1),
-                "thor/inverse_age": self.curvature.inverse_age,
-                "thor/update_to_weights": ratio,
+                f"{prefix}/refreshes": done / max(len(curvature.layers), 1),
+                f"{prefix}/inverse_age": curvature.inverse_age,
+                f"{prefix}/update_to_weights": ratio,
             }
-            if self.curvature.last_damping is not None:
-                figures["thor/damping"] = self.curvature.last_damping
+            if curvature.last_damping is not None:
+                figures[f"{prefix}/damping"] = curvature.last_damping
             pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.curvature is None:
+        if not self.curvatures:
             return
         failed, rejected = self._troubles()
         if failed + rejected > self._told:
@@ -286,44 +381,38 @@ class ThorCallback(Callback):
             pl_module.log("thor/failed_inversions", float(failed), sync_dist=True)
             pl_module.log("thor/rejected_windows", float(rejected), sync_dist=True)
             if self._options["trace_rule"] is not None:
-                done, turns = self.curvature.refreshes
-                pl_module.log("thor/refreshed_share", done / max(turns, 1), sync_dist=True)
+                figures = self._figures()
+                pl_module.log("thor/refreshed_share", figures.n_refreshes / max(figures.n_possible, 1), sync_dist=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.curvature is None:
-            return
-        modules = {uncompiled_name(name): module for name, module in self.curvature.model.named_modules()}
-        for name, reason in self.curvature.left_out.items():
-            if reason == "frozen" and _weight_trains(name, modules):
-                self.curvature.left_out[name] = "frozen when fit began"
-                rank_zero_warn(
-                    f"{name!r} was frozen when fit began and has no curvature: it takes "
-                    f"{MODES[self.curvature.mode].fallback} now that it trains. Start another fit from this one's "
-                    "weights to precondition it."
-                )
+        self._looks = True
 
     def _troubles(self) -> tuple[int, int]:
         """Blocks that could not be inverted, and layers' windows that were not finite, so far. Waits for the device."""
-        assert self.curvature is not None
-        return int(self.curvature.factors.failed_inversions), int(self.curvature.factors.rejected_windows)
+        factors = [curvature.factors for curvature in self.curvatures]
+        return sum(int(one.failed_inversions) for one in factors), sum(int(one.rejected_windows) for one in factors)
 
     def _figures(self) -> FitFigures:
         """Counts so far. Waits for the device."""
-        assert self.curvature is not None
-        (done, turns), (failed, rejected) = self.curvature.refreshes, self._troubles()
-        return FitFigures(self.curvature.step, done, turns, failed, rejected)
+        done, turns = (sum(one.refreshes[i] for one in self.curvatures) for i in (0, 1))
+        n_steps = max((one.step for one in self.curvatures), default=0)
+        return FitFigures(n_steps, done, turns, *self._troubles())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_silent = not self.summary or self._is_quiet(trainer) or trainer.progress_bar_callback is None
-        if self.curvature is None or is_silent or not trainer.is_global_zero:
+        if is_silent or not trainer.is_global_zero:
             return
         figures = self._figures() - self._begin
         if not figures.n_steps:
             return
-        updates = self.curvature.factors.updates.tolist()
-        idle = [name for name, n in zip(self.curvature.layers, updates, strict=True) if not n]
+        layers = [
+            (name, n)
+            for one in self.curvatures
+            for name, n in zip(one.layers, one.factors.updates.tolist(), strict=True)
+        ]
+        idle = tuple(name for name, n in layers if not n)
         ratio = float(self._ratio_sum) / self._n_ratios if self._n_ratios else None
-        print_fit(replace(figures, update_ratio=ratio, idle=tuple(idle)), len(self.curvature.layers))
+        print_fit(replace(figures, update_ratio=ratio, idle=idle), len(layers))
 
     def _is_quiet(self, trainer: pl.Trainer) -> bool:
         return not self._is_measuring and not any(isinstance(one, ModelSummary) for one in _callbacks_of(trainer))
@@ -338,18 +427,17 @@ class ThorCallback(Callback):
         self._close()
 
     def _close(self) -> None:
-        if self.curvature is not None:
-            self.curvature.close()
-        if self._optimizer is not None:
-            self._optimizer.preconditioner = None
-            self._optimizer = None
+        for optimizer, curvature in self._served.items():
+            curvature.close()
+            optimizer.preconditioner = None
+        self._served, self._trained, self._weights = {}, {}, {}
 
     # ── checkpoints ──
 
     def state_dict(self) -> dict[str, Any]:
         # Never empty: Lightning neither stores nor restores an empty state.
-        curvature = None if self.curvature is None else self.curvature.state_dict()
-        return {"curvature": curvature, "block_size": self.block_size}
+        first, *others = [None] if not self.curvatures else [curvature.state_dict() for curvature in self.curvatures]
+        return {"curvature": first, "block_size": self.block_size} | ({"others": others} if others else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not isinstance(state_dict, Mapping) or "curvature" not in state_dict:
@@ -360,13 +448,22 @@ class ThorCallback(Callback):
                 f"without its curvature by deleting checkpoint['callbacks']['{self.state_key}']."
             )
         # Before on_fit_start, but not on every strategy; and in validate and test, which setup of a fit forgets.
-        state = state_dict["curvature"]
-        if state is None:
-            return
-        if self.curvature is not None and self._optimizer is not None:
-            self.curvature.load_state_dict(state)
-        else:
-            self._restored = state_dict
+        if state_dict["curvature"] is not None:
+            self._restored = dict(state_dict)
+            for curvature in self._served.values():
+                self._restore(curvature)
+
+    def _restore(self, curvature: Curvature) -> None:
+        """Load the state that the checkpoint has of a curvature, by its place among all; it may come later than the
+        checkpoint."""
+        place = self.curvatures.index(curvature)
+        states = [] if self._restored is None else [self._restored["curvature"], *self._restored.get("others", ())]
+        if place < len(states):
+            before = set(curvature.layers)
+            curvature.load_state_dict(states[place])
+            self._unfrozen_there += [layer for name, layer in curvature.layers.items() if name not in before]
+        if place >= len(states) - 1:
+            self._restored = None
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -408,14 +505,6 @@ def _scaler_of(trainer: pl.Trainer) -> Any | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def _weight_trains(name: str, modules: Mapping[str, torch.nn.Module]) -> bool:
-    # The projections of an attention are no modules, but parameters of one; perhaps all packed into one.
-    owner, _, role = name.rpartition(".")
-    places = ((name, "weight"), (owner, f"{role}_weight"), (owner, "in_proj_weight"))
-    found = (getattr(modules.get(module), weight, None) for module, weight in places)
-    return any(weight.requires_grad for weight in found if isinstance(weight, Tensor))
-
-
 def _warn_of_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:
     by_norm = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm")
     matched = (
@@ -441,17 +530,26 @@ def _warn_of_intervals(trainer: pl.Trainer) -> None:
         )
 
 
-def _the_thor_of(trainer: pl.Trainer) -> Thor:
-    found = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Thor)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(
-            f"ThorCallback found {len(found)} Thor optimizers; it serves one. Put all parameters into one Thor, as "
-            "parameter groups."
-        )
+def _thors_of(trainer: pl.Trainer) -> list[Thor]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Thor)]
+
+
+def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _trained_of(optimizer: Optimizer) -> set[nn.Parameter]:
+    return {p for p in _parameters_of(optimizer) if p.requires_grad and not is_lazy(p)}
+
+
+def _is_training(trainer: pl.Trainer, optimizer: Thor) -> bool:
+    return trainer.training and optimizer in trainer.optimizers
+
+
+def _no_thor(trainer: pl.Trainer) -> str:
     names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
-    raise ValueError(
+    return (
         f"ThorCallback found no Thor optimizer (configure_optimizers returned: {names}). Return configure_thor(self, "
-        "lr=...) there (with LightningCLI: optimizer.class_path: lightning_thor.Thor), or remove the callback."
+        "lr=...) there (with LightningCLI: optimizer.class_path: lightning_thor.Thor), or remove the callback. If the "
+        "trainer gets a Thor later, say so: ThorCallback(waits_for_thor=True)."
     )

@@ -112,10 +112,10 @@ class ThorStrategyMixin(_Base):
         return None
 
     def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> Preconditioner:
-        """Connect ``curvature`` with the other ranks; called once when a fit starts.
+        """Connect ``curvature`` with the other ranks; called once for each `Thor`, when a fit starts or gets it.
 
         Args:
-            curvature: of the model.
+            curvature: of the model; it may include further layers later.
             parameters: all parameters of the optimizer, by name.
 
         Returns:
@@ -124,11 +124,14 @@ class ThorStrategyMixin(_Base):
         Raises:
             ValueError: the options do not go with the model.
         """
-        if self._split_indices is None:
-            bucket_fn = factor_reducer.by_size(self._bucket_bytes)
-        else:
-            has_A = [layer.A is not None for layer in curvature.layers.values()]
-            bucket_fn = factor_reducer.by_layer(self._split_indices, has_A)
+        split_indices, bucket_fn = self._split_indices, factor_reducer.by_size(self._bucket_bytes)
+        if split_indices is not None:
+
+            def bucket_fn(layers: Sequence[int], n_bytes: Sequence[int]) -> list[list[int]]:
+                has_A = [layer.A is not None for layer in curvature.layers.values()]
+                return factor_reducer.by_layer(split_indices, has_A)(layers, n_bytes)
+
+            bucket_fn([], [])  # raises at once
         curvature.connect(
             ProcessGroupCommunicator(self._factor_group),
             bucket_fn=bucket_fn,

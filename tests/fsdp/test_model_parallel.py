@@ -26,13 +26,14 @@ from lightning_thor.distributed import dtensor
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.trainer.start_report import curvature_table
 from tests.helpers.boring import Boring, assert_bitwise
-from tests.helpers.distributed_workers import ROWS, Result, batch, fit, only, state, whole
+from tests.helpers.distributed_workers import ROWS, Result, batch, fit, one_rank, only, state, whole
 from tests.helpers.launching import ROOT
 from tests.helpers.sharded_workers import (
     BF16,
     KL,
     MODULES,
     Sharded,
+    UnfreezingSharded,
     Words,
     consolidated,
     fully_shard,
@@ -78,6 +79,13 @@ def test_two_ranks_with_shards_are_one_device(
         assert (result["strategy"], result["world_size"]) == ("ThorModelParallelStrategy", 2)
         torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
         assert_bitwise(state(result), state(found[0]))
+
+
+@pytest.mark.slow
+def test_layers_that_are_unfrozen_have_curvature_as_on_one_device(tmp_path: Path) -> None:
+    alone = one_rank(tmp_path, kind=UnfreezingSharded, max_epochs=3)
+    for result in ranks("unfrozen"):
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -150,6 +150,37 @@ class Compiled(Module):
         self.net.compile(backend="aot_eager")
 
 
+class Unfreezing(Module):
+    """Its first two layers are frozen at first, and trained from the second epoch on."""
+
+    def __init__(self, *args: Any, **others: Any) -> None:
+        super().__init__(*args, **others)
+        for module in (self.net.conv, self.net.norm):
+            module.requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        if self.trainer.current_epoch == 1:
+            layers = self.net.conv, self.net.norm
+            further = [p for module in layers for p in module.requires_grad_(True).parameters()]
+            self.trainer.optimizers[0].add_param_group({"params": further, "lr": 0.01})
+
+
+class TwoThors(Module):
+    """A `Thor` for its last two layers, which steps first, and one for the others; both of one loss."""
+
+    automatic_optimization = False
+
+    def training_step(self, piece: tuple[Tensor, Tensor, Tensor], index: int) -> None:  # type: ignore[override]
+        self.manual_backward(super().training_step(piece, index))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        heads, body = [self.net.head, self.net.extra], [self.net.conv, self.net.norm, self.net.hidden]
+        return [configure_thor(nn.ModuleList(modules), lr=0.02) for modules in (heads, body)]
+
+
 class StepLog(L.Callback):
     """After every batch: how many all-reduces of factors there were so far, and how many applied steps."""
 
@@ -425,6 +456,13 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "all_from_one": training(max_epochs=3, resume="one"),
     "two": training(max_epochs=3, strategy=keeping(2)),
     "compiled": training(kind=Compiled, micro_batches=2, strategy=in_buckets),
+    "unfrozen": training(kind=Unfreezing, micro_batches=2, max_epochs=3, strategy=in_buckets, checkpoints="unfrozen"),
+    "two_thors": training(kind=TwoThors, strategy=in_buckets),
+    "unfrozen_ddp": training(kind=Unfreezing, max_epochs=3, strategy="ddp"),
+    "unfrozen_one": training(kind=Unfreezing, max_epochs=3, strategy=keeping(1), stagger=True),
+    "unfrozen_resumed": training(
+        kind=Unfreezing, micro_batches=2, max_epochs=3, strategy=in_buckets, resume="unfrozen"
+    ),
 }
 FOUR: dict[str, Callable[[Path], Result]] = {
     "four": training(QUARTERS, max_epochs=3, strategy=in_buckets),

@@ -28,6 +28,7 @@ from tests.helpers.distributed_workers import (
     Module,
     Net,
     Result,
+    Unfreezing,
     fit,
     training,
 )  # fmt: skip
@@ -105,6 +106,10 @@ class Grouped(Sharded):
         groups = [{"params": params[1::2], "weight_decay": 0.1}, {"params": params[::2]}]
         optimizer = Thor(groups, lr=0.02, mode=self.mode)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)]
+
+
+class UnfreezingSharded(Unfreezing, Sharded):
+    """Its first two layers are frozen at first."""
 
 
 class Searching(Sharded):
@@ -237,6 +242,7 @@ TWO: dict[str, Callable[[Path], Result]] = {
     "overflow_resumed": sharded(scaled=True, max_epochs=2, batches=(0, 1, 2), overflow=0, resume="scaled"),
     "bf16": sharded(max_epochs=1, precision="bf16-mixed", **BF16),
     "in_buckets": sharded(max_epochs=3, strategy=in_buckets),
+    "unfrozen": sharded(kind=UnfreezingSharded, max_epochs=3),
     "in_the_step": sharded(max_epochs=3, strategy=InTheStep),
     "split": sharded(max_epochs=3, strategy=partial(ThorModelParallelStrategy, split_indices=[0])),
     "irregular_in_buckets": sharded(extra=irregular, max_epochs=3, strategy=in_buckets),

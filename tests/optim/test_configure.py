@@ -50,6 +50,10 @@ def test_nothing_to_train_is_told() -> None:
         (lambda model: configure_thor(model.parameters()), r"takes the module itself.*got a generator"),
         (lambda model: Thor(model), r"takes parameters, got a Linear: write configure_thor\(model"),
         (lambda model: configure_thor(model, betas=(0.9, 0.99)), 'does not know betas.*momentum.*mode="adam", beta2'),
+        (
+            lambda model: Thor(model.parameters(), betas=(0.9, 0.99)),
+            'does not know betas.*momentum.*mode="adam", beta2',
+        ),
         (lambda model: configure_thor(model, damping=0.1), "does not know damping.*options of ThorCallback"),
     ],
 )

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_thor import ThorCallback
-from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
+from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, quiet, trainer
 
 
 def saved(folder: Path, module: Boring | None = None, epochs: int = 2, **options: Any) -> tuple[L.Trainer, Path]:
@@ -94,6 +94,23 @@ def test_a_checkpoint_whose_curvature_is_none_is_told(tmp_path: Path) -> None:
     torch.save(checkpoint, path)
     with pytest.warns(UserWarning, match="saved without ThorCallback's curvature"):
         trainer(tmp_path).fit(Boring(nesterov=True, weight_decay=0.1), ckpt_path=path)
+
+
+def test_a_checkpoint_of_another_optimizer_says_how_to_go_on_with_its_weights(tmp_path: Path) -> None:
+    class Adam(Boring):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters())
+
+    each = ModelCheckpoint(tmp_path, filename="adam")
+    quiet(tmp_path, each, enable_checkpointing=True, max_epochs=1).fit(Adam())
+    path = tmp_path / "adam.ckpt"
+    with pytest.raises(ValueError, match=r"of another optimizer than Thor \(.*betas.*fit without ckpt_path"):
+        trainer(tmp_path).fit(Boring(), ckpt_path=path, weights_only=True)
+    module = Boring()
+    module.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    trainer(tmp_path).fit(module)
+    # And back: with Thor's weights.
+    quiet(tmp_path, max_epochs=1).fit(Adam.load_from_checkpoint(saved(tmp_path, epochs=1)[1]))
 
 
 def test_old_trouble_is_not_told_again(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""What has to follow when layers are unfrozen in mid-run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_thor.curvature.curvature import Curvature
+from lightning_thor.layers.base import Layer
+from lightning_thor.layers.discovery import name_some, parameters_of
+
+
+def wrap_again(strategy: Strategy) -> None:
+    """Let DDP average the gradients of parameters that began to train: it knows those that trained when it wrapped the
+    model. Call it on all ranks, between two steps."""
+    if isinstance(strategy, DDPStrategy) and strategy.model is not strategy.lightning_module:
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
+
+
+def warn_of_layers_without_optimizer(curvature: Curvature, optimizers: Sequence[Optimizer]) -> None:
+    """Warn, once, of layers that were frozen and are no more, but whose parameters no optimizer has."""
+    trained = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    idle = []
+    for name, reason in curvature.left_out.items():
+        if reason == "frozen":
+            own = {p for p in parameters_of(curvature.model, [name]) if p.requires_grad}
+            if own:
+                curvature.left_out[name] = "not in the optimizer"
+                idle += [] if own & trained else [name]
+    if idle:
+        names = ", ".join(map(repr, idle)) if len(idle) < 6 else name_some(idle)
+        rank_zero_warn(
+            f"{names} was frozen when fit began and is unfrozen now, but no optimizer has its parameters: it does not "
+            'train. Add them: optimizer.add_param_group({"params": list(layer.parameters())}).'
+        )
+
+
+def warn_of_layers_still_frozen(layers: Sequence[Layer]) -> None:
+    """Warn of layers that trained in the run that was saved and do not train now."""
+    frozen = [layer.name for layer in layers if not any(use.trains for use in layer.uses)]
+    if frozen:
+        rank_zero_warn(
+            f"{name_some(frozen)}: trained in the checkpoint and frozen now. (Lightning's BackboneFinetuning leaves "
+            "the backbone frozen where a fit goes on after it unfroze it, with any optimizer.) If they are to train, "
+            "unfreeze them in on_train_start; their curvature was loaded."
+        )

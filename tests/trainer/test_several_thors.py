@@ -1,0 +1,235 @@
+"""Laws of several `Thor` under one callback, and of one that comes in mid-run: each has its own curvature."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_thor import Curvature, Thor, ThorCallback, configure_thor
+from tests.helpers.boring import Boring, assert_bitwise, callback_of, trainer, without_words
+from tests.helpers.distributed_workers import TwoThors, one_rank, state, two_ranks
+
+
+class Gan(L.LightningModule):
+    """A generator and a discriminator of four numbers, with a `Thor` each."""
+
+    automatic_optimization = False
+
+    def __init__(self, toggles: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.generator = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4))
+        self.discriminator = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+        self.toggles = toggles
+
+    def losses(self, x: Tensor, z: Tensor, number: int) -> Tensor:
+        """Of the discriminator (0), or of the generator (1)."""
+        fake = self.generator(z)
+        if number:
+            return F.softplus(-self.discriminator(fake)).mean()
+        real, fake = self.discriminator(x), self.discriminator(fake.detach())
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        for number, optimizer in enumerate(self.optimizers()):
+            if self.toggles:
+                self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(self.losses(*batch, number))
+            optimizer.step()
+            if self.toggles:
+                self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [configure_thor(self.discriminator, lr=0.01), configure_thor(self.generator, lr=0.02, mode="polar")]
+
+    def train_dataloader(self) -> Any:
+        generator = torch.Generator().manual_seed(5)
+        data = [[torch.randn(8, n, generator=generator) for n in (4, 3)] for _ in range(4)]
+        return torch.utils.data.DataLoader(data, batch_size=None)
+
+
+def everything(found: L.Trainer) -> Any:
+    """Weights, momenta and curvatures."""
+    states = [without_words(curvature.state_dict()) for curvature in callback_of(found).curvatures]
+    momenta = [optimizer.state_dict()["state"] for optimizer in found.optimizers]
+    return copy.deepcopy([found.lightning_module.state_dict(), momenta, states])
+
+
+def fit(folder: Path, module: L.LightningModule, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    found = trainer(folder, *callbacks, **options)
+    found.fit(module)
+    return found
+
+
+def test_a_gan_is_the_plain_loop_with_two_curvatures(tmp_path: Path) -> None:
+    found = fit(tmp_path, Gan())
+    module = Gan()
+    optimizers = module.configure_optimizers()
+    curvatures = [
+        Curvature(module, mode=mode, update_every_n_steps=2, parameters=own.parameters())
+        for mode, own in (("natural", module.discriminator), ("polar", module.generator))
+    ]
+    for _ in range(2):
+        for batch in module.train_dataloader():
+            for number, optimizer in enumerate(optimizers):
+                optimizer.preconditioner = curvatures[number]
+                module.zero_grad()
+                with curvatures[1 - number].paused():
+                    module.losses(*batch, number).backward()
+                optimizer.step()
+    assert [list(one.layers) for one in callback_of(found).curvatures] == [
+        ["discriminator.0", "discriminator.2"],
+        ["generator.0", "generator.2"],
+    ]
+    assert [one.step for one in callback_of(found).curvatures] == [8, 8]
+    assert_bitwise(everything(found)[2], [without_words(one.state_dict()) for one in curvatures])
+    assert_bitwise([p.detach() for p in found.lightning_module.parameters()], [p.detach() for p in module.parameters()])
+
+
+def test_what_zero_grad_throws_away_is_no_statistics(tmp_path: Path) -> None:
+    """The generator's loss flows through the discriminator, whose gradients are zeroed before its own backward."""
+    assert_bitwise(everything(fit(tmp_path, Gan(toggles=False))), everything(fit(tmp_path, Gan())))
+
+
+def test_a_graph_that_is_kept_is_observed_with_the_gradients_after_zero_grad() -> None:
+    """Also between a forward pass and its backward pass, where Lightning calls it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    twin, x = copy.deepcopy(model), torch.randn(5, 3)
+    curvature, other = Curvature(model), Curvature(twin)
+    optimizer = Thor(model.parameters(), preconditioner=curvature)
+    out = model(x)
+    out.square().mean().backward(retain_graph=True)
+    optimizer.zero_grad()
+    out.sin().mean().backward()
+    twin(x).sin().mean().backward()
+    for one in (curvature, other):
+        one.update()
+    assert_bitwise(without_words(curvature.state_dict()), without_words(other.state_dict()))
+
+
+def test_two_thors_are_saved_and_go_on_bitwise(tmp_path: Path) -> None:
+    each = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    unbroken = fit(tmp_path, Gan(), each, max_epochs=3, enable_checkpointing=True)
+    resumed = trainer(tmp_path, max_epochs=3)
+    resumed.fit(Gan(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert_bitwise(everything(resumed), everything(unbroken))
+
+
+def test_figures_of_each_are_logged_and_no_layer_is_left_out_for_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = CSVLogger(tmp_path)
+    callback = ThorCallback(summary=True)
+    options: dict[str, Any] = {"enable_model_summary": True, "enable_progress_bar": True}
+    fit(tmp_path, Gan(), callback, logger=logger, log_every_n_steps=1, **options)
+    metrics = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"thor/refreshes", "thor-1/refreshes", "thor-1/update_to_weights"} <= set(metrics)
+    assert [one.left_out for one in callback.curvatures] == [{}, {}]
+    printed = capsys.readouterr().out
+    assert printed.count("THOR curvature: 2 layers preconditioned") == 2
+    assert "THOR after 8 steps: each layer was refreshed 8 times" in printed
+
+
+@pytest.mark.slow
+def test_two_ranks_with_two_thors_are_one_rank(tmp_path: Path) -> None:
+    """One backward pass reaches layers of both; factors are sent in the steps, whose order is equal on all ranks."""
+    alone = one_rank(tmp_path, kind=TwoThors)
+    for result in two_ranks("two_thors"):
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
+        assert not any(call["in_backward"] for call in result["all_reduces"])
+
+
+# ── a Thor that comes in mid-run ──
+
+
+class Switching(Boring):
+    """Adam in the first epoch, then Thor, then LBFGS."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    def on_train_epoch_start(self) -> None:
+        epoch = self.trainer.current_epoch
+        if epoch == 1:
+            self.trainer.strategy.optimizers = [configure_thor(self, lr=0.01)]
+        elif epoch == 3:
+            self.trainer.strategy.optimizers = [torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)]
+
+
+def waiting() -> ThorCallback:
+    return ThorCallback(update_every_n_steps=2, waits_for_thor=True, summary=False)
+
+
+def test_adam_then_thor_then_lbfgs(tmp_path: Path) -> None:
+    """As in a loop by hand; LBFGS leaves the curvature as it was."""
+    found = fit(tmp_path, Switching(), waiting(), max_epochs=4)
+    module, curvature = Boring(), None
+    optimizer: Any = torch.optim.Adam(module.parameters(), lr=0.01)
+    for epoch in range(3):
+        if epoch == 1:
+            curvature = Curvature(module, update_every_n_steps=2)
+            optimizer = configure_thor(module, lr=0.01, preconditioner=curvature)
+        for x, y in module.data():
+            optimizer.zero_grad()
+            module.loss(module(x), y).backward()
+            optimizer.step()
+    assert curvature is not None
+    (own,) = callback_of(found).curvatures
+    assert own.step == 8
+    assert_bitwise(without_words(own.state_dict()), without_words(curvature.state_dict()))
+    assert isinstance(found.optimizers[0], torch.optim.LBFGS)
+    assert not any(module._forward_hooks for module in found.lightning_module.modules())
+
+
+def test_a_state_waits_for_its_thor(tmp_path: Path) -> None:
+    """A checkpoint of the epoch with Thor goes on with Adam, as configure_optimizers says, and then with Thor."""
+    found = fit(tmp_path, Switching(), waiting(), max_epochs=3)
+    state = callback_of(found).state_dict()
+
+    class Loading(Switching):
+        def on_fit_start(self) -> None:
+            callback_of(self.trainer).load_state_dict(state)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if (self.trainer.current_epoch, batch_idx) == (1, 0):
+                (curvature,) = callback_of(self.trainer).curvatures
+                assert curvature.step == 8
+
+    assert callback_of(fit(tmp_path, Loading(), waiting())).curvatures[0].step == 12
+
+
+def test_a_thor_that_comes_back_has_its_curvature(tmp_path: Path) -> None:
+    class Alternating(Boring):
+        def configure_optimizers(self) -> Any:
+            self.both = [configure_thor(self, lr=0.01), torch.optim.SGD(self.parameters(), lr=0.0)]
+            return self.both[0]
+
+        def on_train_epoch_start(self) -> None:
+            self.trainer.strategy.optimizers = [self.both[self.trainer.current_epoch % 2]]
+
+    found = fit(tmp_path, Alternating(), max_epochs=3)
+    plain = fit(tmp_path, Boring(), max_epochs=2)  # with a schedule, which does not change the statistics' number
+    assert len(callback_of(found).curvatures) == 1
+    assert callback_of(found).curvature.step == callback_of(plain).curvature.step == 8
+    assert_bitwise(callback_of(found).curvature.factors.updates, callback_of(plain).curvature.factors.updates)
+
+
+def test_a_callback_that_waits_takes_a_choice_only() -> None:
+    with pytest.raises(ValueError, match="waits_for_thor must be True or False, got 1"):
+        ThorCallback(waits_for_thor=1)  # type: ignore[arg-type]
+
+
+def test_a_block_size_to_be_chosen_needs_a_thor(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='block_size="auto" needs the Thor when fit starts'):
+        fit(tmp_path, Switching(), ThorCallback(block_size="auto", waits_for_thor=True))
