@@ -16,13 +16,16 @@ from lightning_thor.block_size.choose import BlockSplit
 from lightning_thor.curvature.callables import BatchFn, IntStepFn, StepFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.options import check_options
+from lightning_thor.curvature.part_timer import PartTimer
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.layers.discovery import uncompiled_name
 from lightning_thor.optim.thor import Preconditioner, Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.trainer.block_size_trial import try_block_sizes
+from lightning_thor.trainer.figures import StepFigures
 from lightning_thor.trainer.fit_report import FitFigures, print_fit
+from lightning_thor.trainer.monitor import ON_BAR, ThorMonitor
 from lightning_thor.trainer.report import report_split
 from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
@@ -67,13 +70,16 @@ class ThorCallback(Callback):
         ValueError: an option out of its range.
 
     Logs, where there is a logger, every ``log_every_n_steps`` of the Trainer: ``thor/refreshes``, the refreshes of a
-    layer so far, on average; ``thor/inverse_age``, the steps since its last one; ``thor/damping``, as of then; and
+    layer so far, on average; ``thor/inverse_age``, the steps since its last one; ``thor/damping``, as of then;
     ``thor/update_to_weights``, the norm of the step over the norm of the weights, from a sample of their entries (of
-    sharded ones, of rank 0's). At each epoch's end: ``thor/failed_inversions`` and ``thor/rejected_windows``, the
-    blocks that kept an old inverse and the layers' windows that were left out for not being finite, so far: both stay 0
-    as long as all is well; with a trace rule ``thor/refreshed_share``, the refreshes that were done over those that
-    there would have been without it. When fit ends, these figures are printed with advice, unless ``summary`` is False
-    or the model's summary or the progress bar is off.
+    sharded ones, of rank 0's); ``thor/factor_change``, ``‖F - F_old‖ / ‖F_old‖`` at a refresh since the last logged
+    step, the geometric mean over all A and G; and shares of the steps' time since then, ``thor/time_in_statistics``,
+    ``_inversion``, ``_communication`` and ``_directions`` (on a GPU only with a `ThorMonitor`). At each epoch's end:
+    ``thor/failed_inversions`` and ``thor/rejected_windows``, the blocks that kept an old inverse and the windows of
+    layers that were left out for not being finite, so far: both stay 0 as long as all is well; with a trace rule
+    ``thor/refreshed_share``, the refreshes that were done over those that there would have been without it. When fit
+    ends, these figures are printed with advice, unless ``summary`` is False or the model's summary or the progress bar
+    is off.
     """
 
     def __init__(
@@ -124,8 +130,8 @@ class ThorCallback(Callback):
         """The counts when training began."""
         self._weights: Sample | None = None
         """A sample of the weights before the step that is logged."""
-        self._ratio_sum: float | Tensor = 0.0
-        self._n_ratios = 0
+        self._step_figures: StepFigures | None = None
+        self._monitor: ThorMonitor | None = None
 
     @property
     def state_key(self) -> str:
@@ -174,6 +180,9 @@ class ThorCallback(Callback):
             parameters=parameters,
             **{**self._options, "block_size": self.block_size},
         )
+        self._monitor = next((one for one in _callbacks_of(trainer) if isinstance(one, ThorMonitor)), None)
+        if self.curvature.factors.device.type != "cuda" or self._monitor is not None:
+            self.curvature.timer = PartTimer(self.curvature.factors.device)
         preconditioner: Preconditioner = self.curvature
         if isinstance(trainer.strategy, ThorStrategyMixin):
             own = set(parameters)
@@ -225,7 +234,7 @@ class ThorCallback(Callback):
         if self.curvature is not None:
             self._applied, self._called = self.curvature.step, trainer.global_step
             self._told = sum(self._troubles())
-            self._begin, self._ratio_sum, self._n_ratios = self._figures(), 0.0, 0
+            self._begin, self._step_figures = self._figures(), StepFigures(self.curvature)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -235,6 +244,8 @@ class ThorCallback(Callback):
         self._weights = None
         if self._optimizer is not None and trainer._logger_connector.should_update_logs:
             self._weights = sample_weights(self._optimizer)
+        if self.curvature is not None and self.curvature.timer is not None:
+            self.curvature.timer.begin_step()
 
     def _terms_of_the_batch(self) -> Any:
         assert self._loss_terms is not None
@@ -246,6 +257,8 @@ class ThorCallback(Callback):
         self._batch = None
         if self.curvature is None:
             return
+        if self.curvature.timer is not None:
+            self.curvature.timer.end_step()
         # A GradScaler that found an overflow calls no Optimizer.step and tells nobody: only the counters differ.
         skipped = trainer.global_step != self._called and self.curvature.step == self._applied
         # In manual optimization another optimizer may have stepped; what is not finite is left out all the same.
@@ -257,17 +270,12 @@ class ThorCallback(Callback):
         self._called, self._applied = trainer.global_step, self.curvature.step
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ratio: Tensor) -> None:
-        assert self.curvature is not None
-        self._ratio_sum, self._n_ratios = self._ratio_sum + ratio, self._n_ratios + 1
+        assert self._step_figures is not None
+        figures = self._step_figures.of_step(ratio)
+        if self._monitor is not None and self._monitor.progress_bar:
+            on_bar = {short: figures[name] for short, name in ON_BAR.items()}
+            pl_module.log_dict(on_bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
         if trainer.logger is not None:
-            done, _ = self.curvature.refreshes
-            figures: dict[str, Any] = {
-                "thor/refreshes": done / max(len(self.curvature.layers), 1),
-                "thor/inverse_age": self.curvature.inverse_age,
-                "thor/update_to_weights": ratio,
-            }
-            if self.curvature.last_damping is not None:
-                figures["thor/damping"] = self.curvature.last_damping
             pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -322,8 +330,8 @@ class ThorCallback(Callback):
             return
         updates = self.curvature.factors.updates.tolist()
         idle = [name for name, n in zip(self.curvature.layers, updates, strict=True) if not n]
-        ratio = float(self._ratio_sum) / self._n_ratios if self._n_ratios else None
-        print_fit(replace(figures, update_ratio=ratio, idle=tuple(idle)), len(self.curvature.layers))
+        own = {} if self._step_figures is None else self._step_figures.of_fit()
+        print_fit(replace(figures, idle=tuple(idle), **own), len(self.curvature.layers))
 
     def _is_quiet(self, trainer: pl.Trainer) -> bool:
         return not self._is_measuring and not any(isinstance(one, ModelSummary) for one in _callbacks_of(trainer))
