@@ -263,9 +263,8 @@ class Curvature:
             "is_sync_step": is_sync_step,
             "worker_grid": worker_grid,
         }
-        communicator, inverters, receivers = (
-            TimedCommunicator(one, partial(self.part, "communication"))
-            for one in (communicator, *(worker_grid or (communicator, SingleProcess())))
+        communicator, inverters, receivers = map(
+            self.timed, (communicator, *(worker_grid or (communicator, SingleProcess())))
         )
         decomposition = self.factors.decomposition
         if MODES[self.mode].change_basis is not None and receivers.world_size > 1:
@@ -333,6 +332,14 @@ class Curvature:
             name: one of `lightning_thor.curvature.part_timer.PARTS`.
         """
         return nullcontext() if self.timer is None else self.timer.part(name)
+
+    def timed(self, communicator: Communicator) -> Communicator:
+        """A communicator whose calls and waits are the part ``"communication"``.
+
+        Args:
+            communicator: of the processes.
+        """
+        return TimedCommunicator(communicator, partial(self.part, "communication"))
 
     @property
     def gradient_unit(self) -> float | Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -94,6 +95,18 @@ def test_the_change_is_that_of_the_norms_of_the_averages() -> None:
     assert (curvature.changed_at, curvature.measures_change) == (2, False)
 
 
+def test_a_layer_that_is_observed_for_the_first_time_has_not_changed() -> None:
+    model = net()
+    curvature = Curvature(model, update_every_n_steps=1)
+    for used in (model[:2], model):
+        used(torch.randn(6, 7, dtype=torch.float64)).square().mean().backward()
+        curvature.measures_change = True
+        with pytest.warns(UserWarning, match="1 of 3 layers") if used is not model else nullcontext():
+            curvature.update()
+    changes = curvature.factor_change[:, 1].isnan().tolist()  # of G
+    assert dict(zip(curvature.layers, changes, strict=True)) == {"0": False, "1": False, "3": True}
+
+
 def test_a_measured_refresh_waits_for_nothing_and_makes_the_same_factors() -> None:
     factors = []
     for measures in (False, True):
@@ -106,5 +119,5 @@ def test_a_measured_refresh_waits_for_nothing_and_makes_the_same_factors() -> No
             with Watch() as watch:
                 curvature.update()
             assert not watch.waiting
-        factors.append(curvature.state_dict()["layers"] if "layers" in curvature.state_dict() else curvature.export())
+        factors.append(curvature.export())
     torch.testing.assert_close(factors[0], factors[1], rtol=0, atol=0)
