@@ -685,8 +685,9 @@ class Curvature:
         Returns:
             For each layer:
 
-            * ``"inverted_at"``: ``step`` before its last inversion, -1 if there was none; ``"stopped"``: True once the
-              trace rule refreshes it no more; ``"rows"``: those of its last window that measured `factor_change`.
+            * ``"inverted_at"``: ``step`` before its last inversion, -1 if there was none; ``"stopped"``: whether the
+              trace rule refreshes it no more, None without one; ``"rows"``: those of its last window that measured
+              `factor_change`.
             * ``"A"`` (but of norms) and ``"G"``: ``"width"``; ``"block_size"`` and ``"n_blocks"``;
               ``"is_partitioned"``: False if it is whole or diagonal; ``"trace"``; ``"damping"``, as was last added to
               the eigenvalues; ``"change"``, see `factor_change`; of the diagonal blocks together: ``"eigenvalues"``,

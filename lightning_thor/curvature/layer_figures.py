@@ -39,7 +39,7 @@ def layer_figures(
     for number, name in enumerate(layers):
         found[name] = {
             "inverted_at": schedule.inverted_at[number],
-            "stopped": schedule.has_stopped[number],
+            "stopped": schedule.has_stopped[number] if schedule.has_trace_rule else None,
             "rows": rows[number],
         }
         for side, blocks in factors.layout.factors(number):

@@ -23,7 +23,8 @@ LOGGED = ("trace", "condition", "effective_rank", "change")
 class ThorMonitor(Callback):
     """Looks at the curvature of each layer now and then; use it beside `ThorCallback`.
 
-    A look writes one line of JSON into ``thor_monitor.jsonl`` in the logger's folder: traces, condition numbers,
+    A look writes one line of JSON into ``thor_monitor.jsonl`` in the folder of the first logger's files (without a
+    logger in ``default_root_dir``): traces, condition numbers,
     effective ranks and some eigenvalues of A and G, by how much the last refresh changed them, which layers the trace
     rule kept or stopped, the refreshes since the last look, and the time of each part of a step. ``lightning-thor plot
     FOLDER`` draws these. A look takes about as long as some refreshes; it waits for the device. Only rank 0 looks.

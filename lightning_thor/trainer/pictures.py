@@ -225,8 +225,8 @@ def layers_figure(looks: Sequence[Look]) -> Figure:
 
 def _is_kept(looks: Sequence[Look], index: int, name: str) -> bool:
     """Whether the trace rule kept a layer all the time since the look before."""
-    before = looks[index - 1]["step"] if index else 0
-    return bool(looks[index]["layers"][name]["inverted_at"] < before)
+    before, layer = looks[index - 1]["step"] if index else 0, looks[index]["layers"][name]
+    return layer["stopped"] is not None and layer["inverted_at"] < before
 
 
 def spectra_figure(looks: Sequence[Look]) -> Figure:

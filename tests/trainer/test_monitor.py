@@ -137,15 +137,20 @@ def test_pictures_show_many_layers_kept_ones_and_what_blocks_lose(run_dir: Path,
     look = looks_of(run_dir)[-1]
     layer = look["layers"]["net.4"]
     layer["A"]["outside"] = {"16": 0.3, "32": 0.1}
-    many = {f"block.{n}.linear": {**layer, "stopped": n > 5} for n in range(10)}
-    looks = [{**look, "step": step, "layers": many} for step in (1, 30)]
-    (tmp_path / "thor_monitor.jsonl").write_text("\n".join(map(json.dumps, looks)), encoding="utf-8")
-    pictures = pictures_of(tmp_path)
-    assert pictures["layers"].get_suptitle() == "Curvature of 10 layers; ○ kept, × stopped by the trace rule"
-    assert "what diagonal blocks would lose" in pictures["spectra"].get_suptitle()
+
+    def drawn(stopped: bool | None) -> dict[str, Any]:
+        many = {f"block.{n}.linear": {**layer, "stopped": stopped} for n in range(10)}
+        looks = [{**look, "step": step, "layers": many} for step in (20, 30)]
+        (tmp_path / "thor_monitor.jsonl").write_text("\n".join(map(json.dumps, looks)), encoding="utf-8")
+        return {name: picture.get_suptitle() for name, picture in pictures_of(tmp_path).items()}
+
+    titles = drawn(stopped=False)
+    assert titles["layers"] == "Curvature of 10 layers; ○ kept, × stopped by the trace rule"
+    assert "what diagonal blocks would lose" in titles["spectra"]
     layer["A"]["is_partitioned"] = True
-    (tmp_path / "thor_monitor.jsonl").write_text("\n".join(map(json.dumps, looks)), encoding="utf-8")
-    assert "is not stored: block_size=None" in pictures_of(tmp_path)["spectra"].get_suptitle()
+    titles = drawn(stopped=None)
+    assert titles["layers"] == "Curvature of 10 layers"
+    assert "is not stored: block_size=None" in titles["spectra"]
 
 
 class Recorder(Logger):
