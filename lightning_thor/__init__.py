@@ -14,6 +14,7 @@ from lightning_thor.optim.thor import Thor
 from lightning_thor.trainer.callback import ThorCallback
 from lightning_thor.trainer.ddp_strategy import ThorDDPStrategy
 from lightning_thor.trainer.fsdp2_strategy import ThorModelParallelStrategy
+from lightning_thor.trainer.monitor import ThorMonitor
 from lightning_thor.trainer.strategies import ThorStrategyMixin
 
 former_addresses.install()
@@ -26,6 +27,7 @@ __all__ = [
     "ThorCallback",
     "ThorDDPStrategy",
     "ThorModelParallelStrategy",
+    "ThorMonitor",
     "ThorStrategyMixin",
     "choose_block_size",
     "configure_thor",

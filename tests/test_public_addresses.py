@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_thor
 from lightning_thor import ThorCallback
+from lightning_thor.curvature.part_timer import OWN_PARTS
 from tests.helpers.boring import Boring, trainer
 from tests.helpers.launching import ROOT, run
 
@@ -35,6 +36,7 @@ CLASSES_OF_CONFIGURATIONS = [
     "lightning_thor.ThorCallback",
     "lightning_thor.ThorDDPStrategy",
     "lightning_thor.ThorModelParallelStrategy",
+    "lightning_thor.ThorMonitor",
     "lightning_thor.recipes.ResNet50Damping",
     "lightning_thor.recipes.ResNet50LearningRate",
     "lightning_thor.schedules.Exponential",
@@ -155,6 +157,7 @@ def test_a_fit_logs_these_keys(tmp_path: Path, trace_rule: Any, keys: set[str]) 
     with (tmp_path / "metrics.csv").open(newline="") as file:
         columns = next(csv.reader(file))
     always = {"failed_inversions", "rejected_windows", "refreshes", "inverse_age", "damping", "update_to_weights"}
+    always |= {"factor_change", *(f"time_in_{part}" for part in OWN_PARTS)}
     assert {column for column in columns if column.startswith("thor")} == keys | {f"thor/{name}" for name in always}
 
 

@@ -39,13 +39,13 @@ def spectral_losses(factor: Tensor, sizes: Sequence[int], partition: PartitionFn
     tensor([0.3333, 0.0000])
     """
     groups, width, _ = factor.shape
-    largest = [_largest_eigenvalue(_diagonal_blocks(factor, partition(width, size, groups))) for size in sizes]
+    largest = [_largest_eigenvalue(diagonal_blocks(factor, partition(width, size, groups))) for size in sizes]
     whole, partitioned = _largest_eigenvalue(factor), torch.stack(largest)
     return torch.where(whole > 0, 1 - partitioned / whole, 0.0).cpu()
 
 
-def _diagonal_blocks(factor: Tensor, blocks: BlockPartition) -> Tensor:
-    """``[groups, d, d]`` to ``[groups * n_blocks, size, size]``."""
+def diagonal_blocks(factor: Tensor, blocks: BlockPartition) -> Tensor:
+    """Take the diagonal blocks out of matrices: ``[groups, d, d]`` to ``[groups * n_blocks, size, size]``."""
     if blocks.n_blocks == 1:
         return factor
     padded = F.pad(factor, (0, blocks.padding, 0, blocks.padding))

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from lightning_thor.curvature.accumulator import FactorAccumulator
 from lightning_thor.curvature.callables import NumberFn
 from lightning_thor.curvature.export import export_factors
+from lightning_thor.curvature.layer_figures import layer_figures
 from lightning_thor.curvature.options import Schedule, check_options
+from lightning_thor.curvature.part_timer import PartTimer
 from lightning_thor.curvature.refresh_schedule import Interval, RefreshSchedule
 from lightning_thor.curvature.silence import Call, why_silent
 from lightning_thor.curvature.state_dict import (
@@ -27,7 +29,7 @@ from lightning_thor.curvature.state_dict import (
     load_curvature_state,
 )
 from lightning_thor.distributed.assignment import refresh_costs
-from lightning_thor.distributed.communicator import Communicator, SingleProcess, WorkerGrid
+from lightning_thor.distributed.communicator import Communicator, SingleProcess, TimedCommunicator, WorkerGrid
 from lightning_thor.distributed.factor_reducer import BucketFn, FactorReducer, one_bucket
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.distributed.shared_directions import SharedDirections
@@ -132,6 +134,11 @@ class Curvature:
         step: applied steps so far.
         last_damping: the ``damping`` of the last inversion here, None before.
         n_changes: how often layers were left out or included.
+        timer: measures the parts of a step, from its ``begin_step()`` to its ``end_step()``; None, as at first,
+            measures nothing.
+        measures_change: whether the next refresh, the first one apart, measures by how much it changes the factors: it
+            is False again then, and `factor_change` has the result.
+        changed_at: ``step`` before the last refresh that measured this, None before one did.
     """
 
     def __init__(
@@ -169,6 +176,9 @@ class Curvature:
         self._paused = False
         self.n_changes = 0
         self.last_damping: float | None = None
+        self.timer: PartTimer | None = None
+        self.measures_change = False
+        self.changed_at: int | None = None
         self._calls: dict[int, Call] = {}
         """What became of the last call of each layer that is due, by its number."""
         self._parameters = parameters = None if parameters is None else set(parameters)
@@ -222,7 +232,7 @@ class Curvature:
         return Hooks(
             {use.name: use.module for use in uses if use.attention is None},
             self._is_open,
-            accumulator.observe,
+            self._observe_pair,
             attention_uses(uses),
             lambda name: accumulator.reducer.expect(numbers[name]),
             subsample_input=accumulator.subsample_input,
@@ -262,10 +272,10 @@ class Curvature:
             "is_sync_step": is_sync_step,
             "worker_grid": worker_grid,
         }
-        decomposition, (inverters, receivers) = (
-            self.factors.decomposition,
-            worker_grid or WorkerGrid(communicator, SingleProcess()),
+        communicator, inverters, receivers = map(
+            self.timed, (communicator, *(worker_grid or (communicator, SingleProcess())))
         )
+        decomposition = self.factors.decomposition
         if MODES[self.mode].change_basis is not None and receivers.world_size > 1:
             raise ValueError(
                 f"inverse_workers must be None with mode={self.mode!r}: every rank needs the {decomposition.name} of "
@@ -325,6 +335,28 @@ class Curvature:
         return self._schedule.mean_age()
 
     @property
+    def factor_change(self) -> Tensor:
+        """``‖F - F_old‖ / ‖F_old‖`` (Frobenius) of each layer's A and G at its last refresh that measured it,
+        ``[layers, 2]``; NaN if none did, and for a layer without A. No device sync."""
+        return self.factors.changes
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """A context that `timer` takes as one of its parts.
+
+        Args:
+            name: one of `lightning_thor.curvature.part_timer.PARTS`.
+        """
+        return nullcontext() if self.timer is None else self.timer.part(name)
+
+    def timed(self, communicator: Communicator) -> Communicator:
+        """A communicator whose calls and waits are the part ``"communication"``.
+
+        Args:
+            communicator: of the processes.
+        """
+        return TimedCommunicator(communicator, partial(self.part, "communication"))
+
+    @property
     def gradient_unit(self) -> float | Tensor:
         """Power of two that output gradients are divided by to be rows of G, see `FactorState.gradient_unit`."""
         unit = self.factors.gradient_unit
@@ -366,6 +398,10 @@ class Curvature:
             g: the gradient of the loss, as it was differentiated, with respect to its output, ``[..., out]``.
         """
         with torch.no_grad():
+            self._observe_pair(name, a, g)
+
+    def _observe_pair(self, name: str, a: Tensor, g: Tensor) -> None:
+        with self.part("statistics"):
             self._accumulator.observe(name, a, g)
 
     def discard(self) -> None:
@@ -421,13 +457,15 @@ class Curvature:
                 schedule.costs = self._refresh_costs()
         with self._full_precision():
             if due:
-                decisions = self._average(due)
+                with self.part("statistics"):
+                    decisions = self._average(due)
             inverted = schedule.due_inversions()
             if inverted:
-                failed = factors.failed_inversions.clone()
-                self.last_damping = self.damping_now()
-                factors.invert(factors.index(inverted), self.damping_rule, self.last_damping, self.solve)
-                self._shared.add_up_(factors.failed_inversions, before=failed)
+                with self.part("inversion"):
+                    failed = factors.failed_inversions.clone()
+                    self.last_damping = self.damping_now()
+                    factors.invert(factors.index(inverted), self.damping_rule, self.last_damping, self.solve)
+                    self._shared.add_up_(factors.failed_inversions, before=failed)
         schedule.advance(decisions)
         self._accumulator.next_window()
 
@@ -440,7 +478,10 @@ class Curvature:
             wanted = torch.zeros(len(self.layers), dtype=torch.bool, device=decided.device)
             wanted[index.layers] = decided == UPDATE
             decisions = HostCopy(decided)
-        self.factors.update_ema(index, self.averaging, wanted)
+        measures_change = self.measures_change and self._schedule.refreshes > 0
+        self.factors.update_ema(index, self.averaging, wanted, measures_change=measures_change)
+        if measures_change:
+            self.measures_change, self.changed_at = False, self.step
         return decisions
 
     def _agree(self) -> None:
@@ -524,6 +565,7 @@ class Curvature:
         self.connect(**before._connection)
         self.is_listening, self._paused = before.is_listening, before._paused
         self.n_changes, self.last_damping = before.n_changes + 1, before.last_damping
+        self.timer, self.measures_change, self.changed_at = before.timer, before.measures_change, before.changed_at
         self.__dict__.pop("_groups", None)
         state, new = extended_state(state, self.state_dict(), spreads=before._schedule.stagger)
         load_curvature_state(state, list(self.layers), self.factors, self._schedule, mode=self.mode)
@@ -571,7 +613,7 @@ class Curvature:
         parts = self._shared.all_gather_uneven(own, tensors)
         while True:
             # Not around the caller's use of a part.
-            with self._full_precision():
+            with self._full_precision(), self.part("directions"):
                 part = next(parts, None)
             if part is None:
                 return
@@ -595,7 +637,7 @@ class Curvature:
         self.check_that_it_serves(mode)
         change = MODES[mode].change_basis
         assert change is not None, f"{mode} mode has no change of basis"
-        with self._full_precision():
+        with self._full_precision(), self.part("directions"):
             return change(self.grouped(self._groups), tensors, back=back)
 
     def grouped(self, groups: Sequence[LayerGroup]) -> GroupedLayers:
@@ -713,6 +755,25 @@ class Curvature:
             * ``"tied_to"``: name of the layer that this one's factors are added to at inversion, or None.
         """
         return export_factors(self.layers, self.factors)
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """How each layer's curvature looks now, as plain types; waits for the device.
+
+        Returns:
+            For each layer:
+
+            * ``"inverted_at"``: ``step`` before its last inversion, -1 if there was none; ``"stopped"``: whether the
+              trace rule refreshes it no more, None without one; ``"rows"``: those of its last window that measured
+              `factor_change`.
+            * ``"A"`` (but of norms) and ``"G"``: ``"width"``; ``"block_size"`` and ``"n_blocks"``;
+              ``"is_partitioned"``: False if it is whole or diagonal; ``"trace"``; ``"damping"``, as was last added to
+              the eigenvalues; ``"change"``, see `factor_change`; of the diagonal blocks together: ``"eigenvalues"``,
+              falling, at some ``"ranks"`` from 1 on; ``"condition"`` number, damped; ``"effective_rank"``, see
+              `lightning_thor.factors.spectra.effective_rank`; and of a whole factor ``"outside"``: the share of ‖F‖²
+              (Frobenius) that diagonal blocks of each size would lose. None stands for what is not known, or not
+              finite.
+        """
+        return layer_figures(self.layers, self.factors, self._schedule)
 
     def n_bytes(self, name: str) -> int:
         """Memory of one layer's window sums, factors and, if they are stored here, inverses, in bytes."""

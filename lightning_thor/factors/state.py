@@ -154,6 +154,10 @@ class FactorState:
         self.rejected_windows = torch.zeros((), dtype=torch.int64, device=device)
         self.last_damping = torch.zeros(n_layers, 2, dtype=dtype, device=device)
         """What was added to each factor's eigenvalues at its last inversion, ``[layers, 2]``; 0 before the first."""
+        self.changes = torch.full((n_layers, 2), torch.nan, dtype=dtype, device=device)
+        """Relative change of each factor in the last `update_ema` that measured it, ``[layers, 2]``; NaN before."""
+        self.rows = torch.zeros(n_layers, dtype=dtype, device=device)
+        """Rows of each layer in the last window that was measured so, ``[layers]``."""
         self._tables = {output: table for table, output in tied}
         self.tied_averages = {
             output: [self.blocks(table, side, "average").clone() for side in SIDES]
@@ -350,7 +354,9 @@ class FactorState:
         # A layer without A has the diagonal of its own Fisher matrix as G.
         return torch.where(has_A[:, None], parts[..., 0], 1.0).mul(parts[..., 1]).sum(1)
 
-    def update_ema(self, index: BlockIndex, averaging: float, wanted: Tensor | None = None) -> None:
+    def update_ema(
+        self, index: BlockIndex, averaging: float, wanted: Tensor | None = None, *, measures_change: bool = False
+    ) -> None:
         """Take the open window of some layers into their averages, and empty it; no device sync.
 
         A layer that was silent, or whose statistics are not finite, keeps its average (the latter is counted). The
@@ -361,6 +367,8 @@ class FactorState:
             index: of the layers.
             averaging: weight of the past, in [0, 1).
             wanted: bool, ``[layers]``: of which layers to take the window; None for all.
+            measures_change: note in `changes` ``‖F - F_old‖ / ‖F_old‖`` (Frobenius) of the factors that had an average
+                before and are taken, and in `rows` the rows of the window.
         """
         counts = self.counts[:, : SAMPLES + 1]
         # A silent layer has no rows, and a layer of which few rows were taken less than a sample.
@@ -377,6 +385,8 @@ class FactorState:
         self.positions.copy_(torch.where(taken, counts[:, 0] / counts[:, 1].clamp_min(tiny), self.positions))
         self.updates.copy_(updates)
         weight, taken = weight.repeat_interleave(2), taken.repeat_interleave(2)
+        squares = weight.new_zeros(2, len(weight)) if measures_change else None
+        """Of the norms of window - average and of the average, by factor."""
         for size, place in index.blocks.items():
             batch = self.batches[size]
             # Views where the place is a slice: their own memory takes all that follows.
@@ -384,9 +394,17 @@ class FactorState:
             window.div_(divisors[owners, None, None])
             # where, not a weight of 0: what is left out may not be finite.
             torch.where(taken[owners, None, None], window, average, out=window)
+            if squares is not None:
+                for total, blocks in zip(squares, (window - average, average), strict=True):
+                    total.index_add_(0, owners, blocks.square().sum((-2, -1)))
             average.lerp_(window, weight[owners, None, None])
             _put(batch.average, place, average)
             _clear(batch.sums, place)
+        if squares is not None:
+            changes = (weight * (squares[0] / squares[1]).sqrt()).view_as(self.changes)
+            is_change = (taken & (updates > 1).repeat_interleave(2)).view_as(changes)
+            self.changes.copy_(torch.where(is_change, changes, self.changes))
+            self.rows.copy_(torch.where(counts[:, 0] > 0, counts[:, 0], self.rows))
         self.counts.zero_()
 
     # ── inverses ──

@@ -59,9 +59,13 @@ class ShardedCurvature:
                 'that mix rows of several ranks. Take strategy="thor_ddp"; thor_fsdp2 has mode="natural" or "polar".'
             )
         self.curvature = curvature
-        self.fan_in = curvature.fan_in
-        self._communicator = communicator or ProcessGroupCommunicator()
+        self._communicator = curvature.timed(communicator or ProcessGroupCommunicator())
         self._plans: dict[tuple[bool, int, frozenset[nn.Parameter]], RowExchangePlan] = {}
+
+    @property
+    def fan_in(self) -> Mapping[nn.Parameter, int]:
+        """As of `Curvature`."""
+        return self.curvature.fan_in
 
     def update(self) -> None:
         """As `Curvature.update`."""
@@ -105,7 +109,7 @@ class ShardedCurvature:
         plan, curvature = self._plans[key], self.curvature
         arrived = self._exchange(plan, _held(plan.leaving, shards), plan.arriving, shards)
         ranges = _assembled(plan, [*arrived, *_held(plan.staying, shards)])
-        with torch.autocast(curvature.factors.device.type, enabled=False):
+        with torch.autocast(curvature.factors.device.type, enabled=False), curvature.part("directions"):
             parts = directions_of(curvature.grouped(plan.groups), ranges)
             directions = {p: direction for part in parts for p, direction in part.items()}
         returned = self._exchange(plan, _owned(plan.arriving, directions), plan.leaving, shards, back=True)

@@ -19,6 +19,7 @@ from lightning_thor.block_size.choose import BlockSplit
 from lightning_thor.curvature.callables import BatchFn, IntStepFn, StepFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.options import check_options
+from lightning_thor.curvature.part_timer import PartTimer
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.layers.base import Layer
 from lightning_thor.layers.discovery import name_some
@@ -26,7 +27,9 @@ from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.trainer.block_size_trial import try_block_sizes
+from lightning_thor.trainer.figures import StepFigures
 from lightning_thor.trainer.fit_report import FitFigures, print_fit
+from lightning_thor.trainer.monitor import ON_BAR, ThorMonitor
 from lightning_thor.trainer.report import report_split
 from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
@@ -80,13 +83,16 @@ class ThorCallback(Callback):
         ValueError: an option out of its range.
 
     Logs, where there is a logger, every ``log_every_n_steps`` of the Trainer: ``thor/refreshes``, the refreshes of a
-    layer so far, on average; ``thor/inverse_age``, the steps since its last one; ``thor/damping``, as of then; and
+    layer so far, on average; ``thor/inverse_age``, the steps since its last one; ``thor/damping``, as of then;
     ``thor/update_to_weights``, the norm of the step over the norm of the weights, from a sample of their entries (of
-    sharded ones, of rank 0's). At each epoch's end: ``thor/failed_inversions`` and ``thor/rejected_windows``, the
-    blocks that kept an old inverse and the layers' windows that were left out for not being finite, so far: both stay 0
-    as long as all is well; with a trace rule ``thor/refreshed_share``, the refreshes that were done over those that
-    there would have been without it. When fit ends, these figures are printed with advice, unless ``summary`` is False
-    or the model's summary or the progress bar is off.
+    sharded ones, of rank 0's); ``thor/factor_change``, ``‖F - F_old‖ / ‖F_old‖`` at a refresh since the last logged
+    step, or before, the geometric mean over all A and G; and the shares of the time since then that steps spent in
+    THOR's parts, ``thor/time_in_statistics``, ``_inversion``, ``_communication`` and ``_directions`` (on a GPU only
+    with a `ThorMonitor`). At each epoch's end: ``thor/failed_inversions`` and ``thor/rejected_windows``, the blocks
+    that kept an old inverse and the windows of layers that were left out for not being finite, so far: both stay 0 as
+    long as all is well; with a trace rule ``thor/refreshed_share``, the refreshes that were done over those that there
+    would have been without it. When fit ends, these figures are printed with advice, unless ``summary`` is False or the
+    model's summary or the progress bar is off.
     """
 
     def __init__(
@@ -151,8 +157,8 @@ class ThorCallback(Callback):
         """The counts when training began."""
         self._weights: dict[Thor, Sample] = {}
         """A sample of the weights before the step that is logged."""
-        self._ratio_sum: float | Tensor = 0.0
-        self._n_ratios = 0
+        self._step_figures: StepFigures | None = None
+        self._monitor: ThorMonitor | None = None
 
     @property
     def curvature(self) -> Curvature | None:
@@ -164,7 +170,7 @@ class ThorCallback(Callback):
         none: dict[str, Any] = {"_served": {}, "_trained": {}, "_weights": {}, "_batch": None}
         none |= {"curvatures": [], "_seen": ([], []), "_unfrozen_there": []}
         own = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}  # the module's
-        return own | none | {"_ratio_sum": float(self._ratio_sum)}
+        return own | none | {"_step_figures": None, "_monitor": None}
 
     @property
     def state_key(self) -> str:
@@ -230,6 +236,10 @@ class ThorCallback(Callback):
                 parameters=_parameters_of(optimizer),
                 **{**self._options, "block_size": self.block_size},
             )
+            self._monitor = next((one for one in _callbacks_of(trainer) if isinstance(one, ThorMonitor)), None)
+            if curvature.factors.device.type != "cuda" or self._monitor is not None:
+                curvature.timer = PartTimer(curvature.factors.device)
+            curvature.measures_change = True
             # The trainer's stage, not the model's mode: fit trains a model that was left in eval mode too.
             curvature.is_listening = partial(_is_training, trainer, optimizer)
             self.curvatures.append(curvature)
@@ -315,7 +325,7 @@ class ThorCallback(Callback):
         self._looks, self._window_is_open = True, False
         self._applied, self._called = [curvature.step for curvature in self.curvatures], trainer.global_step
         self._told = sum(self._troubles())
-        self._begin, self._ratio_sum, self._n_ratios = self._figures(), 0.0, 0
+        self._begin, self._step_figures = self._figures(), StepFigures()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -326,6 +336,9 @@ class ThorCallback(Callback):
         self._weights = {}
         if trainer._logger_connector.should_update_logs:
             self._weights = {one: sample_weights(one) for one in self._served if one in trainer.optimizers}
+        for curvature in self.curvatures:
+            if curvature.timer is not None:
+                curvature.timer.begin_step()
 
     def _terms_of_the_batch(self) -> Any:
         assert self._loss_terms is not None
@@ -335,6 +348,9 @@ class ThorCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._batch = None
+        for curvature in self.curvatures:
+            if curvature.timer is not None:
+                curvature.timer.end_step()
         steps = [curvature.step for curvature in self.curvatures]
         self._window_is_open = trainer.global_step == self._called
         # A GradScaler that found an overflow calls no Optimizer.step and tells nobody: only the counters differ.
@@ -353,16 +369,12 @@ class ThorCallback(Callback):
     def _log_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, curvature: Curvature, ratio: Tensor, prefix: str
     ) -> None:
-        self._ratio_sum, self._n_ratios = self._ratio_sum + ratio, self._n_ratios + 1
+        assert self._step_figures is not None
+        figures = self._step_figures.of_step(curvature, ratio, prefix)
+        if self._monitor is not None and self._monitor.progress_bar and prefix == "thor":
+            on_bar = {short: figures[name] for short, name in ON_BAR.items()}
+            pl_module.log_dict(on_bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
         if trainer.logger is not None:
-            done, _ = curvature.refreshes
-            figures: dict[str, Any] = {
-                f"{prefix}/refreshes": done / max(len(curvature.layers), 1),
-                f"{prefix}/inverse_age": curvature.inverse_age,
-                f"{prefix}/update_to_weights": ratio,
-            }
-            if curvature.last_damping is not None:
-                figures[f"{prefix}/damping"] = curvature.last_damping
             pl_module.log_dict(figures, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -405,14 +417,11 @@ class ThorCallback(Callback):
         figures = self._figures() - self._begin
         if not figures.n_steps:
             return
-        layers = [
-            (name, n)
-            for one in self.curvatures
-            for name, n in zip(one.layers, one.factors.updates.tolist(), strict=True)
-        ]
-        idle = tuple(name for name, n in layers if not n)
-        ratio = float(self._ratio_sum) / self._n_ratios if self._n_ratios else None
-        print_fit(replace(figures, update_ratio=ratio, idle=idle), len(layers))
+        updates = {
+            name: n for one in self.curvatures for name, n in zip(one.layers, one.factors.updates.tolist(), strict=True)
+        }
+        own = {} if self._step_figures is None else self._step_figures.of_fit(self.curvatures)
+        print_fit(replace(figures, idle=tuple(name for name, n in updates.items() if not n), **own), len(updates))
 
     def _is_quiet(self, trainer: pl.Trainer) -> bool:
         return not self._is_measuring and not any(isinstance(one, ModelSummary) for one in _callbacks_of(trainer))

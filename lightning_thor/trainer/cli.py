@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI, LRSchedulerTypeUnion
 from torch.optim import Optimizer
 
 from lightning_thor.trainer.callback import ThorCallback
+from lightning_thor.trainer.pictures import plot
 
 
 class _NothingToTrain(Callback):
@@ -71,6 +73,7 @@ def run(args: Sequence[str] | None = None) -> LightningCLI:
     if here not in sys.path:
         sys.path.insert(0, here)
     return ThorCLI(
+        parser_kwargs={"description": "Commands of LightningCLI, and lightning-thor plot RUN_DIR, which draws a run."},
         save_config_kwargs={"overwrite": True},  # a second run in one folder is no error
         trainer_class=SplitTrainer,
         args=None if args is None else list(args),
@@ -81,4 +84,9 @@ def run(args: Sequence[str] | None = None) -> LightningCLI:
 
 def main() -> None:
     """The ``lightning-thor`` command."""
+    if sys.argv[1:2] == ["plot"]:
+        # No command of LightningCLI, whose commands all make a Trainer and a model.
+        parser = argparse.ArgumentParser("lightning-thor plot", description=plot.__doc__)
+        parser.add_argument("run_dir")
+        return plot(parser.parse_args(sys.argv[2:]).run_dir)
     run()  # its value is no exit status

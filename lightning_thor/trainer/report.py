@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from lightning_thor.block_size.choose import BlockSplit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def report_split(split: BlockSplit, folder: str | Path, *, quiet: bool = False) -> None:
@@ -24,7 +28,7 @@ def report_split(split: BlockSplit, folder: str | Path, *, quiet: bool = False) 
         line = f"{path / 'thor_split.json'} holds the figures; with matplotlib there would be a picture too."
         console.print(line, soft_wrap=True)
         return
-    draw_split(split, path / "thor_split.png")
+    split_figure(split).savefig(path / "thor_split.png")
     console.print(f"The two curves: {path / 'thor_split.png'}, thor_split.json", soft_wrap=True)
 
 
@@ -56,8 +60,8 @@ def split_table(split: BlockSplit) -> Table:
     return table
 
 
-def draw_split(split: BlockSplit, path: Path) -> None:
-    """Draw both curves of ``split`` over the block size, their crossing and the choice, and save them as ``path``."""
+def split_figure(split: BlockSplit) -> Figure:
+    """Draw both curves of ``split`` over the block size, their crossing and the choice."""
     from matplotlib.figure import Figure
 
     share_colour, speed_colour, quiet = "#1b6ca8", "#c8553d", "#555555"
@@ -80,7 +84,7 @@ def draw_split(split: BlockSplit, path: Path) -> None:
     of = f"{split.n_factors} factors on {split.device}"
     title = f"Block size {split.block_size}: the curves cross at {split.crossing:.0f} ({of})"
     axes.set_title(title, loc="left", fontsize=11)
-    figure.savefig(path)
+    return figure
 
 
 def _bar(share: float, width: int = 12) -> str:

@@ -46,6 +46,7 @@ CLASSES_OF_CONFIGURATIONS = [
     "lightning_thor.ThorCallback",
     "lightning_thor.ThorDDPStrategy",
     "lightning_thor.ThorModelParallelStrategy",
+    "lightning_thor.ThorMonitor",
     "lightning_thor.recipes.ResNet50Damping",
     "lightning_thor.recipes.ResNet50LearningRate",
     "lightning_thor.schedules.Exponential",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from lightning_thor import ThorCallback
+from lightning_thor import Curvature, ThorCallback
+from lightning_thor.curvature.part_timer import OWN_PARTS, PartTimer
+from lightning_thor.trainer.figures import StepFigures
 from lightning_thor.trainer.fit_report import FitFigures, fit_report
-from tests.helpers.boring import Boring, trainer
+from tests.helpers.boring import Boring, callback_of, trainer
+from tests.helpers.watch import Watch
 
 
 class Watching(Boring):
@@ -33,7 +37,8 @@ class Watching(Boring):
 def test_what_is_logged_is_what_happened(tmp_path: Path) -> None:
     module = Watching()
     options = {"logger": CSVLogger(tmp_path, name="", version=""), "log_every_n_steps": 1, "max_epochs": 1}
-    trainer(tmp_path, ThorCallback(update_every_n_steps=2, summary=False), **options).fit(module)
+    fit = trainer(tmp_path, ThorCallback(update_every_n_steps=2, summary=False), **options)
+    fit.fit(module)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["thor/refreshes"]]
 
@@ -44,6 +49,49 @@ def test_what_is_logged_is_what_happened(tmp_path: Path) -> None:
     assert column("inverse_age") == [0, 1, 0, 1]
     assert column("damping") == pytest.approx([0.2] * 4)
     assert column("update_to_weights") == pytest.approx(module.ratios, rel=1e-4)
+    # Of the one refresh that changed something, and as of then.
+    curvature = callback_of(fit).curvature
+    assert curvature is not None
+    logarithms = [math.log(change) for change in curvature.factor_change.flatten().tolist() if not math.isnan(change)]
+    assert [row["thor/factor_change"] != "" for row in rows] == [False, False, True, True]
+    assert float(rows[3]["thor/factor_change"]) == pytest.approx(math.exp(sum(logarithms) / len(logarithms)))
+    shares = {part: column(f"time_in_{part}") for part in OWN_PARTS}
+    assert all(0 < sum(each) < 1 for each in zip(*shares.values(), strict=True))
+    assert [share > 0 for share in shares["inversion"]] == [True, False, True, False]
+    assert shares["communication"] == [0] * 4
+
+
+def test_figures_of_a_step_wait_for_nothing() -> None:
+    model = Boring()
+    curvature = Curvature(model, update_every_n_steps=1)
+    curvature.timer = PartTimer(torch.device("cpu"))
+    figures = StepFigures()
+    curvature.measures_change = True
+    for step in range(4):
+        with Watch() as watch:
+            curvature.timer.begin_step()
+            model(torch.randn(2, 1, 8, 8)).square().mean().backward()
+            curvature.update()
+            curvature.timer.end_step()
+            logged = figures.of_step(curvature, torch.tensor(0.5))
+        assert not watch.waiting, watch.waiting
+        assert ("thor/factor_change" in logged) == (step > 0)
+    assert figures.of_fit([curvature])["update_ratio"] == 0.5
+
+
+@pytest.mark.parametrize(("averaging", "few"), [(0.0, ("net.4", "net.7")), (0.9, ())])
+def test_rows_are_few_if_an_average_stands_for_fewer_than_a_block_has(averaging: float, few: tuple[str, ...]) -> None:
+    """Linear layers have 6 rows, and blocks of up to 36; a convolution has a row at each of its positions."""
+    model = Boring()
+    curvature = Curvature(model, update_every_n_steps=1, averaging=averaging, block_size=36)
+    for _ in range(2):
+        model(torch.randn(6, 1, 8, 8)).square().mean().backward()
+        curvature.update()
+    assert StepFigures().of_fit([curvature])["few_rows"] == few
+
+
+def seconds(rest: float, refresh: float) -> dict[str, float]:
+    return {"rest": rest, "directions": 0.0, "statistics": refresh, "inversion": refresh, "communication": 0.0}
 
 
 @pytest.mark.parametrize(("progress", "speaks"), [(True, True), (False, False)])
@@ -54,6 +102,7 @@ def test_the_end_of_a_fit_is_reported_where_progress_is(
     trainer(tmp_path, ThorCallback(update_every_n_steps=2), **options).fit(Boring())
     printed = " ".join(capsys.readouterr().out.split())
     assert ("THOR after 4 steps: each layer was refreshed 2 times; 0 inversions failed" in printed) == speaks
+    assert bool(re.search(r"Of [\d.]+ s in its steps: [\d.]+ % directions, [\d.]+ % statistics", printed)) == speaks
 
 
 @pytest.mark.parametrize(
@@ -65,9 +114,18 @@ def test_the_end_of_a_fit_is_reported_where_progress_is(
         (FitFigures(n_steps=100, n_refreshes=10, n_possible=10), "Lower update_every_n_steps"),
         (FitFigures(n_steps=100, n_refreshes=50, n_possible=50, update_ratio=0.5), "lower lr"),
         (FitFigures(n_steps=100, n_refreshes=50, n_possible=50, idle=("a.0", "a.1")), "Never observed.*a.0–1"),
+        (FitFigures(n_steps=100, n_refreshes=50, n_possible=50, factor_change=0.2), None),
+        (FitFigures(n_steps=100, n_refreshes=50, n_possible=50, factor_change=0.6), "by 60%: lower update_every"),
+        (
+            FitFigures(n_steps=100, n_refreshes=50, n_possible=50, few_rows=("a.0", "a.1")),
+            "Too few rows.*: a.0–1. Lower",
+        ),
+        (FitFigures(n_steps=100, n_refreshes=50, n_possible=50, seconds=seconds(6, 1)), None),
+        (FitFigures(n_steps=100, n_refreshes=50, n_possible=50, seconds=seconds(1, 1)), "took 67% of the time: raise"),
     ],
 )
 def test_advice_is_given_where_a_figure_suggests_one(figures: FitFigures, words: str | None) -> None:
-    _, *advice = fit_report(figures, n_layers=10).renderables
+    lines = fit_report(figures, n_layers=10).renderables
+    advice = lines[1 if figures.seconds is None else 2 :]
     assert len(advice) == (words is not None)
     assert words is None or re.search(words, str(advice[0]))

@@ -1,0 +1,125 @@
+"""What is logged of a step and known at the end of a fit, as metrics of torchmetrics; nothing waits for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import compress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_thor.curvature.curvature import Curvature
+from lightning_thor.curvature.part_timer import OWN_PARTS, REST
+
+
+class Ratio(Metric):
+    """A sum over another one: its call returns the ratio of what it is given, ``compute()`` that of all since the last
+    ``reset()``. Each process has its own; nothing is looked at, so that no device is waited for.
+
+    >>> mean = Ratio()
+    >>> mean(1.0), mean(3.0), mean.compute()
+    (tensor(1.), tensor(3.), tensor(2.))
+    """
+
+    full_state_update = False
+    above: Tensor
+    below: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(sync_on_compute=False)
+        for name in ("above", "below"):
+            self.add_state(name, default=torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, above: float | Tensor, below: float | Tensor = 1.0) -> None:
+        """Add to both sums.
+
+        Args:
+            above: a number, or 0-dimensional.
+            below: likewise.
+        """
+        self.above, self.below = self.above + above, self.below + below
+
+    def compute(self) -> Tensor:
+        """The ratio of the sums."""
+        return self.above / self.below
+
+
+class StepFigures:
+    """The figures of the logged steps of one fit.
+
+    Attributes:
+        update_ratio: mean of the update's norm over the weights' norm.
+        factor_change: mean of the logarithm of ``‖F - F_old‖ / ‖F_old‖`` over factors, and over the refreshes that
+            measured it: few factors, of rare or of learnt samples, change by more than all others together.
+    """
+
+    def __init__(self) -> None:
+        self.update_ratio, self.factor_change = Ratio(), Ratio()
+        self._changed_at: dict[Curvature, int | None] = {}
+        self._seconds: dict[Curvature, dict[str, float]] = {}
+
+    def of_step(self, curvature: Curvature, update_ratio: Tensor, prefix: str = "thor") -> dict[str, Any]:
+        """The figures to log after a step, by their names.
+
+        Args:
+            curvature: of the optimizer that took it.
+            update_ratio: the norm of the step over that of the weights, 0-dimensional.
+            prefix: of the names.
+        """
+        for ratio in (self.update_ratio, self.factor_change):
+            ratio.to(curvature.factors.device)
+        figures: dict[str, Any] = {
+            "refreshes": curvature.refreshes[0] / max(len(curvature.layers), 1),
+            "inverse_age": curvature.inverse_age,
+            "update_to_weights": self.update_ratio(update_ratio),
+        }
+        if curvature.last_damping is not None:
+            figures["damping"] = curvature.last_damping
+        if curvature.changed_at != self._changed_at.get(curvature):
+            changes = curvature.factor_change
+            logarithms = changes.clamp_min(torch.finfo(changes.dtype).tiny).log()
+            figures["factor_change"] = self.factor_change(logarithms.nansum(), (~changes.isnan()).sum()).exp()
+            self._changed_at[curvature] = curvature.changed_at
+        # Once for each step that is logged: it costs two passes over the factors.
+        curvature.measures_change = True
+        if curvature.timer is not None:
+            before, now = self._seconds.get(curvature, {}), curvature.timer.seconds()
+            self._seconds[curvature] = now
+            passed = {part: seconds - before.get(part, 0.0) for part, seconds in now.items()}
+            total = sum(passed.values())
+            if total > 0:
+                figures |= {f"time_in_{part}": passed[part] / total for part in OWN_PARTS}
+        return {f"{prefix}/{name}": figure for name, figure in figures.items()}
+
+    def of_fit(self, curvatures: Sequence[Curvature]) -> dict[str, Any]:
+        """Those of the `lightning_thor.trainer.fit_report.FitFigures` that are measured here. Waits for the device."""
+        ratio, change = (
+            float(one.compute()) if one.update_called else None for one in (self.update_ratio, self.factor_change)
+        )
+        return {
+            "update_ratio": ratio,
+            "factor_change": None if change is None else math.exp(change),
+            "seconds": seconds_of(curvatures),
+            "few_rows": tuple(name for one in curvatures for name in _layers_with_few_rows(one)),
+        }
+
+
+def seconds_of(curvatures: Sequence[Curvature]) -> dict[str, float] | None:
+    """Time by part of a step, so far in this fit, None if nothing measured it; each timer saw all steps, and its own
+    curvature in them."""
+    each = [one.timer.seconds() for one in curvatures if one.timer is not None]
+    if not each:
+        return None
+    own = {part: sum(one[part] for one in each) for part in OWN_PARTS}
+    return {REST: sum(each[0].values()) - sum(own.values()), **own}
+
+
+def _layers_with_few_rows(curvature: Curvature) -> Iterator[str]:
+    rows = curvature.factors.rows.tolist()
+    # An average is as exact as the mean of so many windows.
+    n_windows = (1 + curvature.averaging) / (1 - curvature.averaging)
+    sizes = [max(side.size for side in (layer.A, layer.G) if side) for layer in curvature.layers.values()]
+    return compress(curvature.layers, [0 < n * n_windows < size for n, size in zip(rows, sizes, strict=True)])

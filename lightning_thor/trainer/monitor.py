@@ -1,0 +1,144 @@
+"""ThorMonitor: looks at the curvature of each layer now and then, and writes down what it sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_thor.curvature.curvature import Curvature
+from lightning_thor.trainer.figures import seconds_of
+from lightning_thor.trainer.pictures import FILE, log_pictures, pictures_of, takes_pictures
+
+ON_BAR = {"update": "thor/update_to_weights", "age": "thor/inverse_age"}
+"""The figures that the progress bar can show, by the names that it has room for."""
+LOGGED = ("trace", "condition", "effective_rank", "change")
+"""Of each factor."""
+
+
+class ThorMonitor(Callback):
+    """Looks at the curvature of each layer now and then; use it beside `ThorCallback`.
+
+    A look writes one line of JSON into ``thor_monitor.jsonl`` in the folder of the first logger's files (without a
+    logger in ``default_root_dir``): traces, condition numbers,
+    effective ranks and some eigenvalues of A and G, by how much the last refresh changed them, which layers the trace
+    rule kept or stopped, the refreshes since the last look, and the time of each part of a step. ``lightning-thor plot
+    FOLDER`` draws these. A look takes about as long as some refreshes; it waits for the device. Only rank 0 looks.
+
+    The loggers get, as ``thor/trace/<layer>.A`` and so on: ``trace``, the damped ``condition`` number,
+    ``effective_rank`` and ``change`` of each factor; and the pictures at the end of the fit, if they are TensorBoard,
+    Weights & Biases or MLflow and matplotlib is installed. With this callback the time of the parts of a step is
+    measured on a GPU too.
+
+    Args:
+        every_n_refreshes: refreshes of a layer, on average, from one look to the next. It looks after the first one and
+            at the end of the fit too.
+        progress_bar: show ``thor/update_to_weights`` and ``thor/inverse_age`` in the progress bar, as ``update`` and
+            ``age``, of the last step that was logged.
+
+    Raises:
+        ValueError: ``every_n_refreshes`` is not a whole number of at least 1.
+    """
+
+    def __init__(self, *, every_n_refreshes: int = 10, progress_bar: bool = False) -> None:
+        super().__init__()
+        if type(every_n_refreshes) is not int or every_n_refreshes < 1:
+            raise ValueError(f"every_n_refreshes must be an int of at least 1, got {every_n_refreshes!r}.")
+        self.every_n_refreshes, self.progress_bar = every_n_refreshes, progress_bar
+        self.path: Path | None = None
+        """Of the file of the present or last fit; None on ranks that do not look."""
+        self._refreshes: list[tuple[int, float]] = []
+        """Since the last look: steps, and the share of the layers that were refreshed there."""
+        self._done, self._n_steps = 0, 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir  # on all ranks: it is a broadcast
+        is_trial: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # which leaves no files
+        self.path = Path(folder) / FILE if trainer.is_global_zero and not is_trial else None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        curvatures = curvatures_of(trainer)
+        if not curvatures:
+            rank_zero_warn(
+                "ThorMonitor found no curvature to look at: Trainer(callbacks=...) needs a ThorCallback too."
+            )
+            self.path = None
+        if self.path is None:
+            return
+        self._refreshes, self._done, self._n_steps = [], sum(one.refreshes[0] for one in curvatures), _step(curvatures)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._n_steps:  # a resumed fit goes on in its file, if it has the same folder
+            self.path.unlink(missing_ok=True)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.path is not None:
+            for curvature in curvatures_of(trainer):
+                curvature.measures_change = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.path is None:
+            return
+        curvatures = curvatures_of(trainer)
+        done, n_layers = sum(one.refreshes[0] for one in curvatures), sum(len(one.layers) for one in curvatures)
+        if done == self._done or not n_layers:
+            return
+        self._refreshes.append((_step(curvatures), (done - self._done) / n_layers))
+        # Rounded up, so that the first refresh has a look.
+        every = self.every_n_refreshes * n_layers
+        looks, self._done = -(-done // every) > -(-self._done // every), done
+        if looks:
+            self._look(trainer, curvatures)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.path is None:
+            return
+        if self._refreshes:
+            self._look(trainer, curvatures_of(trainer))
+        if not self.path.exists():
+            return
+        takers = [logger for logger in trainer.loggers if takes_pictures(logger)]
+        if takers:
+            log_pictures(takers, pictures_of(self.path.parent), trainer.global_step)
+        if trainer.progress_bar_callback is not None:
+            rank_zero_info(f"What ThorMonitor saw is in {self.path}: lightning-thor plot {self.path.parent} draws it.")
+
+    def _look(self, trainer: pl.Trainer, curvatures: list[Curvature]) -> None:
+        assert self.path is not None
+        layers = {name: figures for one in curvatures for name, figures in one.figures().items()}
+        step, refreshes, self._refreshes = _step(curvatures), self._refreshes, []
+        look = {"step": step, "refreshes": refreshes, "seconds": seconds_of(curvatures), "layers": layers}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(look, allow_nan=False) + "\n")
+        except OSError as error:
+            rank_zero_warn(f"ThorMonitor cannot write {self.path} ({error}) and looks no more in this fit.")
+            self.path = None
+        figures = {
+            f"thor/{figure}/{name}.{side}": layer[side][figure]
+            for name, layer in layers.items()
+            for side in ("A", "G")
+            for figure in LOGGED
+            if side in layer and layer[side][figure] is not None
+        }
+        figures |= {f"thor/age/{name}": step - 1 - layer["inverted_at"] for name, layer in layers.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def curvatures_of(trainer: pl.Trainer) -> list[Curvature]:
+    """The curvatures of the trainer's `Thor` optimizers, during fit."""
+    found = (getattr(optimizer, "preconditioner", None) for optimizer in trainer.optimizers)
+    own = (getattr(one, "curvature", one) for one in found)  # of sharded parameters
+    return [one for one in own if isinstance(one, Curvature)]
+
+
+def _step(curvatures: list[Curvature]) -> int:
+    return max((one.step for one in curvatures), default=0)

@@ -1,0 +1,213 @@
+"""Laws of ThorMonitor: it changes nothing, one rank writes what it sees, and what it saw can be drawn."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
+
+from lightning_thor import ThorCallback, ThorMonitor
+from lightning_thor.trainer import cli
+from lightning_thor.trainer.pictures import log_pictures, pictures_of, read_looks, takes_pictures
+from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, quiet, trainer
+from tests.helpers.launching import fork
+
+NAMES = ["net.0", "net.2", "net.4", "net.5", "net.7"]
+
+
+def monitored(folder: Path, monitor: ThorMonitor | None = None, **options: Any) -> Any:
+    """A trainer of 4 steps an epoch, with a refresh at every second one, and its monitor."""
+    monitor = monitor or ThorMonitor(every_n_refreshes=2)
+    defaults = {"logger": CSVLogger(folder, name="", version=""), "log_every_n_steps": 1, "max_epochs": 3}
+    return trainer(folder, ThorCallback(update_every_n_steps=2, summary=False), monitor, **(defaults | options))
+
+
+def looks_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "thor_monitor.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_look_is_what_the_curvature_is_then(tmp_path: Path) -> None:
+    fit = monitored(tmp_path)
+    fit.fit(Boring())
+    looks = looks_of(tmp_path)
+    # Refreshes are in steps 1, 3, 5, 7, 9 and 11: a look after the first, third and fifth, and one at the end.
+    assert [look["step"] for look in looks] == [1, 5, 9, 12]
+    assert [step for look in looks for step, _ in look["refreshes"]] == [1, 3, 5, 7, 9, 11]
+    assert {share for look in looks for _, share in look["refreshes"]} == {1.0}
+    curvature = callback_of(fit).curvature
+    assert curvature is not None
+    assert looks[-1]["layers"] == json.loads(json.dumps(curvature.figures()))
+    assert list(looks[0]["layers"]) == NAMES
+    assert [look["layers"]["net.0"]["inverted_at"] for look in looks] == [0, 4, 8, 10]
+    # The last refresh was measured, as the monitor asks for all of them.
+    assert curvature.changed_at == 10
+    seconds = [look["seconds"] for look in looks]
+    assert all(later[part] >= before[part] >= 0 for before, later in pairwise(seconds) for part in before)
+    header = (tmp_path / "metrics.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
+    figures = {f"thor/{figure}/{name}.G" for figure in ("trace", "condition", "effective_rank") for name in NAMES}
+    assert figures | {f"thor/age/{name}" for name in NAMES} <= set(header)
+
+
+def test_a_monitored_fit_is_bitwise_the_fit_without(tmp_path: Path) -> None:
+    alone = trainer(tmp_path / "alone", max_epochs=3)
+    alone.fit(Boring())
+    watched = monitored(tmp_path / "watched", ThorMonitor(every_n_refreshes=1, progress_bar=True))
+    watched.fit(Boring())
+    assert_bitwise(everything(watched), everything(alone))
+    assert {"update", "age"} <= watched.progress_bar_metrics.keys()
+    assert watched.progress_bar_metrics["age"] == 1.0
+
+
+def test_a_resumed_fit_goes_on_in_its_file_and_its_looks_count(tmp_path: Path) -> None:
+    first = monitored(tmp_path, max_epochs=1)
+    first.fit(Boring())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    monitored(tmp_path, max_epochs=3).fit(Boring(), ckpt_path=tmp_path / "one.ckpt")
+    monitored(tmp_path, max_epochs=2).fit(Boring(), ckpt_path=tmp_path / "one.ckpt")
+    assert [look["step"] for look in looks_of(tmp_path)] == [1, 4, 5, 9, 12, 5, 8]
+    assert [look["step"] for look in read_looks(tmp_path)] == [1, 4, 5, 8]
+    monitored(tmp_path, max_epochs=1).fit(Boring())
+    assert [look["step"] for look in looks_of(tmp_path)] == [1, 4]
+
+
+def test_two_ranks_have_one_file(tmp_path: Path, clean_process: None) -> None:
+    def rank() -> None:
+        monitored(tmp_path, devices=2, strategy="thor_ddp", max_epochs=2).fit(Boring())
+
+    fork(2, rank)
+    assert [look["step"] for look in looks_of(tmp_path)] == [1, 4]
+    assert looks_of(tmp_path)[-1]["seconds"]["communication"] > 0
+
+
+def test_it_needs_a_curvature_and_says_so(tmp_path: Path) -> None:
+    class Plain(Boring):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    with pytest.warns(UserWarning, match="ThorMonitor found no curvature.*needs a ThorCallback"):
+        quiet(tmp_path, ThorMonitor(), max_epochs=1).fit(Plain())
+    assert list(tmp_path.iterdir()) == []
+    for wrong in (0, 1.5, True):
+        with pytest.raises(ValueError, match="every_n_refreshes must be an int of at least 1"):
+            ThorMonitor(every_n_refreshes=wrong)  # type: ignore[arg-type]
+
+
+# ── pictures ──
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    monitored(folder).fit(Boring())
+    return folder
+
+
+def test_the_command_draws_a_run(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    monkeypatch.setattr(sys, "argv", ["lightning-thor", "plot", str(run_dir)])
+    cli.main()
+    files = capsys.readouterr().out.split()
+    assert files == [str(run_dir / f"thor_{name}.png") for name in ("layers", "spectra", "step")]
+    assert all(image.imread(file).std() > 0.05 for file in files)
+    monkeypatch.setattr(sys, "argv", ["lightning-thor", "plot", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"thor_monitor.jsonl does not exist. Trainer\(callbacks=.*ThorMonitor"):
+        cli.main()
+
+
+def test_a_chosen_block_size_is_drawn_without_a_monitor_too(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    split = {"block_size": 16, "crossing": 12.0, "candidates": [1, 16, 20], "shares": [0.0, 0.5, 1.0]}
+    split |= {"seconds": [1.0, 2.0, 4.0], "n_factors": 4, "left_out": {}, "device": "cpu", "speeds": [1.0, 0.5, 0.25]}
+    (tmp_path / "thor_split.json").write_text(json.dumps(split), encoding="utf-8")
+    assert list(pictures_of(tmp_path)) == ["split"]
+
+
+def test_pictures_show_many_layers_kept_ones_and_what_blocks_lose(run_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    look = looks_of(run_dir)[-1]
+    layer = look["layers"]["net.4"]
+    layer["A"]["outside"] = {"16": 0.3, "32": 0.1}
+
+    def drawn(stopped: bool | None) -> dict[str, Any]:
+        many = {f"block.{n}.linear": {**layer, "stopped": stopped} for n in range(10)}
+        looks = [{**look, "step": step, "layers": many} for step in (20, 30)]
+        (tmp_path / "thor_monitor.jsonl").write_text("\n".join(map(json.dumps, looks)), encoding="utf-8")
+        return {name: picture.get_suptitle() for name, picture in pictures_of(tmp_path).items()}
+
+    titles = drawn(stopped=False)
+    assert titles["layers"] == "Curvature of 10 layers; ○ kept, × stopped by the trace rule"
+    assert "what diagonal blocks would lose" in titles["spectra"]
+    layer["A"]["is_partitioned"] = True
+    titles = drawn(stopped=None)
+    assert titles["layers"] == "Curvature of 10 layers"
+    assert "is not stored: block_size=None" in titles["spectra"]
+
+
+class Recorder(Logger):
+    """A logger with what is given to its ``experiment``, or to itself."""
+
+    name, version, run_id = "fake", 0, "run 7"
+
+    def __init__(self, **functions: Any) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        self.experiment = SimpleNamespace(**{name: getattr(self, f"_{name}") for name in functions})
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any) -> None: ...
+
+    def _add_figure(self, tag: str, figure: Any, global_step: int | None = None, close: bool = True) -> None:
+        self.calls.append((tag, type(figure).__name__, global_step))
+
+    def _log_figure(self, run_id: str, figure: Any, artifact_file: str) -> None:
+        self.calls.append((run_id, type(figure).__name__, artifact_file))
+
+
+class WithImages(Recorder):
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        self.calls.append((key, [type(image).__name__ for image in images], step))
+
+
+@pytest.mark.parametrize(
+    ("logger", "expected"),
+    [
+        (Recorder(add_figure=1), [("thor/layers", "Figure", 12)]),  # TensorBoard's SummaryWriter
+        (Recorder(log_figure=1), [("run 7", "Figure", "thor/layers.png")]),  # MlflowClient
+        (WithImages(), [("thor/layers", ["Figure"], 12)]),  # WandbLogger
+    ],
+)
+def test_loggers_get_pictures_in_their_own_way(logger: Recorder, expected: list[Any]) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    assert takes_pictures(logger)
+    log_pictures([logger], {"layers": figure}, 12)
+    assert logger.calls == expected
+
+
+def test_a_fit_gives_pictures_to_those_of_its_loggers_that_take_them(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    takes, other = Recorder(add_figure=1), CSVLogger(tmp_path, name="", version="")
+    assert not takes_pictures(other)
+    monitored(tmp_path, max_epochs=1, logger=[other, takes]).fit(Boring())
+    assert [(tag, step) for tag, _, step in takes.calls] == [("thor/layers", 4), ("thor/spectra", 4), ("thor/step", 4)]
+
+
+def test_tensorboard_gets_figures_and_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monitored(tmp_path, max_epochs=1, logger=TensorBoardLogger(tmp_path, name="", version="")).fit(Boring())
+    accumulator = accumulators.EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    tags = accumulator.Tags()
+    assert set(tags["images"]) == {"thor/layers", "thor/spectra", "thor/step"}
+    assert {"thor/trace/net.0.A", "thor/update_to_weights", "thor/time_in_inversion"} <= set(tags["scalars"])
