@@ -84,6 +84,7 @@ def test_rows_are_few_if_an_average_stands_for_fewer_than_a_block_has(averaging:
     """Linear layers have 6 rows, and blocks of up to 36; a convolution has a row at each of its positions."""
     model = Boring()
     curvature = Curvature(model, update_every_n_steps=1, averaging=averaging, block_size=36)
+    curvature.measures_change = True
     for _ in range(2):
         model(torch.randn(6, 1, 8, 8)).square().mean().backward()
         curvature.update()
