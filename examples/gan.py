@@ -56,17 +56,18 @@ class GAN(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         real = batch[0].flatten(1)
-        of_generator, of_discriminator = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        of_generator, of_discriminator = optimizers
 
         self.toggle_optimizer(of_discriminator)
         with torch.no_grad():
-            made = self(self.noise(len(real)))
+            made = self.generator(self.noise(len(real)))
         loss = F.softplus(-self.discriminator(real)).mean() + F.softplus(self.discriminator(made)).mean()
         (slope,) = torch.autograd.grad(self.discriminator(real.requires_grad_()).sum(), real, create_graph=True)
         self.take_step(of_discriminator, loss + self.penalty / 2 * slope.square().sum(1).mean())
 
         self.toggle_optimizer(of_generator)
-        fooled = F.softplus(-self.discriminator(self(self.noise(len(real))))).mean()
+        fooled = F.softplus(-self.discriminator(self.generator(self.noise(len(real))))).mean()
         self.take_step(of_generator, fooled)
         self.log_dict({"discriminator": loss, "generator": fooled}, prog_bar=True)
 
@@ -85,7 +86,7 @@ class GAN(L.LightningModule):
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Noise ``[n, 16]`` to images ``[n, 8, 8]``."""
-        return self(batch).reshape(-1, 8, 8)  # type: ignore[no-any-return]
+        return self.forward(batch).reshape(-1, 8, 8)
 
 
 def distance(real: Tensor, made: Tensor) -> float:
@@ -102,7 +103,7 @@ def draw(images: Tensor, file: Path) -> None:
     """Save images ``[64, 8, 8]`` in 0..1 as one picture."""
     from matplotlib import pyplot
 
-    sheet = images.reshape(8, 8, 8, 8).transpose(1, 2).reshape(64, 64)
+    sheet = F.pad(images, (1, 1, 1, 1)).reshape(8, 8, 10, 10).transpose(1, 2).reshape(80, 80)
     pyplot.imsave(file, sheet.repeat_interleave(6, 0).repeat_interleave(6, 1).numpy(), cmap="gray_r", vmin=0, vmax=1)
 
 

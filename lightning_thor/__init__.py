@@ -13,6 +13,7 @@ from lightning_thor.optim.param_groups import configure_thor
 from lightning_thor.optim.thor import Thor
 from lightning_thor.trainer.callback import ThorCallback
 from lightning_thor.trainer.ddp_strategy import ThorDDPStrategy
+from lightning_thor.trainer.fabric import setup_fabric
 from lightning_thor.trainer.fsdp2_strategy import ThorModelParallelStrategy
 from lightning_thor.trainer.strategies import ThorStrategyMixin
 
@@ -30,6 +31,7 @@ __all__ = [
     "choose_block_size",
     "configure_thor",
     "register_layer",
+    "setup_fabric",
 ]
 
 
