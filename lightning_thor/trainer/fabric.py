@@ -58,10 +58,9 @@ def setup_fabric(
         **options,
     )
     optimizer.preconditioner = curvature
-    wrapped = fabric.setup_optimizers(optimizer)
     if scaler is not None:
-        fabric._callbacks.append(_ForgetSkippedSteps(curvature, optimizer))
-    return model, wrapped, curvature
+        fabric._callbacks.append(_ForgetSkippedSteps(curvature, optimizer))  # before, or an empty list is not shared
+    return model, fabric.setup_optimizers(optimizer), curvature
 
 
 class _ForgetSkippedSteps:
