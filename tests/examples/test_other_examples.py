@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.helpers.boring import assert_bitwise, quiet
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_gan_comes_nearer_to_the_digits_and_draws(tmp_path: Path) -> None:
     before, after = gan.main(["--epochs=2", f"--out={tmp_path}"])
     assert after < before
@@ -60,6 +62,7 @@ def test_the_fabric_loop_learns_and_goes_on_from_its_checkpoint(
     assert printed.count("epoch 1:") == printed.count("epoch 2:") == 1
 
 
+@pytest.mark.slow
 def test_lora_trains_the_adapter_alone_all_of_it_with_curvature(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,3 +97,18 @@ def test_lora_takes_a_model_of_a_folder(tmp_path: Path) -> None:
     read = PeftModel.from_pretrained(fresh, str(tmp_path))
     tokens = torch.randint(256, (2, 16))
     torch.testing.assert_close(read(tokens).logits, module.model.eval()(tokens).logits)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_its_first_cell_to_its_last() -> None:
+    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed: pip install '.[dev]'")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install '.[dev]'")
+    notebook = nbformat.read(ROOT / "examples" / "first_steps.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # kept without what it printed
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    assert "4 layers preconditioned, 100 % of the weights" in printed
+    (share,) = re.findall(r"([\d.]+)% of 397 held-out images", printed)
+    assert float(share) > 90.0
