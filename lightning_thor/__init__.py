@@ -7,6 +7,7 @@ from lightning_thor import former_addresses
 from lightning_thor import schedules as schedules
 from lightning_thor.block_size.choose import choose_block_size
 from lightning_thor.curvature.curvature import Curvature
+from lightning_thor.curvature.exact import exact_factors
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.layers.registry import register_layer
 from lightning_thor.optim.param_groups import configure_thor
@@ -30,6 +31,7 @@ __all__ = [
     "ThorStrategyMixin",
     "choose_block_size",
     "configure_thor",
+    "exact_factors",
     "register_layer",
     "setup_fabric",
 ]
