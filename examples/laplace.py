@@ -52,7 +52,8 @@ def draw(factors: dict[str, Any], n: int, tau: float, noise: Tensor) -> Tensor:
     of_A, A = factors["A_eigenvectors"][0, 0], factors["A_eigenvalues"][0, 0].clamp_min(0)
     of_G, G = factors["G_eigenvectors"][0, 0], factors["G_eigenvalues"][0, 0].clamp_min(0)
     scaled = noise.to(A.dtype) * (n * G[:, None] * A + tau).rsqrt()
-    return of_G @ scaled @ of_A.T
+    drawn: Tensor = of_G @ scaled @ of_A.T
+    return drawn
 
 
 @torch.no_grad()
