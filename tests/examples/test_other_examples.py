@@ -69,7 +69,7 @@ def test_lora_trains_the_adapter_alone_all_of_it_with_curvature(
     pytest.importorskip("peft", reason="peft is not installed: pip install '.[finetuning]'")
     from examples import lora_finetuning
 
-    losses = lora_finetuning.main(["--steps=20", f"--out={tmp_path}"])
+    losses = lora_finetuning.main(["--steps=10", f"--out={tmp_path}"])
     assert losses["after"] < losses["before"]
     assert "28 layers preconditioned, 100 % of the weights" in capsys.readouterr().out
     assert (tmp_path / "adapter_model.safetensors").is_file()
@@ -109,6 +109,7 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last() -> None:
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
-    assert "4 layers preconditioned, 100 % of the weights" in printed
+    words = " ".join(re.sub(r"\x1b\[[\d;]*m", "", printed).split())  # without colours and line breaks
+    assert "4 layers preconditioned, 99 % of the weights" in words
     (share,) = re.findall(r"([\d.]+)% of 397 held-out images", printed)
     assert float(share) > 90.0
