@@ -41,7 +41,7 @@ unit: $(INSTALLED)  ## Tests and doctests in two processes; PYTEST_ARGS="-m 'not
 # Every kind of processor adds up in another order, this one by where in memory numbers lie: tests hold on any of them.
 OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
 WITHOUT_NUMBERS := benchmarks curvature/test_copies.py curvature/test_damage.py examples/test_recipe_examples.py mindspore/test_mindspore_arguments.py \
-	mindspore/test_mindspore_docs.py test_bad_options.py test_floors.py test_public_addresses.py test_readme.py trainer/test_by_class_path.py trainer/test_cli.py trainer/test_full_disk.py trainer/test_monitor.py
+	mindspore/test_mindspore_docs.py test_bad_options.py test_floors.py test_package.py test_public_addresses.py test_readme.py trainer/test_by_class_path.py trainer/test_cli.py trainer/test_full_disk.py trainer/test_monitor.py
 
 fuzz: $(INSTALLED)  ## Thousands of drawn cases where the tests draw forty (an hour)
 	LIGHTNING_THOR_FUZZ=1 $(BIN)/python -m pytest -m fuzz tests

@@ -23,7 +23,7 @@ from lightning_thor.linalg.matrix_sign import msign
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
 from tests.helpers.fakes import FakeCommunicator
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: python -m pytest tests/test_gpu.py")
 
 MODES = ["natural", "polar", "adam"]
 

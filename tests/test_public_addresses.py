@@ -28,7 +28,12 @@ NAMES = {
     "ThorDDPStrategy",
     "ThorModelParallelStrategy",
     "configure_thor",
+    "ShardedCurvature",
+    "ThorStrategyMixin",
+    "choose_block_size",
+    "exact_factors",
     "register_layer",
+    "setup_fabric",
 }
 CLASSES_OF_CONFIGURATIONS = [
     "lightning_thor.Curvature",
@@ -46,8 +51,11 @@ CLASSES_OF_CONFIGURATIONS = [
 ]
 ADDRESSES = [
     *CLASSES_OF_CONFIGURATIONS,
+    "lightning_thor.choose_block_size",
     "lightning_thor.configure_thor",
+    "lightning_thor.exact_factors",
     "lightning_thor.register_layer",
+    "lightning_thor.setup_fabric",
     "lightning_thor.mindspore.MindSporeThor",
     "lightning_thor.mindspore.thor",
     "lightning_thor.recipes.Recipe",
@@ -264,6 +272,24 @@ def of_mindspores_thor(
 ): ...
 
 
+def of_choose_block_size(
+    model,
+    loss_of_a_batch,
+    *,
+    precondition_bias=False,
+    max_rows=1024,
+    statistics="expand",
+    fused=None,
+    parameters=None,
+): ...
+
+
+def of_setup_fabric(fabric, module, optimizer, *, accumulate_grad_batches=1, **options): ...
+
+
+def of_exact_factors(model, batches, loss, **options): ...
+
+
 SIGNATURES: dict[str, Callable[..., None]] = {
     "lightning_thor.Thor": of_thor,
     "lightning_thor.ThorCallback": of_callback,
@@ -273,6 +299,9 @@ SIGNATURES: dict[str, Callable[..., None]] = {
     "lightning_thor.ThorModelParallelStrategy": of_model_parallel,
     "lightning_thor.register_layer": of_register_layer,
     "lightning_thor.mindspore.thor": of_mindspores_thor,
+    "lightning_thor.choose_block_size": of_choose_block_size,
+    "lightning_thor.setup_fabric": of_setup_fabric,
+    "lightning_thor.exact_factors": of_exact_factors,
 }
 """What programs are written for. New options with a default may come; what is here changes only with a line in
 CHANGELOG.md."""

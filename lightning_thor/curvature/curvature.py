@@ -783,6 +783,8 @@ class Curvature:
         index, use = self._accumulator.uses[name]
         if not self._schedule.is_due(index):
             return False
+        if self._paused:
+            self._checks.skip(name)  # this pass may add to the weight's gradient
         call = Call.PAUSED if self._paused else Call.OBSERVED if self.is_listening() else Call.NOT_TRAINING
         self._calls[index] = call
         return call is Call.OBSERVED and use.trains

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_thor.block_size.choose import BlockSplit, choose_block_size
+from lightning_thor.trainer.packages import is_lightnings
 
 ADVICE = 'Give block_size a number instead of "auto"; lightning_thor.choose_block_size finds one outside of a Trainer.'
 
@@ -125,7 +126,7 @@ def _copy_of(pl_module: pl.LightningModule, trainer: pl.Trainer) -> pl.Lightning
         ) from error
     trial.trainer = trainer
     for module in trial.modules():
-        if isinstance(module, pl.LightningModule):
+        if is_lightnings(module, "LightningModule"):
             for name in ("log", "log_dict"):
                 setattr(module, name, lambda *_, **__: None)
     return trial

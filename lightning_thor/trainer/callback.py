@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelSummary
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -30,6 +30,7 @@ from lightning_thor.trainer.block_size_trial import try_block_sizes
 from lightning_thor.trainer.figures import StepFigures
 from lightning_thor.trainer.fit_report import FitFigures, print_fit
 from lightning_thor.trainer.monitor import ON_BAR, ThorMonitor
+from lightning_thor.trainer.packages import is_lightnings
 from lightning_thor.trainer.report import report_split
 from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
@@ -424,7 +425,7 @@ class ThorCallback(Callback):
         print_fit(replace(figures, idle=tuple(name for name, n in updates.items() if not n), **own), len(updates))
 
     def _is_quiet(self, trainer: pl.Trainer) -> bool:
-        return not self._is_measuring and not any(isinstance(one, ModelSummary) for one in _callbacks_of(trainer))
+        return not self._is_measuring and not any(is_lightnings(one, "ModelSummary") for one in _callbacks_of(trainer))
 
     # ── leaving ──
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
+
+from lightning_thor.trainer.packages import is_lightnings
 
 METADATA = "meta.pt"
 """The file that Lightning writes last into a folder of shards, by which it recognises such a folder."""
@@ -36,7 +37,9 @@ def whole(strategy: ParallelStrategy, filepath: Any, *, by_all: bool = False) ->
     Raises:
         RuntimeError: another rank could not write.
     """
-    if "://" in str(filepath) or not (by_all or type(strategy.checkpoint_io) is TorchCheckpointIO):
+    io = strategy.checkpoint_io
+    is_lightnings_own = is_lightnings(io, "TorchCheckpointIO") and type(io).__name__ == "TorchCheckpointIO"
+    if "://" in str(filepath) or not (by_all or is_lightnings_own):
         yield filepath
         return
     path = Path(strategy.broadcast(str(filepath)) if by_all else filepath)

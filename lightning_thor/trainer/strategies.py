@@ -6,17 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
-from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
-from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 
 from lightning_thor.curvature.curvature import Curvature
@@ -25,22 +15,23 @@ from lightning_thor.distributed.communicator import WorkerGrid
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.optim.thor import Preconditioner
 from lightning_thor.trainer.checkpoints import whole
+from lightning_thor.trainer.packages import is_lightnings
 
 SHARD = (
-    'Use Trainer(strategy="thor_fsdp2"), and shard the model in configure_model by '
+    'Use Trainer(strategy="thor_fsdp2") of `import lightning`, and shard the model in configure_model by '
     'fully_shard(self.net, mesh=self.device_mesh["data_parallel"])'
 )
 # DeepSpeed's and XLA's strategies are subclasses of supported ones.
-REFUSED: tuple[tuple[Any, str], ...] = (
-    (FSDPStrategy, f"FSDP1 flattens weights, and layers have none of their own any more. {SHARD}."),
-    (DeepSpeedStrategy, f'its engine keeps gradients to itself. {SHARD}, or "thor_ddp" for a model that fits.'),
-    (ModelParallelStrategy, f"it would have whole gradients on no rank. {SHARD}, as you do already."),
-    (
-        XLAStrategy | SingleDeviceXLAStrategy,
+REFUSED = {
+    "FSDPStrategy": f"FSDP1 flattens weights, and layers have none of their own any more. {SHARD}.",
+    "DeepSpeedStrategy": f'its engine keeps gradients to itself. {SHARD}, or "thor_ddp" for a model that fits.',
+    "ModelParallelStrategy": f"it would have whole gradients on no rank. {SHARD}, as you do already.",
+    **dict.fromkeys(
+        ("XLAStrategy", "SingleDeviceXLAStrategy"),
         'it has not been tried on XLA devices. Use GPUs or CPUs with "thor_ddp", "thor_fsdp2" or a single device.',
     ),
-)
-
+}
+"""By the name of Lightning's class."""
 if TYPE_CHECKING:
     _Base = ParallelStrategy
 else:
@@ -157,14 +148,21 @@ class ThorStrategyMixin(_Base):
         process_group.abort_process_groups(exception, self._factor_group)
 
 
-def check_strategy(strategy: Strategy) -> None:
-    """Raise a ValueError that says what to use instead, unless `ThorCallback` supports ``strategy``."""
+def check_strategy(strategy: object) -> None:
+    """Check that curvature is supported with a strategy of a Trainer, of either package, or of Fabric.
+
+    Args:
+        strategy: any.
+
+    Raises:
+        ValueError: it is not; says what to use instead.
+    """
     if isinstance(strategy, ThorStrategyMixin):
         return
-    for refused, advice in REFUSED:
-        if isinstance(strategy, refused):
+    for refused, advice in REFUSED.items():
+        if is_lightnings(strategy, refused):
             raise ValueError(f"ThorCallback does not support {type(strategy).__name__}: {advice}")
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    if not is_lightnings(strategy, "SingleDeviceStrategy", "DDPStrategy"):
         raise ValueError(
             f"ThorCallback does not support {type(strategy).__name__}: it knows where layers and gradients are with "
             '"thor_ddp", "ddp", "thor_fsdp2" and on a single device. Use Trainer(strategy=...) with one of them, or a '

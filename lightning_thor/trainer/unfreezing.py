@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.layers.base import Layer
 from lightning_thor.layers.discovery import name_some, parameters_of
+from lightning_thor.trainer.packages import is_lightnings
 
 
-def wrap_again(strategy: Strategy) -> None:
+def wrap_again(strategy: Any) -> None:
     """Let DDP average the gradients of parameters that began to train: it knows those that trained when it wrapped the
     model. Call it on all ranks, between two steps."""
-    if isinstance(strategy, DDPStrategy) and strategy.model is not strategy.lightning_module:
+    if is_lightnings(strategy, "DDPStrategy") and strategy.model is not strategy.lightning_module:
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
 

@@ -346,6 +346,23 @@ def test_a_paused_curvature_does_not_listen() -> None:
     assert_bitwise(averages(curvature), averages(other))
 
 
+def test_what_a_pass_within_paused_adds_to_a_gradient_is_no_statistic_and_no_misfit() -> None:
+    found = []
+    for has_penalty in (False, True):
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        model.load_state_dict({name: torch.ones_like(p) for name, p in model.state_dict().items()})
+        curvature = Curvature(model)
+        x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        loss = model(x).sin().sum(1).mean()
+        with curvature.paused():
+            loss = loss + has_penalty * model(x.flip(0) + 1.0).square().mean()
+        loss.backward()
+        curvature.update()
+        assert curvature.left_out == {}
+        found.append(averages(curvature))
+    assert_bitwise(found[1], found[0])
+
+
 def test_layers_that_are_not_optimized_are_left_out() -> None:
     model = net()
     curvature = Curvature(model, parameters=model[4].parameters())

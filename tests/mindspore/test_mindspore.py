@@ -1,4 +1,4 @@
-"""The migration door against recorded runs of MindSpore's own nn.thor; they skip where the recordings are absent."""
+"""The migration door against recorded runs of MindSpore's own nn.thor, see recordings/README.md."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from lightning_thor import ThorCallback
 from lightning_thor.mindspore.optimizer import MindSporeThor, thor
 from tests.helpers.boring import Boring, assert_bitwise, trainer, without_words
 
-FOLDER = Path(__file__).parents[3] / "shared" / "oracle"  # outside the project: skipped where it is absent
-needs_recordings = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no recordings of nn.thor in {FOLDER.name}/")
+FOLDER = Path(__file__).parent / "recordings"
 
 CASES = ["mlp", "mlp_ls128_nesterov", "convnet", "convnet_ascend_translit", "text"]
 
@@ -76,7 +75,6 @@ def close(ours: Tensor, theirs: Any, first: bool, what: str) -> None:
     assert error < (1e-5 if first else 1e-4), f"{what}: off by {float(error):.2e} of its largest entry"
 
 
-@needs_recordings
 @pytest.mark.parametrize("case", CASES)
 def test_the_recorded_trajectory_is_followed(case: str) -> None:
     """Weights, moments, factors and inverses, step by step; the text's table apart, whose inverse is wrong there."""

@@ -1,0 +1,76 @@
+"""`setup_fabric`: a module and its `Thor` under Lightning Fabric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_thor.curvature.curvature import Curvature
+from lightning_thor.optim.thor import Thor
+from lightning_thor.preconditioning.modes import common_mode
+from lightning_thor.trainer.strategies import check_strategy
+
+
+def setup_fabric(
+    fabric: Fabric, module: nn.Module, optimizer: Thor, *, accumulate_grad_batches: int = 1, **options: Any
+) -> tuple[Any, Any, Curvature]:
+    """Does what ``fabric.setup(module, optimizer)`` does, and gives the optimizer its curvature.
+
+    Call it after ``fabric.launch()``. The loop is then Fabric's: ``fabric.backward(loss)``, ``optimizer.step()``. Under
+    a loss scale the curvature reads the scale, and forgets a step that the scaler skipped. Save and restore the
+    curvature beside the others: ``fabric.save(path, {"model": model, "optimizer": optimizer, "curvature": curvature})``
+    and ``fabric.load`` with the same dict.
+
+    Args:
+        fabric: on a single device, or with ``strategy="ddp"``.
+        module: of the optimizer's parameters.
+        optimizer: its ``preconditioner`` is set.
+        accumulate_grad_batches: the number that your loop divides the loss by, if it adds up the gradients of so many
+            batches before a step.
+        **options: of `Curvature`; but ``mode``, ``loss_multiplier`` and ``parameters`` are known.
+
+    Returns:
+        ``(module, optimizer, curvature)``, the first two as Fabric wraps them.
+
+    Raises:
+        ValueError: the strategy is not supported, the optimizer has a preconditioner, or an option is out of its range.
+    """
+    check_strategy(fabric.strategy)
+    if optimizer.preconditioner is not None:
+        raise ValueError("setup_fabric makes the curvature itself: build the optimizer without preconditioner=...")
+    model = fabric.setup_module(module)  # which moves the parameters to their device
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+
+    def loss_multiplier() -> float | Tensor:
+        # Scaling a one instead of get_scale(), which waits for the device.
+        scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=fabric.device))
+        return scale / accumulate_grad_batches
+
+    curvature = Curvature(
+        module,
+        mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
+        loss_multiplier=loss_multiplier,
+        parameters=[p for group in optimizer.param_groups for p in group["params"]],
+        **options,
+    )
+    optimizer.preconditioner = curvature
+    if scaler is not None:
+        fabric._callbacks.append(_ForgetSkippedSteps(curvature, optimizer))  # before, or an empty list is not shared
+    return model, fabric.setup_optimizers(optimizer), curvature
+
+
+class _ForgetSkippedSteps:
+    """Empties the curvature's window after a step that the scaler skipped: Fabric calls no ``step`` then."""
+
+    def __init__(self, curvature: Curvature, optimizer: Thor) -> None:
+        self.curvature, self.optimizer, self.applied = curvature, optimizer, curvature.step
+
+    def on_after_optimizer_step(self, strategy: Any, optimizer: Optimizer) -> None:
+        if optimizer is self.optimizer:
+            if self.curvature.step == self.applied:
+                self.curvature.discard()
+            self.applied = self.curvature.step
