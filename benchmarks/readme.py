@@ -24,7 +24,7 @@ from benchmarks.time_to_target import race
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/choosing.md", "docs/measured.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/measured.md", "docs/tutorials/fsdp2.md")
 
 
 def measured_on(environment: dict[str, Any]) -> str:
@@ -179,6 +179,18 @@ def default_ratios_block(results: dict[str, Any]) -> str:
     )
 
 
+def default_short_block(results: dict[str, Any]) -> str:
+    """Of the same ratios the columns of untuned THOR, Muon and SOAP, on the tasks that no setting was chosen on."""
+    summary = {name: task for name, task in results["summary"].items() if task["is_confirmation"]}
+    heads = default_mode.ratio_heads(summary)
+    shown = [heads.index(head) for head in (heads[1], "Muon", "SOAP")]
+    rows = []
+    for name, *cells in default_mode.ratio_cells(summary):
+        words = summary[name]["words"]
+        rows.append([f"{name}: {words.rpartition(', batch')[0] or words}", *(cells[i - 1] for i in shown)])
+    return markdown_table(["task", *(heads[i] for i in shown)], rows)
+
+
 def sharded_updates_block(results: dict[str, Any]) -> str:
     """Bytes that a step of thor_fsdp2 sends, from ``benchmarks/results/sharded_updates.json``."""
     natural, polar = (results["GPT-2 small"][mode]["8"] for mode in ("natural", "polar"))
@@ -224,6 +236,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "trace_rule": ("benchmarks/results/trace_rule.json", trace_rule_block),
     "ablations": ("benchmarks/results/ablations.json", ablations_block),
     "default_ratios": ("benchmarks/results/default_mode.json", default_ratios_block),
+    "default_short": ("benchmarks/results/default_mode.json", default_short_block),
     "default_mode": ("benchmarks/results/default_mode.json", default_mode_block),
     "default_mode_development": (
         "benchmarks/results/default_mode.json",

@@ -72,7 +72,7 @@ ATTRIBUTES = [
 """Some that ``import lightning_thor`` alone is enough for."""
 
 CONFIGURATIONS = sorted((ROOT / "examples").glob("*.yaml"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*.py"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*.py"))]
 
 
 def text_of(file: Path) -> str:

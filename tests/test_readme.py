@@ -1,4 +1,5 @@
-"""What README.md shows runs, and its tables of options are those of the classes."""
+"""README.md and the pages of docs: their tables are those of the classes, what they show first does what they say, and
+their links lead somewhere. (tests/test_code_blocks.py runs all other code blocks.)"""
 
 from __future__ import annotations
 
@@ -20,14 +21,20 @@ from lightning_thor import Curvature, Thor, ThorCallback
 from tests.helpers.boring import Boring
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
 FORMER = ("former_addresses.py",)
 """Former addresses, which have no line of their own."""
 
 
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
 def options_in(head: str) -> dict[str, object]:
-    """The table whose head begins so, as options with their defaults; rows may have several, with as many values."""
-    (table,) = re.findall(rf"^\| {re.escape(head)}.*\n\|[-|]+\n((?:\|.*\n)+)", README, re.MULTILINE)
+    """The table of settings whose head begins so, as options with their defaults; rows may have several of each."""
+    (table,) = re.findall(
+        rf"^\| {re.escape(head)}.*\n\|[-|]+\n((?:\|.*\n)+)", text_of(DOCS / "settings.md"), re.MULTILINE
+    )
     found: dict[str, object] = {}
     for row in table.splitlines():
         names, defaults = row.strip("|").split("|")[:2]
@@ -49,9 +56,9 @@ def test_the_tables_have_every_option_with_its_default() -> None:
     assert {"summary": True, "waits_for_thor": False, **of_curvature} == of_callback
 
 
-def run(marker: str, **names: Any) -> dict[str, Any]:
-    """The one snippet in which ``marker`` stands, with these names in the place of its imports of lightning."""
-    (snippet,) = (text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if marker in text)
+def run(page: Path, marker: str, **names: Any) -> dict[str, Any]:
+    """The one snippet of a page in which ``marker`` stands, with these names for its imports of lightning."""
+    (snippet,) = (text for text in re.findall(r"```python\n(.*?)```", text_of(page), re.DOTALL) if marker in text)
     exec(snippet.replace("import lightning as L\n", ""), names)
     return names
 
@@ -66,8 +73,9 @@ def quiet(tmp_path: Path) -> Any:
     return SimpleNamespace(LightningModule=Boring, Trainer=trainer)
 
 
-def test_the_three_lines_train(quiet: Any) -> None:
-    names = run("class Model(L.LightningModule)", L=quiet, train_dataloader=Boring().data())
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "first-hour.md"], ids=lambda page: page.name)
+def test_the_three_lines_train(page: Path, quiet: Any) -> None:
+    names = run(page, "class Model(L.LightningModule)", L=quiet, train_dataloader=Boring().data())
     assert names["trainer"].global_step == 4
     (optimizer,) = names["trainer"].optimizers
     assert isinstance(optimizer, Thor)
@@ -79,31 +87,38 @@ def test_the_plain_loop_trains() -> None:
     model, x = nn.Linear(6, 2), torch.randn(64, 6)
     y = (x[:, 0] > 0).long()
     first = F.cross_entropy(model(x), y).item()
-    names = run("optimizer.zero_grad()", model=model, F=F, data=[(x, y)] * 60)
+    names = run(DOCS / "tutorials" / "loops.md", "optimizer.zero_grad()", model=model, F=F, data=[(x, y)] * 60)
     assert names["curvature"].step == 60
     assert names["loss"] < 0.9 * first
 
 
 def test_the_recipes_lines_make_a_trainer() -> None:
-    names = run("resnet50_imagenet(", L=SimpleNamespace(Trainer=partial(L.Trainer, accelerator="cpu", logger=False)))
+    names = run(
+        DOCS / "settings.md",
+        "resnet50_imagenet(",
+        L=SimpleNamespace(Trainer=partial(L.Trainer, accelerator="cpu", logger=False)),
+    )
     assert names["trainer"].max_epochs == 40
     assert any(isinstance(one, ThorCallback) for one in names["trainer"].callbacks)
 
 
+def without_code(text: str) -> str:
+    return re.sub(r"^( *)```.*?^\1```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
 def anchors(page: Path) -> set[str]:
     """What a link to a heading of this page may say: as code hosts make it of the words."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    text = without_code(text_of(page))
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
-    assert links
-    for link in links:
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text_of(page))):
         if "://" in link:
             continue
         path, _, anchor = link.partition("#")
@@ -112,10 +127,18 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    """One screen and a half; all else is in docs."""
+    text = text_of(ROOT / "README.md")
+    assert len(text.splitlines()) <= 95
+    reached = set(re.findall(r"\]\((docs/[\w/-]+\.md)\)", text))
+    pages = {path.relative_to(ROOT).as_posix() for path in DOCS.rglob("*.md")}
+    assert pages - reached == {"docs/reference.md", "docs/changelog.md"}  # which the site alone makes
+
+
 def test_the_architecture_has_a_line_for_every_folder_and_names_files_that_exist() -> None:
     package = ROOT / "lightning_thor"
-    (section,) = README.split("\n## Architecture\n")[1:]
-    section = section.split("\n## ")[0]
+    (section,) = re.findall(r"\n## Folders\n(.*)\n## Tests\n", text_of(DOCS / "house.md"), re.DOTALL)
     lines = re.findall(r"^  (\w+)(?:\.py|/) ", section, re.MULTILINE)
     folders = [path.parent.name for path in package.glob("*/__init__.py")]
     assert sorted(lines) == sorted([*folders, *(path.stem for path in package.glob("*.py") if path.name not in FORMER)])

@@ -1,4 +1,4 @@
-"""The README's table "nn.thor, the paper, lightning_thor": it names every argument, and tests that exist."""
+"""The table of docs/comparison.md: it names every argument of nn.thor, every promise of the paper, and real tests."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from lightning_thor.mindspore.optimizer import thor
 from lightning_thor.mindspore.param_groups import KEYS
 
 ROOT = Path(__file__).parents[2]
-TITLE = "## nn.thor, the paper, lightning_thor\n"
+PAGE = ROOT / "docs" / "comparison.md"
 
 
 def table() -> list[list[str]]:
     """The rows, without the head, as cells."""
-    (section,) = (ROOT / "README.md").read_text(encoding="utf-8").split(TITLE)[1:]
-    lines = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("|")]
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def links(cell: str) -> list[tuple[str, str]]:
     """``[the name of a test](its file)`` as function name and file; the words of a name stand for its underscores."""
-    return [(f"test_{words.replace(' ', '_')}", file) for words, file in re.findall(r"\[([^]]+)\]\(([^)]+)\)", cell)]
+    return [
+        (f"test_{words.replace(' ', '_')}", file) for words, file in re.findall(r"\[([^]]+)\]\(\.\./([^)]+)\)", cell)
+    ]
 
 
 def test_every_row_has_five_cells_and_names_a_test_that_exists() -> None:

@@ -19,7 +19,12 @@ def test_the_pages_of_this_repository_hold_what_was_measured() -> None:
 
 
 def test_every_command_in_the_documents_exists() -> None:
-    pages = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.py")]
+    pages = [
+        ROOT / "README.md",
+        ROOT / "Makefile",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+    ]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     commands = set(re.findall(r"python -m (benchmarks[.\w]*\w)", text))
     assert {"benchmarks.step_cost", "benchmarks.time_to_target", "benchmarks.communication"} < commands
@@ -58,7 +63,8 @@ def root(tmp_path: Path) -> Path:
         "<!-- demo:begin --><!-- demo:end -->\nend\n"
     )
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
-    for page in ("choosing", "measured"):
+    (tmp_path / "docs" / "tutorials").mkdir()
+    for page in ("choosing", "measured", "tutorials/fsdp2"):
         (tmp_path / "docs" / f"{page}.md").write_text("# A page\n", encoding="utf-8")
     return tmp_path
 

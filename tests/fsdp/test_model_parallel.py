@@ -370,8 +370,11 @@ def test_a_shard_without_the_sharded_curvature_is_told(four_processes: None) -> 
 
 
 @pytest.mark.slow
-def test_the_readmes_sharded_model_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_process: None) -> None:
-    (snippet,) = re.findall(r"```python\n([^`]*fully_shard[^`]*)```", (ROOT / "README.md").read_text(encoding="utf-8"))
+def test_the_sharded_model_of_fsdp2_md_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_process: None
+) -> None:
+    page = ROOT / "docs" / "tutorials" / "fsdp2.md"
+    (snippet,) = re.findall(r"```python\n([^`]*fully_shard[^`]*)```", page.read_text(encoding="utf-8"))
 
     class Model(Boring):
         def __init__(self) -> None:
