@@ -57,6 +57,13 @@ SETUP: dict[str, dict[int, str]] = {
         1: FIT + "; from types import SimpleNamespace as S; import torch; self = S(net=torch.nn.Linear(2, 2)); "
         "module = model; torch = S(compile=lambda module: module)",  # tests/curvature have compiled ones
     },
+    "docs/laplace.md": {
+        0: NETWORK + "network = model; loader = [(torch.randn(8, 4), torch.randint(3, (8,)))] * 3",
+    },
+    "docs/lightning.md": {
+        0: "import lightning as L; from lightning_thor import *",
+        1: "from lightning.pytorch.callbacks import BackboneFinetuning",
+    },
     "docs/tutorials/loops.md": {0: LOOP},
 }
 """What a page takes for granted, by the number of its Python block."""
@@ -152,6 +159,8 @@ def test_a_command_of_a_page_exists(command: str, monkeypatch: pytest.MonkeyPatc
         assert importlib.util.find_spec(arguments[1]) is not None
     else:
         assert program == "lightning-thor"
+        if arguments[0] == "plot":  # tests/trainer/test_monitor.py has a folder to draw
+            return
         assert arguments[0] == "fit"
         check_configuration(*arguments[1:])  # DIR and FILE are looked for when a fit starts
 

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningCLI
 
+import lightning_thor
 from lightning_thor import Curvature, ThorCallback
 from lightning_thor.schedules import GrowingInterval, PerStepLR, Polynomial
 from tests.helpers import callables
@@ -134,6 +135,10 @@ def test_nor_can_an_argument_of_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # pytorch_lightning's, which a test of it has imported: a short name stands for one class.
+    for other in lightning_thor.ThorCallback.__subclasses__():
+        for name in ("__name__", "__qualname__"):
+            monkeypatch.setattr(other, name, "Other")
     options = (f"--trainer.callbacks+={callback}", f"--trainer.callbacks.{option}={value}")
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, *options)
