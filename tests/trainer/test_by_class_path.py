@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,18 @@ def test_a_configuration_file_cannot_name_any_function(
     assert callables.CALLED == []
 
 
+@pytest.fixture
+def one_of_this_name() -> Iterator[None]:
+    """Rename pytorch_lightning's callback, which a test of it has imported: a short name stands for one class."""
+    others = [one for one in lightning_thor.ThorCallback.__subclasses__() if one.__name__ == "ThorCallback"]
+    for one in others:
+        one.__name__ = one.__qualname__ = "Other"
+    yield
+    for one in others:
+        one.__name__ = one.__qualname__ = "ThorCallback"
+
+
+@pytest.mark.usefixtures("one_of_this_name")
 @pytest.mark.parametrize("callback", ["ThorCallback", "lightning_thor.ThorCallback"])
 @pytest.mark.parametrize("option", ["damping", "update_every_n_steps"])
 @pytest.mark.parametrize("value", ["os.system", "builtins.exec", "tests.helpers.callables.a_partial"])
@@ -135,10 +148,6 @@ def test_nor_can_an_argument_of_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # pytorch_lightning's, which a test of it has imported: a short name stands for one class.
-    for other in lightning_thor.ThorCallback.__subclasses__():
-        for name in ("__name__", "__qualname__"):
-            monkeypatch.setattr(other, name, "Other")
     options = (f"--trainer.callbacks+={callback}", f"--trainer.callbacks.{option}={value}")
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, *options)
