@@ -161,20 +161,21 @@ def default_mode_block(results: dict[str, Any], *, confirmation: bool = True) ->
     return (
         f"{markdown_table(default_mode.HEADS, default_mode.cells(summary, confirmation=confirmation), words=2)}\n\n"
         "Final: the mean over three seeds and its standard error, less is better. The target is tuned AdamW's final "
-        "score; seconds are the processor's, of training alone. Each optimizer had three learning rates on another "
-        "seed and other held-out data; THOR untuned is its default rate, where that was not the best. Measured on: "
+        "score; time is steps times a step's time, measured in turns. Each optimizer had three learning rates on another "
+        "seed and other data; THOR untuned is its default rate, where that was not the best. Measured on: "
         f"{measured_in(tasks)}."
     )
 
 
 def default_ratios_block(results: dict[str, Any]) -> str:
-    """Seconds to AdamW's final score on each task of the study, over AdamW's, from the same file."""
+    """Time to AdamW's final score on each task of the study, over AdamW's, from the same file."""
     summary = results["summary"]
     table = markdown_table(default_mode.ratio_heads(summary), default_mode.ratio_cells(summary))
     tasks = "; ".join(f"{name}: {task['words']}" for name, task in summary.items())
     return (
-        f"{table}\n\nSeconds to the final held-out score of tuned AdamW, over the seconds of its whole training, at "
-        "whose end it has that score in the mean; means over three seeds, – where no seed got there. "
+        f"{table}\n\nTime to the final held-out score of tuned AdamW, over the time of its whole training, at whose "
+        "end it has that score in the mean: steps (means over three seeds, – where no seed got there) times a step's "
+        "time, measured in turns. "
         f"{tasks}. Measured on: {measured_in(summary.values())}."
     )
 

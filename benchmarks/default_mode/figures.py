@@ -16,8 +16,7 @@ HEADS = (
     "lr",
     "final",
     "steps to target",
-    "seconds to target",
-    "of AdamW's training",
+    "time, of AdamW's training",
     "ms per step",
 )
 
@@ -32,26 +31,29 @@ def cells(summary: Mapping[str, Mapping[str, Any]], *, confirmation: bool) -> It
     """Make the rows of the table under `HEADS`, of the confirmation or of the development tasks."""
     for task in (task for task in summary.values() if task["is_confirmation"] == confirmation):
         words = f"{task['words']}: {task['metric']}"
-        own = seconds_of_adamw(task)
         for run in sorted(task["runs"].values(), key=lambda run: math.inf if run["final"] is None else run["final"]):
-            yield words, label(run), f"{run['lr']:g}", *_figures(run, own)
+            yield words, label(run), f"{run['lr']:g}", *_figures(run, task)
             words = ""
 
 
-def seconds_of_adamw(task: Mapping[str, Any]) -> float:
-    """Seconds of a whole training by AdamW, at whose end it has the target's score, in the mean over seeds."""
+def time_ratio(run: Mapping[str, Any], task: Mapping[str, Any]) -> float | None:
+    """Time of a run to the target, None if a seed did not get there, over that of a whole training by AdamW, at whose
+    end it has the target's score in the mean: steps times the time of a step, of which the latter was measured in turns
+    (`benchmarks.default_mode.step_times`), since trainings came at other times."""
+    if run["steps"] is None:
+        return None
     adamw = next(run for run in task["runs"].values() if run["setting"] == "adamw")
-    return float(adamw["curve"]["seconds"][-1])
+    times = task["step_times"]
+    return float(run["steps"] * times[run["setting"]] / (adamw["curve"]["steps"][-1] * times["adamw"]))
 
 
-def _figures(run: Mapping[str, Any], adamw_seconds: float) -> tuple[str, ...]:
+def _figures(run: Mapping[str, Any], task: Mapping[str, Any]) -> tuple[str, ...]:
     final = "not finite" if run["final"] is None else f"{run['final']:.4g} ± {run['error']:.1g}"
-    milliseconds = f"{run['ms_per_step']:.1f}"
-    if run["seconds"] is None:
-        reached = f"{run['n_reached']} of 3 got there" if run["n_reached"] else "none got there"
-        return final, reached, "–", "–", milliseconds
-    ratio = f"{run['seconds'] / adamw_seconds:.2f}"
-    return final, f"{run['steps']:.0f}", f"{run['seconds']:.1f}", ratio, milliseconds
+    step = f"{task['step_times'][run['setting']]:.1f}"
+    ratio = time_ratio(run, task)
+    if ratio is None:
+        return final, f"{run['n_reached']} of 3 got there" if run["n_reached"] else "none got there", "–", step
+    return final, f"{run['steps']:.0f}", f"{ratio:.2f}", step
 
 
 def save_picture(summary: Mapping[str, Mapping[str, Any]], path: Path, *, confirmation: bool) -> None:
@@ -88,23 +90,23 @@ def ratio_heads(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def ratio_cells(summary: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
-    """Make a row for each task: each optimizer's seconds to tuned AdamW's final score, over those of its training."""
+    """Make a row for each task: each optimizer's time to tuned AdamW's final score, over that of its training."""
     present = {run["setting"] for task in summary.values() for run in task["runs"].values()}
     for name, task in summary.items():
         runs = list(task["runs"].values())
-        own = seconds_of_adamw(task)
         untuned = next((run for run in runs if run["setting"] == "thor" and run["lr"] == DEFAULT_RATE), None)
         best = {run["setting"]: run for run in runs if run["is_best"]}
         chosen = [untuned, *(best.get(setting) for setting in SETTINGS if setting in present - {"adamw"})]
-        yield [name, *(_ratio(run, own) for run in chosen)]
+        yield [name, *(_ratio(run, task) for run in chosen)]
 
 
-def _ratio(run: Mapping[str, Any] | None, adamw_seconds: float) -> str:
+def _ratio(run: Mapping[str, Any] | None, task: Mapping[str, Any]) -> str:
     if run is None:
         return ""
-    if run["seconds"] is None:
+    ratio = time_ratio(run, task)
+    if ratio is None:
         return f"{run['n_reached']} of 3 got there" if run["n_reached"] else "–"
-    return f"{run['seconds'] / adamw_seconds:.2f}"
+    return f"{ratio:.2f}"
 
 
 def rates_within(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

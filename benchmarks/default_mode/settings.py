@@ -52,8 +52,8 @@ def thor(label: str, rates: tuple[float, ...], colour: str, mode: str = "natural
 
 
 def without_curvature(model: nn.Module, lr: float, per_position: bool) -> Stepper:
-    """Momentum with matched scale, as `Thor`'s, on plain gradients."""
-    return Thor(model.parameters(), lr=lr, preconditioner=Identity())
+    """Momentum with matched scale, as `Thor`'s, on plain gradients, without a limit of the step."""
+    return Thor(model.parameters(), lr=lr, max_relative_step=None, preconditioner=Identity())
 
 
 def peer(name: str, rates: tuple[float, ...]) -> Setting:
@@ -75,9 +75,7 @@ SETTINGS: Mapping[str, Setting] = {
     "thor": thor("THOR", (2e-3, DEFAULT_RATE, 2e-2), "tab:red"),
     "thor_polar": thor("THOR, polar", (3e-3, 1e-2, 3e-2), "tab:pink", mode="polar"),
     "thor_adam": thor("THOR, adam", (1e-3, 3e-3, 1e-2), "tab:olive", mode="adam"),
-    "without": Setting(
-        "THOR without curvature", (1e-3, 3e-3, 1e-2), "lightgray", without_curvature, {"max_relative_step": 0.01}
-    ),
+    "without": Setting("THOR without curvature", (1e-3, 3e-3, 1e-2), "lightgray", without_curvature),
     "sgd": peer("sgd", (1e-2, 3e-2, 1e-1)),
     "adamw": peer("adamw", (1e-3, 3e-3, 1e-2)),
     "muon": peer("muon", (3e-3, 1e-2, 3e-2)),

@@ -24,6 +24,7 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "target": target,
         "tuning": found["tuning"],
+        "step_times": found["step_times"],
         "runs": {name: _summary_of(run, target) for name, run in runs.items()},
     }
 
