@@ -161,8 +161,8 @@ def default_mode_block(results: dict[str, Any], *, confirmation: bool = True) ->
     return (
         f"{markdown_table(default_mode.HEADS, default_mode.cells(summary, confirmation=confirmation), words=2)}\n\n"
         "Final: the mean over three seeds and its standard error, less is better. The target is tuned AdamW's final "
-        "score; time is steps times a step's time, measured in turns. Each optimizer had three learning rates on another "
-        "seed and other data; THOR untuned is its default rate, where that was not the best. Measured on: "
+        "score; time is steps times a step's time, measured in turns. Each optimizer had three rates on another seed "
+        "and other data; THOR untuned is its default rate, where that was not the best. Measured on: "
         f"{measured_in(tasks)}."
     )
 
