@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from lightning_thor.distributed.communicator import Communicator
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.fsdp.row_partition import RowBlocks, RowTransfer, assign_rows, row_blocks_of, row_transfers
 from lightning_thor.linalg.dtypes import message_dtype, wide
-from lightning_thor.preconditioning.grouping import Directions, LayerGroup, Tensors, group_layers
+from lightning_thor.preconditioning.grouping import Directions, GroupedLayers, LayerGroup, Tensors, group_layers
 from lightning_thor.preconditioning.modes import MODES
 
 
@@ -47,17 +48,9 @@ class ShardedCurvature:
     Args:
         curvature: of the sharded model.
         communicator: the ranks over which it is sharded; None for all ranks of the default group.
-
-    Raises:
-        ValueError: the curvature is of ``mode="adam"``, whose coordinates mix rows of different ranks.
     """
 
     def __init__(self, curvature: Curvature, communicator: Communicator | None = None) -> None:
-        if MODES[curvature.mode].change_basis is not None:
-            raise ValueError(
-                f'mode="{curvature.mode}" does not go with sharded parameters: its second moments are in coordinates '
-                'that mix rows of several ranks. Take strategy="thor_ddp"; thor_fsdp2 has mode="natural" or "polar".'
-            )
         self.curvature = curvature
         self.fan_in = curvature.fan_in
         self._communicator = communicator or ProcessGroupCommunicator()
@@ -66,6 +59,15 @@ class ShardedCurvature:
     def update(self) -> None:
         """As `Curvature.update`."""
         self.curvature.update()
+
+    def due_parameters(self) -> set[nn.Parameter]:
+        """As `Curvature.due_parameters`."""
+        return self.curvature.due_parameters()
+
+    @property
+    def gradient_unit(self) -> float | Tensor:
+        """As `Curvature.gradient_unit`."""
+        return self.curvature.gradient_unit
 
     def precondition(self, grads: Tensors, mode: str = "natural") -> Directions:
         """As `Curvature.precondition`, of shards.
@@ -91,9 +93,36 @@ class ShardedCurvature:
         Returns:
             This rank's shard of each direction.
         """
+        directions_of = MODES[mode].directions
+        assert directions_of is not None, f"{mode} mode has a change of basis"
+
+        def compute(stored: GroupedLayers, ranges: Tensors) -> Directions:
+            return {p: direction for part in directions_of(stored, ranges) for p, direction in part.items()}
+
+        return [self._compute(mode, compute, tensors)]
+
+    @torch.no_grad()
+    def change_basis(self, tensors: Tensors, mode: str = "adam", *, back: bool = False) -> Directions:
+        """As `Curvature.change_basis`, of shards: a row's new coordinates are where the row is.
+
+        Args:
+            tensors: this rank's shards, of the same parameters on all ranks.
+            mode: as of `precondition`.
+            back: take tensors from these coordinates instead.
+
+        Returns:
+            This rank's shard of each tensor in the other coordinates.
+        """
+        change = MODES[mode].change_basis
+        assert change is not None, f"{mode} mode has no change of basis"
+        return self._compute(mode, partial(change, back=back), tensors)
+
+    def _compute(
+        self, mode: str, compute: Callable[[GroupedLayers, Tensors], Directions], shards: Tensors
+    ) -> Directions:
+        """Exchange rows of the shards, compute something of whole blocks, and exchange the results."""
         self.curvature.check_that_it_serves(mode)
-        is_polar, directions_of, shards = MODES[mode].uses_matrix_sign, MODES[mode].directions, tensors
-        assert directions_of is not None
+        is_polar = MODES[mode].uses_matrix_sign
         # A layer that is left out later has no place in a plan any more.
         key = is_polar, len(self.curvature.left_out), frozenset(shards)
         if key not in self._plans:
@@ -102,10 +131,9 @@ class ShardedCurvature:
         arrived = self._exchange(plan, _held(plan.leaving, shards), plan.arriving, shards)
         ranges = _assembled(plan, [*arrived, *_held(plan.staying, shards)])
         with torch.autocast(curvature.factors.device.type, enabled=False):
-            parts = directions_of(curvature.grouped(plan.groups), ranges)
-            directions = {p: direction for part in parts for p, direction in part.items()}
+            directions = compute(curvature.grouped(plan.groups), ranges)
         returned = self._exchange(plan, _owned(plan.arriving, directions), plan.leaving, shards, back=True)
-        return [_to_shards(plan, [*returned, *_owned(plan.staying, directions)], shards)]
+        return _to_shards(plan, [*returned, *_owned(plan.staying, directions)], shards)
 
     def _exchange(
         self,

@@ -28,8 +28,7 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
     first dimension. Factors and inverses are whole on each rank; each direction is computed once, see
     `ShardedCurvature`. The factors of a refresh are sent as with ``"thor_ddp"``: in buckets, in a process group of
     their own, from backward on, but never in a micro-batch that only accumulates (in which FSDP2 sums gradients all the
-    same, as Lightning has it). The results are those of ``"thor_ddp"``. Not for ``mode="adam"``, nor for
-    ``block_size="auto"``.
+    same, as Lightning has it). The results are those of ``"thor_ddp"``.
 
     Args:
         data_parallel_size: number of ranks that share the weights and the batch; ``"auto"`` is all of them (of

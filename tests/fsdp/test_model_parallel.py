@@ -66,6 +66,7 @@ def four_processes() -> Iterator[None]:
         ("compiled", (), {}),
         ("kl_clip", (KL,), {"gradient_clip_val": 0.05}),
         ("polar", (), {"mode": "polar"}),
+        ("adam", (), {"mode": "adam", "max_epochs": 3}),
     ],
 )
 def test_two_ranks_with_shards_are_one_device(
@@ -82,7 +83,10 @@ def test_two_ranks_with_shards_are_one_device(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("training", "first_step"), [("four", 1), ("four_resumed", 5)])
-@pytest.mark.parametrize(("suffix", "options"), [("", {"max_epochs": 3}), ("_polar", {"mode": "polar"})])
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [("", {"max_epochs": 3}), ("_polar", {"mode": "polar"}), ("_adam", {"mode": "adam", "max_epochs": 3})],
+)
 def test_four_ranks_with_uneven_and_empty_shards_are_one_device_and_go_on_from_checkpoints_of_two(
     tmp_path: Path, training: str, first_step: int, suffix: str, options: dict[str, Any]
 ) -> None:
@@ -93,6 +97,15 @@ def test_four_ranks_with_uneven_and_empty_shards_are_one_device_and_go_on_from_c
         assert (result["world_size"], result["steps"][0]) == (4, first_step)
         torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
         assert_bitwise(state(result), state(found[0]))
+
+
+@pytest.mark.slow
+def test_a_trial_of_block_sizes_runs_the_shards_and_leaves_no_trace(tmp_path: Path) -> None:
+    found = ranks("auto")
+    (size,) = {result["block_size"] for result in found}
+    alone = one_device(tmp_path, block_size=size)
+    for result in found:
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
 
 
 # ── what lies and travels where ──
@@ -205,6 +218,8 @@ def test_an_overflow_in_the_first_step_after_a_resume_is_forgotten_too() -> None
         ("unused_resumed", "unused"),
         ("one_file_resumed", "one_file"),
         ("polar_resumed", "polar"),
+        ("adam_resumed", "adam"),
+        ("auto_resumed", "auto"),
     ],
 )
 def test_a_resumed_run_is_bitwise_the_unbroken_one(resumed: str, unbroken: str) -> None:
@@ -246,7 +261,8 @@ def test_a_checkpoint_of_one_device_goes_on_with_two_ranks(training: str) -> Non
 def momenta(result: Result) -> dict[int, torch.Tensor]:
     """By number; without those of parameters that never had a gradient, which only sharded ones have."""
     states = result["optimizer"]["state"].items()
-    found = {number: one["momentum_buffer"] for number, one in states if one.get("momentum_buffer") is not None}
+    found = {number: one.get("momentum_buffer", one.get("exp_avg")) for number, one in states}
+    found = {number: momentum for number, momentum in found.items() if momentum is not None}
     return {number: momentum for number, momentum in sorted(found.items()) if momentum.any()}
 
 
@@ -390,12 +406,6 @@ def test_the_readmes_sharded_model_trains(tmp_path: Path, monkeypatch: pytest.Mo
     trainer.fit_loop.max_epochs = 2
     trainer.fit(trainer.lightning_module)
     assert trainer.global_step == 8
-
-
-@pytest.mark.slow
-def test_a_block_size_that_would_need_a_copy_of_the_module_is_refused(tmp_path: Path, clean_process: None) -> None:
-    with pytest.raises(ValueError, match=r'block_size="auto" tries a copy of Sharded.*Give block_size a number'):
-        train(tmp_path, Sharded((ROWS,)), "thor_fsdp2", devices=1, block_size="auto")
 
 
 @pytest.mark.slow

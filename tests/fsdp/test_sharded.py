@@ -107,6 +107,24 @@ def test_the_directions_of_all_kinds_of_layers_are_those_of_one_process(
         assert torch.equal(grad, before[p])
 
 
+@pytest.mark.parametrize("n", [1, 3, 16])
+@pytest.mark.parametrize(("block_size", "precondition_bias"), [(4, False), (5, True)])
+def test_shards_change_to_the_eigenbasis_and_back_as_one_process_does(
+    n: int, block_size: int | None, precondition_bias: bool
+) -> None:
+    curvature = curvature_of("adam", block_size, precondition_bias)
+    grads = {p: p.grad.clone() for p in curvature.model.parameters() if p.grad is not None}
+
+    def work(place: Place) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
+        sharded = ShardedCurvature(curvature, place.world)
+        rotated = sharded.change_basis({p: shards_of(grad, n)[place.rank] for p, grad in grads.items()})
+        return rotated, sharded.change_basis(rotated, back=True)
+
+    there, back = zip(*on_ranks(n, None, work), strict=True)
+    assert_the_same(list(there), curvature.change_basis(grads))
+    assert_the_same(list(back), grads)
+
+
 @pytest.mark.parametrize("n", [2, 3, 16])
 @pytest.mark.parametrize("mode", ["natural", "polar"])
 def test_what_travels_is_what_the_benchmark_counts(mode: str, n: int) -> None:
