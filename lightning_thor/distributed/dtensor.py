@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
     try:
         from torch.distributed.fsdp import FSDPModule
@@ -37,6 +39,16 @@ def local_parts(tensors: Iterable[Any]) -> list[Tensor]:
         tensors: sharded (DTensor) or not.
     """
     return [x.to_local() if isinstance(x, _SHARDED) else x for x in tensors]  # type: ignore[attr-defined]
+
+
+def local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of each parameter's gradient; of one that tensor parallelism left as a partial sum on each rank,
+    of the sum."""
+    grads: list[Any] = [p.grad for p in params]
+    for index, (p, grad) in enumerate(zip(params, grads, strict=True)):
+        if isinstance(grad, _SHARDED) and grad.placements != p.placements:  # type: ignore[attr-defined]
+            grads[index] = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    return local_parts(grads)
 
 
 def shard_like(value: Any, like: Tensor) -> Any:
@@ -72,24 +84,114 @@ def max_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
 
 
 def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tensor:
-    if is_split(of[0]):
-        group = of[0].device_mesh.get_group()  # type: ignore[attr-defined]
-        dist.all_reduce(partial, op=getattr(dist.ReduceOp, operation), group=group)
+    if not any(map(is_split, of)):
+        return partial
+    layouts = [_layout(x.device_mesh, x.placements) if isinstance(x, _SHARDED) else (1, None) for x in of]  # type: ignore[attr-defined]
+    groups = {group for _, group in layouts}
+    group = groups.pop() if len(groups) == 1 else None
+    if group is None and operation == "SUM":
+        # Of all ranks, those that have the same shard count as one.
+        partial *= partial.new_tensor([n_shards / dist.get_world_size() for n_shards, _ in layouts])
+    dist.all_reduce(partial, op=getattr(dist.ReduceOp, operation), group=group)
     return partial
 
 
-def reason_not_sharded_by_rows(tensor: Tensor, world_size: int) -> str | None:
-    """Why ``tensor`` is not sharded along its first dimension over all ``world_size`` ranks, as the rest of a sentence
-    about it; None if it is, or if there is one rank."""
-    if world_size == 1:
-        return None
-    if not is_sharded(tensor):
-        return "is not sharded"
+@lru_cache(maxsize=64)
+def _layout(mesh: Any, placements: tuple[Any, ...]) -> tuple[int, Any]:
+    """The number of different shards; and the process group of one shard of each, if one dimension of the mesh has
+    them all."""
+    dims = [dim for dim, one in enumerate(placements) if not isinstance(one, Replicate) and mesh.size(dim) > 1]
+    n_shards = 1
+    for dim in dims:
+        n_shards *= mesh.size(dim)
+    return n_shards, mesh.get_group(dims[0]) if len(dims) == 1 else None
+
+
+class Box(NamedTuple):
+    """A part of a parameter: slices of its first two dimensions. One of a single dimension has one column."""
+
+    rows: slice
+    columns: slice
+
+    @property
+    def area(self) -> int:
+        """Numbers in it, if the parameter has two dimensions."""
+        n: int = (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
+        return n
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """View of this part of a tensor."""
+        return tensor[self.rows] if tensor.dim() == 1 else tensor[self.rows, self.columns]
+
+    def overlap(self, other: Box) -> Box | None:
+        """What both have in common; None if that is nothing."""
+        common = [
+            slice(max(one.start, two.start), min(one.stop, two.stop)) for one, two in zip(self, other, strict=True)
+        ]
+        return None if any(one.start >= one.stop for one in common) else Box(*common)
+
+    def counted_from(self, other: Box) -> Box:
+        """This part, counted from the first row and column of another one."""
+        return Box(*(slice(one.start - two.start, one.stop - two.start) for one, two in zip(self, other, strict=True)))
+
+
+Boxes = Mapping[int, Box]
+"""The boxes that ranks have of a parameter, by their numbers in the group of all ranks. They are all of it, once: where
+it is replicated, each rank counts itself and the shards of the replica that it is part of."""
+
+
+def whole_box(tensor: Tensor) -> Box:
+    """All of a tensor."""
+    return Box(slice(0, tensor.shape[0]), slice(0, tensor.shape[1] if tensor.dim() > 1 else 1))
+
+
+def boxes_of(tensor: Tensor) -> Boxes:
+    """The boxes of a tensor, sharded or not, in the order of ranks."""
+    if not isinstance(tensor, _SHARDED):
+        return {dist.get_rank() if dist.is_initialized() else 0: whole_box(tensor)}
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    if mesh.ndim != 1:
-        return f"is sharded over a mesh of {mesh.ndim} dimensions"
-    if mesh.size() != world_size:
-        return f"is sharded over {mesh.size()} of {world_size} processes"
-    if type(placements[0]) is not Shard or placements[0].dim != 0:
-        return f"is placed as {placements[0]}, not as Shard(dim=0)"
+    own = mesh.get_coordinate()
+    places = [
+        [own[dim]] if isinstance(placement, Replicate) else range(mesh.size(dim))
+        for dim, placement in enumerate(placements)
+    ]
+    found = {int(mesh.mesh[place]): _box(tensor, mesh.shape, place) for place in itertools.product(*places)}
+    return dict(sorted(found.items()))
+
+
+def _box(tensor: Any, mesh_shape: Sequence[int], place: Sequence[int]) -> Box:
+    """The box of the rank at a place in the mesh."""
+    ranges = {dim: (side.start, side.stop) for dim, side in enumerate(whole_box(tensor))}
+    sharded = [dim for dim, one in enumerate(tensor.placements) if not isinstance(one, Replicate)]
+    # A strided shard is one of a shard of the dimensions after it: FSDP2 shards what tensor parallelism has sharded.
+    strided = [dim for dim in sharded if hasattr(tensor.placements[dim], "split_factor")]
+    for mesh_dim in [dim for dim in sharded if dim not in strided] + strided[::-1]:
+        dim = tensor.placements[mesh_dim].dim
+        start, stop = ranges[dim]
+        held = -(-(stop - start) // mesh_shape[mesh_dim])  # as `torch.chunk`
+        ranges[dim] = min(start + place[mesh_dim] * held, stop), min(start + (place[mesh_dim] + 1) * held, stop)
+    return Box(slice(*ranges[0]), slice(*ranges[1]))
+
+
+def reason_not_sharded(tensor: Tensor, ranks: Collection[int]) -> str | None:
+    """Why a trained ``tensor`` cannot be where it is, as the rest of a sentence about it; None if it can.
+
+    Args:
+        tensor: a parameter.
+        ranks: those that compute gradients of different data.
+    """
+    if not is_sharded(tensor):
+        return None if len(ranks) == 1 else "is not sharded"
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    n_missing = len(set(ranks) - set(mesh.mesh.flatten().tolist()))
+    if n_missing:
+        return f"is sharded over {len(ranks) - n_missing} of {len(ranks)} processes with data of their own"
+    if all(isinstance(one, Replicate) for one in placements) and len(ranks) > 1:
+        return f"is placed as {', '.join(map(str, placements))}, whose gradients nothing sums"
+    wrong = [one for one in placements if not isinstance(one, Replicate) and getattr(one, "dim", 2) > 1]
+    if wrong:
+        return f"is placed as {wrong[0]}: only its first two dimensions may be sharded"
+    own = boxes_of(tensor)[dist.get_rank()]
+    if own.area * tensor.shape[2:].numel() != tensor.to_local().numel():  # type: ignore[attr-defined]
+        return f"has a shard {list(tensor.to_local().shape)} that {', '.join(map(str, placements))} does not explain"  # type: ignore[attr-defined]
     return None

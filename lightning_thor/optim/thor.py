@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from lightning_thor.distributed.dtensor import is_sharded, local_parts
+from lightning_thor.distributed.dtensor import is_sharded, local_gradients, local_parts
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_other_coordinates
 from lightning_thor.optim.fading import fade_factors
@@ -230,7 +230,7 @@ class Thor(Optimizer):
                 "Thor has no curvature to precondition with. Add ThorCallback() to Trainer(callbacks=[...]), or, "
                 "outside Lightning, pass preconditioner=Curvature(model)."
             )
-        grads = dict(zip(params, local_parts([p.grad for p in params]), strict=True))
+        grads = dict(zip(params, local_gradients(params), strict=True))
         if [p for p in params if grads[p].is_sparse]:
             raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
         parts, targets = self._update_parts(self.preconditioner, grads)
