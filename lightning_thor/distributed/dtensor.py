@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
 
     try:
         from torch.distributed.fsdp import FSDPModule
@@ -20,6 +21,22 @@ if dist.is_available():
     _SHARDED: tuple[type, ...] = (DTensor,)
 else:
     _SHARDED = ()
+
+
+def new_mesh(device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Any:
+    """Make a mesh of all ranks; every rank must call it, at the same place.
+
+    Args:
+        device_type: as ``"cuda"``.
+        shape: ranks in each dimension.
+        names: of the dimensions.
+    """
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+
+
+def world_size() -> int:
+    """Number of all ranks."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -52,13 +69,13 @@ def local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 def shard_like(value: Any, like: Tensor) -> Any:
-    """Shard the first rank's ``value`` as ``like`` is sharded; return it as it is, if it is no tensor of the shape of
-    ``like`` or ``like`` is not sharded. Every rank must call it, at the same place.
-    """
+    """Take this rank's shard of ``value``, which is the same on all ranks, as ``like`` is sharded; return it as it is,
+    if it is no tensor of the shape of ``like`` or ``like`` is not sharded."""
     if not isinstance(value, Tensor) or value.shape != like.shape or not is_sharded(like):
         return value
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return distribute_tensor(value.to(like.device), mesh, placements)
+    own = boxes_of(like)[dist.get_rank()].of(value).to(like.device, copy=True).contiguous()
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def reshard(module: nn.Module) -> None:
@@ -91,7 +108,7 @@ def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tenso
     group = groups.pop() if len(groups) == 1 else None
     if group is None and operation == "SUM":
         # Of all ranks, those that have the same shard count as one.
-        partial *= partial.new_tensor([n_shards / dist.get_world_size() for n_shards, _ in layouts])
+        partial *= partial.new_tensor([n_shards / world_size() for n_shards, _ in layouts])
     dist.all_reduce(partial, op=getattr(dist.ReduceOp, operation), group=group)
     return partial
 
@@ -148,7 +165,7 @@ def whole_box(tensor: Tensor) -> Box:
 def boxes_of(tensor: Tensor) -> Boxes:
     """The boxes of a tensor, sharded or not, in the order of ranks."""
     if not isinstance(tensor, _SHARDED):
-        return {dist.get_rank() if dist.is_initialized() else 0: whole_box(tensor)}
+        return {dist.get_rank() if world_size() > 1 else 0: whole_box(tensor)}
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     own = mesh.get_coordinate()
     places = [

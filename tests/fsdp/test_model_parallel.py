@@ -326,28 +326,31 @@ def test_it_is_registered_and_shares_the_data_among_all_ranks(clean_process: Non
     assert trainer.strategy._save_distributed_checkpoint
 
 
-def test_tensor_parallel_is_refused() -> None:
-    with pytest.raises(ValueError, match="got tensor_parallel_size=2, but it needs each layer's inputs whole"):
-        ThorModelParallelStrategy(tensor_parallel_size=2)
-
-
-def test_weights_that_are_not_sharded_by_rows_are_refused(four_processes: None) -> None:
+def test_weights_that_are_not_sharded_over_all_data_are_refused(four_processes: None) -> None:
     mesh = init_device_mesh("cpu", (4,))
     square, weight = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), torch.randn(8, 8)
     model = nn.Linear(8, 8, bias=False)
     curvature = Curvature(model)
     for tensor, fault in (
         (weight, "is not sharded"),
-        (distribute_tensor(weight, square, [Replicate(), Shard(0)]), "is sharded over a mesh of 2 dimensions"),
         (distribute_tensor(weight, square["b"], [Shard(0)]), "is sharded over 2 of 4 processes"),
-        (distribute_tensor(weight, mesh, [Shard(1)]), r"is placed as S\(1\), not as Shard\(dim=0\)"),
-        (distribute_tensor(weight, mesh, [Replicate()]), r"is placed as R, not as Shard\(dim=0\)"),
+        (distribute_tensor(weight, mesh, [Replicate()]), "is placed as R, whose gradients nothing sums"),
+        (distribute_tensor(torch.randn(8, 8, 4), mesh, [Shard(2)]), r"is placed as S\(2\): only its first two"),
     ):
         with pytest.raises(ValueError, match=rf"'weight' {fault}.*fully_shard\(self.net, mesh=self.device_mesh"):
             ThorModelParallelStrategy().connect_curvature(curvature, {"weight": nn.Parameter(tensor)})
-    ThorModelParallelStrategy().connect_curvature(
-        curvature, {"weight": nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))}
-    )
+    for tensor in (
+        distribute_tensor(weight, mesh, [Shard(0)]),
+        distribute_tensor(weight, mesh, [Shard(1)]),
+        distribute_tensor(weight, square, [Replicate(), Shard(0)]),
+    ):
+        ThorModelParallelStrategy().connect_curvature(curvature, {"weight": nn.Parameter(tensor)})
+
+
+@pytest.mark.parametrize("replicas", [0, 1.5, None])
+def test_a_number_of_replicas_that_is_none_is_refused(replicas: Any) -> None:
+    with pytest.raises(ValueError, match=f"replicas must be a whole number of at least 1, got {replicas}"):
+        ThorModelParallelStrategy(replicas=replicas)
 
 
 def test_the_summary_of_a_sharded_model_is_that_of_the_whole_and_asks_no_other_rank(four_processes: None) -> None:

@@ -1,0 +1,192 @@
+"""Trainings over meshes of two and four ranks: replicas, shards and tensor parallelism, in plain loops.
+
+``python mesh_workers.py FOLDER NAME ...`` runs these trainings of `TRAININGS`; each rank saves what came out of it as
+``FOLDER/<name>-<rank>.pt``. `trained` starts that program once for all tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+
+from lightning_thor import Curvature, ShardedCurvature, Thor
+from tests.helpers.distributed_workers import listed_collectives, whole
+from tests.helpers.launching import fork, run
+from tests.helpers.sharded_workers import fully_shard
+
+VOCABULARY, WIDTH, N_SAMPLES, LENGTH, N_STEPS = 11, 8, 4, 6, 4
+
+
+class Text(nn.Module):
+    """A language model with a table, norms, a column-parallel and a row-parallel layer, and a head."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.table = nn.Embedding(VOCABULARY, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, hidden)
+        self.down = nn.Linear(hidden, WIDTH)
+        self.last = nn.RMSNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        x = x + self.down(self.up(self.norm(x)).tanh())
+        logits: Tensor = self.head(self.last(x))
+        return logits
+
+
+def batch(number: int) -> Tensor:
+    """Tokens ``[N_SAMPLES, LENGTH + 1]``."""
+    return torch.randint(VOCABULARY, (N_SAMPLES, LENGTH + 1), generator=torch.Generator().manual_seed(number))
+
+
+class Case(NamedTuple):
+    """One training."""
+
+    mode: str = "natural"
+    shape: tuple[int, int, int] = (1, 1, 1)
+    """Replicas, shards of each, and ranks of tensor parallelism."""
+    sequence: bool = False
+    """Whether norms are sequence-parallel, and the loss takes sharded logits."""
+    hidden: int = 16
+    """With 12, a block of 4 lies on two ranks of tensor parallelism."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Of the curvature."""
+
+    @property
+    def n_ranks(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def parallelized(model: Text, tensor: Any, shards: Any, *, sequence: bool = False) -> Text:
+    """Share out products over the mesh ``tensor``, and weights over the mesh ``shards``, where these are not None."""
+    if tensor is not None:
+        rows = Shard(1) if sequence else Replicate()
+        plan: dict[str, Any] = {
+            "table": RowwiseParallel(input_layouts=Replicate(), output_layouts=rows),
+            "up": ColwiseParallel(input_layouts=rows),
+            "down": RowwiseParallel(output_layouts=rows),
+            "head": ColwiseParallel(
+                input_layouts=rows,
+                output_layouts=Shard(-1) if sequence else Replicate(),
+                use_local_output=not sequence,
+            ),
+        }
+        if sequence:
+            plan |= {"norm": SequenceParallel(), "last": SequenceParallel()}
+        parallelize_module(model, tensor, plan)
+    if shards is not None:
+        fully_shard(model.up, mesh=shards)
+        fully_shard(model, mesh=shards)
+    return model
+
+
+def train(case: Case) -> dict[str, Any]:
+    """Everything that the laws compare, whole."""
+    model = Text(case.hidden).double()
+    rank, n_data = 0, 1
+    if case.n_ranks > 1:
+        replicas, n_shards, width = case.shape
+        mesh = init_device_mesh("cpu", case.shape, mesh_dim_names=("replicate", "shard", "tensor"))
+        shards = mesh["replicate", "shard"] if replicas > 1 else mesh["shard"] if n_shards > 1 else None
+        parallelized(model, mesh["tensor"] if width > 1 else None, shards, sequence=case.sequence)
+        rank, n_data = dist.get_rank() // width, replicas * n_shards
+    curvature = Curvature(model, mode=case.mode, **{"block_size": 4, "update_every_n_steps": 2, **dict(case.options)})
+    preconditioner: Any = ShardedCurvature(curvature) if case.n_ranks > 1 else curvature
+    optimizer = Thor(model.parameters(), lr=0.02, mode=case.mode, weight_decay=0.1, preconditioner=preconditioner)
+    sent, n_of_model = [], []
+    for number in range(N_STEPS):
+        tokens = batch(number).chunk(n_data)[rank]
+        with CommDebugMode() as communication, loss_parallel():
+            logits = model(tokens[:, :-1]).flatten(0, 1)
+            nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
+        n_of_model.append(communication.get_total_counts())
+        with listed_collectives() as calls:
+            optimizer.step()
+        sent.append([(call["op"], call["numel"]) for call in calls])
+        optimizer.zero_grad()
+    names = {p: name for name, p in model.named_parameters()}
+    keys = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    return {
+        "weights": whole({name: p.detach().clone() for p, name in names.items()}),
+        "state": whole({names[p]: {k: v for k, v in one.items() if k in keys} for p, one in optimizer.state.items()}),
+        "curvature": {k: v for k, v in curvature.state_dict().items() if not isinstance(v, str)},
+        "sent": sent,
+        "n_of_model": n_of_model,
+    }
+
+
+MESHES = {
+    "fsdp": (1, 4, 1),
+    "hsdp": (2, 2, 1),
+    "tp": (1, 1, 2),
+    "tp_fsdp": (1, 2, 2),
+    "tp_of_four": (1, 1, 4),
+    "tp_hsdp": (2, 1, 2),
+}
+TRAININGS: dict[str, Case] = {
+    **{f"{mesh}_{mode}": Case(mode, shape) for mesh, shape in MESHES.items() for mode in ("natural", "polar", "adam")},
+    **{
+        f"{mesh}_sequence_{mode}": Case(mode, MESHES[mesh], sequence=True)
+        for mesh in ("tp", "tp_fsdp")
+        for mode in ("natural", "polar", "adam")
+    },
+    **{f"{mesh}_on_borders": Case(shape=MESHES[mesh], hidden=12) for mesh in ("tp", "tp_fsdp", "tp_of_four")},
+    "tp_on_borders_adam": Case("adam", MESHES["tp"], hidden=12),
+    "tp_reduce": Case(shape=MESHES["tp"], options=(("statistics", "reduce"),)),
+    "tp_fsdp_whole": Case(shape=MESHES["tp_fsdp"], options=(("block_size", None),)),
+}
+PLAIN = ("hsdp_natural", "tp_fsdp_sequence_natural", "tp_adam", "tp_on_borders")
+"""Of the tests that are not marked slow."""
+
+
+def work(folder: Path, names: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    for name in names:
+        torch.save(train(TRAININGS[name]), folder / f"{name}-{dist.get_rank()}.pt")
+    dist.barrier()
+
+
+@functools.lru_cache
+def launched(names: tuple[str, ...]) -> tuple[tempfile.TemporaryDirectory[str], str]:
+    """The folder with the results of these trainings (it goes with the cache), and what the processes printed."""
+    folder = tempfile.TemporaryDirectory(prefix="lightning_thor_meshes_")
+    return folder, run([__file__, folder.name, *names])[1]
+
+
+def trained(name: str) -> list[dict[str, Any]]:
+    """What the training ``name`` gave on each rank."""
+    folder, printed = launched(PLAIN if name in PLAIN else tuple(one for one in TRAININGS if one not in PLAIN))
+    files = [Path(folder.name) / f"{name}-{rank}.pt" for rank in range(TRAININGS[name].n_ranks)]
+    assert all(file.is_file() for file in files), f"{name!r} did not end. They printed: ...{printed[-6000:]}"
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+if __name__ == "__main__":
+    for n_ranks in (2, 4):
+        chosen = [name for name in sys.argv[2:] if TRAININGS[name].n_ranks == n_ranks]
+        fork(n_ranks, partial(work, Path(sys.argv[1]), chosen))
