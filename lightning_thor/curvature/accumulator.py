@@ -111,10 +111,11 @@ class FactorAccumulator:
             self._warn_of_late_pair(layer.name)
             return
         n_seen = layer.loss_terms(use.module, g)
-        scale, part = self._scale(number, name, n_seen), None
+        scale, part, max_rows = self._scale(number, name, n_seen), None, self.max_rows
         if is_sharded(a) or is_sharded(g):
-            a, g, layer, part = local_pair(layer, a, g)
-        rows = layer.observe(a, self._in_its_unit(g, scale), factors.dtype, self.max_rows, use.module)
+            a, g, layer, part, n_same = local_pair(layer, a, g)
+            max_rows = None if max_rows is None else max_rows * n_same
+        rows = layer.observe(a, self._in_its_unit(g, scale), factors.dtype, max_rows, use.module)
         weight, n_samples = self._use_weight(number, rows.n_samples, n_seen)
         if weight != 1.0:
             scale = scale * weight

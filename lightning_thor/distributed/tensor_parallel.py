@@ -22,8 +22,10 @@ class LocalPair(NamedTuple):
     g: Tensor
     layer: Layer
     """With the partitions of its share of A and G."""
-    part: FactorPart | None
+    part: FactorPart | None = None
     """Its share of the blocks; None: of all."""
+    n_same: int = 1
+    """Ranks that see the same rows."""
 
 
 def local_pair(layer: Layer, a: Tensor, g: Tensor) -> LocalPair:
@@ -45,7 +47,7 @@ def local_pair(layer: Layer, a: Tensor, g: Tensor) -> LocalPair:
     mesh = (a if is_sharded(a) else g).device_mesh  # type: ignore[attr-defined]
     dims = [_sharded_dim(x) for x in (a, g)]
     if mesh.ndim == 1 and isinstance(dims[0], int) and dims[0] == dims[1] and dims[0] < g.dim() - 1:
-        return LocalPair(_local(a), _local(g), layer, None)
+        return LocalPair(_local(a), _local(g), layer)
     shares: list[_Share | None] = []
     for x, dim, blocks in zip((a, g), dims, (layer.A, layer.G), strict=True):
         is_last = mesh.ndim == 1 and dim == x.dim() - 1
@@ -55,12 +57,13 @@ def local_pair(layer: Layer, a: Tensor, g: Tensor) -> LocalPair:
         for x, dim, share in zip((a, g), dims, shares, strict=True)
     )
     if shares == [None, None]:
-        return LocalPair(a, g, layer, None)
+        return LocalPair(a, g, layer, n_same=mesh.size())
     (A, places_A, scale_A), (G, places_G, scale_G) = (
         share or _Share(blocks, None, 1.0) for share, blocks in zip(shares, (layer.A, layer.G), strict=True)
     )
     assert G is not None
-    return LocalPair(a, g, replace(layer, A=A, G=G), FactorPart((A, G), (places_A, places_G), (scale_A, scale_G)))
+    part = FactorPart((A, G), (places_A, places_G), (scale_A, scale_G))
+    return LocalPair(a, g, replace(layer, A=A, G=G), part, mesh.size())
 
 
 class _Share(NamedTuple):

@@ -85,7 +85,7 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
     def setup_environment(self) -> None:
         if self._data_parallel_size == "auto":
             self._data_parallel_size = max(1, self.num_nodes * self.num_processes // self._width)
-        n_data = self._data_parallel_size
+        n_data = int(self._data_parallel_size)
         if n_data % self._replicas:
             raise ValueError(
                 f"replicas={self._replicas} must divide the {n_data} data-parallel ranks: give another number of "
@@ -119,11 +119,8 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         Raises:
             ValueError: a parameter is not sharded, or the options do not go with the model.
         """
-        width = self._tensor_parallel_size
-        world_size, place = dtensor.world_size(), self.global_rank % width
-        reasons = {
-            name: dtensor.reason_not_sharded(p, range(place, world_size, width)) for name, p in parameters.items()
-        }
+        ranks = range(self.global_rank % self._width, dtensor.world_size(), self._width)
+        reasons = {name: dtensor.reason_not_sharded(p, ranks) for name, p in parameters.items()}
         wrong = [name for name, reason in reasons.items() if reason is not None]
         if wrong:
             mesh = '"replicate", "shard"' if self._replicas > 1 else '"data_parallel"'

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
@@ -57,6 +59,44 @@ class Text(nn.Module):
         return logits
 
 
+class Adapted(nn.Module):
+    """A frozen layer and a low-rank one beside it (LoRA)."""
+
+    def __init__(self, frozen: nn.Linear) -> None:
+        super().__init__()
+        self.frozen = frozen.requires_grad_(False)
+        self.reduce, self.expand = nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, frozen.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapted: Tensor = self.frozen(x) + self.expand(self.reduce(x))
+        return adapted
+
+
+def changed(model: Text, policy: str) -> Text:
+    """The model of one process, with frozen, adapted, tied, checkpointed or compiled layers."""
+    if policy == "frozen":
+        model.up.requires_grad_(False)
+        model.norm.requires_grad_(False)
+    elif policy == "lora":
+        model.up = Adapted(model.up)  # type: ignore[assignment]
+    elif policy == "tied":
+        model.head.weight = model.table.weight
+    elif policy == "activation_checkpointing":
+        model.up = checkpoint_wrapper(model.up)
+    elif policy == "compiled":
+        for layer in (model.norm, model.up, model.down):
+            layer.compile(backend="aot_eager")
+    return model
+
+
+SHARDED_BY: dict[str, dict[str, Any]] = {
+    "no_reshard": {"reshard_after_forward": False},
+    "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    "mixed": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+}
+"""Options of ``fully_shard`` by policy."""
+
+
 def batch(number: int) -> Tensor:
     """Tokens ``[N_SAMPLES, LENGTH + 1]``."""
     return torch.randint(VOCABULARY, (N_SAMPLES, LENGTH + 1), generator=torch.Generator().manual_seed(number))
@@ -74,13 +114,15 @@ class Case(NamedTuple):
     """With 12, a block of 4 lies on two ranks of tensor parallelism."""
     options: tuple[tuple[str, Any], ...] = ()
     """Of the curvature."""
+    policy: str = ""
+    """How the model is sharded or changed: see `changed`, `SHARDED_BY` and `train`."""
 
     @property
     def n_ranks(self) -> int:
         return torch.Size(self.shape).numel()
 
 
-def parallelized(model: Text, tensor: Any, shards: Any, *, sequence: bool = False) -> Text:
+def parallelized(model: Text, tensor: Any, shards: Any, *, sequence: bool = False, **options: Any) -> Text:
     """Share out products over the mesh ``tensor``, and weights over the mesh ``shards``, where these are not None."""
     if tensor is not None:
         rows = Shard(1) if sequence else Replicate()
@@ -98,30 +140,40 @@ def parallelized(model: Text, tensor: Any, shards: Any, *, sequence: bool = Fals
             plan |= {"norm": SequenceParallel(), "last": SequenceParallel()}
         parallelize_module(model, tensor, plan)
     if shards is not None:
-        fully_shard(model.up, mesh=shards)
-        fully_shard(model, mesh=shards)
+        fully_shard(model.up, mesh=shards, **options)
+        fully_shard(model, mesh=shards, **options)
     return model
 
 
 def train(case: Case) -> dict[str, Any]:
     """Everything that the laws compare, whole."""
-    model = Text(case.hidden).double()
+    model = changed(Text(case.hidden), case.policy).to(torch.float32 if case.policy == "mixed" else torch.float64)
     rank, n_data = 0, 1
     if case.n_ranks > 1:
         replicas, n_shards, width = case.shape
         mesh = init_device_mesh("cpu", case.shape, mesh_dim_names=("replicate", "shard", "tensor"))
         shards = mesh["replicate", "shard"] if replicas > 1 else mesh["shard"] if n_shards > 1 else None
-        parallelized(model, mesh["tensor"] if width > 1 else None, shards, sequence=case.sequence)
+        tensor = mesh["tensor"] if width > 1 else None
+        parallelized(model, tensor, shards, sequence=case.sequence, **SHARDED_BY.get(case.policy, {}))
         rank, n_data = dist.get_rank() // width, replicas * n_shards
-    curvature = Curvature(model, mode=case.mode, **{"block_size": 4, "update_every_n_steps": 2, **dict(case.options)})
+    n_micro = 2 if case.policy == "accumulation" else 1
+    curvature = Curvature(
+        model,
+        mode=case.mode,
+        **{"block_size": 4, "update_every_n_steps": 2, **dict(case.options)},
+        loss_multiplier=lambda: 1 / n_micro,
+    )
     preconditioner: Any = ShardedCurvature(curvature) if case.n_ranks > 1 else curvature
     optimizer = Thor(model.parameters(), lr=0.02, mode=case.mode, weight_decay=0.1, preconditioner=preconditioner)
     sent, n_of_model = [], []
     for number in range(N_STEPS):
         tokens = batch(number).chunk(n_data)[rank]
         with CommDebugMode() as communication, loss_parallel():
-            logits = model(tokens[:, :-1]).flatten(0, 1)
-            nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
+            for place, some in enumerate(tokens.chunk(n_micro)):
+                if n_micro > 1 and case.n_ranks > 1:
+                    model.set_requires_gradient_sync(place == n_micro - 1)  # type: ignore[operator]
+                logits = model(some[:, :-1]).flatten(0, 1)
+                (nn.functional.cross_entropy(logits, some[:, 1:].flatten()) / n_micro).backward()
         n_of_model.append(communication.get_total_counts())
         with listed_collectives() as calls:
             optimizer.step()
@@ -155,6 +207,20 @@ TRAININGS: dict[str, Case] = {
     },
     **{f"{mesh}_on_borders": Case(shape=MESHES[mesh], hidden=12) for mesh in ("tp", "tp_fsdp", "tp_of_four")},
     "tp_on_borders_adam": Case("adam", MESHES["tp"], hidden=12),
+    **{
+        policy: Case(shape=(1, 2, 1), policy=policy)
+        for policy in (
+            *SHARDED_BY,
+            "accumulation",
+            "frozen",
+            "lora",
+            "tied",
+            "activation_checkpointing",
+            "compiled",
+        )
+    },
+    "tp_compiled": Case(shape=MESHES["tp"], policy="compiled"),
+    "tp_checkpointed": Case(shape=MESHES["tp"], policy="activation_checkpointing"),
     "tp_reduce": Case(shape=MESHES["tp"], options=(("statistics", "reduce"),)),
     "tp_fsdp_whole": Case(shape=MESHES["tp_fsdp"], options=(("block_size", None),)),
 }
