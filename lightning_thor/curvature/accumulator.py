@@ -105,6 +105,12 @@ class FactorAccumulator:
         number, use = self.uses[name]
         self._observed.add(number)
         layer, factors = self._layers[number], self._factors
+        if g.device.type != factors.device.type:
+            raise RuntimeError(
+                f"Layer {layer.name!r} was used on {g.device}, but Curvature found its weight on {factors.device}. "
+                "Build it when the model is on its device. Weights that fully_shard keeps on the host "
+                "(CPUOffloadPolicy) cannot have curvature: shard them over more ranks instead."
+            )
         if number in self.misfits or self._is_misfit(number, use, a, g):
             return
         if self.reducer.is_late(number):

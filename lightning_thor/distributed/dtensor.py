@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -104,24 +105,31 @@ def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tenso
     if not any(map(is_split, of)):
         return partial
     layouts = [_layout(x.device_mesh, x.placements) if isinstance(x, _SHARDED) else (1, None) for x in of]  # type: ignore[attr-defined]
-    groups = {group for _, group in layouts}
-    group = groups.pop() if len(groups) == 1 else None
+    # One for all of a mesh: parameters are many.
+    meshes = {(id(x.device_mesh), dim): x for x, (_, dim) in zip(of, layouts, strict=True) if dim is not None}  # type: ignore[attr-defined]
+    groups = {x.device_mesh.get_group(dim) for (_, dim), x in meshes.items()}  # type: ignore[attr-defined]
+    group = groups.pop() if len(groups) == 1 and all(dim is not None for _, dim in layouts) else None
     if group is None and operation == "SUM":
-        # Of all ranks, those that have the same shard count as one.
-        partial *= partial.new_tensor([n_shards / world_size() for n_shards, _ in layouts])
+        shares = tuple(n_shards / world_size() for n_shards, _ in layouts)
+        partial *= _on_device(shares, partial.dtype, partial.device)
     dist.all_reduce(partial, op=getattr(dist.ReduceOp, operation), group=group)
     return partial
 
 
+@lru_cache(maxsize=16)
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied once: a copy to a GPU waits for it. Of all ranks, those that have the same shard count as one."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
 @lru_cache(maxsize=64)
-def _layout(mesh: Any, placements: tuple[Any, ...]) -> tuple[int, Any]:
-    """The number of different shards; and the process group of one shard of each, if one dimension of the mesh has
-    them all."""
+def _layout(mesh: Any, placements: tuple[Any, ...]) -> tuple[int, int | None]:
+    """The number of different shards; and the dimension of the mesh along which they all are, if one has them all."""
     dims = [dim for dim, one in enumerate(placements) if not isinstance(one, Replicate) and mesh.size(dim) > 1]
     n_shards = 1
     for dim in dims:
         n_shards *= mesh.size(dim)
-    return n_shards, mesh.get_group(dims[0]) if len(dims) == 1 else None
+    return n_shards, dims[0] if len(dims) == 1 else None
 
 
 class Box(NamedTuple):

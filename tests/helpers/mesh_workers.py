@@ -32,6 +32,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from lightning_thor import Curvature, ShardedCurvature, Thor
+from lightning_thor.distributed.dtensor import local_parts
 from tests.helpers.distributed_workers import listed_collectives, whole
 from tests.helpers.launching import fork, run
 from tests.helpers.sharded_workers import fully_shard
@@ -157,34 +158,37 @@ def train(case: Case) -> dict[str, Any]:
         parallelized(model, tensor, shards, sequence=case.sequence, **SHARDED_BY.get(case.policy, {}))
         rank, n_data = dist.get_rank() // width, replicas * n_shards
     n_micro = 2 if case.policy == "accumulation" else 1
-    curvature = Curvature(
-        model,
-        mode=case.mode,
-        **{"block_size": 4, "update_every_n_steps": 2, **dict(case.options)},
-        loss_multiplier=lambda: 1 / n_micro,
-    )
+    options = {"block_size": 4, "update_every_n_steps": 2, "loss_multiplier": lambda: 1 / n_micro, **dict(case.options)}
+    curvature = Curvature(model, mode=case.mode, **options)
     preconditioner: Any = ShardedCurvature(curvature) if case.n_ranks > 1 else curvature
     optimizer = Thor(model.parameters(), lr=0.02, mode=case.mode, weight_decay=0.1, preconditioner=preconditioner)
     sent, n_of_model = [], []
     for number in range(N_STEPS):
         tokens = batch(number).chunk(n_data)[rank]
-        with CommDebugMode() as communication, loss_parallel():
-            for place, some in enumerate(tokens.chunk(n_micro)):
-                if n_micro > 1 and case.n_ranks > 1:
-                    model.set_requires_gradient_sync(place == n_micro - 1)  # type: ignore[operator]
+        n_of_model.append(0)
+        for place, some in enumerate(tokens.chunk(n_micro)):
+            if n_micro > 1 and case.n_ranks > 1:
+                model.set_requires_gradient_sync(place == n_micro - 1)  # type: ignore[operator]
+            with CommDebugMode() as communication, loss_parallel():
                 logits = model(some[:, :-1]).flatten(0, 1)
                 (nn.functional.cross_entropy(logits, some[:, 1:].flatten()) / n_micro).backward()
-        n_of_model.append(communication.get_total_counts())
+            n_of_model[-1] += communication.get_total_counts()
         with listed_collectives() as calls:
             optimizer.step()
         sent.append([(call["op"], call["numel"]) for call in calls])
         optimizer.zero_grad()
     names = {p: name for name, p in model.named_parameters()}
+    states, batches = optimizer.state.values(), curvature.factors.batches.values()
     keys = ("momentum_buffer", "exp_avg", "exp_avg_sq")
     return {
         "weights": whole({name: p.detach().clone() for p, name in names.items()}),
         "state": whole({names[p]: {k: v for k, v in one.items() if k in keys} for p, one in optimizer.state.items()}),
         "curvature": {k: v for k, v in curvature.state_dict().items() if not isinstance(v, str)},
+        "bytes": {
+            "weights": sum(p.nbytes for p in local_parts(model.parameters())),
+            "momentum": sum(m.nbytes for m in local_parts(one[keys[0]] for one in states if keys[0] in one)),
+            "curvature": sum(x.nbytes for one in batches for x in (one.sums, one.average, one.inverse)),
+        },
         "sent": sent,
         "n_of_model": n_of_model,
     }
@@ -220,7 +224,6 @@ TRAININGS: dict[str, Case] = {
         )
     },
     "tp_compiled": Case(shape=MESHES["tp"], policy="compiled"),
-    "tp_checkpointed": Case(shape=MESHES["tp"], policy="activation_checkpointing"),
     "tp_reduce": Case(shape=MESHES["tp"], options=(("statistics", "reduce"),)),
     "tp_fsdp_whole": Case(shape=MESHES["tp_fsdp"], options=(("block_size", None),)),
 }
