@@ -124,12 +124,13 @@ def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.dev
 
 @lru_cache(maxsize=64)
 def _layout(mesh: Any, placements: tuple[Any, ...]) -> tuple[int, int | None]:
-    """The number of different shards; and the dimension of the mesh along which they all are, if one has them all."""
+    """The number of different shards; and the dimension of the mesh along which they all are, if one has them all, and
+    there are no replicas, which would drift apart if each summed norms for itself, in an order of its own."""
     dims = [dim for dim, one in enumerate(placements) if not isinstance(one, Replicate) and mesh.size(dim) > 1]
     n_shards = 1
     for dim in dims:
         n_shards *= mesh.size(dim)
-    return n_shards, dims[0] if len(dims) == 1 else None
+    return n_shards, dims[0] if len(dims) == 1 and n_shards == mesh.size() else None
 
 
 class Box(NamedTuple):
