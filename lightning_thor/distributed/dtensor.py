@@ -59,7 +59,7 @@ def local_parts(tensors: Iterable[Any]) -> list[Tensor]:
     return [x.to_local() if isinstance(x, _SHARDED) else x for x in tensors]  # type: ignore[attr-defined]
 
 
-def local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
+def local_gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """This rank's part of each parameter's gradient; of one that tensor parallelism left as a partial sum on each rank,
     of the sum."""
     grads: list[Any] = [p.grad for p in params]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,11 +11,11 @@ from torch.nn import functional as F
 
 from benchmarks.communication import sharded_updates
 from lightning_thor import Curvature, register_layer
-from lightning_thor.distributed.dtensor import Boxes
+from lightning_thor.distributed.dtensor import Box, Boxes, whole_box
 from lightning_thor.fsdp.box_partition import Part, Transfer, assign_parts, row_shards, transfers_of
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, layer_blocks_of_layers
 from lightning_thor.layers import registry
-from tests.helpers.fakes import Place, on_ranks
+from tests.helpers.fakes import FakeCommunicator, Place, on_ranks
 from tests.helpers.watch import Watch
 
 
@@ -110,6 +112,53 @@ def test_the_directions_of_all_kinds_of_layers_are_those_of_one_process(
         assert_the_same(found, directions_of(curvature, grads, "polar"))
     for p, grad in grads.items():
         assert torch.equal(grad, before[p])
+
+
+def grid_boxes(p: nn.Parameter) -> Boxes:
+    """Of matrices the boxes of two rows and two columns of ranks; of other parameters rows, over four."""
+    if p.dim() != 2:
+        return boxes_of_rows(p, 4)
+    rows, columns = (row_shards(n, 2) for n in p.shape)
+    return {2 * i + j: Box(rows[i].rows, columns[j].rows) for i in range(2) for j in range(2)}
+
+
+@pytest.mark.parametrize(("mode", "block_size"), [("natural", 4), ("natural", 5), ("natural", None), ("polar", 4)])
+def test_directions_of_weights_that_are_cut_along_columns_too_are_those_of_one_process(
+    mode: str, block_size: int | None
+) -> None:
+    curvature = curvature_of(mode, block_size)
+    grads = {p: p.grad.clone() for p in curvature.model.parameters() if p.grad is not None}
+
+    def work(place: Place) -> dict[nn.Parameter, Tensor]:
+        own = {p: grid_boxes(p)[place.rank].of(grad) for p, grad in grads.items()}
+        return directions_of(ShardedCurvature(curvature, place.world, grid_boxes), own, mode)
+
+    alone = directions_of(curvature, grads, mode)
+    for rank, found in enumerate(on_ranks(4, None, work)):
+        for p, direction in alone.items():
+            torch.testing.assert_close(found[p], grid_boxes(p)[rank].of(direction), rtol=1e-10, atol=1e-10)
+
+
+def test_columns_travel_only_where_a_block_lies_on_two_processes() -> None:
+    curvature = Curvature(nn.Linear(16, 16, bias=False), block_size=4)
+    grads = {p: torch.randn_like(p) for p in curvature.model.parameters()}
+
+    def work(place: Place) -> list[Any]:
+        own = {p: grid_boxes(p)[place.rank].of(grad) for p, grad in grads.items()}
+        ShardedCurvature(curvature, place.world, grid_boxes).precondition(own)
+        return place.world.log
+
+    assert on_ranks(4, None, work) == [[]] * 4
+
+
+def test_a_bias_in_A_that_is_on_other_ranks_than_its_weight_is_refused() -> None:
+    curvature = curvature_of("natural", precondition_bias=True, model=Everything())
+    grads = {p: p.grad for p in curvature.model.parameters() if p.grad is not None}
+    sharded = ShardedCurvature(
+        curvature, FakeCommunicator(2), lambda p: {0: whole_box(p)} if p.dim() == 1 else boxes_of_rows(p, 2)
+    )
+    with pytest.raises(ValueError, match=r"its bias are on different ranks.*precondition_bias=False"):
+        sharded.precondition(grads)
 
 
 @pytest.mark.parametrize("n", [1, 3, 16])
