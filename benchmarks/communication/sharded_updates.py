@@ -18,8 +18,8 @@ from benchmarks.common.tables import markdown_table
 from benchmarks.communication.messages import curvature_of
 from benchmarks.communication.scaling import MODELS
 from lightning_thor import Curvature
-from lightning_thor.fsdp.row_partition import assign_rows, row_transfers
-from lightning_thor.fsdp.sharded_curvature import row_blocks_of_layers
+from lightning_thor.fsdp.box_partition import assign_parts, row_shards, transfers_of
+from lightning_thor.fsdp.sharded_curvature import layer_blocks_of_layers
 
 RANKS = (2, 4, 8, 64)
 MODES = ("natural", "polar")
@@ -37,11 +37,12 @@ def counted(curvature: Curvature, n_ranks: int) -> dict[str, float]:
     """
     # Only the package's own plan knows which rows go where: it offers no count of them.
     everything = {p for layer in curvature.layers.values() for p in layer.parameters}
-    ranges = assign_rows(row_blocks_of_layers(curvature, everything, is_polar=curvature.mode == "polar"), n_ranks)
+    boxes = {p: row_shards(p.shape[0], n_ranks, p.shape[1] if p.dim() > 1 else 1) for p in everything}
+    parts = assign_parts(layer_blocks_of_layers(curvature, everything, is_polar=curvature.mode == "polar"), boxes)
     sent, work = [0.0] * n_ranks, [0.0] * n_ranks
-    for one in ranges:
-        work[one.owner] += one.row_blocks.cost(one.stop - one.start)
-    for transfer in row_transfers(ranges, n_ranks):
+    for one in parts:
+        work[one.owner] += one.layer_blocks.cost(one.box)
+    for transfer in transfers_of(parts, boxes):
         if transfer.holder != transfer.owner:
             for rank in (transfer.holder, transfer.owner):
                 sent[rank] += transfer.numel * transfer.parameter.element_size()

@@ -191,6 +191,8 @@ def _observe(
 
     def observe(use_name: str, a: Tensor, g: Tensor) -> None:
         layer, use = uses[use_name]
+        # Tensor parallelism makes DTensors; this floor does not know torch.distributed.
+        a, g = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (a, g))
         if not layer.kind.fits(use.module, a, g):
             return
         seen = layer.observe(a, g, dtype, max_rows, use.module)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_thor.curvature.silence import silent_layers
+from lightning_thor.distributed.dtensor import is_sharded
 from lightning_thor.distributed.factor_reducer import FactorReducer
+from lightning_thor.distributed.tensor_parallel import local_pair
 from lightning_thor.factors.state import ROWS, FactorState
 from lightning_thor.layers.base import Layer, ModuleUse
 from lightning_thor.layers.discovery import name_some
@@ -103,18 +105,27 @@ class FactorAccumulator:
         number, use = self.uses[name]
         self._observed.add(number)
         layer, factors = self._layers[number], self._factors
+        if g.device.type != factors.device.type:
+            raise RuntimeError(
+                f"Layer {layer.name!r} was used on {g.device}, but Curvature found its weight on {factors.device}. "
+                "Build it when the model is on its device. Weights that fully_shard keeps on the host "
+                "(CPUOffloadPolicy) cannot have curvature: shard them over more ranks instead."
+            )
         if number in self.misfits or self._is_misfit(number, use, a, g):
             return
         if self.reducer.is_late(number):
             self._warn_of_late_pair(layer.name)
             return
         n_seen = layer.loss_terms(use.module, g)
-        scale = self._scale(number, name, n_seen)
-        rows = layer.observe(a, self._in_its_unit(g, scale), factors.dtype, self.max_rows, use.module)
+        scale, part, max_rows = self._scale(number, name, n_seen), None, self.max_rows
+        if is_sharded(a) or is_sharded(g):
+            a, g, layer, part, n_same = local_pair(layer, a, g)
+            max_rows = None if max_rows is None else max_rows * n_same
+        rows = layer.observe(a, self._in_its_unit(g, scale), factors.dtype, max_rows, use.module)
         weight, n_samples = self._use_weight(number, rows.n_samples, n_seen)
         if weight != 1.0:
             scale = scale * weight
-        factors.add(number, rows, scale, n_samples, a.numel() + g.numel() if self._counts_elements else 0.0)
+        factors.add(number, rows, scale, n_samples, a.numel() + g.numel() if self._counts_elements else 0.0, part)
         self.reducer.mark_ready(number)
 
     def note_output(self, name: str, output: Any) -> None:
@@ -190,7 +201,7 @@ class FactorAccumulator:
             Some rows ``[n, in]``, or the input.
         """
         number, _ = self.uses[name]
-        return self._layers[number].subsample_input(a, self.max_rows)
+        return a if is_sharded(a) else self._layers[number].subsample_input(a, self.max_rows)
 
     def _use_weight(self, number: int, n_taken: float, n_seen: float) -> tuple[float, float]:
         """Weight of the gradients of one use of a layer, and the samples that it adds.

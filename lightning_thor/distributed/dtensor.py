@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 if dist.is_available():
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
 
     try:
         from torch.distributed.fsdp import FSDPModule
@@ -18,6 +22,22 @@ if dist.is_available():
     _SHARDED: tuple[type, ...] = (DTensor,)
 else:
     _SHARDED = ()
+
+
+def new_mesh(device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Any:
+    """Make a mesh of all ranks; every rank must call it, at the same place.
+
+    Args:
+        device_type: as ``"cuda"``.
+        shape: ranks in each dimension.
+        names: of the dimensions.
+    """
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+
+
+def world_size() -> int:
+    """Number of all ranks."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -39,14 +59,24 @@ def local_parts(tensors: Iterable[Any]) -> list[Tensor]:
     return [x.to_local() if isinstance(x, _SHARDED) else x for x in tensors]  # type: ignore[attr-defined]
 
 
+def local_gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of each parameter's gradient; of one that tensor parallelism left as a partial sum on each rank,
+    of the sum."""
+    grads: list[Any] = [p.grad for p in params]
+    for index, (p, grad) in enumerate(zip(params, grads, strict=True)):
+        if isinstance(grad, _SHARDED) and grad.placements != p.placements:  # type: ignore[attr-defined]
+            grads[index] = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
+    return local_parts(grads)
+
+
 def shard_like(value: Any, like: Tensor) -> Any:
-    """Shard the first rank's ``value`` as ``like`` is sharded; return it as it is, if it is no tensor of the shape of
-    ``like`` or ``like`` is not sharded. Every rank must call it, at the same place.
-    """
+    """Take this rank's shard of ``value``, which is the same on all ranks, as ``like`` is sharded; return it as it is,
+    if it is no tensor of the shape of ``like`` or ``like`` is not sharded."""
     if not isinstance(value, Tensor) or value.shape != like.shape or not is_sharded(like):
         return value
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return distribute_tensor(value.to(like.device), mesh, placements)
+    own = boxes_of(like)[dist.get_rank()].of(value).to(like.device, copy=True).contiguous()
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def reshard(module: nn.Module) -> None:
@@ -72,24 +102,122 @@ def max_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
 
 
 def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tensor:
-    if is_split(of[0]):
-        group = of[0].device_mesh.get_group()  # type: ignore[attr-defined]
-        dist.all_reduce(partial, op=getattr(dist.ReduceOp, operation), group=group)
+    if not any(map(is_split, of)):
+        return partial
+    layouts = [_layout(x.device_mesh, x.placements) if isinstance(x, _SHARDED) else (1, None) for x in of]  # type: ignore[attr-defined]
+    # One for all of a mesh: parameters are many.
+    meshes = {(id(x.device_mesh), dim): x for x, (_, dim) in zip(of, layouts, strict=True) if dim is not None}  # type: ignore[attr-defined]
+    groups = {x.device_mesh.get_group(dim) for (_, dim), x in meshes.items()}  # type: ignore[attr-defined]
+    group = groups.pop() if len(groups) == 1 and all(dim is not None for _, dim in layouts) else None
+    if group is None and operation == "SUM":
+        shares = tuple(n_shards / world_size() for n_shards, _ in layouts)
+        partial *= _on_device(shares, partial.dtype, partial.device)
+    dist.all_reduce(partial, op=getattr(dist.ReduceOp, operation), group=group)
     return partial
 
 
-def reason_not_sharded_by_rows(tensor: Tensor, world_size: int) -> str | None:
-    """Why ``tensor`` is not sharded along its first dimension over all ``world_size`` ranks, as the rest of a sentence
-    about it; None if it is, or if there is one rank."""
-    if world_size == 1:
-        return None
-    if not is_sharded(tensor):
-        return "is not sharded"
+@lru_cache(maxsize=16)
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied once: a copy to a GPU waits for it. Of all ranks, those that have the same shard count as one."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def _layout(mesh: Any, placements: tuple[Any, ...]) -> tuple[int, int | None]:
+    """The number of different shards; and the dimension of the mesh along which they all are, if one has them all, and
+    there are no replicas, which would drift apart if each summed norms for itself, in an order of its own."""
+    dims = [dim for dim, one in enumerate(placements) if not isinstance(one, Replicate) and mesh.size(dim) > 1]
+    n_shards = 1
+    for dim in dims:
+        n_shards *= mesh.size(dim)
+    return n_shards, dims[0] if len(dims) == 1 and n_shards == mesh.size() else None
+
+
+class Box(NamedTuple):
+    """A part of a parameter: slices of its first two dimensions. One of a single dimension has one column."""
+
+    rows: slice
+    columns: slice
+
+    @property
+    def area(self) -> int:
+        """Numbers in it, if the parameter has two dimensions."""
+        n: int = (self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start)
+        return n
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """View of this part of a tensor."""
+        return tensor[self.rows] if tensor.dim() == 1 else tensor[self.rows, self.columns]
+
+    def overlap(self, other: Box) -> Box | None:
+        """What both have in common; None if that is nothing."""
+        common = [
+            slice(max(one.start, two.start), min(one.stop, two.stop)) for one, two in zip(self, other, strict=True)
+        ]
+        return None if any(one.start >= one.stop for one in common) else Box(*common)
+
+    def counted_from(self, other: Box) -> Box:
+        """This part, counted from the first row and column of another one."""
+        return Box(*(slice(one.start - two.start, one.stop - two.start) for one, two in zip(self, other, strict=True)))
+
+
+Boxes = Mapping[int, Box]
+"""The boxes that ranks have of a parameter, by their numbers in the group of all ranks. They are all of it, once: where
+it is replicated, each rank counts itself and the shards of the replica that it is part of."""
+
+
+def whole_box(tensor: Tensor) -> Box:
+    """All of a tensor."""
+    return Box(slice(0, tensor.shape[0]), slice(0, tensor.shape[1] if tensor.dim() > 1 else 1))
+
+
+def boxes_of(tensor: Tensor) -> Boxes:
+    """The boxes of a tensor, sharded or not, in the order of ranks."""
+    if not isinstance(tensor, _SHARDED):
+        return {dist.get_rank() if world_size() > 1 else 0: whole_box(tensor)}
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    if mesh.ndim != 1:
-        return f"is sharded over a mesh of {mesh.ndim} dimensions"
-    if mesh.size() != world_size:
-        return f"is sharded over {mesh.size()} of {world_size} processes"
-    if type(placements[0]) is not Shard or placements[0].dim != 0:
-        return f"is placed as {placements[0]}, not as Shard(dim=0)"
+    own = mesh.get_coordinate()
+    places = [
+        [own[dim]] if isinstance(placement, Replicate) else range(mesh.size(dim))
+        for dim, placement in enumerate(placements)
+    ]
+    found = {int(mesh.mesh[place]): _box(tensor, mesh.shape, place) for place in itertools.product(*places)}
+    return dict(sorted(found.items()))
+
+
+def _box(tensor: Any, mesh_shape: Sequence[int], place: Sequence[int]) -> Box:
+    """The box of the rank at a place in the mesh."""
+    ranges = {dim: (side.start, side.stop) for dim, side in enumerate(whole_box(tensor))}
+    sharded = [dim for dim, one in enumerate(tensor.placements) if not isinstance(one, Replicate)]
+    # A strided shard is one of a shard of the dimensions after it: FSDP2 shards what tensor parallelism has sharded.
+    strided = [dim for dim in sharded if hasattr(tensor.placements[dim], "split_factor")]
+    for mesh_dim in [dim for dim in sharded if dim not in strided] + strided[::-1]:
+        dim = tensor.placements[mesh_dim].dim
+        start, stop = ranges[dim]
+        held = -(-(stop - start) // mesh_shape[mesh_dim])  # as `torch.chunk`
+        ranges[dim] = min(start + place[mesh_dim] * held, stop), min(start + (place[mesh_dim] + 1) * held, stop)
+    return Box(slice(*ranges[0]), slice(*ranges[1]))
+
+
+def reason_not_sharded(tensor: Tensor, ranks: Collection[int]) -> str | None:
+    """Why a trained ``tensor`` cannot be where it is, as the rest of a sentence about it; None if it can.
+
+    Args:
+        tensor: a parameter.
+        ranks: those that compute gradients of different data.
+    """
+    if not is_sharded(tensor):
+        return None if len(ranks) == 1 else "is not sharded"
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    n_missing = len(set(ranks) - set(mesh.mesh.flatten().tolist()))
+    if n_missing:
+        return f"is sharded over {len(ranks) - n_missing} of {len(ranks)} processes with data of their own"
+    if all(isinstance(one, Replicate) for one in placements) and len(ranks) > 1:
+        return f"is placed as {', '.join(map(str, placements))}, whose gradients nothing sums"
+    wrong = [one for one in placements if not isinstance(one, Replicate) and getattr(one, "dim", 2) > 1]
+    if wrong:
+        return f"is placed as {wrong[0]}: only its first two dimensions may be sharded"
+    own = boxes_of(tensor)[dist.get_rank()]
+    if own.area * tensor.shape[2:].numel() != tensor.to_local().numel():  # type: ignore[attr-defined]
+        return f"has a shard {list(tensor.to_local().shape)} that {', '.join(map(str, placements))} does not explain"  # type: ignore[attr-defined]
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,25 @@ SMALLEST_POWER = 0.8
 ROWS, SAMPLES, ELEMENTS, BACKWARD_POSITION = range(4)
 """Columns of `FactorState.counts`."""
 N_COUNTS = 4
+
+
+class FactorPart(NamedTuple):
+    """The blocks of a layer's A and G that one call's rows belong to, where processes share its features."""
+
+    shapes: FactorShapes
+    """Of these blocks."""
+    places: tuple[slice | None, slice | None]
+    """Of these blocks among all; None: all of them."""
+    scales: tuple[float, float]
+    """Of the rows, beside other factors."""
+
+    def of(self, sums: Mapping[Side, Tensor]) -> dict[Side, Tensor]:
+        """Views of a layer's sums."""
+        found = {}
+        for side, one in sums.items():
+            places = self.places[SIDES.index(side)]
+            found[side] = one if places is None else one[:, places] if one.dim() == 2 else one[places]
+        return found
 
 
 class BlockBatch:
@@ -238,7 +257,13 @@ class FactorState:
                 waiting[column] += number
 
     def add(
-        self, layer: int, rows: Rows, scale: float | Tensor = 1.0, samples: float | Tensor = 0.0, elements: float = 0.0
+        self,
+        layer: int,
+        rows: Rows,
+        scale: float | Tensor = 1.0,
+        samples: float | Tensor = 0.0,
+        elements: float = 0.0,
+        part: FactorPart | None = None,
     ) -> None:
         """Add the covariances of one call's rows to the open window; no device sync.
 
@@ -248,10 +273,13 @@ class FactorState:
             scale: of the output gradients; a number, or a 0-dimensional tensor.
             samples: samples that the rows add to `counts`.
             elements: numbers in the layer's input and gradient.
+            part: the blocks that the rows belong to; None for all.
         """
-        (A, G), sums = self.layout.shapes[layer], self.sums[layer]
+        (A, G), sums, scale_A = self.layout.shapes[layer], self.sums[layer], 1.0
+        if part is not None:
+            (A, G), sums, scale_A, scale = part.shapes, part.of(sums), part.scales[0], scale * part.scales[1]
         if A is not None and rows.a is not None:
-            add_covariance_(sums["A"], rows.a, A)
+            add_covariance_(sums["A"], rows.a, A, scale_A)
         if rows.token_counts is not None:
             sums["A"].add_(rows.token_counts)
         add_covariance_(sums["G"], rows.g, G, scale)

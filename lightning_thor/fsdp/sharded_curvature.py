@@ -1,8 +1,9 @@
-"""Curvature for a model whose weights are sharded: each rank computes the directions of some rows, for all ranks."""
+"""Curvature for a model whose weights are sharded: each rank computes the directions of some blocks, for all ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,24 +11,32 @@ from torch import Tensor, nn
 
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.distributed.communicator import Communicator
+from lightning_thor.distributed.dtensor import Boxes, boxes_of
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
-from lightning_thor.fsdp.row_partition import RowBlocks, RowTransfer, assign_rows, row_blocks_of, row_transfers
+from lightning_thor.fsdp.box_partition import (
+    LayerBlocks,
+    Transfer,
+    assign_parts,
+    by_ranks,
+    layer_blocks_of,
+    transfers_of,
+)
 from lightning_thor.linalg.dtypes import message_dtype, wide
-from lightning_thor.preconditioning.grouping import Directions, LayerGroup, Tensors, group_layers
+from lightning_thor.preconditioning.grouping import Directions, GroupedLayers, LayerGroup, Tensors, group_layers
 from lightning_thor.preconditioning.modes import MODES
 
 
-class RowExchangePlan(NamedTuple):
+class ExchangePlan(NamedTuple):
     """What one rank computes and exchanges for the directions of some parameters."""
 
     groups: list[LayerGroup]
-    """This rank's ranges, as layers."""
-    leaving: list[RowTransfer]
-    """Rows that this rank holds and another one owns, in the order of owners."""
-    arriving: list[RowTransfer]
-    """Rows that another rank holds and this one owns, in the order of holders."""
-    staying: list[RowTransfer]
-    """Rows that this rank holds and owns."""
+    """This rank's parts, as layers."""
+    leaving: list[Transfer]
+    """What this rank holds and another one owns, in the order of owners."""
+    arriving: list[Transfer]
+    """What another rank holds and this one owns, in the order of holders."""
+    staying: list[Transfer]
+    """What this rank holds and owns."""
     sent_lengths: list[int]
     """Numbers that leave for each rank, ``[world_size]``."""
     received_lengths: list[int]
@@ -37,33 +46,34 @@ class RowExchangePlan(NamedTuple):
 
 
 class ShardedCurvature:
-    """What a `Thor` preconditions with where ``fully_shard`` (FSDP2) shards its parameters along their first dimension.
+    """What a `Thor` preconditions with where its parameters are sharded: by ``fully_shard`` (FSDP2) over all ranks or
+    within replicas (HSDP), by tensor parallelism, or by both.
 
-    Factors and inverses are those of ``curvature``, whole on each rank. Each direction is computed once: blocks of a
-    factor along the rows of a weight by the rank that holds most of their rows, polar directions of a layer by one
-    rank. One message per step sends the rows of blocks that are split over ranks, another one sends their directions
-    back, and neither is sent if no block is split. No rank gathers whole gradients.
+    Factors and inverses are those of ``curvature``, whole on each rank. Each direction is computed once in a replica: a
+    block of G times a block of A by the rank that holds most of its part of the weight, polar directions of a layer by
+    one rank. One message per step sends the parts of weights whose blocks are split over ranks, another one sends their
+    directions back, and neither is sent if no block is split. No rank gathers whole gradients.
 
     Args:
         curvature: of the sharded model.
-        communicator: the ranks over which it is sharded; None for all ranks of the default group.
-
-    Raises:
-        ValueError: the curvature is of ``mode="adam"``, whose coordinates mix rows of different ranks.
+        communicator: all ranks of the default group, which None stands for.
+        boxes_of: returns the boxes of a parameter that ranks have; by default those of a DTensor, and of another tensor
+            all of it.
     """
 
-    def __init__(self, curvature: Curvature, communicator: Communicator | None = None) -> None:
-        if MODES[curvature.mode].change_basis is not None:
-            raise ValueError(
-                f'mode="{curvature.mode}" does not go with sharded parameters: its second moments are in coordinates '
-                'that mix rows of several ranks. Take strategy="thor_ddp"; thor_fsdp2 has mode="natural" or "polar".'
-            )
+    def __init__(
+        self,
+        curvature: Curvature,
+        communicator: Communicator | None = None,
+        boxes_of: Callable[[nn.Parameter], Boxes] = boxes_of,
+    ) -> None:
         self.curvature = curvature
         self._communicator = curvature.timed(communicator or ProcessGroupCommunicator())
-        self._plans: dict[tuple[bool, int, frozenset[nn.Parameter]], RowExchangePlan] = {}
+        self._boxes_of = boxes_of
+        self._plans: dict[tuple[bool, int, frozenset[nn.Parameter]], ExchangePlan] = {}
 
     @property
-    def fan_in(self) -> Mapping[nn.Parameter, int]:
+    def fan_in(self) -> dict[nn.Parameter, int]:
         """As of `Curvature`."""
         return self.curvature.fan_in
 
@@ -74,6 +84,15 @@ class ShardedCurvature:
     def forget(self) -> None:
         """As `Curvature.forget`."""
         self.curvature.forget()
+
+    def due_parameters(self) -> set[nn.Parameter]:
+        """As `Curvature.due_parameters`."""
+        return self.curvature.due_parameters()
+
+    @property
+    def gradient_unit(self) -> float | Tensor:
+        """As `Curvature.gradient_unit`."""
+        return self.curvature.gradient_unit
 
     def precondition(self, grads: Tensors, mode: str = "natural") -> Directions:
         """As `Curvature.precondition`, of shards.
@@ -99,55 +118,83 @@ class ShardedCurvature:
         Returns:
             This rank's shard of each direction.
         """
+        directions_of = MODES[mode].directions
+        assert directions_of is not None, f"{mode} mode has a change of basis"
+
+        def compute(stored: GroupedLayers, own: Tensors) -> Directions:
+            return {p: direction for some in directions_of(stored, own) for p, direction in some.items()}
+
+        return [self._compute(mode, compute, tensors)]
+
+    @torch.no_grad()
+    def change_basis(self, tensors: Tensors, mode: str = "adam", *, back: bool = False) -> Directions:
+        """As `Curvature.change_basis`, of shards: the new coordinates of a shard are where the shard is.
+
+        Args:
+            tensors: this rank's shards, of the same parameters on all ranks.
+            mode: as of `precondition`.
+            back: take tensors from these coordinates instead.
+
+        Returns:
+            This rank's shard of each tensor in the other coordinates.
+        """
+        change = MODES[mode].change_basis
+        assert change is not None, f"{mode} mode has no change of basis"
+        return self._compute(mode, partial(change, back=back), tensors)
+
+    def _compute(
+        self, mode: str, compute: Callable[[GroupedLayers, Tensors], Directions], shards: Tensors
+    ) -> Directions:
+        """Exchange boxes of the shards, compute something of whole blocks, and exchange the results."""
         self.curvature.check_that_it_serves(mode)
-        is_polar, directions_of, shards = MODES[mode].uses_matrix_sign, MODES[mode].directions, tensors
-        assert directions_of is not None
+        is_polar = MODES[mode].uses_matrix_sign
         # A layer that is left out or included later makes a new plan.
         key = is_polar, self.curvature.n_changes, frozenset(shards)
         if key not in self._plans:
             self._plans[key] = self._plan(shards, is_polar)
         plan, curvature = self._plans[key], self.curvature
         arrived = self._exchange(plan, _held(plan.leaving, shards), plan.arriving, shards)
-        ranges = _assembled(plan, [*arrived, *_held(plan.staying, shards)])
+        parts = _assembled(plan, [*arrived, *_held(plan.staying, shards)])
         with torch.autocast(curvature.factors.device.type, enabled=False), curvature.part("directions"):
-            parts = directions_of(curvature.grouped(plan.groups), ranges)
-            directions = {p: direction for part in parts for p, direction in part.items()}
+            directions = compute(curvature.grouped(plan.groups), parts)
         returned = self._exchange(plan, _owned(plan.arriving, directions), plan.leaving, shards, back=True)
-        return [_to_shards(plan, [*returned, *_owned(plan.staying, directions)], shards)]
+        return _to_shards(plan, [*returned, *_owned(plan.staying, directions)], shards)
 
     def _exchange(
         self,
-        plan: RowExchangePlan,
+        plan: ExchangePlan,
         sent: list[Tensor],
-        expected: list[RowTransfer],
-        shards: Mapping[nn.Parameter, Tensor],
+        expected: list[Transfer],
+        shards: Tensors,
         *,
         back: bool = False,
     ) -> list[Tensor]:
-        """Send rows and receive the expected ones, or their directions (``back``): one message, or none at all."""
+        """Send boxes and receive the expected ones, or their directions (``back``): one message, or none at all."""
         if plan.dtype is None:
             return []
         none = torch.empty(0, dtype=plan.dtype, device=self.curvature.factors.device)
-        message = torch.cat([none, *(rows.flatten() for rows in sent)])
+        message = torch.cat([none, *(some.flatten() for some in sent)])
         lengths = (plan.sent_lengths, plan.received_lengths)
         received = self._communicator.all_to_all(message, *(reversed(lengths) if back else lengths))
-        rows = []
+        found = []
         for one, some in zip(expected, received.split([one.numel for one in expected]), strict=True):
             dtype = shards[one.parameter].dtype
-            rows.append(some.view(-1, *one.parameter.shape[1:]).to(wide(dtype) if back else dtype))
-        return rows
+            found.append(some.view(one.shape).to(wide(dtype) if back else dtype))
+        return found
 
-    def _plan(self, shards: Mapping[nn.Parameter, Tensor], is_polar: bool) -> RowExchangePlan:
+    def _plan(self, shards: Tensors, is_polar: bool) -> ExchangePlan:
         world_size, rank = self._communicator.world_size, self._communicator.rank
-        ranges = assign_rows(row_blocks_of_layers(self.curvature, shards, is_polar=is_polar), world_size)
-        own = [one for one in ranges if one.owner == rank]
+        boxes = {p: self._boxes_of(p) for p in shards}
+        layers = layer_blocks_of_layers(self.curvature, shards, is_polar=is_polar)
+        parts = [part for some in by_ranks(layers, boxes) for part in assign_parts(some, boxes)]
+        own = [one for one in parts if one.owner == rank]
         groups = group_layers([one.layer for one in own], [one.pair for one in own], self.curvature.polar_layers)
-        transfers = row_transfers(ranges, world_size)
+        transfers = transfers_of(parts, boxes)
         moving = [one for one in transfers if one.holder != one.owner]
         leaving = sorted((one for one in moving if one.holder == rank), key=lambda one: one.owner)
         arriving = sorted((one for one in moving if one.owner == rank), key=lambda one: one.holder)
         dtypes = {shards[one.parameter].dtype for one in moving}
-        return RowExchangePlan(
+        return ExchangePlan(
             groups=list(groups),
             leaving=leaving,
             arriving=arriving,
@@ -158,10 +205,10 @@ class ShardedCurvature:
         )
 
 
-def row_blocks_of_layers(
+def layer_blocks_of_layers(
     curvature: Curvature, parameters: Container[nn.Parameter], *, is_polar: bool
-) -> list[RowBlocks]:
-    """`row_blocks_of` each layer all of whose parameters have gradients.
+) -> list[LayerBlocks]:
+    """`layer_blocks_of` each layer all of whose parameters have gradients.
 
     Args:
         curvature: of the model.
@@ -169,55 +216,56 @@ def row_blocks_of_layers(
         is_polar: whether directions are polar, of the layers that have polar ones.
     """
     return [
-        row_blocks
+        layer_blocks
         for name, layer in curvature.layers.items()
         if layer.is_preconditioned and all(p in parameters for p in layer.parameters)
-        for row_blocks in row_blocks_of(
+        for layer_blocks in layer_blocks_of(
             layer, curvature.inverses_of(name), is_polar=is_polar and name in curvature.polar_layers
         )
     ]
 
 
-def _held(transfers: Sequence[RowTransfer], shards: Mapping[nn.Parameter, Tensor]) -> list[Tensor]:
-    """The rows of each transfer in this rank's shards; views."""
-    return [shards[one.parameter][one.shard_rows] for one in transfers]
+def _held(transfers: Sequence[Transfer], shards: Tensors) -> list[Tensor]:
+    """The box of each transfer in this rank's shards; views."""
+    return [one.in_shard.of(shards[one.parameter]) for one in transfers]
 
 
-def _owned(transfers: Sequence[RowTransfer], directions: Mapping[nn.Parameter, Tensor]) -> list[Tensor]:
-    """The rows of each transfer in the directions of this rank's ranges; views."""
-    return [directions[one.placeholder][one.range_rows] for one in transfers]
+def _owned(transfers: Sequence[Transfer], directions: Tensors) -> list[Tensor]:
+    """The box of each transfer in the directions of this rank's parts; views."""
+    return [one.in_part.of(directions[one.placeholder]) for one in transfers]
 
 
-def _assembled(plan: RowExchangePlan, rows: Sequence[Tensor]) -> dict[nn.Parameter, Tensor]:
-    """All rows of this rank's ranges, by placeholder.
+def _assembled(plan: ExchangePlan, boxes: Sequence[Tensor]) -> Directions:
+    """All of this rank's parts, by placeholder.
 
-    ``rows`` are of ``plan.arriving``, then of ``plan.staying``.
+    ``boxes`` are of ``plan.arriving``, then of ``plan.staying``.
     """
-    found: dict[nn.Parameter, list[tuple[int, Tensor]]] = {}
-    for one, some in zip([*plan.arriving, *plan.staying], rows, strict=True):
-        found.setdefault(one.placeholder, []).append((one.range_rows.start, some))
-    return {
-        p: parts[0][1] if len(parts) == 1 else torch.cat([some for _, some in sorted(parts, key=lambda part: part[0])])
-        for p, parts in found.items()
-    }
+    found: Directions = {}
+    for one, some in zip([*plan.arriving, *plan.staying], boxes, strict=True):
+        p = one.placeholder
+        if some.shape == p.shape:
+            found[p] = some
+            continue
+        if p not in found:
+            found[p] = some.new_empty(p.shape)
+        one.in_part.of(found[p]).copy_(some)
+    return found
 
 
-def _to_shards(
-    plan: RowExchangePlan, rows: Sequence[Tensor], shards: Mapping[nn.Parameter, Tensor]
-) -> dict[nn.Parameter, Tensor]:
+def _to_shards(plan: ExchangePlan, boxes: Sequence[Tensor], shards: Tensors) -> Directions:
     """Directions of this rank's shards; copies of the gradients where there is no direction.
 
-    ``rows`` are directions of ``plan.leaving``, then of ``plan.staying``.
+    ``boxes`` are directions of ``plan.leaving``, then of ``plan.staying``.
     """
-    directions: dict[nn.Parameter, Tensor] = {}
-    for one, direction in zip([*plan.leaving, *plan.staying], rows, strict=True):
+    directions: Directions = {}
+    for one, direction in zip([*plan.leaving, *plan.staying], boxes, strict=True):
         p = one.parameter
-        if len(direction) == len(shards[p]):
+        if direction.shape == shards[p].shape:
             directions[p] = direction
             continue
         if p not in directions:
             directions[p] = shards[p].to(wide(shards[p].dtype), copy=True)
-        directions[p][one.shard_rows].copy_(direction)
+        one.in_shard.of(directions[p]).copy_(direction)
     rest = {p: shard for p, shard in shards.items() if p not in directions}
     directions.update((p, shard.to(wide(shard.dtype), copy=True)) for p, shard in rest.items())
     return directions

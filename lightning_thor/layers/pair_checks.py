@@ -92,7 +92,7 @@ class PairChecks:
         if not kind.is_linear or not a.is_floating_point() or not a.dim():
             return None
         _, width, _ = kind.factor_widths(module, module.weight.shape)
-        if width is None or a.shape[-1] != width:
+        if width is None or a.shape[-1] != width or hasattr(a, "device_mesh"):  # of tensor parallelism
             self._unchecked.discard(self._numbers[name])  # the accumulator reports pairs that do not fit at all
             return None
         a = a.detach().to(torch.promote_types(a.dtype, torch.float32))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_thor.distributed.dtensor import is_sharded, local_parts
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.optim.norms import as_real
 from lightning_thor.preconditioning.grouping import Directions
@@ -17,6 +18,12 @@ EPS = 1e-8
 
 FIRST, SECOND, STEP = "exp_avg", "exp_avg_sq", "step"
 """Keys of a parameter's state, named as in `torch.optim.Adam`."""
+
+
+def make_moments(state: MutableMapping[str, Any], like: Tensor, dtype: torch.dtype) -> None:
+    """Set the moments of an empty ``state`` to zeros, in the shape of ``like``, and sharded as it is."""
+    if SECOND not in state:
+        state[STEP], state[FIRST], state[SECOND] = 0, *(torch.zeros_like(like, dtype=dtype) for _ in range(2))
 
 
 def adam_directions(
@@ -31,8 +38,8 @@ def adam_directions(
     algorithm 1).
 
     Args:
-        states: of each tensor. An empty one gets moments of zeros in the dtype of its gradient; ``"step"`` is a number,
-            so that nothing waits for a device.
+        states: of each tensor, see `make_moments`. An empty one gets moments of zeros in the dtype of its gradient;
+            ``"step"`` is a number, so that nothing waits for a device.
         grads: one per state, in at least float32, whose range includes their squares; unchanged. Complex numbers are
             pairs of real ones, as in `torch.optim.Adam`.
         beta1: decay of the first moment.
@@ -47,10 +54,9 @@ def adam_directions(
     if not grads:
         return []
     for state, grad in zip(states, grads, strict=True):
-        if SECOND not in state:
-            state[STEP], state[FIRST], state[SECOND] = 0, torch.zeros_like(grad), torch.zeros_like(grad)
+        make_moments(state, grad, grad.dtype)
         state[STEP] += 1
-    first, second = as_real([state[FIRST] for state in states]), as_real([state[SECOND] for state in states])
+    first, second = (as_real(local_parts([state[key] for state in states])) for key in (FIRST, SECOND))
     real = as_real(grads)
     torch._foreach_lerp_(first, real, 1.0 - beta1)
     torch._foreach_mul_(second, beta2)
@@ -88,9 +94,8 @@ def carry_to_other_coordinates(
         return
     least = list(torch._foreach_mul(list(first), list(first)))
     torch._foreach_mul_(least, [1.0 / _largest_ratio(beta1, beta2, state[STEP]) for state in states])
-    torch._foreach_maximum_([state[SECOND] for state in states], least)
-    for state, moment in zip(states, first, strict=True):
-        state[FIRST] = moment
+    torch._foreach_maximum_(local_parts([state[SECOND] for state in states]), least)
+    torch._foreach_copy_(local_parts([state[FIRST] for state in states]), list(first))
 
 
 def _largest_ratio(beta1: float, beta2: float, steps: int) -> float:
@@ -128,7 +133,8 @@ def steps_in_other_coordinates(
         Directions by parameter, in its own coordinates and in at least float32.
     """
     # Also of parameters without a gradient in this step: their next gradient is in the new coordinates.
-    moments = {p: states[p][FIRST] for p in preconditioner.due_parameters() if FIRST in states.get(p, {})}
+    due = [p for p in preconditioner.due_parameters() if states.get(p, {}).get(STEP)]
+    moments = dict(zip(due, local_parts([states[p][FIRST] for p in due]), strict=True))
     moments = change_basis(moments, back=True)
     preconditioner.update()
     moments = change_basis(moments)
@@ -145,6 +151,9 @@ def steps_in_other_coordinates(
     for group in groups:
         params = [p for p in group["params"] if p in rotated]
         own, beta1, beta2 = [rotated[p] for p in params], group["momentum"], group["beta2"]
+        for p in params:
+            if is_sharded(p):
+                make_moments(states[p], p, rotated[p].dtype)
         found = adam_directions([states[p] for p in params], own, beta1, beta2, nesterov=group["nesterov"])
         directions.update(zip(params, found, strict=True))
     return change_basis(directions, back=True)

@@ -1,7 +1,6 @@
 """Norms of tensors, right for all finite numbers: squares leave the range of a dtype long before numbers do.
 
-In all functions ``tensors`` are this rank's parts, and ``params`` their parameters, all sharded over the same ranks or
-none.
+In all functions ``tensors`` are this rank's parts, and ``params`` their parameters, sharded or not.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ still counts, is no normal number."""
 
 def can_read_on_host(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
     """Whether Python may read numbers of ``tensors``: they are whole, and no device has to be waited for."""
-    return not is_split(params[0]) and not [x for x in tensors if x.device.type not in memory.HOST]
+    return not any(map(is_split, params)) and not [x for x in tensors if x.device.type not in memory.HOST]
 
 
 def as_real(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from lightning_thor.distributed.dtensor import local_parts
+from lightning_thor.distributed.dtensor import is_sharded, local_gradients, local_parts
 from lightning_thor.linalg.dtypes import wide
-from lightning_thor.optim.adam import FIRST, SECOND, steps_in_other_coordinates
+from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_other_coordinates
 from lightning_thor.optim.fading import fade_factors
 from lightning_thor.optim.update_scaling import clip_kl_, clip_norm_, multiply, scale_to_rms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
@@ -235,7 +235,7 @@ class Thor(Optimizer):
                 "Thor has no curvature to precondition with. Add ThorCallback() to Trainer(callbacks=[...]), or, "
                 "outside Lightning, pass preconditioner=Curvature(model)."
             )
-        grads = dict(zip(params, local_parts([p.grad for p in params]), strict=True))
+        grads = dict(zip(params, local_gradients(params), strict=True))
         if [p for p in params if grads[p].is_sparse]:
             raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
         parts, targets = self._update_parts(self.preconditioner, grads)
@@ -256,13 +256,16 @@ class Thor(Optimizer):
 
     @torch.no_grad()
     def make_state(self) -> None:
-        """Set momentum to zeros where there is none, as a step with gradients of zero does.
+        """Set momentum, or the moments of sharded parameters in adam mode, to zeros where there is none.
 
         `torch.distributed.checkpoint` takes such a step to save or restore an optimizer that has no state yet, and the
         curvature would count it.
         """
         for group in self.param_groups:
-            if MODES[group["mode"]].change_basis is None and group["momentum"]:
+            if MODES[group["mode"]].change_basis is not None:
+                for p in filter(is_sharded, group["params"]):
+                    make_moments(self.state[p], p, wide(p.dtype))
+            elif group["momentum"]:
                 self._momentum_buffers(group["params"])
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Mode:
     directions: DirectionsFn | None = None
     """Directions of descent from gradients (from momenta if `momentum_first`), in parts, as of `natural`."""
     change_basis: ChangeBasisFn | None = None
-    """Coordinates in which `Thor` takes Adam's steps, of whole gradients and on all ranks alike."""
+    """Coordinates in which `Thor` takes Adam's steps."""
     momentum_first: bool = False
     """Whether momentum adds up gradients; otherwise it adds up directions."""
     uses_matrix_sign: bool = False

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_thor.block_size.choose import BlockSplit, choose_block_size
+from lightning_thor.distributed import dtensor
 from lightning_thor.trainer.packages import is_lightnings
 
 ADVICE = 'Give block_size a number instead of "auto"; lightning_thor.choose_block_size finds one outside of a Trainer.'
@@ -27,8 +28,10 @@ def try_block_sizes(
     """Call `choose_block_size` with the first batch of the training data and the module's own ``training_step``.
 
     The step runs on a copy of the module, with random states that are restored, loggers that log nothing and iterators
-    of its own, so the following fit is bitwise the fit without it. All ranks take rank 0's choice, and all must call
-    this, since a synchronised batch norm waits for the others.
+    of its own, so the following fit is bitwise the fit without it. A sharded module, of which a copy would be a second
+    model in memory, runs itself: its attributes, buffers and gradients are restored, but not what the step adds to
+    lists or other containers. All ranks take rank 0's choice, and all must call this, since shards and synchronised
+    batch norms wait for the others.
 
     Args:
         trainer: in ``on_fit_start``.
@@ -48,9 +51,8 @@ def try_block_sizes(
             f'block_size="auto" tries {type(pl_module).__name__}.training_step, which in manual optimization would '
             f"train. {ADVICE}"
         )
-    with isolate_rng(), _silent(trainer):
+    with isolate_rng(), _silent(trainer), _trial_of(pl_module, trainer) as trial:
         batch = _first_batch(trainer)
-        trial = _copy_of(pl_module, trainer)
         copies = dict(zip(pl_module.parameters(), trial.parameters(), strict=True))
 
         def loss_of_a_batch() -> Tensor:
@@ -115,21 +117,33 @@ def _first_of(loader: Any) -> Any:
     return batch
 
 
-def _copy_of(pl_module: pl.LightningModule, trainer: pl.Trainer) -> pl.LightningModule:
-    """A deep copy with the same trainer and with a ``log`` that does nothing."""
+@contextmanager
+def _trial_of(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Iterator[pl.LightningModule]:
+    """A copy of the module, or a sharded module itself, whose ``log`` does nothing."""
+    is_sharded = any(dtensor.is_sharded(p) for p in pl_module.parameters())
+    trial = pl_module if is_sharded else _copy_of(pl_module)
+    trial.trainer = trainer
+    before = [(module, dict(vars(module))) for module in trial.modules()]
+    for module, _ in before:
+        if is_lightnings(module, "LightningModule"):
+            for name in ("log", "log_dict"):
+                setattr(module, name, lambda *_, **__: None)
     try:
-        trial = copy.deepcopy(pl_module)
+        yield trial
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def _copy_of(pl_module: pl.LightningModule) -> pl.LightningModule:
+    try:
+        return copy.deepcopy(pl_module)
     except Exception as error:
         raise ValueError(
             f'block_size="auto" tries a copy of {type(pl_module).__name__}, which cannot be copied '
             f"({type(error).__name__}: {error}). {ADVICE}"
         ) from error
-    trial.trainer = trainer
-    for module in trial.modules():
-        if is_lightnings(module, "LightningModule"):
-            for name in ("log", "log_dict"):
-                setattr(module, name, lambda *_, **__: None)
-    return trial
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.trainer.block_size_trial import try_block_sizes
+from lightning_thor.trainer.checkpoints import saved_callback_state
 from lightning_thor.trainer.figures import StepFigures
 from lightning_thor.trainer.fit_report import FitFigures, print_fit
 from lightning_thor.trainer.monitor import ON_BAR, ThorMonitor
@@ -283,13 +284,14 @@ class ThorCallback(Callback):
         block_size = self._options["block_size"]
         if block_size != "auto":
             return block_size, None
-        if self._restored is not None:
-            if "block_size" not in self._restored:
+        restored = saved_callback_state(trainer, self.state_key) if self._restored is None else self._restored
+        if restored is not None:
+            if "block_size" not in restored:
                 raise ValueError(
                     'The checkpoint is of a version that did not note its block size, so block_size="auto" cannot go '
                     "on with it. Give ThorCallback the block_size of the run that was saved."
                 )
-            return self._restored["block_size"], None
+            return restored["block_size"], None
         options = {name: self._options[name] for name in ("precondition_bias", "max_rows", "statistics", "fused")}
         split = try_block_sizes(trainer, pl_module, parameters, **options)
         return split.block_size, split

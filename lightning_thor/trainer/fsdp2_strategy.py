@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.distributed import dtensor
@@ -21,20 +22,24 @@ from lightning_thor.trainer.strategies import ThorStrategyMixin
 
 
 class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
-    """Fully sharded data parallel (FSDP2), registered as ``"thor_fsdp2"``: weights, gradients, momentum are sharded.
+    """Fully sharded data parallel (FSDP2), alone, in replicas (HSDP) or with tensor parallelism, as ``"thor_fsdp2"``.
 
     As with `lightning.pytorch.strategies.ModelParallelStrategy` the module shards itself, in ``configure_model``, by
-    ``fully_shard(..., mesh=self.device_mesh["data_parallel"])``; all trained parameters must be sharded, along their
-    first dimension. Factors and inverses are whole on each rank; each direction is computed once, see
-    `ShardedCurvature`. The factors of a refresh are sent as with ``"thor_ddp"``: in buckets, in a process group of
-    their own, from backward on, but never in a micro-batch that only accumulates (in which FSDP2 sums gradients all the
-    same, as Lightning has it). The results are those of ``"thor_ddp"``. Not for ``mode="adam"``, nor for
-    ``block_size="auto"``.
+    ``fully_shard(..., mesh=self.device_mesh["data_parallel"])``, after ``parallelize_module`` with
+    ``self.device_mesh["tensor_parallel"]`` if there is any; with replicas the mesh of ``fully_shard`` is
+    ``self.device_mesh["replicate", "shard"]``. Weights, gradients and momentum are sharded; all trained parameters must
+    be, over all ranks that have data of their own, along their first or second dimension. Factors and inverses are
+    whole on each rank; each direction is computed once in a replica, see `ShardedCurvature`. The factors of a refresh
+    are sent as with ``"thor_ddp"``: in buckets, in a process group of their own, from backward on, but never in a
+    micro-batch that only accumulates (in which FSDP2 sums gradients all the same, as Lightning has it). The results are
+    those of ``"thor_ddp"``.
 
     Args:
-        data_parallel_size: number of ranks that share the weights and the batch; ``"auto"`` is all of them (of
-            Lightning's strategy, the number of nodes).
-        tensor_parallel_size: 1 or ``"auto"``, which is 1 too.
+        data_parallel_size: number of ranks that share the batch; ``"auto"`` is all of them over
+            ``tensor_parallel_size`` (of Lightning's strategy, the number of nodes).
+        tensor_parallel_size: number of ranks that share the products of a layer, with the same data; ``"auto"`` is 1.
+        replicas: copies of the weights, a divisor of ``data_parallel_size``: each is sharded over so many ranks less,
+            for a cluster whose nodes are connected more slowly than the devices inside.
         factor_bucket_mb: megabytes (2²⁰ bytes) at which a bucket of factors is closed, see
             `lightning_thor.ThorDDPStrategy`.
         split_indices: instead, the last layer of each bucket, see there.
@@ -43,7 +48,7 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: another ``tensor_parallel_size``, an argument out of its range, or both ways of making buckets.
+        ValueError: an argument out of its range, or both ways of making buckets.
     """
 
     strategy_name = "thor_fsdp2"
@@ -53,25 +58,25 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         data_parallel_size: Literal["auto"] | int = "auto",
         tensor_parallel_size: Literal["auto"] | int = 1,
         *,
+        replicas: int = 1,
         factor_bucket_mb: float | None = None,
         split_indices: Sequence[int] | None = None,
         bf16_factors: bool = False,
         **kwargs: Any,
     ) -> None:
-        if tensor_parallel_size not in ("auto", 1):
-            raise ValueError(
-                f"ThorModelParallelStrategy got tensor_parallel_size={tensor_parallel_size!r}, but it needs each "
-                "layer's inputs whole: shard over data_parallel alone (tensor_parallel_size=1)."
-            )
+        self._width: int = 1 if tensor_parallel_size == "auto" else tensor_parallel_size
+        self._accumulates, self._replicas = False, replicas
+        for name, size in (("tensor_parallel_size", self._width), ("replicas", replicas)):
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
         super().__init__(
             data_parallel_size,
-            1,
+            self._width,
             factor_bucket_mb=factor_bucket_mb,
             split_indices=split_indices,
             bf16_factors=bf16_factors,
             **kwargs,
         )
-        self._accumulates = False
 
     @property
     def has_sharded_checkpoints(self) -> bool:  # type: ignore[override]
@@ -79,8 +84,23 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         if self._data_parallel_size == "auto":
-            self._data_parallel_size = self.num_nodes * self.num_processes
+            self._data_parallel_size = max(1, self.num_nodes * self.num_processes // self._width)
+        n_data = int(self._data_parallel_size)
+        if n_data % self._replicas:
+            raise ValueError(
+                f"replicas={self._replicas} must divide the {n_data} data-parallel ranks: give another number of "
+                "replicas or devices."
+            )
         super().setup_environment()
+        if self._replicas > 1 and "replicate" not in (self.device_mesh.mesh_dim_names or ()):
+            shape, names = (self._replicas, n_data // self._replicas, self._width), ("replicate", "shard")
+            self._device_mesh = dtensor.new_mesh(self.root_device.type, shape, (*names, "tensor_parallel"))
+            assert self.lightning_module is not None
+            self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self._data_parallel_size, "rank": self.global_rank // self._width}
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)
@@ -97,20 +117,20 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         """As `ThorStrategyMixin.connect_curvature`; returns a `ShardedCurvature`.
 
         Raises:
-            ValueError: a parameter is not sharded by rows, or the options do not go with the model.
+            ValueError: a parameter is not sharded, or the options do not go with the model.
         """
-        communicator = ProcessGroupCommunicator(self._factor_group)
-        world_size = communicator.world_size
-        reasons = {name: dtensor.reason_not_sharded_by_rows(p, world_size) for name, p in parameters.items()}
+        ranks = range(self.global_rank % self._width, dtensor.world_size(), self._width)
+        reasons = {name: dtensor.reason_not_sharded(p, ranks) for name, p in parameters.items()}
         wrong = [name for name, reason in reasons.items() if reason is not None]
         if wrong:
+            mesh = '"replicate", "shard"' if self._replicas > 1 else '"data_parallel"'
             raise ValueError(
                 f"ThorModelParallelStrategy: {wrong[0]!r} {reasons[wrong[0]]} (all such: {name_some(wrong)}). Shard "
-                "all trained parameters over the data-parallel ranks, along its first dimension, in configure_model: "
-                'fully_shard(self.net, mesh=self.device_mesh["data_parallel"]), for modules inside first if you like.'
+                "all trained parameters over the data-parallel ranks, in configure_model: "
+                f"fully_shard(self.net, mesh=self.device_mesh[{mesh}]), for modules inside first if you like."
             )
         super().connect_curvature(curvature, parameters)
-        return ShardedCurvature(curvature, communicator)
+        return ShardedCurvature(curvature, ProcessGroupCommunicator(self._factor_group))
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -121,6 +141,18 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
                 yield
         finally:
             self._accumulates = before
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As of Lightning's strategy; the parameters of a group are in its order, by which other strategies load them,
+        not in the model's."""
+        state: dict[str, Any] = super().optimizer_state(optimizer)
+        thor = getattr(optimizer, "_optimizer", optimizer)
+        if self._save_distributed_checkpoint or not state or not isinstance(thor, Thor) or thor.numbered is None:
+            return state
+        numbers = {p: number for number, p in enumerate(thor.numbered)}
+        orders = [[numbers[p] for p in group["params"]] for group in thor.param_groups]
+        groups = [{**group, "params": order} for group, order in zip(state["param_groups"], orders, strict=True)]
+        return {**state, "param_groups": groups}
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As Lightning's strategy does, which fails where a validation left the weights whole.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.communication import messages, scaling, sharded_updates
+from benchmarks.communication import memory, messages, scaling, sharded_updates
 from benchmarks.communication.workloads import WORKLOADS
 from lightning_thor import Curvature
 from tests.helpers.benchmarks import RESULTS, ROOT, run_module
@@ -109,6 +109,12 @@ def test_the_page_on_scaling_holds_what_sharded_models_send() -> None:
     curvature = messages.curvature_of(scaling.MODELS["ResNet-50"])
     for n, counted in results["ResNet-50"]["natural"].items():
         assert sharded_updates.counted(curvature, int(n)) == counted
+
+
+@pytest.mark.slow
+def test_the_page_on_scaling_holds_what_a_rank_holds() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert f"begin -->\n{memory.markdown()}\n<!-- memory:end -->" in page
 
 
 def test_sharded_updates_send_a_few_percent_of_what_gathering_sends_and_polar_ones_two_shares_of_each_rank() -> None:

@@ -67,6 +67,7 @@ def four_processes() -> Iterator[None]:
         ("compiled", (), {}),
         ("kl_clip", (KL,), {"gradient_clip_val": 0.05}),
         ("polar", (), {"mode": "polar"}),
+        ("adam", (), {"mode": "adam", "max_epochs": 3}),
     ],
 )
 def test_two_ranks_with_shards_are_one_device(
@@ -90,7 +91,10 @@ def test_layers_that_are_unfrozen_have_curvature_as_on_one_device(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("training", "first_step"), [("four", 1), ("four_resumed", 5)])
-@pytest.mark.parametrize(("suffix", "options"), [("", {"max_epochs": 3}), ("_polar", {"mode": "polar"})])
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [("", {"max_epochs": 3}), ("_polar", {"mode": "polar"}), ("_adam", {"mode": "adam", "max_epochs": 3})],
+)
 def test_four_ranks_with_uneven_and_empty_shards_are_one_device_and_go_on_from_checkpoints_of_two(
     tmp_path: Path, training: str, first_step: int, suffix: str, options: dict[str, Any]
 ) -> None:
@@ -101,6 +105,15 @@ def test_four_ranks_with_uneven_and_empty_shards_are_one_device_and_go_on_from_c
         assert (result["world_size"], result["steps"][0]) == (4, first_step)
         torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
         assert_bitwise(state(result), state(found[0]))
+
+
+@pytest.mark.slow
+def test_a_trial_of_block_sizes_runs_the_shards_and_leaves_no_trace(tmp_path: Path) -> None:
+    found = ranks("auto")
+    (size,) = {result["block_size"] for result in found}
+    alone = one_device(tmp_path, block_size=size)
+    for result in found:
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
 
 
 # ── what lies and travels where ──
@@ -213,6 +226,8 @@ def test_an_overflow_in_the_first_step_after_a_resume_is_forgotten_too() -> None
         ("unused_resumed", "unused"),
         ("one_file_resumed", "one_file"),
         ("polar_resumed", "polar"),
+        ("adam_resumed", "adam"),
+        ("auto_resumed", "auto"),
     ],
 )
 def test_a_resumed_run_is_bitwise_the_unbroken_one(resumed: str, unbroken: str) -> None:
@@ -254,7 +269,8 @@ def test_a_checkpoint_of_one_device_goes_on_with_two_ranks(training: str) -> Non
 def momenta(result: Result) -> dict[int, torch.Tensor]:
     """By number; without those of parameters that never had a gradient, which only sharded ones have."""
     states = result["optimizer"]["state"].items()
-    found = {number: one["momentum_buffer"] for number, one in states if one.get("momentum_buffer") is not None}
+    found = {number: one.get("momentum_buffer", one.get("exp_avg")) for number, one in states}
+    found = {number: momentum for number, momentum in found.items() if momentum is not None}
     return {number: momentum for number, momentum in sorted(found.items()) if momentum.any()}
 
 
@@ -318,28 +334,31 @@ def test_it_is_registered_and_shares_the_data_among_all_ranks(clean_process: Non
     assert trainer.strategy._save_distributed_checkpoint
 
 
-def test_tensor_parallel_is_refused() -> None:
-    with pytest.raises(ValueError, match="got tensor_parallel_size=2, but it needs each layer's inputs whole"):
-        ThorModelParallelStrategy(tensor_parallel_size=2)
-
-
-def test_weights_that_are_not_sharded_by_rows_are_refused(four_processes: None) -> None:
+def test_weights_that_are_not_sharded_over_all_data_are_refused(four_processes: None) -> None:
     mesh = init_device_mesh("cpu", (4,))
     square, weight = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), torch.randn(8, 8)
     model = nn.Linear(8, 8, bias=False)
     curvature = Curvature(model)
     for tensor, fault in (
         (weight, "is not sharded"),
-        (distribute_tensor(weight, square, [Replicate(), Shard(0)]), "is sharded over a mesh of 2 dimensions"),
         (distribute_tensor(weight, square["b"], [Shard(0)]), "is sharded over 2 of 4 processes"),
-        (distribute_tensor(weight, mesh, [Shard(1)]), r"is placed as S\(1\), not as Shard\(dim=0\)"),
-        (distribute_tensor(weight, mesh, [Replicate()]), r"is placed as R, not as Shard\(dim=0\)"),
+        (distribute_tensor(weight, mesh, [Replicate()]), "is placed as R, whose gradients nothing sums"),
+        (distribute_tensor(torch.randn(8, 8, 4), mesh, [Shard(2)]), r"is placed as S\(2\): only its first two"),
     ):
         with pytest.raises(ValueError, match=rf"'weight' {fault}.*fully_shard\(self.net, mesh=self.device_mesh"):
             ThorModelParallelStrategy().connect_curvature(curvature, {"weight": nn.Parameter(tensor)})
-    ThorModelParallelStrategy().connect_curvature(
-        curvature, {"weight": nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))}
-    )
+    for tensor in (
+        distribute_tensor(weight, mesh, [Shard(0)]),
+        distribute_tensor(weight, mesh, [Shard(1)]),
+        distribute_tensor(weight, square, [Replicate(), Shard(0)]),
+    ):
+        ThorModelParallelStrategy().connect_curvature(curvature, {"weight": nn.Parameter(tensor)})
+
+
+@pytest.mark.parametrize("replicas", [0, 1.5, None])
+def test_a_number_of_replicas_that_is_none_is_refused(replicas: Any) -> None:
+    with pytest.raises(ValueError, match=f"replicas must be a whole number of at least 1, got {replicas}"):
+        ThorModelParallelStrategy(replicas=replicas)
 
 
 def test_the_summary_of_a_sharded_model_is_that_of_the_whole_and_asks_no_other_rank(four_processes: None) -> None:
@@ -401,12 +420,6 @@ def test_the_sharded_model_of_fsdp2_md_trains(
     trainer.fit_loop.max_epochs = 2
     trainer.fit(trainer.lightning_module)
     assert trainer.global_step == 8
-
-
-@pytest.mark.slow
-def test_a_block_size_that_would_need_a_copy_of_the_module_is_refused(tmp_path: Path, clean_process: None) -> None:
-    with pytest.raises(ValueError, match=r'block_size="auto" tries a copy of Sharded.*Give block_size a number'):
-        train(tmp_path, Sharded((ROWS,)), "thor_fsdp2", devices=1, block_size="auto")
 
 
 @pytest.mark.slow

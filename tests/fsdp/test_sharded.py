@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,10 +11,11 @@ from torch.nn import functional as F
 
 from benchmarks.communication import sharded_updates
 from lightning_thor import Curvature, register_layer
-from lightning_thor.fsdp.row_partition import RowRange, assign_rows, row_transfers, rows_per_rank
-from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, row_blocks_of_layers
+from lightning_thor.distributed.dtensor import Box, Boxes, whole_box
+from lightning_thor.fsdp.box_partition import Part, Transfer, assign_parts, row_shards, transfers_of
+from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, layer_blocks_of_layers
 from lightning_thor.layers import registry
-from tests.helpers.fakes import Place, on_ranks
+from tests.helpers.fakes import FakeCommunicator, Place, on_ranks
 from tests.helpers.watch import Watch
 
 
@@ -61,6 +64,10 @@ def shards_of(tensor: Tensor, n: int) -> list[Tensor]:
     return parts + [tensor[:0]] * (n - len(parts))
 
 
+def boxes_of_rows(p: nn.Parameter, n: int) -> Boxes:
+    return row_shards(p.shape[0], n, p.shape[1] if p.dim() > 1 else 1)
+
+
 def directions_of(
     preconditioner: Curvature | ShardedCurvature, tensors: dict[nn.Parameter, Tensor], mode: str
 ) -> dict[nn.Parameter, Tensor]:
@@ -74,7 +81,7 @@ def directions_together(
 
     def work(place: Place) -> tuple[dict[nn.Parameter, Tensor], list[int]]:
         own = {p: shards_of(grad, n)[place.rank] for p, grad in grads.items()}
-        sharded = ShardedCurvature(curvature, place.world)
+        sharded = ShardedCurvature(curvature, place.world, lambda p: boxes_of_rows(p, n))
         found = [directions_of(sharded, own, "polar" if is_polar else "natural") for _ in range(2)]
         assert {op for op, _ in place.world.log} <= {"all_to_all"}
         return found[1], [numel for _, numel in place.world.log]
@@ -107,6 +114,71 @@ def test_the_directions_of_all_kinds_of_layers_are_those_of_one_process(
         assert torch.equal(grad, before[p])
 
 
+def grid_boxes(p: nn.Parameter) -> Boxes:
+    """Of matrices the boxes of two rows and two columns of ranks; of other parameters rows, over four."""
+    if p.dim() != 2:
+        return boxes_of_rows(p, 4)
+    rows, columns = (row_shards(n, 2) for n in p.shape)
+    return {2 * i + j: Box(rows[i].rows, columns[j].rows) for i in range(2) for j in range(2)}
+
+
+@pytest.mark.parametrize(("mode", "block_size"), [("natural", 4), ("natural", 5), ("natural", None), ("polar", 4)])
+def test_directions_of_weights_that_are_cut_along_columns_too_are_those_of_one_process(
+    mode: str, block_size: int | None
+) -> None:
+    curvature = curvature_of(mode, block_size)
+    grads = {p: p.grad.clone() for p in curvature.model.parameters() if p.grad is not None}
+
+    def work(place: Place) -> dict[nn.Parameter, Tensor]:
+        own = {p: grid_boxes(p)[place.rank].of(grad) for p, grad in grads.items()}
+        return directions_of(ShardedCurvature(curvature, place.world, grid_boxes), own, mode)
+
+    alone = directions_of(curvature, grads, mode)
+    for rank, found in enumerate(on_ranks(4, None, work)):
+        for p, direction in alone.items():
+            torch.testing.assert_close(found[p], grid_boxes(p)[rank].of(direction), rtol=1e-10, atol=1e-10)
+
+
+def test_columns_travel_only_where_a_block_lies_on_two_processes() -> None:
+    curvature = Curvature(nn.Linear(16, 16, bias=False), block_size=4)
+    grads = {p: torch.randn_like(p) for p in curvature.model.parameters()}
+
+    def work(place: Place) -> list[Any]:
+        own = {p: grid_boxes(p)[place.rank].of(grad) for p, grad in grads.items()}
+        ShardedCurvature(curvature, place.world, grid_boxes).precondition(own)
+        return place.world.log
+
+    assert on_ranks(4, None, work) == [[]] * 4
+
+
+def test_a_bias_in_A_that_is_on_other_ranks_than_its_weight_is_refused() -> None:
+    curvature = curvature_of("natural", precondition_bias=True, model=Everything())
+    grads = {p: p.grad for p in curvature.model.parameters() if p.grad is not None}
+    sharded = ShardedCurvature(
+        curvature, FakeCommunicator(2), lambda p: {0: whole_box(p)} if p.dim() == 1 else boxes_of_rows(p, 2)
+    )
+    with pytest.raises(ValueError, match=r"its bias are on different ranks.*precondition_bias=False"):
+        sharded.precondition(grads)
+
+
+@pytest.mark.parametrize("n", [1, 3, 16])
+@pytest.mark.parametrize(("block_size", "precondition_bias"), [(4, False), (5, True)])
+def test_shards_change_to_the_eigenbasis_and_back_as_one_process_does(
+    n: int, block_size: int | None, precondition_bias: bool
+) -> None:
+    curvature = curvature_of("adam", block_size, precondition_bias)
+    grads = {p: p.grad.clone() for p in curvature.model.parameters() if p.grad is not None}
+
+    def work(place: Place) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
+        sharded = ShardedCurvature(curvature, place.world, lambda p: boxes_of_rows(p, n))
+        rotated = sharded.change_basis({p: shards_of(grad, n)[place.rank] for p, grad in grads.items()})
+        return rotated, sharded.change_basis(rotated, back=True)
+
+    there, back = zip(*on_ranks(n, None, work), strict=True)
+    assert_the_same(list(there), curvature.change_basis(grads))
+    assert_the_same(list(back), grads)
+
+
 @pytest.mark.parametrize("n", [2, 3, 16])
 @pytest.mark.parametrize("mode", ["natural", "polar"])
 def test_what_travels_is_what_the_benchmark_counts(mode: str, n: int) -> None:
@@ -127,21 +199,29 @@ def test_nothing_travels_where_no_block_lies_on_two_processes() -> None:
     assert {len(sent) for sent in directions_together(curvature, grads, 4)[1]} == {4}
 
 
-def ranges_of(curvature: Curvature, n: int, is_polar: bool = False) -> list[RowRange]:
-    parameters = set(curvature.model.parameters())
-    return assign_rows(row_blocks_of_layers(curvature, parameters, is_polar=is_polar), n)
+def ends(side: slice) -> tuple[int, int]:
+    return side.start, side.stop
+
+
+def parts_of(curvature: Curvature, n: int, is_polar: bool = False) -> list[Part]:
+    boxes = {p: boxes_of_rows(p, n) for p in curvature.model.parameters()}
+    return assign_parts(layer_blocks_of_layers(curvature, boxes, is_polar=is_polar), boxes)
+
+
+def transfers(parts: list[Part], n: int) -> list[Transfer]:
+    return transfers_of(parts, {p: boxes_of_rows(p, n) for one in parts for p in one.layer_blocks.layer.parameters})
 
 
 def test_neighbouring_blocks_of_one_process_are_one_range() -> None:
-    ranges = ranges_of(Curvature(nn.Linear(3, 12, bias=False), block_size=3), 3)
-    assert [(one.start, one.stop, one.owner) for one in ranges] == [(0, 3, 0), (3, 9, 1), (9, 12, 2)]
+    parts = parts_of(Curvature(nn.Linear(3, 12, bias=False), block_size=3), 3)
+    assert [(*ends(one.box.rows), one.owner) for one in parts] == [(0, 3, 0), (3, 9, 1), (9, 12, 2)]
 
 
 def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
     model = nn.Linear(3, 12, bias=False)  # shards of 4, 4 and 4 rows; blocks of 0 to 6 and of 6 to 12
-    ranges = ranges_of(Curvature(model, block_size=6), 3)
-    assert [(one.start, one.stop, one.owner) for one in ranges] == [(0, 6, 0), (6, 12, 2)]
-    assert [(one.shard_rows, one.range_rows, one.holder, one.owner) for one in row_transfers(ranges, 3)] == [
+    parts = parts_of(Curvature(model, block_size=6), 3)
+    assert [(*ends(one.box.rows), one.owner) for one in parts] == [(0, 6, 0), (6, 12, 2)]
+    assert [(one.in_shard.rows, one.in_part.rows, one.holder, one.owner) for one in transfers(parts, 3)] == [
         (slice(0, 4), slice(0, 4), 0, 0),
         (slice(0, 2), slice(4, 6), 1, 0),
         (slice(2, 4), slice(0, 2), 1, 2),
@@ -151,26 +231,29 @@ def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 16])
 def test_only_rows_of_blocks_that_lie_on_two_processes_travel(n: int) -> None:
-    ranges = ranges_of(curvature_of("natural", block_size=3), n)
-    row_blocks_of = {placeholder: one.row_blocks for one in ranges for placeholder in one.layer.parameters}
-    for one in row_transfers(ranges, n):
-        row_blocks, held = row_blocks_of[one.placeholder], rows_per_rank(one.parameter.shape[0], n)
-        size, (first, last) = row_blocks.rows_per_block, row_blocks.param_rows(one.parameter, 0, row_blocks.n_rows)
-        block = (one.holder * held + one.shard_rows.start - first) // size * size + first
+    parts = parts_of(curvature_of("natural", block_size=3), n)
+    layer_blocks_of = {placeholder: one.layer_blocks for one in parts for placeholder in one.layer.parameters}
+    for one in transfers(parts, n):
+        layer_blocks, held = layer_blocks_of[one.placeholder], -(-one.parameter.shape[0] // n)
+        size, (first, last) = (
+            layer_blocks.rows_per_block,
+            ends(layer_blocks.in_parameter(layer_blocks.whole, one.parameter).rows),
+        )
+        block = (one.holder * held + one.in_shard.rows.start - first) // size * size + first
         straddles = block // held != (min(block + size, last) - 1) // held
         assert one.holder == one.owner or straddles
 
 
 def test_a_block_that_lies_on_two_processes_alike_goes_to_the_one_that_has_less_to_do() -> None:
     curvature = Curvature(nn.Sequential(*(nn.Linear(3, 8, bias=False) for _ in range(4))), block_size=8)
-    assert [one.owner for one in ranges_of(curvature, 2)] == [0, 1, 0, 1]
+    assert [one.owner for one in parts_of(curvature, 2)] == [0, 1, 0, 1]
 
 
 def test_polar_layers_are_shared_out_whole_by_their_work() -> None:
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for width in (64, 32, 32, 32, 8)))
     curvature = Curvature(model, mode="polar", block_size=8)
-    ranges = ranges_of(curvature, 2, is_polar=True)
-    owners = {one.row_blocks.layer.name: one.owner for one in ranges if one.row_blocks.side is None}
+    parts = parts_of(curvature, 2, is_polar=True)
+    owners = {one.layer_blocks.layer.name: one.owner for one in parts if one.layer_blocks.side is None}
     assert set(owners) == {"0", "1", "2", "3"}
     assert owners["0"] not in {owners["1"], owners["2"], owners["3"]}
 
@@ -205,7 +288,7 @@ def test_a_weight_that_lies_the_other_way_round_is_cut_unless_its_bias_crosses_i
     curvature.update()
     grads = {p: p.grad for p in model.parameters() if p.grad is not None}
     assert_the_same(directions_together(curvature, grads, 3)[0], curvature.precondition(grads))
-    assert len(ranges_of(curvature, 3)) == (1 if precondition_bias else 3)
+    assert len(parts_of(curvature, 3)) == (1 if precondition_bias else 3)
 
 
 def test_polar_directions_of_a_natural_curvature_are_refused() -> None:
@@ -226,8 +309,8 @@ def test_a_registered_layer_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -
     curvature = Curvature(Columns(3, 10, bias=False).double(), block_size=2)
     grads = {p: torch.randn_like(p) for p in curvature.model.parameters()}
     assert_the_same(directions_together(curvature, grads, 3)[0], curvature.precondition(grads))
-    (whole,) = ranges_of(curvature, 3)
-    assert (whole.start, whole.stop) == (0, 10)
+    (whole,) = parts_of(curvature, 3)
+    assert ends(whole.box.rows) == (0, 10)
 
 
 def test_a_layer_that_is_left_out_later_takes_its_plain_gradient() -> None:
@@ -236,7 +319,7 @@ def test_a_layer_that_is_left_out_later_takes_its_plain_gradient() -> None:
 
     def work(place: Place) -> list[dict[nn.Parameter, Tensor]]:
         own = {p: shards_of(grad, 2)[place.rank] for p, grad in grads.items()}
-        sharded, found = ShardedCurvature(curvature, place.world), []
+        sharded, found = ShardedCurvature(curvature, place.world, lambda p: boxes_of_rows(p, 2)), []
         for _ in range(2):
             found.append(directions_of(sharded, own, "natural"))
             place.world.all_gather(torch.zeros(1))  # both have their directions
@@ -259,7 +342,7 @@ def test_no_directions_wait_for_the_device(mode: str) -> None:
 
     def work(place: Place) -> set[str]:
         own = {p: shards_of(grad, 3)[place.rank] for p, grad in grads.items()}
-        sharded = ShardedCurvature(curvature, place.world)
+        sharded = ShardedCurvature(curvature, place.world, lambda p: boxes_of_rows(p, 3))
         with Watch() as watch:
             directions_of(sharded, own, mode)
         assert watch.called

@@ -288,6 +288,7 @@ def fit(
         "optimizer": whole(optimizer),
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "curvature": curvature.state_dict(),
+        "block_size": next(one for one in trainer.callbacks if isinstance(one, ThorCallback)).block_size,
         "window": float(curvature.factors.flat_sums.abs().sum()),
         "inverse_bytes": sum(stack.inverse.nbytes for stack in curvature.factors.batches.values()),
         "said_bytes": sum(map(curvature.n_bytes, curvature.layers)),

@@ -137,7 +137,8 @@ def train(folder: Path, module: Sharded, strategy: Any, **options: Any) -> Any:
     if isinstance(strategy, ThorModelParallelStrategy):
         options["precision"] = "32-true"
     result = fit(folder, module, strategy=strategy, **options)
-    momenta = [state.get("momentum_buffer") for state in module.optimizers().optimizer.state.values()]
+    states = module.optimizers().optimizer.state.values()
+    momenta = [state.get("momentum_buffer", state.get("exp_avg")) for state in states]
     rows = [tuple(one.to_local().shape) for one in momenta if isinstance(one, DTensor)]
     return result | {"n_momenta": len([one for one in momenta if one is not None]), "shards": rows}
 
@@ -194,6 +195,7 @@ BF16 = {"dtype": torch.float32}
 MODULES: dict[str, Callable[[tuple[int, ...]], Sharded]] = {
     "alone": Sharded,
     "alone_polar": lambda parts: Sharded(parts, mode="polar"),
+    "alone_adam": lambda parts: Sharded(parts, mode="adam"),
     "alone_grouped": Grouped,
     "alone_grouped_polar": lambda parts: Grouped(parts, mode="polar"),
     "alone_unused": lambda parts: Sharded(parts, extra=never),
@@ -224,7 +226,11 @@ UNMOVED: Any = {"thor": {"momentum": 0.0}}
 TWO: dict[str, Callable[[Path], Result]] = {
     "natural": sharded(max_epochs=3, checkpoints="natural"),
     "polar": sharded(mode="polar", strategy=consolidated, checkpoints="polar"),
+    "adam": sharded(max_epochs=3, mode="adam", checkpoints="adam"),
     "resumed": sharded(max_epochs=3, resume="natural"),
+    "adam_resumed": sharded(max_epochs=3, mode="adam", resume="adam"),
+    "auto": sharded(block_size="auto", checkpoints="auto"),
+    "auto_resumed": sharded(block_size="auto", resume="auto"),
     "polar_resumed": sharded(mode="polar", strategy=consolidated, resume="polar"),
     "compiled": sharded(kind=CompiledSharded, micro_batches=2),
     "one_file": sharded(max_epochs=3, strategy=consolidated, checkpoints="one_file"),
@@ -266,6 +272,8 @@ TWO: dict[str, Callable[[Path], Result]] = {
 FOUR: dict[str, Callable[[Path], Result]] = {
     "four": sharded(QUARTERS, max_epochs=3),
     "four_polar": sharded(QUARTERS, mode="polar"),
+    "four_adam": sharded(QUARTERS, max_epochs=3, mode="adam"),
+    "four_adam_resumed": sharded(QUARTERS, max_epochs=3, mode="adam", resume="adam"),
     "four_resumed": sharded(QUARTERS, max_epochs=3, resume="natural"),
     "four_polar_resumed": sharded(QUARTERS, mode="polar", strategy=consolidated, resume="polar"),
 }

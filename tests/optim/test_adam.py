@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, configure_thor
 from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
-from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.optim.adam import FIRST, SECOND, adam_directions, carry_to_other_coordinates
 from lightning_thor.trainer.start_report import curvature_report
 from tests.helpers.boring import assert_bitwise
@@ -330,11 +329,6 @@ def test_a_curvature_of_another_mode_is_told() -> None:
         optimizer = Thor(model.parameters(), mode=wanted, preconditioner=curvature)
         with pytest.raises(RuntimeError, match=f'Thor\\(mode="{wanted}"\\) got a curvature of mode="{mode}"'):
             trained(model, optimizer, steps=1)
-
-
-def test_sharded_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match='mode="adam" does not go with sharded parameters'):
-        ShardedCurvature(Curvature(net(), mode="adam"), SingleProcess())
 
 
 def test_workers_that_keep_the_bases_of_some_layers_are_refused() -> None:

@@ -1,0 +1,299 @@
+"""Which rank computes which part of a sharded model's directions, and what ranks exchange for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_thor.distributed.assignment import assign_greedily, product_cost, sign_cost
+from lightning_thor.distributed.dtensor import Box, Boxes
+from lightning_thor.layers.base import Layer
+from lightning_thor.linalg.block_diagonal import BlockPartition
+from lightning_thor.preconditioning.grouping import FactorPair
+
+BoxesOf = Mapping[nn.Parameter, Boxes]
+
+
+class LayerBlocks(NamedTuple):
+    """A layer, or one parameter of a norm, cut into boxes of whole blocks: a box's direction is computed at once.
+
+    Rows are slices along the parameters' first dimension, counted from the layer's own first row, and columns along
+    their second one.
+    """
+
+    layer: Layer
+    pair: FactorPair
+    """Its stored blocks."""
+    side: str | None
+    """The factor along the rows, ``"A"`` or ``"G"``, whose blocks these are; None: all rows are one block."""
+    n_rows: int
+    coordinates: int = 1
+    """Coordinates of that factor in one row: more than one where a norm's scale has several dimensions."""
+    is_polar: bool = False
+    """Whether its direction is polar; then all of it is one block."""
+
+    @property
+    def blocks(self) -> BlockPartition | None:
+        """The blocks of the factor along the rows."""
+        return self.layer.A if self.side == "A" else self.layer.G if self.side == "G" else None
+
+    @property
+    def column_blocks(self) -> BlockPartition | None:
+        """The blocks of the factor along the columns; None where columns must stay together."""
+        across = self.layer.G if self.side == "A" else self.layer.A
+        is_cut = self.side is not None and self.layer.parameters[0].dim() == 2 and not self.layer.with_bias
+        return across if is_cut and across is not None and across.groups == 1 else None
+
+    @property
+    def rows_per_block(self) -> int:
+        """Rows in a block; where the factor has several groups, rows in a group."""
+        blocks = self.blocks
+        if blocks is None:
+            return self.n_rows
+        return max(1, (blocks.size if blocks.groups == 1 else blocks.width) // self.coordinates)
+
+    @property
+    def whole(self) -> Box:
+        """All rows and columns."""
+        shape = self.layer.parameters[0].shape
+        return Box(slice(0, self.n_rows), slice(0, shape[1] if len(shape) > 1 else 1))
+
+    def cost(self, box: Box) -> float:
+        """Multiplications that the direction of a box takes, about."""
+        factors = self.layer.A, self.layer.G
+        if self.is_polar:
+            return 2 * product_cost(factors) + sign_cost(factors)
+        return product_cost(factors) * box.area / self.whole.area
+
+    def in_parameter(self, box: Box, parameter: nn.Parameter) -> Box:
+        """A box of the layer as one of its ``parameter``."""
+        columns = box.columns if parameter.dim() > 1 else slice(0, 1)
+        part = self.layer.param_slice
+        if part is not None:
+            return Box(slice(part.start + box.rows.start, part.start + box.rows.stop), columns)
+        # The bias of a weight [in, out] of one block has another number of rows: its own.
+        return Box(slice(0, parameter.shape[0]) if self.side is None else box.rows, columns)
+
+    def boxes(self, shards: Boxes) -> Iterator[Box]:
+        """Cut the layer at the borders of blocks that are nearest to the borders of shards, column by column.
+
+        >>> from lightning_thor.layers.discovery import discover_layers
+        >>> layers, _ = discover_layers(nn.Linear(2, 12, bias=False), block_size=4, precondition_bias=False)
+        >>> [one] = layer_blocks_of(layers[""], (None, torch.empty(1, 3, 4, 4)))
+        >>> for held in (6, 3, 4):
+        ...     print([(box.rows.start, box.rows.stop) for box in one.boxes(row_shards(12, 12 // held))])
+        [(0, 4), (4, 8), (8, 12)]
+        [(0, 4), (4, 8), (8, 12)]
+        [(0, 4), (4, 8), (8, 12)]
+        """
+        first_row = 0 if self.layer.param_slice is None else self.layer.param_slice.start
+        rows, columns = {0, self.n_rows}, {0, self.whole.columns.stop}
+        if self.side is not None:
+            rows |= _borders([box.rows.start - first_row for box in shards.values()], self.n_rows, self.rows_per_block)
+        across = self.column_blocks
+        if across is not None:
+            columns |= _borders([box.columns.start for box in shards.values()], across.width, across.size)
+        for left, right in pairwise(sorted(columns)):
+            for top, bottom in pairwise(sorted(rows)):
+                yield Box(slice(top, bottom), slice(left, right))
+
+
+def _borders(cuts: Sequence[int], n: int, size: int) -> set[int]:
+    """The borders of blocks of a ``size`` next to ``cuts`` between 0 and ``n``."""
+    borders = set()
+    for cut in cuts:
+        if 0 < cut < n:
+            below = cut // size * size
+            borders |= {below, below if below == cut else min(below + size, n)}
+    return borders
+
+
+def layer_blocks_of(layer: Layer, pair: FactorPair, *, is_polar: bool = False) -> Iterator[LayerBlocks]:
+    """Find the blocks in the direction of a layer, or of each parameter of a norm.
+
+    In the natural direction ``G⁻¹ grad A⁻¹`` both factors are block-diagonal: a block of one times a block of the other
+    is a box that needs no other. A norm's direction is a division, so its scale and its shift are apart too.
+
+    Args:
+        layer: one with curvature.
+        pair: its stored blocks.
+        is_polar: whether its direction is polar.
+    """
+    if layer.A is not None:
+        part, weight = layer.param_slice, layer.parameters[0]
+        is_one_block = is_polar or (layer.kind.row_factor == "A" and layer.with_bias)
+        n_rows = weight.shape[0] if part is None else part.stop - part.start
+        yield LayerBlocks(layer, pair, None if is_one_block else layer.kind.row_factor, n_rows, is_polar=is_polar)
+        return
+    start, (_, G) = 0, pair
+    for p in layer.parameters:
+        n = p.numel()
+        own = replace(layer, parameters=(p,), G=layer.G._replace(width=n, n_blocks=n))
+        yield LayerBlocks(own, (None, G[:, start : start + n]), "G", p.shape[0], n // p.shape[0])
+        start += n
+
+
+def layer_of_box(layer_blocks: LayerBlocks, box: Box) -> tuple[Layer, FactorPair]:
+    """A box, with borders of blocks, as a layer and its stored blocks.
+
+    The layer's parameters are placeholders: new, without storage, in the shape of the box. The blocks are views.
+    """
+    layer, (A_stored, G_stored), blocks = layer_blocks.layer, layer_blocks.pair, layer_blocks.blocks
+    A, G, across = layer.A, layer.G, layer_blocks.column_blocks
+    if blocks is not None:
+        first, last = (row * layer_blocks.coordinates for row in (box.rows.start, box.rows.stop))
+        places = slice(first // layer_blocks.rows_per_block, -(-last // layer_blocks.rows_per_block))
+        # Groups of a convolution have an A and a G each; the parts of a fused linear layer share their A.
+        if layer_blocks.side == "G" or G.groups == blocks.groups > 1:
+            G, G_stored = _some_of(G, G_stored, places, last - first)
+        if A is not None and A_stored is not None and (layer_blocks.side == "A" or A.groups == blocks.groups > 1):
+            A, A_stored = _some_of(A, A_stored, places, last - first)
+    if across is not None and box.columns != layer_blocks.whole.columns:
+        width = box.columns.stop - box.columns.start
+        places = slice(box.columns.start // across.size, -(-box.columns.stop // across.size))
+        if layer_blocks.side == "A":
+            G, G_stored = _some_of(G, G_stored, places, width)
+        elif A is not None and A_stored is not None:
+            A, A_stored = _some_of(A, A_stored, places, width)
+    placeholders = []
+    for p in layer.parameters:
+        rows, columns = layer_blocks.in_parameter(box, p)
+        shape = rows.stop - rows.start, *((columns.stop - columns.start, *p.shape[2:]) if p.dim() > 1 else ())
+        placeholders.append(nn.Parameter(torch.empty(shape, dtype=p.dtype, device="meta"), requires_grad=False))
+    use = replace(layer.uses[0], param_slice=None)
+    return replace(layer, uses=(use,), parameters=tuple(placeholders), A=A, G=G), (A_stored, G_stored)
+
+
+def _some_of(blocks: BlockPartition, stored: Tensor, places: slice, width: int) -> tuple[BlockPartition, Tensor]:
+    """Some groups of a factor, or some blocks of its only group; a view."""
+    n = places.stop - places.start
+    if blocks.groups > 1:
+        return blocks._replace(groups=n), stored[places]
+    return blocks._replace(width=width, n_blocks=n), stored[:, places]
+
+
+class Part(NamedTuple):
+    """A box of a layer whose direction one rank computes."""
+
+    layer_blocks: LayerBlocks
+    box: Box
+    owner: int
+    """The rank that computes it."""
+    layer: Layer
+    """This box alone, see `layer_of_box`."""
+    pair: FactorPair
+    """The stored blocks of ``layer``."""
+
+
+class Transfer(NamedTuple):
+    """A box of a parameter in one rank's shard that goes to the part of another rank, or is in one of the same rank."""
+
+    parameter: nn.Parameter
+    placeholder: nn.Parameter
+    """The parameter's box in the part, see `layer_of_box`."""
+    in_part: Box
+    """In ``placeholder``, whose direction ``owner`` computes."""
+    in_shard: Box
+    """In the shard of ``parameter`` that ``holder`` has."""
+    holder: int
+    owner: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of these numbers."""
+        rows, columns = ((side.stop - side.start) for side in self.in_shard)
+        return (rows, columns, *self.parameter.shape[2:]) if self.parameter.dim() > 1 else (rows,)
+
+    @property
+    def numel(self) -> int:
+        """Numbers in the box."""
+        return torch.Size(self.shape).numel()
+
+
+def row_shards(n_rows: int, world_size: int, n_columns: int = 1) -> dict[int, Box]:
+    """The boxes of a parameter that is sharded along its first dimension over all ranks, as ``fully_shard`` does: the
+    last ranks have fewer rows or none (`torch.chunk`)."""
+    held = -(-n_rows // world_size)
+    starts = [min(rank * held, n_rows) for rank in range(world_size + 1)]
+    return {rank: Box(slice(*ends), slice(0, n_columns)) for rank, ends in enumerate(pairwise(starts))}
+
+
+def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
+    """Assign all blocks to ranks; the same on all ranks.
+
+    A block goes to the rank that holds most of it, and of several such ranks to the one with the least load so far.
+    Layers of one block come last and go, the most expensive first, to the rank with the least load.
+
+    Args:
+        layers: all whose directions are computed, with parameters that are sharded over the same ranks.
+        boxes: of each of their parameters.
+
+    Returns:
+        Parts of all layers; neighbours in a column have different owners.
+    """
+    if not layers:
+        return []
+    ranks = list(boxes[layers[0].layer.parameters[0]])
+    places = {rank: place for place, rank in enumerate(ranks)}
+    found: list[tuple[LayerBlocks, Box]] = []
+    candidates: list[list[int]] = []
+    for layer_blocks in layers:
+        if layer_blocks.side is None:
+            continue
+        weight = layer_blocks.layer.parameters[0]
+        for box in layer_blocks.boxes(boxes[weight]):
+            own = layer_blocks.in_parameter(box, weight)
+            common = {places[rank]: shard.overlap(own) for rank, shard in boxes[weight].items()}
+            areas = {place: one.area for place, one in common.items() if one is not None}
+            found.append((layer_blocks, box))
+            candidates.append([place for place, area in areas.items() if area == max(areas.values())])
+    whole = [layer_blocks for layer_blocks in layers if layer_blocks.side is None]
+    found += [(one, one.whole) for one in sorted(whole, key=lambda one: -one.cost(one.whole))]
+    costs = [layer_blocks.cost(box) for layer_blocks, box in found]
+    owners = assign_greedily(costs, len(ranks), allowed=candidates)
+    joined: list[tuple[LayerBlocks, Box, int]] = []
+    for (layer_blocks, box), owner in zip(found, owners, strict=True):
+        if joined and joined[-1][0] is layer_blocks and joined[-1][2] == owner:
+            above = joined[-1][1]
+            if above.columns == box.columns:
+                box = Box(slice(above.rows.start, box.rows.stop), box.columns)
+                joined.pop()
+        joined.append((layer_blocks, box, owner))
+    return [Part(one, box, ranks[owner], *layer_of_box(one, box)) for one, box, owner in joined]
+
+
+def transfers_of(parts: Sequence[Part], boxes: BoxesOf) -> list[Transfer]:
+    """What each of all ``parts`` needs from each rank, in the order of parts, parameters and ranks."""
+    found = []
+    for one in parts:
+        for p, placeholder in zip(one.layer_blocks.layer.parameters, one.layer.parameters, strict=True):
+            own = one.layer_blocks.in_parameter(one.box, p)
+            for holder, shard in boxes[p].items():
+                common = shard.overlap(own)
+                if common is not None:
+                    in_part, in_shard = common.counted_from(own), common.counted_from(shard)
+                    found.append(Transfer(p, placeholder, in_part, in_shard, holder, one.owner))
+    return found
+
+
+def by_ranks(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[list[LayerBlocks]]:
+    """Group layers by the ranks that their parameters are sharded over.
+
+    Raises:
+        ValueError: a layer's weight and bias are on different ranks.
+    """
+    found: dict[tuple[int, ...], list[LayerBlocks]] = {}
+    for one in layers:
+        ranks: set[Any] = {tuple(boxes[p]) for p in one.layer.parameters}
+        if len(ranks) > 1:
+            raise ValueError(
+                f"The weight of {one.layer.name!r} and its bias are on different ranks, as in a row-parallel layer: "
+                "give ThorCallback or Curvature precondition_bias=False."
+            )
+        found.setdefault(ranks.pop(), []).append(one)
+    return list(found.values())

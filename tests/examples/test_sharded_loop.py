@@ -1,0 +1,41 @@
+"""The plain loop over a mesh: it learns as one process does, and goes on over another mesh."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from examples import sharded_loop
+from tests.helpers.launching import run
+
+RUNS = """
+import sys
+from examples import sharded_loop
+from tests.helpers.launching import fork
+for n_ranks, *flags in {runs}:
+    print("run", flush=True)
+    sys.argv[1:] = flags
+    fork(n_ranks, sharded_loop.main)
+"""
+
+
+@pytest.mark.slow
+def test_the_loop_over_meshes_learns_as_one_process(tmp_path: Path) -> None:
+    """Shards and tensor parallelism on 4 ranks, then replicas on 2; float32 over other sums rounds otherwise."""
+    steps, folder = ["--steps", "20"], ["--checkpoint", str(tmp_path / "saved")]
+    runs = [
+        (4, "--shard", "2", "--tensor", "2", *steps, *folder),
+        (2, "--replicate", "2", *steps, *folder),
+        (1, "--steps", "40"),
+    ]
+    _, printed = run(["-c", RUNS.format(runs=runs)])
+    losses = [[float(loss) for loss in re.findall(r"loss ([\d.]+)", part)] for part in printed.split("run\n")[1:]]
+    first, second, alone = losses
+    assert first + second == pytest.approx(alone, rel=0.02), printed[-3000:]
+    assert alone[-1] < alone[0]
+
+
+def test_the_loop_fits_on_two_screens() -> None:
+    assert len(Path(sharded_loop.__file__).read_text(encoding="utf-8").splitlines()) < 120

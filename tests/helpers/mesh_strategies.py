@@ -1,0 +1,146 @@
+"""Trainings under a Trainer over meshes of one, two and four ranks, each going on from a checkpoint of another one.
+
+``python mesh_strategies.py FOLDER`` runs them all, one after the other: see `LEGS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_thor import Thor, ThorModelParallelStrategy
+from tests.helpers.distributed_workers import ROWS, Module, Result, fit, whole
+from tests.helpers.launching import fork, run
+from tests.helpers.mesh_workers import LENGTH, VOCABULARY, Text, parallelized
+
+
+class Meshed(Module):
+    """Trains `Text` over whatever mesh the strategy has, with groups that go backwards through the model."""
+
+    def __init__(self, n_data: int, width: int = 1, mode: str = "natural") -> None:
+        super().__init__((ROWS // n_data,) * n_data, net=Text(16), mode=mode, batches=(0, 1))
+        self.width = width
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            mesh = self.device_mesh
+            shards: Any = mesh["replicate", "shard"] if "replicate" in mesh.mesh_dim_names else mesh["data_parallel"]
+            tensor = mesh["tensor_parallel"]
+            parallelized(
+                self.net,
+                tensor if tensor.size() > 1 else None,
+                shards if self.trainer.world_size > self.width else None,
+            )
+
+    def configure_optimizers(self) -> Any:
+        params = list(self.parameters())[::-1]
+        groups = [{"params": params[1::2], "weight_decay": 0.1}, {"params": params[::2]}]
+        return Thor(groups, lr=0.02, mode=self.mode)
+
+    def train_dataloader(self) -> Any:
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return super().train_dataloader()
+        sampler = self.trainer.strategy.distributed_sampler_kwargs
+        assert sampler["num_replicas"] == len(self.parts)
+        pieces = [tuple(part.chunk(len(self.parts))[sampler["rank"]] for part in self.batch(n)) for n in self.batches]
+        return DataLoader(pieces, batch_size=None)
+
+    def training_step(self, piece: Any, index: int) -> Tensor:
+        return F.cross_entropy(self.net(piece[0]).flatten(0, 1), piece[1].flatten())
+
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(number))
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+class Leg(NamedTuple):
+    """One epoch of a training; the next leg goes on from its checkpoint."""
+
+    n_ranks: int = 1
+    width: int = 1
+    """Of tensor parallelism."""
+    replicas: int | None = None
+    """None: no sharded strategy."""
+    in_one_file: bool = True
+
+    def strategy(self) -> Any:
+        if self.replicas is None:
+            return "thor_ddp" if self.n_ranks == 2 else "ddp" if self.n_ranks > 2 else "auto"
+        return ThorModelParallelStrategy(
+            tensor_parallel_size=self.width, replicas=self.replicas, save_distributed_checkpoint=not self.in_one_file
+        )
+
+
+ALONE, TP, HSDP, FSDP, TP_FSDP = Leg(), Leg(2, 2, 1), Leg(4, 1, 2), Leg(2, 1, 1), Leg(4, 2, 1)
+LEGS: dict[str, list[Leg]] = {
+    # From each way to train to another one, in one file.
+    "files": [ALONE, TP, HSDP, Leg(2), TP_FSDP, FSDP, ALONE],
+    # A folder is read by sharded strategies alone.
+    "folders": [one._replace(in_one_file=False) for one in (FSDP, TP_FSDP, HSDP, TP, FSDP._replace(n_ranks=4))],
+    "adam_files": [TP_FSDP, ALONE, HSDP, TP],
+    "polar_folders": [HSDP._replace(in_one_file=False), TP_FSDP],
+}
+
+
+def go(folder: Path, name: str, number: int, leg: Leg) -> None:
+    torch.set_num_threads(1)
+    module = Meshed(leg.n_ranks // leg.width, leg.width, name.split("_")[0] if "_" in name else "natural")
+    resume = None if number == 0 else folder / f"{name}{number - 1}" / f"epoch={number - 1}.ckpt"
+    options = {"precision": "32-true"} if leg.replicas is not None else {}
+    result = fit(
+        folder, module, devices=leg.n_ranks, strategy=leg.strategy(), max_epochs=number + 1, block_size=4,
+        checkpoints=f"{name}{number}", resume=resume, **options,
+    )  # fmt: skip
+    torch.save(summary(module, result), folder / f"{name}{number}-{module.trainer.global_rank}.pt")
+
+
+def summary(module: Meshed, result: Result) -> Result:
+    """What the laws compare: moments and momentum by name."""
+    names = {p: name for name, p in module.net.named_parameters()}
+    states = module.optimizers().optimizer.state
+    kept = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    return {
+        "weights": result["weights"],
+        "moments": whole({names[p]: {k: v for k, v in one.items() if k in kept} for p, one in states.items()}),
+        "curvature": {key: value for key, value in result["curvature"].items() if not isinstance(value, str)},
+        "steps": result["steps"],
+    }
+
+
+def unbroken(folder: Path, name: str) -> Result:
+    module = Meshed(1, 1, name.split("_")[0] if "_" in name else "natural")
+    return summary(module, fit(folder, module, devices=1, max_epochs=len(LEGS[name]), block_size=4))
+
+
+@functools.lru_cache(maxsize=1)
+def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
+    """The folder with the results of all legs (it goes with the cache), and what the processes printed."""
+    folder = tempfile.TemporaryDirectory(prefix="lightning_thor_legs_")
+    return folder, run([__file__, folder.name])[1]
+
+
+def legs(name: str) -> list[list[Result]]:
+    """What each rank had at the end of each leg."""
+    folder, printed = launched()
+    files = [
+        [Path(folder.name) / f"{name}{number}-{rank}.pt" for rank in range(leg.n_ranks)]
+        for number, leg in enumerate(LEGS[name])
+    ]
+    assert all(file.is_file() for some in files for file in some), f"{name!r} did not end: ...{printed[-6000:]}"
+    return [[torch.load(file, weights_only=True) for file in some] for some in files]
+
+
+if __name__ == "__main__":
+    for one, some in LEGS.items():
+        for place, leg in enumerate(some):
+            fork(leg.n_ranks, partial(go, Path(sys.argv[1]), one, place, leg))

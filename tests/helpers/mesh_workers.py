@@ -1,0 +1,261 @@
+"""Trainings over meshes of two and four ranks: replicas, shards and tensor parallelism, in plain loops.
+
+``python mesh_workers.py FOLDER NAME ...`` runs these trainings of `TRAININGS`; each rank saves what came out of it as
+``FOLDER/<name>-<rank>.pt``. `trained` starts that program once for all tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+
+from lightning_thor import Curvature, ShardedCurvature, Thor
+from lightning_thor.distributed.dtensor import local_parts
+from tests.helpers.distributed_workers import listed_collectives, whole
+from tests.helpers.launching import fork, run
+from tests.helpers.sharded_workers import fully_shard
+
+VOCABULARY, WIDTH, N_SAMPLES, LENGTH, N_STEPS = 11, 8, 4, 6, 4
+
+
+class Text(nn.Module):
+    """A language model with a table, norms, a column-parallel and a row-parallel layer, and a head."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.table = nn.Embedding(VOCABULARY, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, hidden)
+        self.down = nn.Linear(hidden, WIDTH)
+        self.last = nn.RMSNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        x = x + self.down(self.up(self.norm(x)).tanh())
+        logits: Tensor = self.head(self.last(x))
+        return logits
+
+
+class Adapted(nn.Module):
+    """A frozen layer and a low-rank one beside it (LoRA)."""
+
+    def __init__(self, frozen: nn.Linear) -> None:
+        super().__init__()
+        self.frozen = frozen.requires_grad_(False)
+        self.reduce, self.expand = nn.Linear(WIDTH, 4, bias=False), nn.Linear(4, frozen.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapted: Tensor = self.frozen(x) + self.expand(self.reduce(x))
+        return adapted
+
+
+def changed(model: Text, policy: str) -> Text:
+    """The model of one process, with frozen, adapted, tied, checkpointed or compiled layers."""
+    if policy == "frozen":
+        model.up.requires_grad_(False)
+        model.norm.requires_grad_(False)
+    elif policy == "lora":
+        model.up = Adapted(model.up)  # type: ignore[assignment]
+    elif policy == "tied":
+        model.head.weight = model.table.weight
+    elif policy == "activation_checkpointing":
+        model.up = checkpoint_wrapper(model.up)
+    elif policy == "compiled":
+        for layer in (model.norm, model.up, model.down):
+            layer.compile(backend="aot_eager")
+    return model
+
+
+SHARDED_BY: dict[str, dict[str, Any]] = {
+    "no_reshard": {"reshard_after_forward": False},
+    "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    "mixed": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+}
+"""Options of ``fully_shard`` by policy."""
+
+
+def batch(number: int) -> Tensor:
+    """Tokens ``[N_SAMPLES, LENGTH + 1]``."""
+    return torch.randint(VOCABULARY, (N_SAMPLES, LENGTH + 1), generator=torch.Generator().manual_seed(number))
+
+
+class Case(NamedTuple):
+    """One training."""
+
+    mode: str = "natural"
+    shape: tuple[int, int, int] = (1, 1, 1)
+    """Replicas, shards of each, and ranks of tensor parallelism."""
+    sequence: bool = False
+    """Whether norms are sequence-parallel, and the loss takes sharded logits."""
+    hidden: int = 16
+    """With 12, a block of 4 lies on two ranks of tensor parallelism."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Of the curvature."""
+    policy: str = ""
+    """How the model is sharded or changed: see `changed`, `SHARDED_BY` and `train`."""
+
+    @property
+    def n_ranks(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def parallelized(model: Text, tensor: Any, shards: Any, *, sequence: bool = False, **options: Any) -> Text:
+    """Share out products over the mesh ``tensor``, and weights over the mesh ``shards``, where these are not None."""
+    if tensor is not None:
+        rows = Shard(1) if sequence else Replicate()
+        plan: dict[str, Any] = {
+            "table": RowwiseParallel(input_layouts=Replicate(), output_layouts=rows),
+            "up": ColwiseParallel(input_layouts=rows),
+            "down": RowwiseParallel(output_layouts=rows),
+            "head": ColwiseParallel(
+                input_layouts=rows,
+                output_layouts=Shard(-1) if sequence else Replicate(),
+                use_local_output=not sequence,
+            ),
+        }
+        if sequence:
+            plan |= {"norm": SequenceParallel(), "last": SequenceParallel()}
+        parallelize_module(model, tensor, plan)
+    if shards is not None:
+        fully_shard(model.up, mesh=shards, **options)
+        fully_shard(model, mesh=shards, **options)
+    return model
+
+
+def train(case: Case) -> dict[str, Any]:
+    """Everything that the laws compare, whole."""
+    model = changed(Text(case.hidden), case.policy).to(torch.float32 if case.policy == "mixed" else torch.float64)
+    rank, n_data = 0, 1
+    if case.n_ranks > 1:
+        replicas, n_shards, width = case.shape
+        mesh = init_device_mesh("cpu", case.shape, mesh_dim_names=("replicate", "shard", "tensor"))
+        shards = mesh["replicate", "shard"] if replicas > 1 else mesh["shard"] if n_shards > 1 else None
+        tensor = mesh["tensor"] if width > 1 else None
+        parallelized(model, tensor, shards, sequence=case.sequence, **SHARDED_BY.get(case.policy, {}))
+        rank, n_data = dist.get_rank() // width, replicas * n_shards
+    n_micro = 2 if case.policy == "accumulation" else 1
+    options = {"block_size": 4, "update_every_n_steps": 2, "loss_multiplier": lambda: 1 / n_micro, **dict(case.options)}
+    curvature = Curvature(model, mode=case.mode, **options)
+    preconditioner: Any = ShardedCurvature(curvature) if case.n_ranks > 1 else curvature
+    optimizer = Thor(model.parameters(), lr=0.02, mode=case.mode, weight_decay=0.1, preconditioner=preconditioner)
+    sent, n_of_model = [], []
+    for number in range(N_STEPS):
+        tokens = batch(number).chunk(n_data)[rank]
+        n_of_model.append(0)
+        for place, some in enumerate(tokens.chunk(n_micro)):
+            if n_micro > 1 and case.n_ranks > 1:
+                model.set_requires_gradient_sync(place == n_micro - 1)  # type: ignore[operator]
+            with CommDebugMode() as communication, loss_parallel():
+                logits = model(some[:, :-1]).flatten(0, 1)
+                (nn.functional.cross_entropy(logits, some[:, 1:].flatten()) / n_micro).backward()
+            n_of_model[-1] += communication.get_total_counts()
+        with listed_collectives() as calls:
+            optimizer.step()
+        sent.append([(call["op"], call["numel"]) for call in calls])
+        optimizer.zero_grad()
+    names = {p: name for name, p in model.named_parameters()}
+    states, batches = optimizer.state.values(), curvature.factors.batches.values()
+    keys = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    return {
+        "weights": whole({name: p.detach().clone() for p, name in names.items()}),
+        "state": whole({names[p]: {k: v for k, v in one.items() if k in keys} for p, one in optimizer.state.items()}),
+        "curvature": {k: v for k, v in curvature.state_dict().items() if not isinstance(v, str)},
+        "bytes": {
+            "weights": sum(p.nbytes for p in local_parts(model.parameters())),
+            "momentum": sum(m.nbytes for m in local_parts(one[keys[0]] for one in states if keys[0] in one)),
+            "curvature": sum(x.nbytes for one in batches for x in (one.sums, one.average, one.inverse)),
+        },
+        "sent": sent,
+        "n_of_model": n_of_model,
+    }
+
+
+MESHES = {
+    "fsdp": (1, 4, 1),
+    "hsdp": (2, 2, 1),
+    "tp": (1, 1, 2),
+    "tp_fsdp": (1, 2, 2),
+    "tp_of_four": (1, 1, 4),
+    "tp_hsdp": (2, 1, 2),
+}
+TRAININGS: dict[str, Case] = {
+    **{f"{mesh}_{mode}": Case(mode, shape) for mesh, shape in MESHES.items() for mode in ("natural", "polar", "adam")},
+    **{
+        f"{mesh}_sequence_{mode}": Case(mode, MESHES[mesh], sequence=True)
+        for mesh in ("tp", "tp_fsdp")
+        for mode in ("natural", "polar", "adam")
+    },
+    **{f"{mesh}_on_borders": Case(shape=MESHES[mesh], hidden=12) for mesh in ("tp", "tp_fsdp", "tp_of_four")},
+    "tp_on_borders_adam": Case("adam", MESHES["tp"], hidden=12),
+    **{
+        policy: Case(shape=(1, 2, 1), policy=policy)
+        for policy in (
+            *SHARDED_BY,
+            "accumulation",
+            "frozen",
+            "lora",
+            "tied",
+            "activation_checkpointing",
+            "compiled",
+        )
+    },
+    "tp_compiled": Case(shape=MESHES["tp"], policy="compiled"),
+    "tp_reduce": Case(shape=MESHES["tp"], options=(("statistics", "reduce"),)),
+    "tp_fsdp_whole": Case(shape=MESHES["tp_fsdp"], options=(("block_size", None),)),
+}
+PLAIN = ("hsdp_natural", "tp_fsdp_sequence_natural", "tp_adam", "tp_on_borders")
+"""Of the tests that are not marked slow."""
+
+
+def work(folder: Path, names: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    for name in names:
+        torch.save(train(TRAININGS[name]), folder / f"{name}-{dist.get_rank()}.pt")
+    dist.barrier()
+
+
+@functools.lru_cache
+def launched(names: tuple[str, ...]) -> tuple[tempfile.TemporaryDirectory[str], str]:
+    """The folder with the results of these trainings (it goes with the cache), and what the processes printed."""
+    folder = tempfile.TemporaryDirectory(prefix="lightning_thor_meshes_")
+    return folder, run([__file__, folder.name, *names])[1]
+
+
+def trained(name: str) -> list[dict[str, Any]]:
+    """What the training ``name`` gave on each rank."""
+    folder, printed = launched(PLAIN if name in PLAIN else tuple(one for one in TRAININGS if one not in PLAIN))
+    files = [Path(folder.name) / f"{name}-{rank}.pt" for rank in range(TRAININGS[name].n_ranks)]
+    assert all(file.is_file() for file in files), f"{name!r} did not end. They printed: ...{printed[-6000:]}"
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+if __name__ == "__main__":
+    for n_ranks in (2, 4):
+        chosen = [name for name in sys.argv[2:] if TRAININGS[name].n_ranks == n_ranks]
+        fork(n_ranks, partial(work, Path(sys.argv[1]), chosen))
