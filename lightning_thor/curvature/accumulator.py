@@ -68,6 +68,8 @@ class FactorAccumulator:
         self._loss_reduction, self._loss_multiplier, self._loss_terms = loss_reduction, loss_multiplier, loss_terms
         self._max_rows, self._counts_elements, self._backward_pass = max_rows, counts_elements, backward_pass
         self.uses = {use.name: (number, use) for number, layer in enumerate(self._layers) for use in layer.uses}
+        self._may_be_sharded = any(is_sharded(use.weight) for _, use in self.uses.values())
+        """Whether inputs and gradients may be DTensors (tensor parallelism)."""
         self.loss_layer: str | None = None
         self.misfits: dict[int, str] = {}
         self._observed: set[int] = set()
@@ -118,7 +120,7 @@ class FactorAccumulator:
             return
         n_seen = layer.loss_terms(use.module, g)
         scale, part, max_rows = self._scale(number, name, n_seen), None, self.max_rows
-        if is_sharded(a) or is_sharded(g):
+        if self._may_be_sharded and (is_sharded(a) or is_sharded(g)):
             a, g, layer, part, n_same = local_pair(layer, a, g)
             max_rows = None if max_rows is None else max_rows * n_same
         rows = layer.observe(a, self._in_its_unit(g, scale), factors.dtype, max_rows, use.module)
@@ -201,7 +203,7 @@ class FactorAccumulator:
             Some rows ``[n, in]``, or the input.
         """
         number, _ = self.uses[name]
-        return a if is_sharded(a) else self._layers[number].subsample_input(a, self.max_rows)
+        return a if self._may_be_sharded and is_sharded(a) else self._layers[number].subsample_input(a, self.max_rows)
 
     def _use_weight(self, number: int, n_taken: float, n_seen: float) -> tuple[float, float]:
         """Weight of the gradients of one use of a layer, and the samples that it adds.

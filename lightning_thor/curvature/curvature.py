@@ -29,9 +29,9 @@ from lightning_thor.curvature.state_dict import (
     load_curvature_state,
 )
 from lightning_thor.distributed.assignment import refresh_costs
-from lightning_thor.distributed.communicator import Communicator, SingleProcess, TimedCommunicator, WorkerGrid
+from lightning_thor.distributed.communicator import Communicator, SingleProcess, WorkerGrid
 from lightning_thor.distributed.factor_reducer import BucketFn, FactorReducer, one_bucket
-from lightning_thor.distributed.process_group import ProcessGroupCommunicator
+from lightning_thor.distributed.process_group import ProcessGroupCommunicator, TimedCommunicator
 from lightning_thor.distributed.shared_directions import SharedDirections
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.damping import DampingRule

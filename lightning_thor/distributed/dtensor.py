@@ -45,9 +45,12 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, _SHARDED)
 
 
-def is_split(tensor: Tensor) -> bool:
-    """True for a DTensor over several ranks."""
-    return isinstance(tensor, _SHARDED) and tensor.device_mesh.size() > 1  # type: ignore[attr-defined]
+def are_whole(tensors: Iterable[Any]) -> bool:
+    """True if none of them is a DTensor over several ranks."""
+    for x in tensors:  # noqa: SIM110  # a generator would be a call for each
+        if isinstance(x, _SHARDED) and x.device_mesh.size() > 1:  # type: ignore[attr-defined]
+            return False
+    return True
 
 
 def local_parts(tensors: Iterable[Any]) -> list[Tensor]:
@@ -62,11 +65,14 @@ def local_parts(tensors: Iterable[Any]) -> list[Tensor]:
 def local_gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """This rank's part of each parameter's gradient; of one that tensor parallelism left as a partial sum on each rank,
     of the sum."""
-    grads: list[Any] = [p.grad for p in params]
-    for index, (p, grad) in enumerate(zip(params, grads, strict=True)):
-        if isinstance(grad, _SHARDED) and grad.placements != p.placements:  # type: ignore[attr-defined]
-            grads[index] = grad.redistribute(placements=p.placements)  # type: ignore[attr-defined]
-    return local_parts(grads)
+    grads = []
+    for p in params:
+        grad: Any = p.grad
+        if isinstance(grad, _SHARDED):
+            same = grad.placements == p.placements  # type: ignore[attr-defined]
+            grad = (grad if same else grad.redistribute(placements=p.placements)).to_local()  # type: ignore[attr-defined,union-attr]
+        grads.append(grad)
+    return grads
 
 
 def shard_like(value: Any, like: Tensor) -> Any:
@@ -102,7 +108,7 @@ def max_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
 
 
 def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tensor:
-    if not any(map(is_split, of)):
+    if are_whole(of):
         return partial
     layouts = [_layout(x.device_mesh, x.placements) if isinstance(x, _SHARDED) else (1, None) for x in of]  # type: ignore[attr-defined]
     # One for all of a mesh: parameters are many.

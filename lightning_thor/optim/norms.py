@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_thor.distributed.dtensor import is_split, max_over_shards, sum_over_shards
+from lightning_thor.distributed.dtensor import are_whole, max_over_shards, sum_over_shards
 from lightning_thor.linalg import memory
 
 SUM_CHUNK_NUMEL = 2**16
@@ -25,7 +25,7 @@ still counts, is no normal number."""
 
 def can_read_on_host(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
     """Whether Python may read numbers of ``tensors``: they are whole, and no device has to be waited for."""
-    return not any(map(is_split, params)) and not [x for x in tensors if x.device.type not in memory.HOST]
+    return are_whole(params) and not [x for x in tensors if x.device.type not in memory.HOST]
 
 
 def as_real(tensors: Iterable[Tensor]) -> list[Tensor]:
