@@ -37,7 +37,7 @@ def test_without_doubt_the_prediction_is_the_networks_and_its_weights_stay() -> 
 
 @pytest.mark.slow
 def test_the_example_lowers_the_loss_on_held_out_images_and_the_confidence_in_noise() -> None:
-    figures = laplace.main(["--epochs=8"])
+    figures = laplace.main(["--epochs=20"])
     assert figures["laplace loss"] < figures["point loss"]
     assert figures["laplace confidence in noise"] < figures["point confidence in noise"]
     assert figures["laplace accuracy"] > 0.93
