@@ -161,7 +161,7 @@ def default_mode_block(results: dict[str, Any], *, confirmation: bool = True) ->
     return (
         f"{markdown_table(default_mode.HEADS, default_mode.cells(summary, confirmation=confirmation), words=2)}\n\n"
         "Final: the mean over three seeds and its standard error, less is better. The target is tuned AdamW's final "
-        "score; time is steps times a step's time, measured in turns. Each optimizer had three rates on another seed "
+        "score; time is steps times the least time of a step. Each optimizer had three rates on another seed "
         "and other data; THOR untuned is its default rate, where that was not the best. Measured on: "
         f"{measured_in(tasks)}."
     )
@@ -174,8 +174,8 @@ def default_ratios_block(results: dict[str, Any]) -> str:
     tasks = "; ".join(f"{name}: {task['words']}" for name, task in summary.items())
     return (
         f"{table}\n\nTime to the final held-out score of tuned AdamW, over the time of its whole training, at whose "
-        "end it has that score in the mean: steps (means over three seeds, – where no seed got there) times a step's "
-        "time, measured in turns. "
+        "end it has that score in the mean: steps (means over three seeds, – where no seed got there) times the "
+        "least of the trainings' times of a step (of the processor; they came under different loads). "
         f"{tasks}. Measured on: {measured_in(summary.values())}."
     )
 

@@ -38,8 +38,7 @@ def cells(summary: Mapping[str, Mapping[str, Any]], *, confirmation: bool) -> It
 
 def time_ratio(run: Mapping[str, Any], task: Mapping[str, Any]) -> float | None:
     """Time of a run to the target, None if a seed did not get there, over that of a whole training by AdamW, at whose
-    end it has the target's score in the mean: steps times the time of a step, of which the latter was measured in turns
-    (`benchmarks.default_mode.step_times`), since trainings came at other times."""
+    end it has the target's score in the mean: steps times the time of a step."""
     if run["steps"] is None:
         return None
     adamw = next(run for run in task["runs"].values() if run["setting"] == "adamw")
