@@ -68,10 +68,11 @@ def save_picture(summary: Mapping[str, Mapping[str, Any]], path: Path, *, confir
             setting = SETTINGS[run["setting"]]
             values = [math.nan if value is None else value for value in run["curve"]["values"]]
             width = 2.2 if run["setting"] == "thor" else 1.1
-            place.plot(run["curve"]["seconds"], values, color=setting.colour, label=setting.label, linewidth=width)
+            seconds = [step * task["step_times"][run["setting"]] / 1000 for step in run["curve"]["steps"]]
+            place.plot(seconds, values, color=setting.colour, label=setting.label, linewidth=width)
         place.set_yscale("log")
         place.set_title(name, fontsize="medium")
-        place.set_xlabel("seconds of the processor", fontsize="small")
+        place.set_xlabel("seconds (steps times a step's time)", fontsize="small")
         if task["target"] is not None:
             place.axhline(task["target"], color="black", linestyle=":", linewidth=1)
     for place in list(axes.flat)[len(tasks) :]:
