@@ -10,7 +10,7 @@ REFERENCE := backpack-for-pytorch curvlinops-for-pytorch einconv linear_operator
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pip runs in one environment break it, two benchmarks at once measure each other
-.PHONY: help install test lint types unit fuzz portable format docs demo bench
+.PHONY: help install test lint types unit long fuzz portable format docs demo bench
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -36,12 +36,15 @@ types: $(INSTALLED)  ## Static types
 	$(BIN)/mypy
 
 unit: $(INSTALLED)  ## Tests and doctests in two processes; PYTEST_ARGS="-m 'not slow'" for the quick ones
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --doctest-modules lightning_thor examples benchmarks tests $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long' --doctest-modules lightning_thor examples benchmarks tests $(PYTEST_ARGS)
 
 # Every kind of processor adds up in another order, this one by where in memory numbers lie: tests hold on any of them.
 OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
-WITHOUT_NUMBERS := benchmarks curvature/test_copies.py curvature/test_damage.py examples/test_recipe_examples.py mindspore/test_mindspore_arguments.py \
-	mindspore/test_mindspore_docs.py test_bad_options.py test_code_blocks.py test_floors.py test_package.py test_public_addresses.py test_readme.py trainer/test_by_class_path.py trainer/test_cli.py trainer/test_full_disk.py trainer/test_monitor.py
+WITHOUT_NUMBERS := benchmarks examples trainer curvature/test_copies.py curvature/test_damage.py mindspore/test_mindspore_arguments.py \
+	mindspore/test_mindspore_docs.py test_bad_options.py test_code_blocks.py test_floors.py test_package.py test_public_addresses.py test_readme.py
+
+long: $(INSTALLED)  ## What torch's own compiler takes minutes for: captured in compiled graphs as in eager ones
+	$(BIN)/python -m pytest -m long tests
 
 fuzz: $(INSTALLED)  ## Thousands of drawn cases where the tests draw forty (an hour)
 	LIGHTNING_THOR_FUZZ=1 $(BIN)/python -m pytest -m fuzz tests
