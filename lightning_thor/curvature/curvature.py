@@ -29,9 +29,9 @@ from lightning_thor.curvature.state_dict import (
     load_curvature_state,
 )
 from lightning_thor.distributed.assignment import refresh_costs
-from lightning_thor.distributed.communicator import Communicator, SingleProcess, WorkerGrid
+from lightning_thor.distributed.communicator import Communicator, SingleProcess, TimedCommunicator, WorkerGrid
 from lightning_thor.distributed.factor_reducer import BucketFn, FactorReducer, one_bucket
-from lightning_thor.distributed.process_group import ProcessGroupCommunicator, TimedCommunicator
+from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.distributed.shared_directions import SharedDirections
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.damping import DampingRule
@@ -134,8 +134,6 @@ class Curvature:
         step: applied steps so far.
         last_damping: the ``damping`` of the last inversion here, None before.
         n_changes: how often layers were left out or included.
-        timer: measures the parts of a step, from its ``begin_step()`` to its ``end_step()``; None, as at first,
-            measures nothing.
         measures_change: whether the next refresh, the first one apart, measures by how much it changes the factors: it
             is False again then, and `factor_change` has the result.
         changed_at: ``step`` before the last refresh that measured this, None before one did.
@@ -176,7 +174,7 @@ class Curvature:
         self._paused = False
         self.n_changes = 0
         self.last_damping: float | None = None
-        self.timer: PartTimer | None = None
+        self.timer = None
         self.measures_change = False
         self.changed_at: int | None = None
         self._calls: dict[int, Call] = {}
@@ -340,21 +338,27 @@ class Curvature:
         ``[layers, 2]``; NaN if none did, and for a layer without A. No device sync."""
         return self.factors.changes
 
-    def part(self, name: str) -> AbstractContextManager[None]:
-        """A context that `timer` takes as one of its parts.
+    @property
+    def timer(self) -> PartTimer | None:
+        """Measures the parts of a step, from its ``begin_step()`` to its ``end_step()``; None, as at first, measures
+        nothing."""
+        return self._timer
 
-        Args:
-            name: one of `lightning_thor.curvature.part_timer.PARTS`.
-        """
-        return nullcontext() if self.timer is None else self.timer.part(name)
+    @timer.setter
+    def timer(self, timer: PartTimer | None) -> None:
+        self._timer = timer
+        self.part: Callable[[str], AbstractContextManager[Any]] = nullcontext if timer is None else timer.part
+        """Makes a context that `timer` measures as the part of this name."""
 
     def timed(self, communicator: Communicator) -> Communicator:
-        """A communicator whose calls and waits are the part ``"communication"``.
+        """A communicator whose calls and waits are the part ``"communication"``; of one process it is the same one.
 
         Args:
             communicator: of the processes.
         """
-        return TimedCommunicator(communicator, partial(self.part, "communication"))
+        if communicator.world_size == 1:
+            return communicator
+        return TimedCommunicator(communicator, lambda: self.part("communication"))
 
     @property
     def gradient_unit(self) -> float | Tensor:

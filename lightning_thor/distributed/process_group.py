@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -122,44 +120,3 @@ class ProcessGroupCommunicator:
             group=self._group,
         )
         return received
-
-
-class TimedCommunicator:
-    """A communicator whose calls, and waits for them, are within a context of their own, which may measure them.
-
-    Args:
-        communicator: of the processes.
-        measured: returns the context.
-    """
-
-    def __init__(self, communicator: Communicator, measured: Callable[[], AbstractContextManager[None]]) -> None:
-        self._communicator, self._measured = communicator, measured
-
-    @property
-    def world_size(self) -> int:
-        return self._communicator.world_size
-
-    @property
-    def rank(self) -> int:
-        return self._communicator.rank
-
-    def all_reduce(self, flat: Tensor) -> Work:
-        with self._measured():
-            return _TimedWork(self._communicator.all_reduce(flat), self._measured)
-
-    def all_gather(self, own: Tensor) -> Tensor:
-        with self._measured():
-            return self._communicator.all_gather(own)
-
-    def all_to_all(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
-        with self._measured():
-            return self._communicator.all_to_all(sent, sent_lengths, received_lengths)
-
-
-class _TimedWork(NamedTuple):
-    work: Work
-    measured: Callable[[], AbstractContextManager[None]]
-
-    def wait(self) -> None:
-        with self.measured():
-            self.work.wait()

@@ -36,7 +36,7 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 OPTIONS = ("mode", "nesterov", "decoupled_weight_decay", *RANGES)
 
 FORMER: Mapping[str, Any] = {"max_relative_step": None}
-"""Options that states of earlier versions lack, with the value that goes on as they did."""
+"""Options that checkpoints of earlier versions lack, with the value that continues their training unchanged."""
 
 FOREIGN_OPTIONS = (
     'AdamW\'s betas are momentum and, with mode="adam", beta2. damping, block_size, update_every_n_steps and what else '
@@ -124,8 +124,8 @@ class Thor(Optimizer):
         max_relative_step: with ``match_rms``, limit ``lr`` times the direction's root mean square, of weights with two
             or more dimensions, to this share of 1/√(3 fan_in), the root mean square of `nn.Linear`'s initial weights
             (momentum adds up to ``1 / (1 - momentum)`` such steps; polar mode, whose directions are of the momentum,
-            takes a limit as many times as large). A wider layer has smaller weights, and a rate too large for them
-            costs nothing but time. None does not.
+            takes a limit as many times as large). Wider layers begin with smaller weights, which a rate that suits
+            narrow layers would ruin. None does not.
         kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` over all groups that set it is at
             most this (Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored
             approximations", section 5); None does not. For natural mode, without ``match_rms``.
