@@ -27,7 +27,6 @@ from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.schedules import PerStepLR
 from lightning_thor.trainer.block_size_trial import try_block_sizes
-from lightning_thor.trainer.checkpoints import saved_callback_state
 from lightning_thor.trainer.figures import StepFigures
 from lightning_thor.trainer.fit_report import FitFigures, print_fit
 from lightning_thor.trainer.monitor import ON_BAR, ThorMonitor
@@ -284,14 +283,8 @@ class ThorCallback(Callback):
         block_size = self._options["block_size"]
         if block_size != "auto":
             return block_size, None
-        restored = saved_callback_state(trainer, self.state_key) if self._restored is None else self._restored
-        if restored is not None:
-            if "block_size" not in restored:
-                raise ValueError(
-                    'The checkpoint is of a version that did not note its block size, so block_size="auto" cannot go '
-                    "on with it. Give ThorCallback the block_size of the run that was saved."
-                )
-            return restored["block_size"], None
+        if self._restored is not None:
+            return _saved_block_size(self._restored), None
         options = {name: self._options[name] for name in ("precondition_bias", "max_rows", "statistics", "fused")}
         split = try_block_sizes(trainer, pl_module, parameters, **options)
         return split.block_size, split
@@ -487,6 +480,25 @@ class ThorCallback(Callback):
                 "This checkpoint was saved without ThorCallback's curvature: the weights go on, the curvature starts "
                 "anew with a refresh in the first step."
             )
+        # A strategy that loads checkpoints after on_fit_start has chosen a block size by then.
+        chose = self._served and self._options["block_size"] == "auto"
+        if chose and isinstance(own, Mapping) and own.get("curvature") is not None:
+            saved = _saved_block_size(own)
+            if saved != self.block_size:
+                self._close()
+                self.curvatures, self.block_size, self.split = [], saved, None
+                self._serve(trainer, pl_module)
+
+
+def _saved_block_size(state: Mapping[str, Any]) -> int | None:
+    """The block size of a checkpoint's run; raises a ValueError where ``block_size="auto"`` cannot know it."""
+    if "block_size" not in state:
+        raise ValueError(
+            'The checkpoint is of a version that did not note its block size, so block_size="auto" cannot go on with '
+            "it. Give ThorCallback the block_size of the run that was saved."
+        )
+    size: int | None = state["block_size"]
+    return size
 
 
 @dataclass(frozen=True)

@@ -9,33 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
 from lightning.pytorch.strategies import ParallelStrategy
 
 from lightning_thor.trainer.packages import is_lightnings
 
 METADATA = "meta.pt"
 """The file that Lightning writes last into a folder of shards, by which it recognises such a folder."""
-
-
-def saved_callback_state(trainer: pl.Trainer, state_key: str) -> dict[str, Any] | None:
-    """Read what a callback saved in the checkpoint that the fit resumes from, where its strategy loads it later.
-
-    Args:
-        trainer: in ``on_fit_start``.
-        state_key: of the callback.
-
-    Returns:
-        The state; None if there is no such checkpoint, or it was loaded already.
-    """
-    if not trainer.strategy.restore_checkpoint_after_setup or trainer.ckpt_path is None:
-        return None
-    path = Path(trainer.ckpt_path)
-    file = path / METADATA if path.is_dir() else path
-    checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    state: dict[str, Any] | None = checkpoint.get("callbacks", {}).get(state_key)
-    return state
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrategy
 from lightning_thor.distributed import dtensor
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
+from lightning_thor.trainer import callback
 from lightning_thor.trainer.start_report import curvature_table
 from tests.helpers.boring import Boring, assert_bitwise
 from tests.helpers.distributed_workers import ROWS, Result, batch, fit, one_rank, only, state, whole
@@ -236,6 +237,22 @@ def test_a_resumed_run_is_bitwise_the_unbroken_one(resumed: str, unbroken: str) 
     for again, once in zip(ranks(resumed), ranks(unbroken), strict=True):
         assert again["steps"][0] == 5
         assert_bitwise(state(again), state(once))
+
+
+@pytest.mark.parametrize("strategy", ["thor_fsdp2", consolidated])
+def test_a_resumed_run_takes_the_block_size_of_its_checkpoint_not_the_one_it_would_choose(
+    tmp_path: Path, clean_process: None, monkeypatch: pytest.MonkeyPatch, strategy: Any
+) -> None:
+    runs = []
+    for size, resume in ((4, None), (16, tmp_path / "sized" / "epoch=0.ckpt")):
+        split = SimpleNamespace(block_size=size)
+        monkeypatch.setattr(callback, "try_block_sizes", lambda *_, split=split, **__: split)
+        made = strategy() if callable(strategy) else strategy
+        folder = None if resume else "sized"
+        module = Sharded((ROWS,), dtype=torch.float32)
+        runs.append(train(tmp_path, module, made, devices=1, block_size="auto", resume=resume, checkpoints=folder))
+    assert [run["block_size"] for run in runs] == [4, 4]
+    assert_bitwise(state(runs[1]), state(runs[0]))
 
 
 @pytest.mark.slow
