@@ -20,7 +20,7 @@ def environment() -> dict[str, str]:
     """What a launcher left in this process would make a new one believe that it is a rank already."""
     env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")}
     path = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    return env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 def run(command: list[str], **env: str) -> tuple[int, str]:
@@ -42,11 +42,16 @@ def run(command: list[str], **env: str) -> tuple[int, str]:
     return process.returncode, printed
 
 
+class Crash(SystemExit):
+    """A signal ended a process."""
+
+
 def fork(n_ranks: int, work: Callable[[], None]) -> None:
     """``n_ranks`` processes as torchrun would start them, but without importing everything once more in each.
 
     Raises:
-        SystemExit: one of them failed; the others are ended then.
+        Crash: a signal ended one of them, such as SIGABRT within torch; the others are ended then.
+        SystemExit: one of them failed otherwise.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -72,4 +77,5 @@ def fork(n_ranks: int, work: Callable[[], None]) -> None:
         if status:
             for other in ranks:
                 os.kill(other, signal.SIGKILL)
-            raise SystemExit(f"A rank of {n_ranks} failed.")
+                os.waitpid(other, 0)
+            raise (Crash if os.WIFSIGNALED(status) else SystemExit)(f"A rank of {n_ranks} failed: status {status}.")
