@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import stored_checkpoints
-from tests.helpers.launching import run
+from tests.helpers.launching import run_forked
 from tests.helpers.stored_checkpoints import ON_OTHER_RANKS, STORED, TRAININGS, Result, train
 
 ALONE = [name for name, training in TRAININGS.items() if training.n_ranks == 1]
@@ -66,7 +66,7 @@ def assert_goes_on(result: Result, name: str) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `stored_checkpoints.go_on_on_two_ranks`: real processes, once for all tests."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    status, printed = run([stored_checkpoints.__file__, str(folder)])
+    status, printed = run_forked(stored_checkpoints.__file__, str(folder))
     assert status == 0, printed[-6000:]
     return folder
 

@@ -13,14 +13,15 @@ from torch import nn
 from benchmarks.communication import memory, messages, scaling, sharded_updates
 from benchmarks.communication.workloads import WORKLOADS
 from lightning_thor import Curvature
-from tests.helpers.benchmarks import RESULTS, ROOT, run_module
+from tests.helpers.benchmarks import RESULTS, ROOT
+from tests.helpers.commands import python_module
 
 
 @pytest.mark.slow
 def test_the_messages_that_are_counted_are_those_that_two_processes_send(tmp_path: Path) -> None:
     out = tmp_path / "communication.json"
     options = ("--workload", "tiny", "--measure", "1", "2", "--rounds", "1", "--out", str(out))
-    assert "messages of each rank" in run_module("benchmarks.communication", *options)
+    assert "messages of each rank" in python_module("benchmarks.communication", *options, columns=220)
     result = json.loads(out.read_text(encoding="utf-8"))["tiny"]
     for way, timed in result["times"]["2"]["ways"].items():
         counted = result["counts"][way]["2"]

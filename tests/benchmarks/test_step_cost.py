@@ -15,7 +15,8 @@ from benchmarks.common.workloads import Workload, rows
 from benchmarks.step_cost import call_counts, figures, memory, parts, rounds, workloads
 from benchmarks.step_cost.profiler import PackageProfile
 from lightning_thor import Curvature, Thor
-from tests.helpers.benchmarks import CPU, run_module, step_cost, step_seconds
+from tests.helpers.benchmarks import CPU, step_cost, step_seconds
+from tests.helpers.commands import python_module
 
 SMALL = Workload(lambda: nn.Sequential(nn.Linear(4, 10)), rows(8, 4), "small")
 
@@ -25,7 +26,7 @@ def test_the_step_cost_is_printed_and_merged_into_its_file(tmp_path: Path) -> No
     out = tmp_path / "step_cost.json"
     out.write_text(json.dumps({"gpt": step_cost()}), encoding="utf-8")
     options = ("--workload", "mlp", "--rounds", "4", "--threads", "1", "--peers", "--out", str(out))
-    printed = run_module("benchmarks.step_cost", *options)
+    printed = python_module("benchmarks.step_cost", *options, columns=220)
     results = json.loads(out.read_text(encoding="utf-8"))
     assert list(results) == ["gpt", "mlp"]  # what was measured before stays
     measured, summary = results["mlp"], results["mlp"]["summary"]

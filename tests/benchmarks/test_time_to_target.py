@@ -22,7 +22,8 @@ from benchmarks.time_to_target.tasks import TASKS, Data, Task, cross_entropy, dr
 from benchmarks.time_to_target.training import check_steps, lr_share, train, train_in_turns
 from benchmarks.time_to_target.tuning import HEAT, best_rate
 from examples.char_gpt import CharGPT
-from tests.helpers.benchmarks import CPU, ENVIRONMENT, run_module
+from tests.helpers.benchmarks import CPU, ENVIRONMENT
+from tests.helpers.commands import python_module
 
 HERE: dict[str, str | int] = {"date": "2026-01-02", "threads": 1}
 
@@ -357,7 +358,7 @@ def test_forgetting_drops_one_optimizer_of_one_workload_and_the_heats_it_ran_in(
 def test_the_command_tunes_trains_draws_and_prints(tmp_path: Path) -> None:
     out = tmp_path / "race.json"
     options = ("--workload=digits", "--optimizer", "thor", "thor_untuned", "adamw", f"--out={out}", "--steps=3")
-    printed = run_module("benchmarks.time_to_target", *options, "--seeds=2")
+    printed = python_module("benchmarks.time_to_target", *options, "--seeds=2", columns=220)
     content = json.loads(out.read_text(encoding="utf-8"))
     kinds = [[word for word in key.split()[1:-1] if "lr=" not in word] for key in content["runs"]]
     # The untuned one is not tuned, but runs in the heats.

@@ -17,7 +17,7 @@ from examples.resnet import ResNet50
 from lightning_thor import Curvature
 from lightning_thor.recipes import ResNet50LearningRate, bert_large
 from tests.helpers.boring import assert_bitwise
-from tests.helpers.commands import DATA, checkpoint_in, command, metrics_in
+from tests.helpers.commands import DATA, checkpoint_in, forked_command, metrics_in
 
 # ── ResNet-50 ──
 
@@ -287,7 +287,7 @@ def test_a_few_steps_of_the_imagenet_recipe_on_real_images(tmp_path: Path) -> No
                 image.open(io.BytesIO(row["img"]["bytes"])).convert("RGB")
             )
     data = image_folder(tmp_path / "data", {key: kept[:3] for key, kept in pictures.items()})
-    command(
+    forked_command(
         "fit",
         "--config=examples/imagenet_resnet50_thor.yaml",
         f"--data.root={data}",
@@ -318,7 +318,7 @@ def test_a_few_steps_of_the_bert_recipe_on_real_text(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     text = real("tinyshakespeare", "input.txt").read_text(encoding="utf-8")[:40_000]
     (tmp_path / "input.txt").write_text(text, encoding="utf-8")
-    command(
+    forked_command(
         "fit",
         "--config=examples/bert_pretraining.yaml",
         f"--data.root={tmp_path / 'input.txt'}",

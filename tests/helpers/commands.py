@@ -5,22 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import os
-import subprocess
+import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_thor.trainer import cli
+from tests.helpers import launching
 
 ROOT = Path(__file__).parents[2]
 
 COMMAND = Path(sys.executable).with_name("lightning-thor")
 
 DATA = Path(os.environ.get("LIGHTNING_THOR_DATA", ROOT.parent / "shared" / "data"))
-
-SECONDS = 120
 
 TINY_DIGITS = (
     "--config=examples/digits.yaml",
@@ -30,30 +30,27 @@ TINY_DIGITS = (
 )
 
 
-def python_module(*arguments: str) -> str:
-    """``python -m ...`` in the repository's root; what it printed, without warnings."""
-    return _ended(sys.executable, "-m", *arguments).stdout
+def python_module(name: str, *arguments: str, columns: int = 160) -> str:
+    """What ``python -m name ...`` prints in the repository's root."""
+    module = partial(runpy.run_module, name, run_name="__main__", alter_sys=True)
+    status, printed = launching.run_forked(module, *arguments, COLUMNS=str(columns))
+    assert status == 0, f"exit status {status}:\n{printed[-4000:]}"
+    return printed
 
 
-def command(*arguments: str, folder: Path, status: int = 0) -> str:
+def command(*arguments: str, folder: Path) -> str:
     """Run the installed command in the repository's root; everything that it printed."""
     assert COMMAND.is_file(), f"{COMMAND} is missing: pip install -e . puts it there."
-    ended = _ended(str(COMMAND), *arguments, *paths(folder), status=status)
-    return ended.stdout + ended.stderr
+    status, printed = launching.run([str(COMMAND), *arguments, *paths(folder)], COLUMNS="160")
+    assert status == 0, f"exit status {status}:\n{printed[-4000:]}"
+    return printed
 
 
-def _ended(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    ended = subprocess.run(
-        arguments,
-        cwd=ROOT,
-        env=os.environ | {"COLUMNS": "160", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert ended.returncode == status, f"exit status {ended.returncode}:\n{(ended.stdout + ended.stderr)[-4000:]}"
-    return ended
+def forked_command(*arguments: str, folder: Path, status: int = 0) -> str:
+    """As `command`, in a fork of this process."""
+    ended, printed = launching.run_forked(cli.main, *arguments, *paths(folder), COLUMNS="160")
+    assert ended == status, f"exit status {ended}:\n{printed[-4000:]}"
+    return printed
 
 
 def paths(folder: Path) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, configure_t
 from lightning_thor.block_size import choose
 from lightning_thor.distributed import dtensor, process_group
 from tests.helpers.boring import quiet, without_words
-from tests.helpers.launching import run
+from tests.helpers.launching import fork, run, run_forked
 
 ROWS = 32
 STEPS_PER_EPOCH = 4
@@ -484,7 +484,7 @@ NAMED_ONLY: dict[str, Callable[[Path], Result]] = {
 def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
     """The folder with the results of all trainings (it goes with the cache), and what the two processes printed."""
     folder = tempfile.TemporaryDirectory(prefix="lightning_thor_two_ranks_")
-    return folder, run([__file__, folder.name])[1]
+    return folder, run_forked(__file__, folder.name)[1]
 
 
 def torchrun(n_ranks: int, folder: Path, *names: str) -> tuple[int, str]:
@@ -495,9 +495,9 @@ def torchrun(n_ranks: int, folder: Path, *names: str) -> tuple[int, str]:
 
 @functools.lru_cache(maxsize=1)
 def launched_four() -> tuple[tempfile.TemporaryDirectory[str], int, str]:
-    """As `launched`, for those on four ranks; with the exit status."""
+    """As `launched`, for those on four ranks, which are forked; with the exit status."""
     folder = tempfile.TemporaryDirectory(prefix="lightning_thor_four_ranks_")
-    return folder, *torchrun(4, Path(folder.name), *all_trainings()[1])
+    return folder, *run_forked(__file__, folder.name, *all_trainings()[1], TWO_RANKS=str(results_folder()), FORKED="4")
 
 
 def four_ranks(name: str) -> list[Result]:
@@ -557,4 +557,8 @@ def train(folder: Path, *names: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), *sys.argv[2:])
+    work = partial(train, Path(sys.argv[1]), *sys.argv[2:])
+    if n_forked := int(os.environ.pop("FORKED", 0)):
+        fork(n_forked, work)
+    else:
+        work()

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import faulthandler
+import math
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 # Generous, since the machine may be busy; a rank that waits for the other one for ever is what it is for.
 SECONDS = 300
@@ -24,7 +31,7 @@ def environment() -> dict[str, str]:
 
 
 def run(command: list[str], **env: str) -> tuple[int, str]:
-    """Exit status and output of a command with all processes that it starts; ended after `SECONDS`."""
+    """Exit status and output of a Python command with all processes that it starts; ended after `SECONDS`."""
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
@@ -40,6 +47,58 @@ def run(command: list[str], **env: str) -> tuple[int, str]:
         os.killpg(process.pid, signal.SIGKILL)
         printed = f"Ended after {SECONDS} seconds. {process.communicate()[0]}"
     return process.returncode, printed
+
+
+def run_forked(program: str | Callable[[], object], *arguments: str, **env: str) -> tuple[int, str]:
+    """As `run`, of a program that starts as a fork of this process: importing everything takes longer than most run.
+
+    Args:
+        program: a file, or a command's function.
+        arguments: of its command line.
+        env: variables of its environment.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
+        pid = os.fork()
+        if not pid:
+            _be(program, arguments, env, printed.fileno())
+        start, ended = time.monotonic(), (0, 0)
+        while not ended[0]:
+            time.sleep(0.02)
+            ended = os.waitpid(pid, os.WNOHANG)
+            if time.monotonic() - start > SECONDS:
+                os.killpg(pid, signal.SIGKILL)
+                start = math.inf
+        printed.seek(0)
+        words = f"Ended after {SECONDS} seconds. " if start == math.inf else ""
+        return os.waitstatus_to_exitcode(ended[1]), words + printed.read()
+
+
+def _be(program: str | Callable[[], object], arguments: tuple[str, ...], env: dict[str, str], out: int) -> NoReturn:
+    """Turn this process into a new program's."""
+    os.setsid()
+    for number in (1, 2):
+        os.dup2(out, number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    variables = environment() | env
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    sys.argv = [program if isinstance(program, str) else "program", *arguments]
+    warnings.resetwarnings()
+    status: object = 0
+    try:
+        faulthandler.enable()
+        runpy.run_path(program, run_name="__main__") if isinstance(program, str) else program()
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 class Crash(SystemExit):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_thor import Thor, ThorModelParallelStrategy
 from tests.helpers.distributed_workers import ROWS, Module, Result, fit, whole
-from tests.helpers.launching import fork, run
+from tests.helpers.launching import fork, run_forked
 from tests.helpers.mesh_workers import LENGTH, VOCABULARY, Text, parallelized
 
 
@@ -126,7 +126,7 @@ def unbroken(folder: Path, name: str) -> Result:
 def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
     """The folder with the results of all legs (it goes with the cache), and what the processes printed."""
     folder = tempfile.TemporaryDirectory(prefix="lightning_thor_legs_")
-    return folder, run([__file__, folder.name])[1]
+    return folder, run_forked(__file__, folder.name)[1]
 
 
 def legs(name: str) -> list[list[Result]]:

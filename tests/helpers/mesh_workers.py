@@ -34,7 +34,7 @@ from torch.distributed.tensor.parallel import (
 from lightning_thor import Curvature, ShardedCurvature, Thor
 from lightning_thor.distributed.dtensor import local_parts
 from tests.helpers.distributed_workers import listed_collectives, whole
-from tests.helpers.launching import fork, run
+from tests.helpers.launching import fork, run_forked
 from tests.helpers.sharded_workers import fully_shard
 
 VOCABULARY, WIDTH, N_SAMPLES, LENGTH, N_STEPS = 11, 8, 4, 6, 4
@@ -244,7 +244,7 @@ def work(folder: Path, names: Sequence[str]) -> None:
 def launched(names: tuple[str, ...]) -> tuple[tempfile.TemporaryDirectory[str], str]:
     """The folder with the results of these trainings (it goes with the cache), and what the processes printed."""
     folder = tempfile.TemporaryDirectory(prefix="lightning_thor_meshes_")
-    return folder, run([__file__, folder.name, *names])[1]
+    return folder, run_forked(__file__, folder.name, *names)[1]
 
 
 def trained(name: str) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_thor.mindspore.optimizer import MindSporeThor, thor
+from tests.helpers.launching import fork
 from tests.helpers.nn_thor_formulas import float64
 
 RANKS, BATCH, STEPS = 2, 6, 5
@@ -81,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fork(RANKS, main)

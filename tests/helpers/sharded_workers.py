@@ -35,7 +35,7 @@ from tests.helpers.distributed_workers import (
     training,
 )  # fmt: skip
 from tests.helpers.full_disks import SavesOntoAFullDisk
-from tests.helpers.launching import Crash, fork, run
+from tests.helpers.launching import Crash, fork, run_forked
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -295,7 +295,7 @@ def work(folder: Path, names: Sequence[str]) -> None:
 def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
     """The folder with the results of all trainings (it goes with the cache), and what the processes printed."""
     folder = tempfile.TemporaryDirectory(prefix="lightning_thor_sharded_")
-    printed = run([__file__, folder.name])[1]
+    printed = run_forked(__file__, folder.name)[1]
     if ONCE_MORE in printed:
         warnings.warn(f"A rank crashed: ...{printed.split(ONCE_MORE)[0][-6000:]}", stacklevel=1)
     return folder, printed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lightning_thor import Curvature, Thor
 from lightning_thor.distributed.factor_reducer import by_size
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.factors.layout import SIDES
+from tests.helpers.launching import fork
 from tests.helpers.observing import assert_same, factors, observing, told_by
 
 WIDTH, OUT = 6, 5
@@ -880,15 +882,16 @@ def true_factors(curvature: Curvature) -> list[Tensor]:
     return found
 
 
-def process(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def process(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     found = [trained(slice(16 * rank, 16 * rank + 16), 2, scale) for scale in SCALES]
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()
 
 
 def test_two_processes_are_one_for_routed_layers_ones_that_do_not_fit_and_losses_of_any_scale(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    fork(2, partial(process, tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for index, scale in enumerate(SCALES):
         expected = trained(slice(0, 32), 1, scale)
@@ -922,9 +925,10 @@ def test_training_is_the_same_whatever_power_of_two_the_loss_is_multiplied_by(mo
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
-def sharded(rank: int, folder: str) -> None:
+def sharded(folder: Path) -> None:
     """Each layer is a unit of FSDP2 or only the model is; with and without a look at gradients before backward."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/sharded", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2,))
     found = []
     for by_layer in (False, True):
@@ -942,13 +946,13 @@ def sharded(rank: int, folder: str) -> None:
             y.sin().mean().backward()
             curvature.update()
             found.append((factors(curvature), dict(curvature.left_out)))
-    torch.save(found, f"{folder}/sharded{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(found, folder / f"sharded{rank}.pt")
+    dist.barrier()
 
 
 @pytest.mark.slow
 def test_pairs_of_a_sharded_model_are_those_of_the_whole_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(sharded, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call, attr-defined]
+    fork(2, partial(sharded, tmp_path))
     expected = observing(net(), lambda model: loss_of(model).backward())
     for rank in (0, 1):
         for found, left_out in torch.load(tmp_path / f"sharded{rank}.pt"):

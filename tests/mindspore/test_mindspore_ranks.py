@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +10,15 @@ from torch.nn import functional as F
 
 from tests.helpers import mindspore_workers as workers
 from tests.helpers.boring import assert_bitwise, without_words
+from tests.helpers.launching import run_forked
 from tests.helpers.nn_thor_formulas import NumpyThor
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parents[2]
-    # What a launcher left in this process would make the new one believe that it is a rank already.
-    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT")}
-    env |= {"PYTHONPATH": os.pathsep.join([str(root), env.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, workers.__file__, str(folder)]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    status, printed = run_forked(workers.__file__, str(folder))
+    assert status == 0, printed[-4000:]
     return {
         (variant, rank): torch.load(folder / f"{variant}-{rank}.pt", weights_only=True)
         for variant in workers.VARIANTS

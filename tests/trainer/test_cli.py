@@ -18,7 +18,17 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_thor import ThorCallback
 from lightning_thor.trainer import cli
 from tests.helpers.boring import assert_bitwise, callback_of
-from tests.helpers.commands import DATA, ROOT, TINY_DIGITS, checkpoint_in, command, metrics_in, run
+from tests.helpers.commands import (
+    DATA,
+    ROOT,
+    TINY_DIGITS,
+    checkpoint_in,
+    command,
+    forked_command,
+    metrics_in,
+    paths,
+    run,
+)
 
 # jsonargparse, about how LightningCLI calls it.
 pytestmark = pytest.mark.filterwarnings(r"ignore:(.|\n)*(deprecated in v4|JsonargparseDeprecationWarning)")
@@ -73,9 +83,11 @@ def test_the_scheduler_of_the_yaml_steps_once_per_epoch(fitted: tuple[Path, str]
 
 
 @pytest.mark.slow
-def test_a_resumed_fit_goes_on_after_the_epochs_of_its_checkpoint(fitted: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_resumed_fit_goes_on_after_the_epochs_of_its_checkpoint(
+    fitted: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = checkpoint_in(fitted[0])
-    command("fit", *TINY_DIGITS, "--trainer.max_epochs=3", f"--ckpt_path={source}", folder=tmp_path)
+    run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, "--trainer.max_epochs=3", f"--ckpt_path={source}")
     checkpoint = torch.load(checkpoint_in(tmp_path), weights_only=True)
     assert (checkpoint["epoch"], checkpoint["global_step"]) == (2, 9)
     assert checkpoint["callbacks"]["ThorCallback"]["curvature"]["step"] == 9
@@ -83,17 +95,20 @@ def test_a_resumed_fit_goes_on_after_the_epochs_of_its_checkpoint(fitted: tuple[
 
 
 @pytest.mark.slow
-def test_validate_takes_a_checkpoint_and_the_configuration_of_fit(fitted: tuple[Path, str], tmp_path: Path) -> None:
+def test_validate_takes_a_checkpoint_and_the_configuration_of_fit(
+    fitted: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = fitted
-    command("validate", *TINY_DIGITS, f"--ckpt_path={checkpoint_in(folder)}", folder=tmp_path)
+    run(monkeypatch, tmp_path, "validate", *TINY_DIGITS, f"--ckpt_path={checkpoint_in(folder)}")
     after_fit = [row["val_acc"] for row in metrics_in(folder) if row["val_acc"]][-1]
     (validated,) = [row["val_acc"] for row in metrics_in(tmp_path) if row["val_acc"]]
     assert validated == after_fit
 
 
-@pytest.mark.slow
 def test_the_printed_configuration_fed_back_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    printed = command("fit", "--config=examples/digits.yaml", "--print_config", folder=tmp_path)
+    printed = printed_in_process(
+        monkeypatch, "fit", "--config=examples/digits.yaml", *paths(tmp_path), "--print_config"
+    )
     first, written = yaml.safe_load(printed), yaml.safe_load(DIGITS.read_text(encoding="utf-8"))
     assert first["optimizer"] == {
         "class_path": "lightning_thor.Thor",
@@ -122,12 +137,13 @@ def test_options_of_thor_and_its_callback_are_given_on_the_command_line(
     assert printed["optimizer"]["init_args"]["mode"] == "polar"
 
 
-@pytest.mark.slow
-def test_another_optimizer_works_as_the_comment_in_the_yaml_says(tmp_path: Path) -> None:
+def test_another_optimizer_works_as_the_comment_in_the_yaml_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = options_in_comment(DIGITS)
     assert "--optimizer=torch.optim.SGD" in options
-    printed = command("fit", *TINY_DIGITS, "--trainer.max_epochs=1", *options, folder=tmp_path)
-    assert "THOR" not in printed
+    run(monkeypatch, tmp_path, "fit", *TINY_DIGITS, "--trainer.max_epochs=1", *options)
+    assert "THOR" not in "".join(capsys.readouterr())
     checkpoint = torch.load(checkpoint_in(tmp_path), weights_only=True)
     assert "ThorCallback" not in checkpoint["callbacks"]
     group = checkpoint["optimizer_states"][0]["param_groups"][0]
@@ -138,14 +154,17 @@ def test_another_optimizer_works_as_the_comment_in_the_yaml_says(tmp_path: Path)
 @pytest.mark.slow
 def test_thor_callback_beside_sgd_says_what_to_do(tmp_path: Path) -> None:
     options = [option for option in options_in_comment(DIGITS) if option.startswith("--optimizer")]
-    printed = command("fit", *TINY_DIGITS, "--trainer.max_epochs=1", *options, folder=tmp_path, status=1)
+    printed = forked_command("fit", *TINY_DIGITS, "--trainer.max_epochs=1", *options, folder=tmp_path, status=1)
     assert "ThorCallback found no Thor optimizer (configure_optimizers returned: SGD)" in printed
     assert "optimizer.class_path: lightning_thor.Thor" in printed
 
 
-@pytest.mark.slow
-def test_split_measures_the_block_size_and_trains_nothing(tmp_path: Path) -> None:
-    printed = command("split", *TINY_DIGITS, folder=tmp_path)
+def test_split_measures_the_block_size_and_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    run(monkeypatch, tmp_path, "split", *TINY_DIGITS)
+    printed = "".join(capsys.readouterr())
     figures = json.loads(next(tmp_path.rglob("thor_split.json")).read_text(encoding="utf-8"))
     assert figures["candidates"] == [1, 16, 32, 64, 72]  # the last layer but one has 8 channels and a 3×3 kernel
     assert f"THOR block size: {figures['block_size']}" in printed

@@ -28,7 +28,7 @@ from tests.helpers.option_trainings import ALL_AT_ONCE
 
 
 @pytest.mark.slow
-def test_four_ranks_under_torchrun_are_one_and_go_on_from_a_checkpoint_of_two(tmp_path: Path) -> None:
+def test_four_ranks_are_one_and_go_on_from_a_checkpoint_of_two(tmp_path: Path) -> None:
     _, status, printed = launched_four()
     assert status == 0, printed[-6000:]
     alone = one_rank(tmp_path, max_epochs=3)
