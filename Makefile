@@ -39,18 +39,19 @@ unit: $(INSTALLED)  ## Tests and doctests in two processes; PYTEST_ARGS="-m 'not
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long' --doctest-modules lightning_thor examples benchmarks tests $(PYTEST_ARGS)
 
 # Every kind of processor adds up in another order, this one by where in memory numbers lie: tests hold on any of them.
+# Left out is what compares no numbers, and what compares two ways through the same arithmetic.
 OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
-WITHOUT_NUMBERS := benchmarks examples trainer curvature/test_copies.py curvature/test_damage.py mindspore/test_mindspore_arguments.py \
+WITHOUT_NUMBERS := benchmarks block_size distributed examples fsdp trainer layers/test_compiled.py curvature/test_copies.py curvature/test_damage.py mindspore/test_mindspore_arguments.py \
 	mindspore/test_mindspore_docs.py test_bad_options.py test_code_blocks.py test_floors.py test_package.py test_public_addresses.py test_readme.py
 
-long: $(INSTALLED)  ## What torch's own compiler takes minutes for: captured in compiled graphs as in eager ones
+long: $(INSTALLED)  ## What takes minutes: torch's own compiler, benchmarks on several processes
 	$(BIN)/python -m pytest -m long tests
 
 fuzz: $(INSTALLED)  ## Thousands of drawn cases where the tests draw forty (an hour)
 	LIGHTNING_THOR_FUZZ=1 $(BIN)/python -m pytest -m fuzz tests
 
 portable: $(INSTALLED)  ## Quick tests that compare numbers, computed as on an old processor
-	$(OLD_PROCESSOR) $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow' --doctest-modules lightning_thor tests \
+	$(OLD_PROCESSOR) $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not long' --doctest-modules lightning_thor tests \
 		$(WITHOUT_NUMBERS:%=--ignore=tests/%)
 
 format: $(INSTALLED)  ## Rewrite the layout and fix what ruff can

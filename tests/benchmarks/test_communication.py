@@ -17,7 +17,7 @@ from tests.helpers.benchmarks import RESULTS, ROOT
 from tests.helpers.commands import python_module
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_messages_that_are_counted_are_those_that_two_processes_send(tmp_path: Path) -> None:
     out = tmp_path / "communication.json"
     options = ("--workload", "tiny", "--measure", "1", "2", "--rounds", "1", "--out", str(out))

@@ -155,7 +155,7 @@ def test_calls_are_those_of_the_package_alone_and_as_many_as_are_made() -> None:
 # ── memory ──
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's own peak")
 def test_the_memory_of_adamw_holds_gradients_and_two_moments() -> None:
     n_bytes = memory.growth("mlp", "adamw", "cpu", threads=1)
