@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import re
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from examples import sharded_loop
-from tests.helpers.launching import run
+from tests.helpers.launching import fork, run_forked
 
-RUNS = """
-import sys
-from examples import sharded_loop
-from tests.helpers.launching import fork
-for n_ranks, *flags in {runs}:
-    print("run", flush=True)
-    sys.argv[1:] = flags
-    fork(n_ranks, sharded_loop.main)
-"""
+
+def run_loops(loops: list[tuple[int, list[str]]]) -> None:
+    for n_ranks, flags in loops:
+        print("run", flush=True)
+        sys.argv[1:] = flags
+        fork(n_ranks, sharded_loop.main)
 
 
 @pytest.mark.slow
 def test_the_loop_over_meshes_learns_as_one_process(tmp_path: Path) -> None:
     """Shards and tensor parallelism on 4 ranks, then replicas on 2; float32 over other sums rounds otherwise."""
     steps, folder = ["--steps", "20"], ["--checkpoint", str(tmp_path / "saved")]
-    runs = [
-        (4, "--shard", "2", "--tensor", "2", *steps, *folder),
-        (2, "--replicate", "2", *steps, *folder),
-        (1, "--steps", "40"),
+    loops = [
+        (4, ["--shard", "2", "--tensor", "2", *steps, *folder]),
+        (2, ["--replicate", "2", *steps, *folder]),
+        (1, ["--steps", "40"]),
     ]
-    _, printed = run(["-c", RUNS.format(runs=runs)])
+    _, printed = run_forked(partial(run_loops, loops))
     losses = [[float(loss) for loss in re.findall(r"loss ([\d.]+)", part)] for part in printed.split("run\n")[1:]]
     first, second, alone = losses
     assert first + second == pytest.approx(alone, rel=0.02), printed[-3000:]
