@@ -2,7 +2,7 @@
 
 Manual optimization, two losses: the generator's gradient flows through the discriminator's layers, whose curvature must
 not see it. ``toggle_optimizer`` sees to that: while the generator's step is under way, the discriminator's weights
-require no gradient, and layers that do not train are not observed. Each network has a `Curvature` of its own.
+require no gradient, and layers that do not train are not observed. `ThorCallback` gives each network its curvature.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from examples.batches import Batch
 from examples.digits import DigitsData
-from lightning_thor import Curvature, Thor
+from lightning_thor import ThorCallback, configure_thor
 
 NOISE = 16
 
@@ -46,13 +46,8 @@ class GAN(L.LightningModule):
         self.discriminator = perceptron(64, 1, width)
 
     def configure_optimizers(self) -> Any:
-        # The networks are on their device here, as a Curvature needs them.
         networks = (self.generator, self.discriminator)
-        self.curvatures = [Curvature(network) for network in networks]
-        return [
-            Thor(network.parameters(), lr=self.lr, momentum=0.5, preconditioner=curvature)
-            for network, curvature in zip(networks, self.curvatures, strict=True)
-        ]
+        return [configure_thor(network, lr=self.lr, momentum=0.5) for network in networks]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         real = batch[0].flatten(1)
@@ -116,7 +111,8 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     options = parser.parse_args(arguments)
     L.seed_everything(0, verbose=False)
     data, module = DigitsData(batch_size=64), GAN(lr=options.lr)
-    trainer = L.Trainer(max_epochs=options.epochs, logger=False, default_root_dir=options.out)
+    callbacks: list[L.Callback] = [ThorCallback()]
+    trainer = L.Trainer(max_epochs=options.epochs, callbacks=callbacks, logger=False, default_root_dir=options.out)
 
     def predicted() -> Tensor:
         noise: Any = torch.randn(360, NOISE, generator=torch.Generator().manual_seed(1))

@@ -76,9 +76,9 @@ class Curvature:
         model: its parameters must be on their device already.
         mode: that of the `Thor` it serves; ``"polar"`` also serves natural groups beside polar ones. Natural mode
             stores inverses of the blocks, polar mode their roots, adam mode eigenvectors, which ``damping`` does not
-            change. In the latter two the G of the output layer (the last linear layer or convolution) is its diagonal
-            alone. Its g are prediction errors; inverting their covariance removes the component that they share, which
-            is the signal. Under a Trainer `ThorCallback` chooses the mode.
+            change. In the latter two the G of the output layer (see ``output_layer``) is its diagonal alone. Its g are
+            prediction errors; inverting their covariance removes the component that they share, which is the signal.
+            Under a Trainer `ThorCallback` chooses the mode.
         damping: greater than 0, or a function of the step. For ``damping_rule="trace"`` relative to the factors' mean
             eigenvalue, else in the units of the Fisher matrix.
         damping_rule: ``"trace"``, ``"pi"`` or ``"sqrt"``, see `lightning_thor.factors.damping.split_damping`.
@@ -124,13 +124,16 @@ class Curvature:
             three.)
         parameters: leave out layers whose weight is not among these, and norms of which any parameter is not, and take
             no other biases into A; None for all.
+        output_layer: name of the output layer, which ``mode="polar"`` and ``"adam"`` treat apart; None takes the
+            model's last linear layer or convolution. Name it where the model holds several networks, or defines its
+            output layer before others.
 
     Attributes:
         layers: the layers with curvature, by name.
         left_out: why the others have none, by name.
         coverage: the share of the trained weights that had curvature when it was built.
         fan_in: the number of inputs of each output, by weight; 1 for an embedding.
-        polar_layers: those that have polar directions: in polar mode linear layers and convolutions but for the last.
+        polar_layers: those with polar directions: in polar mode linear layers and convolutions but the output layer.
         step: applied steps so far.
         last_damping: the ``damping`` of the last inversion here, None before.
         n_changes: how often layers were left out or included.
@@ -159,9 +162,11 @@ class Curvature:
         loss_terms: NumberFn | None = None,
         fused: Mapping[str, int] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
+        output_layer: str | None = None,
     ) -> None:
         options = check_options(locals())
-        self._options = options | {"loss_multiplier": loss_multiplier, "loss_terms": loss_terms}
+        options |= {"loss_multiplier": loss_multiplier, "loss_terms": loss_terms, "output_layer": output_layer}
+        self._options = options
         self.model = model
         self.mode = mode
         self.damping = damping
@@ -182,6 +187,7 @@ class Curvature:
         self._parameters = parameters = None if parameters is None else set(parameters)
         chosen = MODES[mode]
         matrices = matrix_layers(model) if chosen.has_diagonal_head or chosen.uses_matrix_sign else []
+        output_layers = matrices[-1:] if output_layer is None else [output_layer]
         self.layers, self.left_out = discover_layers(
             model,
             block_size=block_size,
@@ -189,12 +195,19 @@ class Curvature:
             only=parameters,
             statistics=statistics,
             fused=fused,
-            diagonal_G=matrices[-1:] if chosen.has_diagonal_head else [],
+            diagonal_G=output_layers if chosen.has_diagonal_head else [],
         )
+        if output_layer is not None and output_layer not in {**self.layers, **self.left_out}:
+            raise ValueError(
+                f"output_layer must be the name of a layer of the model ({name_some(list(self.layers))}), got "
+                f"{output_layer!r}."
+            )
         warn_of_low_coverage(model, self.layers, self.left_out, parameters)
         self.coverage = coverage(model, self.layers, parameters)
         self.fan_in = fan_in(self.layers.values())
-        self.polar_layers = {name for name in matrices[:-1] if name in self.layers and chosen.uses_matrix_sign}
+        self.polar_layers = set(matrices).intersection(self.layers if chosen.uses_matrix_sign else ()) - {
+            *output_layers
+        }
         self.factors = factor_state_of(self.layers, chosen.decomposition)
         self._trace_rule = trace_rule_of(trace_rule)
         has_rule = self._trace_rule is not None

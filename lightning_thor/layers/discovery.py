@@ -39,8 +39,10 @@ def name_some(names: list[str], n: int = 5) -> str:
     return (", ".join(name or "(the model itself)" for name in names[:n]) or "none") + more
 
 
-def matrix_layers(model: nn.Module) -> list[str]:
+def matrix_layers(model: nn.Module, without: Container[nn.Parameter] = ()) -> list[str]:
     """Names of the linear layers, projections and convolutions that train; the last is taken as the output layer.
+
+    Those whose weight is among ``without`` are left out.
 
     Each row of the output layer is a class, a token or a number to predict: equal singular values would move the rarest
     as far as the most frequent. Nor are embeddings matrices in this sense.
@@ -51,7 +53,7 @@ def matrix_layers(model: nn.Module) -> list[str]:
     kinds = ((use, find_kind(use.module)) for use in _uses(model))
     matrices = [use for use, found in kinds if found is not None and found[0].is_matrix]
     weights = [(use.name, getattr(use.module, use.weight_name)) for use in matrices]
-    return [name for name, weight in weights if isinstance(weight, Tensor) and weight.requires_grad]
+    return [name for name, w in weights if isinstance(w, Tensor) and w.requires_grad and w not in without]
 
 
 def discover_layers(

@@ -22,7 +22,7 @@ from lightning_thor.curvature.options import check_options
 from lightning_thor.curvature.part_timer import PartTimer
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.layers.base import Layer
-from lightning_thor.layers.discovery import name_some
+from lightning_thor.layers.discovery import matrix_layers, name_some
 from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.schedules import PerStepLR
@@ -43,11 +43,12 @@ class ThorCallback(Callback):
     configure_thor(self)``. A Trainer takes one of it. `Curvature` explains its options at length.
 
     It serves any number of `Thor`, beside other optimizers: each has a curvature of its own parameters, with these
-    options. One that ``trainer.optimizers`` gets in mid-run is served from the next batch on. Layers that are unfrozen
-    in mid-run, as by Lightning's ``BackboneFinetuning``, get curvature in the first batch of an epoch, or as soon as
-    ``add_param_group`` adds their parameters; DDP then averages their gradients too. Statistics are of the gradients
-    that a step uses: ``optimizer.zero_grad()`` empties them as well, and where ``toggle_optimizer`` freezes a layer,
-    another optimizer's loss adds nothing to them.
+    options, and takes the last matrix that no other `Thor` has for its output layer. One that ``trainer.optimizers``
+    gets in mid-run is served from the next batch on. Layers that are unfrozen in mid-run, as by Lightning's
+    ``BackboneFinetuning``, get curvature in the first batch of an epoch, or as soon as ``add_param_group`` adds their
+    parameters; DDP then averages their gradients too. Statistics are of the gradients that a step uses:
+    ``optimizer.zero_grad()`` empties them as well, and where ``toggle_optimizer`` freezes a layer, another optimizer's
+    loss adds nothing to them.
 
     Args:
         damping: greater than 0, added to the eigenvalues of the factors, or a function of the step. (A function is in a
@@ -227,6 +228,8 @@ class ThorCallback(Callback):
                     f"ThorCallback found a {type(optimizer).__name__} that has a preconditioner already. Remove the "
                     "callback, or build the optimizer without preconditioner=..."
                 )
+            own = {*_parameters_of(optimizer)}
+            others = {p for other in {*_thors_of(trainer), *self._served} for p in _parameters_of(other)} - own
             # Now: while ``fully_shard`` holds weights whole, a model has other parameters.
             optimizer.numbered = tuple(pl_module.parameters())
             curvature = Curvature(
@@ -234,7 +237,9 @@ class ThorCallback(Callback):
                 mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
                 loss_multiplier=_LossMultiplier(trainer, pl_module),
                 loss_terms=None if self._loss_terms is None else self._terms_of_the_batch,
-                parameters=_parameters_of(optimizer),
+                parameters=own,
+                # Networks with a Thor each, as a GAN's, have an output layer each.
+                output_layer=next(reversed(matrix_layers(pl_module, without=others)), None) if others else None,
                 **{**self._options, "block_size": self.block_size},
             )
             self._monitor = next((one for one in _callbacks_of(trainer) if isinstance(one, ThorMonitor)), None)
@@ -248,7 +253,6 @@ class ThorCallback(Callback):
             self._trained[optimizer] = _trained_of(optimizer)
             optimizer.preconditioner = curvature
             if isinstance(trainer.strategy, ThorStrategyMixin):
-                own = set(_parameters_of(optimizer))
                 named = {name: p for name, p in pl_module.named_parameters() if p in own}
                 optimizer.preconditioner = trainer.strategy.connect_curvature(curvature, named)
         if len(self.curvatures) > 1:

@@ -6,12 +6,14 @@ import copy
 import re
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
 from examples import fabric_loop, gan
 from examples.digits import DigitsData
-from tests.helpers.boring import assert_bitwise, quiet
+from lightning_thor import ThorCallback
+from tests.helpers.boring import assert_bitwise, callback_of, quiet
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,21 +27,27 @@ def test_the_gan_comes_nearer_to_the_digits_and_draws(tmp_path: Path) -> None:
 
 def test_the_generators_loss_is_no_statistic_of_the_discriminator(tmp_path: Path) -> None:
     """Two kinds of pairs would be counted in each layer; the penalty's pass is none."""
-    module = gan.GAN(width=8)
-    quiet(tmp_path, max_steps=4).fit(module, datamodule=DigitsData(batch_size=32))
-    generator, discriminator = module.curvatures
-    assert (generator.step, discriminator.step) == (2, 2)
-    assert generator.left_out == discriminator.left_out == {}
-    assert discriminator.factors.updates.tolist() == [2] * 3
-    before = copy.deepcopy(discriminator.factors.flat_sums)
-    real = torch.rand(32, 1, 8, 8)
-    optimizers = module.optimizers()
-    module.toggle_optimizer(optimizers[0])
-    gan.F.softplus(-module.discriminator(module(module.noise(32)))).mean().backward()
-    assert_bitwise(discriminator.factors.flat_sums, before)
-    module.untoggle_optimizer(optimizers[0])
-    gan.F.softplus(-module.discriminator(real.flatten(1))).mean().backward()
-    assert not torch.equal(discriminator.factors.flat_sums, before)
+
+    class Look(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            generator, discriminator = callback_of(trainer).curvatures
+            assert (generator.step, discriminator.step) == (2, 2)
+            assert generator.left_out == discriminator.left_out == {}
+            assert discriminator.factors.updates.tolist() == [2] * 3
+            before = copy.deepcopy(discriminator.factors.flat_sums)
+            optimizers = module.optimizers()
+            module.toggle_optimizer(optimizers[0])
+            gan.F.softplus(-module.discriminator(module(module.noise(32)))).mean().backward()
+            assert_bitwise(discriminator.factors.flat_sums, before)
+            module.untoggle_optimizer(optimizers[0])
+            gan.F.softplus(-module.discriminator(torch.rand(32, 64))).mean().backward()
+            assert not torch.equal(discriminator.factors.flat_sums, before)
+            looked.append(True)
+
+    looked: list[bool] = []
+    fit = quiet(tmp_path, ThorCallback(summary=False), Look(), max_steps=4)
+    fit.fit(gan.GAN(width=8), datamodule=DigitsData(batch_size=32))
+    assert looked
 
 
 def test_the_distance_of_two_normal_distributions_is_frechets() -> None:

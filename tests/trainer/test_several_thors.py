@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_thor import Curvature, Thor, ThorCallback, configure_thor
+from lightning_thor.preconditioning.modes import ModeName
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, trainer, without_words
 from tests.helpers.distributed_workers import TwoThors, one_rank, state, two_ranks
 
@@ -76,8 +77,11 @@ def test_a_gan_is_the_plain_loop_with_two_curvatures(tmp_path: Path) -> None:
     module = Gan()
     optimizers = module.configure_optimizers()
     curvatures = [
-        Curvature(module, mode=mode, update_every_n_steps=2, parameters=own.parameters())
-        for mode, own in (("natural", module.discriminator), ("polar", module.generator))
+        Curvature(module, mode=mode, update_every_n_steps=2, parameters=own.parameters(), output_layer=last)
+        for mode, own, last in (
+            ("natural", module.discriminator, "discriminator.2"),
+            ("polar", module.generator, "generator.2"),
+        )
     ]
     for _ in range(2):
         for batch in module.train_dataloader():
@@ -94,6 +98,43 @@ def test_a_gan_is_the_plain_loop_with_two_curvatures(tmp_path: Path) -> None:
     assert [one.step for one in callback_of(found).curvatures] == [8, 8]
     assert_bitwise(everything(found)[2], [without_words(one.state_dict()) for one in curvatures])
     assert_bitwise([p.detach() for p in found.lightning_module.parameters()], [p.detach() for p in module.parameters()])
+
+
+@pytest.mark.parametrize("mode", ["polar", "adam"])
+def test_each_network_has_an_output_layer_of_its_own(tmp_path: Path, mode: ModeName) -> None:
+    """With the diagonal of its G alone; a copy and a curvature with further layers keep it."""
+
+    class OneMode(Gan):
+        def configure_optimizers(self) -> Any:
+            return [configure_thor(one, lr=0.01, mode=mode) for one in (self.discriminator, self.generator)]
+
+    found = fit(tmp_path, OneMode())
+    for network, curvature in zip(("discriminator", "generator"), callback_of(found).curvatures, strict=True):
+        curvature.include()
+        for one in (curvature, copy.deepcopy(curvature)):
+            assert one.layers[f"{network}.0"].G.size > 1
+            assert one.layers[f"{network}.2"].G.size == 1
+            assert one.polar_layers == ({f"{network}.0"} if mode == "polar" else set())
+
+
+def test_a_hidden_layers_thor_does_not_take_the_last_of_them_for_the_output_layer(tmp_path: Path) -> None:
+    """Whose optimizer is another, as with Muon."""
+
+    class Hidden(Gan):
+        def configure_optimizers(self) -> Any:
+            hidden = [p for p in self.parameters() if p is not self.discriminator[2].weight]
+            return [Thor(hidden, lr=0.01, mode="polar"), torch.optim.AdamW([self.discriminator[2].weight])]
+
+    found = callback_of(fit(tmp_path, Hidden())).curvature
+    assert found is not None
+    assert found.polar_layers == {"generator.0", "generator.2", "discriminator.0"}
+
+
+def test_an_output_layer_that_is_none_of_the_models_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"output_layer must be the name of a layer of the model .generator.0, .*'head'"
+    ):
+        Curvature(Gan(), mode="polar", output_layer="head")
 
 
 def test_what_zero_grad_throws_away_is_no_statistics(tmp_path: Path) -> None:
