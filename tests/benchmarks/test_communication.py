@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.communication import memory, messages, scaling, sharded_updates
+from benchmarks.communication import memory, messages, peers, scaling, sharded_updates
 from benchmarks.communication.workloads import WORKLOADS
 from lightning_thor import Curvature
 from tests.helpers.benchmarks import RESULTS, ROOT
@@ -98,6 +98,27 @@ def test_in_the_cost_model_shared_work_falls_as_one_over_the_ranks_and_that_of_n
     assert scaling.nn_thor(curvature, 8, scaling.ASSUMED).work == work[1]
     for n in (2, 4, 8):
         assert work[1] / n <= work[n] <= 1.05 * work[1] / n
+
+
+def test_the_page_on_scaling_holds_what_others_hold_and_send() -> None:
+    results = json.loads((RESULTS / "scaling_peers.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert f"<!-- peers:begin -->\n{peers.markdown(results)}\n<!-- peers:end -->" in page
+
+
+def test_bytes_of_others_are_those_of_their_formulas() -> None:
+    """Of two matrices of 15 and 10 weights, on eight ranks."""
+    curvature = messages.curvature_of(lambda: nn.Sequential(nn.Linear(3, 5, bias=False), nn.Linear(5, 2, bias=False)))
+    factors, eigen, sent = 9 + 25, 9 + 25 + 8, 7 / 8
+    expected = {
+        "AdamW": (16 * 25, 0),
+        "kfac-pytorch, COMM-OPT": (12 * 25 + 4 * (factors + eigen), 4 * sent * (2 * (6 + 15) / 10 + eigen / 100)),
+        "kfac-pytorch, MEM-OPT": (12 * 25 + 4 * (factors + eigen / 8), 4 * sent * (2 * (6 + 15) / 10 + 15)),
+        "Muon": (4 * (2 * 25 + 15 / 8 + 2 * 10), 4 * sent * 15),
+        "Distributed Shampoo": (4 * (2 * 25 + (2 * (25 + 9 + 4 + 25) + 2 * 25) / 8), 4 * sent * 25),
+    }
+    for way, (held, n_bytes) in expected.items():
+        assert peers.COMPARED[way](curvature, 8) == pytest.approx((held, n_bytes))
 
 
 # ── sharded updates ──
