@@ -96,6 +96,8 @@ SHARDED_BY: dict[str, dict[str, Any]] = {
     "mixed": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
 }
 """Options of ``fully_shard`` by policy."""
+IN_BFLOAT16 = ("mixed", "autocast")
+"""Policies that take products in bfloat16 and keep factors in float32: FSDP2's, and that of precision="bf16-mixed"."""
 
 
 def batch(number: int) -> Tensor:
@@ -148,7 +150,7 @@ def parallelized(model: Text, tensor: Any, shards: Any, *, sequence: bool = Fals
 
 def train(case: Case) -> dict[str, Any]:
     """Everything that the laws compare, whole."""
-    model = changed(Text(case.hidden), case.policy).to(torch.float32 if case.policy == "mixed" else torch.float64)
+    model = changed(Text(case.hidden), case.policy).to(torch.float32 if case.policy in IN_BFLOAT16 else torch.float64)
     rank, n_data = 0, 1
     if case.n_ranks > 1:
         replicas, n_shards, width = case.shape
@@ -170,8 +172,10 @@ def train(case: Case) -> dict[str, Any]:
             if n_micro > 1 and case.n_ranks > 1:
                 model.set_requires_gradient_sync(place == n_micro - 1)  # type: ignore[operator]
             with CommDebugMode() as communication, loss_parallel():
-                logits = model(some[:, :-1]).flatten(0, 1)
-                (nn.functional.cross_entropy(logits, some[:, 1:].flatten()) / n_micro).backward()
+                with torch.autocast("cpu", torch.bfloat16, enabled=case.policy == "autocast"):
+                    logits = model(some[:, :-1]).flatten(0, 1)
+                    loss = nn.functional.cross_entropy(logits, some[:, 1:].flatten()) / n_micro
+                loss.backward()
             n_of_model[-1] += communication.get_total_counts()
         with listed_collectives() as calls:
             optimizer.step()
@@ -223,6 +227,7 @@ TRAININGS: dict[str, Case] = {
             "compiled",
         )
     },
+    **{f"{mesh}_autocast": Case(shape=MESHES[mesh], policy="autocast") for mesh in ("hsdp", "tp")},
     "tp_compiled": Case(shape=MESHES["tp"], policy="compiled"),
     "tp_reduce": Case(shape=MESHES["tp"], options=(("statistics", "reduce"),)),
     "tp_fsdp_whole": Case(shape=MESHES["tp_fsdp"], options=(("block_size", None),)),
