@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from torch import nn
 
 from lightning_thor import Curvature
 from lightning_thor.distributed.factor_reducer import by_size
-from tests.helpers.boring import assert_bitwise
+from tests.helpers.boring import assert_bitwise, without_words
 from tests.helpers.distributed_workers import (
+    Module,
     four_ranks,
     launched_four,
     one_rank,
@@ -25,6 +27,8 @@ from tests.helpers.distributed_workers import (
 from tests.helpers.fakes import FakeCommunicator
 from tests.helpers.lone_ranks import lone_ranks
 from tests.helpers.option_trainings import ALL_AT_ONCE
+from tests.helpers.sharded_workers import Sharded
+from tests.helpers.two_nodes import two_nodes
 
 
 @pytest.mark.slow
@@ -85,6 +89,24 @@ def test_two_ranks_under_torchrun_are_those_of_lightnings_launcher_and_one_that_
     assert status not in (0, None)
     assert "Ended after" not in printed
     assert "exitcode  : 13" in printed
+    assert not list(tmp_path.glob("dies-*.pt"))
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one_process_and_a_rank_that_dies_ends_both(tmp_path: Path) -> None:
+    """In seconds, not in the minutes for which a process group waits."""
+    start = time.monotonic()
+    nodes = two_nodes(tmp_path, "ddp", "fsdp2", "dies")
+    assert time.monotonic() - start < 150
+    printed = "".join(words for _, words in nodes)
+    for name, kind in (("ddp", Module), ("fsdp2", Sharded)):
+        alone = one_rank(tmp_path, kind=kind, max_epochs=1)
+        for result in results(tmp_path, name, 2, printed):
+            assert (result["environment"], result["world_size"]) == ("TorchElasticEnvironment", 2)
+            for part in ("weights", "curvature"):
+                found, expected = (without_words(one[part]) for one in (result, alone))
+                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert all(status != 0 for status, _ in nodes), printed[-6000:]
     assert not list(tmp_path.glob("dies-*.pt"))
 
 
