@@ -132,7 +132,9 @@ def test_pruned_weights_stay_zero(tmp_path: Path) -> None:
     fit(tmp_path, ModelPruning("l1_unstructured", pruned, amount=0.5), module=lambda: module, max_epochs=3)
     assert all(isinstance(layer.weight, nn.Parameter) for layer, _ in pruned)
     weights = torch.cat([layer.weight.detach().flatten() for layer, _ in pruned])
-    assert float((weights == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    assert float((weights == 0).float().mean()) == pytest.approx(
+        1 - 0.5**3, abs=0.01
+    )  # half of what is left, in each epoch
     assert torch.isfinite(weights).all()
 
 
@@ -158,11 +160,11 @@ def living() -> int:
 
 
 def leaves_nothing_behind(folder: Path, times: int) -> None:
-    """Fits on one device, and with a process group, which is the user's to destroy."""
-    fit(folder)
-    before, threads = living(), threading.active_count()
-    gone = []
-    for number in range(times):
+    """Fits on one device, and with a process group, which is the user's to destroy; the first two warm up."""
+    gone: list[Any] = []
+    for number in range(-2, times):
+        if number == 0:
+            before, threads = living(), threading.active_count()
         found = trainer(folder, strategy=ThorDDPStrategy() if number % 4 == 3 else "auto", max_epochs=1)
         module = Boring()
         found.fit(module)
