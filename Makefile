@@ -10,7 +10,7 @@ REFERENCE := backpack-for-pytorch curvlinops-for-pytorch einconv linear_operator
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pip runs in one environment break it, two benchmarks at once measure each other
-.PHONY: help install test lint types unit long fuzz portable format docs demo bench
+.PHONY: help install test lint types unit long fuzz soak portable format docs demo bench
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -36,22 +36,26 @@ types: $(INSTALLED)  ## Static types
 	$(BIN)/mypy
 
 unit: $(INSTALLED)  ## Tests and doctests in two processes; PYTEST_ARGS="-m 'not slow'" for the quick ones
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long' --doctest-modules lightning_thor examples benchmarks tests $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long and not soak' --doctest-modules lightning_thor examples benchmarks tests $(PYTEST_ARGS)
 
 # Every kind of processor adds up in another order, this one by where in memory numbers lie: tests hold on any of them.
 # Left out is what compares no numbers, and what compares two ways through the same arithmetic.
 OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
-WITHOUT_NUMBERS := benchmarks block_size distributed examples fsdp trainer layers/test_compiled.py curvature/test_copies.py curvature/test_damage.py mindspore/test_mindspore_arguments.py \
+WITHOUT_NUMBERS := benchmarks block_size distributed examples fsdp trainer reliability/test_composed.py reliability/test_killed_in_a_save.py \
+	reliability/test_resumes.py layers/test_compiled.py curvature/test_copies.py curvature/test_damage.py mindspore/test_mindspore_arguments.py \
 	mindspore/test_mindspore_docs.py test_bad_options.py test_code_blocks.py test_floors.py test_package.py test_public_addresses.py test_readme.py
 
-long: $(INSTALLED)  ## What takes minutes: torch's own compiler, benchmarks on several processes
+long: $(INSTALLED)  ## What takes minutes: the matrix of resumes, torch's compiler, benchmarks on several processes
 	$(BIN)/python -m pytest -m long tests
 
 fuzz: $(INSTALLED)  ## Thousands of drawn cases where the tests draw forty (an hour)
 	LIGHTNING_THOR_FUZZ=1 $(BIN)/python -m pytest -m fuzz tests
 
+soak: $(INSTALLED)  ## 20,000 steps in each mode, 200 fits, 360 kills at random moments (hours)
+	$(BIN)/python -m pytest -m soak -s tests/reliability
+
 portable: $(INSTALLED)  ## Quick tests that compare numbers, computed as on an old processor
-	$(OLD_PROCESSOR) $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not long' --doctest-modules lightning_thor tests \
+	$(OLD_PROCESSOR) $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not long and not soak' --doctest-modules lightning_thor tests \
 		$(WITHOUT_NUMBERS:%=--ignore=tests/%)
 
 format: $(INSTALLED)  ## Rewrite the layout and fix what ruff can

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -81,20 +82,36 @@ def _put(beside: Path, path: Path) -> None:
     """Rename the complete file or folder ``beside`` to ``path``."""
     if not path.is_symlink() and path.is_dir() and beside.is_file() and not (path / METADATA).is_file():
         raise IsADirectoryError(f"The checkpoint path exists and is a directory: {path}")
-    if not path.is_dir() and beside.is_file():
+    if not (path.exists() or path.is_symlink()) or (beside.is_file() and not path.is_dir()):
         os.replace(beside, path)
         return
-    before = path.with_name(f"{path.name}.before")
-    _remove(before)
-    if path.exists():
-        os.replace(path, before)
-    os.replace(beside, path)
-    if path.is_dir() and before.is_dir() and not before.is_symlink():
+    if path.is_dir() and beside.is_dir() and not path.is_symlink():
         # The user may have other files in that folder.
-        for part in before.iterdir():
-            if part.suffix != ".distcp" and part.name not in (METADATA, ".metadata"):
-                os.replace(part, path / part.name)
+        own = {METADATA, ".metadata", *(part.name for part in path.glob("*.distcp"))}
+        for part in path.iterdir():
+            if part.name not in own and part.is_dir() and not part.is_symlink():
+                shutil.copytree(part, beside / part.name, symlinks=True, dirs_exist_ok=True)
+            elif part.name not in own:
+                shutil.copy2(part, beside / part.name, follow_symlinks=False)
+    before = beside
+    if not _exchange(beside, path):
+        # Between these two renames there is no checkpoint of this name, if the process is killed just then.
+        before = path.with_name(f"{path.name}.before")
+        _remove(before)
+        os.replace(path, before)
+        os.replace(beside, path)
     _remove(before)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change their places at once, as only Linux can (renameat2(2)); False where that is impossible."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # another system, or an old C library
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    done: int = renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange)
+    return done == 0
 
 
 def _remove(path: Path) -> None:

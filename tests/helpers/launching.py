@@ -30,8 +30,8 @@ def environment() -> dict[str, str]:
     return env | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
-def run(command: list[str], **env: str) -> tuple[int, str]:
-    """Exit status and output of a Python command with all processes that it starts; ended after `SECONDS`."""
+def run(command: list[str], seconds: float = SECONDS, **env: str) -> tuple[int, str]:
+    """Exit status and output of a Python command with all processes that it starts; ended after ``seconds``."""
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
@@ -42,10 +42,10 @@ def run(command: list[str], **env: str) -> tuple[int, str]:
         start_new_session=True,  # so that a hanging rank can be ended with the process that started it
     )
     try:
-        printed, _ = process.communicate(timeout=SECONDS)
+        printed, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        printed = f"Ended after {SECONDS} seconds. {process.communicate()[0]}"
+        printed = f"Ended after {seconds} seconds. {process.communicate()[0]}"
     return process.returncode, printed
 
 
