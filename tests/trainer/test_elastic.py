@@ -92,7 +92,7 @@ def test_two_ranks_under_torchrun_are_those_of_lightnings_launcher_and_one_that_
     assert not list(tmp_path.glob("dies-*.pt"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_nodes_are_one_process_and_a_rank_that_dies_ends_both(tmp_path: Path) -> None:
     """In seconds, not in the minutes for which a process group waits."""
     start = time.monotonic()
