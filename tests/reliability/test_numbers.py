@@ -1,0 +1,36 @@
+"""Numbers that go wrong, whatever they are: no error of linear algebra, and no weight lost that momentum SGD keeps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.launching import run
+from tests.helpers.numbers import CASES, FAULTS, MODES, PRECISIONS, laws_broken_in
+
+ALL = os.environ.get("LIGHTNING_THOR_FUZZ") == "1"
+
+
+def is_chosen(case: tuple[str, str, str]) -> bool:
+    """One precision for each fault and mode, so that each meets each; all with LIGHTNING_THOR_FUZZ=1."""
+    fault, precision, mode = (
+        list(names).index(one) for names, one in zip((FAULTS, PRECISIONS, MODES), case, strict=True)
+    )
+    return ALL or (fault + 2 * mode) % len(PRECISIONS) == precision
+
+
+@pytest.mark.fuzz
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", filter(is_chosen, CASES), ids=" / ".join)
+def test_no_weight_is_lost_that_sgd_keeps(case: tuple[str, str, str]) -> None:
+    assert laws_broken_in(case) == []
+
+
+@pytest.mark.fuzz
+@pytest.mark.skipif(not ALL, reason="LIGHTNING_THOR_FUZZ=1: minutes")
+def test_nor_on_two_ranks_of_which_one_goes_wrong(tmp_path: Path) -> None:
+    status, printed = run(["-m", "tests.helpers.numbers", str(tmp_path / "laws")])
+    assert status == 0, printed
+    assert [(tmp_path / f"laws.{rank}").read_text(encoding="utf-8") for rank in range(2)] == ["", ""]
