@@ -45,7 +45,7 @@ WITHOUT_NUMBERS := benchmarks block_size distributed examples fsdp trainer relia
 	reliability/test_resumes.py layers/test_compiled.py curvature/test_copies.py curvature/test_damage.py mindspore/test_mindspore_arguments.py \
 	mindspore/test_mindspore_docs.py test_bad_options.py test_code_blocks.py test_floors.py test_package.py test_public_addresses.py test_readme.py
 
-long: $(INSTALLED)  ## What takes minutes: the matrix of resumes, torch's compiler, benchmarks on several processes
+long: $(INSTALLED)  ## What takes minutes: resumes, torch's compiler, several processes, architectures of transformers
 	$(BIN)/python -m pytest -m long tests
 
 fuzz: $(INSTALLED)  ## Thousands of drawn cases where the tests draw forty (an hour)
