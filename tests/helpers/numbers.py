@@ -1,6 +1,7 @@
 """Trainings in which numbers go wrong, by THOR beside torch's momentum SGD.
 
-``python -m tests.helpers.numbers FILE`` trains all of them on two ranks and writes what broke the laws, a line each.
+``python -m tests.helpers.numbers FILE PRECISION`` trains those of one precision on two ranks and writes what broke the
+laws, a line each.
 """
 
 from __future__ import annotations
@@ -199,14 +200,14 @@ def laws_broken_in(case: tuple[str, str, str]) -> list[str]:
         return [f"{type(error).__name__}: {error}"]
 
 
-def main(file: Path) -> None:
+def main(file: Path, precision: str) -> None:
     """On one of two ranks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    lines = [f"{' / '.join(case)}: {law}" for case in CASES for law in laws_broken_in(case)]
+    lines = [f"{' / '.join(case)}: {law}" for case in CASES if case[1] == precision for law in laws_broken_in(case)]
     file.with_suffix(f".{dist.get_rank()}").write_text("\n".join(lines), encoding="utf-8")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    fork(2, lambda: main(Path(sys.argv[1])))
+    fork(2, lambda: main(Path(sys.argv[1]), sys.argv[2]))

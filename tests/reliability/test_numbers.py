@@ -23,14 +23,15 @@ def is_chosen(case: tuple[str, str, str]) -> bool:
 
 @pytest.mark.fuzz
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", filter(is_chosen, CASES), ids=" / ".join)
+@pytest.mark.parametrize("case", [*filter(is_chosen, CASES)], ids=" / ".join)
 def test_no_weight_is_lost_that_sgd_keeps(case: tuple[str, str, str]) -> None:
     assert laws_broken_in(case) == []
 
 
 @pytest.mark.fuzz
 @pytest.mark.skipif(not ALL, reason="LIGHTNING_THOR_FUZZ=1: minutes")
-def test_nor_on_two_ranks_of_which_one_goes_wrong(tmp_path: Path) -> None:
-    status, printed = run(["-m", "tests.helpers.numbers", str(tmp_path / "laws")])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nor_on_two_ranks_of_which_one_goes_wrong(precision: str, tmp_path: Path) -> None:
+    status, printed = run(["-m", "tests.helpers.numbers", str(tmp_path / "laws"), precision])
     assert status == 0, printed
     assert [(tmp_path / f"laws.{rank}").read_text(encoding="utf-8") for rank in range(2)] == ["", ""]
