@@ -122,7 +122,7 @@ def of_peft(method: str, base: Callable[[], nn.Module] | None = None, **options:
     import peft
 
     model = (base or partial(of_transformers, "LlamaForCausalLM", **KEYS))()
-    adapted: nn.Module = peft.get_peft_model(model, getattr(peft, f"{method}Config")(task_type="CAUSAL_LM", **options))  # type: ignore[arg-type]
+    adapted: nn.Module = peft.get_peft_model(model, getattr(peft, f"{method}Config")(task_type="CAUSAL_LM", **options))
     return adapted
 
 
@@ -315,8 +315,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "multimodal",
         partial(
             of_transformers, "LlavaForConditionalGeneration", image_token_index=VOCABULARY - 1,
-            **{key: {"model_type": kind, **one} for (key, one), kind in
-               zip(_in_parts(**KEYS).items(), ("llama", "clip_vision_model"), strict=True)},
+            **dict[str, Any]({key: {"model_type": kind, **one} for (key, one), kind in
+               zip(_in_parts(**KEYS).items(), ("llama", "clip_vision_model"), strict=True)}),
         ),
         pictures_in_text,
     ),

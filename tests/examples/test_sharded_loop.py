@@ -23,11 +23,11 @@ def run_loops(loops: list[tuple[int, list[str]]]) -> None:
 @pytest.mark.slow
 def test_the_loop_over_meshes_learns_as_one_process(tmp_path: Path) -> None:
     """Shards and tensor parallelism on 4 ranks, then replicas on 2; float32 over other sums rounds otherwise."""
-    steps, folder = ["--steps", "20"], ["--checkpoint", str(tmp_path / "saved")]
+    steps, folder = ["--steps", "10"], ["--checkpoint", str(tmp_path / "saved")]
     loops = [
         (4, ["--shard", "2", "--tensor", "2", *steps, *folder]),
         (2, ["--replicate", "2", *steps, *folder]),
-        (1, ["--steps", "40"]),
+        (1, ["--steps", "20"]),
     ]
     _, printed = run_forked(partial(run_loops, loops))
     losses = [[float(loss) for loss in re.findall(r"loss ([\d.]+)", part)] for part in printed.split("run\n")[1:]]

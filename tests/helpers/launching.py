@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import faulthandler
-import math
+import functools
 import os
-import runpy
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+
+from tests.helpers.fork_server import Request
 
 # Generous, since the machine may be busy; a rank that waits for the other one for ever is what it is for.
 SECONDS = 300
@@ -49,56 +47,30 @@ def run(command: list[str], seconds: float = SECONDS, **env: str) -> tuple[int, 
     return process.returncode, printed
 
 
+@functools.lru_cache(maxsize=1)
+def fork_server() -> subprocess.Popen[bytes]:
+    """A process of `tests.helpers.fork_server`, which ends with this one."""
+    command = [sys.executable, "-m", "tests.helpers.fork_server"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
 def run_forked(program: str | Callable[[], object], *arguments: str, **env: str) -> tuple[int, str]:
-    """As `run`, of a program that starts as a fork of this process: importing everything takes longer than most run.
+    """As `run`, of a program that starts as a fork: importing everything takes longer than most programs run.
 
     Args:
-        program: a file, or a command's function.
+        program: a file, or a function that can be pickled.
         arguments: of its command line.
         env: variables of its environment.
     """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
-        pid = os.fork()
-        if not pid:
-            _be(program, arguments, env, printed.fileno())
-        start, ended = time.monotonic(), (0, 0)
-        while not ended[0]:
-            time.sleep(0.02)
-            ended = os.waitpid(pid, os.WNOHANG)
-            if time.monotonic() - start > SECONDS:
-                os.killpg(pid, signal.SIGKILL)
-                start = math.inf
-        printed.seek(0)
-        words = f"Ended after {SECONDS} seconds. " if start == math.inf else ""
-        return os.waitstatus_to_exitcode(ended[1]), words + printed.read()
-
-
-def _be(program: str | Callable[[], object], arguments: tuple[str, ...], env: dict[str, str], out: int) -> NoReturn:
-    """Turn this process into a new program's."""
-    os.setsid()
-    for number in (1, 2):
-        os.dup2(out, number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    variables = environment() | env
-    os.environ.clear()
-    os.environ.update(variables)
-    os.chdir(ROOT)
-    sys.argv = [program if isinstance(program, str) else "program", *arguments]
-    warnings.resetwarnings()
-    status: object = 0
-    try:
-        faulthandler.enable()
-        runpy.run_path(program, run_name="__main__") if isinstance(program, str) else program()
-    except SystemExit as end:
-        status = end.code
-        if isinstance(status, str):
-            print(status, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else int(status is not None))
+    server = fork_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as printed:
+        pickle.dump(Request(program, arguments, environment() | env, printed.name, SECONDS), server.stdin)
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        words = f"Ended after {SECONDS} seconds. " if status == -signal.SIGKILL else ""
+        return status, words + printed.read()
 
 
 class Crash(SystemExit):

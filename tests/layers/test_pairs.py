@@ -25,7 +25,7 @@ from lightning_thor import Curvature, Thor
 from lightning_thor.distributed.factor_reducer import by_size
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.factors.layout import SIDES
-from tests.helpers.launching import fork
+from tests.helpers.launching import fork, run_forked
 from tests.helpers.observing import assert_same, factors, observing, told_by
 
 WIDTH, OUT = 6, 5
@@ -891,7 +891,7 @@ def process(folder: Path) -> None:
 
 
 def test_two_processes_are_one_for_routed_layers_ones_that_do_not_fit_and_losses_of_any_scale(tmp_path: Path) -> None:
-    fork(2, partial(process, tmp_path))
+    assert run_forked(partial(fork, 2, partial(process, tmp_path)))[0] == 0
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for index, scale in enumerate(SCALES):
         expected = trained(slice(0, 32), 1, scale)
@@ -952,7 +952,7 @@ def sharded(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_pairs_of_a_sharded_model_are_those_of_the_whole_one(tmp_path: Path) -> None:
-    fork(2, partial(sharded, tmp_path))
+    assert run_forked(partial(fork, 2, partial(sharded, tmp_path)))[0] == 0
     expected = observing(net(), lambda model: loss_of(model).backward())
     for rank in (0, 1):
         for found, left_out in torch.load(tmp_path / f"sharded{rank}.pt"):

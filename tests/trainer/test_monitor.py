@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from lightning_thor import ThorCallback, ThorMonitor
 from lightning_thor.trainer import cli
 from lightning_thor.trainer.pictures import log_pictures, pictures_of, read_looks, takes_pictures
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, quiet, trainer
-from tests.helpers.launching import fork
+from tests.helpers.launching import fork, run_forked
 
 NAMES = ["net.0", "net.2", "net.4", "net.5", "net.7"]
 
@@ -78,11 +79,12 @@ def test_a_resumed_fit_goes_on_in_its_file_and_its_looks_count(tmp_path: Path) -
     assert [look["step"] for look in looks_of(tmp_path)] == [1, 4]
 
 
-def test_two_ranks_have_one_file(tmp_path: Path, clean_process: None) -> None:
-    def rank() -> None:
-        monitored(tmp_path, devices=2, strategy="thor_ddp", max_epochs=2).fit(Boring())
+def rank(folder: Path) -> None:
+    monitored(folder, devices=2, strategy="thor_ddp", max_epochs=2).fit(Boring())
 
-    fork(2, rank)
+
+def test_two_ranks_have_one_file(tmp_path: Path) -> None:
+    assert run_forked(partial(fork, 2, partial(rank, tmp_path)))[0] == 0
     assert [look["step"] for look in looks_of(tmp_path)] == [1, 4]
     assert looks_of(tmp_path)[-1]["seconds"]["communication"] > 0
 
