@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ from lightning_thor.layers.base import Layer
 from lightning_thor.layers.discovery import matrix_layers, name_some
 from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
-from lightning_thor.schedules import PerStepLR
 from lightning_thor.trainer.block_size_trial import try_block_sizes
 from lightning_thor.trainer.figures import StepFigures
 from lightning_thor.trainer.fit_report import FitFigures, print_fit
@@ -34,6 +33,18 @@ from lightning_thor.trainer.packages import is_lightnings
 from lightning_thor.trainer.report import report_split
 from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
+from lightning_thor.trainer.thors import (
+    LossMultiplier,
+    callbacks_of,
+    is_training,
+    no_thor,
+    parameters_of,
+    scaler_of,
+    thors_of,
+    trained_of,
+    warn_of_clipping,
+    warn_of_intervals,
+)  # fmt: skip
 from lightning_thor.trainer.unfreezing import warn_of_layers_still_frozen, warn_of_layers_without_optimizer, wrap_again
 from lightning_thor.trainer.update_ratio import Sample, sample_weights, update_ratio
 
@@ -193,10 +204,10 @@ class ThorCallback(Callback):
             return
         check_strategy(trainer.strategy)
         # Lightning's own error comes first, unless one was appended to the list.
-        if sum(isinstance(one, ThorCallback) for one in _callbacks_of(trainer)) > 1:
+        if sum(isinstance(one, ThorCallback) for one in callbacks_of(trainer)) > 1:
             raise ValueError("Trainer(callbacks=...) has more than one ThorCallback: leave one, with all the options.")
         # To the front: LearningRateFinder and BatchSizeFinder train inside their own on_fit_start, after ours then.
-        callbacks = _callbacks_of(trainer)
+        callbacks = callbacks_of(trainer)
         callbacks.remove(self)
         callbacks.insert(0, self)
         self._restored = None
@@ -204,12 +215,12 @@ class ThorCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
         self.curvatures = []
-        thors = _thors_of(trainer)
+        thors = thors_of(trainer)
         if not thors and not self._waits_for_thor:
-            raise ValueError(_no_thor(trainer))
+            raise ValueError(no_thor(trainer))
         if not thors and self._options["block_size"] == "auto":
             raise ValueError('block_size="auto" needs the Thor when fit starts. Give ThorCallback a number instead.')
-        parameters = [p for optimizer in thors for p in _parameters_of(optimizer)]
+        parameters = [p for optimizer in thors for p in parameters_of(optimizer)]
         self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
         quiet = self._is_quiet(trainer)
         if self.summary and self.split is not None:
@@ -217,40 +228,40 @@ class ThorCallback(Callback):
             if trainer.is_global_zero:
                 report_split(self.split, folder, quiet=quiet)
         self._serve(trainer, pl_module)
-        _warn_of_intervals(trainer)
+        warn_of_intervals(trainer)
 
     def _serve(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give each new `Thor` of the trainer its curvature."""
-        new = [optimizer for optimizer in _thors_of(trainer) if optimizer not in self._served]
+        new = [optimizer for optimizer in thors_of(trainer) if optimizer not in self._served]
         for optimizer in new:
             if optimizer.preconditioner is not None:
                 raise ValueError(
                     f"ThorCallback found a {type(optimizer).__name__} that has a preconditioner already. Remove the "
                     "callback, or build the optimizer without preconditioner=..."
                 )
-            own = {*_parameters_of(optimizer)}
-            others = {p for other in {*_thors_of(trainer), *self._served} for p in _parameters_of(other)} - own
+            own = {*parameters_of(optimizer)}
+            others = {p for other in {*thors_of(trainer), *self._served} for p in parameters_of(other)} - own
             # Now: while ``fully_shard`` holds weights whole, a model has other parameters.
             optimizer.numbered = tuple(pl_module.parameters())
             curvature = Curvature(
                 pl_module,
                 mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
-                loss_multiplier=_LossMultiplier(trainer, pl_module),
+                loss_multiplier=LossMultiplier(trainer, pl_module),
                 loss_terms=None if self._loss_terms is None else self._terms_of_the_batch,
                 parameters=own,
                 # Networks with a Thor each, as a GAN's, have an output layer each.
                 output_layer=next(reversed(matrix_layers(pl_module, without=others)), None) if others else None,
                 **{**self._options, "block_size": self.block_size},
             )
-            self._monitor = next((one for one in _callbacks_of(trainer) if isinstance(one, ThorMonitor)), None)
+            self._monitor = next((one for one in callbacks_of(trainer) if isinstance(one, ThorMonitor)), None)
             if curvature.factors.device.type != "cuda" or self._monitor is not None:
                 curvature.timer = PartTimer(curvature.factors.device)
             curvature.measures_change = True
             # The trainer's stage, not the model's mode: fit trains a model that was left in eval mode too.
-            curvature.is_listening = partial(_is_training, trainer, optimizer)
+            curvature.is_listening = partial(is_training, trainer, optimizer)
             self.curvatures.append(curvature)
             self._served[optimizer] = curvature
-            self._trained[optimizer] = _trained_of(optimizer)
+            self._trained[optimizer] = trained_of(optimizer)
             optimizer.preconditioner = curvature
             if isinstance(trainer.strategy, ThorStrategyMixin):
                 named = {name: p for name, p in pl_module.named_parameters() if p in own}
@@ -267,8 +278,8 @@ class ThorCallback(Callback):
     def _tell(self, trainer: pl.Trainer, optimizer: Thor) -> None:
         """Say what is preconditioned, and warn of what has no effect."""
         curvature = self._served[optimizer]
-        _warn_of_clipping(trainer, optimizer)
-        if not curvature.layers and not any(map(is_lazy, _parameters_of(optimizer))):
+        warn_of_clipping(trainer, optimizer)
+        if not curvature.layers and not any(map(is_lazy, parameters_of(optimizer))):
             rank_zero_warn(
                 "ThorCallback found no layer to precondition: all parameters take "
                 f"{MODES[curvature.mode].fallback}. What it prints when fit starts says why (summary=True)."
@@ -299,11 +310,9 @@ class ThorCallback(Callback):
         if self._window_is_open or not (self._looks or self._seen != (trainer.optimizers, n_groups)):
             return
         self._serve(trainer, pl_module)
-        self._looks = any(is_lazy(p) for optimizer in self._served for p in _parameters_of(optimizer))
+        self._looks = any(is_lazy(p) for optimizer in self._served for p in parameters_of(optimizer))
         further = {
-            optimizer: more
-            for optimizer, trained in self._trained.items()
-            if (more := _trained_of(optimizer) - trained)
+            optimizer: more for optimizer, trained in self._trained.items() if (more := trained_of(optimizer) - trained)
         }
         if further:
             wrap_again(trainer.strategy)
@@ -356,8 +365,8 @@ class ThorCallback(Callback):
         # A GradScaler that found an overflow calls no Optimizer.step and tells nobody: only the counters differ.
         skipped = not self._window_is_open and steps == self._applied
         # In manual optimization another optimizer may have stepped; what is not finite is left out all the same.
-        if skipped and pl_module.automatic_optimization and _scaler_of(trainer) is not None:
-            for optimizer in _thors_of(trainer):
+        if skipped and pl_module.automatic_optimization and scaler_of(trainer) is not None:
+            for optimizer in thors_of(trainer):
                 self._served[optimizer].discard()
         for number, (optimizer, curvature) in enumerate(self._served.items()):
             if self._weights.get(optimizer) and curvature.step != self._applied[number]:
@@ -424,7 +433,7 @@ class ThorCallback(Callback):
         print_fit(replace(figures, idle=tuple(name for name, n in updates.items() if not n), **own), len(updates))
 
     def _is_quiet(self, trainer: pl.Trainer) -> bool:
-        return not self._is_measuring and not any(is_lightnings(one, "ModelSummary") for one in _callbacks_of(trainer))
+        return not self._is_measuring and not any(is_lightnings(one, "ModelSummary") for one in callbacks_of(trainer))
 
     # ── leaving ──
 
@@ -503,81 +512,3 @@ def _saved_block_size(state: Mapping[str, Any]) -> int | None:
         )
     size: int | None = state["block_size"]
     return size
-
-
-@dataclass(frozen=True)
-class _LossMultiplier:
-    """What Lightning multiplied the loss by before backward: read where it lives, each time it is needed."""
-
-    trainer: pl.Trainer
-    pl_module: pl.LightningModule
-
-    def __call__(self) -> float | Tensor:
-        # Manual optimization divides by nothing; automatic divides by N, in a shorter last window too.
-        n = self.trainer.accumulate_grad_batches if self.pl_module.automatic_optimization else 1
-        scaler = _scaler_of(self.trainer)
-        if scaler is None:
-            return 1.0 / n
-        # Scaling a one instead of get_scale(), which waits for the device.
-        scale: Tensor = scaler.scale(torch.ones((), device=self.trainer.strategy.root_device))
-        return scale / n
-
-
-def _callbacks_of(trainer: pl.Trainer) -> list[Callback]:
-    """The trainer's own list."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
-
-
-def _scaler_of(trainer: pl.Trainer) -> Any | None:
-    return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def _warn_of_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:
-    by_norm = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm")
-    matched = (
-        group["match_rms"] is not None and MODES[group["mode"]].matches_rms and not MODES[group["mode"]].momentum_first
-        for group in optimizer.param_groups
-    )
-    if by_norm and all(matched):
-        rank_zero_warn(
-            "gradient_clip_val clips the gradient's norm before it is preconditioned, and match_rms sets the scale "
-            "afterwards: the clipping changes nothing. Lower lr, or set match_rms=None."
-        )
-
-
-def _warn_of_intervals(trainer: pl.Trainer) -> None:
-    wrong = any(
-        isinstance(config.scheduler, PerStepLR) and config.interval != "step" for config in trainer.lr_scheduler_configs
-    )
-    if wrong and trainer.lightning_module.automatic_optimization:
-        rank_zero_warn(
-            "PerStepLR is stepped once an epoch here, but its schedule counts steps: the learning rate hardly moves. "
-            'Return {"optimizer": optimizer, "lr_scheduler": {"scheduler": PerStepLR(...), "interval": "step"}} from '
-            "configure_optimizers (the command lightning-thor does so by itself)."
-        )
-
-
-def _thors_of(trainer: pl.Trainer) -> list[Thor]:
-    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Thor)]
-
-
-def _parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _trained_of(optimizer: Optimizer) -> set[nn.Parameter]:
-    return {p for p in _parameters_of(optimizer) if p.requires_grad and not is_lazy(p)}
-
-
-def _is_training(trainer: pl.Trainer, optimizer: Thor) -> bool:
-    return trainer.training and optimizer in trainer.optimizers
-
-
-def _no_thor(trainer: pl.Trainer) -> str:
-    names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
-    return (
-        f"ThorCallback found no Thor optimizer (configure_optimizers returned: {names}). Return configure_thor(self, "
-        "lr=...) there (with LightningCLI: optimizer.class_path: lightning_thor.Thor), or remove the callback. If the "
-        "trainer gets a Thor later, say so: ThorCallback(waits_for_thor=True)."
-    )

@@ -1,0 +1,104 @@
+"""The `Thor` optimizers of a Trainer, and what of the Trainer's settings concerns them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from lightning_thor.optim.thor import Thor
+from lightning_thor.preconditioning.modes import MODES
+from lightning_thor.schedules import PerStepLR
+
+
+@dataclass(frozen=True)
+class LossMultiplier:
+    """What Lightning multiplied the loss by before backward: read where it lives, each time it is needed."""
+
+    trainer: pl.Trainer
+    pl_module: pl.LightningModule
+
+    def __call__(self) -> float | Tensor:
+        # Manual optimization divides by nothing; automatic divides by N, in a shorter last window too.
+        n = self.trainer.accumulate_grad_batches if self.pl_module.automatic_optimization else 1
+        scaler = scaler_of(self.trainer)
+        if scaler is None:
+            return 1.0 / n
+        # Scaling a one instead of get_scale(), which waits for the device.
+        scale: Tensor = scaler.scale(torch.ones((), device=self.trainer.strategy.root_device))
+        return scale / n
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """The trainer's own list."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def scaler_of(trainer: pl.Trainer) -> Any | None:
+    """The trainer's GradScaler, if it has one."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def warn_of_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:
+    """Warn where the trainer's clipping of gradients changes no update."""
+    by_norm = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm")
+    matched = (
+        group["match_rms"] is not None and MODES[group["mode"]].matches_rms and not MODES[group["mode"]].momentum_first
+        for group in optimizer.param_groups
+    )
+    if by_norm and all(matched):
+        rank_zero_warn(
+            "gradient_clip_val clips the gradient's norm before it is preconditioned, and match_rms sets the scale "
+            "afterwards: the clipping changes nothing. Lower lr, or set match_rms=None."
+        )
+
+
+def warn_of_intervals(trainer: pl.Trainer) -> None:
+    """Warn where a `PerStepLR` is stepped once an epoch."""
+    wrong = any(
+        isinstance(config.scheduler, PerStepLR) and config.interval != "step" for config in trainer.lr_scheduler_configs
+    )
+    if wrong and trainer.lightning_module.automatic_optimization:
+        rank_zero_warn(
+            "PerStepLR is stepped once an epoch here, but its schedule counts steps: the learning rate hardly moves. "
+            'Return {"optimizer": optimizer, "lr_scheduler": {"scheduler": PerStepLR(...), "interval": "step"}} from '
+            "configure_optimizers (the command lightning-thor does so by itself)."
+        )
+
+
+def thors_of(trainer: pl.Trainer) -> list[Thor]:
+    """Those among the trainer's optimizers, in their order."""
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Thor)]
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All parameters of an optimizer, in the order of its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def trained_of(optimizer: Optimizer) -> set[nn.Parameter]:
+    """Those that train and have a shape."""
+    return {p for p in parameters_of(optimizer) if p.requires_grad and not is_lazy(p)}
+
+
+def is_training(trainer: pl.Trainer, optimizer: Thor) -> bool:
+    """Whether the trainer is in a training step, and has this optimizer now."""
+    return trainer.training and optimizer in trainer.optimizers
+
+
+def no_thor(trainer: pl.Trainer) -> str:
+    """The error where ``configure_optimizers`` returned no `Thor`."""
+    names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
+    return (
+        f"ThorCallback found no Thor optimizer (configure_optimizers returned: {names}). Return configure_thor(self, "
+        "lr=...) there (with LightningCLI: optimizer.class_path: lightning_thor.Thor), or remove the callback. If the "
+        "trainer gets a Thor later, say so: ThorCallback(waits_for_thor=True)."
+    )
