@@ -148,9 +148,6 @@ def test_weights_stay_finite_where_those_of_sgd_do(
 ) -> None:  # fmt: skip
     """``missing``: of which parameter the gradient is taken away, by step."""
     model, takes_tokens, dims = drawn
-    # Where a transposed convolution's memory is not contiguous, torch 2.13 itself dies in backward in half precision.
-    is_transposed = any(type(m) in TRANSPOSED.values() for m in model)
-    assume(not (is_transposed and dtype.itemsize == 2 and {*layouts} != {"contiguous"}))
     torch.manual_seed(0)
     model.to(dtype)
     for p in model.parameters():
@@ -160,6 +157,9 @@ def test_weights_stay_finite_where_those_of_sgd_do(
         params[number].requires_grad_(False)
     trained = [p for p in params if p.requires_grad]
     assume(trained)
+    # torch 2.13 itself crashes in a GroupNorm's backward over channels-last images that need no gradient.
+    needs_none = not takes_tokens and not any(p.requires_grad for p in model[0].parameters())
+    assume(not (needs_none and "channels last" in layouts and any(type(m) is nn.GroupNorm for m in model)))
     if dtype.itemsize == 2:
         of_optimizer.pop("match_rms", None)  # a natural step of any length may leave the range of float16
     if mode != "natural" or of_optimizer.get("match_rms", 0.2) is not None:
