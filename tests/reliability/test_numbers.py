@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launching import run
-from tests.helpers.numbers import CASES, FAULTS, MODES, PRECISIONS, laws_broken_in
+from tests.helpers.wrong_numbers import CASES, FAULTS, MODES, PRECISIONS, laws_broken_in
 
 ALL = os.environ.get("LIGHTNING_THOR_FUZZ") == "1"
 
@@ -32,6 +32,6 @@ def test_no_weight_is_lost_that_sgd_keeps(case: tuple[str, str, str]) -> None:
 @pytest.mark.skipif(not ALL, reason="LIGHTNING_THOR_FUZZ=1: minutes")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_nor_on_two_ranks_of_which_one_goes_wrong(precision: str, tmp_path: Path) -> None:
-    status, printed = run(["-m", "tests.helpers.numbers", str(tmp_path / "laws"), precision])
+    status, printed = run(["-m", "tests.helpers.wrong_numbers", str(tmp_path / "laws"), precision])
     assert status == 0, printed
     assert [(tmp_path / f"laws.{rank}").read_text(encoding="utf-8") for rank in range(2)] == ["", ""]

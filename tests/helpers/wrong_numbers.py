@@ -1,6 +1,6 @@
 """Trainings in which numbers go wrong, by THOR beside torch's momentum SGD.
 
-``python -m tests.helpers.numbers FILE PRECISION`` trains those of one precision on two ranks and writes what broke the
+``python -m tests.helpers.wrong_numbers FILE PRECISION`` trains those of one precision on two ranks and writes what broke the
 laws, a line each.
 """
 
