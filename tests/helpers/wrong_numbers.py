@@ -1,7 +1,7 @@
 """Trainings in which numbers go wrong, by THOR beside torch's momentum SGD.
 
-``python -m tests.helpers.wrong_numbers FILE PRECISION`` trains those of one precision on two ranks and writes what broke the
-laws, a line each.
+``python -m tests.helpers.wrong_numbers FILE PRECISION`` trains those of one precision on two ranks and writes what
+broke the laws, a line each.
 """
 
 from __future__ import annotations
