@@ -343,7 +343,8 @@ def step_figure(looks: Sequence[Look]) -> Figure:
     bar.set_xlim(0, 1)
     bar.set_axis_off()
     n_steps = looks[-1]["step"] - spans[0][0]
-    title = f"{sum(total.values()):.3g} s in {n_steps} steps, {1e3 * everything / max(n_steps, 1):.3g} ms each"
+    each = 1e3 * everything / max(n_steps, 1)
+    title = f"{sum(total.values()):.3g} s in {n_steps} steps, {each:{'.0f' if each >= 100 else '.3g'}} ms each"
     bar.set_title(title, loc="left", fontsize=11)
     edges = [start for start, *_ in spans] + [spans[-1][1]]
     floor = [0.0] * len(spans)

@@ -160,8 +160,8 @@ def test_weights_stay_finite_where_those_of_sgd_do(
     # torch 2.13 itself crashes in a GroupNorm's backward over channels-last images that need no gradient.
     needs_none = not takes_tokens and not any(p.requires_grad for p in model[0].parameters())
     assume(not (needs_none and "channels last" in layouts and any(type(m) is nn.GroupNorm for m in model)))
-    if dtype.itemsize == 2:
-        of_optimizer.pop("match_rms", None)  # a natural step of any length may leave the range of float16
+    if of_optimizer.get("kl_clip") is None or dtype.itemsize == 2:
+        of_optimizer.pop("match_rms", None)  # None alone asks for a natural step of any length
     if mode != "natural" or of_optimizer.get("match_rms", 0.2) is not None:
         of_optimizer.pop("kl_clip", None)
     if fuses and any(type(m) is nn.Linear and m.weight.requires_grad for m in model):
@@ -177,8 +177,9 @@ def test_weights_stay_finite_where_those_of_sgd_do(
         x = x if takes_tokens else x.mul(10.0**exponent).to(dtype)
         try:
             out = model(x).to(torch.promote_types(dtype, torch.float32))
-        except RuntimeError as error:
-            assume("not implemented for" not in str(error))  # torch's own layers, in half precision
+        except (RuntimeError, ValueError) as error:
+            # torch's own layers: in half precision, and norms of a single value.
+            assume(not any(words in str(error) for words in ("not implemented for", "Expected more than 1 value")))
             raise
         loss = out.square().mean() if of_curvature.get("loss_reduction") != "sum" else out.square().mean((1, 2)).sum()
         optimizer.zero_grad()
