@@ -32,8 +32,8 @@ from tests.helpers.resumes import FOLDER, MODES, SINGLE, THOR_DDP, Broken, Strat
 
 N_KILLS = int(os.environ.get("LIGHTNING_THOR_KILLS", "20"))
 STEPS = 200
-"""Of one epoch; each is saved. Lightning itself counts wrongly where a fit is resumed at the ends of two epochs: with SGD
-and a loader of torch 16 steps where 12 are right."""
+"""Of one epoch; each is saved. Lightning itself counts wrongly where a fit is resumed at the ends of two epochs: with
+SGD and a loader of torch 16 steps where 12 are right."""
 LIMIT = 120
 """Seconds in which a rank ends by itself when another one was killed."""
 SECONDS = 3600
