@@ -360,7 +360,8 @@ class Thor(Optimizer):
                 continue
             # A momentum adds up 1 / (1 - momentum) gradients.
             share = 1.0 - group["momentum"] if mode.momentum_first else 1.0
-            is_limited = group["max_relative_step"] is not None and lr > 0
+            # A schedule may end at rates whose product with a share is 0.
+            is_limited = group["max_relative_step"] is not None and share * lr > 0
             limit = group["max_relative_step"] / (share * lr) if is_limited else math.inf
             for p in group["params"]:
                 if p in sources:

@@ -122,3 +122,14 @@ def test_a_state_of_an_earlier_version_goes_on_without_a_limit() -> None:
     assert state["param_groups"][0].pop("max_relative_step") == 0.01
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["max_relative_step"] is None
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
+@pytest.mark.parametrize("lr", [5e-324, 1e-320, 1e-300])
+def test_the_smallest_rates_that_a_schedule_ends_at_move_nothing(mode: Any, lr: float) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = Thor(model.parameters(), lr=lr, mode=mode, preconditioner=Curvature(model, mode=mode))
+    before = model.weight.detach().clone()
+    model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    torch.testing.assert_close(model.weight, before, rtol=0, atol=0)
