@@ -205,9 +205,7 @@ class Curvature:
         warn_of_low_coverage(model, self.layers, self.left_out, parameters)
         self.coverage = coverage(model, self.layers, parameters)
         self.fan_in = fan_in(self.layers.values())
-        self.polar_layers = set(matrices).intersection(self.layers if chosen.uses_matrix_sign else ()) - {
-            *output_layers
-        }
+        self.polar_layers = self.layers.keys() & set(matrices) - {*output_layers} if chosen.uses_matrix_sign else set()
         self.factors = factor_state_of(self.layers, chosen.decomposition)
         self._trace_rule = trace_rule_of(trace_rule)
         has_rule = self._trace_rule is not None
