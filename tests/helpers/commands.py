@@ -1,4 +1,4 @@
-"""The `lightning-thor` command, in a process of its own or in this one, and what it leaves in a folder."""
+"""The `lightning-thor` command, in a new process, in a fork or in this process, and what it leaves in a folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TINY_DIGITS = (
 
 
 def python_module(name: str, *arguments: str, columns: int = 160) -> str:
-    """What ``python -m name ...`` prints in the repository's root."""
+    """What ``python -m name ...`` prints in the repository's root, by `launching.run_forked`."""
     module = partial(runpy.run_module, name, run_name="__main__", alter_sys=True)
     status, printed = launching.run_forked(module, *arguments, COLUMNS=str(columns))
     assert status == 0, f"exit status {status}:\n{printed[-4000:]}"
@@ -47,7 +47,7 @@ def command(*arguments: str, folder: Path) -> str:
 
 
 def forked_command(*arguments: str, folder: Path, status: int = 0) -> str:
-    """As `command`, in a fork of this process."""
+    """As `command`, by `launching.run_forked`, and with another exit status too."""
     ended, printed = launching.run_forked(cli.main, *arguments, *paths(folder), COLUMNS="160")
     assert ended == status, f"exit status {ended}:\n{printed[-4000:]}"
     return printed

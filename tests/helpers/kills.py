@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_thor import ThorCallback
 from tests.helpers.boring import quiet
 from tests.helpers.distributed_workers import ROWS, STEPS_PER_EPOCH, curvature_of, whole
-from tests.helpers.launching import run
+from tests.helpers.launching import ends_of, run
 from tests.helpers.lone_ranks import by_hand, free_port
 from tests.helpers.resumes import FOLDER, MODES, SINGLE, THOR_DDP, Broken, Strategy
 
@@ -123,18 +123,8 @@ def begin(chain: Chain, work: Callable[[], None], log: Path) -> list[int]:
 
 def end(processes: list[int]) -> tuple[list[int], float]:
     """Wait for all, at most `LIMIT` seconds: their statuses, and the seconds from the first end to the last one."""
-    ends: dict[int, tuple[int, float]] = {}
-    start = time.monotonic()
-    while len(ends) < len(processes):
-        for process in set(processes) - ends.keys():
-            if time.monotonic() - start > LIMIT:
-                os.kill(process, signal.SIGKILL)
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if ended:
-                ends[process] = os.waitstatus_to_exitcode(status), time.monotonic()
-        time.sleep(0.005)
-    times = [when for _, when in ends.values()]
-    return [ends[one][0] for one in processes], max(times) - min(times)
+    statuses, times = zip(*ends_of(processes, LIMIT), strict=True)
+    return list(statuses), max(times) - min(times)
 
 
 def went(folder: Path, chain: Chain, kills: int, draw: random.Random) -> dict[str, Any]:

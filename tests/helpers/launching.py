@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.helpers.fork_server import Request
@@ -110,3 +111,19 @@ def fork(n_ranks: int, work: Callable[[], None]) -> None:
                 os.kill(other, signal.SIGKILL)
                 os.waitpid(other, 0)
             raise (Crash if os.WIFSIGNALED(status) else SystemExit)(f"A rank of {n_ranks} failed: status {status}.")
+
+
+def ends_of(processes: Sequence[int], limit: float) -> list[tuple[int, float]]:
+    """Wait for children, and kill those that are still there after ``limit`` seconds; exit status, less than 0 if a
+    signal ended it, and time (`time.monotonic`) of the end of each."""
+    ends: dict[int, tuple[int, float]] = {}
+    start = time.monotonic()
+    while len(ends) < len(processes):
+        for process in set(processes) - ends.keys():
+            if time.monotonic() - start > limit:
+                os.kill(process, signal.SIGKILL)
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                ends[process] = os.waitstatus_to_exitcode(status), time.monotonic()
+        time.sleep(0.005)
+    return [ends[process] for process in processes]

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.helpers.distributed_workers import train
-from tests.helpers.launching import run
+from tests.helpers.launching import ends_of, run
 
 N_RANKS = 2
 LIMIT = 60  # seconds, until what hangs is killed
@@ -77,21 +75,9 @@ def free_port() -> int:
 
 def watched(processes: Sequence[int], logs: Sequence[Path]) -> list[Ended]:
     """Wait until all have ended; kill those that have not in time."""
-    ends: dict[int, tuple[int, float]] = {}
-    start = time.monotonic()
-    while len(ends) < len(processes):
-        for process in set(processes) - ends.keys():
-            if time.monotonic() - start > LIMIT:
-                os.kill(process, signal.SIGKILL)
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if ended:
-                ends[process] = os.waitstatus_to_exitcode(status), time.monotonic()
-        time.sleep(0.02)
-    first = min(when for _, when in ends.values())
-    return [
-        Ended(ends[process][0], ends[process][1] - first, log.read_text())
-        for process, log in zip(processes, logs, strict=True)
-    ]
+    ends = ends_of(processes, LIMIT)
+    first = min(when for _, when in ends)
+    return [Ended(status, when - first, log.read_text()) for (status, when), log in zip(ends, logs, strict=True)]
 
 
 def main() -> None:
