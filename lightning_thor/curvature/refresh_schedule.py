@@ -230,7 +230,8 @@ class RefreshSchedule:
         last = self.step + every
         if not self.stagger:
             return [last] * len(due)
-        taken = {step for layer, step in enumerate(self.next_steps) if layer not in due}
+        both = zip(self.next_steps, self.has_stopped, strict=True)
+        taken = {step for layer, (step, stopped) in enumerate(both) if layer not in due and not stopped}
         free = [step for step in range(self.step + 1, last + 1) if step not in taken or step == last]
         if taken:
             free.reverse()  # the whole interval first

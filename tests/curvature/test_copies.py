@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,29 @@ def hooks_of(model: nn.Module) -> list[int]:
     return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-@pytest.mark.parametrize("name", OPTIONS)
+@functools.cache
+def unbroken_training(name: str, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Any, list[bytes]]:
+    """The state after 9 steps, and what was saved after each number of steps before; saving changes nothing."""
+    whole, files = parts(name, dtype), []
+    for step in range(9):
+        file = io.BytesIO()
+        torch.save([part.state_dict() for part in whole], file)
+        files.append(file.getvalue())
+        train(*whole[:2], range(step, step + 1), scale)
+    return state_of(*whole), files
+
+
+ORDERS = ((2, 1, 0), (0, 1, 2), (1, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [(name, order) for name in OPTIONS for order in ORDERS[: 3 if name == "natural" else 1]]
+)
 @pytest.mark.parametrize("n_before", [0, 4])
 def test_copies_train_on_as_the_originals_which_they_leave_alone(
     name: str, order: tuple[int, int, int], n_before: int
 ) -> None:
-    unbroken = parts(name)
-    train(*unbroken[:2], range(9))
+    unbroken, _ = unbroken_training(name)
     originals = parts(name)
     train(*originals[:2], range(n_before))
     before = state_of(*originals)
@@ -99,36 +115,31 @@ def test_copies_train_on_as_the_originals_which_they_leave_alone(
     assert copied[1].preconditioner is copied[2] is not originals[2]
     assert copied[2].model is copied[0] is not originals[0]
     train(*copied[:2], range(n_before, 9))
-    assert_same(state_of(*copied), state_of(*unbroken))
+    assert_same(state_of(*copied), unbroken)
     assert_same(state_of(*originals), before)
     train(*originals[:2], range(n_before, 9))
-    assert_same(state_of(*originals), state_of(*unbroken))
+    assert_same(state_of(*originals), unbroken)
     assert hooks_of(copied[0]) == hooks_of(originals[0])
 
 
-def resumed_and_unbroken(
-    name: str, saved_after: int, dtype: torch.dtype = torch.float32, scale: float = 1.0
-) -> tuple[Parts, Parts]:
-    """Two trainings of 9 steps, of which the first goes on from a file after ``saved_after`` steps."""
-    unbroken, resumed = parts(name, dtype), parts(name, dtype)
-    train(*unbroken[:2], range(saved_after), scale)
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in unbroken], file)
-    train(*unbroken[:2], range(saved_after, 9), scale)
-    file.seek(0)
-    for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
+def resumed(name: str, saved_after: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Any:
+    """The state after 9 steps of which the first ``saved_after`` were taken before a file was written and read."""
+    _, files = unbroken_training(name, dtype, scale)
+    fresh = parts(name, dtype)
+    saved = torch.load(io.BytesIO(files[saved_after]), weights_only=True)
+    for part, state in zip(fresh, saved, strict=True):
         part.load_state_dict(state)
-    train(*resumed[:2], range(saved_after, 9), scale)
-    return resumed, unbroken
+    train(*fresh[:2], range(saved_after, 9), scale)
+    return state_of(*fresh)
 
 
 @pytest.mark.parametrize("saved_after", range(1, 9))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_resumed_training_is_bitwise_the_unbroken_one(name: str, saved_after: int) -> None:
     """Also between two refreshes, between a decision and the inversion that follows it, and after a layer stopped."""
-    resumed, unbroken = resumed_and_unbroken(name, saved_after)
-    assert_same(state_of(*resumed), state_of(*unbroken))
-    assert any(unbroken[2]._schedule.has_stopped) == name.startswith("stopping")
+    unbroken, _ = unbroken_training(name)
+    assert_same(resumed(name, saved_after), unbroken)
+    assert any(bool(layer["has_stopped"]) for layer in unbroken[2]["layers"].values()) == name.startswith("stopping")
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-25])
@@ -136,8 +147,7 @@ def test_a_resumed_training_is_bitwise_the_unbroken_one(name: str, saved_after: 
 @pytest.mark.parametrize("name", ["natural", "polar", "adam"])
 def test_so_it_is_in_any_precision_and_for_a_loss_of_any_scale(name: str, dtype: torch.dtype, scale: float) -> None:
     """In half precision too, where moments of the adam mode have more digits than weights."""
-    resumed, unbroken = resumed_and_unbroken(name, 3, dtype, scale)
-    assert_same(state_of(*resumed), state_of(*unbroken))
+    assert_same(resumed(name, 3, dtype, scale), unbroken_training(name, dtype, scale)[0])
 
 
 def test_a_copy_between_micro_batches_has_those_that_were_seen() -> None:
