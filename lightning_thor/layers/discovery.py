@@ -286,7 +286,9 @@ def warn_of_low_coverage(
         name = _owner(uncompiled_name(full_name))
         lacking = [p for p in module.parameters(recurse=False) if p in of_training - own and not _is_lazy(p)]
         sizes[name] = sizes.get(name, 0) + sum(p.numel() for p in lacking)
-    largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > 0]
+    # Not the biases of layers that have curvature.
+    least = 0.05 * sum(sizes.values())
+    largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > least]
     reasons = dict.fromkeys(left_out[name] for name in largest if name in left_out)
     warnings.warn(
         f"Curvature preconditions {share:.0%} of the weights that are trained. The largest of the others "
