@@ -121,15 +121,16 @@ def begin(chain: Chain, work: Callable[[], None], log: Path) -> list[int]:
     return processes
 
 
-def end(processes: list[int]) -> tuple[list[int], float]:
-    """Wait for all, at most `LIMIT` seconds: their statuses, and the seconds from the first end to the last one."""
-    statuses, times = zip(*ends_of(processes, LIMIT), strict=True)
-    return list(statuses), max(times) - min(times)
+def end(processes: list[int]) -> tuple[float, bool]:
+    """Wait for all, at most `LIMIT` seconds: the seconds from the first end to the last one, and whether one hung."""
+    start = time.monotonic()
+    _, times = zip(*ends_of(processes, LIMIT), strict=True)
+    return max(times) - min(times), max(times) - start >= LIMIT
 
 
 def went(folder: Path, chain: Chain, kills: int, draw: random.Random) -> dict[str, Any]:
     """Kill a training so many times at most, and let it end."""
-    began, lost, in_save, seconds = [0], 0, 0, [0.0]
+    began, lost, in_save, hung, seconds = [0], 0, 0, 0, [0.0]
     diary = folder / "diary.txt"
     diary.touch()
     left = kills
@@ -146,15 +147,16 @@ def went(folder: Path, chain: Chain, kills: int, draw: random.Random) -> dict[st
             for process in victims:
                 os.kill(process, number)
             left -= 1
-        _, last = end(processes)
+        last, is_hung = end(processes)
         seconds.append(last)
+        hung += is_hung
         words = [line.split() for line in diary.read_text().splitlines()]
         before = [int(step) for word, step in words[:lines] if word == "saved"]
         (this, *_) = [int(step) for word, step in words[lines:] if word == "began"] or [-1]
         lost += bool(before) and this < max(before)
         began.append(this)
         in_save += any(one.suffix in (".incomplete", ".before") for one in (folder / "own").glob("*"))
-    return {"kills": kills - left, "began": began, "lost": lost, "in_save": in_save, "seconds": max(seconds)}
+    return {"kills": kills - left, "began": began, "lost": lost, "in_save": in_save, "hung": hung, "seconds": max(seconds)}
 
 
 def main() -> None:
@@ -165,12 +167,13 @@ def main() -> None:
         end(begin(chain, lambda chain=chain, name=name: live(folder / name, chain, False), folder / f"{name}.txt"))
         ranks = range(chain.strategy.n_ranks)
         unbroken = [torch.load(folder / name / f"end-{rank}.pt", weights_only=True) for rank in ranks]
-        found: dict[str, Any] = {"kills": 0, "lost": 0, "in_save": 0, "lives": 0, "differ": 0, "seconds": 0.0}
+        counts = ("kills", "lost", "in_save", "hung")
+        found: dict[str, Any] = {**dict.fromkeys(counts, 0), "lives": 0, "differ": 0, "seconds": 0.0}
         while found["kills"] < N_KILLS:
             place = folder / name / f"from-{found['kills']}"
             place.mkdir()
             one = went(place, chain, N_KILLS - found["kills"], draw)
-            for key in ("kills", "lost", "in_save"):
+            for key in counts:
                 found[key] += one[key]
             found["lives"] += len(one["began"]) - 1
             found["seconds"] = max(found["seconds"], one["seconds"])
