@@ -21,11 +21,16 @@ settings.load_profile("fuzz" if os.environ.get("LIGHTNING_THOR_FUZZ") == "1" els
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one of pytest-xdist's processes, and all that share the trainings of a launcher."""
+    """Keep the tests of a file in one of pytest-xdist's processes, and all that share the trainings of a launcher.
+
+    Files with slow tests come first: in the end both processes then have something left to do.
+    """
     for item in items:
         module = getattr(item, "module", None)
         launchers = [getattr(module, name) for name in ("two_ranks", "four_ranks", "ranks") if hasattr(module, name)]
         item.add_marker(pytest.mark.xdist_group(launchers[0].__module__ if launchers else str(item.path)))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

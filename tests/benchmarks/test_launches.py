@@ -12,7 +12,7 @@ from lightning_thor.linalg import memory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", launches.LIMITS)
+@pytest.mark.parametrize("name", ["gpt", "vit", pytest.param("resnet50", marks=pytest.mark.long)])
 def test_no_step_launches_more_than_its_limit(name: str) -> None:
     limits = launches.LIMITS[name]
     counts = launches.count(launches.WORKLOADS[name], sorted({kind.split(",")[0] for kind in limits}), staggered=False)

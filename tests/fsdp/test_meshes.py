@@ -24,7 +24,7 @@ from lightning_thor import Curvature
 from lightning_thor.distributed.dtensor import boxes_of
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.mesh_strategies import LEGS, legs, unbroken
-from tests.helpers.mesh_workers import IN_BFLOAT16, PLAIN, TRAININGS, Case, Text, train, trained
+from tests.helpers.mesh_workers import IN_BFLOAT16, LONG, PLAIN, TRAININGS, Case, Text, train, trained
 
 
 @functools.lru_cache
@@ -33,9 +33,10 @@ def alone(case: Case) -> dict[str, Any]:
     return train(case._replace(shape=(1, 1, 1), sequence=False))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in PLAIN else pytest.mark.slow) for name in TRAININGS]
-)
+MARKS = dict.fromkeys(PLAIN, ()) | dict.fromkeys(LONG, (pytest.mark.slow, pytest.mark.long))
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=MARKS.get(one, pytest.mark.slow)) for one in TRAININGS])
 def test_a_training_over_a_mesh_is_that_of_one_process(name: str) -> None:
     """Weights, momentum or moments, factors and what is stored of them; replicas are equal bitwise."""
     found, expected = trained(name), alone(TRAININGS[name])

@@ -234,6 +234,14 @@ TRAININGS: dict[str, Case] = {
 }
 PLAIN = ("hsdp_natural", "tp_fsdp_sequence_natural", "tp_adam", "tp_on_borders")
 """Of the tests that are not marked slow."""
+LONG = tuple(
+    name
+    for name, case in TRAININGS.items()
+    if name not in PLAIN
+    and case.n_ranks == 4
+    and (case.shape[0] * case.shape[2] == 4 or (case.sequence and case.mode != "natural") or name.endswith("_whole"))
+)
+"""Of the tests that are marked long: other combinations of what the other tests hold on four ranks."""
 
 
 def work(folder: Path, names: Sequence[str]) -> None:
@@ -254,7 +262,8 @@ def launched(names: tuple[str, ...]) -> tuple[tempfile.TemporaryDirectory[str], 
 
 def trained(name: str) -> list[dict[str, Any]]:
     """What the training ``name`` gave on each rank."""
-    folder, printed = launched(PLAIN if name in PLAIN else tuple(one for one in TRAININGS if one not in PLAIN))
+    ordinary = tuple(one for one in TRAININGS if one not in {*PLAIN, *LONG})
+    folder, printed = launched(next(some for some in (PLAIN, LONG, ordinary) if name in some))
     files = [Path(folder.name) / f"{name}-{rank}.pt" for rank in range(TRAININGS[name].n_ranks)]
     assert all(file.is_file() for file in files), f"{name!r} did not end. They printed: ...{printed[-6000:]}"
     return [torch.load(file, weights_only=True) for file in files]

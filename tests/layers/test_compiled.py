@@ -135,7 +135,7 @@ def test_a_whole_compiled_model_has_the_statistics_of_an_eager_one(name: str, ba
     assert found.left_out == {}
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS[:2], pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("first", ["the model", "another of its class", "its curvature"])
 def test_whatever_was_compiled_before(first: str, backend: str) -> None:
     """Graphs without hooks are not taken for models with hooks, nor a curvature's graphs for another one."""

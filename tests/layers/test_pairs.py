@@ -792,6 +792,7 @@ def directions(scale: float, mode: str, dtype: torch.dtype, steps: int = 3) -> t
     return [d.double() / d.double().abs().max() for d in found], curvature
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(exponent=st.floats(-30, 30))
@@ -806,6 +807,7 @@ def test_the_scale_of_the_loss_does_not_matter(mode: str, dtype: torch.dtype, ex
     assert curvature.factors.failed_inversions == curvature.factors.rejected_windows == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["trace", "pi", "sqrt"])
 @pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
 @given(exponent=st.floats(-45, 38))
@@ -902,6 +904,7 @@ def test_two_processes_are_one_for_routed_layers_ones_that_do_not_fit_and_losses
         torch.testing.assert_close(ranks[0][index]["factors"], ranks[1][index]["factors"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
 @given(power=st.integers(-96, 96))
 def test_training_is_the_same_whatever_power_of_two_the_loss_is_multiplied_by(mode: Any, power: int) -> None:
