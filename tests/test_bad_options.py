@@ -47,6 +47,7 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
         ({"damping_rule": "none"}, "one of trace, pi, sqrt, got 'none'"),
         ({"max_rows": 0}, "max_rows must be"),
         ({"statistics": "shrink"}, "statistics must be one of expand, reduce, thor, got .shrink."),
+        *(({"skip_layers": value}, "skip_layers must be a list of names") for value in ("head", [1], None)),
         ({"loss_reduction": "none"}, "loss_reduction must be 'mean' or 'sum', got 'none'"),
         *(
             ({"trace_rule": rule}, "trace_rule must be one of THOR, THOR_stop, THOR_NT")

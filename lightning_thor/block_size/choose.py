@@ -80,6 +80,7 @@ def choose_block_size(
     max_rows: int | None = 1024,
     statistics: str | KfacApprox = "expand",
     fused: Mapping[str, int] | None = None,
+    skip_layers: Sequence[str] = (),
     parameters: Iterable[nn.Parameter] | None = None,
 ) -> BlockSplit:
     """Measure on this device and network which ``block_size`` a `Curvature` should have (about a second to a minute).
@@ -94,6 +95,7 @@ def choose_block_size(
         max_rows: as in `Curvature`.
         statistics: as in `Curvature`.
         fused: as in `Curvature`.
+        skip_layers: as in `Curvature`.
         parameters: as in `Curvature`.
 
     Raises:
@@ -113,6 +115,7 @@ def choose_block_size(
         only=None if parameters is None else set(parameters),
         statistics=statistics,
         fused=fused,
+        skip_layers=skip_layers,
     )
     sides = [(f"{name}.{side}", whole) for name, at in layers.items() for side, whole in (("A", at.A), ("G", at.G))]
     # No partition changes a diagonal factor or a single number.

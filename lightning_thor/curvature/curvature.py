@@ -122,6 +122,8 @@ class Curvature:
             values, by pattern of the layer's name (``{"*.qkv": 3}``). Their G is partitioned at the borders, so that no
             block mixes parts; None takes every linear layer as one. (Those of `nn.MultiheadAttention` are always
             three.)
+        skip_layers: leave out the layers with these names, or of these patterns of names (``["head", "encoder.*"]``):
+            they take plain momentum.
         parameters: leave out layers whose weight is not among these, and norms of which any parameter is not, and take
             no other biases into A; None for all.
         output_layer: name of the output layer, which ``mode="polar"`` and ``"adam"`` treat apart; None takes the
@@ -161,6 +163,7 @@ class Curvature:
         loss_multiplier: NumberFn | None = None,
         loss_terms: NumberFn | None = None,
         fused: Mapping[str, int] | None = None,
+        skip_layers: Sequence[str] = (),
         parameters: Iterable[nn.Parameter] | None = None,
         output_layer: str | None = None,
     ) -> None:
@@ -195,6 +198,7 @@ class Curvature:
             only=parameters,
             statistics=statistics,
             fused=fused,
+            skip_layers=skip_layers,
             diagonal_G=output_layers if chosen.has_diagonal_head else [],
         )
         if output_layer is not None and output_layer not in {**self.layers, **self.left_out}:

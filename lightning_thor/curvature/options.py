@@ -27,6 +27,10 @@ def _is_fused(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) and _is_count(n) for key, n in value.items())
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
 def _is_trace_rule(value: Any) -> bool:
     trace_rule_of(value)  # its error says more
     return True
@@ -78,6 +82,7 @@ OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or _is_fused(value),
         "must map patterns of layer names to numbers of parts, such as {'*.qkv': 3}",
     ),
+    "skip_layers": (_are_names, "must be a list of names of layers, or patterns of names, such as ['head']"),
 }
 """By name: whether a value can be the option, and what it must be. To add an option, add its line here, its argument
 and description to `Curvature`, and its argument to `ThorCallback` (jsonargparse reads the signature for the YAML)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -64,6 +64,7 @@ def discover_layers(
     only: Set[nn.Parameter] | None = None,
     statistics: KfacApprox = EXPAND,
     fused: Mapping[str, int] | None = None,
+    skip_layers: Sequence[str] = (),
     diagonal_G: Container[str] = (),
 ) -> tuple[dict[str, Layer], dict[str, str]]:
     """The weights of ``model`` that have curvature, and why the others have none.
@@ -85,13 +86,15 @@ def discover_layers(
         statistics: K-FAC-expand, K-FAC-reduce, or nn.thor's.
         fused: number of parts that a linear layer's outputs are a concatenation of, by pattern of its name: G is
             partitioned at the borders of the parts.
+        skip_layers: leave out layers with these names, or of these patterns of names.
         diagonal_G: names of layers whose G is its diagonal alone.
 
     Returns:
         The layers by name, in the order of the model, and the reasons by name.
 
     Raises:
-        ValueError: ``fused`` names no linear layer, or a number that does not divide its outputs.
+        ValueError: ``fused`` names no linear layer, or a number that does not divide its outputs; ``skip_layers`` names
+            no layer.
     """
     fused = fused or {}
     left_out: dict[str, str] = {}
@@ -99,7 +102,7 @@ def discover_layers(
     # By weight, and by first row in it.
     found: dict[tuple[nn.Parameter, int], dict[LayerKind, list[ModuleUse]]] = {}
     for use in uses:
-        kind = _check(use, only, statistics)
+        kind = "in skip_layers" if _fits_any(use.name, skip_layers) else _check(use, only, statistics)
         if isinstance(kind, str):
             left_out[use.name] = kind
             continue
@@ -122,6 +125,10 @@ def discover_layers(
                 layer = replace(layer, tied_to=kinds[kind.ties_to][0].name)
             layers[layer.name] = layer
     _check_fused(fused, layers)
+    names = [use.name for use in uses]
+    for pattern in skip_layers:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"skip_layers: {pattern!r} is the name of no layer. There are: {', '.join(names)}.")
     order = {use.name: index for index, use in enumerate(uses)}
     return dict(sorted(layers.items(), key=lambda item: order[item[0]])), left_out
 
@@ -233,6 +240,10 @@ def _layer(
         G = G if statistics.split_embedding_G else statistics.partition(width_G, None, 1)
     loss_terms = statistics.loss_terms or kind.loss_terms
     return Layer(uses, parameters, A, G, kind, rows_of, loss_terms)
+
+
+def _fits_any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_fused(fused: Mapping[str, int], layers: Mapping[str, Layer]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -82,6 +82,7 @@ class ThorCallback(Callback):
         loss_reduction: ``"mean"`` or ``"sum"``: how the loss reduces over samples.
         fused: number of parts of linear layers whose outputs are a concatenation, by pattern of the name, such as
             ``{"*.qkv": 3}``.
+        skip_layers: names of layers, or patterns of names, that take plain momentum, such as ``["head"]``.
         loss_terms: gives, of a training batch, how many terms the mean of its loss has: a number, or a 0-dimensional
             tensor. As in `Curvature`; needed where labels are left out of the mean and their number differs between
             micro-batches or processes: ``lambda batch: (batch["labels"] != -100).sum()``.
@@ -123,6 +124,7 @@ class ThorCallback(Callback):
         statistics: Literal["expand", "reduce", "thor"] = "expand",
         loss_reduction: str = "mean",
         fused: dict[str, int] | None = None,
+        skip_layers: Sequence[str] = (),
         loss_terms: BatchFn | None = None,
         waits_for_thor: bool = False,
         summary: bool | Literal["full"] = True,
@@ -300,8 +302,8 @@ class ThorCallback(Callback):
             return block_size, None
         if self._restored is not None:
             return _saved_block_size(self._restored), None
-        options = {name: self._options[name] for name in ("precondition_bias", "max_rows", "statistics", "fused")}
-        split = try_block_sizes(trainer, pl_module, parameters, **options)
+        names = ("precondition_bias", "max_rows", "statistics", "fused", "skip_layers")
+        split = try_block_sizes(trainer, pl_module, parameters, **{name: self._options[name] for name in names})
         return split.block_size, split
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

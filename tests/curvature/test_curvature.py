@@ -14,6 +14,7 @@ from lightning_thor import Curvature
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.schedules import Exponential
 from tests.helpers.boring import assert_bitwise
+from tests.helpers.observing import directions_of
 
 
 def net() -> nn.Sequential:
@@ -493,6 +494,28 @@ def test_a_schedule_that_gives_nonsense_is_told() -> None:
         with pytest.raises(ValueError, match=message):
             curvature.update()
         curvature.close()
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
+def test_skipped_layers_take_plain_momentum_and_change_nothing_of_the_others(mode: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    skipping, whole = (Curvature(model, mode=mode, skip_layers=skipped) for skipped in (["0", "4*"], []))
+    model(torch.randn(9, 4)).square().mean().backward()
+    for curvature in (skipping, whole):
+        curvature.update()
+        curvature.close()
+    assert (list(skipping.layers), skipping.left_out["4"]) == (["2"], "in skip_layers")
+    grads = {p: p.grad for p in model.parameters() if p.grad is not None}
+    found, expected = (directions_of(one, mode, grads) for one in (skipping, whole))
+    for p in (model[0].weight, model[4].weight):
+        assert_bitwise(found[p], grads[p])
+    # The output layer is the model's last one, also where that has no curvature.
+    torch.testing.assert_close(found[model[2].weight], expected[model[2].weight])
+
+
+def test_a_skipped_layer_that_does_not_exist_is_an_error_with_the_names() -> None:
+    with pytest.raises(ValueError, match=r"skip_layers: 'haed' is the name of no layer. There are: body, head."):
+        Curvature(nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)}), skip_layers=["haed"])
 
 
 class StackedExperts(nn.Module):

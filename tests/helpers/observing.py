@@ -26,6 +26,13 @@ def observing(model: nn.Module, train: Callable[[nn.Module], Any], **options: An
     return curvature
 
 
+def directions_of(curvature: Curvature, mode: str, grads: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """Directions of a mode, of adam mode gradients in its coordinates."""
+    if mode == "adam":
+        return curvature.change_basis(grads)
+    return {p: direction for some in curvature.directions(grads, mode) for p, direction in some.items()}
+
+
 def told_by(curvature: Curvature) -> list[str]:
     """The warnings of the coming refresh."""
     with warnings.catch_warnings(record=True) as caught:

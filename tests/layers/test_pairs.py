@@ -26,15 +26,9 @@ from lightning_thor.distributed.factor_reducer import by_size
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.factors.layout import SIDES
 from tests.helpers.launching import fork, run_forked
-from tests.helpers.observing import assert_same, factors, observing, told_by
+from tests.helpers.observing import assert_same, directions_of, factors, observing, told_by
 
 WIDTH, OUT = 6, 5
-
-
-def directions_of(curvature: Curvature, mode: str, grads: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-    if mode == "adam":
-        return curvature.change_basis(grads)
-    return {p: direction for some in curvature.directions(grads, mode) for p, direction in some.items()}
 
 
 def clean(model: nn.Module) -> nn.Module:
