@@ -156,7 +156,14 @@ def went(folder: Path, chain: Chain, kills: int, draw: random.Random) -> dict[st
         lost += bool(before) and this < max(before)
         began.append(this)
         in_save += any(one.suffix in (".incomplete", ".before") for one in (folder / "own").glob("*"))
-    return {"kills": kills - left, "began": began, "lost": lost, "in_save": in_save, "hung": hung, "seconds": max(seconds)}
+    return {
+        "kills": kills - left,
+        "began": began,
+        "lost": lost,
+        "in_save": in_save,
+        "hung": hung,
+        "seconds": max(seconds),
+    }
 
 
 def main() -> None:
