@@ -66,15 +66,22 @@ def test_no_hook_outlives_an_exception(tmp_path: Path) -> None:
     assert hooks_of(module) == 0
 
 
-def test_validation_captures_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_validation_captures_nothing(tmp_path: Path, accumulate: int) -> None:
+    """Also between micro-batches, where no `zero_grad` follows."""
+
     class Validating(Boring):
         def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            grads = [p.grad for p in self.parameters()]
+            self.zero_grad()
             with torch.enable_grad():
                 self(100 * batch[0]).sum().backward()
-            self.zero_grad()
+            for p, grad in zip(self.parameters(), grads, strict=True):
+                p.grad = grad
 
-    with_it = fit(tmp_path, Validating(), val_check_interval=1, inference_mode=False)
-    without = fit(tmp_path, limit_val_batches=0)
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate}
+    with_it = fit(tmp_path, Validating(), val_check_interval=1, inference_mode=False, **options)
+    without = fit(tmp_path, limit_val_batches=0, **options)
     assert_bitwise(everything(with_it), everything(without))
 
 
