@@ -160,10 +160,11 @@ def test_weights_stay_finite_where_those_of_sgd_do(
     # torch 2.13 itself crashes in a GroupNorm's backward over channels-last images that need no gradient.
     needs_none = not takes_tokens and not any(p.requires_grad for p in model[0].parameters())
     assume(not (needs_none and "channels last" in layouts and any(type(m) is nn.GroupNorm for m in model)))
-    if of_optimizer.get("kl_clip") is None or dtype.itemsize == 2:
-        of_optimizer.pop("match_rms", None)  # None alone asks for a natural step of any length
-    if mode != "natural" or of_optimizer.get("match_rms", 0.2) is not None:
+    # Without match_rms a natural step has any length, unless something clips it.
+    is_clipped = of_optimizer.get("kl_clip") is not None and mode == "natural" and dtype.itemsize > 2
+    if not (is_clipped and of_optimizer.get("match_rms", 0.2) is None):
         of_optimizer.pop("kl_clip", None)
+        of_optimizer.pop("match_rms", None)
     if fuses and any(type(m) is nn.Linear and m.weight.requires_grad for m in model):
         name = next(name for name, m in model.named_children() if type(m) is nn.Linear and m.weight.requires_grad)
         of_curvature["fused"] = {name: model.get_submodule(name).out_features}
