@@ -125,11 +125,10 @@ def discover_layers(
                 layer = replace(layer, tied_to=kinds[kind.ties_to][0].name)
             layers[layer.name] = layer
     _check_fused(fused, layers)
-    names = [use.name for use in uses]
-    for pattern in skip_layers:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"skip_layers: {pattern!r} is the name of no layer. There are: {', '.join(names)}.")
     order = {use.name: index for index, use in enumerate(uses)}
+    for pattern in skip_layers:
+        if not any(fnmatchcase(name, pattern) for name in order):
+            raise ValueError(f"skip_layers: {pattern!r} is the name of no layer. There are: {name_some(list(order))}.")
     return dict(sorted(layers.items(), key=lambda item: order[item[0]])), left_out
 
 
