@@ -122,8 +122,8 @@ class Curvature:
             values, by pattern of the layer's name (``{"*.qkv": 3}``). Their G is partitioned at the borders, so that no
             block mixes parts; None takes every linear layer as one. (Those of `nn.MultiheadAttention` are always
             three.)
-        skip_layers: leave out the layers with these names, or of these patterns of names (``["head", "encoder.*"]``):
-            they take plain momentum.
+        skip_layers: leave out the modules with these names, or of these patterns of names, and all that is inside of
+            them (``["head", "blocks.*.mlp"]``): they take plain momentum.
         parameters: leave out layers whose weight is not among these, and norms of which any parameter is not, and take
             no other biases into A; None for all.
         output_layer: name of the output layer, which ``mode="polar"`` and ``"adam"`` treat apart; None takes the

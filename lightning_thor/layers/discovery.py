@@ -86,7 +86,7 @@ def discover_layers(
         statistics: K-FAC-expand, K-FAC-reduce, or nn.thor's.
         fused: number of parts that a linear layer's outputs are a concatenation of, by pattern of its name: G is
             partitioned at the borders of the parts.
-        skip_layers: leave out layers with these names, or of these patterns of names.
+        skip_layers: leave out layers with these names, or of these patterns of names, and all that is inside of them.
         diagonal_G: names of layers whose G is its diagonal alone.
 
     Returns:
@@ -102,7 +102,8 @@ def discover_layers(
     # By weight, and by first row in it.
     found: dict[tuple[nn.Parameter, int], dict[LayerKind, list[ModuleUse]]] = {}
     for use in uses:
-        kind = "in skip_layers" if _fits_any(use.name, skip_layers) else _check(use, only, statistics)
+        is_skipped = any(_is_in(use.name, pattern) for pattern in skip_layers)
+        kind = "in skip_layers" if is_skipped else _check(use, only, statistics)
         if isinstance(kind, str):
             left_out[use.name] = kind
             continue
@@ -127,7 +128,7 @@ def discover_layers(
     _check_fused(fused, layers)
     order = {use.name: index for index, use in enumerate(uses)}
     for pattern in skip_layers:
-        if not any(fnmatchcase(name, pattern) for name in order):
+        if not any(_is_in(name, pattern) for name in order):
             raise ValueError(f"skip_layers: {pattern!r} is the name of no layer. There are: {name_some(list(order))}.")
     return dict(sorted(layers.items(), key=lambda item: order[item[0]])), left_out
 
@@ -241,8 +242,13 @@ def _layer(
     return Layer(uses, parameters, A, G, kind, rows_of, loss_terms)
 
 
-def _fits_any(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _is_in(name: str, pattern: str) -> bool:
+    """Whether a module has a name of this pattern, or is inside of one that has.
+
+    >>> [_is_in(name, "blocks.*.mlp") for name in ("blocks.0.mlp", "blocks.0.mlp.up", "blocks.0.mlps")]
+    [True, True, False]
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def _check_fused(fused: Mapping[str, int], layers: Mapping[str, Layer]) -> None:

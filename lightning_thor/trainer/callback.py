@@ -82,7 +82,8 @@ class ThorCallback(Callback):
         loss_reduction: ``"mean"`` or ``"sum"``: how the loss reduces over samples.
         fused: number of parts of linear layers whose outputs are a concatenation, by pattern of the name, such as
             ``{"*.qkv": 3}``.
-        skip_layers: names of layers, or patterns of names, that take plain momentum, such as ``["head"]``.
+        skip_layers: names of modules, or patterns of names, that take plain momentum with all that is inside of them,
+            such as ``["head"]``.
         loss_terms: gives, of a training batch, how many terms the mean of its loss has: a number, or a 0-dimensional
             tensor. As in `Curvature`; needed where labels are left out of the mean and their number differs between
             micro-batches or processes: ``lambda batch: (batch["labels"] != -100).sum()``.
