@@ -19,10 +19,11 @@ help:  ## Show this list
 install: $(INSTALLED)  ## Make .venv with the tested versions
 
 # torch goes in alone and first: it is the big one, and the constraints choose its build before anything else can.
-# A new pip resolves in a third of the time. Of the files, most are never imported: those that are compile themselves.
+# A new pip resolves in a third of the time; where it is not to be had, the old one does. Most files are never imported:
+# those that are compile themselves.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt --upgrade pip
+	-$(BIN)/python -m pip install --constraint constraints.txt --upgrade pip
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --editable '.[dev]'
 	# Without their needs: they ask for torchvision, which they run without, and which would bring another torch.
