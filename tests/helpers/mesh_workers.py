@@ -234,12 +234,11 @@ TRAININGS: dict[str, Case] = {
 }
 PLAIN = ("hsdp_natural", "tp_fsdp_sequence_natural", "tp_adam", "tp_on_borders")
 """Of the tests that are not marked slow."""
-LONG = tuple(
-    name
-    for name, case in TRAININGS.items()
-    if name not in PLAIN
-    and case.n_ranks == 4
-    and (case.shape[0] * case.shape[2] == 4 or (case.sequence and case.mode != "natural") or name.endswith("_whole"))
+LONG = (
+    *(name for name in TRAININGS if name.startswith(("tp_of_four", "tp_hsdp"))),
+    "tp_fsdp_sequence_polar",
+    "tp_fsdp_sequence_adam",
+    "tp_fsdp_whole",
 )
 """Of the tests that are marked long: other combinations of what the other tests hold on four ranks."""
 
