@@ -15,6 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor
+from lightning_thor.preconditioning.grouping import Directions, Tensors
+
+DEFAULT_RATE = 6e-3
+"""Of `Thor`."""
 
 TRIALS = 5
 """Learning rates to try for each tuned contender."""
@@ -123,6 +127,22 @@ def thor(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: 
     return Thor(model.parameters(), lr=lr, preconditioner=curvature, **options.get("optimizer", {}))
 
 
+class Identity:
+    """A preconditioner that leaves gradients as they are."""
+
+    def update(self) -> None:
+        """Do nothing."""
+
+    def precondition(self, grads: Tensors) -> Directions:
+        """Copy the gradients."""
+        return {p: grad.clone() for p, grad in grads.items()}
+
+
+def without_curvature(model: nn.Module, lr: float, options: Mapping[str, Any], per_position: bool) -> Stepper:
+    """What is left of `Thor` without curvature: momentum with matched scale on plain gradients, at any rate."""
+    return Thor(model.parameters(), lr=lr, max_relative_step=None, preconditioner=Identity(), **options)
+
+
 def plain(optimizer_type: Callable[..., Stepper]) -> Build:
     """An optimizer that takes parameters, ``lr`` and the options."""
     return lambda model, lr, options, per_position: optimizer_type(model.parameters(), lr=lr, **options)
@@ -191,7 +211,7 @@ FALLBACK = {
 
 CONTENDERS = {
     "thor": Contender("THOR", thor, half_decades(1e-3), "tab:red"),
-    "thor_untuned": Contender("THOR, lr 0.003 untuned", thor, (3e-3,), "lightcoral"),
+    "thor_untuned": Contender(f"THOR, lr {DEFAULT_RATE:g} untuned", thor, (DEFAULT_RATE,), "lightcoral"),
     # The rates of Muon, whose steps have the same size.
     "thor_polar": Contender("THOR, polar", thor, half_decades(1e-3), "tab:pink", POLAR),
     # The rates of AdamW, whose steps have the same size.
@@ -200,6 +220,7 @@ CONTENDERS = {
     "thor_natural": Contender("THOR, KL clip and π", thor, half_decades(3e-2), "tab:orange", NATURAL),
     # Damping of about the size with which nn.thor's published recipes begin.
     "thor_plain": Contender("THOR, as nn.thor", thor, half_decades(1e-3), "gold", FALLBACK),
+    "without": Contender("THOR without curvature", without_curvature, half_decades(3e-4), "lightgray"),
     "sgd": Contender("momentum SGD", plain(torch.optim.SGD), half_decades(1e-2), "tab:gray", {"momentum": 0.9}),
     "adamw": Contender("AdamW", plain(partial(torch.optim.AdamW, weight_decay=0.0)), half_decades(3e-4), "tab:blue"),
     # torch documents this rule for rates known from AdamW: with it one rate serves both halves.

@@ -8,23 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.common.contenders import CONTENDERS, Stepper
+from benchmarks.common.contenders import CONTENDERS, DEFAULT_RATE, Stepper
 from lightning_thor import Curvature, Thor
 from lightning_thor.optim.thor import Preconditioner
-from lightning_thor.preconditioning.grouping import Directions, Tensors
 
 LIMIT = {"max_relative_step": 0.01}
-
-
-class Identity:
-    """A preconditioner that leaves gradients as they are: what is left of THOR without curvature."""
-
-    def update(self) -> None:
-        """Do nothing."""
-
-    def precondition(self, grads: Tensors) -> Directions:
-        """Copy the gradients."""
-        return {p: grad.clone() for p, grad in grads.items()}
 
 
 @dataclass(frozen=True)
@@ -51,11 +39,6 @@ def thor(label: str, rates: tuple[float, ...], colour: str, mode: str = "natural
     return Setting(label, rates, colour, build, facts)
 
 
-def without_curvature(model: nn.Module, lr: float, per_position: bool) -> Stepper:
-    """Momentum with matched scale, as `Thor`'s, on plain gradients, without a limit of the step."""
-    return Thor(model.parameters(), lr=lr, max_relative_step=None, preconditioner=Identity())
-
-
 def peer(name: str, rates: tuple[float, ...]) -> Setting:
     """An optimizer of the race to a target."""
     contender = CONTENDERS[name]
@@ -68,14 +51,12 @@ def peer(name: str, rates: tuple[float, ...]) -> Setting:
     )
 
 
-DEFAULT_RATE = 6e-3
-
 SETTINGS: Mapping[str, Setting] = {
     # A third of the default's rate, the default, and three times it.
     "thor": thor("THOR", (2e-3, DEFAULT_RATE, 2e-2), "tab:red"),
     "thor_polar": thor("THOR, polar", (3e-3, 1e-2, 3e-2), "tab:pink", mode="polar"),
     "thor_adam": thor("THOR, adam", (1e-3, 3e-3, 1e-2), "tab:olive", mode="adam"),
-    "without": Setting("THOR without curvature", (1e-3, 3e-3, 1e-2), "lightgray", without_curvature),
+    "without": peer("without", (1e-3, 3e-3, 1e-2)),
     "sgd": peer("sgd", (1e-2, 3e-2, 1e-1)),
     "adamw": peer("adamw", (1e-3, 3e-3, 1e-2)),
     "muon": peer("muon", (3e-3, 1e-2, 3e-2)),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import readme
-from benchmarks.common.contenders import CONTENDERS, TRIALS, Contender, FlatMuon, newton_schulz
+from benchmarks.common.contenders import CONTENDERS, DEFAULT_RATE, TRIALS, Contender, FlatMuon, newton_schulz
 from benchmarks.common.results import Results
 from benchmarks.time_to_target import race
 from benchmarks.time_to_target.pictures import save_curves, save_robustness
@@ -291,7 +291,7 @@ def test_the_best_rate_is_the_one_with_the_best_value_that_is_finite() -> None:
     final = {0.1: 3.0, 0.2: 2.0, 0.3: None}
     assert best_rate(falling, final, CONTENDERS["thor"]) == 0.2
     assert best_rate(rising, final, CONTENDERS["thor"]) == 0.1
-    assert best_rate(falling, {}, CONTENDERS["thor_untuned"]) == 0.003
+    assert best_rate(falling, {}, CONTENDERS["thor_untuned"]) == DEFAULT_RATE
 
 
 def test_the_pictures_take_trainings_that_ended_early_or_were_never_tuned(tmp_path: Path) -> None:
