@@ -1,16 +1,19 @@
 """Operations that a training step sends to a GPU, counted on any machine.
 
-    python -m benchmarks.launches
+    python -m benchmarks.launches          # prints tables
+    python -m benchmarks.launches --write  # and writes benchmarks/results/launches.json, the limits that a test holds
 
 A network on the CPU takes the ways that the package chooses on a GPU. Counted is each operator that would launch at
 least one kernel there; not views, metadata and allocations. A foreach operation counts once, although a GPU may need
-several kernels for a long list. What THOR adds is split where it adds it: in forward and backward, by its hooks, and in
-the step. A staggered step is the mean over one interval.
+several kernels for a long list; one that torch takes apart, since its pairs differ in form, once for each pair. What
+THOR adds is split where it adds it: in forward and backward, by its hooks, and in the step. A staggered step is the
+mean over one interval.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +28,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.contenders import Stepper, muon
+from benchmarks.common.environment import RESULTS
 from benchmarks.common.models import ViT, resnet50
-from benchmarks.common.tables import rich_table
+from benchmarks.common.tables import markdown_table, rich_table
 from benchmarks.common.workloads import Workload, images, tokens
 from examples.char_gpt import CharGPT
 from lightning_thor import Curvature, Thor
@@ -47,21 +51,8 @@ OTHERS: Mapping[str, Callable[[nn.Module], Stepper]] = {
     "AdamW, foreach": lambda model: torch.optim.AdamW(model.parameters(), foreach=True),
     "Muon": lambda model: muon(model, 1e-3, {}, per_position=True),
 }
+RESULT = RESULTS / "launches.json"
 HEADS = ("per step", "parameters refreshed", "forward and backward", "step")
-
-LIMITS = {
-    "gpt": {
-        "natural, plain": (0, 102),
-        "natural, refresh": (265, 307),
-        "polar, plain": (0, 342),
-        "polar, refresh": (266, 480),
-        "adam, plain": (0, 138),
-        "adam, refresh": (266, 397),
-    },
-    "vit": {"natural, plain": (0, 101), "natural, refresh": (286, 356)},
-    "resnet50": {"natural, plain": (0, 125), "natural, refresh": (1155, 370)},
-}
-"""Upper limits, held by a test: in forward and backward beyond SGD's, and in the step."""
 
 WITHOUT_KERNELS = {
     "_local_scalar_dense",
@@ -83,6 +74,13 @@ WITHOUT_KERNELS = {
 launches nothing; AdamW reads its steps, which are on the CPU.)"""
 
 
+def n_kernels(lists: Sequence[Any]) -> int:
+    """The least number of kernels of a foreach operation: torch fuses it where the tensors of each pair are alike."""
+    pairs = [each for each in lists if isinstance(each, list) and isinstance(each[0], torch.Tensor)]
+    forms = [[(x.shape, x.dtype) for x in each] for each in pairs]
+    return 1 if forms.count(forms[0]) == len(forms) else len(forms[0])
+
+
 class Launches(TorchDispatchMode):
     """Counts the operators that launch kernels.
 
@@ -97,7 +95,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if not func.is_view and name not in WITHOUT_KERNELS:
-            self.called[name] += 1
+            self.called[name] += n_kernels(args) if name.startswith("_foreach") else 1
         return func(*args, **(kwargs or {}))
 
 
@@ -210,16 +208,31 @@ def cells(counts: Mapping[str, Counts]) -> Iterator[tuple[str, ...]]:
         yield name, f"{one.refreshed:.0f}", of_passes, f"{one.step:.0f}"
 
 
+def block(results: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """The table of docs/performance.md, from ``benchmarks/results/launches.json``."""
+    heads = ("per step", *(WORKLOADS[name].words for name in results))
+    kinds = next(iter(results.values()))
+    rows = []
+    for kind in kinds:
+        each = [Counts(*results[name][kind]) for name in results]
+        rows.append([kind, *(f"{one.passes:.0f} + {one.step:.0f}" for one in each)])
+    return markdown_table(heads, rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table for each network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
+    parser.add_argument("--write", action="store_true", help="write the counts of these networks into the file")
     args = parser.parse_args(arguments)
-    console = Console()
+    console, stored = Console(), json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     for name in args.workload:
         with console.status(name):
             counts = count(WORKLOADS[name])
         console.print(rich_table(f"{WORKLOADS[name].words}: launches", HEADS, cells(counts)))
+        stored[name] = counts
+    if args.write:
+        RESULT.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import models
+from benchmarks import launches, models
 from benchmarks.common.tables import markdown_table
 from benchmarks.communication import figures as communication
 from benchmarks.default_mode import figures as default_mode
@@ -25,7 +25,14 @@ from benchmarks.time_to_target import race
 from examples import demo
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/choosing.md", "docs/layers.md", "docs/measured.md", "docs/tutorials/fsdp2.md")
+PAGES = (
+    "README.md",
+    "docs/choosing.md",
+    "docs/layers.md",
+    "docs/measured.md",
+    "docs/performance.md",
+    "docs/tutorials/fsdp2.md",
+)
 
 
 def measured_on(environment: dict[str, Any]) -> str:
@@ -244,6 +251,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         "benchmarks/results/default_mode.json",
         partial(default_mode_block, confirmation=False),
     ),
+    "launches": ("benchmarks/results/launches.json", launches.block),
     "models": ("benchmarks/results/models.json", models.block),
     "width_transfer": ("benchmarks/results/width_transfer.json", width_transfer_block),
     "communication": ("benchmarks/results/communication.json", communication_block),

@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lightning_thor.linalg.memory import constants
 
 if dist.is_available():
     from torch.distributed.device_mesh import init_device_mesh
@@ -117,15 +118,9 @@ def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tenso
     group = groups.pop() if len(groups) == 1 and all(dim is not None for _, dim in layouts) else None
     if group is None and operation == "SUM":
         shares = tuple(n_shards / world_size() for n_shards, _ in layouts)
-        partial *= _on_device(shares, partial.dtype, partial.device)
+        partial *= constants(shares, partial)
     dist.all_reduce(partial, op=getattr(dist.ReduceOp, operation), group=group)
     return partial
-
-
-@lru_cache(maxsize=16)
-def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copied once: a copy to a GPU waits for it. Of all ranks, those that have the same shard count as one."""
-    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=64)

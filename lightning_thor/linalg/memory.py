@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -55,6 +56,21 @@ def as_stacked_view(run: Sequence[Tensor]) -> Tensor:
     if len(run) == 1:
         return first.unsqueeze(0)
     return torch.as_strided(first, (len(run), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
+
+
+def constants(numbers: Iterable[float], like: Tensor) -> Tensor:
+    """Numbers as a vector with the dtype and the device of a tensor, not to be changed: copied there once, since a copy
+    to a GPU waits for it.
+
+    >>> constants([1, 2], torch.zeros(0))
+    tensor([1., 2.])
+    """
+    return _constants(tuple(numbers), like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _constants(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 HOST = {"cpu"}

@@ -118,6 +118,8 @@ def norms(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, 
         for scale in scales:
             tensors = torch._foreach_mul(list(tensors), list(scale.unbind()))
     partial = torch.stack(torch._foreach_norm(list(tensors), dtype=torch.float64))
+    if are_whole(params):
+        return partial, scales
     return sum_over_shards(partial.square_(), params).sqrt_(), scales
 
 

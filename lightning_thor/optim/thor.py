@@ -19,7 +19,7 @@ from lightning_thor.distributed.dtensor import is_sharded, local_gradients, loca
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_other_coordinates
 from lightning_thor.optim.fading import fade_factors
-from lightning_thor.optim.update_scaling import clip_kl_, clip_norm_, multiply, scale_to_rms_
+from lightning_thor.optim.update_scaling import clip_kl_, clip_norm_, multiply, scale_to_norms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
 from lightning_thor.preconditioning.modes import MODES, NATURAL, Mode, ModeName, common_mode
 
@@ -49,7 +49,7 @@ GRADIENT_RMS = "gradient_rms"
 `lightning_thor.optim.fading`. Saved with the options, but no option."""
 
 Targets = Mapping[nn.Parameter, float | Tensor]
-"""The root mean square that each direction is scaled to; without an entry its scale stays."""
+"""The L2 norm that each direction is scaled to; without an entry its scale stays."""
 
 
 class Preconditioner(Protocol):
@@ -328,7 +328,7 @@ class Thor(Optimizer):
             if MODES[group["mode"]].momentum_first:
                 momenta.update(self._momenta(group, grads))
         sources = {**grads, **momenta} if momenta else grads
-        targets = self._target_rms(sources)
+        targets = self._target_norms(sources)
         by_mode: dict[str, Tensors] = {mode.name: sources}
         if len(names := dict.fromkeys([group["mode"] for group in groups])) > 1:
             members = [(group["mode"], p) for group in groups for p in group["params"] if p in sources]
@@ -349,10 +349,10 @@ class Thor(Optimizer):
             momenta = list(torch._foreach_add(momenta, buffers, alpha=momentum)) if group["nesterov"] else buffers
         return dict(zip(params, momenta, strict=True))
 
-    def _target_rms(self, sources: Tensors) -> Targets:
+    def _target_norms(self, sources: Tensors) -> Targets:
         """Count this step; returns the scale of the directions of these gradients and momenta, where it is matched."""
         fan_in = getattr(self.preconditioner, "fan_in", {})
-        rms: dict[nn.Parameter, float] = {}
+        norms: dict[nn.Parameter, float] = {}
         shares: dict[nn.Parameter, float] = {}
         for group in self.param_groups:
             mode, match_rms, lr = MODES[group["mode"]], group["match_rms"], group["lr"]
@@ -366,17 +366,18 @@ class Thor(Optimizer):
             for p in group["params"]:
                 if p in sources:
                     inputs = (fan_in.get(p) or p.shape[1:].numel() or 1) if p.dim() > 1 else 0
-                    rms[p] = min(match_rms, limit / math.sqrt(3 * inputs)) if inputs else match_rms
+                    rms = min(match_rms, limit / math.sqrt(3 * inputs)) if inputs else match_rms
+                    norms[p] = rms * math.sqrt(p.numel())
                     shares[p] = share
-        if not rms:
+        if not norms:
             return {}
         before = self.param_groups[0][GRADIENT_RMS]
         factors, largest = fade_factors([sources[p] for p in shares], list(shares), list(shares.values()), before)
         for group in self.param_groups:
             group[GRADIENT_RMS] = largest
         if not isinstance(factors[0], Tensor) and factors.count(1.0) == len(factors):
-            return rms
-        return dict(zip(rms, multiply(factors, list(rms.values())), strict=True))
+            return norms
+        return dict(zip(norms, multiply(factors, list(norms.values())), strict=True))
 
     def _apply(self, grads: Tensors, updates: Directions, targets: Targets) -> None:
         """Scale updates, decay weights, and move the parameters of ``updates``, whose tensors are lost."""
@@ -386,7 +387,7 @@ class Thor(Optimizer):
                 steps.append((group, params, local_parts(params), [updates[p] for p in params]))
         matched = [p for _, params, *_ in steps for p in params if p in targets]
         if matched:
-            scale_to_rms_([updates[p] for p in matched], matched, [targets[p] for p in matched])
+            scale_to_norms_([updates[p] for p in matched], matched, [targets[p] for p in matched])
         clipped = [(p, group) for group, params, *_ in steps if group["kl_clip"] is not None for p in params]
         if clipped:
             clip_kl_(clipped, grads, updates)

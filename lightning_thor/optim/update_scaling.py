@@ -26,17 +26,31 @@ LEAST_NORM = 1e-100
 """Norms of zeros are raised to it: far below any other norm, and its reciprocal is finite."""
 
 
-def scale_to_rms_(updates: Sequence[Tensor], params: Sequence[Tensor], rms: Numbers) -> None:
-    """Scale each tensor to a root mean square ``rms``, whatever finite numbers it has; zeros stay.
+def scale_to_norms_(
+    updates: Sequence[Tensor], params: Sequence[Tensor], targets: Numbers, *, at_most: bool = False
+) -> None:
+    """Scale each tensor to its target of the L2 norm, whatever finite numbers it has; zeros stay.
 
     A tensor times a power of two is scaled to bitwise the same result.
 
+    Args:
+        updates: to be scaled.
+        params: their parameters.
+        targets: one norm for each.
+        at_most: leave tensors as they are whose norm is below their target.
+
     >>> both = [torch.full((4,), 1e-30), torch.zeros(2)]
-    >>> scale_to_rms_(both, both, [0.2, 0.2])
+    >>> scale_to_norms_(both, both, [0.4, 0.2])
     >>> both
     [tensor([0.2000, 0.2000, 0.2000, 0.2000]), tensor([0., 0.])]
     """
-    _scale_to_norms_(updates, params, multiply(rms, [math.sqrt(p.numel()) for p in params]), at_most=False)
+    real = as_real(updates)
+    if not norms.can_read_on_host(real, params):
+        _scale_on_device_(real, params, targets, at_most=at_most)
+        return
+    sums, exponents = norms.scaled_sums_of_squares(real)
+    factors = [float(target) / math.sqrt(total) if total else 1.0 for target, total in zip(targets, sums, strict=True)]
+    _multiply_on_host_(real, factors, [-exponent for exponent in exponents], at_most=at_most)
 
 
 def multiply(numbers: Numbers, factors: Sequence[float]) -> Numbers:
@@ -54,7 +68,7 @@ def clip_norm_(updates: Sequence[Tensor], params: Sequence[Tensor], limits: Sequ
     >>> both
     [tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([1.])]
     """
-    _scale_to_norms_(updates, params, limits, at_most=True)
+    scale_to_norms_(updates, params, limits, at_most=True)
 
 
 def clip_kl_(
@@ -81,17 +95,6 @@ def clip_kl_(
         _multiply_on_host_(own, [float(kl_clip_factor)] * len(own), [0] * len(own))
     else:
         _multiply_on_device_(own, kl_clip_factor.expand(len(own)))
-
-
-def _scale_to_norms_(updates: Sequence[Tensor], params: Sequence[Tensor], targets: Numbers, *, at_most: bool) -> None:
-    """Scale each tensor to an L2 norm; with ``at_most`` only tensors whose norm is above it."""
-    real = as_real(updates)
-    if not norms.can_read_on_host(real, params):
-        _scale_on_device_(real, params, targets, at_most=at_most)
-        return
-    sums, exponents = norms.scaled_sums_of_squares(real)
-    factors = [float(target) / math.sqrt(total) if total else 1.0 for target, total in zip(targets, sums, strict=True)]
-    _multiply_on_host_(real, factors, [-exponent for exponent in exponents], at_most=at_most)
 
 
 def _multiply_on_host_(

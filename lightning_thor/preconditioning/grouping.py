@@ -41,6 +41,13 @@ Unit = float | Tensor
 ROW_CHUNK_NUMEL = {"cpu": 2**22}
 """By type of device: entries of a weight that are multiplied at once; on other devices all of them."""
 
+COPIED_NUMEL = 2**22
+"""Largest weights that are copied to be multiplied together: a GPU then takes no longer to copy one, in 4-byte numbers,
+than to launch the product that is saved."""
+
+COPIED_LAUNCHES = 4
+"""Kernel launches of a product of layers that are copied: two copies, and one product from each side."""
+
 
 class LayerGroup(ABC):
     """Layers whose directions are computed together.
@@ -75,27 +82,42 @@ class LayerGroup(ABC):
 
 
 class DenseGroup(LayerGroup):
-    """Weights ``[out, ...]`` of one shape without padding: one product from the left for all layers."""
+    """Weights ``[out, ...]`` of one shape without padding: one product from the left for all layers, and one from the
+    right if they are many and small."""
 
     def __init__(self, layers: Sequence[Layer], pairs: Sequence[FactorPair]) -> None:
         super().__init__(layers, pairs)
-        self._A = [A.view(A.shape[1:]) for A, _ in pairs if A is not None]
-        self._A_transposed = [A.mT for A in self._A]
+        own = [A for A, _ in pairs if A is not None]
         self._G = as_stacked_view([G for _, G in pairs]).flatten(0, 2)
+        self._is_copied = (
+            len(layers) > COPIED_LAUNCHES - 1
+            and self.numel <= COPIED_NUMEL * len(layers)
+            and adjacent_runs(own) == [list(range(len(own)))]
+        )
+        """Whether the layers are copied together for the product from the right: the blocks' columns of several
+        weights have no common stride."""
+        self._A = [as_stacked_view(own).flatten(0, 2)] if self._is_copied else [A.view(A.shape[1:]) for A in own]
+        """Blocks of all layers, or of each."""
+        self._A_transposed = [A.mT for A in self._A]
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
-        dtype = self._G.dtype
-        return [tensors[layer.parameters[0]].to(dtype).flatten(1) for layer in self.layers]
+        dtype, own = self._G.dtype, [tensors[layer.parameters[0]].flatten(1) for layer in self.layers]
+        if self._is_copied and own[0].dtype != dtype:
+            return torch.stack(own).to(dtype)
+        return [matrix.to(dtype) for matrix in own]
 
     def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
         A, G = self._A_transposed if transposed[0] else self._A, self._G.mT if transposed[1] else self._G
-        (n_blocks, size, _), (n_rows, n_columns) = A[0].shape, matrices[0].shape
-        halfway = G.new_empty(len(A), n_rows, n_blocks, size)
-        # From the right layer by layer: the blocks' columns of all layers have no common stride, and copying them
-        # together first would cost another pass.
-        for matrix, factor, out in zip(matrices, A, halfway, strict=True):
-            columns_product(matrix.view(n_rows, n_blocks, size), factor, into=out)
-        return torch.bmm(G, halfway.view(len(G), -1, n_columns)).view(len(A), n_rows, n_columns)
+        n, size, (n_rows, n_columns) = len(self.layers), A[0].shape[-1], matrices[0].shape
+        in_blocks = [matrix.view(n_rows, -1, size) for matrix in matrices]
+        if self._is_copied:
+            columns = torch.stack([matrix.transpose(0, 1) for matrix in in_blocks])
+            halfway = torch.bmm(columns.flatten(0, 1), A[0]).view(columns.shape).transpose(1, 2).reshape(n, n_rows, -1)
+        else:
+            halfway = G.new_empty(n, n_rows, n_columns // size, size)
+            for matrix, factor, out in zip(in_blocks, A, halfway, strict=True):
+                columns_product(matrix, factor, into=out)
+        return torch.bmm(G, halfway.view(len(G), -1, n_columns)).view(n, n_rows, n_columns)
 
     def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
         for layer, matrix in zip(self.layers, matrices.unbind(), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_thor import Thor
 from lightning_thor.linalg import memory
 from lightning_thor.optim.norms import root_mean_squares
-from lightning_thor.optim.update_scaling import clip_norm_, scale_to_rms_
+from lightning_thor.optim.update_scaling import clip_norm_, scale_to_norms_
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.preconditioners import Identity
 
@@ -64,7 +64,7 @@ def test_any_finite_tensor_is_brought_to_its_root_mean_square(host: set[str], x:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "HOST", host)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
-        scale_to_rms_([y], [x], [rms])
+        scale_to_norms_([y], [x], [rms * math.sqrt(x.numel())])
     before, _ = norm_and_exponent(x)
     found, exponent = norm_and_exponent(y)
     if not before:
@@ -104,7 +104,7 @@ def test_a_power_of_two_changes_no_bit(host: set[str], exponent: int, seed: int,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "HOST", host)
         for one in both:
-            scale_to_rms_([one], [x], [0.2])
+            scale_to_norms_([one], [x], [0.2])
     assert_bitwise(both[1], both[0])
 
 
@@ -114,7 +114,7 @@ def test_ten_million_numbers_are_brought_to_scale(monkeypatch: pytest.MonkeyPatc
     """Of equal numbers all roundings of a sum have one sign; the fewer a processor adds at once, the more there are."""
     monkeypatch.setattr(memory, "HOST", host)
     x = draw(10**7) * 0.3
-    scale_to_rms_([x], [x], [0.2])
+    scale_to_norms_([x], [x], [0.2 * math.sqrt(x.numel())])
     assert x.double().square().mean().sqrt().item() == pytest.approx(0.2, rel=5e-5 if draw is torch.ones else 1e-5)
 
 
@@ -126,7 +126,7 @@ def test_halves_are_measured_as_their_copies_in_float32(dtype: torch.dtype) -> N
 
 def test_a_factor_that_is_no_normal_number_keeps_its_digits() -> None:
     x = torch.tensor([1e18, -2e18])
-    scale_to_rms_([x], [x], [1e-22 * math.sqrt(2.5)])
+    scale_to_norms_([x], [x], [1e-22 * math.sqrt(5.0)])
     torch.testing.assert_close(x, torch.tensor([1e-22, -2e-22]), rtol=1e-6, atol=0)
 
 

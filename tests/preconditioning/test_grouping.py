@@ -13,7 +13,7 @@ from lightning_thor import Curvature
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.linalg import block_diagonal, memory
 from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view
-from lightning_thor.optim.update_scaling import clip_norm_, scale_to_rms_
+from lightning_thor.optim.update_scaling import clip_norm_, scale_to_norms_
 from lightning_thor.preconditioning import grouping
 from lightning_thor.preconditioning.grouping import DenseGroup, NormGroup, RowChunkedLayer, group_layers
 from tests.helpers.formulas import preconditioned
@@ -56,8 +56,12 @@ def observed(model: nn.Module, **options: Any) -> tuple[Curvature, dict[nn.Param
     return curvature, {p: p.grad for p in model.parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("copied", [1, 4], ids=["copied", "one by one"])
 @pytest.mark.parametrize("missing", [(), ("6.weight",), ("7.bias", "1.weight"), ("12.weight", "0", "2.weight")])
-def test_directions_of_a_group_are_those_of_each_layer(missing: tuple[str, ...]) -> None:
+def test_directions_of_a_group_are_those_of_each_layer(
+    monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], copied: int
+) -> None:
+    monkeypatch.setattr(grouping, "COPIED_LAUNCHES", copied)
     model = net()
     curvature, grads = observed(model)
     kinds = Counter((type(group), len(group.layers)) for group in curvature._groups)
@@ -152,7 +156,12 @@ def test_some_rows_at_a_time_are_the_whole_product(
             assert found[p].is_contiguous()
 
 
-def test_more_layers_of_one_form_take_one_product_each_and_nothing_else() -> None:
+@pytest.mark.parametrize("largest", [0, 32 * 32], ids=["large", "small"])
+def test_more_layers_of_one_form_take_one_product_each_if_they_are_large_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, largest: int
+) -> None:
+    monkeypatch.setattr(grouping, "COPIED_NUMEL", largest)
+
     def operations(n: int) -> Counter[str]:
         model = nn.Sequential(*(part for _ in range(n) for part in (nn.Linear(32, 32), nn.LayerNorm(32)))).double()
         curvature, grads = observed(model)
@@ -160,12 +169,12 @@ def test_more_layers_of_one_form_take_one_product_each_and_nothing_else() -> Non
         curvature.precondition(grads)  # batches are made once
         with Watch() as watch:
             found = curvature.precondition(grads)
-            scale_to_rms_(list(found.values()), list(found), [0.2] * len(found))
+            scale_to_norms_(list(found.values()), list(found), [0.2] * len(found))
         views = {"view", "transpose", "unbind", "alias", "permute", "as_strided", "select", "unsqueeze", "dot"}
         return Counter({name: count for name, count in watch.called.items() if name not in views})
 
-    few, many = operations(2), operations(9)
-    assert many - few == {"bmm": 7}
+    few, many = operations(4), operations(9)
+    assert many - few == ({} if largest else {"bmm": 5})
 
 
 def test_runs_are_of_one_storage_and_shape_in_the_order_of_memory() -> None:
@@ -190,7 +199,7 @@ def test_updates_of_any_memory_order_and_type_are_brought_to_scale(dtype: torch.
     updates[3] = updates[3].to(memory_format=torch.channels_last)
     wanted = [0.5, 2.0, 0.1, 3.0, 1.0]
     for bring, sizes in (
-        (scale_to_rms_, [rms * max(1, update.numel()) ** 0.5 for rms, update in zip(wanted, updates, strict=True)]),
+        (scale_to_norms_, wanted),
         (clip_norm_, [min(n, float(update.abs().double().norm())) for n, update in zip(wanted, updates, strict=True)]),
     ):
         scaled = [torch.empty_like(update).copy_(update) for update in updates]
