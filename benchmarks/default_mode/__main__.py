@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.contenders import DEFAULT_RATE
 from benchmarks.common.environment import RESULTS, environment
 from benchmarks.common.results import Results
 from benchmarks.default_mode.confirmation import CONFIRMATION
@@ -15,7 +16,7 @@ from benchmarks.default_mode.development import DEVELOPMENT
 from benchmarks.default_mode.figures import save_picture
 from benchmarks.default_mode.later_confirmation import LATER_CONFIRMATION
 from benchmarks.default_mode.problem import Problem, StudyTask
-from benchmarks.default_mode.settings import DEFAULT_RATE, SETTINGS
+from benchmarks.default_mode.settings import SETTINGS
 from benchmarks.default_mode.summary import summarise
 from benchmarks.default_mode.trial import train
 

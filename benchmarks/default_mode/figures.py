@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.contenders import DEFAULT_RATE
 from benchmarks.common.pictures import save, subplots
-from benchmarks.default_mode.settings import DEFAULT_RATE, SETTINGS
+from benchmarks.default_mode.settings import SETTINGS
 
 HEADS = (
     "task",
