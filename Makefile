@@ -11,7 +11,7 @@ REFERENCE := backpack-for-pytorch curvlinops-for-pytorch einconv linear_operator
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pip runs in one environment break it, two benchmarks at once measure each other
-.PHONY: help install test lint types unit long fuzz soak portable format docs demo bench
+.PHONY: help install test lint types unit long fuzz soak portable format lock docs demo bench
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -66,6 +66,11 @@ portable: $(INSTALLED)  ## Quick tests that compare numbers, computed as on an o
 format: $(INSTALLED)  ## Rewrite the layout and fix what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# torch is left out: its builds for CPUs and for each CUDA have the same version and other hashes.
+lock:  ## requirements.lock: the hashes of what constraints.txt names (uv must be installed)
+	echo '# The versions of constraints.txt but torch, each with the hashes of its files. Written by `make lock`.' > requirements.lock
+	uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate --no-emit-package torch constraints.txt >> requirements.lock
 
 docs: $(INSTALLED)  ## The documentation as a site, in site/; every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -62,3 +62,18 @@ def test_the_version_is_that_of_the_citation_and_the_changelog_knows_it() -> Non
 
 def text_of(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_hashes_are_of_the_versions_that_are_tested() -> None:
+    tested, locked = (
+        {
+            one.lower().replace("_", "-").replace(".", "-")
+            for one in re.findall(r"^\S+==[^\s;]+", text_of(name), re.MULTILINE)
+        }
+        for name in ("constraints.txt", "requirements.lock")
+    )
+    torch = {one for one in tested if one.startswith("torch==")}
+    assert len(torch) == 1
+    assert locked == tested - torch
+    for entry in re.split(r"\n(?=\S)", text_of("requirements.lock").rstrip())[1:]:
+        assert re.fullmatch(r"\S+==\S+( ;[^\\]*)?( \\\n +--hash=sha256:[0-9a-f]{64})+", entry), entry
