@@ -23,6 +23,7 @@ from lightning_thor.layers import registry
 from lightning_thor.preconditioning.modes import MODES
 from lightning_thor.trainer.cli import run
 from tests.helpers.boring import Boring
+from tests.helpers.commands import only
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -119,7 +120,8 @@ def test_other_tests_run_the_python_of_a_page(page: str) -> None:
 
 def check_configuration(*arguments: str) -> None:
     """Parse options as ``lightning-thor fit`` does, with every class and its options checked, and train nothing."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as context, pytest.raises(SystemExit) as ended:
+        only(context, "fit")
         run(["fit", *arguments, "--print_config"])
     assert ended.value.code == 0
 

@@ -67,6 +67,12 @@ def metrics_in(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(found.read_text(encoding="utf-8"))))
 
 
+def only(monkeypatch: pytest.MonkeyPatch, subcommand: str) -> None:
+    """Have LightningCLI describe one subcommand instead of all: most of the time of a short command goes there."""
+    described = {subcommand: LightningCLI.subcommands()[subcommand]}
+    monkeypatch.setattr(LightningCLI, "subcommands", staticmethod(lambda: described))
+
+
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, root: Path = ROOT) -> LightningCLI:
     """`cli.run` in ``root``, as the command calls it; what it changes in this process is taken back."""
     monkeypatch.chdir(root)
@@ -75,4 +81,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, root: Pa
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         monkeypatch.setenv(name, "0")
         monkeypatch.delenv(name)
-    return cli.run([*arguments, *paths(folder)])
+    with monkeypatch.context() as context:
+        if arguments[0] in LightningCLI.subcommands():
+            only(context, arguments[0])
+        return cli.run([*arguments, *paths(folder)])

@@ -7,6 +7,7 @@ status of each program to its standard output.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import runpy
@@ -91,4 +92,6 @@ if __name__ == "__main__":
     # What most programs import.
     import tests.helpers.mesh_strategies  # noqa: F401
 
+    # What was imported is no garbage: forks need not look through it, which would copy it.
+    gc.freeze()
     serve()

@@ -8,6 +8,7 @@ their training; they leave as any program does, by the end of this file.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -83,6 +84,8 @@ def watched(processes: Sequence[int], logs: Sequence[Path]) -> list[Ended]:
 def main() -> None:
     folder, variables = Path(sys.argv[1]), CLUSTERS[sys.argv[2]]
     ended = {}
+    # What was imported is no garbage: a rank that leaves would look through all of it.
+    gc.freeze()
     for name in sys.argv[3:]:
         port = free_port()
         logs = [folder / f"{name}-{rank}.txt" for rank in range(N_RANKS)]

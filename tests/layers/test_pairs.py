@@ -886,6 +886,7 @@ def process(folder: Path) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_for_routed_layers_ones_that_do_not_fit_and_losses_of_any_scale(tmp_path: Path) -> None:
     assert run_forked(partial(fork, 2, partial(process, tmp_path)))[0] == 0
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]

@@ -19,7 +19,7 @@ from lightning_thor import Curvature, ThorCallback
 from lightning_thor.schedules import GrowingInterval, PerStepLR, Polynomial
 from tests.helpers import callables
 from tests.helpers.boring import Boring, callback_of
-from tests.helpers.commands import TINY_DIGITS, run
+from tests.helpers.commands import TINY_DIGITS, only, run
 
 # jsonargparse, about how LightningCLI calls it.
 pytestmark = pytest.mark.filterwarnings(r"ignore:(.|\n)*(deprecated in v4|JsonargparseDeprecationWarning)")
@@ -105,6 +105,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch, folder: Path, config: dict[str, Any
     """Lightning's own command line, with nothing of ours."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    only(monkeypatch, "fit")
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return LightningCLI(Plainly, args=["fit", "--config=config.yaml", *arguments], save_config_callback=None)
 
