@@ -120,9 +120,10 @@ def test_other_tests_run_the_python_of_a_page(page: str) -> None:
 
 def check_configuration(*arguments: str) -> None:
     """Parse options as ``lightning-thor fit`` does, with every class and its options checked, and train nothing."""
-    with pytest.MonkeyPatch.context() as context, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as context:
         only(context, "fit")
-        run(["fit", *arguments, "--print_config"])
+        with pytest.raises(SystemExit) as ended:
+            run(["fit", *arguments, "--print_config"])
     assert ended.value.code == 0
 
 
