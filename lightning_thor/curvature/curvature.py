@@ -134,6 +134,7 @@ class Curvature:
         layers: the layers with curvature, by name.
         left_out: why the others have none, by name.
         coverage: the share of the trained weights that had curvature when it was built.
+        has_low_coverage: whether it is below a half, apart from what ``skip_layers`` names.
         fan_in: the number of inputs of each output, by weight; 1 for an embedding.
         polar_layers: those with polar directions: in polar mode linear layers and convolutions but the output layer.
         step: applied steps so far.
@@ -206,7 +207,7 @@ class Curvature:
                 f"output_layer must be the name of a layer of the model ({name_some(list(self.layers))}), got "
                 f"{output_layer!r}."
             )
-        warn_of_low_coverage(model, self.layers, self.left_out, parameters)
+        self.has_low_coverage = warn_of_low_coverage(model, self.layers, self.left_out, parameters, skip_layers)
         self.coverage = coverage(model, self.layers, parameters)
         self.fan_in = fan_in(self.layers.values())
         self.polar_layers = self.layers.keys() & set(matrices) - {*output_layers} if chosen.uses_matrix_sign else set()

@@ -284,22 +284,31 @@ LOW_COVERAGE_ADVICE = (
 
 def coverage(model: nn.Module, layers: Mapping[str, Layer], only: Set[nn.Parameter] | None) -> float:
     """The share of the trained weights, of ``only`` these parameters if given, that have curvature; 0 if none train."""
-    of_training, own = _trained_and_own(model, layers, only)
-    n_trained, n_own = (sum(p.numel() for p in some if not _is_lazy(p)) for some in (of_training, own))
-    return n_own / n_trained if n_trained else 0.0
+    return _share(*_trained_and_own(model, layers, only))
 
 
 def warn_of_low_coverage(
-    model: nn.Module, layers: Mapping[str, Layer], left_out: Mapping[str, str], only: Set[nn.Parameter] | None
-) -> None:
-    """Warn where less than half of the trained weights have curvature, and name the largest that have none."""
-    share = coverage(model, layers, only)
-    if not layers or share >= LOW_COVERAGE:
-        return
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    left_out: Mapping[str, str],
+    only: Set[nn.Parameter] | None,
+    skip_layers: Sequence[str] = (),
+) -> bool:
+    """Warn where less than half of the trained weights have curvature, and name the largest that have none. Those that
+    were skipped on purpose do not count.
+
+    Returns:
+        Whether it warned.
+    """
     of_training, own = _trained_and_own(model, layers, only)
+    modules = [(_owner(uncompiled_name(name)), module) for name, module in model.named_modules()]
+    for name, module in modules:
+        if any(_is_in(name, pattern) for pattern in skip_layers):
+            of_training = of_training - set(module.parameters())
+    if not layers or _share(of_training, own) >= LOW_COVERAGE:
+        return False
     sizes: dict[str, int] = {}
-    for full_name, module in model.named_modules():
-        name = _owner(uncompiled_name(full_name))
+    for name, module in modules:
         lacking = [p for p in module.parameters(recurse=False) if p in of_training - own and not _is_lazy(p)]
         sizes[name] = sizes.get(name, 0) + sum(p.numel() for p in lacking)
     # Not the biases of layers that have curvature.
@@ -307,11 +316,18 @@ def warn_of_low_coverage(
     largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > least]
     reasons = dict.fromkeys(left_out[name] for name in largest if name in left_out)
     warnings.warn(
-        f"Curvature preconditions {share:.0%} of the weights that are trained. The largest of the others "
-        f"are those of {name_some(largest, 3)} ({'; '.join(list(reasons)[:3]) or 'plain parameters'}). "
+        f"Curvature preconditions {_share(of_training, own):.0%} of the weights that are trained. The largest of the "
+        f"others are those of {name_some(largest, 3)} ({'; '.join(list(reasons)[:3]) or 'plain parameters'}). "
         f"{LOW_COVERAGE_ADVICE}",
         stacklevel=3,
     )
+    return True
+
+
+def _share(of_training: Set[nn.Parameter], own: Set[nn.Parameter]) -> float:
+    """The share of the trained weights that have curvature; 0 if none train."""
+    n_trained, n_own = (sum(p.numel() for p in some if not _is_lazy(p)) for some in (of_training, of_training & own))
+    return n_own / n_trained if n_trained else 0.0
 
 
 def _trained_and_own(

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.layers.base import Layer
-from lightning_thor.layers.discovery import LOW_COVERAGE, LOW_COVERAGE_ADVICE, name_some, uncompiled_name
+from lightning_thor.layers.discovery import LOW_COVERAGE_ADVICE, name_some, uncompiled_name
 from lightning_thor.linalg.block_diagonal import BlockPartition
 from lightning_thor.preconditioning.modes import MODES
 
@@ -54,7 +54,7 @@ def curvature_report(curvature: Curvature, *, full: bool = False, width: int = 8
         A renderable of rich.
     """
     parts: list[Text | Table] = [Text(_headline(curvature), style="bold")]
-    if curvature.layers and curvature.coverage < LOW_COVERAGE:
+    if curvature.has_low_coverage:
         parts.append(Text(f"Less than half of the weights. {LOW_COVERAGE_ADVICE}", style="yellow"))
     if curvature.layers:
         parts += [curvature_table(curvature, full=full, width=width), Text(_legend(curvature), style="dim")]

@@ -538,3 +538,13 @@ def test_a_model_of_which_little_has_curvature_is_told_with_its_share_and_what_t
         warnings.simplefilter("error")
         Curvature(model, parameters=[*model[0].parameters(), *model[2].parameters()])  # of these, most have it
         Curvature(nn.Sequential(*(nn.Linear(20, 20) for _ in range(5)), StackedExperts()))
+
+
+def test_layers_that_are_skipped_on_purpose_are_no_lack_of_curvature() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(StackedExperts()), nn.Linear(6, 20), StackedExperts())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        skipping = Curvature(nn.Sequential(model[0], nn.Linear(6, 20)), skip_layers=["1"])
+    assert (skipping.has_low_coverage, round(skipping.coverage, 2)) == (False, 0.2)
+    with pytest.warns(UserWarning, match=r"preconditions 6% of the weights .* those of 1\.0, 3 \("):
+        assert Curvature(model, skip_layers=["2"]).has_low_coverage
