@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -31,6 +32,20 @@ class BlockIndex(NamedTuple):
     """By block size: the blocks whose inverses this process stores, and the rows of these inverses."""
     numbers: tuple[int, ...]
     """The layers, in order."""
+    owners: Tensor
+    """The factor of each of `blocks`, size after size, as a row of ``[layers, 2]`` flattened."""
+    stored_owners: Tensor
+    """The factor of each block of `stored`, likewise."""
+    rows: Index
+    """The places of the blocks of `stored` among all whose inverses this process stores, size after size."""
+
+    def by_size(self, numbers: Tensor) -> dict[int, Tensor]:
+        """Split numbers of `blocks`, ``[..., n]``, by block size."""
+        return _split(numbers, self.blocks)
+
+    def stored_by_size(self, numbers: Tensor) -> dict[int, Tensor]:
+        """Split numbers of the blocks of `stored`, ``[..., n]``, by block size."""
+        return _split(numbers, {size: place for size, (place, _) in self.stored.items()})
 
 
 class FactorLayout:
@@ -58,6 +73,7 @@ class FactorLayout:
                 self.n_blocks[partition.size] = stop = start + _count(partition)
                 self._offsets[layer, SIDES[column]] = partition.size, slice(start, stop)
                 owners.setdefault(partition.size, []).extend([2 * layer + column] * (stop - start))
+        self._owners = owners
         self.owners = {size: torch.tensor(numbers, device=device) for size, numbers in owners.items()}
         """By block size: the factor of each block, ``[n]``, as a row of ``[layers, 2]`` flattened."""
         self.set_inverse_owner(range(len(shapes)))
@@ -102,12 +118,20 @@ class FactorLayout:
         """The index of ``layers``, in order; remembered, since the same layers come again."""
         if layers not in self._indices:
             owned = [layer for layer in layers if layer in self.has_inverse]
-            blocks, inverses = self._blocks(owned, self._offsets), self._blocks(owned, self._stored)
+            blocks, own, inverses = (
+                self._blocks(some, offsets)
+                for some, offsets in ((layers, self._offsets), (owned, self._offsets), (owned, self._stored))
+            )
+            starts = dict(zip(self.n_stored, accumulate(self.n_stored.values(), initial=0), strict=False))
+            rows = [starts[size] + number for size, numbers in inverses.items() for number in numbers]
             self._indices[layers] = BlockIndex(
                 self._as_index(list(layers)),
-                self._blocks(layers, self._offsets),
-                {size: (blocks[size], inverses[size]) for size in blocks},
+                {size: self._as_index(numbers) for size, numbers in blocks.items()},
+                {size: (self._as_index(own[size]), self._as_index(numbers)) for size, numbers in inverses.items()},
                 layers,
+                self._owners_of(blocks),
+                self._owners_of(own),
+                self._as_index(rows),
             )
         return self._indices[layers]
 
@@ -119,17 +143,32 @@ class FactorLayout:
         """Numbers in one layer's blocks."""
         return sum(_count(one) * one.size**2 for _, one in self.factors(layer))
 
-    def _blocks(self, layers: Iterable[int], offsets: dict[tuple[int, Side], tuple[int, slice]]) -> dict[int, Index]:
+    def _blocks(
+        self, layers: Iterable[int], offsets: Mapping[tuple[int, Side], tuple[int, slice]]
+    ) -> dict[int, list[int]]:
+        """The blocks of some layers by size, both in the order of memory."""
         found: dict[int, list[int]] = {}
         for factor in ((layer, side) for layer in layers for side in SIDES):
             if factor in offsets:
                 size, blocks = offsets[factor]
                 found.setdefault(size, []).extend(range(blocks.start, blocks.stop))
-        return {size: self._as_index(sorted(numbers)) for size, numbers in found.items()}
+        return {size: sorted(found[size]) for size in self.n_blocks if size in found}
+
+    def _owners_of(self, blocks: Mapping[int, list[int]]) -> Tensor:
+        return torch.tensor(
+            [self._owners[size][number] for size, numbers in blocks.items() for number in numbers],
+            dtype=torch.int64,
+            device=self._device,
+        )
 
     def _as_index(self, numbers: list[int]) -> Index:
-        start, stop = numbers[0], numbers[-1] + 1
+        start, stop = (numbers[0], numbers[-1] + 1) if numbers else (0, 0)
         return slice(start, stop) if stop - start == len(numbers) else torch.tensor(numbers, device=self._device)
+
+
+def _split(numbers: Tensor, places: Mapping[int, Index]) -> dict[int, Tensor]:
+    lengths = [place.stop - place.start if isinstance(place, slice) else len(place) for place in places.values()]
+    return dict(zip(places, numbers.split(lengths, dim=-1), strict=True))
 
 
 def _count(partition: BlockPartition) -> int:

@@ -66,7 +66,6 @@ class BlockBatch:
         """Drop all inverses, and store those of ``n`` blocks from now on."""
         self._n_stored = n
         self.__dict__.pop("inverse", None)
-        self.__dict__.pop("inverted", None)
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -74,52 +73,25 @@ class BlockBatch:
         identity = torch.eye(self.sums.shape[-1], dtype=self.sums.dtype, device=self.sums.device)
         return identity.repeat(self._n_stored, 1, 1)
 
-    @cached_property
-    def inverted(self) -> Tensor:
-        """Whether each block has ever been inverted, ``[n_stored]``; the others hold a multiple of the identity."""
-        return torch.zeros(self._n_stored, dtype=torch.bool, device=self.sums.device)
-
     def store_inverses(
-        self,
-        blocks: Index,
-        stored: Index,
-        solution: tuple[Tensor, Tensor],
-        damping: Tensor,
-        means: Tensor,
-        *,
-        power: float,
-    ) -> Tensor:
-        """Store new inverses; no device sync.
-
-        A block that failed keeps its last inverse; if it never had one, it gets the identity times a power of its mean
-        damped eigenvalue. A block without damping was not observed, and keeps its inverse.
+        self, stored: Index, inverses: Tensor, succeeded: Tensor, inverted: Tensor, last_resort: Tensor
+    ) -> None:
+        """Store new inverses; no device sync. A block that did not succeed keeps its last inverse; if it never had one,
+        it gets a multiple of the identity.
 
         Args:
-            blocks: which blocks were inverted.
-            stored: the rows of their inverses.
-            solution: ``(inverses [n, size, size], succeeded [n])``.
-            damping: added to the eigenvalues of each factor, ``[layers * 2]``.
-            means: mean eigenvalue of each factor, ``[layers * 2]``.
-            power: of the mean damped eigenvalue.
-
-        Returns:
-            How many observed blocks failed, 0-dimensional.
+            stored: the rows of these inverses.
+            inverses: ``[n, size, size]``.
+            succeeded: bool, ``[n]``.
+            inverted: whether each block was ever inverted before, ``[n]``.
+            last_resort: the factor of the identity, ``[n]``.
         """
-        inverse, succeeded = solution
-        owners, inverted = self.owners[blocks], self.inverted[stored]
-        own = damping[owners]
-        observed = own > 0
-        failed = (observed & ~succeeded).sum()
-        succeeded = succeeded & observed
-        last_resort = torch.where(observed, (means[owners] + own) ** power, 1.0)
         before = self.inverse[stored]
         # A block that was never inverted has zeros beside its diagonal.
         diagonal = before.diagonal(dim1=-2, dim2=-1)
         torch.where(inverted[:, None], diagonal, last_resort[:, None], out=diagonal)
-        torch.where(succeeded[:, None, None], inverse, before, out=before)
+        torch.where(succeeded[:, None, None], inverses, before, out=before)
         _put(self.inverse, stored, before)
-        self.inverted[stored] = inverted | succeeded
-        return failed
 
 
 class FactorState:
@@ -198,6 +170,7 @@ class FactorState:
     def set_inverse_owner(self, layers: Iterable[int]) -> None:
         """Store the inverses of ``layers`` alone on this process: the identity until they are inverted."""
         self.layout.set_inverse_owner(layers)
+        self.__dict__.pop("_all_inverted", None)
         for size, batch in self.batches.items():
             batch.set_n_stored(self.layout.n_stored[size])
 
@@ -219,7 +192,19 @@ class FactorState:
     def inverted(self, layer: int, side: Side) -> Tensor:
         """View of whether each block of a factor has ever been inverted, ``[groups * n_blocks]``."""
         size, place = self.layout.offset(layer, side, stored=True)
-        return self.batches[size].inverted[place]
+        return self.inverted_blocks[size][place]
+
+    @cached_property
+    def _all_inverted(self) -> tuple[Tensor, dict[int, Tensor]]:
+        lengths = self.layout.n_stored
+        everything = torch.zeros(sum(lengths.values()), dtype=torch.bool, device=self.device)
+        return everything, dict(zip(lengths, everything.split(list(lengths.values())), strict=True))
+
+    @property
+    def inverted_blocks(self) -> dict[int, Tensor]:
+        """By block size: whether each block whose inverse is stored here has ever been inverted, ``[n_stored]``; the
+        others hold a multiple of the identity."""
+        return self._all_inverted[1]
 
     def index(self, layers: Sequence[int]) -> BlockIndex:
         """Where ``layers`` are."""
@@ -408,39 +393,43 @@ class FactorState:
         taken = finite & (counts[:, 0] > 0)
         taken = taken if wanted is None else taken & wanted
         self.rejected_windows += (~finite).sum()
-        updates = self.updates + taken
-        weight = _weight(averaging, updates.clamp_min(1.0))
-        self.positions.copy_(torch.where(taken, counts[:, 0] / counts[:, 1].clamp_min(tiny), self.positions))
-        self.updates.copy_(updates)
+        self.updates += taken
+        weight = _weight(averaging, self.updates.clamp_min(1.0))
+        torch.where(taken, counts[:, 0] / counts[:, 1].clamp_min(tiny), self.positions, out=self.positions)
         weight, taken = weight.repeat_interleave(2), taken.repeat_interleave(2)
         squares = weight.new_zeros(2, len(weight)) if measures_change else None
         """Of the norms of window - average and of the average, by factor."""
-        for size, place in index.blocks.items():
-            batch = self.batches[size]
+        is_everything = len(index.numbers) == len(self.updates)
+        # Of each block, for all sizes at once.
+        of_blocks = torch.stack([divisors, weight, taken.to(weight.dtype)])[:, index.owners]
+        for size, numbers in index.by_size(of_blocks).items():
+            divisor, own_weight, is_taken = numbers[..., None, None]
+            batch, place = self.batches[size], index.blocks[size]
             # Views where the place is a slice: their own memory takes all that follows.
-            owners, average, window = batch.owners[place], batch.average[place], batch.sums[place]
-            window.div_(divisors[owners, None, None])
+            average, window = batch.average[place], batch.sums[place]
+            window.div_(divisor)
             # where, not a weight of 0: what is left out may not be finite.
-            torch.where(taken[owners, None, None], window, average, out=window)
+            torch.where(is_taken > 0, window, average, out=window)
             if squares is not None:
                 for total, blocks in zip(squares, (window - average, average), strict=True):
-                    total.index_add_(0, owners, blocks.square().sum((-2, -1)))
-            average.lerp_(window, weight[owners, None, None])
+                    total.index_add_(0, batch.owners[place], blocks.square().sum((-2, -1)))
+            average.lerp_(window, own_weight)
             _put(batch.average, place, average)
-            _clear(batch.sums, place)
+            if not is_everything:
+                _clear(batch.sums, place)
         if squares is not None:
             changes = (weight * (squares[0] / squares[1]).sqrt()).view_as(self.changes)
-            is_change = (taken & (updates > 1).repeat_interleave(2)).view_as(changes)
+            is_change = (taken & (self.updates > 1).repeat_interleave(2)).view_as(changes)
             self.changes.copy_(torch.where(is_change, changes, self.changes))
             self.rows.copy_(torch.where(counts[:, 0] > 0, counts[:, 0], self.rows))
-        self.counts.zero_()
+        (self.flat_sums if is_everything else self.counts).zero_()
 
     # ── inverses ──
 
     def invert(self, index: BlockIndex, rule: DampingRule, damping: float, solve: Solve) -> None:
         """Invert the averages of some layers; no device sync.
 
-        A block that fails is counted; `BlockBatch.store_inverses` says what it keeps.
+        A block that fails is counted; `_solve` says what it keeps.
 
         Args:
             index: of the layers; of those whose inverses are stored elsewhere only the damping is noted.
@@ -481,7 +470,7 @@ class FactorState:
         """
         index = self.index(layers)
         for size, (_, stored) in index.stored.items():
-            self.batches[size].inverted[stored] = False
+            self.inverted_blocks[size][stored] = False
             self.batches[size].inverse[stored] = 0.0
         averages = self._with_tables()
         means = self._factor_traces(averages, index) / self._widths
@@ -494,17 +483,26 @@ class FactorState:
     def _solve(
         self, index: BlockIndex, averages: Mapping[int, Tensor], damping: Tensor, means: Tensor, solve: Solve
     ) -> Tensor:
-        """Store the inverses of ``averages`` of some layers, with ``damping [layers, 2]``; how many blocks failed."""
-        damping, means = damping.flatten(), means.flatten()
-        problems = {
-            size: (averages[size][place], damping[self.batches[size].owners[place]])
-            for size, (place, _) in index.stored.items()
-        }
-        solutions = solve(problems)
-        failed = torch.zeros_like(self.failed_inversions)
-        for size, (place, stored) in index.stored.items():
-            power = self.decomposition.power
-            failed += self.batches[size].store_inverses(place, stored, solutions[size], damping, means, power=power)
+        """Store the inverses of ``averages`` of some layers, with ``damping [layers, 2]``; how many blocks failed.
+
+        A block that failed keeps its last inverse; if it never had one, it gets the identity times a power of its mean
+        damped eigenvalue, from ``means [layers, 2]``. A block without damping was not observed, and keeps its inverse.
+        """
+        owners, (everything, _) = index.stored_owners, self._all_inverted
+        own = damping.flatten()[owners]
+        added = index.stored_by_size(own)
+        solutions = solve({size: (averages[size][place], added[size]) for size, (place, _) in index.stored.items()})
+        if not index.stored:
+            return torch.zeros_like(self.failed_inversions)
+        observed = own > 0
+        succeeded = torch.cat([solutions[size][1] for size in index.stored])
+        failed = (observed & ~succeeded).sum()
+        last_resort = torch.where(observed, (means.flatten()[owners] + own) ** self.decomposition.power, 1.0)
+        succeeded, inverted = succeeded & observed, everything[index.rows]
+        each = [index.stored_by_size(numbers) for numbers in (succeeded, inverted, last_resort)]
+        for size, (_, stored) in index.stored.items():
+            self.batches[size].store_inverses(stored, solutions[size][0], *(one[size] for one in each))
+        everything[index.rows] = inverted | succeeded
         return failed
 
     def _dampings(self, means: Tensor, layers: Index, rule: DampingRule, damping: float) -> Tensor:

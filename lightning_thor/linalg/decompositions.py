@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -53,10 +54,10 @@ def damped_inverses(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """
     if blocks.shape[-1] == 1:
         return _positive(_damped(blocks, damping).reciprocal())
-    roots, succeeded = damped_inverse_roots(blocks, damping)
     with _ieee_products():
+        roots, failed = _inverse_cholesky(_damped(blocks, damping))
         inverses = _gram(roots)
-    return inverses, succeeded & is_finite(traces(inverses))
+    return inverses, (failed == 0) & is_finite(traces(inverses))
 
 
 def damped_inverse_roots(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,9 +73,8 @@ def damped_inverse_roots(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tenso
     damped = _damped(blocks, damping)
     if blocks.shape[-1] == 1:
         return _positive(damped.rsqrt())
-    roots = torch.zeros_like(damped)
     with _ieee_products():
-        failed = _inverse_cholesky_(roots, damped)
+        roots, failed = _inverse_cholesky(damped)
     return roots, (failed == 0) & is_finite(roots.sum((-2, -1)))
 
 
@@ -88,6 +88,12 @@ def _damped(blocks: Tensor, damping: Tensor) -> Tensor:
 def _positive(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``numbers [n, 1, 1]`` and a mask ``[n]`` of the ones that are finite and above 0."""
     return numbers, is_finite(numbers.flatten()) & (numbers.flatten() > 0)
+
+
+def _inverse_cholesky(damped: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverses of the lower Cholesky factors of ``damped [n, d, d]``, and what `_inverse_cholesky_` returns."""
+    roots = torch.zeros_like(damped)
+    return roots, _inverse_cholesky_(roots, damped)
 
 
 def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
@@ -107,7 +113,7 @@ def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
     if size <= LAPACK_SIZE:
         failed: Tensor
         factors, failed = torch.linalg.cholesky_ex(damped)
-        identity = torch.eye(size, dtype=damped.dtype, device=damped.device)
+        identity = _identity(size, damped.dtype, damped.device)
         into.copy_(torch.linalg.solve_triangular(factors, identity.expand_as(factors), upper=False))
         return failed
     half = size // 2
@@ -117,6 +123,12 @@ def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:
     second = _inverse_cholesky_(U, torch.baddbmm(damped[:, half:, half:], Q_W, Q_W.mT, alpha=-1))
     torch.neg(torch.bmm(torch.bmm(U, Q_W), W), out=below)
     return first.maximum(second)
+
+
+@lru_cache(maxsize=64)
+def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Not to be changed."""
+    return torch.eye(size, dtype=dtype, device=device)
 
 
 def _gram(W: Tensor) -> Tensor:

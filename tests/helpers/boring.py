@@ -106,7 +106,8 @@ def everything(trainer: L.Trainer) -> list[Tensor]:
     for p in module.parameters():
         tensors += [torch.as_tensor(value) for value in optimizer.state[p].values()] if p in optimizer.state else []
     for stack in curvature.factors.batches.values():
-        tensors += [stack.average, stack.inverse, stack.inverted.float()]
+        tensors += [stack.average, stack.inverse]
+    tensors += [inverted.float() for inverted in curvature.factors.inverted_blocks.values()]
     tensors += [torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64)]
     tensors += [torch.tensor([curvature.step, trainer.global_step])]
     return tensors

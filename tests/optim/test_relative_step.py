@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lightning_thor import Curvature, Thor
 from tests.helpers.preconditioners import Identity
@@ -29,11 +28,18 @@ def limit(fan_in: int, share: float = 0.01) -> float:
     return share / math.sqrt(3 * fan_in)
 
 
+def transposed(inputs: int, outputs: int) -> nn.Module:
+    """A linear layer whose weight is ``[in, out]``, as a GPT-2 has."""
+    reason = "transformers is not installed (the dev extra has it)"
+    made: nn.Module = pytest.importorskip("transformers.pytorch_utils", reason=reason).Conv1D(outputs, inputs)
+    return made
+
+
 TOKENS = torch.arange(12).view(4, 3) % 8
 FAN_IN = {
     "linear": (lambda: nn.Linear(30, 4, bias=False), torch.ones(5, 30), 30),
     "convolution": (lambda: nn.Conv2d(6, 4, 3, groups=2, bias=False), torch.ones(2, 6, 5, 5), 27),
-    "transposed linear": (lambda: Conv1D(4, 30), torch.ones(5, 30), 30),
+    "transposed linear": (lambda: transposed(30, 4), torch.ones(5, 30), 30),
     "embedding": (lambda: nn.Embedding(8, 30), TOKENS, 1),
     "packed attention": (lambda: Attends(), torch.ones(2, 3, 12), 12),
     "without curvature": (lambda: nn.Bilinear(5, 6, 4, bias=False), torch.ones(2, 11), 30),

@@ -139,7 +139,7 @@ def test_a_block_that_fails_has_a_root_of_what_natural_mode_has() -> None:
         stack = curvature.factors.batches[4]
         stack.average[:2, 0, 1] += 10.0
         stack.average[:2, 1, 0] += 10.0
-        stack.inverted[1], stack.inverse[1] = False, torch.eye(4)
+        curvature.factors.inverted_blocks[4][1], stack.inverse[1] = False, torch.eye(4)
         curvature.factors.invert(
             curvature.factors.index(tuple(range(len(curvature.layers)))), "sqrt", 1e-4, curvature.solve
         )
