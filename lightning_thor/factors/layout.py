@@ -21,6 +21,9 @@ Index = Tensor | slice
 """Some rows of a tensor; a slice wherever possible, since it copies nothing."""
 
 
+MOST_INDICES = 256
+
+
 class BlockIndex(NamedTuple):
     """Where some layers are in the tensors of a `FactorState`."""
 
@@ -115,8 +118,11 @@ class FactorLayout:
                 self._stored[layer, side] = size, slice(start, self.n_stored[size])
 
     def index(self, layers: tuple[int, ...]) -> BlockIndex:
-        """The index of ``layers``, in order; remembered, since the same layers come again."""
+        """The index of ``layers``, in order; the latest `MOST_INDICES` are remembered, since the same layers come again
+        (under a trace rule also ever new ones)."""
         if layers not in self._indices:
+            if len(self._indices) == MOST_INDICES:
+                del self._indices[next(iter(self._indices))]
             owned = [layer for layer in layers if layer in self.has_inverse]
             blocks, own, inverses = (
                 self._blocks(some, offsets)
