@@ -211,7 +211,7 @@ FALLBACK = {
 
 CONTENDERS = {
     "thor": Contender("THOR", thor, half_decades(1e-3), "tab:red"),
-    "thor_untuned": Contender(f"THOR, lr {DEFAULT_RATE:g} untuned", thor, (DEFAULT_RATE,), "lightcoral"),
+    "thor_untuned": Contender("THOR, untuned", thor, (DEFAULT_RATE,), "lightcoral"),
     # The rates of Muon, whose steps have the same size.
     "thor_polar": Contender("THOR, polar", thor, half_decades(1e-3), "tab:pink", POLAR),
     # The rates of AdamW, whose steps have the same size.
