@@ -37,18 +37,14 @@ class BlockIndex(NamedTuple):
     """The layers, in order."""
     owners: Tensor
     """The factor of each of `blocks`, size after size, as a row of ``[layers, 2]`` flattened."""
+    lengths: list[int]
+    """How many of them have each size."""
     stored_owners: Tensor
     """The factor of each block of `stored`, likewise."""
+    stored_lengths: list[int]
+    """How many of them have each size."""
     rows: Index
     """The places of the blocks of `stored` among all whose inverses this process stores, size after size."""
-
-    def by_size(self, numbers: Tensor) -> dict[int, Tensor]:
-        """Split numbers of `blocks`, ``[..., n]``, by block size."""
-        return _split(numbers, self.blocks)
-
-    def stored_by_size(self, numbers: Tensor) -> dict[int, Tensor]:
-        """Split numbers of the blocks of `stored`, ``[..., n]``, by block size."""
-        return _split(numbers, {size: place for size, (place, _) in self.stored.items()})
 
 
 class FactorLayout:
@@ -124,10 +120,8 @@ class FactorLayout:
             if len(self._indices) == MOST_INDICES:
                 del self._indices[next(iter(self._indices))]
             owned = [layer for layer in layers if layer in self.has_inverse]
-            blocks, own, inverses = (
-                self._blocks(some, offsets)
-                for some, offsets in ((layers, self._offsets), (owned, self._offsets), (owned, self._stored))
-            )
+            blocks, own = self._blocks(layers, self._offsets), self._blocks(owned, self._offsets)
+            inverses = self._blocks(owned, self._stored)
             starts = dict(zip(self.n_stored, accumulate(self.n_stored.values(), initial=0), strict=False))
             rows = [starts[size] + number for size, numbers in inverses.items() for number in numbers]
             self._indices[layers] = BlockIndex(
@@ -136,7 +130,9 @@ class FactorLayout:
                 {size: (self._as_index(own[size]), self._as_index(numbers)) for size, numbers in inverses.items()},
                 layers,
                 self._owners_of(blocks),
+                list(map(len, blocks.values())),
                 self._owners_of(own),
+                list(map(len, own.values())),
                 self._as_index(rows),
             )
         return self._indices[layers]
@@ -170,11 +166,6 @@ class FactorLayout:
     def _as_index(self, numbers: list[int]) -> Index:
         start, stop = (numbers[0], numbers[-1] + 1) if numbers else (0, 0)
         return slice(start, stop) if stop - start == len(numbers) else torch.tensor(numbers, device=self._device)
-
-
-def _split(numbers: Tensor, places: Mapping[int, Index]) -> dict[int, Tensor]:
-    lengths = [place.stop - place.start if isinstance(place, slice) else len(place) for place in places.values()]
-    return dict(zip(places, numbers.split(lengths, dim=-1), strict=True))
 
 
 def _count(partition: BlockPartition) -> int:

@@ -402,9 +402,9 @@ class FactorState:
         is_everything = len(index.numbers) == len(self.updates)
         # Of each block, for all sizes at once.
         of_blocks = torch.stack([divisors, weight, taken.to(weight.dtype)])[:, index.owners]
-        for size, numbers in index.by_size(of_blocks).items():
+        for (size, place), numbers in zip(index.blocks.items(), of_blocks.split(index.lengths, dim=1), strict=True):
             divisor, own_weight, is_taken = numbers[..., None, None]
-            batch, place = self.batches[size], index.blocks[size]
+            batch = self.batches[size]
             # Views where the place is a slice: their own memory takes all that follows.
             average, window = batch.average[place], batch.sums[place]
             window.div_(divisor)
@@ -488,20 +488,22 @@ class FactorState:
         A block that failed keeps its last inverse; if it never had one, it gets the identity times a power of its mean
         damped eigenvalue, from ``means [layers, 2]``. A block without damping was not observed, and keeps its inverse.
         """
-        owners, (everything, _) = index.stored_owners, self._all_inverted
-        own = damping.flatten()[owners]
-        added = index.stored_by_size(own)
-        solutions = solve({size: (averages[size][place], added[size]) for size, (place, _) in index.stored.items()})
+        own, (everything, _) = damping.flatten()[index.stored_owners], self._all_inverted
+        problems = {}
+        for (size, (place, _)), added in zip(index.stored.items(), own.split(index.stored_lengths), strict=True):
+            problems[size] = averages[size][place], added
+        solutions = solve(problems)
         if not index.stored:
             return torch.zeros_like(self.failed_inversions)
         observed = own > 0
         succeeded = torch.cat([solutions[size][1] for size in index.stored])
         failed = (observed & ~succeeded).sum()
-        last_resort = torch.where(observed, (means.flatten()[owners] + own) ** self.decomposition.power, 1.0)
+        mean = means.flatten()[index.stored_owners]
+        last_resort = torch.where(observed, (mean + own) ** self.decomposition.power, 1.0)
         succeeded, inverted = succeeded & observed, everything[index.rows]
-        each = [index.stored_by_size(numbers) for numbers in (succeeded, inverted, last_resort)]
-        for size, (_, stored) in index.stored.items():
-            self.batches[size].store_inverses(stored, solutions[size][0], *(one[size] for one in each))
+        numbers = zip(*(one.split(index.stored_lengths) for one in (succeeded, inverted, last_resort)), strict=True)
+        for (size, (_, stored)), each in zip(index.stored.items(), numbers, strict=True):
+            self.batches[size].store_inverses(stored, solutions[size][0], *each)
         everything[index.rows] = inverted | succeeded
         return failed
 

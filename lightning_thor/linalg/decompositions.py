@@ -54,8 +54,10 @@ def damped_inverses(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """
     if blocks.shape[-1] == 1:
         return _positive(_damped(blocks, damping).reciprocal())
+    damped = _damped(blocks, damping)
+    roots = torch.zeros_like(damped)
     with _ieee_products():
-        roots, failed = _inverse_cholesky(_damped(blocks, damping))
+        failed = _inverse_cholesky_(roots, damped)
         inverses = _gram(roots)
     return inverses, (failed == 0) & is_finite(traces(inverses))
 
@@ -73,8 +75,9 @@ def damped_inverse_roots(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tenso
     damped = _damped(blocks, damping)
     if blocks.shape[-1] == 1:
         return _positive(damped.rsqrt())
+    roots = torch.zeros_like(damped)
     with _ieee_products():
-        roots, failed = _inverse_cholesky(damped)
+        failed = _inverse_cholesky_(roots, damped)
     return roots, (failed == 0) & is_finite(roots.sum((-2, -1)))
 
 
@@ -88,12 +91,6 @@ def _damped(blocks: Tensor, damping: Tensor) -> Tensor:
 def _positive(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``numbers [n, 1, 1]`` and a mask ``[n]`` of the ones that are finite and above 0."""
     return numbers, is_finite(numbers.flatten()) & (numbers.flatten() > 0)
-
-
-def _inverse_cholesky(damped: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverses of the lower Cholesky factors of ``damped [n, d, d]``, and what `_inverse_cholesky_` returns."""
-    roots = torch.zeros_like(damped)
-    return roots, _inverse_cholesky_(roots, damped)
 
 
 def _inverse_cholesky_(into: Tensor, damped: Tensor) -> Tensor:

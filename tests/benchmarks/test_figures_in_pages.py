@@ -64,8 +64,8 @@ def root(tmp_path: Path) -> Path:
     )
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
     (tmp_path / "docs" / "tutorials").mkdir()
-    for page in ("choosing", "layers", "measured", "tutorials/fsdp2"):
-        (tmp_path / "docs" / f"{page}.md").write_text("# A page\n", encoding="utf-8")
+    for page in readme.PAGES[1:]:
+        (tmp_path / page).write_text("# A page\n", encoding="utf-8")
     return tmp_path
 
 

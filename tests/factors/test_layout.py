@@ -40,12 +40,12 @@ def test_an_index_names_the_blocks_of_its_layers_and_their_factors(stored: tuple
                 size, blocks = made.offset(layer, side)
                 expected |= {(size, n): 2 * layer + SIDES.index(side) for n in range(blocks.start, blocks.stop)}
         assert places == expected.keys()
-        owners = index.by_size(index.owners)
-        assert [owner for size in index.blocks for owner in owners[size].tolist()] == [
+        assert index.lengths == [len(numbers_in(blocks)) for blocks in index.blocks.values()]
+        assert index.owners.tolist() == [
             expected[size, number] for size, blocks in index.blocks.items() for number in numbers_in(blocks)
         ]
         rows = iter(numbers_in(index.rows))
-        of_stored = index.stored_by_size(index.stored_owners)
+        of_stored = dict(zip(index.stored, index.stored_owners.split(index.stored_lengths), strict=True))
         for size, (blocks, inverses) in index.stored.items():
             assert of_stored[size].tolist() == [expected[size, number] for number in numbers_in(blocks)]
             for owner, place in zip(of_stored[size].tolist(), numbers_in(inverses), strict=True):
