@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -17,6 +19,9 @@ from tests.helpers.models import Words
 
 State = dict[str, Any]
 NAN, INF = float("nan"), float("inf")
+
+# Lightning 2.5 has no such argument.
+WEIGHTS_ONLY: dict[str, Any] = {"weights_only": True} if "weights_only" in signature(L.Trainer.fit).parameters else {}
 
 
 def trained(mode: Any = "natural", n_steps: int = 3) -> Curvature:
@@ -229,5 +234,5 @@ def test_a_fit_does_not_go_on_from_a_damaged_checkpoint(
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
     module = Boring()
     with pytest.raises(ValueError, match=message):
-        trainer(tmp_path).fit(module, ckpt_path=tmp_path / "damaged.ckpt", weights_only=True)
+        trainer(tmp_path).fit(module, ckpt_path=tmp_path / "damaged.ckpt", **WEIGHTS_ONLY)
     assert not any(m._forward_hooks for m in module.modules())
