@@ -22,6 +22,7 @@ Index = Tensor | slice
 
 
 MOST_INDICES = 256
+"""Sets of layers whose index a layout remembers."""
 
 
 class BlockIndex(NamedTuple):

@@ -65,10 +65,13 @@ def fade_factors(
     if norms.can_read_on_host(sources, params):
         return _on_host(sources, roundings, shares, float(largest))
     r, scales = norms.norms(norms.as_real(sources), params)
-    r = r * constants((share / math.sqrt(max(1, p.numel())) for share, p in zip(shares, params, strict=True)), r)
+    # Shares follow a schedule of the momentum: as a tensor they would be copied to the device in every step.
+    means = [share / math.sqrt(max(1, p.numel())) for share, p in zip(shares, params, strict=True)]
+    torch._foreach_mul_(list(r.unbind()), means)
     for scale in scales:
         r /= scale
-    before = largest if isinstance(largest, Tensor) else torch.full_like(r[0], largest)
+    # From a checkpoint it comes as a number, or on another device.
+    before = torch.as_tensor(largest, dtype=r.dtype, device=r.device)
     limit = (before * GROWTH).masked_fill_(before == 0.0, math.inf)
     largest = r.amax().nan_to_num_(nan=0.0, posinf=0.0).clamp(before, limit)
     factors = (r / (largest * constants(roundings, r))).square_()

@@ -90,7 +90,7 @@ class DenseGroup(LayerGroup):
         own = [A for A, _ in pairs if A is not None]
         self._G = as_stacked_view([G for _, G in pairs]).flatten(0, 2)
         self._is_copied = (
-            len(layers) > COPIED_LAUNCHES - 1
+            len(layers) + 1 > COPIED_LAUNCHES
             and self.numel <= COPIED_NUMEL * len(layers)
             and adjacent_runs(own) == [list(range(len(own)))]
         )
