@@ -129,7 +129,7 @@ class RowChunkedLayer(LayerGroup):
     """One weight ``[rows, ...]``, multiplied in chunks of rows, since it may be many times a cache.
 
     The factor across its rows has whole blocks; the factor along the rows may be diagonal, as an embedding's, or end in
-    a smaller block.
+    a smaller block, as may each of several groups (fused parts).
     """
 
     def __init__(self, layers: Sequence[Layer], pairs: Sequence[FactorPair]) -> None:
@@ -140,16 +140,20 @@ class RowChunkedLayer(LayerGroup):
         self._is_table = layer.kind.row_factor == "A"
         along, across = (A, G) if self._is_table else (G, A)
         self._across = across.view(across.shape[1:])
-        n_rows, size, blocks = len(self._parameter), along.shape[-1], along.flatten(0, 1)
-        n_whole, row_numel = n_rows - n_rows % size, self.numel // n_rows
+        size, n_groups, row_numel = along.shape[-1], len(along), self.numel // len(self._parameter)
+        is_one = len(self._parameter) // n_groups % size == 0
+        groups = along.flatten(0, 1)[None] if is_one else along
+        n_rows = len(self._parameter) // len(groups)
+        n_whole = n_rows - n_rows % size
         length = size * max(1, ROW_CHUNK_NUMEL.get(self.device_type, self.numel) // (size * row_numel))
         self._lengths: list[int] = []
         self._factors: list[Tensor] = []
         """Of each chunk the blocks along its rows, ``[n, size, size]``; of a diagonal factor ``[rows, 1, 1]``."""
-        for start, stop in pairwise(sorted({*range(0, n_whole, length), n_whole, n_rows})):
-            height = min(size, stop - start)
-            self._lengths.append(stop - start)
-            self._factors.append(blocks[start // size :, :height, :height][: (stop - start) // height])
+        for blocks in groups:
+            for start, stop in pairwise(sorted({*range(0, n_whole, length), n_whole, n_rows})):
+                height = min(size, stop - start)
+                self._lengths.append(stop - start)
+                self._factors.append(blocks[start // size :, :height, :height][: (stop - start) // height])
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
         return [tensors[self._parameter].to(self._across.dtype).flatten(1)]

@@ -208,3 +208,24 @@ def test_updates_of_any_memory_order_and_type_are_brought_to_scale(dtype: torch.
         for update, new, norm in zip(updates, scaled, sizes, strict=True):
             expected = update * (norm / float(update.abs().double().norm()))
             torch.testing.assert_close(new, expected.to(dtype))
+
+
+@pytest.mark.parametrize("chunk_numel", [None, 50], ids=["whole", "in chunks"])
+@pytest.mark.parametrize(("n_parts", "width"), [(1, 17), (2, 17), (3, 16), (3, 22), (5, 3)])
+def test_each_fused_part_has_blocks_of_its_own_also_where_its_last_one_is_smaller(
+    monkeypatch: pytest.MonkeyPatch, n_parts: int, width: int, chunk_numel: int | None
+) -> None:
+    """Beside ``G⁻¹ grad A⁻¹`` of each part, with dense block-diagonal matrices."""
+    if chunk_numel is not None:
+        monkeypatch.setitem(grouping.ROW_CHUNK_NUMEL, "cpu", chunk_numel)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, n_parts * width, bias=False)).double()
+    curvature, grads = observed(model, fused={"0": n_parts})
+    weight = model[0].weight
+    A, G = curvature.inverses_of("0")
+    assert A is not None
+    expected = [
+        torch.block_diag(*blocks)[:width, :width] @ grad @ torch.block_diag(*A[0])
+        for blocks, grad in zip(G, grads[weight].chunk(n_parts), strict=True)
+    ]
+    torch.testing.assert_close(curvature.precondition(grads)[weight], torch.cat(expected), rtol=1e-10, atol=1e-12)
