@@ -48,6 +48,9 @@ class _Pair:
         self.forward_in = backward_pass()
         """The backward pass in which a reentrant checkpoint ran this forward again; below 0: none."""
         self.backward_pass: int = -1
+        self.is_watched = False
+        """Whether a check compares what its product sends to the weight."""
+        self._was_added = False
 
     @property
     def input_was_changed(self) -> bool:
@@ -62,6 +65,12 @@ class _Pair:
         if self.backward_pass < 0:
             self.backward_pass = self.forward_in if self.forward_in >= 0 else backward_pass()
         self.g = g if self.g is None else self.g + g
+        self._was_added = True
+
+    def was_added(self) -> bool:
+        """Whether `add` was called since this was asked last."""
+        was_added, self._was_added = self._was_added, False
+        return was_added
 
 
 class _Unpickled:
@@ -289,7 +298,7 @@ class Hooks:
             use = None if weight is None else find_product(output, weight)
             if use is None and not (isinstance(output, Tensor) and output.requires_grad):
                 return
-            a = _plain(a)
+            given, a = a, _plain(a)
             # Before rows are taken of the input, or other rows would be taken of the arranged gradient.
             a = a if arrange is None else arrange(a.detach())
             rows, device = a.shape[:-1], a.device.type
@@ -298,6 +307,8 @@ class Hooks:
             if torch.is_autocast_enabled(device) and a.dtype != torch.get_autocast_dtype(device):
                 a = self._subsample_input(name, a)
             pair = _Pair(name, a, projected, arrange)
+            if use is not None and isinstance(output, Tensor) and self._checks is not None and self._checks.wants(name):
+                pair.is_watched = self._checks.watch(name, use, output, given, pair.was_added)
             del a
             self._expect(name)
             # Not with the node of the use, which would hold on to the graph that holds this.
@@ -361,7 +372,7 @@ class Hooks:
             a = pair.a if pair.projected is None else pair.projected
             assert a is not None
             with torch.autocast(g.device.type, enabled=False):
-                self._checks.add(pair.name, a, g, accumulator)
+                self._checks.add(pair.name, a, g, None if pair.is_watched else accumulator)
         pair.add(g)
         if graph_is_kept():
             self._waiting[pair] = None

@@ -1,4 +1,4 @@
-"""Checks, once per layer, that the weight's gradient is the product of the pairs that the layer is observed by."""
+"""Checks, once per layer, that the pairs that it is observed by are those of its weight."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.base import Layer, ModuleUse
+from lightning_thor.layers.weight_product import WeightProduct, is_used_again
 
 EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05
 """The largest relative difference between gradient and product: in float32, and in lower precision."""
@@ -20,26 +21,35 @@ EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05
 
 NOT_A_PAIR = (
     "its weight's gradient is not the product of its output's gradient and its input: it changes its input or its "
-    "weight before it multiplies them, or its weight is used elsewhere too. Call a plain nn.Linear inside of it, or "
-    "use register_layer"
+    "weight before it multiplies them, multiplies by its weight twice, or a hook changes the weight's gradient. Call a "
+    "plain nn.Linear inside of it, or use register_layer"
 )
 
 
 class _Sums(NamedTuple):
-    """Sums over the pairs of one layer in one backward pass."""
+    """Sums over pairs of one layer."""
 
     product: Tensor
     """Gᵀ A v, with rows G of output gradients, rows A of inputs and one vector v: ``[groups * out]``."""
     squares: Tensor
     """The sum of the squares of the terms of that sum, by which its rounding is measured; 0-dimensional."""
     is_rounded: bool
-    handle: RemovableHandle
+    found: Tensor | None = None
+    """The weight's gradient times v, as ``product``."""
+    rounding: float = 0.0
+    """Norm of the rounding errors of that gradient's entries below the least normal number."""
+    handle: RemovableHandle | None = None
 
 
 class PairChecks:
-    """Compares ``g.T @ a``, summed over a layer's pairs, with its weight's gradient: both times one fixed vector, since
-    a matrix-vector product costs nothing. Where they differ, the layer's factors do not belong to its weight: its
-    module changes the input first, masks the weight, or uses it in other ways too.
+    """Compares ``g.T @ a``, summed over a layer's pairs, with their part of its weight's gradient: both times one fixed
+    vector, since a matrix-vector product costs nothing. Where they differ, the layer's factors do not belong to its
+    weight: its module changes the input first, or masks the weight.
+
+    Of a linear layer the part is what the product itself sends to the weight: a penalty on the weight, and its uses
+    without the module, may add to the gradient, whose curvature is that of the pairs all the same. Where autograd's
+    graph does not show the product (compiled regions, kinds of users), or a hook changes the weight's gradient, it is
+    all of the gradient.
 
     Kinds whose modules run torch's own forward (convolutions, embeddings, norms) are not checked, nor are weights that
     a module without curvature shares (a scaled table of embeddings tied to an output layer): there the gradient is
@@ -64,7 +74,7 @@ class PairChecks:
         self._modules: dict[str, Any] = {name: uses[name][1].module for name in self._numbers}
         self._unchecked = set(self._numbers.values())
         self._sums: dict[int, _Sums] = {}
-        self._verdicts: dict[int, Tensor] = {}
+        """Of the open window, by the layer's number."""
 
     def wants(self, name: str) -> bool:
         """True until the layer that the named module belongs to was checked."""
@@ -76,7 +86,38 @@ class PairChecks:
         Args:
             name: of the module.
         """
-        self._unchecked.discard(self._numbers.get(name, -1))
+        number = self._numbers.get(name, -1)
+        self._unchecked.discard(number)
+        self._drop(number)
+
+    def watch(self, name: str, use: WeightProduct, output: Tensor, a: Tensor, was_added: Callable[[], bool]) -> bool:
+        """Compare with what a product sends to the weight.
+
+        Args:
+            name: of the module.
+            use: the product, in the graph of a forward pass.
+            output: of the module.
+            a: its input.
+            was_added: whether the backward pass under way added this product's pair; called once in each.
+
+        Returns:
+            False if this cannot be: then `add` needs the accumulator.
+        """
+        number = self._numbers[name]
+        weight = use.accumulator.variable
+        if not self._layers[number].kind.is_linear or weight._backward_hooks:
+            return False
+        if is_used_again(output, use, a):
+            return False
+        place = use.sent_number
+
+        def sent(gradients: tuple[Tensor | None, ...], _: Any) -> None:
+            sums = self._sums.get(number)
+            if was_added() and sums is not None and sums.handle is None:
+                self._find(number, gradients[place])
+
+        use.sender.register_hook(sent)
+        return True
 
     def project(self, name: str, a: Tensor) -> Tensor | None:
         """What the check needs of an input.
@@ -105,13 +146,13 @@ class PairChecks:
             name: of the module.
             a: what `project` returned; the whole input where that is None.
             g: the gradient of its output.
-            accumulator: the autograd node that will add to the gradient of its weight.
+            accumulator: the autograd node that will add to the gradient of its weight; None if its product is watched.
         """
         number = self._numbers[name]
         kind, dtype = self._layers[number].kind, torch.promote_types(g.dtype, torch.float32)
         if kind.is_linear:
             if not g.dim() or a.numel() * g.shape[-1] != g.numel():
-                self._unchecked.discard(number)
+                self.skip(name)
                 return
             terms = g.reshape(-1, g.shape[-1]).to(dtype).T[None] * a.reshape(1, 1, -1)
         else:
@@ -119,55 +160,77 @@ class PairChecks:
             assert rows.a is not None
             terms = rows.g * (_vector(rows.a.shape[0], rows.a.shape[1], rows.a)[:, None, :] @ rows.a)
         product, squares = terms.sum(-1).flatten(), terms.square().sum()
-        before = self._sums.get(number)
-        if before is None:
-            handle = accumulator.register_prehook(self._compare(number))
+        sums = self._sums.get(number)
+        if sums is None:
             is_rounded = g.dtype.itemsize < 4 or torch.is_autocast_enabled(g.device.type) or _products_are_rounded()
-            self._sums[number] = _Sums(product, squares, is_rounded, handle)
+            sums = _Sums(product, squares, is_rounded)
         else:
-            self._sums[number] = before._replace(product=before.product + product, squares=before.squares + squares)
+            sums = sums._replace(product=sums.product + product, squares=sums.squares + squares)
+        if accumulator is not None and sums.handle is None:
+            # What products sent before is part of it.
+            sums = sums._replace(handle=accumulator.register_prehook(self._find_all(number)), found=None, rounding=0.0)
+        self._sums[number] = sums
 
     def collect(self) -> dict[int, Tensor]:
         """The results since the last call, by the layer's number: True where gradient and product differ,
         0-dimensional tensors on their device."""
-        verdicts, self._verdicts = self._verdicts, {}
-        for sums in self._sums.values():
-            sums.handle.remove()
-        self._sums.clear()
+        verdicts = {}
+        for number, sums in list(self._sums.items()):
+            self._drop(number)
+            if sums.found is None:
+                continue
+            self._unchecked.discard(number)
+            allowed = (ROUNDED_TOLERANCE if sums.is_rounded else EXACT_TOLERANCE) * (
+                sums.found.norm() + sums.squares.sqrt()
+            )
+            # False where it is not finite.
+            verdicts[number] = (sums.found - sums.product).norm() > allowed + sums.rounding
         return verdicts
 
     def stop(self) -> None:
         """Check no layer any more."""
-        self.collect()
+        self.reset()
         self._unchecked.clear()
 
     def reset(self) -> None:
-        """Check the layers of the open window again: its step was skipped."""
-        self._unchecked.update(self._verdicts)
-        self.collect()
+        """Forget the open window: its step was skipped."""
+        for number in list(self._sums):
+            self._drop(number)
 
-    def _compare(self, number: int) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def compare(gradients: tuple[Tensor | None, ...]) -> None:
-            sums = self._sums.pop(number, None)
-            (gradient,) = gradients
-            if sums is None:
-                return
+    def _drop(self, number: int) -> None:
+        sums = self._sums.pop(number, None)
+        if sums is not None and sums.handle is not None:
             sums.handle.remove()
-            self._unchecked.discard(number)
-            if gradient is None or gradient.is_sparse:
-                return
-            with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-                smallest = torch.finfo(gradient.dtype).smallest_normal * torch.finfo(gradient.dtype).eps
-                matrix = _matrix(self._layers[number], gradient.detach().to(sums.product.dtype))
-                found = (matrix @ _vector(len(matrix), matrix.shape[-1], matrix)[..., None]).flatten()
-                allowed = (ROUNDED_TOLERANCE if sums.is_rounded else EXACT_TOLERANCE) * (
-                    found.norm() + sums.squares.sqrt()
-                )
-                # Below the least normal number entries are rounded by so much, however small they are.
-                allowed += smallest * math.sqrt(matrix.numel())
-                self._verdicts[number] = (found - sums.product).norm() > allowed  # False where it is not finite
 
-        return compare
+    def _find_all(self, number: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def find(gradients: tuple[Tensor | None, ...]) -> None:
+            # Of one backward pass alone: the next may have a graph, and so an accumulator, of its own.
+            self._unchecked.discard(number)
+            sums = self._sums.get(number)
+            if sums is not None and sums.handle is not None and sums.found is None:
+                sums.handle.remove()
+                self._find(number, gradients[0])
+
+        return find
+
+    def _find(self, number: int, gradient: Tensor | None) -> None:
+        """Add what a backward pass sends to a weight."""
+        sums = self._sums.get(number)
+        if sums is None:
+            return
+        if gradient is None or gradient.is_sparse:
+            self._unchecked.discard(number)
+            self._drop(number)
+            return
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            limits = torch.finfo(gradient.dtype)
+            matrix = _matrix(self._layers[number], gradient.detach().to(sums.product.dtype))
+            found = (matrix @ _vector(len(matrix), matrix.shape[-1], matrix)[..., None]).flatten()
+            # Below the least normal number entries are rounded by so much, however small they are.
+            rounding = limits.smallest_normal * limits.eps * math.sqrt(matrix.numel())
+        self._sums[number] = sums._replace(
+            found=found if sums.found is None else sums.found + found, rounding=sums.rounding + rounding
+        )
 
 
 def _matrix(layer: Layer, gradient: Tensor) -> Tensor:

@@ -44,6 +44,11 @@ class WeightProduct(NamedTuple):
     this output later on, in place or through views."""
     output_number: int
     """The number, among the operation's outputs, of the one that led to the layer's output."""
+    sender: Any
+    """The last node on the way from the operation to the weight: what it sends there is this operation's part of the
+    weight's gradient, without that of other uses and of penalties on the weight."""
+    sent_number: int
+    """The number of this part among the gradients that the sender makes."""
     accumulator: Any
     """The node that adds to the weight's gradient."""
 
@@ -108,12 +113,12 @@ def _find_use(output: Tensor, weight: Tensor) -> WeightProduct | None:
     while level and len(seen) <= MOST_NODES:
         behind: list[tuple[Any, int]] = []
         for node, output_number in level:
-            for child, number in node.next_functions:
-                accumulator = _accumulator_behind(child, any_operation=_is_product(node))
-                if accumulator is not None and accumulator.variable is weight:
-                    return WeightProduct(node, output_number, accumulator)
-                if accumulator is not None and accumulator.variable.shape == weight.shape and _is_product(node):
-                    of_its_shape = of_its_shape or WeightProduct(node, output_number, accumulator)
+            for place, (child, number) in enumerate(node.next_functions):
+                edge = _edge_to_parameter(node, place, any_operation=_is_product(node))
+                if edge is not None and edge.accumulator.variable is weight:
+                    return WeightProduct(node, output_number, *edge)
+                if edge is not None and edge.accumulator.variable.shape == weight.shape and _is_product(node):
+                    of_its_shape = of_its_shape or WeightProduct(node, output_number, *edge)
                 if child is not None and child not in seen and not hasattr(child, "variable"):
                     seen.add(child)
                     behind.append((child, number))
@@ -121,19 +126,60 @@ def _find_use(output: Tensor, weight: Tensor) -> WeightProduct | None:
     return of_its_shape
 
 
-def _accumulator_behind(node: Any, *, any_operation: bool) -> Any:
-    """The accumulator of the one parameter behind ``node``, reached through views only, or with ``any_operation``
-    through any operations; None if there is none."""
+class _Edge(NamedTuple):
+    """An edge of the graph towards a parameter."""
+
+    sender: Any
+    number: int
+    """Among the sender's edges."""
+    accumulator: Any
+    """Of the parameter."""
+
+
+def _edge_to_parameter(node: Any, number: int, *, any_operation: bool) -> _Edge | None:
+    """The last edge before the accumulator of the one parameter behind an edge, reached through views only, or with
+    ``any_operation`` through any operations; None if there is none. Before a cast if that is last: under autocast all
+    products with a weight share one."""
+    edge = node, number
     for _ in range(DEEPEST_WEIGHT):
-        if node is None or hasattr(node, "variable"):
-            return node
-        if _is_product(node) or not (any_operation or _name(node) in VIEWS):
+        child = node.next_functions[number][0]
+        if child is None:
             return None
-        behind = [child for child, _ in node.next_functions if child is not None]
+        if hasattr(child, "variable"):
+            return _Edge(*edge, child)
+        if _is_product(child) or not (any_operation or _name(child) in VIEWS):
+            return None
+        behind = [place for place, (one, _) in enumerate(child.next_functions) if one is not None]
         if len(behind) != 1:
             return None
-        node = behind[0]
+        node, number = child, behind[0]
+        edge = edge if _name(node) == "ToCopy" else (node, number)
     return None
+
+
+def is_used_again(output: Tensor, use: WeightProduct, a: Tensor) -> bool:
+    """True if the module that made ``output`` of ``a`` multiplied by the weight of ``use`` in a further operation.
+
+    Args:
+        output: of the module.
+        use: the operation nearest to it.
+        a: the module's input.
+    """
+    level: list[Any] = [output.grad_fn]
+    seen = {output.grad_fn, a.grad_fn}
+    while level and len(seen) <= MOST_NODES:
+        behind: list[Any] = []
+        for node in level:
+            for place, (child, _) in enumerate(node.next_functions):
+                is_view = _name(node) in VIEWS  # of the weight, on the way from a product
+                edge = None if is_view else _edge_to_parameter(node, place, any_operation=_is_product(node))
+                if edge is not None and edge.accumulator is use.accumulator and edge != use[2:]:
+                    return True
+                if child is not None and child not in seen and not hasattr(child, "variable"):
+                    seen.add(child)
+                    behind.append(child)
+        level = behind
+    return False
 
 
 def _name(node: Any) -> str:

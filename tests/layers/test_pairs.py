@@ -326,6 +326,7 @@ def test_a_weight_that_a_module_without_curvature_shares_keeps_that_of_its_layer
 
 
 def used_without_its_module(model: Any) -> Tensor:
+    """Its curvature is that of the module's calls."""
     return model[1](F.linear(model[0](input_of((8, WIDTH), "")).tanh(), model[0].weight))  # type: ignore[no-any-return]
 
 
@@ -340,8 +341,39 @@ def shared_with_one_that_fits(model: Any) -> Tensor:
 
 
 def shared_with_one_that_does_not(model: Any) -> Tensor:
-    model[1] = Masked(WIDTH, WIDTH).double()
+    if not isinstance(model[1], Masked):
+        model[1] = Masked(WIDTH, WIDTH).double()
     return shared_with_one_that_fits(model)
+
+
+def penalized_by(penalty: Callable[[Tensor], Tensor]) -> Callable[[Any], Tensor]:
+    """With a penalty on the weights in the loss, however large: what is observed are the data's pairs all the same."""
+    return lambda model: plainly(model) + sum(penalty(p) for p in model.parameters() if p.dim() == 2)
+
+
+def under_autocast_and_penalized(model: Any) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = model[0](model[0](input_of((8, WIDTH), "").float()).tanh())
+        return model[1](h).float() + sum(p.square().sum() for p in model.parameters())  # type: ignore[no-any-return]
+
+
+def also_in_eval_mode(model: Any) -> Tensor:
+    y = plainly(model)
+    model.eval()
+    y = y + plainly(model).detach() * 0 + model[1](model[0](input_of((8, WIDTH), "") + 1.0).tanh())
+    model.train()
+    return y
+
+
+def by_jacobians(model: Any) -> Tensor:
+    x = input_of((8, WIDTH), "")
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda one: model[1](model[0](one).tanh())))(x)
+    return model[1](model[0](x).tanh()) + jacobian.sum(-1)  # type: ignore[no-any-return]
+
+
+def with_a_hook_that_clips(model: Any) -> Tensor:
+    model[0].weight.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+    return plainly(model)
 
 
 def with_a_derivative_in_its_loss(model: Any) -> Tensor:
@@ -360,14 +392,24 @@ def plainly(model: Any) -> Tensor:
     [
         (plainly, set()),
         (with_a_derivative_in_its_loss, set()),
-        (used_without_its_module, {"0"}),
+        (used_without_its_module, set()),
+        (penalized_by(lambda p: p.square().sum()), set()),
+        (penalized_by(lambda p: 1e-4 * p.abs().sum()), set()),
+        (penalized_by(lambda p: (p @ p.T - torch.eye(len(p))).square().sum()), set()),
+        (under_autocast_and_penalized, set()),
+        (also_in_eval_mode, set()),
+        (by_jacobians, set()),
         (with_a_hook_on_its_gradient, {"0"}),
+        (with_a_hook_that_clips, {"0"}),
         (shared_with_one_that_fits, set()),
         (shared_with_one_that_does_not, {"0"}),
     ],
 )
-def test_a_weight_whose_pairs_are_not_all_of_its_gradient_is_left_out(use: Any, left_out: set[str]) -> None:
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)).double()
+def test_a_layer_is_left_out_if_its_pairs_are_not_its_products_part_of_the_gradient(
+    use: Any, left_out: set[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    model = model.float() if use is under_autocast_and_penalized else model.double()
     use(model)  # weights are shared before hooks are there
     curvature = Curvature(model)
     use(model).square().mean().backward()
