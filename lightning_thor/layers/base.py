@@ -87,6 +87,8 @@ class LayerKind:
     """``weight.flatten(1)`` is the matrix (`row_factor` G) or its transpose (A), if there is one group."""
     diagonal: Literal["A", "G"] | None = None
     """The factor that is diagonal, whatever the block size."""
+    methods: tuple[str, ...] = ("forward",)
+    """Of a module, what `rows` relies on: one that overrides them has no curvature, unless its type is registered."""
     owns_all_parameters: bool = False
     """All parameters of the module belong to the layer (norms); otherwise the weight, and a bias if it is taken."""
     is_linear: bool = False
@@ -165,8 +167,9 @@ class LayerKind:
             module: of a type that this kind serves.
             base: the registered type.
         """
-        if type(module).forward is not base.forward:
-            return f"{type(module).__name__} has a forward of its own, which may not be {base.__name__}'s"
+        for method in self.methods:
+            if getattr(type(module), method, None) is not getattr(base, method, None) or method in vars(module):
+                return f"{type(module).__name__} has a {method} of its own, which may not be {base.__name__}'s"
         return None
 
 

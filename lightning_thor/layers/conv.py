@@ -21,6 +21,8 @@ def _batched(module: Convolution | TransposedConvolution, a: Tensor, g: Tensor) 
 class ConvolutionKind(LayerKind):
     """A weight ``[out, in / groups, *kernel]``; inputs are ``[batch, in, *space]``, or without a batch."""
 
+    methods: tuple[str, ...] = ("forward", "_conv_forward")
+
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """``a [batch, in, *space]``, ``g [batch, out, *space]``: every output position is a row, its patch the input.
 
@@ -54,6 +56,7 @@ class ConvolutionKind(LayerKind):
 class TransposedConvolutionKind(ConvolutionKind):
     """A weight ``[in, out / groups, *kernel]``; a bias does not belong to the rows."""
 
+    methods = ("forward",)
     takes_bias = False
     row_factor = "A"
     is_flat = False

@@ -45,13 +45,13 @@ class PositionNormKind(NormKind):
 
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """Gradients of scale and shift at each position, one under the other: ``[1, 2 * width, n]``."""
-        # An RMS norm's default eps is that of the input's dtype.
-        eps = torch.finfo(a.dtype).eps if module.eps is None else module.eps
         width = torch.Size(module.normalized_shape).numel()
         a, g = a.detach().reshape(-1, width), g.reshape(-1, width)
         index = subsample(a.shape[0], max_rows, a.device)
-        a, g = pick(a, index).to(dtype), pick(g, index).to(dtype)
-        return _scale_and_shift(module, g * self._normalize(a, a.shape[1:], eps=eps), g)
+        a, g = pick(a, index), pick(g, index).to(dtype)
+        # The default of an RMS norm depends on the input's dtype.
+        a = a if module.eps is None else a.to(dtype)
+        return _scale_and_shift(module, g * self._normalize(a, a.shape[1:], eps=module.eps), g)
 
     def loss_terms(self, module: Any, g: Tensor) -> int:
         """The number of positions."""

@@ -31,6 +31,19 @@ class ChannelsFirst(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+class Standardized(nn.Conv2d):
+    """Overrides what torch's own forward calls."""
+
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+def with_a_forward_of_its_own(module: nn.Module) -> nn.Module:
+    before = module.forward
+    module.forward = lambda x: before(2.0 * x)  # type: ignore[method-assign]
+    return module
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
@@ -45,6 +58,11 @@ class ChannelsFirst(nn.LayerNorm):
         (frozen_scale(), "frozen in part"),
         (nn.Linear(2, 0), "empty weight"),
         (ChannelsFirst(2), "ChannelsFirst has a forward of its own, which may not be LayerNorm's"),
+        (Standardized(2, 2, 3), "Standardized has a _conv_forward of its own, which may not be Conv2d's"),
+        (
+            with_a_forward_of_its_own(nn.BatchNorm1d(2)),
+            "BatchNorm1d has a forward of its own, which may not be BatchNorm1d's",
+        ),
     ],
 )
 def test_what_has_no_curvature_is_named_with_its_reason(layer: nn.Module, reason: str) -> None:

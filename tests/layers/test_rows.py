@@ -15,7 +15,7 @@ from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers.base import Layer, LayerKind, subsample
 from lightning_thor.layers.conv import CONVOLUTION
 from lightning_thor.layers.discovery import discover_layers
-from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM
+from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM, RMS_NORM
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.fakes import FakeCommunicator
 from tests.helpers.formulas import preconditioned
@@ -452,3 +452,14 @@ def test_identity_inverses_give_the_gradient_back(name: str, precondition_bias: 
     G = identity(layer.G.size, layer.G.groups * layer.G.n_blocks).view(layer.G.shape)
     grads = [p.grad for p in layer.parameters if p.grad is not None]
     assert_bitwise(preconditioned(layer, grads, A, G), grads)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_with_its_default_eps_is_observed_as_it_was_computed(dtype: torch.dtype, scale: float) -> None:
+    """Beside its own output: where inputs are small eps decides, and which one torch takes is not for us to say."""
+    torch.manual_seed(0)
+    norm, a, g = nn.RMSNorm(16).to(dtype), (scale * torch.randn(64, 16)).to(dtype), torch.randn(64, 16).to(dtype)
+    rows = RMS_NORM.rows(norm, a, g, torch.float32, None)
+    expected = (g.float() * norm(a).detach().float()).T[None]
+    torch.testing.assert_close(rows.g, expected, rtol=0.02, atol=1e-3)
