@@ -105,6 +105,7 @@ class FactorAccumulator:
             g: the gradient of the loss, as it was differentiated, with respect to its output.
         """
         number, use = self.uses[name]
+        was_observed = number in self._observed
         self._observed.add(number)
         layer, factors = self._layers[number], self._factors
         if g.device.type != factors.device.type:
@@ -118,6 +119,8 @@ class FactorAccumulator:
         if self.reducer.is_late(number):
             self._warn_of_late_pair(layer.name)
             return
+        if was_observed and self._gradient_was_dropped(number, use):
+            factors.clear_layer(number)
         n_seen = layer.loss_terms(use.module, g)
         scale, part, max_rows = self._scale(number, name, n_seen), None, self.max_rows
         if self._may_be_sharded and (is_sharded(a) or is_sharded(g)):
@@ -129,6 +132,13 @@ class FactorAccumulator:
             scale = scale * weight
         factors.add(number, rows, scale, n_samples, a.numel() + g.numel() if self._counts_elements else 0.0, part)
         self.reducer.mark_ready(number)
+
+    def _gradient_was_dropped(self, number: int, use: ModuleUse) -> bool:
+        """Whether the gradients of earlier backward passes were set to None since, other than by `Thor.zero_grad`. (A
+        sharded weight's gradient is elsewhere between passes.)"""
+        backward, last = self._backward_pass(), self._backward.get(number)
+        is_new = last is not None and -1 < last[0] != backward > -1
+        return is_new and not self._may_be_sharded and use.weight.grad is None
 
     def note_output(self, name: str, output: Any) -> None:
         """Note how many terms the loss has, where `loss_layer` is not due and others are.

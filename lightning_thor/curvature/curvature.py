@@ -47,6 +47,7 @@ from lightning_thor.layers.discovery import (
     parameters_of,
     trained,
     warn_of_low_coverage,
+    weights_of,
 )
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.pair_checks import NOT_A_PAIR, PairChecks
@@ -208,6 +209,8 @@ class Curvature:
                 f"{output_layer!r}."
             )
         self.has_low_coverage = warn_of_low_coverage(model, self.layers, self.left_out, parameters, skip_layers)
+        frozen = {name for name, why in self.left_out.items() if why == "frozen" and parameters is None}
+        self._frozen = weights_of(model, frozen) if frozen else {}
         self.coverage = coverage(model, self.layers, parameters)
         self.fan_in = fan_in(self.layers.values())
         self.polar_layers = self.layers.keys() & set(matrices) - {*output_layers} if chosen.uses_matrix_sign else set()
@@ -473,6 +476,8 @@ class Curvature:
         if due:
             self._accumulator.check_that_layers_fire(due, self._why_silent)
             self._calls.clear()
+            if self._frozen:
+                self._warn_of_unfrozen()
             if schedule.stagger and not schedule.costs:
                 schedule.costs = self._refresh_costs()
         with self._full_precision():
@@ -488,6 +493,17 @@ class Curvature:
                     self._shared.add_up_(factors.failed_inversions, before=failed)
         schedule.advance(decisions)
         self._accumulator.next_window()
+
+    def _warn_of_unfrozen(self) -> None:
+        """Warn once of layers that were frozen and train now; under a Trainer `ThorCallback` includes them."""
+        training = [name for name, weight in self._frozen.items() if weight.grad is not None]
+        if training:
+            self._frozen = {}
+            warnings.warn(
+                f"{name_some(training)}: frozen when Curvature was built, and trained since, with "
+                f"{MODES[self.mode].fallback}. Call curvature.include() after layers are unfrozen.",
+                stacklevel=5,
+            )
 
     def _average(self, due: tuple[int, ...]) -> HostCopy | None:
         """Take the open window into the averages; with a trace rule those of layers whose traces moved."""

@@ -46,9 +46,10 @@ def exact_factors(
     n_batches = 0
     try:
         model.eval()
+        model.zero_grad()
         with torch.enable_grad():
             for n_batches, batch in enumerate(batches, start=1):  # noqa: B007 - its last value is asked for
-                model.zero_grad(set_to_none=True)
+                model.zero_grad(set_to_none=False)  # None would mean that what was observed is to be forgotten
                 loss(model, batch).backward()
         if not n_batches:
             raise ValueError("exact_factors got no batch.")

@@ -287,6 +287,17 @@ class FactorState:
         self.flat_sums.zero_()
         self._host_counts.clear()
 
+    def clear_layer(self, layer: int) -> None:
+        """Empty the open window of one layer.
+
+        Args:
+            layer: its number.
+        """
+        for sums in self.sums[layer].values():
+            sums.zero_()
+        self._counts[layer].zero_()
+        self._host_counts.pop(layer, None)
+
     def copy_window_(self, other: FactorState) -> None:
         """Set the open window to that of another state of the same layers."""
         self.flat_sums.copy_(other.flat_sums)

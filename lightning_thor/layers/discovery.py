@@ -157,6 +157,11 @@ def parameters_of(model: nn.Module, names: Container[str]) -> set[nn.Parameter]:
     return {p for use in _uses(model) if use.name in names for p in use.module.parameters(recurse=False)}
 
 
+def weights_of(model: nn.Module, names: Container[str]) -> dict[str, Tensor]:
+    """The weights by these names, see `discover_layers`."""
+    return {use.name: use.weight for use in _uses(model) if use.name in names}
+
+
 def _projections(name: str, module: nn.MultiheadAttention) -> Iterator[ModuleUse]:
     width = module.embed_dim
     for index, role in enumerate(("q_proj", "k_proj", "v_proj")):
@@ -305,7 +310,7 @@ def warn_of_low_coverage(
     for name, module in modules:
         if any(_is_in(name, pattern) for pattern in skip_layers):
             of_training = of_training - set(module.parameters())
-    if not layers or _share(of_training, own) >= LOW_COVERAGE:
+    if all(map(_is_lazy, of_training)) or _share(of_training, own) >= LOW_COVERAGE:
         return False
     sizes: dict[str, int] = {}
     for name, module in modules:

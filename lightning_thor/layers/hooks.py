@@ -50,7 +50,8 @@ class _Pair:
         self.backward_pass: int = -1
         self.is_watched = False
         """Whether a check compares what its product sends to the weight."""
-        self._was_added = False
+        self.was_added = False
+        """Whether the backward pass under way added its gradient; the check sets it back."""
 
     @property
     def input_was_changed(self) -> bool:
@@ -65,12 +66,7 @@ class _Pair:
         if self.backward_pass < 0:
             self.backward_pass = self.forward_in if self.forward_in >= 0 else backward_pass()
         self.g = g if self.g is None else self.g + g
-        self._was_added = True
-
-    def was_added(self) -> bool:
-        """Whether `add` was called since this was asked last."""
-        was_added, self._was_added = self._was_added, False
-        return was_added
+        self.was_added = True
 
 
 class _Unpickled:
@@ -308,7 +304,7 @@ class Hooks:
                 a = self._subsample_input(name, a)
             pair = _Pair(name, a, projected, arrange)
             if use is not None and isinstance(output, Tensor) and self._checks is not None and self._checks.wants(name):
-                pair.is_watched = self._checks.watch(name, use, output, given, pair.was_added)
+                pair.is_watched = self._checks.watch(name, use, output, given, pair)
             del a
             self._expect(name)
             # Not with the node of the use, which would hold on to the graph that holds this.
@@ -354,7 +350,7 @@ class Hooks:
                 # A create_graph pass is taken for one that is no training, such as a gradient penalty's.
                 if torch.is_grad_enabled():
                     return
-            elif not accumulates(accumulator):
+            elif not accumulates(accumulator, is_recomputed=-1 < pair.forward_in != backward_pass()):
                 if self._checks is not None and torch.is_grad_enabled():
                     # The loss may depend on this gradient, and the weight's gradient then on more than the pair.
                     self._checks.skip(pair.name)

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,13 @@ NOT_A_PAIR = (
     "weight before it multiplies them, multiplies by its weight twice, or a hook changes the weight's gradient. Call a "
     "plain nn.Linear inside of it, or use register_layer"
 )
+
+
+class WatchedPair(Protocol):
+    """A pair that waits for its gradient."""
+
+    was_added: bool
+    """Whether the backward pass under way added it; set to False when this was read."""
 
 
 class _Sums(NamedTuple):
@@ -90,7 +97,7 @@ class PairChecks:
         self._unchecked.discard(number)
         self._drop(number)
 
-    def watch(self, name: str, use: WeightProduct, output: Tensor, a: Tensor, was_added: Callable[[], bool]) -> bool:
+    def watch(self, name: str, use: WeightProduct, output: Tensor, a: Tensor, pair: WatchedPair) -> bool:
         """Compare with what a product sends to the weight.
 
         Args:
@@ -98,22 +105,24 @@ class PairChecks:
             use: the product, in the graph of a forward pass.
             output: of the module.
             a: its input.
-            was_added: whether the backward pass under way added this product's pair; called once in each.
+            pair: of this product.
 
         Returns:
             False if this cannot be: then `add` needs the accumulator.
         """
         number = self._numbers[name]
-        weight = use.accumulator.variable
-        if not self._layers[number].kind.is_linear or weight._backward_hooks:
+        module, is_linear = self._modules[name], self._layers[number].kind.is_linear
+        if not is_linear or use.accumulator.variable._backward_hooks:
             return False
-        if is_used_again(output, use, a):
+        is_torchs_own = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+        if not is_torchs_own and is_used_again(output, use, a):
             return False
         place = use.sent_number
 
         def sent(gradients: tuple[Tensor | None, ...], _: Any) -> None:
-            sums = self._sums.get(number)
-            if was_added() and sums is not None and sums.handle is None:
+            was_added, pair.was_added = pair.was_added, False
+            sums = self._sums.get(number) if was_added else None
+            if sums is not None and sums.handle is None:
                 self._find(number, gradients[place])
 
         use.sender.register_hook(sent)
@@ -174,9 +183,10 @@ class PairChecks:
     def collect(self) -> dict[int, Tensor]:
         """The results since the last call, by the layer's number: True where gradient and product differ,
         0-dimensional tensors on their device."""
-        verdicts = {}
-        for number, sums in list(self._sums.items()):
-            self._drop(number)
+        verdicts, collected, self._sums = {}, self._sums, {}
+        for number, sums in collected.items():
+            if sums.handle is not None:
+                sums.handle.remove()
             if sums.found is None:
                 continue
             self._unchecked.discard(number)

@@ -72,9 +72,14 @@ def accumulator_of(weight: Tensor) -> Any:
     return torch.autograd.graph.get_gradient_edge(weight).node if weight.is_leaf and weight.requires_grad else None
 
 
-def accumulates(accumulator: Any) -> bool:
+def accumulates(accumulator: Any, *, is_recomputed: bool = False) -> bool:
     """True if the backward pass under way adds to the gradient of the accumulator's parameter: true in
     ``loss.backward()``, false in ``torch.autograd.grad``; in ``backward(inputs=...)`` true for the inputs.
+
+    Args:
+        accumulator: see `accumulator_of`.
+        is_recomputed: whether the graph was made within another backward pass, as by the checkpointing of diffusion
+            models, whose backward asks `torch.autograd.grad` for gradients that the pass around it adds.
 
     Raises:
         RuntimeError: called outside of a backward pass.
@@ -84,7 +89,7 @@ def accumulates(accumulator: Any) -> bool:
     try:
         return bool(torch._C._will_engine_execute_node(accumulator))
     except RuntimeError:  # the parameter's gradient is captured for torch.autograd.grad, which adds nothing to it
-        return False
+        return is_recomputed
 
 
 def backward_pass() -> int:

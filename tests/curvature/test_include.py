@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -205,3 +206,26 @@ def test_hooks_are_not_doubled() -> None:
     assert [len(module._forward_hooks) for module in model] == [1, 0, 1, 1, 0, 1, 1]
     curvature.close()
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_layers_that_begin_to_train_unseen_are_told_of_once() -> None:
+    """In a plain loop nobody includes them but the user."""
+    model = backbone(parts()[0]).requires_grad_(False)
+    model.append(nn.Linear(8, 3))
+    curvature = Curvature(model, update_every_n_steps=1)
+    optimizer, x = Thor(model.parameters(), preconditioner=curvature), torch.randn(5, 2, 6)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+        model[2].requires_grad_(True)
+        with pytest.warns(UserWarning, match=r"^2: frozen when Curvature was built.*curvature\.include\(\)"):
+            step()
+        step()
+        assert curvature.include() == ["2"]
+        step()

@@ -476,6 +476,28 @@ def in_a_reentrant_checkpoint(model: nn.Module) -> None:  # which refuses autogr
     checkpoint(model, X.clone().requires_grad_(), use_reentrant=True).sin().mean().backward()
 
 
+class Recomputed(torch.autograd.Function):
+    """Checkpointing of one's own, as of diffusion models: its backward asks autograd for all gradients, and returns
+    them."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor, *parameters: Tensor) -> Any:
+        ctx.run, ctx.x, ctx.parameters = run, x, parameters
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x = ctx.x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.run(x.view_as(x))
+        return None, *torch.autograd.grad(y, [x, *ctx.parameters], gradients)
+
+
+def in_a_checkpoint_of_ones_own(model: nn.Module) -> None:
+    x = X.clone().requires_grad_()
+    Recomputed.apply(model, x, *model.parameters()).sin().mean().backward()  # type: ignore[attr-defined]
+
+
 def look_first_compiled(model: nn.Module) -> None:
     look_first(model, lambda model: COMPILED["eager"](model, X))
 
@@ -538,6 +560,7 @@ def of_all_leaves(model: nn.Module) -> None:
         look_at_inputs,
         look_afterwards,
         in_a_reentrant_checkpoint,
+        in_a_checkpoint_of_ones_own,
         with_create_graph,
         in_two_backwards,
         in_three_backwards_that_keep_the_graph,
@@ -998,3 +1021,38 @@ def test_pairs_of_a_sharded_model_are_those_of_the_whole_one(tmp_path: Path) -> 
         for found, left_out in torch.load(tmp_path / f"sharded{rank}.pt"):
             assert left_out == {}
             torch.testing.assert_close(found, factors(expected), rtol=1e-9, atol=1e-12)
+
+
+# ── gradients that are dropped ──
+
+
+def drop_all(model: nn.Module, optimizer: Thor) -> None:
+    optimizer.zero_grad()
+
+
+def drop_by_the_model(model: nn.Module, optimizer: Thor) -> None:
+    model.zero_grad()
+
+
+def drop_by_hand(model: nn.Module, optimizer: Thor) -> None:
+    for p in model.parameters():
+        p.grad = None
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+@pytest.mark.parametrize("drop", [drop_all, drop_by_the_model, drop_by_hand])
+def test_what_made_gradients_that_were_dropped_has_no_part_in_the_factors(drop: Any, mode: Any) -> None:
+    """As in a loop of two networks, whose other loss flows through this one; what accumulates stays."""
+    found = []
+    for is_before in (False, True):
+        model = net()
+        curvature = Curvature(model, mode=mode, max_rows=None)
+        optimizer = Thor(model.parameters(), mode=mode, preconditioner=curvature)
+        if is_before:
+            (100.0 * model(X[:5]).cos().mean()).backward()
+            drop(model, optimizer)
+        for part in X.split(6):
+            (model(part).sin().mean() / 2).backward()
+        optimizer.step()
+        found.append(factors(curvature))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
