@@ -402,12 +402,14 @@ class ThorCallback(Callback):
             )
             self._told = failed + rejected
         if trainer.logger is not None:
-            # The same on all ranks; without sync_dist Lightning would warn that they might not be.
-            pl_module.log("thor/failed_inversions", float(failed), sync_dist=True)
-            pl_module.log("thor/rejected_windows", float(rejected), sync_dist=True)
+            figures = {"failed_inversions": float(failed), "rejected_windows": float(rejected)}
             if self._options["trace_rule"] is not None:
-                figures = self._figures()
-                pl_module.log("thor/refreshed_share", figures.n_refreshes / max(figures.n_possible, 1), sync_dist=True)
+                counts = self._figures()
+                figures["refreshed_share"] = counts.n_refreshes / max(counts.n_possible, 1)
+            # The same on all ranks, of which some may have no logger: no collective (rank_zero_only), and no warning of
+            # Lightning's that they might differ (sync_dist).
+            figures = {f"thor/{name}": figure for name, figure in figures.items()}
+            pl_module.log_dict(figures, sync_dist=True, rank_zero_only=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._looks = True

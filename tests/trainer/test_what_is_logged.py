@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import re
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,12 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from lightning_thor import Curvature, ThorCallback
+from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy
 from lightning_thor.curvature.part_timer import OWN_PARTS, PartTimer
 from lightning_thor.trainer.figures import StepFigures
 from lightning_thor.trainer.fit_report import FitFigures, fit_report
 from tests.helpers.boring import Boring, callback_of, trainer
+from tests.helpers.launching import fork, run_forked
 from tests.helpers.watch import Watch
 
 
@@ -59,6 +63,24 @@ def test_what_is_logged_is_what_happened(tmp_path: Path) -> None:
     assert all(0 < sum(each) < 1 for each in zip(*shares.values(), strict=True))
     assert [share > 0 for share in shares["inversion"]] == [True, False, True, False]
     assert shares["communication"] == [0] * 4
+
+
+def rank_with_its_own_logger(folder: Path) -> None:
+    logger = CSVLogger(folder, name="", version="") if os.environ["RANK"] == "0" else False
+    callback = ThorCallback(update_every_n_steps=2, trace_rule="THOR", summary=False)
+    strategy = ThorDDPStrategy(timeout=timedelta(seconds=20))
+    options = {"logger": logger, "log_every_n_steps": 1, "devices": 2, "strategy": strategy}
+    trainer(folder, callback, **options).fit(Boring())
+
+
+def test_a_rank_without_a_logger_waits_for_no_other(tmp_path: Path) -> None:
+    status, words = run_forked(partial(fork, 2, partial(rank_with_its_own_logger, tmp_path)))
+    assert status == 0, words
+    assert "self.log('thor/" not in words  # Lightning's advice to add sync_dist=True
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["thor/failed_inversions"]]
+    assert [float(row["thor/failed_inversions"]) for row in rows] == [0, 0]
+    assert all(float(row["thor/refreshed_share"]) > 0 for row in rows)
 
 
 def test_figures_of_a_step_wait_for_nothing() -> None:
