@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ class FactorAccumulator:
 
     def _scale(self, number: int, name: str, n_seen: float) -> float | Tensor:
         """Factor from the gradient of the loss as it was differentiated to that of the per-sample loss."""
-        per_sample: float | Tensor = 1.0 if self._loss_terms is None else self._loss_terms()
+        per_sample: float | Tensor = 1.0 if self._loss_terms is None else _checked_terms(self._loss_terms())
         if self._loss_reduction == "mean" and self._loss_terms is None:
             per_sample = self._terms_of_the_loss(number, name, n_seen)
         return per_sample / (1.0 if self._loss_multiplier is None else self._loss_multiplier())
@@ -344,3 +345,15 @@ class FactorAccumulator:
                 "and no backward pass inside of `with trainer.strategy.block_backward_sync():` does.",
                 stacklevel=2,
             )
+
+
+def _checked_terms(n_terms: Any) -> float | Tensor:
+    """What a user's ``loss_terms`` returned; raises a TypeError if it is no number."""
+    is_number = n_terms.numel() == 1 if isinstance(n_terms, Tensor) else isinstance(n_terms, Real)
+    if not is_number:
+        got = f"a tensor of shape {list(n_terms.shape)}" if isinstance(n_terms, Tensor) else repr(n_terms)[:200]
+        raise TypeError(
+            "loss_terms must return the number of terms in the mean of the loss, as a number or a 0-dimensional "
+            f"tensor, but returned {got}."
+        )
+    return n_terms  # type: ignore[no-any-return]

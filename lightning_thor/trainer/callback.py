@@ -35,6 +35,7 @@ from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
 from lightning_thor.trainer.thors import (
     LossMultiplier,
+    TermsOfTheBatch,
     callbacks_of,
     is_training,
     no_thor,
@@ -142,8 +143,8 @@ class ThorCallback(Callback):
             raise ValueError(f"waits_for_thor must be True or False, got {waits_for_thor!r}.")
         self._waits_for_thor = waits_for_thor
         self._loss_terms = loss_terms
-        self._batch: Any = None
-        """The training batch under way, where `loss_terms` is to be asked of it."""
+        self._terms: TermsOfTheBatch | None = None
+        """In a fit, if there is `loss_terms`."""
         self.summary = summary
         self._is_measuring = False
         self.curvatures: list[Curvature] = []
@@ -183,7 +184,7 @@ class ThorCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A fit's curvatures and all that belongs to them have functions of the trainer; copies start anew.
-        none: dict[str, Any] = {"_served": {}, "_trained": {}, "_weights": {}, "_batch": None}
+        none: dict[str, Any] = {"_served": {}, "_trained": {}, "_weights": {}, "_terms": None}
         none |= {"curvatures": [], "_seen": ([], []), "_unfrozen_there": []}
         own = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}  # the module's
         return own | none | {"_step_figures": None, "_monitor": None}
@@ -235,6 +236,8 @@ class ThorCallback(Callback):
 
     def _serve(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give each new `Thor` of the trainer its curvature."""
+        if self._loss_terms is not None and self._terms is None:
+            self._terms = TermsOfTheBatch(self._loss_terms, trainer.strategy)
         new = [optimizer for optimizer in thors_of(trainer) if optimizer not in self._served]
         for optimizer in new:
             if optimizer.preconditioner is not None:
@@ -250,7 +253,7 @@ class ThorCallback(Callback):
                 pl_module,
                 mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
                 loss_multiplier=LossMultiplier(trainer, pl_module),
-                loss_terms=None if self._loss_terms is None else self._terms_of_the_batch,
+                loss_terms=self._terms,
                 parameters=own,
                 # Networks with a Thor each, as a GAN's, have an output layer each.
                 output_layer=next(reversed(matrix_layers(pl_module, without=others)), None) if others else None,
@@ -343,8 +346,6 @@ class ThorCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._loss_terms is not None:
-            self._batch = batch
         self._look(trainer, pl_module)
         self._weights = {}
         if trainer._logger_connector.should_update_logs:
@@ -353,14 +354,11 @@ class ThorCallback(Callback):
             if curvature.timer is not None:
                 curvature.timer.begin_step()
 
-    def _terms_of_the_batch(self) -> Any:
-        assert self._loss_terms is not None
-        return self._loss_terms(self._batch)
-
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = None
+        if self._terms is not None:
+            self._terms.batch = None
         for curvature in self.curvatures:
             if curvature.timer is not None:
                 curvature.timer.end_step()
@@ -455,6 +453,9 @@ class ThorCallback(Callback):
             curvature.close()
             optimizer.preconditioner = None
         self._served, self._trained, self._weights = {}, {}, {}
+        if self._terms is not None:
+            self._terms.close()
+            self._terms = None
 
     # ── checkpoints ──
 

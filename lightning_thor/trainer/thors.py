@@ -8,11 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_thor.curvature.callables import BatchFn
 from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import MODES
 from lightning_thor.schedules import PerStepLR
@@ -34,6 +36,38 @@ class LossMultiplier:
         # Scaling a one instead of get_scale(), which waits for the device.
         scale: Tensor = scaler.scale(torch.ones((), device=self.trainer.strategy.root_device))
         return scale / n
+
+
+class TermsOfTheBatch:
+    """The number of terms in the loss of the batch under way.
+
+    The batch is taken where it passes in every training step, which is the strategy: in a search, such as Lightning's
+    `LearningRateFinder`, no hook of another callback is called.
+
+    Args:
+        loss_terms: of `ThorCallback`.
+        strategy: of the trainer.
+
+    Attributes:
+        batch: the last one that the strategy was given, until it is set to None.
+    """
+
+    def __init__(self, loss_terms: BatchFn, strategy: Strategy) -> None:
+        self.batch: Any = None
+        self._loss_terms, self._strategy, step = loss_terms, strategy, strategy.training_step
+
+        def training_step(batch: Any, *others: Any) -> Any:
+            self.batch = batch
+            return step(batch, *others)
+
+        strategy.training_step = training_step  # type: ignore[method-assign]
+
+    def __call__(self) -> Any:
+        return self._loss_terms(self.batch)
+
+    def close(self) -> None:
+        """Leave the strategy as it was."""
+        del self._strategy.training_step
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:

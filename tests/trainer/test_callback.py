@@ -117,7 +117,7 @@ def test_the_terms_of_the_loss_can_be_told_of_the_batch(tmp_path: Path) -> None:
     for loss_terms in (None, lambda batch: 2 * len(batch[0])):
         callback = ThorCallback(loss_terms=loss_terms, summary=False)
         fit(tmp_path, Boring(lr=0.0).double(), callback, max_steps=1, precision="64-true")
-        assert callback._batch is None
+        assert callback._terms is None
         factors.append([layer["G"] for layer in callback.curvature.state_dict()["layers"].values()])
     torch.testing.assert_close(factors[1], [4 * G for G in factors[0]])
 
@@ -217,6 +217,49 @@ def test_a_fit_after_a_search_is_the_fit_without_it(tmp_path: Path, finder: L.Ca
     searched = fit(tmp_path, Boring(batch_size=2), finder, DataFromTheStart(), **options)
     plain = fit(tmp_path, Boring(batch_size=searched.lightning_module.batch_size), **options)
     assert_bitwise(everything(searched), everything(plain))
+
+
+@pytest.mark.parametrize(
+    ("finder", "sizes"),
+    [(LearningRateFinder(num_training_steps=5), {2}), (BatchSizeFinder(max_trials=2, steps_per_trial=2), {2, 4})],
+)
+def test_a_search_asks_for_the_terms_of_its_own_batches(tmp_path: Path, finder: L.Callback, sizes: set[int]) -> None:
+    """Lightning calls no hook of another callback in it."""
+    asked: list[int] = []
+
+    def loss_terms(batch: Any) -> int:
+        asked.append(len(batch[0]))
+        return asked[-1]
+
+    callback = ThorCallback(loss_terms=loss_terms, summary=False)
+    found = fit(tmp_path, Boring(batch_size=2), callback, finder, max_epochs=1, limit_val_batches=0)
+    assert set(asked) == sizes
+    assert "training_step" not in vars(found.strategy)
+
+
+@pytest.mark.parametrize("terms", [None, "8", torch.ones(2)])
+def test_terms_of_the_loss_that_are_no_number_are_refused(tmp_path: Path, terms: Any) -> None:
+    with pytest.raises(TypeError, match=r"loss_terms must return .*, but returned (None|'8'|a tensor)"):
+        fit(tmp_path, None, ThorCallback(loss_terms=lambda batch: terms, summary=False))
+
+
+def test_a_step_that_a_search_skips_leaves_no_trace(tmp_path: Path) -> None:
+    """In a fit the callback discards the statistics of an overflow; in a search it is not called."""
+    rejected = []
+
+    class Overflows(Boring):
+        def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+            return super().loss(logits, y) * (float("inf") if self.trainer.global_step == 2 else 1.0)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            assert callback.curvature is not None
+            rejected.append((callback.curvature.step, int(callback.curvature.factors.rejected_windows)))
+
+    callback = ThorCallback(update_every_n_steps=1, summary=False)
+    scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    finder = LearningRateFinder(num_training_steps=6, early_stop_threshold=None)
+    fit(tmp_path, Overflows(), callback, finder, plugins=[scaler], max_steps=1)
+    assert rejected[:6] == [(1, 0), (2, 0), (2, 0), (3, 0), (4, 0), (5, 0)]
 
 
 def test_lr_find_of_the_tuner(tmp_path: Path) -> None:
