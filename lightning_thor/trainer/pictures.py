@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_thor.block_size.choose import BlockSplit
 from lightning_thor.curvature.part_timer import REST
+from lightning_thor.trainer.packages import is_lightnings
 from lightning_thor.trainer.report import split_figure
 
 if TYPE_CHECKING:
@@ -101,12 +102,10 @@ def pictures_of(folder: Path) -> dict[str, Figure]:
 # ── loggers ──
 
 
-def takes_pictures(logger: Any) -> bool:
-    """Whether a logger is TensorBoard's, Weights & Biases' or MLflow's, by what it or its ``experiment`` can do."""
-    takes = hasattr(logger, "log_image") or any(
-        hasattr(logger.experiment, name) for name in ("add_figure", "log_figure")
-    )
-    return takes and find_spec("matplotlib") is not None
+def takes_pictures(logger: object) -> bool:
+    """Whether a logger is one of Lightning's for TensorBoard, Weights & Biases or MLflow, and there can be pictures."""
+    has_way = is_lightnings(logger, "TensorBoardLogger", "WandbLogger", "MLFlowLogger")
+    return has_way and find_spec("matplotlib") is not None
 
 
 def log_pictures(loggers: Sequence[Any], pictures: Mapping[str, Figure], step: int) -> None:
@@ -119,9 +118,9 @@ def log_pictures(loggers: Sequence[Any], pictures: Mapping[str, Figure], step: i
     """
     for logger in loggers:
         for name, figure in pictures.items():
-            if hasattr(logger, "log_image"):
+            if is_lightnings(logger, "WandbLogger"):
                 logger.log_image(key=f"thor/{name}", images=[figure], step=step)
-            elif hasattr(logger.experiment, "add_figure"):
+            elif is_lightnings(logger, "TensorBoardLogger"):
                 logger.experiment.add_figure(f"thor/{name}", figure, global_step=step)
             else:
                 logger.experiment.log_figure(logger.run_id, figure, f"thor/{name}.png")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_thor import ThorCallback, ThorMonitor
@@ -156,18 +156,26 @@ def test_pictures_show_many_layers_kept_ones_and_what_blocks_lose(run_dir: Path,
 
 
 class Recorder(Logger):
-    """A logger with what is given to its ``experiment``, or to itself."""
+    """A logger that keeps the pictures that are given to it, or to its ``experiment``."""
 
-    name, version, run_id = "fake", 0, "run 7"
+    name, version, run_id, save_dir, log_dir, experiment = "fake", 0, "run 7", None, None, None
 
-    def __init__(self, **functions: Any) -> None:
-        super().__init__()
+    def __init__(self) -> None:
+        Logger.__init__(self)
         self.calls: list[tuple[Any, ...]] = []
-        self.experiment = SimpleNamespace(**{name: getattr(self, f"_{name}") for name in functions})
+        self.experiment = SimpleNamespace(add_figure=self._add_figure, log_figure=self._log_figure)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
 
     def log_hyperparams(self, params: Any) -> None: ...
+
+    def log_graph(self, model: Any, input_array: Any = None) -> None: ...
+
+    def save(self) -> None: ...
+
+    def finalize(self, status: str) -> None: ...
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None: ...
 
     def _add_figure(self, tag: str, figure: Any, global_step: int | None = None, close: bool = True) -> None:
         self.calls.append((tag, type(figure).__name__, global_step))
@@ -175,30 +183,59 @@ class Recorder(Logger):
     def _log_figure(self, run_id: str, figure: Any, artifact_file: str) -> None:
         self.calls.append((run_id, type(figure).__name__, artifact_file))
 
-
-class WithImages(Recorder):
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
         self.calls.append((key, [type(image).__name__ for image in images], step))
 
 
+def fake(kind: type[Logger]) -> Any:
+    """A `Recorder` that is an instance of one of Lightning's loggers too."""
+    return type(kind.__name__, (Recorder, kind), {})()
+
+
 @pytest.mark.parametrize(
-    ("logger", "expected"),
+    ("kind", "expected"),
     [
-        (Recorder(add_figure=1), [("thor/layers", "Figure", 12)]),  # TensorBoard's SummaryWriter
-        (Recorder(log_figure=1), [("run 7", "Figure", "thor/layers.png")]),  # MlflowClient
-        (WithImages(), [("thor/layers", ["Figure"], 12)]),  # WandbLogger
+        (TensorBoardLogger, [("thor/layers", "Figure", 12)]),
+        (MLFlowLogger, [("run 7", "Figure", "thor/layers.png")]),
+        (WandbLogger, [("thor/layers", ["Figure"], 12)]),
     ],
 )
-def test_loggers_get_pictures_in_their_own_way(logger: Recorder, expected: list[Any]) -> None:
+def test_loggers_get_pictures_in_their_own_way(kind: type[Logger], expected: list[Any]) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
+    logger = fake(kind)
     assert takes_pictures(logger)
     log_pictures([logger], {"layers": figure}, 12)
     assert logger.calls == expected
 
 
+class Bare(Logger):
+    """What Lightning's documentation shows of a logger of one's own: it has no ``experiment``."""
+
+    name, version = "bare", "0.1"
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any) -> None: ...
+
+
+@pytest.mark.parametrize("logger", [Bare(), Recorder(), fake(CometLogger)])
+def test_a_logger_of_another_kind_gets_no_pictures(tmp_path: Path, logger: Any) -> None:
+    """Whatever its ``experiment`` can do: Comet's has a ``log_figure`` with other arguments than MLflow's."""
+    monitored(tmp_path, max_epochs=1, logger=logger).fit(Boring())
+    assert not getattr(logger, "calls", [])
+
+
+def test_pictures_that_fail_are_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    logger = fake(TensorBoardLogger)
+    logger.experiment = None
+    with pytest.warns(UserWarning, match=r"pictures did not get to the loggers .AttributeError: .*lightning-thor plot"):
+        monitored(tmp_path, max_epochs=1, logger=logger).fit(Boring())
+
+
 def test_a_fit_gives_pictures_to_those_of_its_loggers_that_take_them(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    takes, other = Recorder(add_figure=1), CSVLogger(tmp_path, name="", version="")
+    takes, other = fake(TensorBoardLogger), CSVLogger(tmp_path, name="", version="")
     assert not takes_pictures(other)
     monitored(tmp_path, max_epochs=1, logger=[other, takes]).fit(Boring())
     assert [(tag, step) for tag, _, step in takes.calls] == [("thor/layers", 4), ("thor/spectra", 4), ("thor/step", 4)]
