@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,11 @@ class ThorMonitor(Callback):
         step, refreshes, self._refreshes = _step(curvatures), self._refreshes, []
         look = {"step": step, "refreshes": refreshes, "seconds": seconds_of(curvatures), "layers": layers}
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(look, allow_nan=False) + "\n")
+            with self.path.open("a+b") as file:
+                line = json.dumps(look, allow_nan=False).encode() + b"\n"
+                # A run that was killed may have left a line without an end.
+                is_cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+                file.write(b"\n" + line if is_cut else line)
         except OSError as error:
             rank_zero_warn(f"ThorMonitor cannot write {self.path} ({error}) and looks no more in this fit.")
             self.path = None

@@ -31,7 +31,8 @@ Look = dict[str, Any]
 
 
 def read_looks(folder: Path) -> list[Look]:
-    """The looks in a run's folder, by rising step: those of steps that a resumed fit took again are left out.
+    """The looks in a run's folder, by rising step: those of steps that a resumed fit took again are left out, and so is
+    a line that was cut off when a run was killed or the disk was full.
 
     Args:
         folder: in which `ThorMonitor` wrote.
@@ -46,8 +47,11 @@ def read_looks(folder: Path) -> list[Look]:
             "the logger, such as lightning_logs/version_0."
         )
     looks: list[Look] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        look = json.loads(line)
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            look = json.loads(line)
+        except json.JSONDecodeError:
+            continue
         while looks and looks[-1]["step"] >= look["step"]:
             looks.pop()
         looks.append(look)
@@ -64,7 +68,7 @@ def plot(run_dir: str) -> None:
     folder = Path(run_dir)
     try:
         pictures = pictures_of(folder)
-    except (FileNotFoundError, ModuleNotFoundError) as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from None
     for name, figure in pictures.items():
         figure.savefig(folder / f"thor_{name}.png")
@@ -83,18 +87,24 @@ def pictures_of(folder: Path) -> dict[str, Figure]:
     Raises:
         FileNotFoundError: it has neither a file of a monitor nor one of a chosen block size.
         ModuleNotFoundError: matplotlib is not installed.
+        ValueError: there is nothing to draw in its files, or one is damaged.
     """
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError("Pictures need matplotlib: pip install matplotlib.")
     pictures: dict[str, Figure] = {}
     has_split = (folder / SPLIT).is_file()
-    if not has_split or (folder / FILE).is_file():
-        looks = read_looks(folder)
+    looks = read_looks(folder) if not has_split or (folder / FILE).is_file() else []
+    if looks:
         pictures = {"layers": layers_figure(looks), "spectra": spectra_figure(looks)}
         if looks[-1]["seconds"] is not None:
             pictures["step"] = step_figure(looks)
+    elif not has_split:
+        raise ValueError(f"There are no looks in {folder / FILE}: its run ended before ThorMonitor's first one.")
     if has_split:
-        split = json.loads((folder / SPLIT).read_text(encoding="utf-8"))
+        try:
+            split = json.loads((folder / SPLIT).read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{folder / SPLIT} is damaged. Delete it to draw what else is there.") from None
         pictures["split"] = split_figure(BlockSplit(**{key: split[key] for key in split if key != "speeds"}))
     return pictures
 

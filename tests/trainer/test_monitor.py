@@ -79,6 +79,16 @@ def test_a_resumed_fit_goes_on_in_its_file_and_its_looks_count(tmp_path: Path) -
     assert [look["step"] for look in looks_of(tmp_path)] == [1, 4]
 
 
+def test_a_line_that_was_cut_off_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    first, file = monitored(tmp_path, max_epochs=1), tmp_path / "thor_monitor.jsonl"
+    first.fit(Boring())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    file.write_bytes(file.read_bytes()[:-40])
+    assert [look["step"] for look in read_looks(tmp_path)] == [1]
+    monitored(tmp_path, max_epochs=3).fit(Boring(), ckpt_path=tmp_path / "one.ckpt")
+    assert [look["step"] for look in read_looks(tmp_path)] == [1, 5, 9, 12]
+
+
 def rank(folder: Path) -> None:
     monitored(folder, devices=2, strategy="thor_ddp", max_epochs=2).fit(Boring())
 
@@ -123,6 +133,21 @@ def test_the_command_draws_a_run(
     assert all(image.imread(file).std() > 0.05 for file in files)
     monkeypatch.setattr(sys, "argv", ["lightning-thor", "plot", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"thor_monitor.jsonl does not exist. Trainer\(callbacks=.*ThorMonitor"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("thor_monitor.jsonl", "There are no looks in .*monitor.jsonl"), ("thor_split.json", "split.json is damaged")],
+)
+@pytest.mark.parametrize("content", ["", '{"step": 1, "la'])
+def test_the_command_says_that_there_is_nothing_to_draw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, words: str, content: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / file).write_text(content, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["lightning-thor", "plot", str(tmp_path)])
+    with pytest.raises(SystemExit, match=words):
         cli.main()
 
 
