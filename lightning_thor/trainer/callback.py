@@ -31,6 +31,7 @@ from lightning_thor.trainer.fit_report import FitFigures, print_fit
 from lightning_thor.trainer.monitor import ON_BAR, ThorMonitor
 from lightning_thor.trainer.packages import is_lightnings
 from lightning_thor.trainer.report import report_split
+from lightning_thor.trainer.run_folder import run_folder
 from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
 from lightning_thor.trainer.thors import (
@@ -226,11 +227,8 @@ class ThorCallback(Callback):
             raise ValueError('block_size="auto" needs the Thor when fit starts. Give ThorCallback a number instead.')
         parameters = [p for optimizer in thors for p in parameters_of(optimizer)]
         self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
-        quiet = self._is_quiet(trainer)
-        if self.summary and self.split is not None:
-            folder = trainer.log_dir or trainer.default_root_dir  # on all ranks: it is a broadcast
-            if trainer.is_global_zero:
-                report_split(self.split, folder, quiet=quiet)
+        if self.summary and self.split is not None and trainer.is_global_zero:
+            report_split(self.split, run_folder(trainer), quiet=self._is_quiet(trainer))
         self._serve(trainer, pl_module)
         warn_of_intervals(trainer)
 

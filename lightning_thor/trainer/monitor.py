@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.trainer.figures import seconds_of
-from lightning_thor.trainer.pictures import FILE, log_pictures, pictures_of, takes_pictures
+from lightning_thor.trainer.pictures import FILE, Look, log_pictures, pictures_of, takes_pictures
+from lightning_thor.trainer.run_folder import run_folder
 
 ON_BAR = {"update": "thor/update_to_weights", "age": "thor/inverse_age"}
 """The figures that the progress bar can show, by the names that it has room for."""
@@ -24,11 +25,12 @@ LOGGED = ("trace", "condition", "effective_rank", "change")
 class ThorMonitor(Callback):
     """Looks at the curvature of each layer now and then; use it beside `ThorCallback`.
 
-    A look writes one line of JSON into ``thor_monitor.jsonl`` in the folder of the first logger's files (without a
-    logger in ``default_root_dir``): traces, condition numbers,
-    effective ranks and some eigenvalues of A and G, by how much the last refresh changed them, which layers the trace
-    rule kept or stopped, the refreshes since the last look, and the time of each part of a step. ``lightning-thor plot
-    FOLDER`` draws these. A look takes about as long as some refreshes; it waits for the device. Only rank 0 looks.
+    A look writes one line of JSON into ``thor_monitor.jsonl`` in the folder of the first logger's files, beside
+    Lightning's ``checkpoints`` (without a logger in ``default_root_dir``; not into a remote folder, nor with
+    ``fast_dev_run``): traces, condition numbers, effective ranks and some eigenvalues of A and G, by how much the last
+    refresh changed them, which layers the trace rule kept or stopped, the refreshes since the last look, and the time
+    of each part of a step. ``lightning-thor plot FOLDER`` draws these. A look takes about as long as some refreshes; it
+    waits for the device. Only rank 0 looks.
 
     The loggers get, as ``thor/trace/<layer>.A`` and so on: ``trace``, the damped ``condition`` number,
     ``effective_rank`` and ``change`` of each factor; and the pictures at the end of the fit, if they are TensorBoard,
@@ -51,15 +53,16 @@ class ThorMonitor(Callback):
             raise ValueError(f"every_n_refreshes must be an int of at least 1, got {every_n_refreshes!r}.")
         self.every_n_refreshes, self.progress_bar = every_n_refreshes, progress_bar
         self.path: Path | None = None
-        """Of the file of the present or last fit; None on ranks that do not look."""
+        """Of the file of the present or last fit; None where none is written."""
+        self._is_looking = False
         self._refreshes: list[tuple[int, float]] = []
         """Since the last look: steps, and the share of the layers that were refreshed there."""
         self._done, self._n_steps = 0, 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = trainer.log_dir or trainer.default_root_dir  # on all ranks: it is a broadcast
-        is_trial: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # which leaves no files
-        self.path = Path(folder) / FILE if trainer.is_global_zero and not is_trial else None
+        self._is_looking = trainer.is_global_zero
+        folder = run_folder(trainer) if trainer.is_global_zero else None
+        self.path = None if folder is None else folder / FILE
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         curvatures = curvatures_of(trainer)
@@ -67,25 +70,24 @@ class ThorMonitor(Callback):
             rank_zero_warn(
                 "ThorMonitor found no curvature to look at: Trainer(callbacks=...) needs a ThorCallback too."
             )
-            self.path = None
-        if self.path is None:
+            self._is_looking = False
+        if not self._is_looking:
             return
         self._refreshes, self._done, self._n_steps = [], sum(one.refreshes[0] for one in curvatures), _step(curvatures)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._n_steps:  # a resumed fit goes on in its file, if it has the same folder
+        if self.path is not None and not self._n_steps:  # a resumed fit goes on in its file, if it has the same folder
             self.path.unlink(missing_ok=True)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.path is not None:
+        if self._is_looking:
             for curvature in curvatures_of(trainer):
                 curvature.measures_change = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.path is None:
+        if not self._is_looking:
             return
         curvatures = curvatures_of(trainer)
         done, n_layers = sum(one.refreshes[0] for one in curvatures), sum(len(one.layers) for one in curvatures)
@@ -99,11 +101,11 @@ class ThorMonitor(Callback):
             self._look(trainer, curvatures)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.path is None:
+        if not self._is_looking:
             return
         if self._refreshes:
             self._look(trainer, curvatures_of(trainer))
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
             return
         takers = [logger for logger in trainer.loggers if takes_pictures(logger)]
         if takers:
@@ -122,19 +124,15 @@ class ThorMonitor(Callback):
             )
 
     def _look(self, trainer: pl.Trainer, curvatures: list[Curvature]) -> None:
-        assert self.path is not None
         layers = {name: figures for one in curvatures for name, figures in one.figures().items()}
         step, refreshes, self._refreshes = _step(curvatures), self._refreshes, []
         look = {"step": step, "refreshes": refreshes, "seconds": seconds_of(curvatures), "layers": layers}
-        try:
-            with self.path.open("a+b") as file:
-                line = json.dumps(look, allow_nan=False).encode() + b"\n"
-                # A run that was killed may have left a line without an end.
-                is_cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
-                file.write(b"\n" + line if is_cut else line)
-        except OSError as error:
-            rank_zero_warn(f"ThorMonitor cannot write {self.path} ({error}) and looks no more in this fit.")
-            self.path = None
+        if self.path is not None:
+            try:
+                _write(look, self.path)
+            except OSError as error:
+                rank_zero_warn(f"ThorMonitor cannot write {self.path} ({error}) and looks no more in this fit.")
+                self.path, self._is_looking = None, False
         figures = {
             f"thor/{figure}/{name}.{side}": layer[side][figure]
             for name, layer in layers.items()
@@ -145,6 +143,15 @@ class ThorMonitor(Callback):
         figures |= {f"thor/age/{name}": step - 1 - layer["inverted_at"] for name, layer in layers.items()}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _write(look: Look, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        line = json.dumps(look, allow_nan=False).encode() + b"\n"
+        # A run that was killed may have left a line without an end.
+        is_cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        file.write(b"\n" + line if is_cut else line)
 
 
 def curvatures_of(trainer: pl.Trainer) -> list[Curvature]:

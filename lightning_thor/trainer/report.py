@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def report_split(split: BlockSplit, folder: str | Path, *, quiet: bool = False) -> None:
+def report_split(split: BlockSplit, folder: str | Path | None, *, quiet: bool = False) -> None:
     """Print `split_table` of ``split`` unless ``quiet``; save ``thor_split.json`` in ``folder`` and, where matplotlib
-    is installed, ``thor_split.png``."""
+    is installed, ``thor_split.png``, unless it is None."""
     console = Console(quiet=quiet)
     console.print(split_table(split))
+    if folder is None:
+        return
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / "thor_split.json").write_text(json.dumps(split.as_dict(), indent=1) + "\n", encoding="utf-8")
