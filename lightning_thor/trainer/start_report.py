@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from rich.cells import cell_len
@@ -19,7 +20,13 @@ from lightning_thor.linalg.block_diagonal import BlockPartition
 from lightning_thor.preconditioning.modes import MODES
 
 N_ROWS = 14
-"""Rows of the folded table: with what stands around it, it fits a screen of 30 lines."""
+"""Rows of the folded table, at most."""
+N_LINES = 20
+"""Lines of the folded table, at most: with what stands around it, it fits a screen of 30 lines."""
+LEAST_ROOM = 16
+"""Columns for names, at least."""
+TIE_WIDTH = 22
+"""Columns for factors, at least, where there is a name below them."""
 N_NAMES = 3
 """Names, or folded names, in a line about layers that stay plain."""
 
@@ -34,6 +41,8 @@ class _Row:
     n_bytes: int
     n_layers: int
     n_weights: int
+    tied_to: str = ""
+    style: str = ""
 
 
 def print_curvature(curvature: Curvature, *, full: bool = False, quiet: bool = False) -> None:
@@ -48,7 +57,7 @@ def curvature_report(curvature: Curvature, *, full: bool = False, width: int = 8
     Args:
         curvature: of a model.
         full: list every layer, where otherwise equal ones are one row, and the smallest ones one row together.
-        width: of the screen, in columns: a name that does not fit is broken between its parts.
+        width: of the screen, in columns: a name that does not fit is broken between its parts, or cut off.
 
     Returns:
         A renderable of rich.
@@ -112,28 +121,39 @@ def curvature_table(curvature: Curvature, *, full: bool = True, width: int | Non
         A table of rich, with columns for layer, weight, curvature and memory.
     """
     rows = [row for name, layer in curvature.layers.items() for row in _rows_of(curvature, name, layer)]
-    left_over: list[_Row] = []
     if not full:
-        rows, left_over = _largest(_folded(rows, curvature))
+        rows = _fitting(_folded(rows, curvature), width)
+    lines = _cells(rows, width)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("layer", no_wrap=True)
-    table.add_column("weight", no_wrap=True)
-    table.add_column("curvature", no_wrap=True)
-    table.add_column("memory", justify="right", no_wrap=True)
-    cells = [
-        (f"{row.name} ×{row.n_layers}" if row.n_layers > 1 else row.name, row.weight, row.curvature, _size(row.n_bytes))
-        for row in rows
-    ]
-    others = [max((_width(one[column]) for one in cells), default=0) for column in (1, 2, 3)]
-    room = None if width is None else max(width - sum(others) - 2 * len(others), 12)
-    for name, *rest in cells:
-        table.add_row(escape(name if room is None else _broken_at_dots(name, room)), *rest)
-    if left_over:
-        n_layers, n_weights = sum(row.n_layers for row in left_over), sum(row.n_weights for row in left_over)
-        share = _percent(n_weights / max(n_weights + sum(row.n_weights for row in rows), 1))
-        size = _size(sum(row.n_bytes for row in left_over))
-        table.add_row(f"{n_layers} smaller layers", f"{share} of these", 'summary="full"', size, style="dim")
+    # Where a column does not fit, rich takes from all that have no least width.
+    for column, cells in zip(("weight", "curvature", "memory"), [*zip(*lines, strict=True)][1:], strict=False):
+        right: Literal["left", "right"] = "right" if column == "memory" else "left"
+        table.add_column(column, justify=right, no_wrap=True, min_width=_widest(cells))
+    for row, line in zip(rows, lines, strict=True):
+        table.add_row(*map(escape, line), style=row.style)
     return table
+
+
+def _cells(rows: Sequence[_Row], width: int | None) -> list[tuple[str, str, str, str]]:
+    """The columns of each row. With a ``width`` names are broken, and shortened at need, so that all else fits."""
+    factors, sizes = [row.curvature for row in rows], [_size(row.n_bytes) for row in rows]
+    tie_width = TIE_WIDTH if any(row.tied_to for row in rows) else 0
+    beside = _widest(["weight", *(row.weight for row in rows)]) + _widest(["memory", *sizes]) + 2 * 3
+    widest, room = max(_widest(["curvature", *factors]), tie_width), 10**6
+    if width is not None:
+        if width - beside - widest < LEAST_ROOM:
+            factors = [one.replace(", ", ",\n") for one in factors]
+            widest = max(_widest(["curvature", *factors]), tie_width)
+        room = max(width - beside - widest, LEAST_ROOM)
+    lines = []
+    for row, shown, size in zip(rows, factors, sizes, strict=True):
+        name = _broken_at_dots(row.name, room, f" ×{row.n_layers}" if row.n_layers > 1 else "")
+        indent = "  " if shown else ""
+        tie = _broken_at_dots(f"tied to {row.tied_to}", 10**6 if width is None else widest - len(indent))
+        ties = [indent + line for line in tie.split("\n")] if row.tied_to else []
+        lines.append((name, row.weight, "\n".join(([shown] if shown else []) + ties), size))
+    return lines
 
 
 def _rows_of(curvature: Curvature, name: str, layer: Layer) -> Iterable[_Row]:
@@ -142,10 +162,9 @@ def _rows_of(curvature: Curvature, name: str, layer: Layer) -> Iterable[_Row]:
     words = "×".join(map(str, shape)) + (" + bias" if layer.with_bias else "")
     factors = f"G {_blocks(layer.G)}" if layer.A is None else f"A {_blocks(layer.A)}, G {_blocks(layer.G)}"
     factors += ", polar" if name in curvature.polar_layers else ""
-    factors += f"\n  tied to {layer.tied_to}" if layer.tied_to is not None else ""
-    yield _Row(name or "(root)", words, factors, curvature.n_bytes(name), 1, shape.numel())
+    yield _Row(name or "(root)", words, factors, curvature.n_bytes(name), 1, shape.numel(), layer.tied_to or "")
     for use in layer.uses[1:]:
-        yield _Row(use.name, words, f"tied to {name}", 0, 1, 0)
+        yield _Row(use.name, words, "", 0, 1, 0, name)
 
 
 def _folded(rows: Iterable[_Row], curvature: Curvature) -> list[_Row]:
@@ -155,7 +174,7 @@ def _folded(rows: Iterable[_Row], curvature: Curvature) -> list[_Row]:
     for row in rows:
         layer = curvature.layers.get("" if row.name == "(root)" else row.name)
         is_norm = layer is not None and layer.A is None
-        key: tuple[str, ...] = (types.get(row.name, ""),) if is_norm else (row.weight, row.curvature)
+        key: tuple[str, ...] = (types.get(row.name, ""),) if is_norm else (row.weight, row.curvature, row.tied_to)
         groups.setdefault(key, []).append(row)
     folded = []
     for key, group in groups.items():
@@ -170,15 +189,30 @@ def _folded(rows: Iterable[_Row], curvature: Curvature) -> list[_Row]:
 
 def _together(rows: Sequence[_Row], name: str, weight: str) -> _Row:
     n_bytes, n_weights = sum(row.n_bytes for row in rows), sum(row.n_weights for row in rows)
-    return _Row(name, weight, rows[0].curvature, n_bytes, len(rows), n_weights)
+    return _Row(name, weight, rows[0].curvature, n_bytes, len(rows), n_weights, rows[0].tied_to)
 
 
-def _largest(rows: list[_Row]) -> tuple[list[_Row], list[_Row]]:
-    """The rows with the most weights, in order, and the others; a single one is not worth a line that says so."""
-    if len(rows) <= N_ROWS + 1:
-        return rows, []
-    shown = sorted(range(len(rows)), key=lambda index: -rows[index].n_weights)[:N_ROWS]
-    return [rows[index] for index in sorted(shown)], [row for index, row in enumerate(rows) if index not in shown]
+def _fitting(rows: list[_Row], width: int | None) -> list[_Row]:
+    """As many of the rows with the most weights as fit a screen, in order, and one for all others."""
+    found = rows
+    for n_rows in range(N_ROWS, 0, -1):
+        found = _largest(rows, n_rows)
+        if sum(1 + max(cell.count("\n") for cell in line) for line in _cells(found, width)) <= N_LINES:
+            break
+    return found
+
+
+def _largest(rows: list[_Row], n_rows: int) -> list[_Row]:
+    """The rows with the most weights, in order, and one for all others; a line for a single one is not worth it."""
+    if len(rows) <= n_rows + 1:
+        return rows
+    shown = sorted(range(len(rows)), key=lambda index: -rows[index].n_weights)[:n_rows]
+    others = [row for index, row in enumerate(rows) if index not in shown]
+    n_layers, n_weights = sum(row.n_layers for row in others), sum(row.n_weights for row in others)
+    share = _percent(n_weights / max(sum(row.n_weights for row in rows), 1))
+    size = sum(row.n_bytes for row in others)
+    rest = _Row(f"{n_layers} smaller layers", f"{share} of these", 'summary="full"', size, 1, n_weights, style="dim")
+    return [*(rows[index] for index in sorted(shown)), rest]
 
 
 # ── names ──
@@ -228,18 +262,20 @@ def _alternatives(parts: tuple[str, ...]) -> str:
     return ",".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _broken_at_dots(name: str, room: int) -> str:
-    """A name in lines of at most ``room`` characters, broken before dots alone.
+def _broken_at_dots(name: str, room: int, suffix: str = "") -> str:
+    """A name and what follows it in lines of at most ``room`` characters, broken before dots alone; longer parts are
+    cut off.
 
-    >>> _broken_at_dots("encoder.layer.0.dense", 14)
-    'encoder.layer\\n  .0.dense'
+    >>> _broken_at_dots("encoder.layer.0.dense", 14), _broken_at_dots("encoder.intermediate_of_all", 14, " ×2")
+    ('encoder.layer\\n  .0.dense', 'encoder\\n  .interme… ×2')
     """
-    lines = [""]
-    for index, part in enumerate(name.split(".")):
-        more = f".{part}" if index else part
-        if lines[-1] and len(lines[-1]) + len(more) > room:
+    lines, parts = [""], name.split(".")
+    for index, part in enumerate(parts):
+        more, end = f".{part}" if index else part, suffix if index == len(parts) - 1 else ""
+        if lines[-1] and len(lines[-1] + more + end) > room:
             lines.append("  ")
-        lines[-1] += more
+        left = room - len(lines[-1] + end)
+        lines[-1] += (more if len(more) <= left else f"{more[: left - 1]}…") + end
     return "\n".join(lines)
 
 
@@ -257,8 +293,8 @@ def _blocks(blocks: BlockPartition) -> str:
     return "diagonal" if _is_diagonal(blocks) else f"{blocks.groups * blocks.n_blocks} × {blocks.size}²"
 
 
-def _width(cell: str) -> int:
-    return max(map(cell_len, cell.split("\n")))
+def _widest(cells: Iterable[str]) -> int:
+    return max((cell_len(line) for cell in cells for line in cell.split("\n")), default=0)
 
 
 def _count(n_layers: int) -> str:

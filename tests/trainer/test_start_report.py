@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,50 @@ def test_it_fits_a_screen_and_full_names_every_layer(make) -> None:
     assert "…" not in "".join(lines)  # nothing was cut off
     in_full = {line.split()[0] for line in printed(curvature, full=True, width=200).splitlines()}
     assert curvature.layers.keys() <= in_full
+
+
+def named(**modules: nn.Module) -> nn.Module:
+    return nn.ModuleDict(modules)
+
+
+def tied_bert(n_layers: int = 2) -> nn.Module:
+    """With the names of a BERT that is trained on masked words, all of whose layers differ in shape."""
+    embedding, decoder = nn.Embedding(12345, 24), nn.Linear(24, 12345)
+    decoder.weight = embedding.weight
+    layers = [
+        named(
+            attention=named(self=named(query=nn.Linear(24, 24), key=nn.Linear(24, 24 + n))),
+            intermediate=named(dense=nn.Linear(24, 96 + n)),
+            output=named(dense=nn.Linear(96 + n, 24)),
+        )
+        for n in range(n_layers)
+    ]
+    bert = named(embeddings=named(word_embeddings=embedding), encoder=named(layer=nn.ModuleList(layers)))
+    return named(bert=named(bert=bert), cls=named(predictions=named(transform=nn.Linear(24, 24), decoder=decoder)))
+
+
+def long_names() -> nn.Module:
+    """Parts of names that are longer than what is left beside the other columns."""
+    return named(
+        token_embedding_of_the_vocabulary_of_all_languages=nn.Embedding(50257, 24),
+        a_very_long_attribute_name_without_any_dots_in_it_at_all=nn.ModuleList([nn.Linear(64, 96), nn.Linear(64, 96)]),
+        volumes=nn.Conv3d(64, 32, (3, 3, 3)),
+    )
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+@pytest.mark.parametrize("make", [tied_bert, long_names, lambda: tied_bert(12)])
+def test_long_and_tied_names_leave_room_for_all_else(make: Callable[[], nn.Module], mode: Any) -> None:
+    curvature = Curvature(make(), mode=mode, precondition_bias=True)
+    wide, lines = printed(curvature, width=200).splitlines(), printed(curvature).splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 80
+    # What stands beside the name of each row is the same at any width.
+    beside = [re.split(r" {2,}", line, maxsplit=1)[1] for line in lines[1:-2] if re.search(r"iB$|  memory$", line)]
+    on_wide = {re.sub(r" {2,}", "  ", line) for line in wide}
+    rows = [re.sub(r" {2,}", "  ", one) for one in beside if 'summary="full"' not in one]
+    assert len(rows) > 2
+    assert all(any(line.endswith(row) for line in on_wide) for row in rows)
 
 
 def test_folded_names_stand_for_exactly_the_names_they_fold() -> None:
