@@ -208,7 +208,7 @@ def of_callback(
     loss_reduction="mean",
     fused=None,
     loss_terms=None,
-    summary=True,
+    summary=None,
 ): ...
 
 

@@ -93,8 +93,8 @@ class ThorCallback(Callback):
             an error.
         summary: print what is preconditioned when fit starts, and how a block size was chosen; the latter is also
             saved, as ``thor_split.json`` and, where matplotlib is, ``thor_split.png``, beside the logger's files.
-            Equal layers are one row; ``"full"`` has a row for each. With ``Trainer(enable_model_summary=False)``
-            nothing is printed.
+            Equal layers are one row; ``"full"`` has a row for each. None, the default: with the model's summary, thus
+            not with ``Trainer(enable_model_summary=False)``.
 
     Raises:
         ValueError: an option out of its range.
@@ -108,8 +108,8 @@ class ThorCallback(Callback):
     with a `ThorMonitor`). At each epoch's end: ``thor/failed_inversions`` and ``thor/rejected_windows``, the blocks
     that kept an old inverse and the windows of layers that were left out for not being finite, so far: both stay 0 as
     long as all is well; with a trace rule ``thor/refreshed_share``, the refreshes that were done over those that there
-    would have been without it. When fit ends, these figures are printed with advice, unless ``summary`` is False or the
-    model's summary or the progress bar is off.
+    would have been without it. When fit ends, these figures are printed with advice, if what
+    ``summary`` says is printed and there is a progress bar.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class ThorCallback(Callback):
         skip_layers: Sequence[str] = (),
         loss_terms: BatchFn | None = None,
         waits_for_thor: bool = False,
-        summary: bool | Literal["full"] = True,
+        summary: bool | Literal["full"] | None = None,
     ) -> None:
         super().__init__()
         # "auto" is the callback's own value.
@@ -138,8 +138,8 @@ class ThorCallback(Callback):
         self._options["block_size"] = block_size
         if loss_terms is not None and not callable(loss_terms):
             raise ValueError(f"loss_terms must be a function of a batch, or None, got {loss_terms!r}.")
-        if not (isinstance(summary, bool) or summary == "full"):
-            raise ValueError(f'summary must be True, False or "full", got {summary!r}.')
+        if not (summary is None or isinstance(summary, bool) or summary == "full"):
+            raise ValueError(f'summary must be True, False, "full" or None, got {summary!r}.')
         if not isinstance(waits_for_thor, bool):
             raise ValueError(f"waits_for_thor must be True or False, got {waits_for_thor!r}.")
         self._waits_for_thor = waits_for_thor
@@ -147,7 +147,6 @@ class ThorCallback(Callback):
         self._terms: TermsOfTheBatch | None = None
         """In a fit, if there is `loss_terms`."""
         self.summary = summary
-        self._is_measuring = False
         self.curvatures: list[Curvature] = []
         """Of the present or last fit, one for each `Thor`, in the order in which they came."""
         self.block_size: int | None = None
@@ -199,7 +198,6 @@ class ThorCallback(Callback):
         """From now on choose the block size when a fit starts, whatever was given, and report it."""
         self._options["block_size"] = "auto"
         self.summary = self.summary or True
-        self._is_measuring = True
 
     # ── wiring ──
 
@@ -227,7 +225,7 @@ class ThorCallback(Callback):
             raise ValueError('block_size="auto" needs the Thor when fit starts. Give ThorCallback a number instead.')
         parameters = [p for optimizer in thors for p in parameters_of(optimizer)]
         self.block_size, self.split = self._decide_block_size(trainer, pl_module, parameters)
-        if self.summary and self.split is not None and trainer.is_global_zero:
+        if self.summary is not False and self.split is not None and trainer.is_global_zero:
             report_split(self.split, run_folder(trainer), quiet=self._is_quiet(trainer))
         self._serve(trainer, pl_module)
         warn_of_intervals(trainer)
@@ -294,8 +292,8 @@ class ThorCallback(Callback):
             if other is not curvature:
                 for own, others in ((curvature, other.layers), (other, curvature.layers)):
                     own.left_out = {name: why for name, why in own.left_out.items() if name not in others}
-        if self.summary and trainer.is_global_zero:
-            print_curvature(curvature, full=self.summary == "full", quiet=self._is_quiet(trainer))
+        if trainer.is_global_zero and not self._is_quiet(trainer):
+            print_curvature(curvature, full=self.summary == "full")
 
     def _decide_block_size(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[torch.nn.Parameter]
@@ -422,7 +420,7 @@ class ThorCallback(Callback):
         return FitFigures(n_steps, done, turns, *self._troubles())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        is_silent = not self.summary or self._is_quiet(trainer) or trainer.progress_bar_callback is None
+        is_silent = self._is_quiet(trainer) or trainer.progress_bar_callback is None
         if is_silent or not trainer.is_global_zero:
             return
         figures = self._figures() - self._begin
@@ -435,7 +433,9 @@ class ThorCallback(Callback):
         print_fit(replace(figures, idle=tuple(name for name, n in updates.items() if not n), **own), len(updates))
 
     def _is_quiet(self, trainer: pl.Trainer) -> bool:
-        return not self._is_measuring and not any(is_lightnings(one, "ModelSummary") for one in callbacks_of(trainer))
+        if self.summary is not None:
+            return self.summary is False
+        return not any(is_lightnings(one, "ModelSummary") for one in callbacks_of(trainer))
 
     # ── leaving ──
 

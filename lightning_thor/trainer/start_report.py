@@ -45,9 +45,9 @@ class _Row:
     style: str = ""
 
 
-def print_curvature(curvature: Curvature, *, full: bool = False, quiet: bool = False) -> None:
-    """Print `curvature_report` of ``curvature`` to standard output, or nothing if ``quiet``."""
-    console = Console(quiet=quiet)
+def print_curvature(curvature: Curvature, *, full: bool = False) -> None:
+    """Print `curvature_report` of ``curvature`` to standard output."""
+    console = Console()
     console.print(curvature_report(curvature, full=full, width=console.width))
 
 

@@ -121,10 +121,11 @@ def test_a_parametrized_layer_is_named_once_and_little_curvature_says_what_to_do
 
 
 @pytest.mark.parametrize(
-    ("summary", "model_summary", "speaks"), [(True, True, True), ("full", False, False), (False, True, False)]
+    ("summary", "model_summary", "speaks"),
+    [(None, True, True), (None, False, False), (True, False, True), ("full", False, True), (False, True, False)],
 )
-def test_it_is_silent_where_the_models_summary_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], summary: bool | str, model_summary: bool, speaks: bool
+def test_it_is_silent_where_the_models_summary_is_unless_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], summary: Any, model_summary: bool, speaks: bool
 ) -> None:
     found = trainer(tmp_path, ThorCallback(summary=summary), max_steps=1, enable_model_summary=model_summary)
     found.fit(Boring())
