@@ -15,6 +15,7 @@ from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.trainer.figures import seconds_of
 from lightning_thor.trainer.pictures import FILE, Look, log_pictures, pictures_of, takes_pictures
 from lightning_thor.trainer.run_folder import run_folder
+from lightning_thor.trainer.thors import callbacks_of
 
 ON_BAR = {"update": "thor/update_to_weights", "age": "thor/inverse_age"}
 """The figures that the progress bar can show, by the names that it has room for."""
@@ -66,7 +67,8 @@ class ThorMonitor(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         curvatures = curvatures_of(trainer)
-        if not curvatures:
+        # A ThorCallback may get its first Thor later.
+        if not curvatures and not any(one.state_key == "ThorCallback" for one in callbacks_of(trainer)):
             rank_zero_warn(
                 "ThorMonitor found no curvature to look at: Trainer(callbacks=...) needs a ThorCallback too."
             )
@@ -74,7 +76,9 @@ class ThorMonitor(Callback):
         if not self._is_looking:
             return
         self._refreshes, self._done, self._n_steps = [], sum(one.refreshes[0] for one in curvatures), _step(curvatures)
-        if self.path is not None and not self._n_steps:  # a resumed fit goes on in its file, if it has the same folder
+        # A resumed fit goes on in its file, if it has the same folder.
+        is_resumed = self._n_steps > 0 if curvatures else trainer.global_step > 0
+        if self.path is not None and not is_resumed:
             self.path.unlink(missing_ok=True)
 
     def on_train_batch_start(
@@ -103,8 +107,9 @@ class ThorMonitor(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._is_looking:
             return
-        if self._refreshes:
-            self._look(trainer, curvatures_of(trainer))
+        curvatures = curvatures_of(trainer)
+        if self._refreshes and curvatures:  # none where another optimizer came after the Thor
+            self._look(trainer, curvatures)
         if self.path is None or not self.path.exists():
             return
         takers = [logger for logger in trainer.loggers if takes_pictures(logger)]

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 
-from lightning_thor import ThorCallback, ThorMonitor
+from lightning_thor import ThorCallback, ThorMonitor, configure_thor
 from lightning_thor.trainer import cli
 from lightning_thor.trainer.pictures import log_pictures, pictures_of, read_looks, takes_pictures
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, quiet, trainer
@@ -110,6 +110,28 @@ def test_it_needs_a_curvature_and_says_so(tmp_path: Path) -> None:
     for wrong in (0, 1.5, True):
         with pytest.raises(ValueError, match="every_n_refreshes must be an int of at least 1"):
             ThorMonitor(every_n_refreshes=wrong)  # type: ignore[arg-type]
+
+
+class Switching(Boring):
+    """Gets a Thor for its second epoch alone."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def on_train_epoch_start(self) -> None:
+        if self.trainer.current_epoch == 1:
+            self.trainer.strategy.optimizers = [configure_thor(self)]
+        elif self.trainer.current_epoch == 2:
+            self.trainer.strategy.optimizers = [torch.optim.SGD(self.parameters(), lr=0.1)]
+
+
+def test_it_looks_at_a_thor_that_comes_later(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    callback = ThorCallback(update_every_n_steps=2, waits_for_thor=True, summary=False)
+    quiet(tmp_path, callback, ThorMonitor(every_n_refreshes=2), max_epochs=3).fit(Switching())
+    assert [look["step"] for look in looks_of(tmp_path)] == [1]
+    assert not [one for one in recwarn if "ThorMonitor" in str(one.message)]
+    quiet(tmp_path, callback, ThorMonitor(every_n_refreshes=2), max_epochs=2).fit(Switching())
+    assert [look["step"] for look in looks_of(tmp_path)] == [1, 4]
 
 
 # ── pictures ──
