@@ -170,8 +170,8 @@ class ThorCallback(Callback):
         """Steps of each curvature when the last batch ended."""
         self._called = 0
         self._told = 0
-        self._begin = FitFigures()
-        """The counts when training began."""
+        self._begin: FitFigures | None = None
+        """The counts when training began; None before, and so in a fit of a run that was finished."""
         self._weights: dict[Thor, Sample] = {}
         """A sample of the weights before the step that is logged."""
         self._step_figures: StepFigures | None = None
@@ -217,7 +217,7 @@ class ThorCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
-        self.curvatures = []
+        self.curvatures, self._begin = [], None
         thors = thors_of(trainer)
         if not thors and not self._waits_for_thor:
             raise ValueError(no_thor(trainer))
@@ -421,7 +421,7 @@ class ThorCallback(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_silent = self._is_quiet(trainer) or trainer.progress_bar_callback is None
-        if is_silent or not trainer.is_global_zero:
+        if is_silent or self._begin is None or not trainer.is_global_zero:
             return
         figures = self._figures() - self._begin
         if not figures.n_steps:

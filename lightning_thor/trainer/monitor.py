@@ -61,7 +61,7 @@ class ThorMonitor(Callback):
         self._done, self._n_steps = 0, 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._is_looking = trainer.is_global_zero
+        self._is_looking = False
         folder = run_folder(trainer) if trainer.is_global_zero else None
         self.path = None if folder is None else folder / FILE
 
@@ -72,7 +72,8 @@ class ThorMonitor(Callback):
             rank_zero_warn(
                 "ThorMonitor found no curvature to look at: Trainer(callbacks=...) needs a ThorCallback too."
             )
-            self._is_looking = False
+            return
+        self._is_looking = trainer.is_global_zero
         if not self._is_looking:
             return
         self._refreshes, self._done, self._n_steps = [], sum(one.refreshes[0] for one in curvatures), _step(curvatures)

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy
+from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, ThorMonitor
 from lightning_thor.curvature.part_timer import OWN_PARTS, PartTimer
 from lightning_thor.trainer.figures import StepFigures
 from lightning_thor.trainer.fit_report import FitFigures, fit_report
@@ -126,6 +126,23 @@ def test_the_end_of_a_fit_is_reported_where_progress_is(
     printed = " ".join(capsys.readouterr().out.split())
     assert ("THOR after 4 steps: each layer was refreshed 2 times; 0 inversions failed" in printed) == speaks
     assert bool(re.search(r"Of [\d.]+ s in its steps: [\d.]+ % directions, [\d.]+ % statistics", printed)) == speaks
+
+
+def test_a_run_that_was_finished_has_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All steps of its checkpoint were of another fit."""
+    options = {"enable_progress_bar": True, "enable_model_summary": True, "max_epochs": 1}
+    callback, monitor = ThorCallback(update_every_n_steps=2), ThorMonitor()
+    found = trainer(tmp_path, callback, monitor, **options)
+    found.fit(Boring())
+    found.save_checkpoint(tmp_path / "one.ckpt")
+    saw = (tmp_path / "thor_monitor.jsonl").read_text(encoding="utf-8")
+    capsys.readouterr()
+    trainer(tmp_path, callback, monitor, **options).fit(Boring(), ckpt_path=tmp_path / "one.ckpt")
+    printed = capsys.readouterr()
+    assert "THOR curvature" in printed.out
+    assert "THOR after" not in printed.out
+    assert "What ThorMonitor saw" not in printed.err
+    assert (tmp_path / "thor_monitor.jsonl").read_text(encoding="utf-8") == saw
 
 
 @pytest.mark.parametrize(
