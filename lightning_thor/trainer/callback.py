@@ -95,8 +95,10 @@ class ThorCallback(Callback):
             saved, as ``thor_split.json`` and, where matplotlib is, ``thor_split.png``, beside the logger's files.
             Equal layers are one row; ``"full"`` has a row for each. None, the default: with the model's summary, thus
             not with ``Trainer(enable_model_summary=False)``.
+        **others: none; the error of an option of `Thor` says where it belongs.
 
     Raises:
+        TypeError: an option of another name.
         ValueError: an option out of its range.
 
     Logs, where there is a logger, every ``log_every_n_steps`` of the Trainer: ``thor/refreshes``, the refreshes of a
@@ -131,8 +133,14 @@ class ThorCallback(Callback):
         loss_terms: BatchFn | None = None,
         waits_for_thor: bool = False,
         summary: bool | Literal["full"] | None = None,
+        **others: Any,
     ) -> None:
         super().__init__()
+        if others:
+            raise TypeError(
+                f"ThorCallback does not know {', '.join(sorted(others))}. lr, mode, weight_decay and what else "
+                "concerns steps are options of the optimizer: configure_thor(self, lr=...), or Thor."
+            )
         # "auto" is the callback's own value.
         self._options = check_options(locals() | {"block_size": None if block_size == "auto" else block_size})
         self._options["block_size"] = block_size

@@ -394,9 +394,17 @@ def test_thor_without_the_callback_is_told(tmp_path: Path) -> None:
 
 def test_two_callbacks_are_told(tmp_path: Path) -> None:
     found = trainer(tmp_path)
-    found.callbacks.append(ThorCallback())  # in Trainer(callbacks=...) Lightning itself raises
+    found.callbacks.append(ThorCallback())
     with pytest.raises(ValueError, match="more than one ThorCallback"):
         found.fit(Boring())
+    # Lightning's own error, which docs/troubleshooting.md lists.
+    with pytest.raises(RuntimeError, match="Found more than one stateful callback of type `ThorCallback`"):
+        trainer(tmp_path, ThorCallback(), ThorCallback())
+
+
+def test_an_option_of_the_optimizer_is_told_where_it_belongs() -> None:
+    with pytest.raises(TypeError, match=r"does not know lr, mode\. .* of the optimizer: configure_thor\(self, lr="):
+        ThorCallback(mode="adam", lr=0.1)
 
 
 @pytest.mark.parametrize(
