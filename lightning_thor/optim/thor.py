@@ -298,7 +298,11 @@ class Thor(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as `torch.optim.Optimizer.load_state_dict` does, but Adam's moments in at least float32: torch
-        casts them to the dtype of the weights, and in float16 squares of small gradients would become 0."""
+        casts them to the dtype of the weights, and in float16 squares of small gradients would become 0.
+
+        Raises:
+            ValueError: the state is of another optimizer, or a group's of another mode; nothing was changed.
+        """
         if not any("match_rms" in group for group in state_dict["param_groups"]):
             options = sorted({key for group in state_dict["param_groups"] for key in group} - {"params"})
             raise ValueError(
@@ -306,6 +310,14 @@ class Thor(Optimizer):
                 "checkpoint's weights alone, model.load_state_dict(torch.load(path)['state_dict']), and fit without "
                 "ckpt_path."
             )
+        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            its_mode = saved_group.get("mode", NATURAL.name)  # there was no other before there were modes
+            if its_mode != group["mode"]:
+                raise ValueError(
+                    f"This state is of Thor(mode={its_mode!r}), this optimizer of mode={group['mode']!r}: they sum "
+                    f"other things up. Resume with Thor(mode={its_mode!r}), or start a new fit from the "
+                    "checkpoint's weights alone."
+                )
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]

@@ -210,3 +210,23 @@ def test_a_sparse_gradient_is_refused() -> None:
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         Thor(table.parameters(), preconditioner=Curvature(nn.Linear(1, 1))).step()
+
+
+@pytest.mark.parametrize(("before", "after"), [("natural", "polar"), ("polar", "natural"), ("adam", "natural")])
+def test_a_state_of_another_mode_is_refused_and_changes_nothing(before: str, after: str) -> None:
+    model = net()
+    saved, optimizer = Thor(model.parameters(), mode=before).state_dict(), Thor(model.parameters(), mode=after, lr=0.5)
+    with pytest.raises(ValueError, match=rf"is of Thor\(mode='{before}'\), this optimizer of mode='{after}'.*weights"):
+        optimizer.load_state_dict(saved)
+    assert (optimizer.param_groups[0]["mode"], optimizer.param_groups[0]["lr"]) == (after, 0.5)
+
+
+def test_a_state_of_before_there_were_modes_is_of_natural_mode() -> None:
+    model = net()
+    state = Thor(model.parameters(), lr=0.5).state_dict()
+    del state["param_groups"][0]["mode"]
+    optimizer = Thor(model.parameters())
+    optimizer.load_state_dict(state)
+    assert (optimizer.param_groups[0]["mode"], optimizer.param_groups[0]["lr"]) == ("natural", 0.5)
+    with pytest.raises(ValueError, match="is of Thor\\(mode='natural'\\)"):
+        Thor(model.parameters(), mode="polar").load_state_dict(state)
