@@ -326,6 +326,9 @@ class ThorCallback(Callback):
             optimizer: more for optimizer, trained in self._trained.items() if (more := trained_of(optimizer) - trained)
         }
         if further:
+            if isinstance(trainer.strategy, ThorStrategyMixin):
+                began = {p for more in further.values() for p in more}
+                trainer.strategy.check_parameters({name: p for name, p in pl_module.named_parameters() if p in began})
             wrap_again(trainer.strategy)
         for optimizer, more in further.items():
             self._trained[optimizer] |= more

@@ -28,11 +28,11 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
     ``fully_shard(..., mesh=self.device_mesh["data_parallel"])``, after ``parallelize_module`` with
     ``self.device_mesh["tensor_parallel"]`` if there is any; with replicas the mesh of ``fully_shard`` is
     ``self.device_mesh["replicate", "shard"]``. Weights, gradients and momentum are sharded; all trained parameters must
-    be, over all ranks that have data of their own, along their first or second dimension. Factors and inverses are
-    whole on each rank; each direction is computed once in a replica, see `ShardedCurvature`. The factors of a refresh
-    are sent as with ``"thor_ddp"``: in buckets, in a process group of their own, from backward on, but never in a
-    micro-batch that only accumulates (in which FSDP2 sums gradients all the same, as Lightning has it). The results are
-    those of ``"thor_ddp"``.
+    be, over all ranks that have data of their own, along their first or second dimension, also those that are unfrozen
+    in mid-run. Factors and inverses are whole on each rank; each direction is computed once in a replica, see
+    `ShardedCurvature`. The factors of a refresh are sent as with ``"thor_ddp"``: in buckets, in a process group of
+    their own, from backward on, but never in a micro-batch that only accumulates (in which FSDP2 sums gradients all the
+    same, as Lightning has it). The results are those of ``"thor_ddp"``.
 
     Args:
         data_parallel_size: number of ranks that share the batch; ``"auto"`` is all of them over
@@ -113,14 +113,10 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         """As `ThorStrategyMixin.is_sync_step`: False in a micro-batch that only accumulates."""
         return not self._accumulates
 
-    def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> Preconditioner:
-        """As `ThorStrategyMixin.connect_curvature`; returns a `ShardedCurvature`.
-
-        Raises:
-            ValueError: a parameter is not sharded, or the options do not go with the model.
-        """
+    def check_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """As `ThorStrategyMixin.check_parameters`: all that train must be sharded over all data."""
         ranks = range(self.global_rank % self._width, dtensor.world_size(), self._width)
-        reasons = {name: dtensor.reason_not_sharded(p, ranks) for name, p in parameters.items()}
+        reasons = {name: dtensor.reason_not_sharded(p, ranks) for name, p in parameters.items() if p.requires_grad}
         wrong = [name for name, reason in reasons.items() if reason is not None]
         if wrong:
             mesh = '"replicate", "shard"' if self._replicas > 1 else '"data_parallel"'
@@ -129,6 +125,14 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
                 "all trained parameters over the data-parallel ranks, in configure_model: "
                 f"fully_shard(self.net, mesh=self.device_mesh[{mesh}]), for modules inside first if you like."
             )
+
+    def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> Preconditioner:
+        """As `ThorStrategyMixin.connect_curvature`; returns a `ShardedCurvature`.
+
+        Raises:
+            ValueError: a trained parameter is not sharded, or the options do not go with the model.
+        """
+        self.check_parameters(parameters)
         super().connect_curvature(curvature, parameters)
         return ShardedCurvature(curvature, ProcessGroupCommunicator(self._factor_group))
 

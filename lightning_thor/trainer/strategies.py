@@ -44,7 +44,7 @@ class ThorStrategyMixin(_Base):
     ``class MyDDP(ThorStrategyMixin, DDPStrategy)`` is a whole strategy: factors have a process group of their own and
     are sent while backward runs, a rank that fails ends the others, and a checkpoint is written whole or not at all.
     ``StrategyRegistry.register("my_ddp", MyDDP)`` makes it ``Trainer(strategy="my_ddp")``. A subclass may override
-    `is_sync_step`, `new_worker_grid`, `connect_curvature` and `has_sharded_checkpoints`.
+    `is_sync_step`, `new_worker_grid`, `check_parameters`, `connect_curvature` and `has_sharded_checkpoints`.
 
     Args:
         *args: of the strategy.
@@ -101,6 +101,18 @@ class ThorStrategyMixin(_Base):
     def new_worker_grid(self) -> WorkerGrid | None:
         """Decide which ranks store which inverses; None, the default: each stores all. Called once, on every rank."""
         return None
+
+    def check_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Check that parameters can be trained as they are; all can by default.
+
+        Called when a fit starts or gets a `Thor`, and again with those that begin to train later.
+
+        Args:
+            parameters: of a `Thor`, by name; those that are frozen need not be ready.
+
+        Raises:
+            ValueError: one cannot, and what to do.
+        """
 
     def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> Preconditioner:
         """Connect ``curvature`` with the other ranks; called once for each `Thor`, when a fit starts or gets it.

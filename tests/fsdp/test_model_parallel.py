@@ -372,6 +372,13 @@ def test_weights_that_are_not_sharded_over_all_data_are_refused(four_processes: 
         ThorModelParallelStrategy().connect_curvature(curvature, {"weight": nn.Parameter(tensor)})
 
 
+def test_frozen_weights_need_no_shards_until_they_train(four_processes: None) -> None:
+    weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+    ThorModelParallelStrategy().check_parameters({"weight": weight})
+    with pytest.raises(ValueError, match="'weight' is not sharded"):
+        ThorModelParallelStrategy().check_parameters({"weight": weight.requires_grad_(True)})
+
+
 @pytest.mark.parametrize("replicas", [0, 1.5, None])
 def test_a_number_of_replicas_that_is_none_is_refused(replicas: Any) -> None:
     with pytest.raises(ValueError, match=f"replicas must be a whole number of at least 1, got {replicas}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import nn
 
-from lightning_thor import Curvature, Thor, configure_thor
+from lightning_thor import Curvature, Thor, ThorDDPStrategy, configure_thor
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
 from tests.helpers.distributed_workers import Unfreezing, one_rank, state, two_ranks
 
@@ -115,6 +116,24 @@ def test_an_optimizer_that_has_frozen_parameters_from_the_start(tmp_path: Path) 
     found = trainer(tmp_path)
     found.fit(Everything())
     assert layers_of(found) == ALL[1:]
+
+
+def test_a_strategy_is_asked_about_parameters_that_begin_to_train(tmp_path: Path, clean_process: None) -> None:
+    asked: list[list[str]] = []
+
+    class Asked(ThorDDPStrategy):
+        def check_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
+            asked.append(list(parameters))
+
+        def connect_curvature(self, curvature: Curvature, parameters: Mapping[str, nn.Parameter]) -> Any:
+            self.check_parameters(parameters)
+            return super().connect_curvature(curvature, parameters)
+
+    trainer(tmp_path, finetuning(), strategy=Asked()).fit(Finetuned())
+    backbone = [f"{name}.{part}" for name in BACKBONE for part in ("weight", "bias")]
+    assert len(asked) == 2
+    assert not set(asked[0]) & set(backbone)
+    assert asked[1] == backbone
 
 
 def test_a_layer_that_comes_within_a_window_is_taken_at_the_next_one(tmp_path: Path) -> None:
