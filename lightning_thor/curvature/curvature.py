@@ -434,8 +434,10 @@ class Curvature:
     def forget(self) -> None:
         """Leave out what was observed since the last step, since its gradients were set to zero; on all processes
         alike. Forward passes that wait for their backward pass are observed all the same."""
-        if self._accumulator.has_pairs or self._hooks.has_waiting:
-            self._reset(finish=self.is_due(), keeps_graphs=True)
+        # Not by what was observed here: the others may have seen layers that this process did not use.
+        finish = self.is_due() and self._reducer.forget()
+        if finish or self._accumulator.has_pairs or self._hooks.has_waiting:
+            self._reset(finish=finish, keeps_graphs=True)
 
     def _reset(self, *, finish: bool = False, keeps_graphs: bool = False) -> None:
         self._hooks.reset(keeps_graphs=keeps_graphs)

@@ -138,7 +138,8 @@ class FactorReducer:
     *when* a bucket is sent is each process's own affair. It is sent from backward if all before it were, and each of
     its layers has had all pairs that its forward passes promised, and no fewer than in any earlier window. All others
     are sent in `sum`, zeros for layers that were silent here; so a layer that is used several times, late or never
-    holds its bucket back, and nobody waits for it.
+    holds its bucket back, and nobody waits for it. Nothing is sent either before gradients were thrown away (`forget`)
+    as often as before the last `sum`, so that what was sent is not thrown away with them.
 
     Args:
         factors: holds the windows.
@@ -176,6 +177,9 @@ class FactorReducer:
         self._buckets: list[Bucket] | None = None
         """Of the open window, once they are asked for."""
         self._sent: list[tuple[Tensor, Work]] = []
+        self._forgotten, self._usually_forgotten = 0, 0
+        """How often `forget` was called since the due step before, and how often before that one; equal on all
+        processes."""
 
     @cached_property
     def world_size(self) -> int:
@@ -204,7 +208,7 @@ class FactorReducer:
         self._ready[layer] += 1
         self._arrived.pop(layer, None)
         self._arrived[layer] = None
-        if self._is_sync_step is None or not self._is_sync_step():
+        if self._is_sync_step is None or not self._is_sync_step() or self._forgotten < self._usually_forgotten:
             return
         buckets = self._opened()
         while len(self._sent) < len(buckets) and self._is_complete(buckets[len(self._sent)]):
@@ -223,13 +227,28 @@ class FactorReducer:
         if unknown:
             self._found = unknown, HostCopy(self._factors.counts[unknown, BACKWARD_POSITION])
         self._most = [max(most, ready) for most, ready in zip(self._most, self._ready, strict=True)]
+        self._usually_forgotten = self._forgotten
         self.reset()
+
+    def forget(self) -> bool:
+        """Note that the open window of a due step is to be thrown away; on all processes alike, whatever they have seen
+        of it: one that saw nothing calls it too.
+
+        Returns:
+            Whether some process may have sent a part of it, so that all have to finish; equal on all of them.
+        """
+        if self.world_size == 1 or self._is_sync_step is None:
+            return False
+        is_unusual = self._forgotten >= self._usually_forgotten
+        self._forgotten += 1
+        return is_unusual and not self._unknown.issuperset(self._due())
 
     def reset(self, *, finish: bool = False, keeps_graphs: bool = False) -> None:
         """Go back to an empty window.
 
         Args:
-            finish: the step is skipped, on all processes: let all-reduces that were begun anywhere come to their end.
+            finish: the window is thrown away, on all processes: let all-reduces that were begun anywhere come to their
+                end.
             keeps_graphs: forward passes so far may still bring their pairs.
         """
         # Others may have sent buckets that were not complete here: all take part in all of them, or in none.
@@ -239,6 +258,7 @@ class FactorReducer:
                 work.wait()
         if not keeps_graphs:
             self._expected = [0] * len(self._expected)
+            self._forgotten = 0
         self._ready = [0] * len(self._ready)
         self._arrived = {}
         self._buckets = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -186,6 +187,64 @@ def test_without_early_starts_a_skipped_step_says_nothing_to_others() -> None:
     curvature = train(chain, communicator, steps=1, is_sync_step=None)
     curvature.discard()
     assert len(communicator.log) == 9
+
+
+def test_gradients_that_are_thrown_away_end_sums_that_only_others_have_started() -> None:
+    communicator = FakeCommunicator()
+    curvature = train(chain, communicator, steps=1)
+    curvature.forget()
+    assert communicator.log[9:] == [START] * 4 + [WAIT] * 4
+
+
+BACKWARD, FORGET = "backward", "forget"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        [BACKWARD],  # model.zero_grad()
+        [FORGET, BACKWARD],
+        [FORGET, FORGET, BACKWARD],
+        [BACKWARD, FORGET, BACKWARD],  # of which the first is another optimizer's
+        [FORGET, BACKWARD, FORGET, BACKWARD],
+    ],
+    ids=" ".join,
+)
+def test_gradients_that_are_thrown_away_in_each_step_cost_no_message_and_the_rest_is_sent_in_backward(
+    order: list[str],
+) -> None:
+    communicator, model = FakeCommunicator(), layers()
+    curvature = Curvature(model, update_every_n_steps=1, block_size=3)
+    curvature.connect(communicator, bucket_fn=by_size(1), is_sync_step=lambda: True)
+    curvature.solve = SharedInversions(SingleProcess())
+    for _ in range(3):
+        for part in order:
+            if part == FORGET:
+                curvature.forget()
+            else:
+                chain(model, torch.randn(5, 6, dtype=torch.float64), 0).square().mean().backward()
+        curvature.update()
+    assert communicator.log == [UNIT] + ([START] * 4 + [WAIT] * 4) * 3
+    assert communicator.in_backward == [False] * 4 + [True] * 8
+
+
+def test_gradients_that_are_thrown_away_leave_no_trace_where_one_process_saw_no_layer() -> None:
+    def training(place: Place, throws_away: bool) -> Any:
+        model = layers()
+        curvature = Curvature(model, update_every_n_steps=1, block_size=3)
+        curvature.connect(place.world, bucket_fn=by_size(1), is_sync_step=lambda: True)
+        for step in range(4):
+            x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            if throws_away and step == 2:
+                if place.rank == 0:
+                    chain(model, 2 * x, step).square().mean().backward()
+                curvature.forget()
+            chain(model, x + place.rank, step).square().mean().backward()
+            curvature.update()
+        return without_words(curvature.state_dict())
+
+    thrown_away, plain = (on_ranks(2, None, partial(training, throws_away=one)) for one in (True, False))
+    assert_bitwise(thrown_away, plain)
 
 
 # ── what is counted on the host ──
