@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.distributed import dtensor
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
+from lightning_thor.distributed.sharded_checkpoint import load_optimizer
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
-from lightning_thor.layers.discovery import name_some
+from lightning_thor.layers.discovery import name_some, trained
 from lightning_thor.optim.thor import Preconditioner, Thor
 from lightning_thor.trainer.strategies import ThorStrategyMixin
+from lightning_thor.trainer.unfreezing import restore_groups
 
 
 class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
@@ -66,6 +68,8 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
     ) -> None:
         self._width: int = 1 if tensor_parallel_size == "auto" else tensor_parallel_size
         self._accumulates, self._replicas = False, replicas
+        self._loads_from: Path | None = None
+        """The folder that the checkpoint was loaded from; None for a file."""
         for name, size in (("tensor_parallel_size", self._width), ("replicas", replicas)):
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
@@ -149,8 +153,10 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As of Lightning's strategy; the parameters of a group are in its order, by which other strategies load them,
         not in the model's."""
-        state: dict[str, Any] = super().optimizer_state(optimizer)
         thor = getattr(optimizer, "_optimizer", optimizer)
+        if isinstance(thor, Thor):
+            thor.make_state()  # of groups that were added since the last step, which `_load_optimizers` asks for
+        state: dict[str, Any] = super().optimizer_state(optimizer)
         if self._save_distributed_checkpoint or not state or not isinstance(thor, Thor) or thor.numbered is None:
             return state
         numbers = {p: number for number, p in enumerate(thor.numbered)}
@@ -158,24 +164,42 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         groups = [{**group, "params": order} for group, order in zip(state["param_groups"], orders, strict=True)]
         return {**state, "param_groups": groups}
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As Lightning's strategy does, which fails where a validation left the weights whole.
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """True: `load_optimizer_state_dict` is called."""
+        return True
 
-        Optimizer states in one file, as a single device or DDP writes it, are matched to parameters by position in
-        their groups, as torch does it. (Lightning matches them by the parameters' numbers in the model, which differ
-        where there are several groups, or frozen parameters.)
-        """
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Lightning's strategy does, which fails where a validation left the weights whole; but the states of
+        optimizers wait for `load_optimizer_state_dict`, as with DDP."""
         assert self.model is not None
         dtensor.reshard(self.model)
         path = Path(self.broadcast(args[0] if args else kwargs["checkpoint_path"]))
-        if not path.is_file() or not self.optimizers:
-            return super().load_checkpoint(*args, **kwargs)
         optimizers, self._optimizers = self._optimizers, []
         try:
             checkpoint = super().load_checkpoint(*args, **kwargs)
         finally:
             self._optimizers = optimizers
-        for optimizer, saved in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+        self._loads_from = None if path.is_file() else path
+        # Without this key Lightning takes the checkpoint for one of weights alone.
+        return checkpoint if path.is_file() else {**checkpoint, "optimizer_states": []}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the states of optimizers; called when callbacks were restored, and with them what they unfroze.
+
+        Those in one file, as a single device or DDP writes it, are matched to parameters by position in their groups,
+        as torch does it. (Lightning matches them by the parameters' numbers in the model, which differ where there are
+        several groups, or frozen parameters.)
+
+        Args:
+            checkpoint: what `load_checkpoint` returned.
+        """
+        assert self.lightning_module is not None
+        restore_groups(self.lightning_module.trainer)
+        if self._loads_from is not None:
+            self._load_optimizers(self._loads_from)
+            return
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [number for group in saved["param_groups"] for number in group["params"]]
             shards = {
@@ -187,7 +211,15 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
             optimizer.load_state_dict({**saved, "state": shards})
             if isinstance(optimizer, Thor):
                 optimizer.make_state()
-        return checkpoint
+
+    def _load_optimizers(self, folder: Path) -> None:
+        assert self.model is not None
+        for number, optimizer in enumerate(self.optimizers):
+            if isinstance(optimizer, Thor):
+                optimizer.make_state()
+            # Those that are frozen now may be unfrozen again when training starts.
+            with trained(p for group in optimizer.param_groups for p in group["params"]):
+                load_optimizer(folder, f"optimizer_{number}", self.model, optimizer)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

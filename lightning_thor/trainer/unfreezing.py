@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -12,6 +14,7 @@ from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.layers.base import Layer
 from lightning_thor.layers.discovery import name_some, parameters_of
 from lightning_thor.trainer.packages import is_lightnings
+from lightning_thor.trainer.thors import callbacks_of
 
 
 def wrap_again(strategy: Any) -> None:
@@ -20,6 +23,15 @@ def wrap_again(strategy: Any) -> None:
     if is_lightnings(strategy, "DDPStrategy") and strategy.model is not strategy.lightning_module:
         strategy.model = strategy.lightning_module
         strategy.configure_ddp()
+
+
+def restore_groups(trainer: pl.Trainer) -> None:
+    """Let Lightning's finetuning callbacks bring back the parameter groups that they added in the run that was saved:
+    they do so when a fit starts, and a strategy may restore a checkpoint after that."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, BaseFinetuning):
+            # Does nothing but this; a subclass may do more when a fit starts, and has done it.
+            BaseFinetuning.on_fit_start(callback, trainer, trainer.lightning_module)
 
 
 def warn_of_layers_without_optimizer(curvature: Curvature, optimizers: Sequence[Optimizer]) -> None:

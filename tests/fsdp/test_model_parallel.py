@@ -14,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -253,6 +254,40 @@ def test_a_resumed_run_takes_the_block_size_of_its_checkpoint_not_the_one_it_wou
         runs.append(train(tmp_path, module, made, devices=1, block_size="auto", resume=resume, checkpoints=folder))
     assert [run["block_size"] for run in runs] == [4, 4]
     assert_bitwise(state(runs[1]), state(runs[0]))
+
+
+class Finetuned(Sharded):
+    """Its first layer is trained from the second epoch on, also where a fit goes on after that."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.net.conv
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [BackboneFinetuning(unfreeze_backbone_at_epoch=1)]
+
+    def on_train_start(self) -> None:
+        self.backbone.requires_grad_(self.trainer.current_epoch > 1)
+
+
+@pytest.mark.parametrize("strategy", ["thor_fsdp2", consolidated])
+def test_a_run_resumed_before_or_after_layers_are_unfrozen_is_bitwise_the_unbroken_one(
+    tmp_path: Path, clean_process: None, strategy: Any
+) -> None:
+    """Lightning's callback restores groups when a fit starts, and this strategy checkpoints after that."""
+
+    def run(**options: Any) -> Result:
+        module = Finetuned((ROWS,), dtype=torch.float32)
+        made = strategy() if callable(strategy) else strategy
+        return train(tmp_path, module, made, devices=1, max_epochs=4, **options)
+
+    unbroken = run(checkpoints="unfrozen")
+    assert len(unbroken["optimizer"]["param_groups"]) == 3
+    for epoch in (0, 2):
+        resumed = run(resume=tmp_path / "unfrozen" / f"epoch={epoch}.ckpt")
+        # Not the groups: torch adds options to those that come after a state was loaded.
+        assert_bitwise(momenta(resumed), momenta(unbroken))
+        assert_bitwise(state(resumed, "optimizer"), state(unbroken, "optimizer"))
 
 
 @pytest.mark.slow
