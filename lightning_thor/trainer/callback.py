@@ -26,6 +26,7 @@ from lightning_thor.layers.discovery import matrix_layers, name_some
 from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.trainer.block_size_trial import try_block_sizes
+from lightning_thor.trainer.checkpoints import folder_advice, is_folder_of_shards
 from lightning_thor.trainer.figures import StepFigures
 from lightning_thor.trainer.fit_report import FitFigures, print_fit
 from lightning_thor.trainer.monitor import ON_BAR, ThorMonitor
@@ -456,6 +457,9 @@ class ThorCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # Lightning calls no teardown after an error.
         self._close()
+        # Strategies of Lightning's own open it as a file.
+        if isinstance(exception, IsADirectoryError) and is_folder_of_shards(exception.filename):
+            rank_zero_warn(folder_advice(exception.filename))
 
     def _close(self) -> None:
         for optimizer, curvature in self._served.items():

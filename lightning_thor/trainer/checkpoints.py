@@ -1,11 +1,11 @@
-"""Checkpoints that are written whole or not at all, even where a disk is full."""
+"""Checkpoints: written whole or not at all, even where a disk is full; and which a fit can go on from."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,41 @@ def whole(strategy: ParallelStrategy, filepath: Any, *, by_all: bool = False) ->
         f"The checkpoint {path} was not written: another rank failed, and its own output says why. Nothing of it is "
         "left, and an earlier one of this name is as it was."
     )
+
+
+def is_folder_of_shards(path: Any) -> bool:
+    """True for what ``"thor_fsdp2"`` writes unless it is told to write one file."""
+    return (Path(path) / METADATA).is_file()
+
+
+def folder_advice(path: Any) -> str:
+    """What to do with such a folder, for strategies that cannot read it."""
+    return (
+        f'The checkpoint {path} is a folder of shards, which only strategy="thor_fsdp2" reads, on any number of ranks. '
+        "Resume with it; or let it write one file, which goes on with every strategy: "
+        "Trainer(strategy=ThorModelParallelStrategy(save_distributed_checkpoint=False))."
+    )
+
+
+def check_that_a_fit_can_go_on(checkpoint: Mapping[str, Any], path: Any) -> None:
+    """Refuse a checkpoint of weights alone.
+
+    Args:
+        checkpoint: as the strategy loaded it.
+        path: of it.
+
+    Raises:
+        ValueError: it is one; says what to do.
+    """
+    # A folder's optimizers are in other files than the rest.
+    if "lr_schedulers" not in checkpoint:
+        load = "module.load_state_dict(torch.load(path)['state_dict'])"
+        if is_folder_of_shards(path):
+            load = "torch.distributed.checkpoint.load({'state_dict': module.state_dict()}, checkpoint_id=path)"
+        raise ValueError(
+            f"The checkpoint {path} holds weights alone (ModelCheckpoint(save_weights_only=True)), from which a fit "
+            f"cannot go on. Start a new one from them: {load}, and fit without ckpt_path."
+        )
 
 
 def _put(beside: Path, path: Path) -> None:

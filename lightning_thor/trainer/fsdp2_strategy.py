@@ -54,6 +54,7 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
     """
 
     strategy_name = "thor_fsdp2"
+    reads_sharded_checkpoints = True
 
     def __init__(
         self,

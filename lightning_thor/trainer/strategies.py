@@ -14,7 +14,7 @@ from lightning_thor.distributed import factor_reducer, process_group
 from lightning_thor.distributed.communicator import WorkerGrid
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.optim.thor import Preconditioner
-from lightning_thor.trainer.checkpoints import whole
+from lightning_thor.trainer.checkpoints import check_that_a_fit_can_go_on, folder_advice, is_folder_of_shards, whole
 from lightning_thor.trainer.packages import is_lightnings
 
 SHARD = (
@@ -44,7 +44,8 @@ class ThorStrategyMixin(_Base):
     ``class MyDDP(ThorStrategyMixin, DDPStrategy)`` is a whole strategy: factors have a process group of their own and
     are sent while backward runs, a rank that fails ends the others, and a checkpoint is written whole or not at all.
     ``StrategyRegistry.register("my_ddp", MyDDP)`` makes it ``Trainer(strategy="my_ddp")``. A subclass may override
-    `is_sync_step`, `new_worker_grid`, `check_parameters`, `connect_curvature` and `has_sharded_checkpoints`.
+    `is_sync_step`, `new_worker_grid`, `check_parameters`, `connect_curvature`, `has_sharded_checkpoints` and
+    `reads_sharded_checkpoints`.
 
     Args:
         *args: of the strategy.
@@ -60,6 +61,8 @@ class ThorStrategyMixin(_Base):
 
     has_sharded_checkpoints = False
     """Whether each rank writes files of its own into a folder."""
+    reads_sharded_checkpoints = False
+    """Whether such a folder can be loaded."""
 
     def __init__(
         self,
@@ -154,6 +157,17 @@ class ThorStrategyMixin(_Base):
         """As Lightning's strategy does, but the file or folder is written whole or not at all, and all ranks raise."""
         with whole(self, filepath, by_all=self.has_sharded_checkpoints) as path:
             super().save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Lightning's strategy does, but a checkpoint that a fit cannot go on from is refused with what to do."""
+        path = args[0] if args else kwargs["checkpoint_path"]
+        if not self.reads_sharded_checkpoints and is_folder_of_shards(path):
+            raise ValueError(folder_advice(path))
+        checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn == "fit":
+            check_that_a_fit_can_go_on(checkpoint, path)
+        return checkpoint
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)

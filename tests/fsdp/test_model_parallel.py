@@ -27,7 +27,7 @@ from lightning_thor.distributed import dtensor
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.trainer import callback
 from lightning_thor.trainer.start_report import curvature_table
-from tests.helpers.boring import Boring, assert_bitwise
+from tests.helpers.boring import Boring, assert_bitwise, quiet
 from tests.helpers.distributed_workers import ROWS, Result, batch, fit, one_rank, only, state, whole
 from tests.helpers.launching import ROOT
 from tests.helpers.sharded_workers import (
@@ -288,6 +288,30 @@ def test_a_run_resumed_before_or_after_layers_are_unfrozen_is_bitwise_the_unbrok
         # Not the groups: torch adds options to those that come after a state was loaded.
         assert_bitwise(momenta(resumed), momenta(unbroken))
         assert_bitwise(state(resumed, "optimizer"), state(unbroken, "optimizer"))
+
+
+@pytest.mark.parametrize("strategy", [ThorModelParallelStrategy, consolidated])
+def test_weights_alone_are_refused_with_how_to_load_them(tmp_path: Path, clean_process: None, strategy: Any) -> None:
+    path = tmp_path / "weights.ckpt"
+    fitted = quiet(tmp_path, ThorCallback(summary=False), strategy=strategy(), max_epochs=1)
+    fitted.fit(Sharded((ROWS,), dtype=torch.float32))
+    fitted.save_checkpoint(path, weights_only=True)
+    load = r"torch.distributed.checkpoint.load\(" if path.is_dir() else r"module.load_state_dict\("
+    with pytest.raises(ValueError, match=rf"holds weights alone.*{load}.*fit without ckpt_path"):
+        train(tmp_path, Sharded((ROWS,), dtype=torch.float32), strategy(), devices=1, resume=path)
+    module = Sharded((ROWS,), dtype=torch.float32)
+    if path.is_dir():
+        torch.distributed.checkpoint.load({"state_dict": module.state_dict()}, checkpoint_id=path)
+    else:
+        module.load_state_dict(torch.load(path)["state_dict"])
+    assert_bitwise(dict(module.net.named_parameters()), whole(dict(fitted.lightning_module.net.named_parameters())))
+
+
+def test_a_folder_of_another_mode_is_refused_with_the_mode(tmp_path: Path, clean_process: None) -> None:
+    train(tmp_path, Sharded((ROWS,), dtype=torch.float32), "thor_fsdp2", devices=1, max_epochs=1, checkpoints="modes")
+    adam = Sharded((ROWS,), mode="adam", dtype=torch.float32)
+    with pytest.raises(ValueError, match="curvature is of mode='natural', this one of mode='adam'"):
+        train(tmp_path, adam, "thor_fsdp2", devices=1, resume=tmp_path / "modes" / "epoch=0.ckpt")
 
 
 @pytest.mark.slow

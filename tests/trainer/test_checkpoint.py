@@ -113,6 +113,27 @@ def test_a_checkpoint_of_another_optimizer_says_how_to_go_on_with_its_weights(tm
     quiet(tmp_path, max_epochs=1).fit(Adam.load_from_checkpoint(saved(tmp_path, epochs=1)[1]))
 
 
+def test_a_folder_of_shards_is_refused_by_strategies_that_read_files(tmp_path: Path, clean_process: None) -> None:
+    folder = tmp_path / "last.ckpt"
+    folder.mkdir()
+    (folder / "meta.pt").touch()
+    advice = r'is a folder of shards, which only strategy="thor_fsdp2" reads.*save_distributed_checkpoint=False'
+    with pytest.raises(IsADirectoryError), pytest.warns(UserWarning, match=advice):
+        trainer(tmp_path).fit(Boring(), ckpt_path=folder)
+    with pytest.raises(ValueError, match=advice):
+        trainer(tmp_path, strategy="thor_ddp").fit(Boring(), ckpt_path=folder)
+
+
+def test_a_checkpoint_of_weights_alone_is_refused_in_a_fit_only(tmp_path: Path, clean_process: None) -> None:
+    path = tmp_path / "weights.ckpt"
+    found = trainer(tmp_path, strategy="thor_ddp", max_epochs=1)
+    found.fit(Boring())
+    found.save_checkpoint(path, weights_only=True)
+    with pytest.raises(ValueError, match=r"holds weights alone.*module.load_state_dict.*fit without ckpt_path"):
+        trainer(tmp_path, strategy="thor_ddp").fit(Boring(), ckpt_path=path)
+    trainer(tmp_path, strategy="thor_ddp").validate(Boring(), ckpt_path=path, verbose=False)
+
+
 def test_old_trouble_is_not_told_again(tmp_path: Path) -> None:
     _, path = saved(tmp_path)
     checkpoint = torch.load(path, weights_only=True)
