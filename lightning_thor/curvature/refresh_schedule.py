@@ -185,12 +185,10 @@ class RefreshSchedule:
                 self._turns += 1
         return self._turns
 
-    def pending(self) -> list[dict[str, Any]]:
-        """Decisions that are still to be followed, as plain types; waits for them."""
-        return [
-            {"step": one.step, "layers": list(one.layers), "decisions": [int(each) for each in one.decisions.read()]}
-            for one in self._pending
-        ]
+    def pending(self) -> list[list[Any]]:
+        """Decisions that are to be followed, each as ``[step, layers, decisions]`` (plain types); waits for them."""
+        # Lists alone, which torch.distributed.checkpoint stores under one key, however many they are.
+        return [[one.step, list(one.layers), [int(each) for each in one.decisions.read()]] for one in self._pending]
 
     def restore(
         self,
@@ -200,7 +198,7 @@ class RefreshSchedule:
         has_stopped: list[bool],
         refreshes: int,
         turns: int,
-        pending: Sequence[dict[str, Any]] = (),
+        pending: Sequence[Sequence[Any]] = (),
         costs: Sequence[float] = (),
     ) -> None:
         """Go on from another schedule's state; without a trace rule no layer has stopped."""
@@ -208,7 +206,7 @@ class RefreshSchedule:
         self.step, self.next_steps = step, next_steps
         self.has_stopped = [stopped and self.has_trace_rule for stopped in has_stopped]
         self.refreshes, self._turns, self.costs = refreshes, turns, list(costs)
-        self._pending = [_Pending(one["step"], tuple(one["layers"]), Known(one["decisions"])) for one in pending]
+        self._pending = [_Pending(at, tuple(layers), Known(decisions)) for at, layers, decisions in pending]
         if not self.has_trace_rule:
             self._pending = []
         self._find_earliest()

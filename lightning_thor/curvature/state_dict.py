@@ -49,7 +49,7 @@ def check_state(state: Any) -> None:
         raise _damaged(f"its loss_layer is no name of a layer, but {loss_layer!r}")
     if not isinstance(state["layers"], Mapping):
         raise _damaged(f"its layers are a {type(state['layers']).__name__}, not a dict")
-    if not _is_pending(state.get("pending", []), n_layers=len(state["layers"])):
+    if not _is_pending(_pending(state), n_layers=len(state["layers"])):
         raise _damaged(f"its pending decisions are none, but {state['pending']!r}")
     if not _are_costs(state.get("refresh_costs", []), n_layers=len(state["layers"])):
         raise _damaged(f"its refresh_costs are no number of at least 0 for each layer, but {state['refresh_costs']!r}")
@@ -60,18 +60,31 @@ def check_state(state: Any) -> None:
             raise _damaged(f"layer {name!r} is a {type(tensors).__name__}, not a dict")
 
 
+def _pending(state: Mapping[str, Any]) -> Any:
+    """Decisions that are still to be followed, as `RefreshSchedule.pending` returns them; each was a dict at first."""
+    pending = state.get("pending", [])
+    if not isinstance(pending, list):
+        return pending
+    names = ("step", "layers", "decisions")
+    return [[one.get(name) for name in names] if isinstance(one, Mapping) else one for one in pending]
+
+
 def _is_pending(pending: Any, n_layers: int) -> bool:
     """True for what `RefreshSchedule.pending` returns: one decision for each of some of the layers."""
     return isinstance(pending, list) and all(
-        isinstance(one, Mapping)
-        and isinstance(one.get("layers"), list)
-        and isinstance(one.get("decisions"), list)
-        and len(one["layers"]) == len(one["decisions"])
-        and isinstance(one.get("step"), int)
-        and one["step"] >= 0
-        and all(isinstance(layer, int) and 0 <= layer < n_layers for layer in one["layers"])
-        and all(isinstance(decision, int) and decision in DECISIONS for decision in one["decisions"])
-        for one in pending
+        isinstance(one, list) and len(one) == 3 and _is_decided(*one, n_layers=n_layers) for one in pending
+    )
+
+
+def _is_decided(step: Any, layers: Any, decisions: Any, *, n_layers: int) -> bool:
+    return (
+        isinstance(step, int)
+        and step >= 0
+        and isinstance(layers, list)
+        and isinstance(decisions, list)
+        and len(layers) == len(decisions)
+        and all(isinstance(layer, int) and 0 <= layer < n_layers for layer in layers)
+        and all(isinstance(decision, int) and decision in DECISIONS for decision in decisions)
     )
 
 
@@ -224,7 +237,7 @@ def load_curvature_state(
         has_stopped=[bool(layer["has_stopped"]) for layer in saved],
         refreshes=int(state["refreshes"]),
         turns=int(state["turns"]),
-        pending=state.get("pending", ()),
+        pending=_pending(state),
         costs=state.get("refresh_costs", ()),
     )
 
@@ -255,10 +268,10 @@ def extended_state(
         layers = {name: {**own, **due} if own["next_turn"] < NEVER else own for name, own in layers.items()}
     names, numbers = list(old), {name: number for number, name in enumerate(layers) if name in same}
     pending = []
-    for one in state["pending"]:
-        kept = [(names[layer], decision) for layer, decision in zip(one["layers"], one["decisions"], strict=True)]
-        kept = [(numbers[name], decision) for name, decision in kept if name in numbers]
-        pending.append({**one, "layers": [layer for layer, _ in kept], "decisions": [decision for _, decision in kept]})
+    for step, decided_layers, decisions in state["pending"]:
+        decided = [(names[layer], decision) for layer, decision in zip(decided_layers, decisions, strict=True)]
+        kept = [(numbers[name], decision) for name, decision in decided if name in numbers]
+        pending.append([step, [layer for layer, _ in kept], [decision for _, decision in kept]])
     costs = [] if spreads else state["refresh_costs"]
     return {**state, "layers": layers, "pending": pending, "refresh_costs": costs}, new
 

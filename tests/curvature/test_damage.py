@@ -91,8 +91,10 @@ def test_a_state_of_before_there_were_modes_is_taken() -> None:
 )
 def test_pending_decisions_that_are_none_are_refused(damage: State) -> None:
     sound = {"step": 2, "layers": [0, 1], "decisions": [1, 2]}
-    trained().load_state_dict(saved() | {"pending": [sound]})
-    assert_refused(saved() | {"pending": [sound | damage]}, "its pending decisions are none, but")
+    for one in (sound, list(sound.values())):  # the former is of former versions
+        trained().load_state_dict(saved() | {"pending": [one]})
+    for one in (sound | damage, list((sound | damage).values()), [2, [0]], 2, {}):
+        assert_refused(saved() | {"pending": [one]}, "its pending decisions are none, but")
 
 
 @pytest.mark.parametrize("costs", [None, [1.0], [1.0, NAN], [1.0, -1.0], [1, 1]])
