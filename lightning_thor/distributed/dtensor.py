@@ -135,7 +135,8 @@ def _layout(mesh: Any, placements: tuple[Any, ...]) -> tuple[int, int | None]:
 
 
 class Box(NamedTuple):
-    """A part of a parameter: slices of its first two dimensions. One of a single dimension has one column."""
+    """A part of a parameter: slices of its first two dimensions. One of a single dimension has one column, a scalar one
+    row and one column."""
 
     rows: slice
     columns: slice
@@ -148,7 +149,8 @@ class Box(NamedTuple):
 
     def of(self, tensor: Tensor) -> Tensor:
         """View of this part of a tensor."""
-        return tensor[self.rows] if tensor.dim() == 1 else tensor[self.rows, self.columns]
+        # Of no dimension, one or more.
+        return tensor[(self.rows, self.columns)[: tensor.dim()]]
 
     def overlap(self, other: Box) -> Box | None:
         """What both have in common; None if that is nothing."""
@@ -169,7 +171,8 @@ it is replicated, each rank counts itself and the shards of the replica that it 
 
 def whole_box(tensor: Tensor) -> Box:
     """All of a tensor."""
-    return Box(slice(0, tensor.shape[0]), slice(0, tensor.shape[1] if tensor.dim() > 1 else 1))
+    n_rows, n_columns = [*tensor.shape[:2], 1, 1][:2]
+    return Box(slice(0, n_rows), slice(0, n_columns))
 
 
 def boxes_of(tensor: Tensor) -> Boxes:

@@ -137,3 +137,10 @@ def test_a_replicated_tensor_is_whole_on_each_rank(eight_processes: int) -> None
     for one in (tensor, distribute_tensor(tensor, mesh, [Replicate()])):
         assert {rank: box.area for rank, box in boxes_of(one).items()} == {eight_processes: 24}
     assert [box.area for box in boxes_of(distribute_tensor(tensor, mesh, [Shard(1)])).values()] == [4] * 6 + [0] * 2
+
+
+def test_a_scalar_is_one_row_and_one_column_on_each_rank(eight_processes: int) -> None:
+    mesh, scalar = init_device_mesh("cpu", (8,)), torch.tensor(3.0)
+    for one in (scalar, distribute_tensor(scalar, mesh, [Replicate()])):
+        assert {rank: box.area for rank, box in boxes_of(one).items()} == {eight_processes: 1}
+    assert torch.equal(boxes_of(scalar)[eight_processes].of(scalar), scalar)

@@ -15,6 +15,7 @@ from lightning_thor.distributed.dtensor import Box, Boxes, whole_box
 from lightning_thor.fsdp.box_partition import Part, Transfer, assign_parts, row_shards, transfers_of
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, layer_blocks_of_layers
 from lightning_thor.layers import registry
+from tests.helpers.boring import assert_bitwise
 from tests.helpers.fakes import FakeCommunicator, Place, on_ranks
 from tests.helpers.watch import Watch
 
@@ -137,6 +138,15 @@ def test_directions_of_weights_that_are_cut_along_columns_too_are_those_of_one_p
     for rank, found in enumerate(on_ranks(4, None, work)):
         for p, direction in alone.items():
             torch.testing.assert_close(found[p], grid_boxes(p)[rank].of(direction), rtol=1e-10, atol=1e-10)
+
+
+def test_a_scalar_takes_its_plain_gradient() -> None:
+    """As a temperature beside layers that tensor parallelism shares out."""
+    model = nn.Linear(6, 4)
+    model.temperature = nn.Parameter(torch.tensor(2.0))
+    curvature = Curvature(model)
+    grads = {p: torch.randn_like(p) for p in model.parameters()}
+    assert_bitwise(ShardedCurvature(curvature).precondition(grads), curvature.precondition(grads))
 
 
 def test_columns_travel_only_where_a_block_lies_on_two_processes() -> None:
