@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -130,16 +131,20 @@ class Bucket(NamedTuple):
     blocks: BlockIndex
 
 
+class Promise:
+    """That a pair is to come; taken back as soon as nothing holds it any more, as when its graph is freed."""
+
+
 class FactorReducer:
     """Sums the open window of the due layers over processes.
 
     Every process sums the same buckets in the same order, in that of backward: the last layers first, until a layer's
     first window has shown its position; a model may run in another order than its modules were registered in. Only
     *when* a bucket is sent is each process's own affair. It is sent from backward if all before it were, and each of
-    its layers has had all pairs that its forward passes promised, and no fewer than in any earlier window. All others
-    are sent in `sum`, zeros for layers that were silent here; so a layer that is used several times, late or never
-    holds its bucket back, and nobody waits for it. Nothing is sent either before gradients were thrown away (`forget`)
-    as often as before the last `sum`, so that what was sent is not thrown away with them.
+    its layers has had all pairs that its forward passes promised, but those whose graph was freed, and no fewer than in
+    any earlier window. All others are sent in `sum`, zeros for layers that were silent here; so a layer that is used
+    several times, late or never holds its bucket back, and nobody waits for it. Nothing is sent either before gradients
+    were thrown away (`forget`) as often as before the last `sum`, so that what was sent is not thrown away with them.
 
     Args:
         factors: holds the windows.
@@ -160,8 +165,8 @@ class FactorReducer:
         self._factors, self._communicator, self._due = factors, communicator, due
         self._bucket_fn, self._is_sync_step = bucket_fn, is_sync_step
         n_layers = len(factors.updates)
-        self._expected = [0] * n_layers
-        """Pairs that forward passes promised and backward has not brought yet."""
+        self._promises: list[WeakSet[Promise]] = [WeakSet() for _ in range(n_layers)]
+        """Of pairs that backward has not brought yet, and still may."""
         self._ready = [0] * n_layers
         """Pairs in the open window."""
         self._most: list[float] = [0] * n_layers
@@ -186,9 +191,19 @@ class FactorReducer:
         """Number of processes, asked at the first pair: a curvature may be built before the process group."""
         return self._communicator.world_size
 
-    def expect(self, layer: int) -> None:
-        """Note a forward pass of ``layer``, whose pair is to come."""
-        self._expected[layer] += 1
+    def expect(self, layer: int) -> Promise:
+        """Note a forward pass of ``layer``, whose pair is to come.
+
+        Args:
+            layer: its number.
+
+        Returns:
+            The promise, to be held as long as the pair may come, and until it does.
+        """
+        promise = Promise()
+        if self.world_size > 1:
+            self._promises[layer].add(promise)
+        return promise
 
     def is_late(self, layer: int) -> bool:
         """True if the layer's bucket was sent: a further pair cannot be taken any more. From then on its bucket is not
@@ -204,7 +219,6 @@ class FactorReducer:
         """Note that a pair of ``layer`` was added to its window, and send the buckets that are complete."""
         if self.world_size == 1:
             return
-        self._expected[layer] -= 1
         self._ready[layer] += 1
         self._arrived.pop(layer, None)
         self._arrived[layer] = None
@@ -257,7 +271,7 @@ class FactorReducer:
             for _, work in self._sent:
                 work.wait()
         if not keeps_graphs:
-            self._expected = [0] * len(self._expected)
+            self._promises = [WeakSet() for _ in self._promises]
             self._forgotten = 0
         self._ready = [0] * len(self._ready)
         self._arrived = {}
@@ -285,7 +299,7 @@ class FactorReducer:
     def _is_complete(self, bucket: Bucket) -> bool:
         # The last of a bucket's layers first: backward reaches it last.
         return all(
-            self._expected[layer] <= 0 and 0 < self._most[layer] <= self._ready[layer]
+            not self._promises[layer] and 0 < self._most[layer] <= self._ready[layer]
             for layer in reversed(bucket.layers)
         )
 

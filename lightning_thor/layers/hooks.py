@@ -45,6 +45,8 @@ class _Pair:
         # Tensors made in inference mode count no changes.
         self._version = None if a.is_inference() or a.is_nested else a._version
         self.g: Tensor | None = None
+        self.promise: object = None
+        """What ``expect`` returned, until the pair is handed over; it goes with the graph that holds this pair."""
         self.forward_in = backward_pass()
         """The backward pass in which a reentrant checkpoint ran this forward again; below 0: none."""
         self.backward_pass: int = -1
@@ -100,7 +102,8 @@ class Hooks:
         listener: called in backward, without autograd, with the name, the input and the output's gradient.
         attentions: names of the weights inside attentions, by role (see `lightning_thor.layers.attention.ROLES`); their
             pairs are batch first, ``[batch, positions, width]``.
-        expect: called in forward with the name, for each pair that backward is to hand over.
+        expect: called in forward with the name, for each pair that backward is to hand over; what it returns is held
+            until then, or until the pair's graph is freed: such a pair never comes.
         subsample_input: returns the rows of the named module's input that must be kept; called under autocast, where
             autograd may save a copy in lower precision instead of the input.
         is_due: a cheap first test, run in every forward pass; True whenever ``is_open`` is. A plain function that calls
@@ -123,7 +126,7 @@ class Hooks:
         is_open: NamePredicate,
         listener: Callable[[str, Tensor, Tensor], None],
         attentions: Mapping[nn.MultiheadAttention, Mapping[str, str]] | None = None,
-        expect: Callable[[str], None] = lambda name: None,
+        expect: Callable[[str], object] = lambda name: None,
         subsample_input: Callable[[str, Tensor], Tensor] = lambda name, a: a,
         is_due: NamePredicate = lambda name: True,
         weight_of: Callable[[str], Tensor | None] | None = None,
@@ -306,7 +309,7 @@ class Hooks:
             if use is not None and isinstance(output, Tensor) and self._checks is not None and self._checks.wants(name):
                 pair.is_watched = self._checks.watch(name, use, output, given, pair)
             del a
-            self._expect(name)
+            pair.promise = self._expect(name)
             # Not with the node of the use, which would hold on to the graph that holds this.
             on_gradient = self._on_gradient(pair, accumulator)
             if use is not None and arrange is None and not self._needs_returned(name):
@@ -381,7 +384,7 @@ class Hooks:
             self._warn_of_change(pair)
             return
         a, g = pair.a, pair.g
-        pair.a = pair.g = None
+        pair.a = pair.g = pair.promise = None
         assert a is not None
         assert g is not None
         g = g if pair.arrange is None else pair.arrange(g)
@@ -396,7 +399,7 @@ class Hooks:
             self._handed_over = None
 
     def _warn_of_change(self, pair: _Pair) -> None:
-        pair.a = pair.g = None
+        pair.a = pair.g = pair.promise = None
         # Autograd notices the change itself, unless autocast let it save a copy in lower precision.
         warnings.warn(
             f"The input of layer {pair.name!r} was changed in place after the layer used it; its statistics are "
