@@ -290,8 +290,7 @@ class ThorCallback(Callback):
         """Say what is preconditioned, and warn of what has no effect."""
         curvature = self._served[optimizer]
         warn_of_clipping(trainer, optimizer)
-        is_told = curvature.has_low_coverage or any(map(is_lazy, parameters_of(optimizer)))
-        if not curvature.layers and not is_told:
+        if not curvature.layers and not any(map(is_lazy, parameters_of(optimizer))):
             rank_zero_warn(
                 "ThorCallback found no layer to precondition: all parameters take "
                 f"{MODES[curvature.mode].fallback}. What it prints when fit starts says why (summary=True)."

@@ -540,6 +540,11 @@ def test_a_model_of_which_little_has_curvature_is_told_with_its_share_and_what_t
         Curvature(nn.Sequential(*(nn.Linear(20, 20) for _ in range(5)), StackedExperts()))
 
 
+def test_a_model_without_any_layer_is_told_of() -> None:
+    with pytest.warns(UserWarning, match=r"preconditions 0% of the weights .*no curvature for LSTM"):
+        Curvature(nn.LSTM(4, 5))
+
+
 def test_layers_that_are_skipped_on_purpose_are_no_lack_of_curvature() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(StackedExperts()), nn.Linear(6, 20), StackedExperts())
     with warnings.catch_warnings():
