@@ -531,7 +531,7 @@ def saved(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_the_figures_and_a_picture_are_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    image = pytest.importorskip("matplotlib.image")
+    image = pytest.importorskip("matplotlib.image", reason="pip install '.[plot]'")
     text = saved(tmp_path / "new", monkeypatch, capsys)
     assert str(tmp_path / "new" / "thor_split.png") in text
     pixels = image.imread(tmp_path / "new" / "thor_split.png")

@@ -126,7 +126,7 @@ def test_the_command_solves_poissons_equation_and_draws(tmp_path: Path) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_changes_every_parameter(optimizer: str) -> None:
     if optimizer == "soap":
-        pytest.importorskip("pytorch_optimizer")
+        pytest.importorskip("pytorch_optimizer", reason="pip install '.[benchmarks]'")
     module = untrained("poisson", optimizer)
     before = [p.detach().clone() for p in module.parameters()]
     made = OPTIMIZERS[optimizer](module)

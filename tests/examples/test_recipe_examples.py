@@ -53,7 +53,7 @@ def image_folder(root: Path, images: dict[str, list[Any]]) -> Path:
 @pytest.fixture
 def plain_images(tmp_path: Path) -> Path:
     """Two classes, each of one colour."""
-    image = pytest.importorskip("PIL.Image")
+    image = pytest.importorskip("PIL.Image", reason="pip install '.[examples]'")
     red, blue = (image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))
     return image_folder(
         tmp_path, {"train/red": [red] * 3, "train/blue": [blue] * 2, "val/red": [red], "val/blue": [blue]}
@@ -164,7 +164,7 @@ PROVERB = "All the world's a stage,\nand all the men and women merely players.\n
 
 @pytest.fixture
 def text_data(tmp_path: Path) -> MaskedTextData:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="pip install '.[transformers]'")
     (tmp_path / "input.txt").write_text(PROVERB, encoding="utf-8")
     data = MaskedTextData(
         str(tmp_path), vocab_size=60, context=10, batch_size=4, tokenizer=str(tmp_path / "made" / "tokenizer.json")
@@ -237,7 +237,7 @@ def test_a_model_that_does_not_fit_the_text_is_refused(
 
 
 def test_the_model_of_the_yaml_is_bert_large() -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="pip install '.[transformers]'")
     with torch.device("meta"):
         model = BertPretraining()
     # BERT-large's encoder without its pooler, and the head that predicts words (its matrix is the embedding's).
@@ -247,7 +247,7 @@ def test_the_model_of_the_yaml_is_bert_large() -> None:
 
 
 def test_what_is_logged_is_the_loss_and_the_share_of_hidden_tokens_found() -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="pip install '.[transformers]'")
     model = BertPretraining(vocab_size=30, layers=1, width=8, heads=2, inner=16, context=12, dropout=0.0)
     inputs, labels = hide_tokens(torch.randint(5, 30, (6, 12)), mask=4, vocab_size=30)
     logged: dict[str, Tensor] = {}
@@ -276,7 +276,10 @@ def rates_in(folder: Path) -> list[float]:
 
 @pytest.mark.slow
 def test_a_few_steps_of_the_imagenet_recipe_on_real_images(tmp_path: Path) -> None:
-    parquet, image = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("PIL.Image")
+    parquet, image = (
+        pytest.importorskip("pyarrow.parquet", reason="pip install '.[examples]'"),
+        pytest.importorskip("PIL.Image", reason="pip install '.[examples]'"),
+    )
     table = parquet.ParquetFile(real("cifar10", "test.parquet"))
     rows = next(table.iter_batches(60)).to_pylist()
     pictures: dict[str, list[Any]] = {}
@@ -315,7 +318,7 @@ def test_a_few_steps_of_the_imagenet_recipe_on_real_images(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_few_steps_of_the_bert_recipe_on_real_text(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="pip install '.[transformers]'")
     text = real("tinyshakespeare", "input.txt").read_text(encoding="utf-8")[:40_000]
     (tmp_path / "input.txt").write_text(text, encoding="utf-8")
     forked_command(

@@ -49,6 +49,13 @@ class Boring(L.LightningModule):
         x, y = batch
         self.log("val_loss", self.loss(self(x), y))
 
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        out: Tensor = self(batch[0])
+        return out
+
     def configure_optimizers(self) -> Any:
         optimizer: Thor = configure_thor(self, lr=self.lr, **self.options)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor, ThorDDPStrategy
-from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
+from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, quiet, trainer
 
 
 def fit(folder: Path, *callbacks: L.Callback, module: Callable[[], Boring] = Boring, **options: Any) -> L.Trainer:
@@ -97,6 +97,29 @@ def test_a_fit_with_it_is_the_fit_without_it(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     else:
         assert_bitwise(found, expected)
+
+
+def recorder() -> Any:
+    """A callback that notes in ``called`` which of its hooks the Trainer calls."""
+    hooks = [name for name in dir(L.Callback) if name.startswith("on_") or name in ("setup", "teardown")]
+    called: list[str] = []
+    methods = {name: (lambda self, *args, name=name, **kwargs: called.append(name)) for name in hooks}
+    return type("Recorder", (L.Callback,), {**methods, "called": called})()
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0}], ids=str)
+def test_the_trainer_calls_its_hooks_as_beside_adamw(options: Options, tmp_path: Path) -> None:
+    class WithAdamW(Boring):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    beside_adamw, beside_thor = recorder(), recorder()
+    quiet(tmp_path, beside_adamw, **options).fit(WithAdamW())
+    trainer(tmp_path, beside_thor, **options).fit(Boring())
+    assert beside_thor.called == beside_adamw.called
+    assert beside_thor.called.count("on_train_batch_end") == 8
 
 
 def test_an_average_of_the_weights_beside_the_training_does_not_change_it(tmp_path: Path) -> None:

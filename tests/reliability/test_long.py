@@ -58,7 +58,7 @@ class Endless(Boring):
 
 @pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
 def test_nothing_grows_and_no_step_gets_slower(tmp_path: Path, mode: str) -> None:
-    psutil = pytest.importorskip("psutil")
+    psutil = pytest.importorskip("psutil", reason="pip install psutil")
     watched = Watched(psutil.Process())
     found = trainer(tmp_path, watched, max_epochs=1, limit_val_batches=0)
     found.fit(Endless(mode=mode, lr=1e-3))

@@ -85,11 +85,13 @@ def test_validation_captures_nothing(tmp_path: Path, accumulate: int) -> None:
     assert_bitwise(everything(with_it), everything(without))
 
 
-def test_a_second_fit_starts_anew_and_test_does_not_disturb(tmp_path: Path) -> None:
+def test_a_second_fit_starts_anew_and_what_is_between_does_not_disturb(tmp_path: Path) -> None:
     once = fit(tmp_path)
     module, twice = Boring(), trainer(tmp_path)
     twice.fit(module)
     twice.validate(module, verbose=False)
+    twice.test(module, module.data(), verbose=False)
+    assert len(twice.predict(module, module.data()) or []) == 4
     module.load_state_dict(Boring().state_dict())
     twice.fit_loop.epoch_progress.reset()
     twice.fit_loop.epoch_loop.reset()

@@ -151,12 +151,14 @@ def test_a_checkpoint_of_other_blocks_is_told(tmp_path: Path) -> None:
         found.fit(Boring(nesterov=True, weight_decay=0.1), ckpt_path=path)
 
 
-def test_validate_and_test_take_checkpoints_and_leave_a_later_fit_alone(tmp_path: Path) -> None:
+def test_validate_test_and_predict_take_checkpoints_and_leave_a_later_fit_alone(tmp_path: Path) -> None:
     _, path = saved(tmp_path)
     found = trainer(tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*(THOR|Thor|curvature)")
         found.validate(Boring(), ckpt_path=path, verbose=False)
+        found.test(Boring(), Boring().data(), ckpt_path=path, verbose=False)
+        found.predict(Boring(), Boring().data(), ckpt_path=path)
     found.fit(Boring())
     assert_bitwise(everything(found), everything(untouched(tmp_path)))
 

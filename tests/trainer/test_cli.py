@@ -227,8 +227,14 @@ def small(config: str) -> tuple[str, ...]:
 
 def write_parquet(path: Path, rows: int) -> None:
     """``rows`` images of noise, in the layout of CIFAR-10 on the hub."""
-    numpy, pyarrow = pytest.importorskip("numpy"), pytest.importorskip("pyarrow")
-    parquet, image = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("PIL.Image")
+    numpy, pyarrow = (
+        pytest.importorskip("numpy", reason="pip install '.[examples]'"),
+        pytest.importorskip("pyarrow", reason="pip install '.[examples]'"),
+    )
+    parquet, image = (
+        pytest.importorskip("pyarrow.parquet", reason="pip install '.[examples]'"),
+        pytest.importorskip("PIL.Image", reason="pip install '.[examples]'"),
+    )
     encoded = []
     for seed in range(10):
         noise = numpy.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=numpy.uint8)

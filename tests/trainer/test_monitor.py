@@ -147,7 +147,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_draws_a_run(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    image = pytest.importorskip("matplotlib.image")
+    image = pytest.importorskip("matplotlib.image", reason="pip install '.[plot]'")
     monkeypatch.setattr(sys, "argv", ["lightning-thor", "plot", str(run_dir)])
     cli.main()
     files = capsys.readouterr().out.split()
@@ -166,7 +166,7 @@ def test_the_command_draws_a_run(
 def test_the_command_says_that_there_is_nothing_to_draw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, words: str, content: str
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install '.[plot]'")
     (tmp_path / file).write_text(content, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["lightning-thor", "plot", str(tmp_path)])
     with pytest.raises(SystemExit, match=words):
@@ -174,7 +174,7 @@ def test_the_command_says_that_there_is_nothing_to_draw(
 
 
 def test_a_chosen_block_size_is_drawn_without_a_monitor_too(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install '.[plot]'")
     split = {"block_size": 16, "crossing": 12.0, "candidates": [1, 16, 20], "shares": [0.0, 0.5, 1.0]}
     split |= {"seconds": [1.0, 2.0, 4.0], "n_factors": 4, "left_out": {}, "device": "cpu", "speeds": [1.0, 0.5, 0.25]}
     (tmp_path / "thor_split.json").write_text(json.dumps(split), encoding="utf-8")
@@ -182,7 +182,7 @@ def test_a_chosen_block_size_is_drawn_without_a_monitor_too(tmp_path: Path) -> N
 
 
 def test_pictures_show_many_layers_kept_ones_and_what_blocks_lose(run_dir: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install '.[plot]'")
     look = looks_of(run_dir)[-1]
     layer = look["layers"]["net.4"]
     layer["A"]["outside"] = {"16": 0.3, "32": 0.1}
@@ -248,7 +248,7 @@ def fake(kind: type[Logger]) -> Any:
     ],
 )
 def test_loggers_get_pictures_in_their_own_way(kind: type[Logger], expected: list[Any]) -> None:
-    figure = pytest.importorskip("matplotlib.figure").Figure()
+    figure = pytest.importorskip("matplotlib.figure", reason="pip install '.[plot]'").Figure()
     logger = fake(kind)
     assert takes_pictures(logger)
     log_pictures([logger], {"layers": figure}, 12)
@@ -273,7 +273,7 @@ def test_a_logger_of_another_kind_gets_no_pictures(tmp_path: Path, logger: Any) 
 
 
 def test_pictures_that_fail_are_a_warning(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install '.[plot]'")
     logger = fake(TensorBoardLogger)
     logger.experiment = None
     with pytest.warns(UserWarning, match=r"pictures did not get to the loggers .AttributeError: .*lightning-thor plot"):
@@ -281,7 +281,7 @@ def test_pictures_that_fail_are_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_fit_gives_pictures_to_those_of_its_loggers_that_take_them(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pip install '.[plot]'")
     takes, other = fake(TensorBoardLogger), CSVLogger(tmp_path, name="", version="")
     assert not takes_pictures(other)
     monitored(tmp_path, max_epochs=1, logger=[other, takes]).fit(Boring())
@@ -289,8 +289,11 @@ def test_a_fit_gives_pictures_to_those_of_its_loggers_that_take_them(tmp_path: P
 
 
 def test_tensorboard_gets_figures_and_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("matplotlib", reason="pip install '.[plot]'")
+    accumulators = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="pip install tensorboard",
+    )
     monitored(tmp_path, max_epochs=1, logger=TensorBoardLogger(tmp_path, name="", version="")).fit(Boring())
     accumulator = accumulators.EventAccumulator(str(tmp_path))
     accumulator.Reload()
