@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from lightning_thor import Curvature
 from tests.helpers.observing import assert_same, factors, observing, told_by
 
-BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.long])]
+LATER = [pytest.mark.slow, pytest.mark.long]
+BACKENDS = [pytest.param("eager", marks=LATER), "aot_eager", pytest.param("inductor", marks=LATER)]
 GENERATOR = torch.Generator().manual_seed(4)
 X = torch.randn(12, 6, dtype=torch.float64, generator=GENERATOR)
 IMAGES = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=GENERATOR)
@@ -152,7 +153,9 @@ def test_whatever_was_compiled_before(first: str, backend: str) -> None:
     assert_same(found, observing(eager, lambda model: plain(model, x)))
 
 
-@pytest.mark.parametrize("options", [{}, {"stagger": True}, {"trace_rule": (1e9, 0.0)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"stagger": True}, marks=LATER), {"trace_rule": (1e9, 0.0)}], ids=str
+)
 def test_two_graphs_at_most(options: dict[str, Any]) -> None:
     """One that hands pairs over and one that does not, through refreshes, probes, pauses and another fit."""
     for _ in range(2):
