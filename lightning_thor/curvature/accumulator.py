@@ -75,8 +75,9 @@ class FactorAccumulator:
         self.misfits: dict[int, str] = {}
         self._observed: set[int] = set()
         """The layers that had a pair in the open window."""
-        self._backward: dict[int, tuple[int, float, float]] = {}
-        """By layer: the last backward pass that used it; of its first use there, the samples taken, and all samples."""
+        self._backward: dict[int, tuple[int, float, float, float]] = {}
+        """By layer: the last backward pass that used it; of its first use there, the samples taken, and all samples;
+        and the most samples of any use there."""
         self._terms: tuple[int, int, float] = -1, -1, 0
         """A backward pass, the layer whose output goes into its loss, and the number of terms in the mean loss."""
         self._noted_terms: float | None = None
@@ -220,9 +221,10 @@ class FactorAccumulator:
         """Weight of the gradients of one use of a layer, and the samples that it adds.
 
         G is an expectation over samples of a sum over uses, as it is of a sum over positions in a convolution: the
-        uses of one backward pass share their samples, which count once, as those of the first use. So A ⊗ G has the
-        scale of E[Σ_uses gᵤgᵤᵀ ⊗ aᵤaᵤᵀ], whatever the number of uses. A use that saw fewer samples than the first is
-        weighted by them, but for the layer whose outputs the loss is a mean over: there each has its own expectation.
+        uses of one backward pass share their samples, which count once, as those of the use that saw the most, whatever
+        their order. So A ⊗ G has the scale of E[Σ_uses gᵤgᵤᵀ ⊗ aᵤaᵤᵀ], whatever the number of uses. A use is weighted
+        by the samples that it saw, but for the layer whose outputs the loss is a mean over: there each has its own
+        expectation.
 
         Args:
             number: of the layer.
@@ -234,11 +236,15 @@ class FactorAccumulator:
         """
         backward, first = self._backward_pass(), self._backward.get(number)
         if backward < 0 or first is None or first[0] != backward or not first[1]:
-            self._backward[number] = backward, n_taken, n_seen
+            self._backward[number] = backward, n_taken, n_seen, n_seen
             return 1.0, n_taken
+        _, first_taken, first_seen, most_seen = first
+        share, more = 1.0, 0.0
+        if self._terms[:2] != (backward, number):
+            share, more = n_seen / first_seen, max(n_seen - most_seen, 0.0) * first_taken / first_seen
+            self._backward[number] = backward, first_taken, first_seen, max(n_seen, most_seen)
         # Of a convolution of which few rows are taken they may be fewer than one; none: no rows, whatever their weight.
-        share = 1.0 if self._terms[:2] == (backward, number) else n_seen / first[2]
-        return math.sqrt(first[1] / n_taken * share) if n_taken else 1.0, 0.0
+        return math.sqrt(first_taken / n_taken * share) if n_taken else 1.0, more
 
     # ── windows ──
 

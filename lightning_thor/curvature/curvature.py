@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -218,6 +219,7 @@ class Curvature:
         self._trace_rule = trace_rule_of(trace_rule)
         has_rule = self._trace_rule is not None
         self._schedule = RefreshSchedule(update_every_n_steps, len(self.layers), stagger, has_rule)
+        own = ref(self)  # hooks of the model hold the accumulator, and are to end with this
         self._accumulator = FactorAccumulator(
             self.layers,
             self.factors,
@@ -226,7 +228,7 @@ class Curvature:
             loss_terms=loss_terms,
             max_rows=max_rows,
             counts_elements=stagger,
-            backward_pass=lambda: self._hooks.backward_pass,
+            backward_pass=lambda: own()._hooks.backward_pass,  # type: ignore[union-attr]
         )
         self._checks = PairChecks(model, self.layers, self._accumulator.uses)
         self._found: HostCopy | None = None
@@ -377,7 +379,8 @@ class Curvature:
         """
         if communicator.world_size == 1:
             return communicator
-        return TimedCommunicator(communicator, lambda: self.part("communication"))
+        own = ref(self)
+        return TimedCommunicator(communicator, lambda: own().part("communication"))  # type: ignore[union-attr]
 
     @property
     def gradient_unit(self) -> float | Tensor:
@@ -461,11 +464,11 @@ class Curvature:
         else:
             self._schedule.step += 1
         # As in `_choose_graphs`, without a call in every step.
-        self._hooks.graphs_hand_over = self._schedule.step >= self._schedule.earliest and not self._paused
+        self._hooks.graphs.hand_over = self._schedule.step >= self._schedule.earliest and not self._paused
 
     def _choose_graphs(self) -> None:
         """Choose whether the coming forward pass takes a compiled graph that hands pairs over."""
-        self._hooks.graphs_hand_over = self._schedule.is_any_due and not self._paused
+        self._hooks.graphs.hand_over = self._schedule.is_any_due and not self._paused
 
     def _refresh(self) -> None:
         schedule, factors, decisions = self._schedule, self.factors, None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import MethodType
 from typing import Any
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,17 @@ class _Pair:
         self.was_added = True
 
 
+class CompiledGraphs:
+    """Which graphs a compiled model takes.
+
+    Attributes:
+        hand_over: whether they hand pairs over; must be true whenever a module is open.
+    """
+
+    def __init__(self) -> None:
+        self.hand_over = True
+
+
 class _Unpickled:
     """What hooks are bound to: a pickled module has methods of this class in their place, and its copy is silent."""
 
@@ -88,7 +100,7 @@ class Hooks:
     Where the graph does not show the operation (a compiled region), the output is what the module returned.
 
     Compiled graphs hand pairs over from within, see `lightning_thor.layers.compiled`; a model has a second graph that
-    does not, which is taken unless `graphs_hand_over`.
+    does not, which is taken unless ``graphs.hand_over``.
 
     A pair is handed over when its gradient arrives in a backward pass that adds to the weight's gradient: so activation
     checkpointing, unused outputs, passes without gradients and `torch.autograd.grad` give exactly the pairs that made
@@ -115,8 +127,10 @@ class Hooks:
             ``is_open`` is not; of a compiled one in backward, with the output's gradient.
         checks: compares pairs with the weight's gradient.
 
+    Modules do not hold this object: where nothing else does, it goes, and takes their hooks with it.
+
     Attributes:
-        graphs_hand_over: whether compiled graphs hand pairs over; must be true whenever ``is_open`` is of any module.
+        graphs: which graphs a compiled model takes.
         are_removed: whether `remove` was called.
     """
 
@@ -142,7 +156,7 @@ class Hooks:
         # wrapper, which is most of an idle hook. `skip` is not public: where it is missing, `disable` does the same at
         # its cost.
         skip = getattr(decorators, "skip", torch.compiler.disable)
-        self.graphs_hand_over, self.are_removed = True, False
+        self.graphs, self.are_removed = CompiledGraphs(), False
         self._receivers: list[Receiver] = []
         self._listener, self._expect, self._subsample_input = listener, expect, subsample_input
         self._is_open, self._is_due, self._note_output = is_open, skip(is_due), note_output
@@ -162,6 +176,8 @@ class Hooks:
             self._handles.append(attention.register_forward_pre_hook(MethodType(before, owner)))
             # Always called: a forward pass that fails must not leave its recording open.
             self._handles.append(attention.register_forward_hook(MethodType(after, owner), always_call=True))
+        # Not `__del__`: the handles find their modules by weak references, which a garbage collection clears before.
+        finalize(self, _remove_all, self._handles).atexit = False
 
     @property
     def backward_pass(self) -> int:
@@ -193,9 +209,7 @@ class Hooks:
 
     def remove(self) -> None:
         """Remove all hooks of modules; hooks of graphs go with their graph."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove_all(self._handles)
         self._receivers.clear()
         self.are_removed = True
 
@@ -214,15 +228,18 @@ class Hooks:
     # object. They are bound to an `_Unpickled`, which copies of them may have.
 
     def _forward_hook(self, name: str, owner: nn.Module) -> Callable[..., Any]:
-        def pair(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if torch._C._is_tracing():
-                return  # what is asked of tensors here would be in the graph
-            if self._is_open(name):
-                self._pair(name, args[0] if args else next(iter(kwargs.values()), None), output)
-            else:
-                self._note_output(name, output)
+        own = ref(self)
 
-        number = number_of(self._receiver(name))
+        def pair(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            hooks = own()
+            if hooks is None or torch._C._is_tracing():
+                return  # what is asked of tensors here would be in the graph
+            if hooks._is_open(name):
+                hooks._pair(name, args[0] if args else next(iter(kwargs.values()), None), output)
+            else:
+                hooks._note_output(name, output)
+
+        number, graphs = number_of(self._receiver(name)), self.graphs
         is_due, pair_unseen = self._is_due, torch.compiler.disable(pair)
 
         def on_forward(
@@ -231,7 +248,7 @@ class Hooks:
             if not torch.compiler.is_dynamo_compiling():
                 if is_due(name) and torch.is_grad_enabled() and module is owner:
                     pair_unseen(args, kwargs, output)
-            elif self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
+            elif graphs.hand_over and torch.is_grad_enabled() and module is owner:
                 a: Any = args[0] if args else next(iter(kwargs.values()), None)
                 if can_pass_on(a, output):
                     return pass_on(output, a, number) if output.requires_grad else None
@@ -244,14 +261,16 @@ class Hooks:
         self, names: Mapping[str, str], owner: nn.Module
     ) -> tuple[Callable[..., None], Callable[..., None]]:
         numbers = {name: number_of(self._receiver(name)) for name in names.values()}
+        own, graphs = ref(self), self.graphs
 
         def note(role: str, a: Tensor, output: Tensor, arrange: Arrange) -> Tensor:
             name = names.get(role)
             if name is None:
                 return output
             if not torch.compiler.is_dynamo_compiling():
-                if self._is_open(name):
-                    self._pair(name, a, output, arrange)
+                hooks = own()
+                if hooks is not None and hooks._is_open(name):
+                    hooks._pair(name, a, output, arrange)
             elif can_pass_on(a, output) and output.requires_grad:
                 return pass_on(arrange(output), arrange(a), numbers[name]).transpose(0, 1).reshape(output.shape)
             return output
@@ -259,7 +278,8 @@ class Hooks:
         record, entered = RecordProducts(note), list[ExitStack]()
 
         def enter() -> None:
-            if not torch._C._is_tracing() and any(self._is_open(name) for name in names.values()):
+            hooks = None if torch._C._is_tracing() else own()
+            if hooks is not None and any(map(hooks._is_open, names.values())):
                 entered.append(ExitStack())
                 entered[-1].enter_context(record)
 
@@ -271,7 +291,7 @@ class Hooks:
 
         def before(_: _Unpickled, module: nn.Module, args: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
-                if self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
+                if graphs.hand_over and torch.is_grad_enabled() and module is owner:
                     record.__enter__()  # type: ignore[no-untyped-call]
                 return
             for name in names.values():
@@ -281,7 +301,7 @@ class Hooks:
 
         def after(_: _Unpickled, module: nn.Module, args: Any, output: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
-                if self.graphs_hand_over and torch.is_grad_enabled() and module is owner:
+                if graphs.hand_over and torch.is_grad_enabled() and module is owner:
                     record.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             elif entered and module is owner:
                 leave_unseen()
@@ -406,6 +426,12 @@ class Hooks:
             "left out. Write x = x + layer(x) instead of x += layer(x).",
             stacklevel=2,
         )
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 def _before_product(use: WeightProduct, rows: torch.Size, on_gradient: Callable[[Tensor], None]) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_thor import Curvature
+from lightning_thor import Curvature, Thor
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.schedules import Exponential
 from tests.helpers.boring import assert_bitwise
@@ -538,6 +540,22 @@ def test_a_model_of_which_little_has_curvature_is_told_with_its_share_and_what_t
         warnings.simplefilter("error")
         Curvature(model, parameters=[*model[0].parameters(), *model[2].parameters()])  # of these, most have it
         Curvature(nn.Sequential(*(nn.Linear(20, 20) for _ in range(5)), StackedExperts()))
+
+
+def test_a_curvature_that_nobody_holds_listens_no_more() -> None:
+    """As in a notebook's cell that runs again: an old one would observe beside the new one, for ever."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 2))
+    curvature = Curvature(model)
+    model[2](model[0](torch.randn(3, 4))).sum().backward()
+    thor, gone = Thor(model.parameters(), preconditioner=curvature), weakref.ref(curvature)
+    thor.step()
+    del curvature
+    gc.collect()
+    assert gone() is not None
+    del thor
+    gc.collect()
+    assert gone() is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_model_without_any_layer_is_told_of() -> None:

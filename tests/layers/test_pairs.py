@@ -783,6 +783,21 @@ def test_micro_batches_are_one_batch_for_any_routing(route: Tensor, cuts: set[in
     assert_parts_are_one(Routed, loss, len(route), *sorted(cut for cut in cuts if cut < len(route)))
 
 
+@pytest.mark.parametrize("max_rows", [None, 8])
+def test_uses_that_see_different_rows_may_come_in_any_order(max_rows: int | None) -> None:
+    """The samples of a backward pass are those of the use that saw the most."""
+    x, y, _ = tokens(40)
+    found = []
+    for parts in ([slice(0, 36), slice(36, 40)], [slice(36, 40), slice(0, 36)]):
+        model = body_and_head()
+        curvature = Curvature(model, max_rows=max_rows, averaging=0.0)
+        outputs = {part.start: model["body"](x[part]) for part in parts}
+        F.cross_entropy(model["head"](torch.cat([outputs[0], outputs[36]])), y).backward()
+        curvature.update()
+        found.append(factors(curvature))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
+
+
 def test_an_expert_that_one_pass_uses_several_times_is_one_of_the_same_loss_each_time() -> None:
     """Each use sees other tokens, more or fewer than the first."""
     x, y, _ = tokens(32)
