@@ -18,8 +18,9 @@ FEW_REFRESHES = 3
 """With fewer refreshes of a layer in a fit, its inverses are those of the beginning."""
 STALE = 0.5
 """Factors that change by more than this share of their norm at a refresh were hardly those of the steps before it."""
-COSTLY = 0.3
-"""Where refreshes take more than this share of the time, a longer interval, or smaller blocks, are worth a try."""
+COSTLY, LEAST_STEPS = 0.3, 100
+"""Where refreshes take more than this share of the time, a longer interval, or smaller blocks, are worth a try; but not by
+a fit with fewer steps, in which the default interval refreshes often."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def advice_on(figures: FitFigures, per_layer: float) -> list[str]:
     if figures.seconds is not None:
         refreshing = figures.seconds["statistics"] + figures.seconds["inversion"]
         share = refreshing / max(sum(figures.seconds.values()), 1e-9)
-        if share > COSTLY:
+        if share > COSTLY and figures.n_steps >= LEAST_STEPS:
             advice.append(
                 f"Refreshes took {share:.0%} of the time: raise update_every_n_steps, or lower block_size or max_rows."
             )

@@ -162,6 +162,8 @@ def test_a_run_that_was_finished_has_nothing_to_report(tmp_path: Path, capsys: p
         ),
         (FitFigures(n_steps=100, n_refreshes=50, n_possible=50, seconds=seconds(6, 1)), None),
         (FitFigures(n_steps=100, n_refreshes=50, n_possible=50, seconds=seconds(1, 1)), "took 67% of the time: raise"),
+        # The default interval refreshes often at first.
+        (FitFigures(n_steps=99, n_refreshes=50, n_possible=50, seconds=seconds(1, 1)), None),
     ],
 )
 def test_advice_is_given_where_a_figure_suggests_one(figures: FitFigures, words: str | None) -> None:
