@@ -19,8 +19,8 @@ FEW_REFRESHES = 3
 STALE = 0.5
 """Factors that change by more than this share of their norm at a refresh were hardly those of the steps before it."""
 COSTLY, LEAST_STEPS = 0.3, 100
-"""Where refreshes take more than this share of the time, a longer interval, or smaller blocks, are worth a try; but not by
-a fit with fewer steps, in which the default interval refreshes often."""
+"""Where refreshes take more than this share of the time, a longer interval, or smaller blocks, are worth a try; a fit
+with fewer steps does not tell, since the default interval is short at first."""
 
 
 @dataclass(frozen=True)
