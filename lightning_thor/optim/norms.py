@@ -75,9 +75,9 @@ def _sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
         if numel > LONG_NUMEL:
             numel %= ROW_NUMEL
             rows = flat[: flat.numel() - numel].view(-1, ROW_NUMEL)
-            # Of halves in float32. A norm's square has the range of float64 where x is of float32.
-            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).double()
-            total, flat = torch.dot(norms, norms).item(), flat[flat.numel() - numel :]
+            # Halves in float32; squared in float64, so that a norm near float32's limits has a square.
+            of_rows = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(x.dtype, torch.float32)).double()
+            total, flat = torch.dot(of_rows, of_rows).item(), flat[flat.numel() - numel :]
         if numel:
             wide = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
             total += torch.dot(wide, wide).item()

@@ -314,8 +314,8 @@ class Thor(Optimizer):
             its_mode = saved_group.get("mode", NATURAL.name)  # there was no other before there were modes
             if its_mode != group["mode"]:
                 raise ValueError(
-                    f"This state is of Thor(mode={its_mode!r}), this optimizer of mode={group['mode']!r}: they sum "
-                    f"other things up. Resume with Thor(mode={its_mode!r}), or start a new fit from the "
+                    f"This state is of Thor(mode={its_mode!r}), this optimizer of mode={group['mode']!r}, which has "
+                    f"another momentum. Resume with Thor(mode={its_mode!r}), or start a new fit from the "
                     "checkpoint's weights alone."
                 )
         super().load_state_dict(state_dict)
