@@ -262,7 +262,8 @@ class FactorAccumulator:
         self._observed, self._backward = set(other._observed), dict(other._backward)
         self._terms, self._noted_terms, self.loss_layer = other._terms, other._noted_terms, other.loss_layer
         self._warned_of_late_pair, self._checked = other._warned_of_late_pair, other._checked
-        self._warned_of_silence, self.misfits = set(other._warned_of_silence), dict(other.misfits)
+        self._warned_of_silence = set(other._warned_of_silence)
+        self.misfits |= other.misfits
 
     def go_on_from(self, other: FactorAccumulator) -> None:
         """Keep what another accumulator, of some of the layers, has learnt of them, but no window.

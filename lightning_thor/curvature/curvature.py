@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.curvature.accumulator import FactorAccumulator
+from lightning_thor.curvature.agreement import Agreement
 from lightning_thor.curvature.callables import NumberFn
 from lightning_thor.curvature.export import export_factors
 from lightning_thor.curvature.layer_figures import layer_figures
@@ -51,9 +52,8 @@ from lightning_thor.layers.discovery import (
     weights_of,
 )
 from lightning_thor.layers.hooks import Hooks
-from lightning_thor.layers.pair_checks import NOT_A_PAIR, PairChecks
+from lightning_thor.layers.pair_checks import PairChecks
 from lightning_thor.layers.registry import STATISTICS, KfacApprox
-from lightning_thor.linalg import memory
 from lightning_thor.linalg.memory import HostCopy
 from lightning_thor.preconditioning.grouping import (
     Directions,
@@ -231,10 +231,7 @@ class Curvature:
             backward_pass=lambda: own()._hooks.backward_pass,  # type: ignore[union-attr]
         )
         self._checks = PairChecks(model, self.layers, self._accumulator.uses)
-        self._found: HostCopy | None = None
-        """What `_agree` found, on its way to the host."""
-        self._has_agreed = False
-        """Whether the processes have come to one unit of gradients, and told each other of layers that do not fit."""
+        self._agreement = Agreement(self.factors, self._checks, self._accumulator.misfits)
         self.connect(ProcessGroupCommunicator())
         self._hooks = self._listen()
 
@@ -447,7 +444,7 @@ class Curvature:
         self._checks.reset()
         self._reducer.reset(finish=finish, keeps_graphs=keeps_graphs)
         self._accumulator.reset()
-        if not (self._has_agreed or self._schedule.refreshes):
+        if not (self._agreement.is_reached or self._schedule.refreshes):
             self.factors.gradient_unit = None
 
     @torch.no_grad()
@@ -457,8 +454,8 @@ class Curvature:
         Raises:
             RuntimeError: at the first refresh, if no layer was observed and no weight of theirs has a gradient.
         """
-        if self._found is not None:
-            self._settle()
+        if self._agreement.found is not None:
+            self._leave_out_misfits()
         if self._schedule.has_work:
             self._refresh()
         else:
@@ -474,9 +471,11 @@ class Curvature:
         schedule, factors, decisions = self._schedule, self.factors, None
         if schedule.is_any_due:
             self._hooks.flush()
-            self._agree()
+            self._agreement.reach(self._communicator, schedule.dismissed())
+            if self._agreement.can_be_read:
+                self._leave_out_misfits()
             self._reducer.sum()
-        # Fewer than before, if `_agree` left some out.
+        # Fewer than before, if some were left out.
         due = schedule.due()
         if due:
             self._accumulator.check_that_layers_fire(due, self._why_silent)
@@ -525,44 +524,13 @@ class Curvature:
             self.measures_change, self.changed_at = False, self.step
         return decisions
 
-    def _agree(self) -> None:
-        """Before the all-reduce of the first window: agree with all processes on one unit of gradients, and leave out
-        the layers whose pairs one of them found not to be their weight's. One small all-gather; no device sync. A
-        process that is alone does so before every refresh."""
-        communicator, factors, unit = self._communicator, self.factors, self.factors.gradient_unit
-        is_first, self._has_agreed = not self._has_agreed, True
-        if communicator.world_size > 1 and not is_first:
-            return
-        verdicts, known = self._checks.collect(), self._accumulator.misfits.keys() - self._schedule.dismissed()
-        if not (is_first or verdicts or known):
-            return
-        no, yes = factors.counts.new_zeros(()), factors.counts.new_ones(())
-        flags = [yes if i in known else verdicts.get(i, no).to(factors.dtype) for i in range(len(self.layers))]
-        told = torch.stack([torch.as_tensor(1.0 if unit is None else unit).to(no).log2(), *flags])
-        if communicator.world_size > 1:
-            self._checks.stop()
-            all_told = communicator.all_gather(told).view(communicator.world_size, -1)
-            most, least = all_told.amax(0), all_told.amin(0)
-            # The one farthest from 1: a process that has seen nothing, or zeros, says 1.
-            told = torch.cat([torch.where(most[:1] >= -least[:1], most[:1], least[:1]), most[1:]])
-            factors.change_unit_(told[0].exp2())
-        # A layer that does not fit was not observed, as long as the host does not know of it.
-        factors.counts.mul_((told[1:] == 0)[:, None])
-        self._found = HostCopy(told)
-        if told.device.type in memory.HOST:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Read what `_agree` found."""
-        if self._found is None:
-            return
-        (exponent, *flags), self._found = self._found.read(), None
-        self.factors.gradient_unit = 2.0**exponent
-        new = [index for index, is_misfit in enumerate(flags) if is_misfit]
-        for index in new:
-            self._leave_out(index, self._accumulator.misfits.get(index, NOT_A_PAIR))
-        if new:
-            names = [list(self.layers)[index] for index in new]
+    def _leave_out_misfits(self) -> None:
+        """Leave out the layers that do not fit, if processes have agreed on them; waits for the device."""
+        found = self._agreement.read()
+        for index, reason in found.items():
+            self._leave_out(index, reason)
+        if found:
+            names = [list(self.layers)[index] for index in found]
             warnings.warn(
                 f"{name_some(names)}: without curvature from now on, with {MODES[self.mode].fallback}. "
                 f"{names[0] or '(the model itself)'}: {self.left_out[names[0]]}.",
@@ -595,7 +563,7 @@ class Curvature:
         Returns:
             The names of the new layers.
         """
-        self._settle()
+        self._leave_out_misfits()
         parameters = {*parameters}
         own = [p for layer in self.layers.values() for p in layer.parameters]
         only = None if self._parameters is None else self._parameters | parameters
@@ -739,7 +707,8 @@ class Curvature:
         if further:
             self.include(parameters_of(self.model, further))
         load_curvature_state(state, list(self.layers), self.factors, self._schedule, mode=self.mode)
-        self._has_agreed, self._accumulator.loss_layer = self.factors.gradient_unit is not None, state.get("loss_layer")
+        self._agreement.is_reached = self.factors.gradient_unit is not None
+        self._accumulator.loss_layer = state.get("loss_layer")
         for index in self._schedule.dismissed():
             self._leave_out(index, "found not to fit its weight's gradient in the run that was saved")
         self._reset()

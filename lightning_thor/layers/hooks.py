@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import RecordProducts
 from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
+from lightning_thor.layers.pair import Arrange, Pair, as_plain_tensor, before_backward_of, before_product
 from lightning_thor.layers.pair_checks import PairChecks
 from lightning_thor.layers.weight_product import (
-    WeightProduct,
     accumulates,
     accumulator_of,
     backward_pass,
@@ -26,50 +26,6 @@ from lightning_thor.layers.weight_product import (
 )
 
 NamePredicate = Callable[[str], bool]
-Arrange = Callable[[Tensor], Tensor]
-
-
-class _Pair:
-    """An input that waits for the gradient of its output.
-
-    Args:
-        name: of the module.
-        a: the input; released when the pair is handed over, since autograd frees saved tensors after backward, but no
-            hooks.
-        projected: the part of the input that a check needs, if not all.
-        arrange: brings the gradient to the shape in which it is handed over.
-    """
-
-    def __init__(self, name: str, a: Tensor, projected: Tensor | None, arrange: Arrange | None) -> None:
-        self.name, self.projected, self.arrange = name, projected, arrange
-        self.a: Tensor | None = a
-        # Tensors made in inference mode count no changes.
-        self._version = None if a.is_inference() or a.is_nested else a._version
-        self.g: Tensor | None = None
-        self.promise: object = None
-        """What ``expect`` returned, until the pair is handed over; it goes with the graph that holds this pair."""
-        self.forward_in = backward_pass()
-        """The backward pass in which a reentrant checkpoint ran this forward again; below 0: none."""
-        self.backward_pass: int = -1
-        self.is_watched = False
-        """Whether a check compares what its product sends to the weight."""
-        self.was_added = False
-        """Whether the backward pass under way added its gradient; the check sets it back."""
-
-    @property
-    def input_was_changed(self) -> bool:
-        return self.a is not None and self._version is not None and self.a._version != self._version
-
-    def is_of(self, name: str, a: Tensor) -> bool:
-        """Whether this is the pair of the named module's input ``a``."""
-        return self.name == name and self.a is not None and self.a.data_ptr() == a.data_ptr()
-
-    def add(self, g: Tensor) -> None:
-        """Add the gradient of a backward pass."""
-        if self.backward_pass < 0:
-            self.backward_pass = self.forward_in if self.forward_in >= 0 else backward_pass()
-        self.g = g if self.g is None else self.g + g
-        self.was_added = True
 
 
 class CompiledGraphs:
@@ -162,9 +118,9 @@ class Hooks:
         self._is_open, self._is_due, self._note_output = is_open, skip(is_due), note_output
         self._weight_of = weight_of or (lambda name: getattr(modules.get(name), "weight", None))
         self._needs_returned, self._checks = needs_returned, checks
-        self._waiting: dict[_Pair, None] = {}
+        self._waiting: dict[Pair, None] = {}
         """Pairs that have a gradient, of a graph that is kept."""
-        self._handed_over: _Pair | None = None
+        self._handed_over: Pair | None = None
         """The pair that the listener is called with."""
         owner = _Unpickled()
         self._handles: list[RemovableHandle] = [
@@ -317,7 +273,7 @@ class Hooks:
             use = None if weight is None else find_product(output, weight)
             if use is None and not (isinstance(output, Tensor) and output.requires_grad):
                 return
-            given, a = a, _plain(a)
+            given, a = a, as_plain_tensor(a)
             # Before rows are taken of the input, or other rows would be taken of the arranged gradient.
             a = a if arrange is None else arrange(a.detach())
             rows, device = a.shape[:-1], a.device.type
@@ -325,7 +281,7 @@ class Hooks:
             projected = self._projected(name, a, accumulator)
             if torch.is_autocast_enabled(device) and a.dtype != torch.get_autocast_dtype(device):
                 a = self._subsample_input(name, a)
-            pair = _Pair(name, a, projected, arrange)
+            pair = Pair(name, a, projected, arrange)
             if use is not None and isinstance(output, Tensor) and self._checks is not None and self._checks.wants(name):
                 pair.is_watched = self._checks.watch(name, use, output, given, pair)
             del a
@@ -333,9 +289,9 @@ class Hooks:
             # Not with the node of the use, which would hold on to the graph that holds this.
             on_gradient = self._on_gradient(pair, accumulator)
             if use is not None and arrange is None and not self._needs_returned(name):
-                _before_product(use, rows, on_gradient)
+                before_product(use, rows, on_gradient)
             else:
-                _before_backward_of(output, on_gradient)
+                before_backward_of(output, on_gradient)
 
     def _receiver(self, name: str) -> Receiver:
         """What compiled graphs hand the named module's pairs to; it lives until the hooks are removed."""
@@ -354,7 +310,7 @@ class Hooks:
         weight = self._weight_of(name)
         accumulator = None if weight is None else accumulator_of(weight)
         waiting = (pair for pair in self._waiting if pair.is_of(name, a))
-        pair = next(waiting, None) or _Pair(name, a, self._projected(name, a, accumulator), None)
+        pair = next(waiting, None) or Pair(name, a, self._projected(name, a, accumulator), None)
         self._on_gradient(pair, accumulator)(g)
 
     def _projected(self, name: str, a: Tensor, accumulator: Any) -> Tensor | None:
@@ -364,7 +320,7 @@ class Hooks:
         with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             return self._checks.project(name, a)
 
-    def _on_gradient(self, pair: _Pair, accumulator: Any) -> Callable[[Tensor], None]:
+    def _on_gradient(self, pair: Pair, accumulator: Any) -> Callable[[Tensor], None]:
         def on_gradient(g: Tensor) -> None:
             if pair.a is None or not self._is_due(pair.name):
                 pair.a = None
@@ -379,11 +335,11 @@ class Hooks:
                     self._checks.skip(pair.name)
                 return
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-                self._add(pair, _plain(g.detach()), accumulator)
+                self._add(pair, as_plain_tensor(g.detach()), accumulator)
 
         return on_gradient
 
-    def _add(self, pair: _Pair, g: Tensor, accumulator: Any) -> None:
+    def _add(self, pair: Pair, g: Tensor, accumulator: Any) -> None:
         if pair.input_was_changed:
             self._warn_of_change(pair)
             return
@@ -398,7 +354,7 @@ class Hooks:
         else:
             self._hand_over(pair)
 
-    def _hand_over(self, pair: _Pair) -> None:
+    def _hand_over(self, pair: Pair) -> None:
         self._waiting.pop(pair, None)
         if pair.input_was_changed:
             self._warn_of_change(pair)
@@ -418,7 +374,7 @@ class Hooks:
         finally:
             self._handed_over = None
 
-    def _warn_of_change(self, pair: _Pair) -> None:
+    def _warn_of_change(self, pair: Pair) -> None:
         pair.a = pair.g = pair.promise = None
         # Autograd notices the change itself, unless autocast let it save a copy in lower precision.
         warnings.warn(
@@ -432,49 +388,3 @@ def _remove_all(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
-
-
-def _before_product(use: WeightProduct, rows: torch.Size, on_gradient: Callable[[Tensor], None]) -> None:
-    """Call ``on_gradient`` with the gradient of the product itself, in the input's dimensions before the last,
-    ``rows``: the operation may have flattened them into one."""
-
-    def in_rows(g: Tensor) -> None:
-        if g.dim() == 2 and len(rows) != 1 and rows.numel() == len(g):
-            g = g.unflatten(0, rows) if rows else g[0]
-        on_gradient(g)
-
-    _register_before(use.node, use.output_number, in_rows)
-
-
-def _before_backward_of(output: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
-    """Call ``on_gradient`` with the gradient of ``output`` as it is now."""
-    base = output._base
-    if base is None or not base.requires_grad or not base.is_contiguous():
-        # A tensor hook, since a full backward hook fails if the next operation is in place (ReLU(inplace=True)).
-        output.register_hook(on_gradient)
-        return
-    # An operation in place, on a view or on its base, moves the view in the graph, but not its base.
-    # (A hook of a view that was changed already may crash the process: pytorch/pytorch#196459.)
-    place = output.shape, output.stride(), output.storage_offset() - base.storage_offset()
-    _register_before(base.grad_fn, base.output_nr, lambda g: on_gradient(g.contiguous().as_strided(*place)))
-
-
-def _register_before(node: Any, number: int, on_gradient: Callable[[Tensor], None]) -> None:
-    """Call ``on_gradient`` with the gradient of a node's output of this number, before the node runs."""
-
-    def before(gradients: tuple[Tensor | None, ...]) -> None:
-        g = gradients[number]
-        if g is not None:
-            on_gradient(g)
-
-    node.register_prehook(before)
-
-
-def _plain(x: Tensor) -> Tensor:
-    """``x`` without a subclass that only labels it; the rows of a nested tensor as one tensor."""
-    if x.is_nested:
-        x = x.detach()
-        return x.values() if x.layout is torch.jagged else torch.cat([one.flatten(0, -2) for one in x.unbind()])
-    if type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return x
-    return x.as_subclass(Tensor)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_thor.optim.thor import FOREIGN_OPTIONS, Thor
+from lightning_thor.optim.options import FOREIGN_OPTIONS
+from lightning_thor.optim.thor import Thor
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 

@@ -19,30 +19,11 @@ from lightning_thor.distributed.dtensor import is_sharded, local_gradients, loca
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_other_coordinates
 from lightning_thor.optim.fading import fade_factors
+from lightning_thor.optim.options import FOREIGN_OPTIONS, FORMER, OPTIONS, check_group
+from lightning_thor.optim.state_dict import check_state, numbered_as_in
 from lightning_thor.optim.update_scaling import clip_kl_, clip_norm_, multiply, scale_to_norms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
 from lightning_thor.preconditioning.modes import MODES, NATURAL, Mode, ModeName, common_mode
-
-POSITIVE_OR_NONE = ("match_rms", "max_relative_step", "kl_clip", "clip_norm")
-RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "lr": ("be 0 or greater", lambda x: x >= 0),
-    "momentum": ("lie in [0, 1)", lambda x: 0 <= x < 1),
-    "beta2": ("lie in [0, 1)", lambda x: 0 <= x < 1),
-    "weight_decay": ("be 0 or greater", lambda x: x >= 0),
-    **dict.fromkeys(POSITIVE_OR_NONE, ("be greater than 0, or None to turn it off", lambda x: x > 0)),
-}
-"""Options that are finite numbers, with their range in words and as a condition."""
-
-OPTIONS = ("mode", "nesterov", "decoupled_weight_decay", *RANGES)
-
-FORMER: Mapping[str, Any] = {"max_relative_step": None}
-"""Options that checkpoints of earlier versions lack, with the value that continues their training unchanged."""
-
-FOREIGN_OPTIONS = (
-    'AdamW\'s betas are momentum and, with mode="adam", beta2. damping, block_size, update_every_n_steps and what else '
-    "concerns the curvature are options of ThorCallback, or outside Lightning of Curvature."
-)
-"""For those who give `Thor` options of others."""
 
 GRADIENT_RMS = "gradient_rms"
 """Key of each group, with one value for all: root mean square of the largest gradients of this training, see
@@ -177,7 +158,7 @@ class Thor(Optimizer):
             super().add_param_group(param_group)  # torch's own error
         unknown = param_group.keys() - {*OPTIONS, GRADIENT_RMS, "params", "name", "param_names", "initial_lr"}
         group = {**self.defaults, **param_group}
-        _check_group(group, unknown)
+        check_group(group, unknown)
         common_mode([group["mode"], *(other["mode"] for other in self.param_groups)])
         super().add_param_group(param_group)
         self.param_groups[-1][GRADIENT_RMS] = self.param_groups[0].get(GRADIENT_RMS, 0.0)
@@ -285,16 +266,7 @@ class Thor(Optimizer):
         asked_by = sys._getframe(1).f_globals.get("__name__", "")
         if numbered is None or asked_by.startswith("torch.distributed."):
             return state
-        numbers = {p: number for number, p in enumerate(numbered)}
-        params = [p for group in self.param_groups for p in group["params"]]
-        own = [number for group in state["param_groups"] for number in group["params"]]
-        # A user's hook may have replaced numbers by names.
-        if not all(p in numbers for p in params) or own != list(range(len(params))):
-            return state
-        number_of = {old: numbers[p] for old, p in zip(own, params, strict=True)}
-        for group in state["param_groups"]:
-            group["params"] = [number_of[number] for number in group["params"]]
-        return {**state, "state": {number_of.get(key, key): value for key, value in state["state"].items()}}
+        return numbered_as_in(numbered, self.param_groups, state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as `torch.optim.Optimizer.load_state_dict` does, but Adam's moments in at least float32: torch
@@ -303,21 +275,7 @@ class Thor(Optimizer):
         Raises:
             ValueError: the state is of another optimizer, or a group's of another mode; nothing was changed.
         """
-        if not any("match_rms" in group for group in state_dict["param_groups"]):
-            options = sorted({key for group in state_dict["param_groups"] for key in group} - {"params"})
-            raise ValueError(
-                f"This state is of another optimizer than Thor (with the options {', '.join(options)}): load the "
-                "checkpoint's weights alone, model.load_state_dict(torch.load(path)['state_dict']), and fit without "
-                "ckpt_path."
-            )
-        for saved_group, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            its_mode = saved_group.get("mode", NATURAL.name)  # there was no other before there were modes
-            if its_mode != group["mode"]:
-                raise ValueError(
-                    f"This state is of Thor(mode={its_mode!r}), this optimizer of mode={group['mode']!r}, which has "
-                    f"another momentum. Resume with Thor(mode={its_mode!r}), or start a new fit from the "
-                    "checkpoint's weights alone."
-                )
+        check_state(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -448,31 +406,3 @@ def sgd_step(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor]
     options: dict[str, Any] = {"lr": group["lr"], "momentum": group["momentum"], "nesterov": group["nesterov"]}
     options |= {"weight_decay": 0.0, "dampening": 0.0, "maximize": False, "fused": not unfit, "foreach": bool(unfit)}
     sgd(weights, updates, list[Tensor | None](momenta), **options)
-
-
-def _check_group(group: Mapping[str, Any], unknown: set[str]) -> None:
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        raise ValueError(f"Thor does not know the option {names} of a parameter group. {FOREIGN_OPTIONS}")
-    if group["mode"] not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {group['mode']!r}.")
-    if isinstance(group["lr"], Tensor):
-        raise ValueError("lr must be a number, got a Tensor: Thor's step would have to wait for it.")
-    for option, (words, is_in_range) in RANGES.items():
-        value = group[option]
-        if value is None and option in POSITIVE_OR_NONE:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{option} must be a number, got {value!r}.")
-        if not (math.isfinite(value) and is_in_range(value)):
-            raise ValueError(f"{option} must {words}, got {value!r}.")
-    mode = MODES[group["mode"]]
-    if group["kl_clip"] is not None and (mode.momentum_first or mode.change_basis is not None):
-        raise ValueError(
-            f"kl_clip is for directions of gradients, got {group['kl_clip']!r} with mode={mode.name!r}: set it to None."
-        )
-    if group["match_rms"] is not None and group["kl_clip"] is not None:
-        raise ValueError(
-            "match_rms and kl_clip both set the scale of the update: set one of them to None "
-            f"(got match_rms={group['match_rms']!r}, kl_clip={group['kl_clip']!r})."
-        )

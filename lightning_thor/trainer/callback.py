@@ -3,53 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_thor.block_size.choose import BlockSplit
 from lightning_thor.curvature.callables import BatchFn, IntStepFn, StepFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.options import check_options
-from lightning_thor.curvature.part_timer import PartTimer
 from lightning_thor.factors.damping import DampingRule
-from lightning_thor.layers.base import Layer
-from lightning_thor.layers.discovery import matrix_layers, name_some
 from lightning_thor.optim.thor import Thor
-from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.trainer.block_size_trial import try_block_sizes
 from lightning_thor.trainer.checkpoints import folder_advice, is_folder_of_shards
-from lightning_thor.trainer.figures import StepFigures
-from lightning_thor.trainer.fit_report import FitFigures, print_fit
-from lightning_thor.trainer.monitor import ON_BAR, ThorMonitor
+from lightning_thor.trainer.fit_log import FitLog
 from lightning_thor.trainer.packages import is_lightnings
 from lightning_thor.trainer.report import report_split
 from lightning_thor.trainer.run_folder import run_folder
+from lightning_thor.trainer.served_thors import ServedThors
 from lightning_thor.trainer.start_report import print_curvature
-from lightning_thor.trainer.strategies import ThorStrategyMixin, check_strategy
-from lightning_thor.trainer.thors import (
-    LossMultiplier,
-    TermsOfTheBatch,
-    callbacks_of,
-    is_training,
-    no_thor,
-    parameters_of,
-    scaler_of,
-    thors_of,
-    trained_of,
-    warn_of_clipping,
-    warn_of_intervals,
-)  # fmt: skip
-from lightning_thor.trainer.unfreezing import warn_of_layers_still_frozen, warn_of_layers_without_optimizer, wrap_again
-from lightning_thor.trainer.update_ratio import Sample, sample_weights, update_ratio
+from lightning_thor.trainer.strategies import check_strategy
+from lightning_thor.trainer.thors import callbacks_of, no_thor, parameters_of, scaler_of, thors_of, warn_of_intervals
 
 
 class ThorCallback(Callback):
@@ -153,8 +129,6 @@ class ThorCallback(Callback):
             raise ValueError(f"waits_for_thor must be True or False, got {waits_for_thor!r}.")
         self._waits_for_thor = waits_for_thor
         self._loss_terms = loss_terms
-        self._terms: TermsOfTheBatch | None = None
-        """In a fit, if there is `loss_terms`."""
         self.summary = summary
         self.curvatures: list[Curvature] = []
         """Of the present or last fit, one for each `Thor`, in the order in which they came."""
@@ -164,27 +138,14 @@ class ThorCallback(Callback):
         """How it was chosen, if this fit did."""
         self._restored: dict[str, Any] | None = None
         self._fitting = False
-        self._served: dict[Thor, Curvature] = {}
-        """The optimizers that have these curvatures: none outside of fit."""
-        self._trained: dict[Thor, set[nn.Parameter]] = {}
-        """The parameters of each that have trained so far in this fit."""
-        self._seen: tuple[list[Optimizer], list[int]] = [], []
-        """The trainer's optimizers, and how many groups each had, when they were looked at last."""
-        self._unfrozen_there: list[Layer] = []
-        """Layers of a checkpoint that were frozen here when it was loaded."""
-        self._looks = False
-        """Whether to look for changes before the next batch that begins a window, whatever the former say."""
+        self._served: ServedThors | None = None
+        """Of the present fit; None outside of one."""
+        self._fit_log: FitLog | None = None
+        """None before training began, and so in a fit of a run that was finished."""
         self._window_is_open = False
         self._applied: list[int] = []
         """Steps of each curvature when the last batch ended."""
         self._called = 0
-        self._told = 0
-        self._begin: FitFigures | None = None
-        """The counts when training began; None before, and so in a fit of a run that was finished."""
-        self._weights: dict[Thor, Sample] = {}
-        """A sample of the weights before the step that is logged."""
-        self._step_figures: StepFigures | None = None
-        self._monitor: ThorMonitor | None = None
 
     @property
     def curvature(self) -> Curvature | None:
@@ -193,10 +154,8 @@ class ThorCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A fit's curvatures and all that belongs to them have functions of the trainer; copies start anew.
-        none: dict[str, Any] = {"_served": {}, "_trained": {}, "_weights": {}, "_terms": None}
-        none |= {"curvatures": [], "_seen": ([], []), "_unfrozen_there": []}
         own = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}  # the module's
-        return own | none | {"_step_figures": None, "_monitor": None}
+        return own | {"curvatures": [], "_served": None, "_fit_log": None}
 
     @property
     def state_key(self) -> str:
@@ -226,7 +185,7 @@ class ThorCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
-        self.curvatures, self._begin = [], None
+        self.curvatures = []
         thors = thors_of(trainer)
         if not thors and not self._waits_for_thor:
             raise ValueError(no_thor(trainer))
@@ -238,70 +197,6 @@ class ThorCallback(Callback):
             report_split(self.split, run_folder(trainer), quiet=self._is_quiet(trainer))
         self._serve(trainer, pl_module)
         warn_of_intervals(trainer)
-
-    def _serve(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give each new `Thor` of the trainer its curvature."""
-        if self._loss_terms is not None and self._terms is None:
-            self._terms = TermsOfTheBatch(self._loss_terms, trainer.strategy)
-        new = [optimizer for optimizer in thors_of(trainer) if optimizer not in self._served]
-        for optimizer in new:
-            if optimizer.preconditioner is not None:
-                raise ValueError(
-                    f"ThorCallback found a {type(optimizer).__name__} that has a preconditioner already. Remove the "
-                    "callback, or build the optimizer without preconditioner=..."
-                )
-            own = {*parameters_of(optimizer)}
-            others = {p for other in {*thors_of(trainer), *self._served} for p in parameters_of(other)} - own
-            # Now: while ``fully_shard`` holds weights whole, a model has other parameters.
-            optimizer.numbered = tuple(pl_module.parameters())
-            curvature = Curvature(
-                pl_module,
-                mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
-                loss_multiplier=LossMultiplier(trainer, pl_module),
-                loss_terms=self._terms,
-                parameters=own,
-                # Networks with a Thor each, as a GAN's, have an output layer each.
-                output_layer=next(reversed(matrix_layers(pl_module, without=others)), None) if others else None,
-                **{**self._options, "block_size": self.block_size},
-            )
-            self._monitor = next((one for one in callbacks_of(trainer) if isinstance(one, ThorMonitor)), None)
-            if curvature.factors.device.type != "cuda" or self._monitor is not None:
-                curvature.timer = PartTimer(curvature.factors.device)
-            curvature.measures_change = True
-            # The trainer's stage, not the model's mode: fit trains a model that was left in eval mode too.
-            curvature.is_listening = partial(is_training, trainer, optimizer)
-            self.curvatures.append(curvature)
-            self._served[optimizer] = curvature
-            self._trained[optimizer] = trained_of(optimizer)
-            optimizer.preconditioner = curvature
-            if isinstance(trainer.strategy, ThorStrategyMixin):
-                named = {name: p for name, p in pl_module.named_parameters() if p in own}
-                optimizer.preconditioner = trainer.strategy.connect_curvature(curvature, named)
-        if len(self.curvatures) > 1:
-            for curvature in self.curvatures:
-                curvature.send_in_update()
-        for optimizer in new:
-            self._restore(self._served[optimizer])
-            self._tell(trainer, optimizer)
-        self._applied = [curvature.step for curvature in self.curvatures]
-        self._seen = list(trainer.optimizers), [len(optimizer.param_groups) for optimizer in trainer.optimizers]
-
-    def _tell(self, trainer: pl.Trainer, optimizer: Thor) -> None:
-        """Say what is preconditioned, and warn of what has no effect."""
-        curvature = self._served[optimizer]
-        warn_of_clipping(trainer, optimizer)
-        if not curvature.layers and not any(map(is_lazy, parameters_of(optimizer))):
-            rank_zero_warn(
-                "ThorCallback found no layer to precondition: all parameters take "
-                f"{MODES[curvature.mode].fallback}. What it prints when fit starts says why (summary=True)."
-            )
-        for other in self.curvatures:
-            # The layers of another Thor are not left out.
-            if other is not curvature:
-                for own, others in ((curvature, other.layers), (other, curvature.layers)):
-                    own.left_out = {name: why for name, why in own.left_out.items() if name not in others}
-        if trainer.is_global_zero and not self._is_quiet(trainer):
-            print_curvature(curvature, full=self.summary == "full")
 
     def _decide_block_size(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[torch.nn.Parameter]
@@ -315,48 +210,42 @@ class ThorCallback(Callback):
         split = try_block_sizes(trainer, pl_module, parameters, **{name: self._options[name] for name in names})
         return split.block_size, split
 
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Serve a `Thor` that the trainer has got, and give curvature to layers that began to train."""
-        n_groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
-        if self._window_is_open or not (self._looks or self._seen != (trainer.optimizers, n_groups)):
-            return
-        self._serve(trainer, pl_module)
-        self._looks = any(is_lazy(p) for optimizer in self._served for p in parameters_of(optimizer))
-        further = {
-            optimizer: more for optimizer, trained in self._trained.items() if (more := trained_of(optimizer) - trained)
-        }
-        if further:
-            if isinstance(trainer.strategy, ThorStrategyMixin):
-                began = {p for more in further.values() for p in more}
-                trainer.strategy.check_parameters({name: p for name, p in pl_module.named_parameters() if p in began})
-            wrap_again(trainer.strategy)
-        for optimizer, more in further.items():
-            self._trained[optimizer] |= more
-            new = self._served[optimizer].include(more)
-            if new:
-                rank_zero_info(f"THOR: {name_some(new)} began to train, and have curvature from this step on.")
-        self._seen = list(trainer.optimizers), n_groups
-        for curvature in self.curvatures:
-            warn_of_layers_without_optimizer(curvature, trainer.optimizers)
-        warn_of_layers_still_frozen(self._unfrozen_there)
-        self._unfrozen_there = []
+    def _serve(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give each `Thor` of the trainer its curvature."""
+        options = {**self._options, "block_size": self.block_size}
+        served = ServedThors(trainer, pl_module, options, loss_terms=self._loss_terms, restored=self._restored)
+        self._served, self._restored, self.curvatures = served, None, served.curvatures
+        self._print(trainer, served.serve())
+        self._applied = [curvature.step for curvature in self.curvatures]
+
+    def _print(self, trainer: pl.Trainer, new: list[Thor]) -> None:
+        """Print what is preconditioned of optimizers that got their curvature."""
+        if self._served is not None and trainer.is_global_zero and not self._is_quiet(trainer):
+            for optimizer in new:
+                print_curvature(self._served.by_optimizer[optimizer], full=self.summary == "full")
 
     # ── each step ──
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not when fit starts: some strategies restore a checkpoint after that.
-        self._looks, self._window_is_open = True, False
+        assert self._served is not None
+        self._served.looks, self._window_is_open = True, False
         self._applied, self._called = [curvature.step for curvature in self.curvatures], trainer.global_step
-        self._told = sum(self._troubles())
-        self._begin, self._step_figures = self._figures(), StepFigures()
+        self._fit_log = FitLog(self._served, has_trace_rule=self._options["trace_rule"] is not None)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._served is not None:
+            self._served.looks = True
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._look(trainer, pl_module)
-        self._weights = {}
-        if trainer._logger_connector.should_update_logs:
-            self._weights = {one: sample_weights(one) for one in self._served if one in trainer.optimizers}
+        if self._served is None or self._fit_log is None:
+            return
+        if not self._window_is_open and (new := self._served.look()):
+            self._print(trainer, new)
+            self._applied = [curvature.step for curvature in self.curvatures]
+        self._fit_log.start_batch(trainer)
         for curvature in self.curvatures:
             if curvature.timer is not None:
                 curvature.timer.begin_step()
@@ -364,8 +253,9 @@ class ThorCallback(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._terms is not None:
-            self._terms.batch = None
+        if self._served is None or self._fit_log is None:
+            return
+        self._served.end_batch()
         for curvature in self.curvatures:
             if curvature.timer is not None:
                 curvature.timer.end_step()
@@ -376,72 +266,18 @@ class ThorCallback(Callback):
         # In manual optimization another optimizer may have stepped; what is not finite is left out all the same.
         if skipped and pl_module.automatic_optimization and scaler_of(trainer) is not None:
             for optimizer in thors_of(trainer):
-                self._served[optimizer].discard()
-        for number, (optimizer, curvature) in enumerate(self._served.items()):
-            if self._weights.get(optimizer) and curvature.step != self._applied[number]:
-                prefix = f"thor-{number}" if number else "thor"
-                self._log_step(trainer, pl_module, curvature, update_ratio(self._weights[optimizer]), prefix)
-        self._weights = {}
+                self._served.by_optimizer[optimizer].discard()
+        self._fit_log.end_batch(trainer, pl_module, self._applied)
         self._called, self._applied = trainer.global_step, steps
 
-    def _log_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, curvature: Curvature, ratio: Tensor, prefix: str
-    ) -> None:
-        assert self._step_figures is not None
-        figures = self._step_figures.of_step(curvature, ratio, prefix)
-        if self._monitor is not None and self._monitor.progress_bar and prefix == "thor":
-            on_bar = {short: figures[name] for short, name in ON_BAR.items()}
-            pl_module.log_dict(on_bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
-        if trainer.logger is not None:
-            pl_module.log_dict(figures, on_step=True, on_epoch=False)
-
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.curvatures:
-            return
-        failed, rejected = self._troubles()
-        if failed + rejected > self._told:
-            rank_zero_warn(
-                f"THOR kept old curvature {failed + rejected - self._told} times in epoch {trainer.current_epoch}: "
-                f"so far {failed} blocks could not be inverted and {rejected} layers' statistics were not finite. If "
-                "this goes on, raise damping, lower lr, or look for overflows in the loss."
-            )
-            self._told = failed + rejected
-        if trainer.logger is not None:
-            figures = {"failed_inversions": float(failed), "rejected_windows": float(rejected)}
-            if self._options["trace_rule"] is not None:
-                counts = self._figures()
-                figures["refreshed_share"] = counts.n_refreshes / max(counts.n_possible, 1)
-            # The same on all ranks, of which some may have no logger: no collective (rank_zero_only), and no warning of
-            # Lightning's that they might differ (sync_dist).
-            figures = {f"thor/{name}": figure for name, figure in figures.items()}
-            pl_module.log_dict(figures, sync_dist=True, rank_zero_only=True)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._looks = True
-
-    def _troubles(self) -> tuple[int, int]:
-        """Blocks that could not be inverted, and layers' windows that were not finite, so far. Waits for the device."""
-        factors = [curvature.factors for curvature in self.curvatures]
-        return sum(int(one.failed_inversions) for one in factors), sum(int(one.rejected_windows) for one in factors)
-
-    def _figures(self) -> FitFigures:
-        """Counts so far. Waits for the device."""
-        done, turns = (sum(one.refreshes[i] for one in self.curvatures) for i in (0, 1))
-        n_steps = max((one.step for one in self.curvatures), default=0)
-        return FitFigures(n_steps, done, turns, *self._troubles())
+        if self._fit_log is not None:
+            self._fit_log.end_epoch(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_silent = self._is_quiet(trainer) or trainer.progress_bar_callback is None
-        if is_silent or self._begin is None or not trainer.is_global_zero:
-            return
-        figures = self._figures() - self._begin
-        if not figures.n_steps:
-            return
-        updates = {
-            name: n for one in self.curvatures for name, n in zip(one.layers, one.factors.updates.tolist(), strict=True)
-        }
-        own = {} if self._step_figures is None else self._step_figures.of_fit(self.curvatures)
-        print_fit(replace(figures, idle=tuple(name for name, n in updates.items() if not n), **own), len(updates))
+        if self._fit_log is not None and trainer.is_global_zero and not is_silent:
+            self._fit_log.print()
 
     def _is_quiet(self, trainer: pl.Trainer) -> bool:
         if self.summary is not None:
@@ -461,13 +297,9 @@ class ThorCallback(Callback):
             rank_zero_warn(folder_advice(exception.filename))
 
     def _close(self) -> None:
-        for optimizer, curvature in self._served.items():
-            curvature.close()
-            optimizer.preconditioner = None
-        self._served, self._trained, self._weights = {}, {}, {}
-        if self._terms is not None:
-            self._terms.close()
-            self._terms = None
+        if self._served is not None:
+            self._served.close()
+        self._served = self._fit_log = None
 
     # ── checkpoints ──
 
@@ -486,21 +318,10 @@ class ThorCallback(Callback):
             )
         # Before on_fit_start, but not on every strategy; and in validate and test, which setup of a fit forgets.
         if state_dict["curvature"] is not None:
-            self._restored = dict(state_dict)
-            for curvature in self._served.values():
-                self._restore(curvature)
-
-    def _restore(self, curvature: Curvature) -> None:
-        """Load the state that the checkpoint has of a curvature, by its place among all; it may come later than the
-        checkpoint."""
-        place = self.curvatures.index(curvature)
-        states = [] if self._restored is None else [self._restored["curvature"], *self._restored.get("others", ())]
-        if place < len(states):
-            before = set(curvature.layers)
-            curvature.load_state_dict(states[place])
-            self._unfrozen_there += [layer for name, layer in curvature.layers.items() if name not in before]
-        if place >= len(states) - 1:
-            self._restored = None
+            if self._served is None:
+                self._restored = dict(state_dict)
+            else:
+                self._served.restore(dict(state_dict))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -513,12 +334,12 @@ class ThorCallback(Callback):
                 "anew with a refresh in the first step."
             )
         # A strategy that loads checkpoints after on_fit_start has chosen a block size by then.
-        chose = self._served and self._options["block_size"] == "auto"
+        chose = self._served is not None and self._options["block_size"] == "auto"
         if chose and isinstance(own, Mapping) and own.get("curvature") is not None:
             saved = _saved_block_size(own)
             if saved != self.block_size:
                 self._close()
-                self.curvatures, self.block_size, self.split = [], saved, None
+                self.block_size, self.split = saved, None
                 self._serve(trainer, pl_module)
 
 

@@ -1,0 +1,77 @@
+"""What all processes agree on at their first refresh: the unit of gradients, and layers whose pairs do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+
+import torch
+
+from lightning_thor.distributed.communicator import Communicator
+from lightning_thor.factors.state import FactorState
+from lightning_thor.layers.pair_checks import NOT_A_PAIR, PairChecks
+from lightning_thor.linalg import memory
+from lightning_thor.linalg.memory import HostCopy
+
+
+class Agreement:
+    """One unit of gradients for all processes, and the layers whose pairs one of them found not to be their weight's.
+
+    Several processes agree once, before the all-reduce of their first window. A process that is alone looks for such
+    layers before every refresh.
+
+    Args:
+        factors: of all layers; what was observed of a layer that does not fit is taken out.
+        checks: of the layers' pairs.
+        misfits: why pairs of a layer are not rows of its weight, by number of the layer, as this process found so far.
+
+    Attributes:
+        is_reached: whether there was one, or a checkpoint brought its result.
+        found: its result on its way to the host, until `read`.
+    """
+
+    def __init__(self, factors: FactorState, checks: PairChecks, misfits: Mapping[int, str]) -> None:
+        self._factors, self._checks, self._misfits = factors, checks, misfits
+        self.is_reached = False
+        self.found: HostCopy | None = None
+
+    def reach(self, communicator: Communicator, dismissed: Container[int]) -> None:
+        """Agree, if it is time: one small all-gather, and no device sync.
+
+        Args:
+            communicator: of all processes.
+            dismissed: numbers of the layers that are refreshed no more.
+        """
+        factors, unit = self._factors, self._factors.gradient_unit
+        is_first, self.is_reached = not self.is_reached, True
+        is_alone = communicator.world_size == 1
+        if not (is_alone or is_first):
+            return
+        verdicts, known = self._checks.collect(), [index for index in self._misfits if index not in dismissed]
+        if not (is_first or verdicts or known):
+            return
+        no, yes = factors.counts.new_zeros(()), factors.counts.new_ones(())
+        flags = [yes if i in known else verdicts.get(i, no).to(factors.dtype) for i in range(len(factors.counts))]
+        told = torch.stack([torch.as_tensor(1.0 if unit is None else unit).to(no).log2(), *flags])
+        if not is_alone:
+            self._checks.stop()
+            all_told = communicator.all_gather(told).view(communicator.world_size, -1)
+            most, least = all_told.amax(0), all_told.amin(0)
+            # The one farthest from 1: a process that has seen nothing, or zeros, says 1.
+            told = torch.cat([torch.where(most[:1] >= -least[:1], most[:1], least[:1]), most[1:]])
+            factors.change_unit_(told[0].exp2())
+        # A layer that does not fit was not observed, as long as the host does not know of it.
+        factors.counts.mul_((told[1:] == 0)[:, None])
+        self.found = HostCopy(told)
+
+    @property
+    def can_be_read(self) -> bool:
+        """Whether `read` waits for no device."""
+        return self.found is not None and self._factors.device.type in memory.HOST
+
+    def read(self) -> dict[int, str]:
+        """Take the unit over; returns why layers do not fit, by number."""
+        if self.found is None:
+            return {}
+        (exponent, *flags), self.found = self.found.read(), None
+        self._factors.gradient_unit = 2.0**exponent
+        return {i: self._misfits.get(i, NOT_A_PAIR) for i, is_misfit in enumerate(flags) if is_misfit}

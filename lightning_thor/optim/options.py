@@ -1,0 +1,69 @@
+"""The options of a parameter group of `Thor`: their ranges, and which go together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_thor.preconditioning.modes import MODES
+
+POSITIVE_OR_NONE = ("match_rms", "max_relative_step", "kl_clip", "clip_norm")
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": ("be 0 or greater", lambda x: x >= 0),
+    "momentum": ("lie in [0, 1)", lambda x: 0 <= x < 1),
+    "beta2": ("lie in [0, 1)", lambda x: 0 <= x < 1),
+    "weight_decay": ("be 0 or greater", lambda x: x >= 0),
+    **dict.fromkeys(POSITIVE_OR_NONE, ("be greater than 0, or None to turn it off", lambda x: x > 0)),
+}
+"""Options that are finite numbers, with their range in words and as a condition."""
+
+OPTIONS = ("mode", "nesterov", "decoupled_weight_decay", *RANGES)
+
+FORMER: Mapping[str, Any] = {"max_relative_step": None}
+"""Options that checkpoints of earlier versions lack, with the value that continues their training unchanged."""
+
+FOREIGN_OPTIONS = (
+    'AdamW\'s betas are momentum and, with mode="adam", beta2. damping, block_size, update_every_n_steps and what else '
+    "concerns the curvature are options of ThorCallback, or outside Lightning of Curvature."
+)
+"""For those who give `Thor` options of others."""
+
+
+def check_group(group: Mapping[str, Any], unknown: Collection[str]) -> None:
+    """Check the options of a parameter group.
+
+    Args:
+        group: with all options.
+        unknown: keys of it that are no options.
+
+    Raises:
+        ValueError: an option is unknown, out of its range, or does not go with another one.
+    """
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"Thor does not know the option {names} of a parameter group. {FOREIGN_OPTIONS}")
+    if group["mode"] not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {group['mode']!r}.")
+    if isinstance(group["lr"], Tensor):
+        raise ValueError("lr must be a number, got a Tensor: Thor's step would have to wait for it.")
+    for option, (words, is_in_range) in RANGES.items():
+        value = group[option]
+        if value is None and option in POSITIVE_OR_NONE:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{option} must be a number, got {value!r}.")
+        if not (math.isfinite(value) and is_in_range(value)):
+            raise ValueError(f"{option} must {words}, got {value!r}.")
+    mode = MODES[group["mode"]]
+    if group["kl_clip"] is not None and (mode.momentum_first or mode.change_basis is not None):
+        raise ValueError(
+            f"kl_clip is for directions of gradients, got {group['kl_clip']!r} with mode={mode.name!r}: set it to None."
+        )
+    if group["match_rms"] is not None and group["kl_clip"] is not None:
+        raise ValueError(
+            "match_rms and kl_clip both set the scale of the update: set one of them to None "
+            f"(got match_rms={group['match_rms']!r}, kl_clip={group['kl_clip']!r})."
+        )
