@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from lightning_thor.distributed.communicator import Communicator
 from lightning_thor.factors.state import FactorState
-from lightning_thor.layers.pair_checks import NOT_A_PAIR, PairChecks
+from lightning_thor.layers.pairs import NOT_A_PAIR, PairChecks
 from lightning_thor.linalg import memory
 from lightning_thor.linalg.memory import HostCopy
 
@@ -34,23 +34,27 @@ class Agreement:
         self.is_reached = False
         self.found: HostCopy | None = None
 
-    def reach(self, communicator: Communicator, dismissed: Container[int]) -> None:
+    def reach(self, communicator: Communicator, dismissed: Iterable[int]) -> dict[int, str]:
         """Agree, if it is time: one small all-gather, and no device sync.
 
         Args:
             communicator: of all processes.
             dismissed: numbers of the layers that are refreshed no more.
+
+        Returns:
+            As `read`, if that waits for no device; else nothing.
         """
         factors, unit = self._factors, self._factors.gradient_unit
         is_first, self.is_reached = not self.is_reached, True
         is_alone = communicator.world_size == 1
         if not (is_alone or is_first):
-            return
-        verdicts, known = self._checks.collect(), [index for index in self._misfits if index not in dismissed]
+            return {}
+        verdicts, known = self._checks.collect(), self._misfits.keys() - dismissed
         if not (is_first or verdicts or known):
-            return
-        no, yes = factors.counts.new_zeros(()), factors.counts.new_ones(())
-        flags = [yes if i in known else verdicts.get(i, no).to(factors.dtype) for i in range(len(factors.counts))]
+            return {}
+        counts = factors.counts
+        no, yes = counts.new_zeros(()), counts.new_ones(())
+        flags = [yes if i in known else verdicts.get(i, no).to(factors.dtype) for i in range(len(counts))]
         told = torch.stack([torch.as_tensor(1.0 if unit is None else unit).to(no).log2(), *flags])
         if not is_alone:
             self._checks.stop()
@@ -60,13 +64,9 @@ class Agreement:
             told = torch.cat([torch.where(most[:1] >= -least[:1], most[:1], least[:1]), most[1:]])
             factors.change_unit_(told[0].exp2())
         # A layer that does not fit was not observed, as long as the host does not know of it.
-        factors.counts.mul_((told[1:] == 0)[:, None])
+        counts.mul_((told[1:] == 0)[:, None])
         self.found = HostCopy(told)
-
-    @property
-    def can_be_read(self) -> bool:
-        """Whether `read` waits for no device."""
-        return self.found is not None and self._factors.device.type in memory.HOST
+        return self.read() if told.device.type in memory.HOST else {}
 
     def read(self) -> dict[int, str]:
         """Take the unit over; returns why layers do not fit, by number."""

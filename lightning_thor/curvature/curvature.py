@@ -52,7 +52,7 @@ from lightning_thor.layers.discovery import (
     weights_of,
 )
 from lightning_thor.layers.hooks import Hooks
-from lightning_thor.layers.pair_checks import PairChecks
+from lightning_thor.layers.pairs import PairChecks
 from lightning_thor.layers.registry import STATISTICS, KfacApprox
 from lightning_thor.linalg.memory import HostCopy
 from lightning_thor.preconditioning.grouping import (
@@ -455,7 +455,7 @@ class Curvature:
             RuntimeError: at the first refresh, if no layer was observed and no weight of theirs has a gradient.
         """
         if self._agreement.found is not None:
-            self._leave_out_misfits()
+            self._leave_out_misfits(self._agreement.read())
         if self._schedule.has_work:
             self._refresh()
         else:
@@ -471,9 +471,8 @@ class Curvature:
         schedule, factors, decisions = self._schedule, self.factors, None
         if schedule.is_any_due:
             self._hooks.flush()
-            self._agreement.reach(self._communicator, schedule.dismissed())
-            if self._agreement.can_be_read:
-                self._leave_out_misfits()
+            if found := self._agreement.reach(self._communicator, schedule.dismissed()):
+                self._leave_out_misfits(found)
             self._reducer.sum()
         # Fewer than before, if some were left out.
         due = schedule.due()
@@ -524,9 +523,8 @@ class Curvature:
             self.measures_change, self.changed_at = False, self.step
         return decisions
 
-    def _leave_out_misfits(self) -> None:
-        """Leave out the layers that do not fit, if processes have agreed on them; waits for the device."""
-        found = self._agreement.read()
+    def _leave_out_misfits(self, found: Mapping[int, str]) -> None:
+        """Leave out layers whose pairs are not their weight's, with a warning; ``found`` has the reasons, by number."""
         for index, reason in found.items():
             self._leave_out(index, reason)
         if found:
@@ -563,7 +561,7 @@ class Curvature:
         Returns:
             The names of the new layers.
         """
-        self._leave_out_misfits()
+        self._leave_out_misfits(self._agreement.read())
         parameters = {*parameters}
         own = [p for layer in self.layers.values() for p in layer.parameters]
         only = None if self._parameters is None else self._parameters | parameters

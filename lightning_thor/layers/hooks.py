@@ -15,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import RecordProducts
 from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
-from lightning_thor.layers.pair import Arrange, Pair, as_plain_tensor, before_backward_of, before_product
-from lightning_thor.layers.pair_checks import PairChecks
+from lightning_thor.layers.pairs import Arrange, Pair, PairChecks, as_plain_tensor
 from lightning_thor.layers.weight_product import (
     accumulates,
     accumulator_of,
     backward_pass,
+    before_backward_of,
+    before_product,
     find_product,
     graph_is_kept,
 )

@@ -1,8 +1,8 @@
-"""Finds, in an autograd graph, where a layer multiplied by its weight, and which backward passes reach the weight."""
+"""In an autograd graph: where a layer multiplied by its weight, its gradient, and which passes reach the weight."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +100,42 @@ def backward_pass() -> int:
 def graph_is_kept() -> bool:
     """True if another backward pass may follow through the same graph (``retain_graph=True``)."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def before_product(use: WeightProduct, rows: torch.Size, on_gradient: Callable[[Tensor], None]) -> None:
+    """Call ``on_gradient`` with the gradient of the product itself, in the input's dimensions before the last,
+    ``rows``: the operation may have flattened them into one."""
+
+    def in_rows(g: Tensor) -> None:
+        if g.dim() == 2 and len(rows) != 1 and rows.numel() == len(g):
+            g = g.unflatten(0, rows) if rows else g[0]
+        on_gradient(g)
+
+    _register_before(use.node, use.output_number, in_rows)
+
+
+def before_backward_of(output: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
+    """Call ``on_gradient`` with the gradient of ``output`` as it is now."""
+    base = output._base
+    if base is None or not base.requires_grad or not base.is_contiguous():
+        # A tensor hook, since a full backward hook fails if the next operation is in place (ReLU(inplace=True)).
+        output.register_hook(on_gradient)
+        return
+    # An operation in place, on a view or on its base, moves the view in the graph, but not its base.
+    # (A hook of a view that was changed already may crash the process: pytorch/pytorch#196459.)
+    place = output.shape, output.stride(), output.storage_offset() - base.storage_offset()
+    _register_before(base.grad_fn, base.output_nr, lambda g: on_gradient(g.contiguous().as_strided(*place)))
+
+
+def _register_before(node: Any, number: int, on_gradient: Callable[[Tensor], None]) -> None:
+    """Call ``on_gradient`` with the gradient of a node's output of this number, before the node runs."""
+
+    def before(gradients: tuple[Tensor | None, ...]) -> None:
+        g = gradients[number]
+        if g is not None:
+            on_gradient(g)
+
+    node.register_prehook(before)
 
 
 def _tensors_in(output: Any) -> Iterable[Tensor]:

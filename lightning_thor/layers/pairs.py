@@ -1,4 +1,4 @@
-"""Checks, once per layer, that the pairs that it is observed by are those of its weight."""
+"""Pairs (a, g) on their way, and checks, once per layer, that they are those of its weight."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.base import Layer, ModuleUse
-from lightning_thor.layers.weight_product import WeightProduct, is_used_again
+from lightning_thor.layers.weight_product import WeightProduct, backward_pass, is_used_again
+
+Arrange = Callable[[Tensor], Tensor]
+"""Brings a tensor to the shape in which it is handed over."""
 
 EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05
 """The largest relative difference between gradient and product: in float32, and in lower precision."""
@@ -26,11 +29,47 @@ NOT_A_PAIR = (
 )
 
 
-class WatchedPair(Protocol):
-    """A pair that waits for its gradient."""
+class Pair:
+    """An input that waits for the gradient of its output.
 
-    was_added: bool
-    """Whether the backward pass under way added it; set to False when this was read."""
+    Args:
+        name: of the module.
+        a: the input; released when the pair is handed over, since autograd frees saved tensors after backward, but no
+            hooks.
+        projected: the part of the input that a check needs, if not all.
+        arrange: brings the gradient to the shape in which it is handed over.
+    """
+
+    def __init__(self, name: str, a: Tensor, projected: Tensor | None, arrange: Arrange | None) -> None:
+        self.name, self.projected, self.arrange = name, projected, arrange
+        self.a: Tensor | None = a
+        # Tensors made in inference mode count no changes.
+        self._version = None if a.is_inference() or a.is_nested else a._version
+        self.g: Tensor | None = None
+        self.promise: object = None
+        """What ``expect`` returned, until the pair is handed over; it goes with the graph that holds this pair."""
+        self.forward_in = backward_pass()
+        """The backward pass in which a reentrant checkpoint ran this forward again; below 0: none."""
+        self.backward_pass: int = -1
+        self.is_watched = False
+        """Whether a check compares what its product sends to the weight."""
+        self.was_added = False
+        """Whether the backward pass under way added its gradient; the check sets it back."""
+
+    @property
+    def input_was_changed(self) -> bool:
+        return self.a is not None and self._version is not None and self.a._version != self._version
+
+    def is_of(self, name: str, a: Tensor) -> bool:
+        """Whether this is the pair of the named module's input ``a``."""
+        return self.name == name and self.a is not None and self.a.data_ptr() == a.data_ptr()
+
+    def add(self, g: Tensor) -> None:
+        """Add the gradient of a backward pass."""
+        if self.backward_pass < 0:
+            self.backward_pass = self.forward_in if self.forward_in >= 0 else backward_pass()
+        self.g = g if self.g is None else self.g + g
+        self.was_added = True
 
 
 class _Sums(NamedTuple):
@@ -97,7 +136,7 @@ class PairChecks:
         self._unchecked.discard(number)
         self._drop(number)
 
-    def watch(self, name: str, use: WeightProduct, output: Tensor, a: Tensor, pair: WatchedPair) -> bool:
+    def watch(self, name: str, use: WeightProduct, output: Tensor, a: Tensor, pair: Pair) -> bool:
         """Compare with what a product sends to the weight.
 
         Args:
@@ -261,3 +300,13 @@ def _products_are_rounded() -> bool:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # chosen by `fp32_precision`
         return True
+
+
+def as_plain_tensor(x: Tensor) -> Tensor:
+    """``x`` without a subclass that only labels it; the rows of a nested tensor as one tensor."""
+    if x.is_nested:
+        x = x.detach()
+        return x.values() if x.layout is torch.jagged else torch.cat([one.flatten(0, -2) for one in x.unbind()])
+    if type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return x
+    return x.as_subclass(Tensor)
