@@ -22,7 +22,7 @@ from benchmarks.default_mode import figures as default_mode
 from benchmarks.step_cost import figures as step_figures
 from benchmarks.studies import ablations, trace_rule, width_transfer
 from benchmarks.time_to_target import race
-from examples import demo
+from examples.demo.tables import median_and_range
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -219,10 +219,10 @@ def demo_block(figures: dict[str, Any]) -> str:
         rows.append(
             (
                 f"{name}, lr {contender['lr']:g}",
-                demo.median_and_range((run["epochs_to_target"] for run in runs), ".2f"),
-                demo.median_and_range((run["seconds_to_target"] for run in runs), ".2f"),
-                demo.median_and_range((run["accuracy"][-1] for run in runs), ".1%"),
-                demo.median_and_range((1e3 * statistics.median(run["step_seconds"]) for run in runs), ".1f"),
+                median_and_range((run["epochs_to_target"] for run in runs), ".2f"),
+                median_and_range((run["seconds_to_target"] for run in runs), ".2f"),
+                median_and_range((run["accuracy"][-1] for run in runs), ".1%"),
+                median_and_range((1e3 * statistics.median(run["step_seconds"]) for run in runs), ".1f"),
             )
         )
     heads = ("optimizer", f"epochs to {target:.0%}", f"seconds to {target:.0%}", "final accuracy", "ms per step")

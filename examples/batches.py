@@ -1,5 +1,6 @@
-"""Tensors in memory as a data loader that hands out whole batches, without a Python call for every sample."""
+"""What the data of several examples share: the text of a file, and tensors in memory as whole batches."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -28,3 +29,14 @@ def batch_loader(*tensors: Tensor, batch_size: int, shuffle: bool) -> DataLoader
     An ordinary ``DataLoader``, so Lightning can give it a distributed sampler.
     """
     return DataLoader(TensorBatches(*tensors), batch_size=batch_size, shuffle=shuffle, collate_fn=as_it_is)
+
+
+def read_text(root: Path, data: str) -> str:
+    """The text of the file ``root``, or of ``input.txt`` in the folder ``root``; an error names the class ``data``."""
+    path = root / "input.txt" if root.is_dir() else root
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{data} found no text at {path}. Give a text file (such as tiny Shakespeare), or a folder that holds one "
+            f"named input.txt: --data.root PATH on the command line, {data}(root=PATH) in Python."
+        )
+    return path.read_text(encoding="utf-8")

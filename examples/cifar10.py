@@ -5,11 +5,10 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from examples.batches import Batch, batch_loader
+from examples.images import normalise, random_crop_and_flip
 
 # Per channel, over the training images, in 0..1.
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -81,39 +80,7 @@ class CIFAR10Data(L.LightningDataModule):
         images, labels = batch
         if self.augment and self.trainer is not None and self.trainer.training:
             images = random_crop_and_flip(images)
-        return normalise(images), labels
-
-
-def normalise(images: Tensor) -> Tensor:
-    """``[N, 3, H, W]`` uint8 to float32 with mean 0 and standard deviation 1 per channel, over the training set."""
-    mean = torch.tensor(MEAN, device=images.device).mul_(255).reshape(1, 3, 1, 1)
-    std = torch.tensor(STD, device=images.device).mul_(255).reshape(1, 3, 1, 1)
-    return images.to(torch.float32).sub_(mean).div_(std)
-
-
-def random_crop_and_flip(images: Tensor, padding: int = 4, generator: torch.Generator | None = None) -> Tensor:
-    """Shift every image by up to ``padding`` pixels (black moves in), and mirror every second one on average.
-
-    Args:
-        images: ``[N, C, H, W]``, any dtype; it is not changed.
-        padding: largest shift in each direction, in pixels.
-        generator: source of the shifts and flips, on the device of ``images``; None is torch's own, which
-            ``seed_everything`` seeds.
-
-    Returns:
-        ``[N, C, H, W]``, in the dtype of ``images``.
-    """
-    count, _, height, width = images.shape
-    device = images.device
-    shifts = torch.randint(0, 2 * padding + 1, (2, count, 1), device=device, generator=generator)
-    flips = torch.rand((count, 1), device=device, generator=generator) < 0.5
-    across = torch.arange(width, device=device)
-    rows = shifts[0] + torch.arange(height, device=device)  # [N, H]
-    columns = shifts[1] + torch.where(flips, across.flip(0), across)  # [N, W]
-    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
-    image = torch.arange(count, device=device)
-    crops = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]  # [N, H, W, C]
-    return crops.permute(0, 3, 1, 2).contiguous()
+        return normalise(images, MEAN, STD), labels
 
 
 def rows_to_take(option: str, asked: int | None, available: int) -> int:

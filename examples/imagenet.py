@@ -1,6 +1,5 @@
 """ImageNet, or any other folder of images, read with Pillow."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from examples.batches import Batch
+from examples.images import middle_box, normalise, random_box
 
 # Per channel, over ImageNet's training images, in 0..1.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png")
-Box = tuple[float, float, float, float]
-"""Left, upper, right and lower edge, in pixels."""
 
 
 class ImageFolderData(L.LightningDataModule):
@@ -75,9 +73,7 @@ class ImageFolderData(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Normalise where the batch already is: on the accelerator, if there is one."""
         images, labels = batch
-        mean = torch.tensor(MEAN, device=images.device).mul_(255).reshape(1, 3, 1, 1)
-        std = torch.tensor(STD, device=images.device).mul_(255).reshape(1, 3, 1, 1)
-        return images.to(torch.float32).sub_(mean).div_(std), labels
+        return normalise(images, MEAN, STD), labels
 
 
 class ImageFolder(Dataset[tuple[Tensor, int]]):
@@ -124,37 +120,3 @@ def folders_in(folder: Path) -> list[str]:
             "and val/<class>/*.jpg: --data.root FOLDER on the command line, ImageFolderData(root=FOLDER) in Python."
         )
     return names
-
-
-def middle_box(width: int, height: int) -> Box:
-    """The square in the middle whose edge is 7/8 of the shorter one: 224 of 256.
-
-    >>> middle_box(320, 256)
-    (48.0, 16.0, 272.0, 240.0)
-    """
-    edge = min(width, height) * 7 / 8
-    left, upper = (width - edge) / 2, (height - edge) / 2
-    return left, upper, left + edge, upper + edge
-
-
-def random_box(width: int, height: int, generator: torch.Generator | None = None) -> Box:
-    """A part of an image: 8 to 100 % of its area, from 3:4 to 4:3 in shape (Szegedy et al. 2015, arXiv:1409.4842).
-
-    Up to ten are drawn; if none fits into the image, which only a very long one makes likely, it is the middle square.
-
-    Args:
-        width: of the image, in pixels.
-        height: likewise.
-        generator: source of the box; None is torch's own, which ``seed_everything`` seeds, in workers too.
-    """
-    draws = torch.rand((10, 4), generator=generator, dtype=torch.float64)
-    for share, shape, x, y in draws.tolist():
-        area = width * height * (0.08 + 0.92 * share)
-        ratio = math.exp(math.log(3 / 4) + shape * (math.log(4 / 3) - math.log(3 / 4)))
-        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if w <= width and h <= height:
-            left, upper = x * (width - w), y * (height - h)
-            return left, upper, left + w, upper + h
-    edge = min(width, height)
-    left, upper = (width - edge) / 2, (height - edge) / 2
-    return left, upper, left + edge, upper + edge

@@ -1,10 +1,9 @@
 """A physics-informed network (Raissi et al. 2019) trained with THOR, beside other optimizers for equally many seconds
 of the processor: ``python -m examples.pinn --equation burgers --optimizers thor adamw muon`` prints errors and draws.
 
-What THOR observes: each layer's input a and its output's gradient g, in the forward pass alone. That g is of the whole
-loss, with all that comes back through the derivatives in it. A weight's gradient is more than the sum of g aᵀ, since
-those derivatives multiply by the weight again: THOR's gradient is exact, its curvature that of the forward pass. One
-call takes points inside and on the border: of points inside alone, the last layer may get no g, and no curvature.
+THOR observes each layer's input and its output's gradient in the forward pass. The derivatives in the loss multiply by
+the weights again: THOR's gradient is exact, its curvature is that of the forward pass. One call takes points inside and
+on the border: of points inside alone, the last layer may get no gradient at its output, and no curvature.
 """
 
 import argparse
@@ -21,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from examples.demo import QUIET, MuonAndAdamW, keep_lightning_quiet, save_fields
+from examples.demo.pictures import save_fields
+from examples.demo.recipes import MuonAndAdamW
+from examples.demo.training import QUIET, keep_lightning_quiet
 from lightning_thor import ThorCallback, configure_thor
 
 

@@ -73,7 +73,7 @@ ATTRIBUTES = [
 """Some that ``import lightning_thor`` alone is enough for."""
 
 CONFIGURATIONS = sorted((ROOT / "examples").glob("*.yaml"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").glob("*.py"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.py"))]
 
 
 def text_of(file: Path) -> str:

@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 from benchmarks.common.models import mlp, small_resnet
 from benchmarks.common.workloads import Batch
-from examples.char_gpt import CharData, CharGPT
-from examples.cifar10 import CIFAR10Data, normalise, random_crop_and_flip
+from examples.char_data import CharData
+from examples.char_gpt import CharGPT
+from examples.cifar10 import MEAN, STD, CIFAR10Data
 from examples.digits import DigitsData, DigitsNet
+from examples.images import normalise, random_crop_and_flip
 from examples.resnet import ResNet18
 
 
@@ -115,9 +117,9 @@ def cifar10(train_rows: int | None, test_rows: int) -> Callable[[Path | None, in
 
         def augmented(generator: torch.Generator) -> Batch:
             images, labels = draw(generator)
-            return normalise(random_crop_and_flip(images, generator=generator)), labels
+            return normalise(random_crop_and_flip(images, generator=generator), MEAN, STD), labels
 
-        val, test = ((normalise(images), labels) for images, labels in held_out)
+        val, test = ((normalise(images, MEAN, STD), labels) for images, labels in held_out)
         return Data(augmented, val, test)
 
     return data

@@ -13,11 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from examples import demo, plain_loop
+from examples import plain_loop
 from examples.batches import batch_loader
-from examples.char_gpt import CharData, CharGPT, RandomWindows, Windows
-from examples.cifar10 import MEAN, STD, CIFAR10Data, normalise, random_crop_and_flip, rows_to_take
+from examples.char_data import CharData, RandomWindows, Windows
+from examples.char_gpt import CharGPT
+from examples.cifar10 import MEAN, STD, CIFAR10Data, rows_to_take
+from examples.demo import recipes, tables, training
 from examples.digits import DigitsData, DigitsNet
+from examples.images import normalise, random_crop_and_flip
 from examples.resnet import ResNet18
 from lightning_thor import Curvature, ThorCallback, configure_thor
 from tests.helpers.boring import assert_bitwise
@@ -50,21 +53,21 @@ def test_the_plain_loop_returns_the_accuracy_that_it_prints_last(capsys: pytest.
 def test_the_demo_prints_a_table_and_writes_a_picture_and_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     printed = python_module("examples.demo", "--epochs=1", "--seeds=2", "--pinn-seconds=0.5", f"--out={out}")
-    for word in ("median over 2 seeds", *demo.RECIPES, "ms per step", "Burgers' equation"):
+    for word in ("median over 2 seeds", *recipes.RECIPES, "ms per step", "Burgers' equation"):
         assert word in printed
     for picture in ("curves.png", "pinn.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG\r\n")
     figures = json.loads((out / "figures.json").read_text(encoding="utf-8"))
-    assert (figures["epochs"], figures["target"]) == (1, demo.TARGET)
+    assert (figures["epochs"], figures["target"]) == (1, tables.TARGET)
     assert list(figures["optimizers"]) == ["THOR", "momentum SGD", "AdamW", "Muon"]
     for run in figures["pinn"].values():
         assert len(run["error"]) == len(run["seconds"]) > 1
         assert run["steps"] > 1
     for name, contender in figures["optimizers"].items():
-        assert contender["lr"] == demo.RECIPES[name].lr
+        assert contender["lr"] == recipes.RECIPES[name].lr
         first, second = contender["runs"]
-        assert len(first["epochs"]) == len(first["accuracy"]) == demo.CHECKS_PER_EPOCH
-        assert len(first["step_seconds"]) == math.ceil(1077 / demo.BATCH_SIZE)
+        assert len(first["epochs"]) == len(first["accuracy"]) == training.CHECKS_PER_EPOCH
+        assert len(first["step_seconds"]) == math.ceil(1077 / training.BATCH_SIZE)
         assert first["seconds"] == sorted(first["seconds"])
         assert first["accuracy"] != second["accuracy"]  # two seeds, two trainings
 
@@ -72,10 +75,10 @@ def test_the_demo_prints_a_table_and_writes_a_picture_and_its_figures(tmp_path: 
 def test_the_contenders_of_the_demo_start_from_the_same_weights_and_see_the_same_batches() -> None:
     """What makes the demo fair: a seed decides both, whatever the optimizer."""
     seen: dict[str, list[torch.Tensor]] = {}
-    for name, recipe in demo.RECIPES.items():
+    for name, recipe in recipes.RECIPES.items():
         L.seed_everything(3, verbose=False)
-        module = demo.Contender(recipe, recipe.lr)
-        data = DigitsData(batch_size=demo.BATCH_SIZE)
+        module = training.Contender(recipe, recipe.lr)
+        data = DigitsData(batch_size=training.BATCH_SIZE)
         data.setup()
         seen[name] = [*(p.detach().clone() for p in module.parameters()), next(iter(data.train_dataloader()))[0]]
     reference = seen.pop("THOR")
@@ -84,9 +87,9 @@ def test_the_contenders_of_the_demo_start_from_the_same_weights_and_see_the_same
 
 
 def test_a_target_that_was_not_reached_is_said() -> None:
-    assert demo.median_and_range([3.0, None, 1.0], ".0f") == "not reached by 1 of 3"
-    assert demo.median_and_range([3.0, 2.0, 1.0], ".0f") == "2 (1–3)"
-    curve = demo.Curve(epochs=[1.0, 2.0], seconds=[0.5, 1.5], accuracy=[0.9, 0.98])
+    assert tables.median_and_range([3.0, None, 1.0], ".0f") == "not reached by 1 of 3"
+    assert tables.median_and_range([3.0, 2.0, 1.0], ".0f") == "2 (1–3)"
+    curve = training.Curve(epochs=[1.0, 2.0], seconds=[0.5, 1.5], accuracy=[0.9, 0.98])
     assert (curve.epochs_to(0.97), curve.seconds_to(0.97), curve.epochs_to(0.99)) == (2.0, 1.5, None)
 
 
@@ -169,7 +172,7 @@ def test_a_subset_that_cannot_be_taken_is_refused(asked: int) -> None:
 def test_normalising_takes_the_mean_colour_to_zero_and_keeps_the_bytes() -> None:
     images = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
     white = (1 - torch.tensor(MEAN)) / torch.tensor(STD)
-    torch.testing.assert_close(normalise(images), white.reshape(1, 3, 1, 1).expand(2, 3, 4, 4))
+    torch.testing.assert_close(normalise(images, MEAN, STD), white.reshape(1, 3, 1, 1).expand(2, 3, 4, 4))
     assert images.dtype == torch.uint8
     assert bool((images == 255).all())
 
@@ -308,3 +311,13 @@ def test_the_gpt_is_preconditioned_whole() -> None:
     # Two embeddings; per block two norms and four linear layers; the last norm and the head.
     assert len(curvature.layers) == 2 + 2 * 6 + 2
     assert curvature.left_out == {}
+
+
+# ── all ──
+
+
+def test_every_example_fits_on_two_screens() -> None:
+    files = [*ROOT.glob("examples/**/*.py")]
+    lines = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert len(lines) > 20
+    assert {file: count for file, count in lines.items() if count > 150} == {}

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.bert_pretraining import NO_TARGET, BertPretraining, MaskedTextData, hide_tokens
+from examples.bert_pretraining import BertPretraining
 from examples.classifier import ImageClassifier
-from examples.imagenet import MEAN, STD, ImageFolderData, middle_box, random_box
+from examples.imagenet import MEAN, STD, ImageFolderData
+from examples.images import middle_box, random_box
+from examples.masked_text import NO_TARGET, MaskedTextData, hide_tokens
 from examples.resnet import ResNet50
 from lightning_thor import Curvature
 from lightning_thor.recipes import ResNet50LearningRate, bert_large
