@@ -182,6 +182,64 @@ def test_figures_of_each_are_logged_and_no_layer_is_left_out_for_the_other(
     assert "THOR after 8 steps: each layer was refreshed 8 times" in printed
 
 
+class Ensemble(L.LightningModule):
+    """Networks that see the same batches, each with a `Thor` of its own, trained by one backward pass.
+
+    Args:
+        members: of each its seed, learning rate and mode.
+    """
+
+    automatic_optimization = False
+
+    def __init__(self, members: list[tuple[int, float, ModeName]]) -> None:
+        super().__init__()
+        self.settings = members
+        self.networks = nn.ModuleList()
+        for seed, _, _ in members:
+            torch.manual_seed(seed)
+            self.networks.append(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 2)))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        optimizers = self.optimizers()
+        self.manual_backward(torch.stack([F.mse_loss(network(x), y) for network in self.networks]).sum())
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [
+            configure_thor(network, lr=lr, mode=mode)
+            for network, (_, lr, mode) in zip(self.networks, self.settings, strict=True)
+        ]
+
+    def train_dataloader(self) -> Any:
+        generator = torch.Generator().manual_seed(6)
+        data = [[torch.randn(8, n, generator=generator) for n in (4, 2)] for _ in range(5)]
+        return torch.utils.data.DataLoader(data, batch_size=None)
+
+
+def test_each_member_of_an_ensemble_trains_as_it_does_alone(tmp_path: Path) -> None:
+    members: list[tuple[int, float, ModeName]] = [
+        (0, 0.01, "natural"), (1, 0.03, "natural"), (2, 0.02, "polar"), (3, 0.005, "adam")
+    ]  # fmt: skip
+    together = fit(tmp_path, Ensemble(members))
+    assert len(callback_of(together).curvatures) == len(members)
+    weights, momenta, curvatures = everything(together)
+    for number, member in enumerate(members):
+        alone_weights, (alone_momenta,), (alone_curvature,) = everything(fit(tmp_path, Ensemble([member])))
+        own = f"networks.{number}."
+        assert_bitwise(
+            {name.removeprefix(own): weight for name, weight in weights.items() if name.startswith(own)},
+            {name.removeprefix("networks.0."): weight for name, weight in alone_weights.items()},
+        )
+        assert_bitwise(list(momenta[number].values()), list(alone_momenta.values()))
+        layers = curvatures[number].pop("layers")
+        assert [name.removeprefix(own) for name in layers] == ["0", "2", "3"]
+        assert_bitwise(list(layers.values()), list(alone_curvature.pop("layers").values()))
+        assert_bitwise(curvatures[number], alone_curvature)
+
+
 @pytest.mark.slow
 def test_two_ranks_with_two_thors_are_one_rank(tmp_path: Path) -> None:
     """One backward pass reaches layers of both; factors are sent in the steps, whose order is equal on all ranks."""
