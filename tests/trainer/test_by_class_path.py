@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonargparse import ArgumentParser
 from jsonargparse._util import import_object
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_thor
 from lightning_thor import Curvature, ThorCallback
 from lightning_thor.schedules import GrowingInterval, PerStepLR, Polynomial
+from lightning_thor.trainer import cli
 from tests.helpers import callables
 from tests.helpers.boring import Boring, callback_of
 from tests.helpers.commands import TINY_DIGITS, only, run
@@ -43,31 +44,50 @@ REFUSED = [
     {"class_path": "builtins.type"},
 ]
 ALLOWED = "a class with __call__(step), given by class_path, such as lightning_thor.schedules.Polynomial"
-CLASSES_OF_CONFIGURATIONS = [
-    "lightning_thor.Thor",
-    "lightning_thor.ThorCallback",
-    "lightning_thor.ThorDDPStrategy",
-    "lightning_thor.ThorModelParallelStrategy",
-    "lightning_thor.ThorMonitor",
-    "lightning_thor.recipes.ResNet50Damping",
-    "lightning_thor.recipes.ResNet50LearningRate",
-    "lightning_thor.schedules.Exponential",
-    "lightning_thor.schedules.GrowingInterval",
-    "lightning_thor.schedules.PerStepLR",
-    "lightning_thor.schedules.Polynomial",
-]
+CALLBACKS = "--trainer.callbacks=lightning_thor.ThorCallback"
+SCHEDULER = "--lr_scheduler=lightning_thor.schedules.PerStepLR"
+HELP = {
+    "lightning_thor.Curvature": "--optimizer=lightning_thor.Thor --optimizer.preconditioner.help",
+    "lightning_thor.Thor": "--optimizer.help",
+    "lightning_thor.ThorCallback": "--trainer.callbacks.help",
+    "lightning_thor.ThorDDPStrategy": "--trainer.strategy.help",
+    "lightning_thor.ThorModelParallelStrategy": "--trainer.strategy.help",
+    "lightning_thor.ThorMonitor": "--trainer.callbacks.help",
+    "lightning_thor.recipes.ResNet50Damping": f"{CALLBACKS} --trainer.callbacks.damping.help",
+    "lightning_thor.recipes.ResNet50LearningRate": f"{SCHEDULER} --lr_scheduler.schedule.help",
+    "lightning_thor.schedules.Exponential": f"{CALLBACKS} --trainer.callbacks.damping.help",
+    "lightning_thor.schedules.GrowingInterval": f"{CALLBACKS} --trainer.callbacks.update_every_n_steps.help",
+    "lightning_thor.schedules.PerStepLR": "--lr_scheduler.help",
+    "lightning_thor.schedules.Polynomial": f"{SCHEDULER} --lr_scheduler.schedule.help",
+}
+"""How the command is asked to describe the options of each class that a configuration file can name."""
+FILLED_IN = {"params", "optimizer", "model"}
+"""Arguments that no user writes: LightningCLI gives them, or ThorCallback does."""
 OPTIONS = ("damping", "update_every_n_steps", "schedule")
 
 
-@pytest.mark.parametrize("address", CLASSES_OF_CONFIGURATIONS)
-def test_the_help_describes_every_option_of_every_class(address: str) -> None:
-    made = import_object(address)
-    parser = ArgumentParser()
-    parser.add_class_arguments(made, "own")
-    described = {action.dest.removeprefix("own."): bool(action.help) for action in parser._actions}
-    # Those of Lightning's own strategies are Lightning's to describe.
-    options = [name for name in inspect.signature(made).parameters if name in described]
-    assert [name for name in options if not described[name]] == []
+@pytest.mark.parametrize(("address", "options"), HELP.items(), ids=HELP)
+def test_the_commands_help_describes_every_option_of_every_class(
+    address: str, options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-thor"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    only(monkeypatch, "fit")
+    with pytest.raises(SystemExit) as ended:
+        cli.run(["fit", *options.split(), address])
+    assert ended.value.code == 0
+    # "  --trainer.callbacks.damping DAMPING   words (type: float, default: 1.0)", over several lines.
+    entries = re.split(r"\n  (?=--)", capsys.readouterr().out)[1:]
+    described: dict[str, str] = {}
+    for entry in entries:
+        if option := re.match(r"--[\w.]*?(\w+)(?: |,|$)(?!\[CLASS)", entry):
+            words = re.sub(r"\((required, )?type: .*|^--\S+( [A-Z_]+|\s+\{.*?\})?", "", " ".join(entry.split()))
+            described[option[1]] = words.strip()
+    options_of = inspect.signature(import_object(address)).parameters.values()
+    expected = {one.name for one in options_of if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    expected -= FILLED_IN
+    assert expected - described.keys() == set()
+    assert {name for name in expected if len(described[name].split()) < 3} == set()
 
 
 def configuration(option: str, value: Any) -> dict[str, Any]:
