@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 from functools import partial
 from itertools import pairwise
@@ -10,10 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CometLogger, CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
+from rich import get_console
 
 from lightning_thor import ThorCallback, ThorMonitor, configure_thor
 from lightning_thor.trainer import cli
@@ -65,6 +70,23 @@ def test_a_monitored_fit_is_bitwise_the_fit_without(tmp_path: Path) -> None:
     assert_bitwise(everything(watched), everything(alone))
     assert {"update", "age"} <= watched.progress_bar_metrics.keys()
     assert watched.progress_bar_metrics["age"] == 1.0
+
+
+def test_the_rich_progress_bar_shows_two_figures(tmp_path: Path) -> None:
+    """On a terminal of its own, where the columns of Lightning's bar are drawn as on a screen."""
+    screen, before = io.StringIO(), dict(vars(get_console()))
+    bar = RichProgressBar(leave=True, console_kwargs={"file": screen, "force_terminal": True, "width": 200})
+    callbacks = (ThorCallback(update_every_n_steps=2, summary=False), ThorMonitor(progress_bar=True), bar)
+    try:
+        fit = quiet(tmp_path, *callbacks, enable_progress_bar=True, log_every_n_steps=1, max_epochs=1)
+        fit.fit(Boring())
+    finally:
+        vars(get_console()).update(before)  # the bar changes rich's global console
+    drawn = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.getvalue())
+    shown = [(float(update), float(age)) for update, age in re.findall(r"update: ([\d.]+)\s+age: ([\d.]+)", drawn)]
+    metrics = fit.progress_bar_metrics
+    assert shown[-1] == pytest.approx((metrics["update"], metrics["age"]), abs=5e-4)
+    assert 0 < metrics["update"] < 1
 
 
 def test_a_resumed_fit_goes_on_in_its_file_and_its_looks_count(tmp_path: Path) -> None:
@@ -286,6 +308,46 @@ def test_a_fit_gives_pictures_to_those_of_its_loggers_that_take_them(tmp_path: P
     assert not takes_pictures(other)
     monitored(tmp_path, max_epochs=1, logger=[other, takes]).fit(Boring())
     assert [(tag, step) for tag, _, step in takes.calls] == [("thor/layers", 4), ("thor/spectra", 4), ("thor/step", 4)]
+
+
+class Writer:
+    """What TensorBoardLogger calls of a SummaryWriter; it draws figures as that does."""
+
+    def __init__(self) -> None:
+        self.scalars: set[str] = set()
+        self.images: dict[str, tuple[Any, int | None]] = {}
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
+        float(scalar_value)
+        self.scalars.add(tag)
+
+    def add_figure(self, tag: str, figure: Any, global_step: int | None = None, close: bool = True) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        self.images[tag] = (numpy.asarray(canvas.buffer_rgba()), global_step)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_tensorboards_logger_gets_figures_and_pictures_without_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's own logger, whose writer alone is made up."""
+    pytest.importorskip("matplotlib", reason="pip install '.[plot]'")
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", True)
+    logger, writer = TensorBoardLogger(tmp_path, name="", version=""), Writer()
+    logger._experiment = writer  # type: ignore[assignment]
+    monitored(tmp_path, max_epochs=1, logger=logger).fit(Boring())
+    assert set(writer.images) == {"thor/layers", "thor/spectra", "thor/step"}
+    for image, step in writer.images.values():
+        assert image.shape[2] == 4
+        assert image.std() > 10
+        assert step == 4
+    assert {"thor/trace/net.0.A", "thor/update_to_weights", "thor/time_in_inversion"} <= writer.scalars
 
 
 def test_tensorboard_gets_figures_and_pictures(tmp_path: Path) -> None:
