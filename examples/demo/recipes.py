@@ -5,7 +5,7 @@ the same two seeds, and scores a rate by the validation accuracy averaged over t
 counts, and so does being good in the end). Tuning uses seeds and a train/validation split that the demo does not use.
 Muon's rate is AdamW's, whose steps have the same size, and was not tuned yet. All else stays at each optimizer's
 defaults; the momentum of SGD, which has none by default, is 0.9 like THOR's. The rates for Burgers' equation are those
-of `examples.pinn`: THOR's default; for the others the best of four of AdamW's on a similar task, 0.01.
+of `examples.pinn`: THOR's default; for the others the best of three of AdamW's on a similar task, 0.01.
 """
 
 from collections.abc import Callable
