@@ -1,9 +1,8 @@
 """A physics-informed network (Raissi et al. 2019) trained with THOR, beside other optimizers for equally many seconds
 of the processor: ``python -m examples.pinn --equation burgers --optimizers thor adamw muon`` prints errors and draws.
 
-THOR observes each layer's input and its output's gradient in the forward pass. The derivatives in the loss multiply by
-the weights again: THOR's gradient is exact, its curvature is that of the forward pass. One call takes points inside and
-on the border: of points inside alone, the last layer may get no gradient at its output, and no curvature.
+One call takes points inside and on the border: of points inside alone, the last layer may get no gradient at its
+output, and no curvature. What THOR observes there: docs/tutorials/pinn.md.
 """
 
 import argparse
@@ -140,6 +139,7 @@ def main(arguments: list[str] | None = None) -> dict[str, PINN]:
         L.seed_everything(0, verbose=False)  # the same initial weights and points for all
         modules[name] = module = PINN(EQUATIONS[options.equation], name, options.seconds, options.steps)
         trainer = L.Trainer(max_epochs=1, callbacks=ThorCallback(summary=False) if name == "thor" else None, **QUIET)
+        print(f"{name}: training for {options.seconds:g} s", flush=True)
         trainer.fit(module, range(options.steps))  # a batch is only its number: the step draws the points
         print(f"{name}: relative error {module.error():.1e} after {module.seconds:.1f} s")
     save_fields(options.out / "pinn.png", module.equation.words, module.equation.exact, modules)

@@ -19,8 +19,12 @@ BATCH_SIZE = 128  # 9 steps per epoch, the last one with 53 images
 CHECKS_PER_EPOCH = 3  # validations, after every third step; epochs are too coarse a measure here
 WARMUP_SHARE = 0.1  # of all steps
 QUIET: dict[str, Any] = {
-    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False
-}  # fmt: skip
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
 
 
 @dataclass
@@ -99,9 +103,8 @@ def train(recipe: Recipe, lr: float, seed: int, epochs: int, split_seed: int = 0
         max_epochs=epochs,
         val_check_interval=1 / CHECKS_PER_EPOCH,
         callbacks=[stopwatch, *recipe.callbacks(), *bars],
-        enable_progress_bar=progress,
         num_sanity_val_steps=0,
-        **QUIET,
+        **QUIET | {"enable_progress_bar": progress},
     )
     data = DigitsData(batch_size=BATCH_SIZE, split_seed=split_seed)
     # Reading the data set is not training, so it is done before the clock starts.
