@@ -170,6 +170,8 @@ class Curvature:
         parameters: Iterable[nn.Parameter] | None = None,
         output_layer: str | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Curvature takes the model, Curvature(model, ...), got a {type(model).__name__}.")
         options = check_options(locals())
         options |= {"loss_multiplier": loss_multiplier, "loss_terms": loss_terms, "output_layer": output_layer}
         self._options = options

@@ -67,6 +67,11 @@ class ShardedCurvature:
         communicator: Communicator | None = None,
         boxes_of: Callable[[nn.Parameter], Boxes] = boxes_of,
     ) -> None:
+        if not isinstance(curvature, Curvature):
+            raise TypeError(
+                "ShardedCurvature takes a curvature, ShardedCurvature(Curvature(model)), got a "
+                f"{type(curvature).__name__}."
+            )
         self.curvature = curvature
         self._communicator = curvature.timed(communicator or ProcessGroupCommunicator())
         self._boxes_of = boxes_of

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -27,9 +28,21 @@ FORMER: Mapping[str, Any] = {"max_relative_step": None}
 
 FOREIGN_OPTIONS = (
     'AdamW\'s betas are momentum and, with mode="adam", beta2. damping, block_size, update_every_n_steps and what else '
-    "concerns the curvature are options of ThorCallback, or outside Lightning of Curvature."
+    "concerns the curvature are options of ThorCallback, or outside Lightning of Curvature. A strategy is an option of "
+    "the Trainer: Trainer(strategy=...)."
 )
 """For those who give `Thor` options of others."""
+
+
+def unknown_options(names: Iterable[str], known: Iterable[str]) -> str:
+    """``names`` of options that an optimizer or a callback does not have, each with the one that was probably meant.
+
+    >>> unknown_options({"weight_deacy", "foo"}, ["lr", "weight_decay"])
+    'foo, weight_deacy (weight_decay?)'
+    """
+    known = list(known)
+    near = {name: get_close_matches(name, known, n=1, cutoff=0.85) for name in sorted(names)}
+    return ", ".join(f"{name} ({found[0]}?)" if found else name for name, found in near.items())
 
 
 def check_group(group: Mapping[str, Any], unknown: Collection[str]) -> None:
@@ -43,7 +56,7 @@ def check_group(group: Mapping[str, Any], unknown: Collection[str]) -> None:
         ValueError: an option is unknown, out of its range, or does not go with another one.
     """
     if unknown:
-        names = ", ".join(sorted(unknown))
+        names = unknown_options(unknown, OPTIONS)
         raise ValueError(f"Thor does not know the option {names} of a parameter group. {FOREIGN_OPTIONS}")
     if group["mode"] not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {group['mode']!r}.")

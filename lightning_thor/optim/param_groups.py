@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_thor.optim.options import FOREIGN_OPTIONS
+from lightning_thor.optim.options import FOREIGN_OPTIONS, unknown_options
 from lightning_thor.optim.thor import Thor
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
@@ -39,9 +39,9 @@ def configure_thor(module: nn.Module, lr: float = 6e-3, *, weight_decay: float =
             "configure_thor takes the module itself, configure_thor(self, lr=...), whose layers it must see; got "
             f"a {type(module).__name__}. Parameters alone go into Thor(parameters, lr=...)."
         )
-    unknown = options.keys() - inspect.signature(Thor).parameters
-    if unknown:
-        raise TypeError(f"configure_thor does not know {', '.join(sorted(unknown))}. {FOREIGN_OPTIONS}")
+    known = inspect.signature(Thor).parameters
+    if unknown := options.keys() - known:
+        raise TypeError(f"configure_thor does not know {unknown_options(unknown, known)}. {FOREIGN_OPTIONS}")
     trained = {p: name for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError(f"{type(module).__name__} has no parameter with requires_grad=True: nothing to train.")

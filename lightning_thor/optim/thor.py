@@ -19,7 +19,7 @@ from lightning_thor.distributed.dtensor import is_sharded, local_gradients, loca
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_other_coordinates
 from lightning_thor.optim.fading import fade_factors
-from lightning_thor.optim.options import FOREIGN_OPTIONS, FORMER, OPTIONS, check_group
+from lightning_thor.optim.options import FOREIGN_OPTIONS, FORMER, OPTIONS, check_group, unknown_options
 from lightning_thor.optim.state_dict import check_state, numbered_as_in
 from lightning_thor.optim.update_scaling import clip_kl_, clip_norm_, multiply, scale_to_norms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
@@ -141,11 +141,16 @@ class Thor(Optimizer):
     ) -> None:
         arguments = locals()
         if others:
-            raise TypeError(f"Thor does not know {', '.join(sorted(others))}. {FOREIGN_OPTIONS}")
+            raise TypeError(f"Thor does not know {unknown_options(others, OPTIONS)}. {FOREIGN_OPTIONS}")
         if isinstance(params, nn.Module):
             raise TypeError(
                 f"Thor takes parameters, got a {type(params).__name__}: write configure_thor(model, lr=...), which "
                 "leaves biases and norms without weight decay, or Thor(model.parameters(), lr=...)."
+            )
+        if preconditioner is not None and not callable(getattr(preconditioner, "update", None)):
+            raise TypeError(
+                f"preconditioner must be a Curvature(model), got a {type(preconditioner).__name__}. Under a Trainer "
+                "leave it out: ThorCallback sets it."
             )
         self.preconditioner = preconditioner
         self.numbered: tuple[nn.Parameter, ...] | None = None

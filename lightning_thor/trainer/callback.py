@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from lightning_thor.curvature.callables import BatchFn, IntStepFn, StepFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.options import check_options
 from lightning_thor.factors.damping import DampingRule
+from lightning_thor.optim.options import unknown_options
 from lightning_thor.optim.thor import Thor
 from lightning_thor.trainer.block_size_trial import try_block_sizes
 from lightning_thor.trainer.checkpoints import folder_advice, is_folder_of_shards
@@ -114,9 +116,11 @@ class ThorCallback(Callback):
     ) -> None:
         super().__init__()
         if others:
+            names = unknown_options(others, inspect.signature(ThorCallback).parameters)
             raise TypeError(
-                f"ThorCallback does not know {', '.join(sorted(others))}. lr, mode, weight_decay and what else "
-                "concerns steps are options of the optimizer: configure_thor(self, lr=...), or Thor."
+                f"ThorCallback does not know {names}. lr, mode, weight_decay and what else concerns steps are options "
+                "of the optimizer: configure_thor(self, lr=...), or Thor. A strategy is an option of the Trainer: "
+                "Trainer(strategy=...)."
             )
         # "auto" is the callback's own value.
         self._options = check_options(locals() | {"block_size": None if block_size == "auto" else block_size})

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from lightning_thor import Curvature, Thor, configure_thor
+from lightning_thor import Curvature, ShardedCurvature, Thor, ThorCallback, configure_thor
 from tests.helpers.boring import assert_bitwise
 
 
@@ -44,22 +44,48 @@ def test_nothing_to_train_is_told() -> None:
         configure_thor(nn.Linear(2, 2).requires_grad_(False))
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda model: configure_thor(model.parameters()), r"takes the module itself.*got a generator"),
-        (lambda model: Thor(model), r"takes parameters, got a Linear: write configure_thor\(model"),
-        (lambda model: configure_thor(model, betas=(0.9, 0.99)), 'does not know betas.*momentum.*mode="adam", beta2'),
-        (
-            lambda model: Thor(model.parameters(), betas=(0.9, 0.99)),
-            'does not know betas.*momentum.*mode="adam", beta2',
-        ),
-        (lambda model: configure_thor(model, damping=0.1), "does not know damping.*options of ThorCallback"),
-    ],
-)
+FOREIGN = [
+    ({"betas": (0.9, 0.99)}, r'does not know betas\. .*momentum.*mode="adam", beta2'),
+    ({"damping": 0.1}, r"does not know damping\. .*options of ThorCallback"),
+    (
+        {"strategy": "thor_ddp"},
+        r"does not know strategy\. .*A strategy is an option of the Trainer: Trainer\(strategy=",
+    ),
+    ({"weight_deacy": 0.1, "foo": 1}, r"does not know foo, weight_deacy \(weight_decay\?\)"),
+]
+SETS_IT = "preconditioner must be a Curvature.*Under a Trainer leave it out: ThorCallback sets it"
+WRONG_CALLS: list[tuple[Any, str]] = [
+    (lambda model: configure_thor(model.parameters()), r"takes the module itself.*got a generator"),
+    (lambda model: configure_thor(type(model)), r"takes the module itself.*got a type"),
+    (lambda model: Thor(model), r"takes parameters, got a Linear: write configure_thor\(model"),
+    *((lambda model, o=options: configure_thor(model, **o), words) for options, words in FOREIGN),
+    *((lambda model, o=options: Thor(model.parameters(), **o), words) for options, words in FOREIGN),
+    (lambda model: configure_thor(model, preconditioner=ThorCallback()), SETS_IT),
+    (lambda model: Thor(model.parameters(), preconditioner="auto"), SETS_IT),
+    (lambda model: Thor(model.parameters(), preconditioner=model), r"must be a Curvature\(model\), got a Linear"),
+    (lambda model: Curvature(model.parameters()), r"takes the model, Curvature\(model, ...\), got a generator"),
+    (lambda model: ShardedCurvature(model), r"ShardedCurvature\(Curvature\(model\)\), got a Linear"),
+    (lambda model: ThorCallback(lr=0.1), r"does not know lr\. .*options of the optimizer: configure_thor\(self"),
+    (
+        lambda model: ThorCallback(strategy="thor_ddp"),
+        r"does not know strategy\. .*A strategy is an option of the Trainer: Trainer\(strategy=",
+    ),
+    (lambda model: ThorCallback(update_every_n_step=5), r"update_every_n_step \(update_every_n_steps\?\)"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), WRONG_CALLS)
 def test_a_wrong_call_is_told_what_was_meant(call: Any, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         call(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("kind", [ThorCallback, lambda **options: Curvature(nn.Linear(2, 2), **options)])
+@pytest.mark.parametrize("value", ["Auto", "64", 0, 64.0])
+def test_a_block_size_of_another_kind_is_told_which_there_are(kind: Any, value: Any) -> None:
+    words = rf'block_size must be an int of at least 1, None .* or "auto" \(ThorCallback\), got {value!r}'
+    with pytest.raises(ValueError, match=words):
+        kind(block_size=value)
 
 
 def make_momenta(optimizer: Thor) -> None:
