@@ -13,7 +13,16 @@ from torch import Tensor
 
 from tests.helpers import stored_checkpoints
 from tests.helpers.launching import run_forked
-from tests.helpers.stored_checkpoints import ON_OTHER_RANKS, STORED, TRAININGS, Result, train
+from tests.helpers.stored_checkpoints import (
+    FORMER,
+    OF_FORMER_CODE,
+    ON_OTHER_RANKS,
+    STORED,
+    TRAININGS,
+    Result,
+    Training,
+    train,
+)
 
 ALONE = [name for name, training in TRAININGS.items() if training.n_ranks == 1]
 TOGETHER = [name for name, training in TRAININGS.items() if training.n_ranks == 2]
@@ -106,7 +115,42 @@ def test_a_stored_checkpoint_of_one_process_trains_on_on_two_as_it_did_on_one(tw
     assert_goes_on(load(two_ranks / f"{name}.after.pt"), stored)
 
 
+def test_a_checkpoint_with_decisions_under_way_in_their_former_form_trains_on_as_it_did(tmp_path: Path) -> None:
+    name = "2026-11-28_trace_rule"
+    assert isinstance(load(FORMER / f"{name}.ckpt")["callbacks"]["ThorCallback"]["curvature"]["pending"][0], dict)
+    result = train(OF_FORMER_CODE[name], tmp_path / "again.ckpt", resume=FORMER / f"{name}.ckpt")
+    assert len(load(tmp_path / "again.ckpt")["callbacks"]["ThorCallback"]["curvature"]["pending"]) == 2
+    stored = load(FORMER / f"{name}.after.pt")
+    torch.testing.assert_close(result, stored, rtol=1e-9, atol=1e-12)
+
+
+def test_a_checkpoint_without_units_trains_on_as_it_did_until_the_first_refresh(tmp_path: Path) -> None:
+    """At step 9: the statistics of norms and tables have changed since then."""
+    name = "2026-11-25_natural"
+    result = train(OF_FORMER_CODE[name], tmp_path / "again.ckpt", resume=FORMER / f"{name}.ckpt")
+    stored = load(FORMER / f"{name}.after.pt")
+    torch.testing.assert_close(result["losses"][:3], stored["losses"][:3], rtol=1e-9, atol=0)
+    torch.testing.assert_close(result["losses"], stored["losses"], rtol=1e-3, atol=0)
+    torch.testing.assert_close(result["weights"], stored["weights"], rtol=0, atol=0.02)
+
+
+def test_a_checkpoint_of_the_first_version_is_refused_and_goes_on_without_its_curvature(tmp_path: Path) -> None:
+    path = FORMER / "2026-11-23_natural.ckpt"
+    with pytest.raises(ValueError, match=r"no refreshes, turns.*0\.1\.0.*deleting checkpoint\['callbacks'\]"):
+        train(Training(), tmp_path / "again.ckpt", resume=path)
+    checkpoint = load(path)
+    del checkpoint["callbacks"]["ThorCallback"]
+    torch.save(checkpoint, tmp_path / "without.ckpt")
+    with pytest.warns(UserWarning, match="curvature starts anew"):
+        result = train(Training(), tmp_path / "again.ckpt", resume=tmp_path / "without.ckpt")
+    assert bool(result["losses"].isfinite().all())
+
+
 def test_every_stored_file_is_small_and_tested() -> None:
-    files = {file.name for file in STORED.iterdir()}
+    files = {file.name for file in STORED.glob("*.*")}
     assert files == {f"{name}.{end}" for name in TRAININGS for end in ("ckpt", "after.pt")}
-    assert max(file.stat().st_size for file in STORED.iterdir()) < 60_000
+    former = {file.name for file in FORMER.iterdir()}
+    assert former == {
+        "2026-11-23_natural.ckpt", *(f"{name}.{end}" for name in OF_FORMER_CODE for end in ("ckpt", "after.pt"))
+    }  # fmt: skip
+    assert max(file.stat().st_size for file in STORED.rglob("*.*")) < 60_000

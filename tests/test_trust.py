@@ -75,7 +75,7 @@ def classes_in(path: Path) -> set[str]:
         return {str(argument) for operation, argument, _ in found if operation.name == "GLOBAL"}
 
 
-@pytest.mark.parametrize("path", sorted(STORED.glob("*.ckpt")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(STORED.rglob("*.ckpt")), ids=lambda path: path.stem)
 def test_stored_checkpoints_hold_tensors_and_plain_types(path: Path) -> None:
     assert classes_in(path) <= HARMLESS
     torch.load(path, weights_only=True)

@@ -35,7 +35,7 @@ def check_state(state: Any) -> None:
         raise _damaged(f"it is a {type(state).__name__}, not a dict")
     missing = [key for key in (*COUNTS, "layers") if key not in state]
     if missing:
-        raise _damaged(f"it has no {', '.join(missing)}")
+        raise _damaged(f"it has no {', '.join(missing)} (version 0.1.0 saved no refreshes and turns)")
     for key in COUNTS:
         number = state[key]
         if isinstance(number, Tensor):

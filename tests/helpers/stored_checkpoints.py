@@ -33,6 +33,7 @@ except ImportError:  # torch 2.5
     from torch.distributed._composable.fsdp import fully_shard
 
 STORED = Path(__file__).parents[1] / "data" / "checkpoints"
+FORMER = STORED / "former"
 ROWS, LENGTH, SYMBOLS = 16, 5, 7
 SAVED_AT, LAST_STEP = 7, 14
 """Steps: of one epoch, and of both. (Within an epoch Lightning would go on with its first batch again.) Refreshes come
@@ -78,6 +79,14 @@ TRAININGS = {
     "ddp_polar_kept_by_one": Training("polar", {}, 2, kept_by_one),
     "fsdp2_natural": Training("natural", {}, 2, in_one_file),
 }
+OF_FORMER_CODE = {
+    # Of commit 9e34d9c: no unit of gradients, no largest gradient so far, no limit of a step.
+    "2026-11-25_natural": Training(),
+    # Of commit 9937402, where a decision under way was a dict: there are two.
+    "2026-11-28_trace_rule": Training("natural", {"trace_rule": (0.5, 0.1), "stagger": True}),
+}
+"""In `FORMER`, written by code of that day, whose checkpoints had other keys. Those of `TRAININGS` are of commit
+941db66; ``2026-11-23_natural.ckpt`` is of 6078932, version 0.1.0, which is refused."""
 ON_OTHER_RANKS = {"natural_on_two_ranks": ("natural", Training("natural", {}, 2, lambda: "thor_ddp"))}
 """Of which stored checkpoint each goes on, and how."""
 
