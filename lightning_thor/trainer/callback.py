@@ -19,7 +19,7 @@ from lightning_thor.factors.damping import DampingRule
 from lightning_thor.optim.options import unknown_options
 from lightning_thor.optim.thor import Thor
 from lightning_thor.trainer.block_size_trial import try_block_sizes
-from lightning_thor.trainer.checkpoints import folder_advice, is_folder_of_shards
+from lightning_thor.trainer.checkpoints import folder_advice, is_folder_of_shards, weights_advice
 from lightning_thor.trainer.fit_log import FitLog
 from lightning_thor.trainer.packages import is_lightnings
 from lightning_thor.trainer.report import report_split
@@ -299,6 +299,8 @@ class ThorCallback(Callback):
         # Strategies of Lightning's own open it as a file.
         if isinstance(exception, IsADirectoryError) and is_folder_of_shards(exception.filename):
             rank_zero_warn(folder_advice(exception.filename))
+        elif isinstance(exception, KeyError) and "save_weights_only" in str(exception):
+            rank_zero_warn(weights_advice(trainer.ckpt_path))
 
     def _close(self) -> None:
         if self._served is not None:

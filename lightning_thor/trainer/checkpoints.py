@@ -104,13 +104,18 @@ def check_that_a_fit_can_go_on(checkpoint: Mapping[str, Any], path: Any) -> None
     """
     # A folder's optimizers are in other files than the rest.
     if "lr_schedulers" not in checkpoint:
-        load = "module.load_state_dict(torch.load(path)['state_dict'])"
-        if is_folder_of_shards(path):
-            load = "torch.distributed.checkpoint.load({'state_dict': module.state_dict()}, checkpoint_id=path)"
-        raise ValueError(
-            f"The checkpoint {path} holds weights alone (ModelCheckpoint(save_weights_only=True)), from which a fit "
-            f"cannot go on. Start a new one from them: {load}, and fit without ckpt_path."
-        )
+        raise ValueError(weights_advice(path))
+
+
+def weights_advice(path: Any) -> str:
+    """What to do with a checkpoint of weights alone, in a fit."""
+    load = "module.load_state_dict(torch.load(path)['state_dict'])"
+    if is_folder_of_shards(path):
+        load = "torch.distributed.checkpoint.load({'state_dict': module.state_dict()}, checkpoint_id=path)"
+    return (
+        f"The checkpoint {path} holds weights alone (ModelCheckpoint(save_weights_only=True)), from which a fit "
+        f"cannot go on. Start a new one from them: {load}, and fit without ckpt_path."
+    )
 
 
 def _put(beside: Path, path: Path) -> None:
