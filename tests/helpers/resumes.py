@@ -104,15 +104,18 @@ MATRIX = {
     for case in [Case(mode, situation, strategy, strategy)]
 }
 """Bit for bit."""
-OTHERS = (SINGLE, THOR_DDP, THOR_DDP._replace(n_ranks=4), FOLDER, FOLDER._replace(n_ranks=4))
+ON_FOUR = (THOR_DDP._replace(n_ranks=4), FOLDER._replace(n_ranks=4))
 MOVES = {
     case.name: case
-    for mode, before, after in product(MODES, (SINGLE, THOR_DDP, FOLDER, FILE), OTHERS)
+    for mode, before, after in product(MODES, (*STRATEGIES, *ON_FOUR), (*STRATEGIES, *ON_FOUR))
     # A folder is read by sharded strategies alone.
-    if before != after and (before != FOLDER or after.is_sharded)
+    if before != after and (before.kind != FOLDER.kind or after.is_sharded)
+    if possible(mode, before) and possible(mode, after)
     for case in [Case(mode, "plain", before, after)]
 }
 """To rounding in float64: sums are taken in another order."""
+UNBROKEN = {case.unbroken: case._replace(after=case.before) for case in (MATRIX | MOVES).values()}
+"""By name; a move from two ranks or one has its unbroken training with the matrix."""
 
 
 class Places:
@@ -203,7 +206,7 @@ def work(folder: Path, names: list[str], part: str) -> None:
     """What one rank does of these cases."""
     torch.set_num_threads(1)
     for name in names:
-        case = (MATRIX | MOVES)[name]
+        case = (MATRIX | MOVES | UNBROKEN)[name]
         result = train(folder, case, getattr(case, part), resumes=part == "after")
         torch.save(result, folder / f"{name}-{part}-{os.environ['RANK']}.pt")
         if dist.is_initialized():
@@ -231,9 +234,9 @@ def resumed(name: str) -> tuple[list[Result], list[Result]]:
 
 if __name__ == "__main__":
     chosen = sys.argv[2:] or [*MATRIX, *MOVES]
-    for part in ("before", "after"):
+    cases = {name: (MATRIX | MOVES)[name] for name in chosen}
+    unbroken = {case.unbroken: UNBROKEN[case.unbroken] for case in cases.values()}
+    for part, trainings in (("before", unbroken), ("after", cases)):
         for n_ranks in (1, 2, 4):
-            names = [name for name in chosen if getattr((MATRIX | MOVES)[name], part).n_ranks == n_ranks]
-            # The unbroken training of a move is one of the matrix.
-            if names := [name for name in names if part == "after" or name in MATRIX]:
+            if names := [name for name, case in trainings.items() if getattr(case, part).n_ranks == n_ranks]:
                 fork(n_ranks, partial(work, Path(sys.argv[1]), names, part))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.helpers.boring import assert_bitwise
-from tests.helpers.resumes import MATRIX, MODES, MOVES, SINGLE, SITUATIONS, Case, resumed, train
+from tests.helpers.resumes import FILE, MATRIX, MODES, MOVES, SINGLE, SITUATIONS, Case, Strategy, resumed, train
 
 IN_PROCESS = [
     Case(MODES[(place + turn) % len(MODES)], situation, SINGLE, SINGLE)
@@ -17,6 +18,13 @@ IN_PROCESS = [
     if situation != "plain"
 ]
 """Each situation with one mode, and the middle of an epoch with two."""
+ONE_FILE = FILE._replace(n_ranks=1)
+MOVED_IN_PROCESS = [
+    Case("natural", "plain", SINGLE, ONE_FILE),
+    Case("polar", "plain", ONE_FILE, Strategy("ddp", 1)),
+    Case("adam", "plain", Strategy("thor_ddp", 1), SINGLE),
+]
+"""On one rank, whatever the strategy."""
 
 
 @pytest.mark.parametrize("case", IN_PROCESS, ids=lambda case: case.name)
@@ -25,6 +33,18 @@ def test_a_resumed_training_is_bitwise_the_unbroken_one(tmp_path: Path, case: Ca
     found = train(tmp_path, case, SINGLE, resumes=True)
     assert len(found.pop("steps")) < len(unbroken.pop("steps"))
     assert_bitwise(found, unbroken)
+
+
+@pytest.mark.usefixtures("clean_process")
+@pytest.mark.parametrize("case", MOVED_IN_PROCESS, ids=lambda case: case.name)
+def test_a_training_goes_on_with_another_strategy(tmp_path: Path, case: Case) -> None:
+    unbroken = train(tmp_path, case, case.before, resumes=False)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    found = train(tmp_path, case, case.after, resumes=True)
+    assert len(found.pop("steps")) < len(unbroken.pop("steps"))
+    for part in ("weights", "curvature"):
+        torch.testing.assert_close(found[part], unbroken[part], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.long
