@@ -39,7 +39,7 @@ from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.factors.state import ELEMENTS, ROWS, FactorState, Solve, factor_state_of
 from lightning_thor.factors.trace_rule import UPDATE, decide, trace_rule_of
-from lightning_thor.layers.base import attention_uses, fan_in
+from lightning_thor.layers.base import attention_uses, fan_in, weight_of
 from lightning_thor.layers.discovery import (
     NOT_TRAINED,
     coverage,
@@ -138,6 +138,7 @@ class Curvature:
         coverage: the share of the trained weights that had curvature when it was built.
         has_low_coverage: whether it is below a half, apart from what ``skip_layers`` names.
         fan_in: the number of inputs of each output, by weight; 1 for an embedding.
+        weight_of: the weight that a bias within A, or a norm's shift, has its direction with.
         polar_layers: those with polar directions: in polar mode linear layers and convolutions but the output layer.
         step: applied steps so far.
         last_damping: the ``damping`` of the last inversion here, None before.
@@ -215,7 +216,7 @@ class Curvature:
         frozen = {name for name, why in self.left_out.items() if why == "frozen" and parameters is None}
         self._frozen = weights_of(model, frozen) if frozen else {}
         self.coverage = coverage(model, self.layers, parameters)
-        self.fan_in = fan_in(self.layers.values())
+        self.fan_in, self.weight_of = fan_in(self.layers.values()), weight_of(self.layers.values())
         self.polar_layers = self.layers.keys() & set(matrices) - {*output_layers} if chosen.uses_matrix_sign else set()
         self.factors = factor_state_of(self.layers, chosen.decomposition)
         self._trace_rule = trace_rule_of(trace_rule)

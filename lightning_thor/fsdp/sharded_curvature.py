@@ -82,6 +82,11 @@ class ShardedCurvature:
         """As of `Curvature`."""
         return self.curvature.fan_in
 
+    @property
+    def weight_of(self) -> dict[nn.Parameter, nn.Parameter]:
+        """As of `Curvature`."""
+        return self.curvature.weight_of
+
     def update(self) -> None:
         """As `Curvature.update`."""
         self.curvature.update()

@@ -310,6 +310,15 @@ class Layer:
         ]
 
 
+def weight_of(layers: Iterable[Layer]) -> dict[nn.Parameter, nn.Parameter]:
+    """The weight that a further parameter of a layer has its direction with: of biases within A, and of norms' shifts.
+
+    Args:
+        layers: with curvature.
+    """
+    return {p: layer.parameters[0] for layer in layers if layer.is_preconditioned for p in layer.parameters[1:]}
+
+
 def fan_in(layers: Iterable[Layer]) -> dict[nn.Parameter, int]:
     """The number of inputs that each output of a weight adds up, without a bias: by parameter, for layers with an A.
 

@@ -39,7 +39,8 @@ class Preconditioner(Protocol):
     These two methods suffice for ``mode="natural"``. For other modes, and for directions in parts, it has
     ``directions(tensors, mode)`` too; for a mode with a change of basis ``change_basis(tensors, mode, back=False)`` and
     ``due_parameters()``, all as of `Curvature`. ``fan_in``, if it has that, says of how many inputs each output of a
-    weight is made where the weight's shape does not.
+    weight is made where the weight's shape does not; ``weight_of``, which parameters have their direction together with
+    a weight's: where the weight alone has a gradient, theirs are zeros, and they do not move.
     """
 
     def update(self) -> None:
@@ -224,8 +225,14 @@ class Thor(Optimizer):
         grads = dict(zip(params, local_gradients(params), strict=True))
         if [p for p in params if grads[p].is_sparse]:
             raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
-        parts, targets = self._update_parts(self.preconditioner, grads)
+        # A part of a layer may be frozen, or not part of this loss: the weight goes on with its curvature.
+        weight_of: Mapping[nn.Parameter, nn.Parameter] = getattr(self.preconditioner, "weight_of", {})
+        still = [p for p, weight in weight_of.items() if p.grad is None and weight in grads] if weight_of else []
+        zeros = self._zeros(still) if still else {}
+        parts, targets = self._update_parts(self.preconditioner, grads, zeros)
         for updates in parts:
+            for p in zeros:
+                updates.pop(p, None)
             self._apply(grads, updates, targets)
             # Frees the memory for the next part.
             updates.clear()
@@ -290,12 +297,16 @@ class Thor(Optimizer):
                 moments = {key: saved[key].to(p.device, wide(p.dtype), copy=True) for key in (FIRST, SECOND)}
                 self.state[p].update(moments)
 
-    def _update_parts(self, preconditioner: Preconditioner, grads: Tensors) -> tuple[Iterable[Directions], Targets]:
-        """Update the preconditioner; returns parts of directions, each to be used before the next, and their scale."""
+    def _update_parts(
+        self, preconditioner: Preconditioner, grads: Tensors, zeros: Tensors
+    ) -> tuple[Iterable[Directions], Targets]:
+        """Update the preconditioner; returns parts of directions, each to be used before the next, and their scale.
+        ``zeros`` are gradients of parameters that do not move, but have directions together with others."""
         groups = self.param_groups
         mode = MODES[groups[0]["mode"]]
         if mode.change_basis is not None:  # so have all groups
             change_basis = _method_for(preconditioner, mode)
+            grads = {**grads, **zeros}
             return [steps_in_other_coordinates(groups, self.state, preconditioner, change_basis, grads)], {}
         preconditioner.update()
         momenta: dict[nn.Parameter, Tensor] = {}
@@ -304,6 +315,7 @@ class Thor(Optimizer):
                 momenta.update(self._momenta(group, grads))
         sources = {**grads, **momenta} if momenta else grads
         targets = self._target_norms(sources)
+        sources = {**sources, **zeros} if zeros else sources
         by_mode: dict[str, Tensors] = {mode.name: sources}
         if len(names := dict.fromkeys([group["mode"] for group in groups])) > 1:
             members = [(group["mode"], p) for group in groups for p in group["params"] if p in sources]
@@ -385,6 +397,12 @@ class Thor(Optimizer):
             # Cast last: see `Preconditioner.precondition`.
             own = [u if u.dtype == w.dtype else u.to(w.dtype) for u, w in zip(own, weights, strict=True)]
             sgd_step(weights, own, self._momentum_buffers(params) if group["momentum"] else [], group)
+
+    def _zeros(self, params: list[nn.Parameter]) -> Tensors:
+        """Zeros like this rank's part of those of ``params`` that this optimizer has, by parameter."""
+        own = {p for group in self.param_groups for p in group["params"]}
+        params = [p for p in params if p in own]
+        return dict(zip(params, map(torch.zeros_like, local_parts(params)), strict=True))
 
     def _momentum_buffers(self, params: list[nn.Parameter]) -> list[Tensor]:
         """Return this rank's shard of each momentum, of zeros where there was none."""
