@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
@@ -81,7 +82,7 @@ def discover_layers(
         model: any module.
         block_size: largest block; None for whole factors.
         precondition_bias: take the biases of linear layers and convolutions into A, as its last coordinate; not if the
-            weight is tied.
+            weight is tied, nor a bias that several layers share, or that is no plain parameter (pruned, parametrized).
         only: leave out layers whose weight is not among these parameters.
         statistics: K-FAC-expand, K-FAC-reduce, or nn.thor's.
         fused: number of parts that a linear layer's outputs are a concatenation of, by pattern of its name: G is
@@ -99,11 +100,15 @@ def discover_layers(
     fused = fused or {}
     left_out: dict[str, str] = {}
     uses = list(_uses(model))
+    # Not those of modules of other kinds: BERT's head holds the bias of the linear layer in it too.
+    modules = {use.module for use in uses if find_kind(use.module) is not None}
+    n_modules = Counter(p for module in modules for p in module.parameters(recurse=False))
+    shared = {p for p, n in n_modules.items() if n > 1}
     # By weight, and by first row in it.
     found: dict[tuple[nn.Parameter, int], dict[LayerKind, list[ModuleUse]]] = {}
     for use in uses:
         is_skipped = any(_is_in(use.name, pattern) for pattern in skip_layers)
-        kind = "in skip_layers" if is_skipped else _check(use, only, statistics)
+        kind = "in skip_layers" if is_skipped else _check(use, only, statistics, shared)
         if isinstance(kind, str):
             left_out[use.name] = kind
             continue
@@ -120,6 +125,7 @@ def discover_layers(
         for kind, (use, *tied) in kinds.items():
             bias = _bias_of(use) if precondition_bias and not is_tied else None
             takes_bias = bias is not None and bias.requires_grad and (only is None or bias in only)
+            takes_bias = takes_bias and bias not in shared
             block_sizes = block_size, 1 if use.name in diagonal_G else block_size
             layer = _layer((use, *tied), kind, statistics, block_sizes, takes_bias, fused)
             if kind.ties_to in kinds:
@@ -171,8 +177,11 @@ def _projections(name: str, module: nn.MultiheadAttention) -> Iterator[ModuleUse
         yield ModuleUse(f"{name}.{role}" if name else role, module, weight_name, param_slice, module, role)
 
 
-def _check(use: ModuleUse, only: Set[nn.Parameter] | None, statistics: KfacApprox) -> LayerKind | str:
-    """The kind of a use, or why it has no curvature with these statistics."""
+def _check(
+    use: ModuleUse, only: Set[nn.Parameter] | None, statistics: KfacApprox, shared: Set[nn.Parameter]
+) -> LayerKind | str:
+    """The kind of a use, or why it has no curvature with these statistics; several layers have the parameters
+    ``shared``."""
     parameters = list(use.module.parameters())
     if parameters and not any(p.requires_grad for p in parameters):
         return "frozen"
@@ -198,6 +207,11 @@ def _check(use: ModuleUse, only: Set[nn.Parameter] | None, statistics: KfacAppro
         return "frozen"
     if only is not None and weight not in only:
         return "not in the optimizer"
+    bias = _bias_of(use)
+    if kind.owns_all_parameters and bias is None and getattr(module, "bias", None) is not None:
+        return "its bias is not a plain parameter (parametrized, or a buffer)"
+    if kind.owns_all_parameters and bias in shared and weight not in shared:
+        return "shares its bias with another layer"
     if kind.owns_all_parameters and not all(p.requires_grad for p in own.values()):
         return "frozen in part"
     if kind.owns_all_parameters and only is not None and not all(p in only for p in own.values()):
@@ -213,9 +227,10 @@ def _can_be_tied(one: LayerKind, other: LayerKind, statistics: KfacApprox) -> bo
 
 
 def _bias_of(use: ModuleUse) -> nn.Parameter | None:
+    """The bias, if it is a parameter itself: not one that pruning or a parametrization computes from others."""
     # Packed as the weight is; where the weights are apart (kdim, vdim) their one bias is plain.
-    bias: nn.Parameter | None = getattr(use.module, "bias" if use.param_slice is None else "in_proj_bias", None)
-    return bias
+    name = "bias" if use.param_slice is None else "in_proj_bias"
+    return dict(use.module.named_parameters(recurse=False)).get(name)
 
 
 def _layer(

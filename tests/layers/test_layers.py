@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_thor import Curvature, Thor
 from lightning_thor.layers.discovery import discover_layers
+from tests.helpers.boring import assert_bitwise
 
 
 def found(model: nn.Module) -> tuple[list[str], dict[str, str]]:
@@ -22,6 +26,10 @@ def frozen_scale() -> nn.Module:
     norm = nn.LayerNorm(3)
     norm.bias.requires_grad_(False)
     return norm
+
+
+def pruned(module: nn.Module) -> nn.Module:
+    return prune.random_unstructured(module, "bias", amount=0.5)
 
 
 class ChannelsFirst(nn.LayerNorm):
@@ -56,6 +64,7 @@ def with_a_forward_of_its_own(module: nn.Module) -> nn.Module:
         (weight_norm(nn.Linear(2, 2)), "its weight is not a plain parameter (parametrized, or not affine)"),
         (nn.Linear(2, 2).requires_grad_(False), "frozen"),
         (frozen_scale(), "frozen in part"),
+        (pruned(nn.LayerNorm(3)), "its bias is not a plain parameter (parametrized, or a buffer)"),
         (nn.Linear(2, 0), "empty weight"),
         (ChannelsFirst(2), "ChannelsFirst has a forward of its own, which may not be LayerNorm's"),
         (Standardized(2, 2, 3), "Standardized has a _conv_forward of its own, which may not be Conv2d's"),
@@ -74,6 +83,53 @@ def test_what_has_no_curvature_is_named_with_its_reason(layer: nn.Module, reason
 def test_a_transposed_convolution_has_no_reduced_statistics() -> None:
     curvature = Curvature(nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Conv2d(3, 2, 3)), statistics="reduce")
     assert (list(curvature.layers), curvature.left_out) == (["1"], {"0": "no curvature for ConvTranspose2d"})
+
+
+def test_norms_that_share_a_shift_alone_have_no_curvature() -> None:
+    norms = nn.ModuleList([nn.LayerNorm(3), nn.LayerNorm(3), nn.LayerNorm(3)])
+    norms[1].bias = norms[0].bias
+    assert found(norms) == (["2"], dict.fromkeys(["0", "1"], "shares its bias with another layer"))
+    norms[1].weight = norms[0].weight
+    assert found(norms) == (["0", "2"], {})
+
+
+def share(model: nn.Sequential) -> None:
+    model[2].bias = model[0].bias
+
+
+def prune_biases(model: nn.Sequential) -> None:
+    for layer in model[::2]:
+        pruned(layer)
+
+
+def parametrize_biases(model: nn.Sequential) -> None:
+    for layer in model[::2]:
+        register_parametrization(layer, "bias", nn.Tanh())
+
+
+@pytest.mark.parametrize("change", [share, prune_biases, parametrize_biases])
+def test_a_bias_that_is_no_parameter_of_one_layer_alone_stays_plain(change: Callable[[nn.Sequential], None]) -> None:
+    found = []
+    for precondition_bias in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        change(model)
+        curvature = Curvature(model, precondition_bias=precondition_bias)
+        optimizer = Thor(model.parameters(), preconditioner=curvature)
+        for _ in range(3):
+            model(torch.randn(8, 4, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach() for p in model.parameters()])
+    assert_bitwise(*found)
+
+
+def test_a_bias_that_a_module_around_the_layer_holds_too_is_the_layers() -> None:
+    """As transformers' ``BertLMPredictionHead`` does."""
+    head = nn.Module()
+    head.decoder = nn.Linear(4, 2)
+    head.bias = head.decoder.bias
+    assert Curvature(head, precondition_bias=True).layers["decoder"].with_bias
 
 
 def test_modules_without_parameters_are_not_mentioned() -> None:
