@@ -155,10 +155,17 @@ class FactorAccumulator:
 
     def _scale(self, number: int, name: str, n_seen: float) -> float | Tensor:
         """Factor from the gradient of the loss as it was differentiated to that of the per-sample loss."""
-        per_sample: float | Tensor = 1.0 if self._loss_terms is None else _checked_terms(self._loss_terms())
+        per_sample: float | Tensor = 1.0
+        if self._loss_terms is not None:
+            per_sample = _number(self._loss_terms(), "loss_terms", "the number of terms in the mean of the loss")
         if self._loss_reduction == "mean" and self._loss_terms is None:
             per_sample = self._terms_of_the_loss(number, name, n_seen)
-        return per_sample / (1.0 if self._loss_multiplier is None else self._loss_multiplier())
+        if self._loss_multiplier is None:
+            return per_sample
+        multiplier = _number(self._loss_multiplier(), "loss_multiplier", "what the loss was multiplied by, above 0")
+        if not isinstance(multiplier, Tensor) and not multiplier:
+            raise ValueError("loss_multiplier returned 0: such a loss has no gradients.")
+        return per_sample / multiplier
 
     def _terms_of_the_loss(self, number: int, name: str, n_seen: float) -> float:
         """The number of terms in the mean loss: the rows of the output whose gradient comes first in a backward pass,
@@ -354,13 +361,23 @@ class FactorAccumulator:
             )
 
 
-def _checked_terms(n_terms: Any) -> float | Tensor:
-    """What a user's ``loss_terms`` returned; raises a TypeError if it is no number."""
-    is_number = n_terms.numel() == 1 if isinstance(n_terms, Tensor) else isinstance(n_terms, Real)
-    if not is_number:
-        got = f"a tensor of shape {list(n_terms.shape)}" if isinstance(n_terms, Tensor) else repr(n_terms)[:200]
-        raise TypeError(
-            "loss_terms must return the number of terms in the mean of the loss, as a number or a 0-dimensional "
-            f"tensor, but returned {got}."
-        )
-    return n_terms  # type: ignore[no-any-return]
+def _number(given: Any, option: str, meaning: str) -> float | Tensor:
+    """What a user's function returned, as a number or a 0-dimensional tensor.
+
+    Args:
+        given: what it returned.
+        option: its name.
+        meaning: of the number.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is a negative number, or not finite; a tensor is not looked at.
+    """
+    if isinstance(given, Tensor) and given.numel() == 1:
+        return given.reshape(())
+    if isinstance(given, Tensor) or not isinstance(given, Real):
+        got = f"a tensor of shape {list(given.shape)}" if isinstance(given, Tensor) else repr(given)[:200]
+        raise TypeError(f"{option} must return {meaning}, as a number or a 0-dimensional tensor, but returned {got}.")
+    if not (math.isfinite(given) and given >= 0):
+        raise ValueError(f"{option} must return {meaning}, but returned {given!r}.")
+    return float(given)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
+from numbers import Real
 from typing import Any
 from weakref import ref
 
@@ -816,9 +817,11 @@ class Curvature:
         """The damping of the coming step; a ValueError if a schedule gives one that is not above 0."""
         if not callable(self.damping):
             return self.damping
-        damping = float(self.damping(self.step))
+        given: Any = self.damping(self.step)
+        is_number = given.numel() == 1 if isinstance(given, Tensor) else isinstance(given, Real)
+        damping = float(given) if is_number else math.nan
         if not (math.isfinite(damping) and damping > 0):
-            raise ValueError(f"The damping schedule gave {damping!r} at step {self.step}; it must stay above 0.")
+            raise ValueError(f"The damping schedule gave {given!r} at step {self.step}; it must stay above 0.")
         return damping
 
     @cached_property

@@ -39,8 +39,8 @@ def check_state(state: Any) -> None:
     for key in COUNTS:
         number = state[key]
         if isinstance(number, Tensor):
-            number = number.item() if number.numel() == 1 else None
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            number = number.item() if number.numel() == 1 and not number.is_meta else None
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63:
             raise _damaged(f"its {key} is no whole number of at least 0, but {state[key]!r}")
     unit, loss_layer = state.get("gradient_unit"), state.get("loss_layer")
     if unit is not None and not (isinstance(unit, float) and math.isfinite(unit) and unit > 0):
@@ -120,7 +120,9 @@ def check_layer_tensors(layers: Mapping[str, Mapping[str, Any]], own: Mapping[st
 
 
 def _faults_of(saved: Tensor, own: Tensor, *, counts: bool) -> Iterator[str]:
-    if _kind(saved.dtype) != _kind(own.dtype):
+    if saved.is_meta or saved.layout != torch.strided:
+        yield "has no numbers of its own" if saved.is_meta else f"is of the layout {saved.layout}"
+    elif _kind(saved.dtype) != _kind(own.dtype):
         yield f"is of {saved.dtype}, not of {own.dtype}"
     elif not torch.isfinite(saved).all():
         yield "is not finite"

@@ -50,8 +50,7 @@ class RecordProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        # Tensor subclasses may have an attention of their own.
-        if func is F.multi_head_attention_forward and all(cls in (Tensor, torch.nn.Parameter) for cls in types):
+        if func is F.multi_head_attention_forward and all(map(_has_torchs_functions, types)):
             query = args[0]
             self._positions, self._batch = query.shape[0], query.shape[1] if query.dim() == 3 else 1
             return self._forward(*args, **(kwargs or {}))
@@ -91,3 +90,9 @@ class RecordProducts(TorchFunctionMode):
         function = FunctionType(_CODE, names, original.__name__, original.__defaults__, original.__closure__)
         function.__kwdefaults__ = original.__kwdefaults__
         return function
+
+
+def _has_torchs_functions(cls: type[Tensor]) -> bool:
+    """Whether tensors of this class take torch's own functions: other subclasses may have an attention of their own."""
+    own = getattr(cls.__torch_function__, "__func__", None)
+    return cls is torch.nn.Parameter or own is Tensor.__torch_function__.__func__  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers import attention
 from lightning_thor.layers.base import Layer, LayerKind, ModuleUse
@@ -151,7 +152,7 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
             yield from _projections(name, module)
             continue
         own = dict(module.named_parameters(recurse=False))
-        if own or "weight" in getattr(module, "parametrizations", {}):
+        if own or is_parametrized(module, "weight"):
             found, outer = find_kind(module), inside.get(module)
             weight_name = "weight" if found is None else found[0].weight_name
             role = "" if outer is None else "out_proj" if module is outer.out_proj else "?"

@@ -344,6 +344,8 @@ class Hooks:
         if pair.input_was_changed:
             self._warn_of_change(pair)
             return
+        if self._waiting and accumulator is not None and accumulator.variable.grad is None:
+            self._forget_dropped(accumulator.variable)
         if self._checks is not None and accumulator is not None and self._checks.wants(pair.name):
             a = pair.a if pair.projected is None else pair.projected
             assert a is not None
@@ -354,6 +356,14 @@ class Hooks:
             self._waiting[pair] = None
         else:
             self._hand_over(pair)
+
+    def _forget_dropped(self, weight: Tensor) -> None:
+        """Forget the gradients of earlier backward passes that pairs of a weight wait with: the weight's own was set to
+        None since. (A sharded weight's gradient is elsewhere between passes.)"""
+        for pair in [pair for pair in self._waiting if pair.backward_pass != backward_pass()]:
+            if self._weight_of(pair.name) is weight:
+                self._waiting.pop(pair)
+                pair.g, pair.backward_pass = None, -1
 
     def _hand_over(self, pair: Pair) -> None:
         self._waiting.pop(pair, None)

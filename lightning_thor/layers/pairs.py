@@ -197,14 +197,16 @@ class PairChecks:
             accumulator: the autograd node that will add to the gradient of its weight; None if its product is watched.
         """
         number = self._numbers[name]
-        kind, dtype = self._layers[number].kind, torch.promote_types(g.dtype, torch.float32)
+        kind, module = self._layers[number].kind, self._modules[name]
+        dtype = torch.promote_types(g.dtype, torch.float32)
         if kind.is_linear:
-            if not g.dim() or a.numel() * g.shape[-1] != g.numel():
-                self.skip(name)
+            out = kind.factor_widths(module, module.weight.shape)[2]
+            if not g.dim() or g.shape[-1] != out or a.numel() * out != g.numel():
+                self.skip(name)  # the accumulator reports pairs that do not fit
                 return
             terms = g.reshape(-1, g.shape[-1]).to(dtype).T[None] * a.reshape(1, 1, -1)
         else:
-            rows = kind.rows(self._modules[name], a, g, dtype, None)
+            rows = kind.rows(module, a, g, dtype, None)
             assert rows.a is not None
             terms = rows.g * (_vector(rows.a.shape[0], rows.a.shape[1], rows.a)[:, None, :] @ rows.a)
         product, squares = terms.sum(-1).flatten(), terms.square().sum()

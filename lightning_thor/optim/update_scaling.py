@@ -104,7 +104,8 @@ def _multiply_on_host_(
     chosen, chosen_factors = list[Tensor](), list[float]()
     for x, factor, exponent in zip(real, factors, exponents, strict=True):
         magnitude = math.frexp(factor)[1] + exponent
-        if (at_most and magnitude > 0) or (factor == 1.0 and not exponent):
+        # A factor of infinity, whose magnitude is 0, is that of a limit beyond all norms.
+        if (at_most and (magnitude > 0 or factor == math.inf)) or (factor == 1.0 and not exponent):
             continue
         limits, product = torch.finfo(x.dtype), math.ldexp(factor, exponent) if abs(magnitude) < 1000 else 0.0
         if x.dtype == wide(x.dtype) and (limits.tiny <= product <= limits.max or not math.isfinite(factor)):

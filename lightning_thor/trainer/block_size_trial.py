@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from lightning_thor.block_size.choose import BlockSplit, choose_block_size
 from lightning_thor.distributed import dtensor
 from lightning_thor.trainer.packages import is_lightnings
+from lightning_thor.trainer.thors import takes_iterator
 
 ADVICE = 'Give block_size a number instead of "auto"; lightning_thor.choose_block_size finds one outside of a Trainer.'
 
@@ -43,13 +44,18 @@ def try_block_sizes(
         Rank 0's choice.
 
     Raises:
-        ValueError: manual optimization, a ``training_step`` without a loss, data that can be read only once, or a
-            module that cannot be copied.
+        ValueError: manual optimization, a ``training_step`` without a loss or with batches of its own, data that can be
+            read only once, or a module that cannot be copied.
     """
     if not pl_module.automatic_optimization:
         raise ValueError(
             f'block_size="auto" tries {type(pl_module).__name__}.training_step, which in manual optimization would '
             f"train. {ADVICE}"
+        )
+    if takes_iterator(pl_module):
+        raise ValueError(
+            f'block_size="auto" tries {type(pl_module).__name__}.training_step on a batch, but it takes '
+            f"dataloader_iter. {ADVICE}"
         )
     with isolate_rng(), _silent(trainer), _trial_of(pl_module, trainer) as trial:
         batch = _first_batch(trainer)

@@ -37,9 +37,21 @@ def setup_fabric(
         ``(module, optimizer, curvature)``, the first two as Fabric wraps them.
 
     Raises:
+        TypeError: the optimizer is no `Thor`, or an option is one that is known.
         ValueError: the strategy is not supported, the optimizer has a preconditioner, or an option is out of its range.
     """
     check_strategy(fabric.strategy)
+    if not isinstance(optimizer, Thor):
+        raise TypeError(
+            f"setup_fabric takes a Thor, got a {type(optimizer).__name__}: build it by configure_thor(module, lr=...). "
+            "fabric.setup(module, optimizer) is for other optimizers."
+        )
+    known = options.keys() & {"mode", "loss_multiplier", "parameters"}
+    if known:
+        raise TypeError(
+            f"setup_fabric takes no {', '.join(sorted(known))}: the mode is the optimizer's, configure_thor(module, "
+            "mode=...), as are the parameters, and the loss's multiplier follows from accumulate_grad_batches."
+        )
     if optimizer.preconditioner is not None:
         raise ValueError("setup_fabric makes the curvature itself: build the optimizer without preconditioner=...")
     model = fabric.setup_module(module)  # which moves the parameters to their device

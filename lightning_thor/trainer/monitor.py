@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,11 @@ class ThorMonitor(Callback):
         self._refreshes, self._done, self._n_steps = [], sum(one.refreshes[0] for one in curvatures), _step(curvatures)
         # A resumed fit goes on in its file, if it has the same folder.
         is_resumed = self._n_steps > 0 if curvatures else trainer.global_step > 0
-        if self.path is not None and not is_resumed:
-            self.path.unlink(missing_ok=True)
+        if self.path is not None and not is_resumed and self.path.exists():
+            if trainer.global_step:  # a second fit in the folder of the first
+                _move_away(self.path)
+            else:
+                self.path.unlink()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -158,6 +162,12 @@ def _write(look: Look, path: Path) -> None:
         # A run that was killed may have left a line without an end.
         is_cut = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
         file.write(b"\n" + line if is_cut else line)
+
+
+def _move_away(path: Path) -> None:
+    """Number a file: ``name-1.suffix``, or the next number that is free."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
+    path.rename(next(name for name in names if not name.exists()))
 
 
 def curvatures_of(trainer: pl.Trainer) -> list[Curvature]:

@@ -27,6 +27,7 @@ from lightning_thor.trainer.thors import (
     callbacks_of,
     is_training,
     parameters_of,
+    takes_iterator,
     thors_of,
     trained_of,
     warn_of_clipping,
@@ -65,6 +66,11 @@ class ServedThors:
         self.monitor = next((one for one in callbacks_of(trainer) if isinstance(one, ThorMonitor)), None)
         self.looks = False
         self._trainer, self._pl_module, self._options = trainer, pl_module, options
+        if loss_terms is not None and takes_iterator(pl_module):
+            raise ValueError(
+                f"loss_terms is given each batch, but {type(pl_module).__name__}.training_step takes dataloader_iter: "
+                "let it take batch, or leave loss_terms out."
+            )
         self._terms = None if loss_terms is None else TermsOfTheBatch(loss_terms, trainer.strategy)
         self._restored = restored
         """State of curvatures, some of which may come later."""
@@ -81,7 +87,8 @@ class ServedThors:
         new = [optimizer for optimizer in thors_of(trainer) if optimizer not in self.by_optimizer]
         for optimizer in new:
             self._connect(optimizer, self._curvature_for(optimizer))
-        if len(self.curvatures) > 1:
+        # Manual optimization may take several backward passes to a step.
+        if len(self.curvatures) > 1 or not self._pl_module.automatic_optimization:
             for curvature in self.curvatures:
                 curvature.send_in_update()
         for optimizer in new:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -68,6 +69,11 @@ class TermsOfTheBatch:
     def close(self) -> None:
         """Leave the strategy as it was."""
         del self._strategy.training_step
+
+
+def takes_iterator(pl_module: pl.LightningModule) -> bool:
+    """Whether its ``training_step`` fetches batches itself."""
+    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:

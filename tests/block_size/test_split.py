@@ -467,6 +467,11 @@ class ReadOnceToo(Boring):
         return OwnIterator()
 
 
+class FetchesItself(Boring):
+    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
 class NotToBeCopied(Boring):
     def __init__(self) -> None:
         super().__init__()
@@ -477,6 +482,7 @@ class NotToBeCopied(Boring):
     ("module", "words"),
     [
         (Manual, "in manual optimization would train"),
+        (FetchesItself, "on a batch, but it takes dataloader_iter"),
         (WithoutLoss, r"WithoutLoss.training_step returned NoneType"),
         (ReadOnce, "cannot look at the first batch of a generator"),
         (ReadOnceToo, "take the first batch away from a OwnIterator"),

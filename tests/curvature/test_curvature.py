@@ -489,6 +489,8 @@ def test_a_schedule_that_gives_nonsense_is_told() -> None:
     model = net()
     for options, message in (
         ({"damping": lambda step: 0.0}, "damping schedule gave 0.0 at step 0"),
+        ({"damping": lambda step: None}, "damping schedule gave None at step 0"),
+        ({"damping": lambda step: torch.tensor([1.0, 2.0])}, r"damping schedule gave tensor.* at step 0"),
         ({"update_every_n_steps": lambda step: 0}, r"update_every_n_steps\(0\) gave 0"),
     ):
         curvature = Curvature(model, **options)
@@ -496,6 +498,40 @@ def test_a_schedule_that_gives_nonsense_is_told() -> None:
         with pytest.raises(ValueError, match=message):
             curvature.update()
         curvature.close()
+
+
+@pytest.mark.parametrize("option", ["loss_terms", "loss_multiplier"])
+def test_numbers_of_the_loss_may_be_tensors_of_one_number_and_nothing_else(option: str) -> None:
+    def update(given: Any) -> Curvature:
+        curvature = Curvature(net(), **{option: lambda: given})
+        observe(curvature.model, batch(4))
+        curvature.update()
+        return curvature
+
+    expected = update(8)
+    for same in (8.0, torch.tensor(8), torch.tensor([8.0])):
+        assert_bitwise(averages(update(same)), averages(expected))
+    for given, error in ((None, TypeError), ("8", TypeError), (torch.ones(2), TypeError), (-8, ValueError)):
+        with pytest.raises(error, match=f"{option} must return .*, but returned"):
+            update(given)
+    if option == "loss_multiplier":
+        with pytest.raises(ValueError, match="loss_multiplier returned 0"):
+            update(0)
+
+
+@pytest.mark.parametrize("rule", ["trace", "pi", "sqrt"])
+@pytest.mark.parametrize("damping", [1e-300, 1e-46, 1e300])
+def test_damping_beyond_the_range_of_float32_is_not_taken_for_none(rule: Any, damping: float) -> None:
+    model = net().float()
+    curvature = Curvature(model, damping=damping, damping_rule=rule)
+    observe(model, batch(64).float())
+    curvature.update()
+    grads = {p: p.grad for p in model.parameters() if p.grad is not None}
+    for layer in curvature.layers.values():
+        p = layer.parameters[0]
+        direction = curvature.precondition(grads)[p]
+        assert torch.isfinite(direction).all()
+        assert not torch.equal(direction, grads[p])
 
 
 @pytest.mark.parametrize("mode", ["natural", "polar", "adam"])

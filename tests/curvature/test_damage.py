@@ -115,6 +115,8 @@ def test_costs_of_refreshes_that_are_none_are_refused(costs: Any) -> None:
         ("failed_inversions", torch.tensor(-1)),
         ("rejected_windows", torch.tensor(NAN)),
         ("rejected_windows", torch.zeros(2, dtype=torch.int64)),
+        ("failed_inversions", torch.zeros((), dtype=torch.int64, device="meta")),
+        ("turns", 10**30),
     ],
 )
 def test_counts_that_are_none_are_refused(key: str, value: Any) -> None:

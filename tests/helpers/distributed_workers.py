@@ -181,6 +181,19 @@ class TwoThors(Module):
         return [configure_thor(nn.ModuleList(modules), lr=0.02) for modules in (heads, body)]
 
 
+class TwoPasses(Module):
+    """Two backward passes in each step of manual optimization."""
+
+    automatic_optimization = False
+
+    def training_step(self, piece: tuple[Tensor, Tensor, Tensor], index: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        for share in (0.75, 0.25):
+            self.manual_backward(share * super().training_step(piece, index))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 class StepLog(L.Callback):
     """After every batch: how many all-reduces of factors there were so far, and how many applied steps."""
 
@@ -459,6 +472,7 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "compiled": training(kind=Compiled, micro_batches=2, strategy=in_buckets),
     "unfrozen": training(kind=Unfreezing, micro_batches=2, max_epochs=3, strategy=in_buckets, checkpoints="unfrozen"),
     "two_thors": training(kind=TwoThors, strategy=in_buckets),
+    "two_passes": training(kind=TwoPasses, strategy=in_buckets),
     "unfrozen_ddp": training(kind=Unfreezing, max_epochs=3, strategy="ddp"),
     "unfrozen_one": training(kind=Unfreezing, max_epochs=3, strategy=keeping(1), stagger=True),
     "unfrozen_resumed": training(

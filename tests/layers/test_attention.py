@@ -101,6 +101,23 @@ def pairs_of(attention: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[
     return seen
 
 
+class Labelled(Tensor):
+    """Takes torch's own functions."""
+
+
+@pytest.mark.parametrize("name", ["self", "three inputs", "kdim and vdim"])
+def test_inputs_of_a_tensor_subclass_are_plain_ones(name: str) -> None:
+    attention, kind = make(name)[0], VARIANTS[name][1]
+    qkv = inputs(kind, batch_first=False)
+    labelled = {id(x): x.as_subclass(Labelled) for x in qkv}
+    seen = pairs_of(
+        attention, lambda module: module(*(labelled[id(x)] for x in qkv))[0].as_subclass(Tensor).sin().mean()
+    )
+    plain = pairs_of(make(name)[0], lambda module: module(*qkv)[0].sin().mean())
+    assert_bitwise(seen, plain)
+    assert {type(x) for ((a, g),) in seen.values() for x in (a, g)} == {Tensor}
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_g_times_a_is_the_gradient_of_each_projection(name: str) -> None:
     attention, loss = make(name)

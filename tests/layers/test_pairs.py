@@ -279,8 +279,24 @@ class Square(nn.Linear):
         return F.linear(x, self.weight.square(), self.bias)
 
 
+class InParts(nn.Linear):
+    """As of fused queries, keys and values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = zip(self.weight.split([2, OUT - 2]), self.bias.split([2, OUT - 2]), strict=True)
+        return torch.cat([F.linear(x, weight, bias) for weight, bias in both], -1)
+
+
+class OfSomeRows(nn.Linear):
+    """As of networks of several widths; called with all rows, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = F.linear(x, self.weight[:2], self.bias[:2])
+        return F.pad(part, (0, OUT - 2)) + 0.1 * super().forward(x)
+
+
 @pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
-@pytest.mark.parametrize("kind", [Masked, Dropped, Normed, OtherFirst, Twice, Square])
+@pytest.mark.parametrize("kind", [Masked, Dropped, Normed, OtherFirst, Twice, Square, InParts, OfSomeRows])
 def test_what_does_not_fit_is_left_out_with_its_reason_and_takes_its_plain_gradient(kind: Any, mode: Any) -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"odd": kind(WIDTH, OUT), "head": nn.Linear(OUT, 3)}).double()
@@ -521,6 +537,19 @@ def look_at_inputs(model: nn.Module) -> None:
     y.sin().mean().backward()
 
 
+def drop_a_backward_of_the_same_graph(model: nn.Module) -> None:
+    y = model(X)
+    (1000 * y.mean()).backward(retain_graph=True)
+    model.zero_grad()
+    y.sin().mean().backward()
+
+
+def drop_a_backward_that_kept_its_graph(model: nn.Module) -> None:
+    (1000 * model(X).mean()).backward(retain_graph=True)
+    model.zero_grad()
+    loss_of(model).backward()
+
+
 def look_afterwards(model: nn.Module) -> None:
     y = model(X)
     y.sin().mean().backward(retain_graph=True)
@@ -558,6 +587,8 @@ def of_all_leaves(model: nn.Module) -> None:
         pytest.param(look_first_compiled_ahead_of_time, marks=pytest.mark.slow),
         look_at_some,
         look_at_inputs,
+        drop_a_backward_of_the_same_graph,
+        drop_a_backward_that_kept_its_graph,
         look_afterwards,
         in_a_reentrant_checkpoint,
         in_a_checkpoint_of_ones_own,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -71,6 +72,17 @@ def test_any_finite_tensor_is_brought_to_its_root_mean_square(host: set[str], x:
         assert not y.any()
         return
     assert math.ldexp(found, exponent) == pytest.approx(rms * math.sqrt(x.numel()), rel=rounding(x.dtype))
+
+
+@HOSTS
+@pytest.mark.parametrize("x", [1e-7, 1.0, 3e4])
+def test_a_limit_beyond_all_norms_changes_nothing(host: set[str], x: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "HOST", host)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        y = torch.full((3,), x, dtype=dtype)
+        before = y.clone()
+        clip_norm_([y], [y], [sys.float_info.max])
+        assert torch.equal(y, before)
 
 
 @pytest.mark.fuzz

@@ -245,6 +245,15 @@ def test_terms_of_the_loss_that_are_no_number_are_refused(tmp_path: Path, terms:
         fit(tmp_path, None, ThorCallback(loss_terms=lambda batch: terms, summary=False))
 
 
+def test_terms_of_a_batch_need_the_batch(tmp_path: Path) -> None:
+    class FetchesItself(Boring):
+        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    with pytest.raises(ValueError, match="loss_terms is given each batch, but FetchesItself"):
+        fit(tmp_path, FetchesItself(), ThorCallback(loss_terms=len, summary=False))
+
+
 def test_a_step_that_a_search_skips_leaves_no_trace(tmp_path: Path) -> None:
     """In a fit the callback discards the statistics of an overflow; in a search it is not called."""
     rejected = []

@@ -126,6 +126,10 @@ def test_what_cannot_be_is_told() -> None:
     with pytest.raises(ValueError, match="makes the curvature itself"):
         setup_fabric(Fabric(accelerator="cpu", devices=1), module, taken)
     fabric = Fabric(accelerator="cpu", devices=1)
+    with pytest.raises(TypeError, match="takes a Thor, got a AdamW"):
+        setup_fabric(fabric, module, torch.optim.AdamW(module.parameters()))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="takes no loss_multiplier, mode: the mode is the optimizer's"):
+        setup_fabric(fabric, module, configure_thor(module), mode="polar", loss_multiplier=lambda: 2.0)
     fabric._strategy = object.__new__(FSDPStrategy)
     with pytest.raises(ValueError, match="does not support FSDPStrategy"):
         setup_fabric(fabric, module, configure_thor(module))

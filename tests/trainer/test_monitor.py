@@ -101,6 +101,15 @@ def test_a_resumed_fit_goes_on_in_its_file_and_its_looks_count(tmp_path: Path) -
     assert [look["step"] for look in looks_of(tmp_path)] == [1, 4]
 
 
+def test_a_second_fit_of_a_trainer_leaves_what_the_first_one_saw(tmp_path: Path) -> None:
+    trainer = monitored(tmp_path, max_epochs=1)
+    trainer.fit(Boring())
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(Boring())
+    names = ["thor_monitor-1.jsonl", "thor_monitor.jsonl"]
+    assert [path.name for path in sorted(next(tmp_path.rglob(names[0])).parent.glob("*.jsonl"))] == names
+
+
 def test_a_line_that_was_cut_off_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:
     first, file = monitored(tmp_path, max_epochs=1), tmp_path / "thor_monitor.jsonl"
     first.fit(Boring())

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lightning_thor import Curvature, Thor, ThorCallback, configure_thor
 from lightning_thor.preconditioning.modes import ModeName
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, trainer, without_words
-from tests.helpers.distributed_workers import TwoThors, one_rank, state, two_ranks
+from tests.helpers.distributed_workers import TwoPasses, TwoThors, one_rank, state, two_ranks
 
 
 class Gan(L.LightningModule):
@@ -241,10 +241,12 @@ def test_each_member_of_an_ensemble_trains_as_it_does_alone(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_ranks_with_two_thors_are_one_rank(tmp_path: Path) -> None:
-    """One backward pass reaches layers of both; factors are sent in the steps, whose order is equal on all ranks."""
-    alone = one_rank(tmp_path, kind=TwoThors)
-    for result in two_ranks("two_thors"):
+@pytest.mark.parametrize(("name", "kind"), [("two_thors", TwoThors), ("two_passes", TwoPasses)])
+def test_two_ranks_are_one_rank(name: str, kind: Any, tmp_path: Path) -> None:
+    """Factors are sent in the steps: where one backward pass reaches layers of two `Thor`, the steps' order is equal on
+    all ranks; where a step has two passes, none is known to be the last."""
+    alone = one_rank(tmp_path, kind=kind)
+    for result in two_ranks(name):
         torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
         assert not any(call["in_backward"] for call in result["all_reduces"])
 
