@@ -378,6 +378,7 @@ def _number(given: Any, option: str, meaning: str) -> float | Tensor:
     if isinstance(given, Tensor) or not isinstance(given, Real):
         got = f"a tensor of shape {list(given.shape)}" if isinstance(given, Tensor) else repr(given)[:200]
         raise TypeError(f"{option} must return {meaning}, as a number or a 0-dimensional tensor, but returned {got}.")
-    if not (math.isfinite(given) and given >= 0):
+    number = float(given)
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"{option} must return {meaning}, but returned {given!r}.")
-    return float(given)
+    return number
