@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import launches, models
+from benchmarks import history, launches, models
 from benchmarks.common.tables import markdown_table
 from benchmarks.communication import figures as communication
 from benchmarks.default_mode import figures as default_mode
@@ -252,6 +252,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         partial(default_mode_block, confirmation=False),
     ),
     "launches": ("benchmarks/results/launches.json", launches.block),
+    "history": ("benchmarks/results/history.json", history.block),
     "models": ("benchmarks/results/models.json", models.block),
     "width_transfer": ("benchmarks/results/width_transfer.json", width_transfer_block),
     "communication": ("benchmarks/results/communication.json", communication_block),

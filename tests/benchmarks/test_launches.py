@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import launches
+from benchmarks import history, launches
 from benchmarks.common.models import ViT
 from benchmarks.common.workloads import Workload, images
 from lightning_thor.linalg import memory
@@ -18,10 +18,15 @@ from lightning_thor.linalg import memory
 def test_no_step_launches_more_than_is_recorded(name: str) -> None:
     recorded = json.loads(launches.RESULT.read_text(encoding="utf-8"))[name]
     modes = launches.MODES if name == "gpt" else ["natural"]
-    for kind, found in launches.count(launches.WORKLOADS[name], modes, staggered=False).items():
+    counts = launches.count(launches.WORKLOADS[name], modes, staggered=False)
+    for kind, found in counts.items():
         limits = launches.Counts(*recorded[kind])
         assert found.passes <= limits.passes, kind
         assert 0 < found.step <= limits.step, kind
+    newest = json.loads(history.RESULT.read_text(encoding="utf-8"))[-1]
+    if name == "gpt" and newest["torch"] == history.counted_on()["torch"]:
+        found_now = {kind: [counts[kind].passes, counts[kind].step] for kind in newest["launches"]}
+        assert found_now == newest["launches"], "run: python -m benchmarks.history --append"
 
 
 def vit(layers: int) -> Workload:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.boring import assert_bitwise
+from tests.helpers.distributed_workers import Result
 from tests.helpers.resumes import FILE, MATRIX, MODES, MOVES, SINGLE, SITUATIONS, Case, Strategy, resumed, train
 
 IN_PROCESS = [
@@ -27,6 +28,18 @@ MOVED_IN_PROCESS = [
 """On one rank, whatever the strategy."""
 
 
+def assert_near(found: Result, unbroken: Result) -> None:
+    """Weights and curvature, of which a rank under ``inverse_workers`` may lack inverses."""
+    for name, tensors in found["curvature"]["layers"].items():
+        others = unbroken["curvature"]["layers"][name]
+        for key in tensors.keys() ^ others.keys():
+            assert key.endswith(("_inverse", "_root", "_inverted")), key
+            tensors.pop(key, None)
+            others.pop(key, None)
+    for part in ("weights", "curvature"):
+        torch.testing.assert_close(found[part], unbroken[part], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("case", IN_PROCESS, ids=lambda case: case.name)
 def test_a_resumed_training_is_bitwise_the_unbroken_one(tmp_path: Path, case: Case) -> None:
     unbroken = train(tmp_path, case, SINGLE, resumes=False)
@@ -43,8 +56,7 @@ def test_a_training_goes_on_with_another_strategy(tmp_path: Path, case: Case) ->
         dist.destroy_process_group()
     found = train(tmp_path, case, case.after, resumes=True)
     assert len(found.pop("steps")) < len(unbroken.pop("steps"))
-    for part in ("weights", "curvature"):
-        torch.testing.assert_close(found[part], unbroken[part], rtol=1e-9, atol=1e-9)
+    assert_near(found, unbroken)
 
 
 @pytest.mark.long
@@ -61,5 +73,4 @@ def test_in_every_mode_situation_and_strategy(name: str) -> None:
 def test_from_every_strategy_to_others_and_other_numbers_of_ranks(name: str) -> None:
     (unbroken, *_), found = resumed(name)
     for one in found:
-        for part in ("weights", "curvature"):
-            torch.testing.assert_close(one[part], unbroken[part], rtol=1e-9, atol=1e-9)
+        assert_near(one, unbroken)
