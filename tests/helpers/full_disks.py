@@ -13,10 +13,16 @@ from unittest.mock import patch
 
 import lightning as L
 import torch
+from fsspec.implementations.local import LocalFileOpener
 
 
 def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def half_a_write(file: LocalFileOpener, content: bytes) -> None:
+    file.f.write(content[: len(content) // 2])
+    full()
 
 
 def other_disk(*_: Any, **__: Any) -> None:
@@ -32,8 +38,8 @@ def half(source: str, target: str, **_: Any) -> None:
 
 @contextmanager
 def full_disk(when: str) -> Iterator[None]:
-    """``"file"``: a file is copied there from the folder for temporary ones; ``"shards"``, ``"metadata"``: of a folder
-    the shards, or the file that comes after them."""
+    """``"temporary"``: of a file in the folder for temporary ones; ``"file"``: of one that is copied from there to
+    another disk; ``"shards"``, ``"metadata"``: of a folder the shards, or the file that comes after them."""
     save = torch.save
 
     def save_shards_only(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
@@ -43,6 +49,7 @@ def full_disk(when: str) -> Iterator[None]:
         save(value, file, *args, **kwargs)
 
     patches = {
+        "temporary": (patch.object(LocalFileOpener, "write", half_a_write),),
         "file": (patch.object(os, "rename", other_disk), patch.object(shutil, "copyfile", half)),
         "shards": (patch.object(os, "fsync", full),),
         "metadata": (patch.object(torch, "save", save_shards_only),),

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor, ThorDDPStrategy
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, quiet, trainer
+from tests.helpers.open_files import open_files
 
 
 def fit(folder: Path, *callbacks: L.Callback, module: Callable[[], Boring] = Boring, **options: Any) -> L.Trainer:
@@ -187,7 +188,7 @@ def leaves_nothing_behind(folder: Path, times: int) -> None:
     gone: list[Any] = []
     for number in range(-2, times):
         if number == 0:
-            before, threads = len(living()), threading.active_count()
+            before, threads, files = len(living()), threading.active_count(), open_files()
         found = trainer(folder, strategy=ThorDDPStrategy() if number % 4 == 3 else "auto", max_epochs=1)
         module = Boring()
         found.fit(module)
@@ -199,6 +200,7 @@ def leaves_nothing_behind(folder: Path, times: int) -> None:
     assert len(living()) <= before
     assert [one() for one in gone if one() is not None] == []
     assert threading.active_count() <= threads
+    assert open_files() <= files
 
 
 @pytest.mark.usefixtures("clean_process")

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.helpers.boring import Boring, callback_of, trainer
+from tests.helpers.open_files import open_files
 
 pytestmark = pytest.mark.soak
 STEPS = int(os.environ.get("LIGHTNING_THOR_SOAK_STEPS", "20000"))
@@ -29,6 +30,7 @@ class Watched(L.Callback):
         self.rss: list[int] = []
         self.checkpoint: list[int] = []
         self.hooks: list[int] = []
+        self.files: list[int] = []
         self.seconds: list[float] = []
         self._times: list[float] = []
 
@@ -45,6 +47,7 @@ class Watched(L.Callback):
         torch.save(trainer._checkpoint_connector.dump_checkpoint(), file)
         self.checkpoint.append(file.tell())
         self.hooks.append(sum(len(one._forward_hooks) for one in pl_module.modules()))
+        self.files.append(open_files())
         self.rss.append(self.process.memory_info().rss)
 
 
@@ -73,4 +76,5 @@ def test_nothing_grows_and_no_step_gets_slower(tmp_path: Path, mode: str) -> Non
     assert statistics.mean(watched.seconds[-3:]) < 1.1 * statistics.mean(watched.seconds[1:4])
     assert max(watched.checkpoint) - min(watched.checkpoint) <= 256  # counters have more digits
     assert len(set(watched.hooks)) == 1
+    assert len(set(watched.files)) == 1
     assert not any(one._forward_hooks for one in found.lightning_module.modules())
