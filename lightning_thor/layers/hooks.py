@@ -124,8 +124,11 @@ class Hooks:
         self._handed_over: Pair | None = None
         """The pair that the listener is called with."""
         owner = _Unpickled()
+        # Before a user's hooks, which may change the output: a compiled graph does not show what it was.
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(MethodType(self._forward_hook(name, module), owner), with_kwargs=True)
+            module.register_forward_hook(
+                MethodType(self._forward_hook(name, module), owner), with_kwargs=True, prepend=True
+            )
             for name, module in modules.items()
         ]
         for attention, names in (attentions or {}).items():

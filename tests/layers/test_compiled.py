@@ -256,6 +256,17 @@ def test_a_layer_that_is_frozen_breaks_no_graph() -> None:
     assert (curvature.factors.counts[:, 0] > 0).tolist() == [False, True, True, True]
 
 
+def test_what_a_hook_of_the_user_does_to_an_output_is_not_the_layers() -> None:
+    """A hook that was registered before the curvature's."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2)).double()
+    for layer in model:
+        layer.register_forward_hook(lambda module, args, output: 2.0 * output.tanh())
+    found = observing(copy.deepcopy(model), lambda model: plain(whole(model), IMAGES))
+    assert_same(found, observing(model, lambda model: plain(model, IMAGES)))
+    assert found.left_out == {}
+
+
 class Gelu(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(super().forward(x))
