@@ -23,7 +23,7 @@ from lightning_thor.curvature.export import export_factors
 from lightning_thor.curvature.layer_figures import layer_figures
 from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.part_timer import PartTimer
-from lightning_thor.curvature.refresh_schedule import Interval, RefreshSchedule
+from lightning_thor.curvature.refresh_schedule import AGAIN, Interval, RefreshSchedule
 from lightning_thor.curvature.silence import Call, why_silent
 from lightning_thor.curvature.state_dict import (
     check_state,
@@ -472,7 +472,7 @@ class Curvature:
         self._hooks.graphs.hand_over = self._schedule.is_any_due and not self._paused
 
     def _refresh(self) -> None:
-        schedule, factors, decisions = self._schedule, self.factors, None
+        schedule, factors, decisions, first_windows = self._schedule, self.factors, None, None
         if schedule.is_any_due:
             self._hooks.flush()
             if found := self._agreement.reach(self._communicator, schedule.dismissed()):
@@ -491,6 +491,11 @@ class Curvature:
             if due:
                 with self.part("statistics"):
                     decisions = self._average(due)
+                    if not schedule.have_windows.issuperset(due):
+                        # Read in the next step, so that nothing waits.
+                        has_window = (factors.updates > 0).to(torch.int8)
+                        told = has_window.masked_fill_((has_window == 0) & factors.is_rejected, AGAIN)
+                        first_windows = HostCopy(told[factors.index(due).layers])
             inverted = schedule.due_inversions()
             if inverted:
                 with self.part("inversion"):
@@ -498,7 +503,7 @@ class Curvature:
                     self.last_damping = self.damping_now()
                     factors.invert(factors.index(inverted), self.damping_rule, self.last_damping, self.solve)
                     self._shared.add_up_(factors.failed_inversions, before=failed)
-        schedule.advance(decisions)
+        schedule.advance(decisions, first_windows)
         self._accumulator.next_window()
 
     def _warn_of_unfrozen(self) -> None:

@@ -16,6 +16,10 @@ LONGEST_INTERVAL = 10
 
 # Steps from a decision by traces to the inversions that follow it: it reaches the host meanwhile, and nobody waits.
 DECISION_DELAY_STEPS = 2
+AGAIN = 3
+"""Beside the decisions of a trace rule: a window was not finite, of a layer that never had another one."""
+UNKNOWN, KNOWN = 0, 1
+"""Whether a layer has had a window by then, where its last one was not rejected."""
 NEVER = 2**62
 """The next step of a layer that is left out."""
 
@@ -64,7 +68,11 @@ class RefreshSchedule:
     its average takes them only if they moved, and it is inverted `DECISION_DELAY_STEPS` later. A layer that stopped has
     no more turns.
 
-    Nothing is read here but applied steps, costs and decisions, which are equal on all ranks: all ranks decide alike.
+    A layer that has no curvature yet, and whose statistics at its turn were not finite, has another turn two steps
+    later: the host learns of it in the step between, so that nobody waits.
+
+    Nothing is read here but applied steps, costs, decisions and rejections, which are equal on all ranks: all ranks
+    decide alike.
 
     Args:
         every_n_steps: a number, or a function of the step; None is `frequent_at_first`.
@@ -97,6 +105,10 @@ class RefreshSchedule:
         """The step of each layer's last inversion, or the last one before this schedule was restored."""
         self._turns = 0
         self._pending: list[_Pending] = []
+        self._first_windows: list[_Pending] = []
+        """`AGAIN`, `KNOWN` or `UNKNOWN` for layers of which the host does not know that they have had a window."""
+        self.have_windows: set[int] = set()
+        """The layers of which it does."""
         self.earliest = 0
         """The first step at which some layer that has not stopped is due."""
 
@@ -112,7 +124,7 @@ class RefreshSchedule:
     @property
     def has_work(self) -> bool:
         """True if the coming step observes or inverts some layer, or reads a decision."""
-        return self.step >= self.earliest or bool(self._pending)
+        return self.step >= self.earliest or bool(self._pending or self._first_windows)
 
     @property
     def decides(self) -> bool:
@@ -130,12 +142,14 @@ class RefreshSchedule:
         """The layers that the coming step inverts, in order."""
         return self._decided(UPDATE) if self.decides else self.due()
 
-    def advance(self, decisions: HostNumbers | None = None) -> None:
+    def advance(self, decisions: HostNumbers | None = None, first_windows: HostNumbers | None = None) -> None:
         """Go on to the next step: the due layers were observed, and those of `due_inversions` inverted. Where there
         was no work, adding 1 to `step` does the same.
 
         Args:
             decisions: for the due layers, where traces decide: ``KEEP``, ``UPDATE`` or ``STOP``.
+            first_windows: for the due layers, if not all of them are among `have_windows`: ``AGAIN`` if a layer has had
+                no window and this one was rejected, ``KNOWN`` if it has had one, else ``UNKNOWN``.
 
         Raises:
             ValueError: the interval function returned something that is not a whole number of at least 1.
@@ -145,9 +159,10 @@ class RefreshSchedule:
         self.refreshes += len(inverted)
         for layer in inverted:
             self.inverted_at[layer] = self.step
-        for layer in self._decided(STOP):
-            self.has_stopped[layer] = True
-        self._pending = [one for one in self._pending if one.step + DECISION_DELAY_STEPS > self.step]
+        if self._pending:
+            for layer in self._decided(STOP):
+                self.has_stopped[layer] = True
+            self._pending = [one for one in self._pending if one.step + DECISION_DELAY_STEPS > self.step]
         if due:
             every = self._every(self.step)
             for layer, next_step in zip(due, self._spread(due, every), strict=True):
@@ -156,6 +171,10 @@ class RefreshSchedule:
             if decisions is not None:
                 self._pending.append(_Pending(self.step, due, decisions))
         self.step += 1
+        if self._first_windows:
+            self._repeat_rejected(due)
+        if first_windows is not None:
+            self._first_windows.append(_Pending(self.step - 1, due, first_windows))
         self._find_earliest()
 
     def set_next_steps(self, next_steps: Sequence[int]) -> None:
@@ -186,9 +205,12 @@ class RefreshSchedule:
         return self._turns
 
     def pending(self) -> list[list[Any]]:
-        """Decisions that are to be followed, each as ``[step, layers, decisions]`` (plain types); waits for them."""
+        """Decisions and rejections that are to be followed, each as ``[step, layers, decisions]`` (plain types); waits
+        for them."""
         # Lists alone, which torch.distributed.checkpoint stores under one key, however many they are.
-        return [[one.step, list(one.layers), [int(each) for each in one.decisions.read()]] for one in self._pending]
+        decided = [[one.step, list(one.layers), [int(each) for each in one.decisions.read()]] for one in self._pending]
+        rejected = [(one.step, _layers_of(one, AGAIN)) for one in self._first_windows]
+        return decided + [[step, layers, [AGAIN] * len(layers)] for step, layers in rejected if layers]
 
     def restore(
         self,
@@ -206,9 +228,10 @@ class RefreshSchedule:
         self.step, self.next_steps = step, next_steps
         self.has_stopped = [stopped and self.has_trace_rule for stopped in has_stopped]
         self.refreshes, self._turns, self.costs = refreshes, turns, list(costs)
-        self._pending = [_Pending(at, tuple(layers), Known(decisions)) for at, layers, decisions in pending]
-        if not self.has_trace_rule:
-            self._pending = []
+        found = [_Pending(at, tuple(layers), Known(decisions)) for at, layers, decisions in pending]
+        self._pending = [one for one in found if self.has_trace_rule and AGAIN not in one.decisions.read()]
+        self._first_windows = [one for one in found if AGAIN in one.decisions.read()]
+        self.have_windows = set()
         self._find_earliest()
 
     def _decided(self, decision: int) -> tuple[int, ...]:
@@ -221,6 +244,16 @@ class RefreshSchedule:
             if each == decision and self.next_steps[layer] < NEVER
         ]
         return tuple(sorted(found))
+
+    def _repeat_rejected(self, due: tuple[int, ...]) -> None:
+        """Read which layers have had a window, and have another turn, at the coming step, of those whose first one was
+        rejected; not of ``due`` ones, which just had one."""
+        for one in self._first_windows:
+            self.have_windows.update(_layers_of(one, KNOWN))
+            for layer in _layers_of(one, AGAIN):
+                if layer not in due and self.next_steps[layer] < NEVER:
+                    self.next_steps[layer] = min(self.next_steps[layer], self.step)
+        self._first_windows = []
 
     def _spread(self, due: tuple[int, ...], every: int) -> list[int]:
         """The next step of each of these layers, ``every`` steps from now; if staggered, some go to steps before it at
@@ -248,3 +281,7 @@ class RefreshSchedule:
                 "refresh, at least 1."
             )
         return every
+
+
+def _layers_of(one: _Pending, decision: int) -> list[int]:
+    return [layer for layer, each in zip(one.layers, one.decisions.read(), strict=True) if each == decision]

@@ -143,6 +143,8 @@ class FactorState:
         """Rows per sample of each layer, as last seen, ``[layers]``."""
         self.failed_inversions = torch.zeros((), dtype=torch.int64, device=device)
         self.rejected_windows = torch.zeros((), dtype=torch.int64, device=device)
+        self.is_rejected = torch.zeros(n_layers, dtype=torch.bool, device=device)
+        """Whether the last window that `update_ema` looked at was not finite, ``[layers]``."""
         self.last_damping = torch.zeros(n_layers, 2, dtype=dtype, device=device)
         """What was added to each factor's eigenvalues at its last inversion, ``[layers, 2]``; 0 before the first."""
         self.changes = torch.full((n_layers, 2), torch.nan, dtype=dtype, device=device)
@@ -403,7 +405,8 @@ class FactorState:
         finite = is_finite(torch.cat([self._factor_traces("sums", index), self.counts], dim=1)).all(1)
         taken = finite & (counts[:, 0] > 0)
         taken = taken if wanted is None else taken & wanted
-        self.rejected_windows += (~finite).sum()
+        self.is_rejected = ~finite
+        self.rejected_windows += self.is_rejected.sum()
         self.updates += taken
         weight = _weight(averaging, self.updates.clamp_min(1.0))
         torch.where(taken, counts[:, 0] / counts[:, 1].clamp_min(tiny), self.positions, out=self.positions)
