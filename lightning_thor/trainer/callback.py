@@ -296,9 +296,9 @@ class ThorCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # Lightning calls no teardown after an error.
         self._close()
-        # Strategies of Lightning's own open it as a file.
+        # Strategies of Lightning's own open it as a file; the words of the error on its way are changed.
         if isinstance(exception, IsADirectoryError) and is_folder_of_shards(exception.filename):
-            rank_zero_warn(folder_advice(exception.filename))
+            exception.strerror = folder_advice(exception.filename)
         elif isinstance(exception, KeyError) and "save_weights_only" in str(exception):
             rank_zero_warn(weights_advice(trainer.ckpt_path))
 
