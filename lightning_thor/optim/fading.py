@@ -48,6 +48,11 @@ def fade_factors(
     their rounding errors come from the minuends (probabilities and targets), which do not fall either. A step whose
     gradients are not all finite leaves R as it is.
 
+    So a training whose first gradients explode, by a million times those that follow, fades until R is set to 0 again.
+    Sizes of gradients cannot tell it from one that has learnt its samples: they fell from 6e10 to 4e5 in 200 steps of
+    fourteen linear layers without norms with six times their initial weights, and from 7e-2 to 5e-7 in 200 steps that
+    learnt digits to a loss of 3e-7, which would go on along its rounding errors if R forgot as fast.
+
     Args:
         sources: this rank's part of the gradient, or of the momentum, that each direction is made of.
         params: their parameters, whole or sharded.

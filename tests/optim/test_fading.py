@@ -78,6 +78,20 @@ def test_one_batch_that_explodes_fades_no_later_one(monkeypatch: pytest.MonkeyPa
     assert found == [1.0, 1.0]
 
 
+def test_a_measure_that_is_set_to_0_begins_anew() -> None:
+    """As docs/troubleshooting.md says, after gradients that exploded at first."""
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = Thor([p], lr=1.0, momentum=0.0, preconditioner=Identity())
+    moved = []
+    for size, begins_anew in ((1e9, False), (1.0, False), (1.0, True)):
+        for group in optimizer.param_groups if begins_anew else ():
+            group["gradient_rms"] = 0.0
+        p.grad, before = torch.full((4,), size), p.detach().clone()
+        optimizer.step()
+        moved.append(float((p.detach() - before).square().mean().sqrt()))
+    assert moved == pytest.approx([0.2, 0.2 * (1e-9 / (ROUNDINGS * EPS)) ** 2, 0.2], rel=1e-3, abs=1e-8)
+
+
 # ── in training ──
 
 
