@@ -83,16 +83,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=ROUNDS, nargs="+", default=list(ROUNDS))
     parser.add_argument("--rounds", type=int, help="timed rounds (default: by workload)")
-    parser.add_argument("--write", action="store_true", help="write the figures into the file")
+    parser.add_argument("--write", action="store_true", help="write the figures of these networks into the file")
     args = parser.parse_args(arguments)
     console, device = Console(), prepare_device("cpu")
+    stored: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
     found: dict[str, Any] = {}
     for name in args.workload:
         with console.status(name):
             found[name] = {**ratios(name, args.rounds or ROUNDS[name], device), "environment": environment(device)}
     console.print(rich_table("Compiled forward and backward, no layer due", HEADS, cells(found)))
     if args.write:
-        RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        RESULT.write_text(json.dumps(stored | found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import history, launches, models
+from benchmarks import compiled_step, history, launches, models
 from benchmarks.common.tables import markdown_table
 from benchmarks.communication import figures as communication
 from benchmarks.default_mode import figures as default_mode
@@ -65,6 +65,14 @@ def step_cost_block(results: dict[str, Any]) -> str:
         f"median (first to third quartile) of {' and '.join(map(str, rounds))} rounds. p99 / p50: SGD / THOR / "
         "staggered THOR, at the interval 10. State: bytes of the optimizer's checkpoint over bytes of the parameters, "
         "SGD / AdamW / THOR. Memory: growth of the process's peak over AdamW's, on a CPU medians of 5. "
+        f"Measured on: {measured_in(results.values())}."
+    )
+
+
+def compiled_step_block(results: dict[str, Any]) -> str:
+    """What THOR costs a compiled model in plain steps, from ``benchmarks/results/compiled_step.json``."""
+    return (
+        f"{markdown_table(compiled_step.HEADS, compiled_step.cells(results))}\n\n"
         f"Measured on: {measured_in(results.values())}."
     )
 
@@ -234,7 +242,7 @@ def demo_block(figures: dict[str, Any]) -> str:
     )
 
 
-BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "step_cost": ("benchmarks/results/step_cost.json", step_cost_block),
     "step_cost_epyc": ("benchmarks/results/step_cost_epyc.json", step_cost_elsewhere_block),
     "step_cost_gpu": ("benchmarks/results/step_cost_gpu.json", step_cost_block),
@@ -252,6 +260,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
         partial(default_mode_block, confirmation=False),
     ),
     "launches": ("benchmarks/results/launches.json", launches.block),
+    "compiled_step": ("benchmarks/results/compiled_step.json", compiled_step_block),
     "history": ("benchmarks/results/history.json", history.block),
     "models": ("benchmarks/results/models.json", models.block),
     "width_transfer": ("benchmarks/results/width_transfer.json", width_transfer_block),

@@ -73,7 +73,10 @@ def run(args: Sequence[str] | None = None) -> LightningCLI:
     if here not in sys.path:
         sys.path.insert(0, here)
     return ThorCLI(
-        parser_kwargs={"description": "Commands of LightningCLI, and lightning-thor plot RUN_DIR, which draws a run."},
+        parser_kwargs={
+            "description": "Commands of LightningCLI, and lightning-thor plot RUN_DIR, which draws a run.",
+            "version": sys.modules["lightning_thor"].__version__,  # not of an installed package, which need not be this
+        },
         save_config_kwargs={"overwrite": True},  # a second run in one folder is no error
         trainer_class=SplitTrainer,
         args=None if args is None else list(args),

@@ -15,7 +15,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_thor import ThorCallback
+from lightning_thor import ThorCallback, __version__
 from lightning_thor.trainer import cli
 from tests.helpers.boring import assert_bitwise, callback_of
 from tests.helpers.commands import (
@@ -103,6 +103,10 @@ def test_validate_takes_a_checkpoint_and_the_configuration_of_fit(
     after_fit = [row["val_acc"] for row in metrics_in(folder) if row["val_acc"]][-1]
     (validated,) = [row["val_acc"] for row in metrics_in(tmp_path) if row["val_acc"]]
     assert validated == after_fit
+
+
+def test_the_command_tells_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert printed_in_process(monkeypatch, "--version").strip().endswith(__version__)
 
 
 def test_the_printed_configuration_fed_back_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
