@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -14,6 +16,7 @@ from examples import fabric_loop, gan
 from examples.digits import DigitsData
 from lightning_thor import ThorCallback
 from tests.helpers.boring import assert_bitwise, callback_of, quiet
+from tests.helpers.launching import run_forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,16 +110,44 @@ def test_lora_takes_a_model_of_a_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(read(tokens).logits, module.model.eval()(tokens).logits)
 
 
-@pytest.mark.slow
-def test_the_notebook_runs_from_its_first_cell_to_its_last() -> None:
-    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed: pip install '.[dev]'")
+NOTEBOOK = ROOT / "examples" / "first_steps.ipynb"
+
+
+def run_cells() -> None:
+    """Run the notebook's cells in IPython, without a kernel, which would import everything once more."""
+    import matplotlib
+    import nbformat
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    matplotlib.use("agg")
+    shell = InteractiveShell.instance(config=Config(HistoryManager={"enabled": False}))
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if cell.cell_type == "code":
+            shell.run_cell(cell.source).raise_error()
+
+
+def in_ipython(notebook: Any) -> str:
+    status, printed = run_forked(run_cells, COLUMNS="160")
+    assert status == 0, printed[-3000:]
+    return printed
+
+
+def in_a_kernel(notebook: Any) -> str:
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install '.[dev]'")
-    notebook = nbformat.read(ROOT / "examples" / "first_steps.ipynb", as_version=4)
-    nbformat.validate(notebook)
-    assert not any(cell.get("outputs") for cell in notebook.cells)  # kept without what it printed
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": ROOT}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    printed = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+    return "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [in_ipython, pytest.param(in_a_kernel, marks=pytest.mark.long)])
+def test_the_notebook_runs_from_its_first_cell_to_its_last(run: Callable[[Any], str]) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="nbclient is not installed: pip install '.[dev]'")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # kept without what it printed
+    printed = run(notebook)
     words = " ".join(re.sub(r"\x1b\[[\d;]*m", "", printed).split())  # without colours and line breaks
     assert "4 layers preconditioned, 99 % of the weights" in words
     (share,) = re.findall(r"([\d.]+)% of 397 held-out images", printed)

@@ -86,7 +86,7 @@ LEGS: dict[str, list[Leg]] = {
     # From each way to train to another one, in one file.
     "files": [ALONE, TP, HSDP, Leg(2), TP_FSDP, FSDP, ALONE],
     # A folder is read by sharded strategies alone.
-    "folders": [one._replace(in_one_file=False) for one in (FSDP, TP_FSDP, HSDP, TP, FSDP._replace(n_ranks=4))],
+    "folders": [one._replace(in_one_file=False) for one in (FSDP, TP_FSDP, HSDP, TP)],
     "adam_files": [TP_FSDP, ALONE, HSDP, TP],
     "polar_folders": [HSDP._replace(in_one_file=False), TP_FSDP],
 }

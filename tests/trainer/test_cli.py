@@ -47,7 +47,7 @@ def options_in_comment(config: Path) -> list[str]:
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Two short epochs of the digits: the folder, and what was printed."""
     folder = tmp_path_factory.mktemp("fitted")
-    return folder, command("fit", *TINY_DIGITS, "--trainer.max_epochs=2", folder=folder)
+    return folder, forked_command("fit", *TINY_DIGITS, "--trainer.max_epochs=2", folder=folder)
 
 
 @pytest.mark.slow
