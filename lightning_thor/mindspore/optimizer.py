@@ -154,6 +154,13 @@ class MindSporeThor(Thor):
         self.learning_rates = [group.learning_rate for group in groups]
         self.curvature = preconditioner.curvature
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be pickled or copied; a TypeError says what to do."""
+        raise TypeError(
+            "The optimizer of lightning_thor.mindspore.thor cannot be pickled or copied: it listens to its network. "
+            "Save its state_dict(), and load it into the optimizer that thor(net, ...) makes for the other network."
+        )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As `Thor.step`, at this step's learning rates."""

@@ -22,11 +22,12 @@ def sample_weights(optimizer: Thor) -> Sample:
         optimizer: whose parameters are looked at.
 
     Returns:
-        By parameter ``[n]``, in float32.
+        By parameter ``[n]``, in float32, of those of which there are entries here.
     """
     params = [p for group in optimizer.param_groups for p in group["params"] if not is_lazy(p)]
     params = [p for p in params if p.requires_grad and p.is_floating_point()]
-    return dict(zip(params, map(_some, local_parts([p.detach() for p in params])), strict=True))
+    local = local_parts([p.detach() for p in params])
+    return {p: _some(own) for p, own in zip(params, local, strict=True) if own.numel()}
 
 
 def update_ratio(before: Sample) -> Tensor:
@@ -35,7 +36,7 @@ def update_ratio(before: Sample) -> Tensor:
     Args:
         before: of at least one parameter, see `sample_weights`.
     """
-    params = [p for p, sample in before.items() if sample.numel()]
+    params = list(before)
     local = local_parts([p.detach() for p in params])
     # An entry of the sample stands for so many.
     roots = [(p.numel() / before[own].numel()) ** 0.5 for own, p in zip(params, local, strict=True)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import warnings
 from typing import Any
 
@@ -33,6 +35,14 @@ def test_settings_per_step_hold_their_last_value_with_one_warning() -> None:
     told = [str(w.message) for w in caught]
     assert sum("learning_rate has 2 values, and this is step 2" in words for words in told) == 1
     assert sum("damping has 3 values, and this is step 3" in words for words in told) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused_with_what_to_do(copied: Any) -> None:
+    net = nn.Linear(4, 3)
+    optimizer = thor(net, 0.3, 0.1, 0.9)
+    with pytest.raises(TypeError, match=r"Save its state_dict\(\), and load it into the optimizer that thor\(net"):
+        copied((net, optimizer))
 
 
 def test_the_decay_filter_sees_names() -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, ThorMonitor
+from lightning_thor import Curvature, Thor, ThorCallback, ThorDDPStrategy, ThorMonitor
 from lightning_thor.curvature.part_timer import OWN_PARTS, PartTimer
 from lightning_thor.trainer.figures import StepFigures
 from lightning_thor.trainer.fit_report import FitFigures, fit_report
+from lightning_thor.trainer.update_ratio import sample_weights
 from tests.helpers.boring import Boring, callback_of, trainer
 from tests.helpers.launching import fork, run_forked
 from tests.helpers.watch import Watch
@@ -171,3 +172,10 @@ def test_advice_is_given_where_a_figure_suggests_one(figures: FitFigures, words:
     advice = lines[1 if figures.seconds is None else 2 :]
     assert len(advice) == (words is not None)
     assert words is None or re.search(words, str(advice[0]))
+
+
+def test_parameters_without_entries_here_are_not_sampled() -> None:
+    """As on a rank whose shards are all empty."""
+    empty, some = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(2))
+    assert list(sample_weights(Thor([empty, some]))) == [some]
+    assert not sample_weights(Thor([empty]))
