@@ -462,10 +462,10 @@ class FactorState:
         averages = self._with_tables()
         means = self._factor_traces(averages, index) / self._widths
         dampings = self._dampings(means, slice(None), rule, damping)
-        # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is next to zero too. One of so
-        # small numbers that directions could leave the range of their dtype says as little.
+        # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too. One of so small
+        # numbers that directions could leave the range of their dtype says as little.
         least = torch.finfo(self.dtype).tiny ** SMALLEST_POWER
-        observed = (updates > 0)[:, None] & ((means + dampings).abs() >= least)
+        observed = (updates > 0)[:, None] & (dampings > 0) & ((means + dampings).abs() >= least)
         self.last_damping[index.layers] = torch.where(observed, dampings, self.last_damping)[index.layers]
         self.failed_inversions += self._solve(index, averages, torch.where(observed, dampings, 0.0), means, solve)
 
@@ -527,7 +527,8 @@ class FactorState:
         unit = 1.0 if rule == "trace" or self.gradient_unit is None else self.gradient_unit
         is_one = not isinstance(unit, Tensor) and unit == 1.0
         limits = torch.finfo(self.dtype)
-        own: Any = min(max(damping, limits.tiny), limits.max)
+        least = limits.tiny**SMALLEST_POWER
+        own: Any = min(max(damping, least), 1.0 / least)
         if not is_one:
             factor = torch.as_tensor(unit, device=means.device).double()
             own = (damping / factor / factor).clamp(limits.tiny, limits.max).to(self.dtype)
@@ -536,7 +537,8 @@ class FactorState:
             added_A, added_G = added_A * unit, added_G / unit
         if rule != "trace":
             added_G = torch.where(self._has_A[layers], added_G, own)
-        return torch.stack([added_A, added_G], dim=1).clamp_(limits.tiny, limits.max)
+        added = torch.stack([added_A, added_G], dim=1)
+        return added if is_one else added.clamp_min(limits.tiny)
 
     def _with_tables(self) -> dict[int, Tensor]:
         """What is inverted, by block size: the averages, with the factors of tied tables added to their outputs'."""
