@@ -224,7 +224,7 @@ class Thor(Optimizer):
             )
         grads = dict(zip(params, local_gradients(params), strict=True))
         if [p for p in params if grads[p].is_sparse]:
-            raise RuntimeError("Thor got a sparse gradient; use nn.Embedding(..., sparse=False).")
+            raise RuntimeError("Thor got a sparse gradient; build embeddings with sparse=False.")
         # A part of a layer may be frozen, or not part of this loss: the weight goes on with its curvature.
         weight_of: Mapping[nn.Parameter, nn.Parameter] = getattr(self.preconditioner, "weight_of", {})
         still = [p for p, weight in weight_of.items() if p.grad is None and weight in grads] if weight_of else []

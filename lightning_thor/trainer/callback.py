@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -217,7 +218,14 @@ class ThorCallback(Callback):
     def _serve(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give each `Thor` of the trainer its curvature."""
         options = {**self._options, "block_size": self.block_size}
-        served = ServedThors(trainer, pl_module, options, loss_terms=self._loss_terms, restored=self._restored)
+        served = ServedThors(
+            trainer,
+            pl_module,
+            options,
+            loss_terms=self._loss_terms,
+            restored=self._restored,
+            before_step=partial(self._look, trainer),  # again: hooks of the module come after this callback's
+        )
         self._served, self._restored, self.curvatures = served, None, served.curvatures
         self._print(trainer, served.serve())
         self._applied = [curvature.step for curvature in self.curvatures]
@@ -227,6 +235,14 @@ class ThorCallback(Callback):
         if self._served is not None and trainer.is_global_zero and not self._is_quiet(trainer):
             for optimizer in new:
                 print_curvature(self._served.by_optimizer[optimizer], full=self.summary == "full")
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        """Serve what is new, between two steps of training."""
+        if self._served is None or self._fit_log is None or self._window_is_open:
+            return
+        if new := self._served.look():
+            self._print(trainer, new)
+            self._applied = [curvature.step for curvature in self.curvatures]
 
     # ── each step ──
 
@@ -246,9 +262,7 @@ class ThorCallback(Callback):
     ) -> None:
         if self._served is None or self._fit_log is None:
             return
-        if not self._window_is_open and (new := self._served.look()):
-            self._print(trainer, new)
-            self._applied = [curvature.step for curvature in self.curvatures]
+        self._look(trainer)
         self._fit_log.start_batch(trainer)
         for curvature in self.curvatures:
             if curvature.timer is not None:

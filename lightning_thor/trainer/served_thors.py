@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from lightning_thor.trainer.monitor import ThorMonitor
 from lightning_thor.trainer.strategies import ThorStrategyMixin
 from lightning_thor.trainer.thors import (
     LossMultiplier,
-    TermsOfTheBatch,
+    TrainingSteps,
     callbacks_of,
     is_training,
     parameters_of,
@@ -44,6 +44,7 @@ class ServedThors:
         options: of each `Curvature`.
         loss_terms: of `ThorCallback`.
         restored: state of the callback in a checkpoint that the fit goes on from, if it was loaded already.
+        before_step: called before each training step.
 
     Attributes:
         curvatures: one for each `Thor`, in the order in which they came; also after the fit.
@@ -60,6 +61,7 @@ class ServedThors:
         *,
         loss_terms: BatchFn | None = None,
         restored: Mapping[str, Any] | None = None,
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.curvatures: list[Curvature] = []
         self.by_optimizer: dict[Thor, Curvature] = {}
@@ -71,7 +73,8 @@ class ServedThors:
                 f"loss_terms is given each batch, but {type(pl_module).__name__}.training_step takes dataloader_iter: "
                 "let it take batch, or leave loss_terms out."
             )
-        self._terms = None if loss_terms is None else TermsOfTheBatch(loss_terms, trainer.strategy)
+        self._steps = steps = TrainingSteps(trainer.strategy, before_step)
+        self._loss_terms = None if loss_terms is None else lambda: loss_terms(steps.batch)
         self._restored = restored
         """State of curvatures, some of which may come later."""
         self._trained: dict[Thor, set[nn.Parameter]] = {}
@@ -110,7 +113,7 @@ class ServedThors:
             pl_module,
             mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
             loss_multiplier=LossMultiplier(trainer, pl_module),
-            loss_terms=self._terms,
+            loss_terms=self._loss_terms,
             parameters=own,
             # Networks with a Thor each, as a GAN's, have an output layer each.
             output_layer=next(reversed(matrix_layers(pl_module, without=others)), None) if others else None,
@@ -205,8 +208,7 @@ class ServedThors:
 
     def end_batch(self) -> None:
         """Hold on to the batch no longer."""
-        if self._terms is not None:
-            self._terms.batch = None
+        self._steps.batch = None
 
     def close(self) -> None:
         """Take the curvatures from their optimizers, and their hooks off the model."""
@@ -214,6 +216,4 @@ class ServedThors:
             curvature.close()
             optimizer.preconditioner = None
         self.by_optimizer, self._trained = {}, {}
-        if self._terms is not None:
-            self._terms.close()
-            self._terms = None
+        self._steps.close()

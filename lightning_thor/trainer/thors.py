@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_thor.curvature.callables import BatchFn
 from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import MODES
 from lightning_thor.schedules import PerStepLR
@@ -39,32 +39,29 @@ class LossMultiplier:
         return scale / n
 
 
-class TermsOfTheBatch:
-    """The number of terms in the loss of the batch under way.
-
-    The batch is taken where it passes in every training step, which is the strategy: in a search, such as Lightning's
-    `LearningRateFinder`, no hook of another callback is called.
+class TrainingSteps:
+    """Sees each training step of a trainer just before it is made, where it passes, which is the strategy: also in a
+    search, such as Lightning's `LearningRateFinder`, where no hook of another callback is called, and after the
+    module's own hooks.
 
     Args:
-        loss_terms: of `ThorCallback`.
         strategy: of the trainer.
+        before: called before each training step.
 
     Attributes:
         batch: the last one that the strategy was given, until it is set to None.
     """
 
-    def __init__(self, loss_terms: BatchFn, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, before: Callable[[], None]) -> None:
         self.batch: Any = None
-        self._loss_terms, self._strategy, step = loss_terms, strategy, strategy.training_step
+        self._strategy, step = strategy, strategy.training_step
 
         def training_step(batch: Any, *others: Any) -> Any:
             self.batch = batch
+            before()
             return step(batch, *others)
 
         strategy.training_step = training_step  # type: ignore[method-assign]
-
-    def __call__(self) -> Any:
-        return self._loss_terms(self.batch)
 
     def close(self) -> None:
         """Leave the strategy as it was."""

@@ -160,9 +160,23 @@ class Unfreezing(Module):
 
     def on_train_epoch_start(self) -> None:
         if self.trainer.current_epoch == 1:
-            layers = self.net.conv, self.net.norm
-            further = [p for module in layers for p in module.requires_grad_(True).parameters()]
-            self.trainer.optimizers[0].add_param_group({"params": further, "lr": 0.01})
+            self.unfreeze()
+
+    def unfreeze(self) -> None:
+        layers = self.net.conv, self.net.norm
+        further = [p for module in layers for p in module.requires_grad_(True).parameters()]
+        self.trainer.optimizers[0].add_param_group({"params": further, "lr": 0.01})
+
+
+class UnfreezingInABatch(Unfreezing):
+    """In a hook that comes after those of callbacks, just before the step."""
+
+    def on_train_epoch_start(self) -> None:
+        pass
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.current_epoch == 1 and batch_idx == 1:
+            self.unfreeze()
 
 
 class TwoThors(Module):
@@ -473,7 +487,7 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "unfrozen": training(kind=Unfreezing, micro_batches=2, max_epochs=3, strategy=in_buckets, checkpoints="unfrozen"),
     "two_thors": training(kind=TwoThors, strategy=in_buckets),
     "two_passes": training(kind=TwoPasses, strategy=in_buckets),
-    "unfrozen_ddp": training(kind=Unfreezing, max_epochs=3, strategy="ddp"),
+    "unfrozen_ddp": training(kind=UnfreezingInABatch, max_epochs=3, strategy="ddp"),
     "unfrozen_one": training(kind=Unfreezing, max_epochs=3, strategy=keeping(1), stagger=True),
     "unfrozen_resumed": training(
         kind=Unfreezing, micro_batches=2, max_epochs=3, strategy=in_buckets, resume="unfrozen"

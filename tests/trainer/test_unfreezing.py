@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_thor import Curvature, Thor, ThorDDPStrategy, configure_thor
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
-from tests.helpers.distributed_workers import Unfreezing, one_rank, state, two_ranks
+from tests.helpers.distributed_workers import Unfreezing, UnfreezingInABatch, one_rank, state, two_ranks
 
 BACKBONE = ["net.0", "net.2"]
 ALL = [*BACKBONE, "net.4", "net.5", "net.7"]
@@ -143,7 +143,7 @@ def test_a_layer_that_comes_within_a_window_is_taken_at_the_next_one(tmp_path: P
     class Midway(Finetuned):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             found_in.append((batch_idx, len(layers_of(self.trainer))))
-            if batch_idx == 0:
+            if batch_idx == 1:
                 further = list(self.backbone.requires_grad_(True).parameters())
                 self.trainer.optimizers[0].add_param_group({"params": further})
 
@@ -162,7 +162,8 @@ def test_a_layer_that_comes_within_a_window_is_taken_at_the_next_one(tmp_path: P
 def test_two_ranks_are_one_rank(training: str, tmp_path: Path) -> None:
     """Gradients of layers that begin to train are averaged as all others, and all ranks have their curvature."""
     without = ["curvature"] if training == "unfrozen_one" else []  # of which each rank stores a part
-    alone = one_rank(tmp_path, kind=Unfreezing, max_epochs=3, stagger=training == "unfrozen_one")
+    kind = UnfreezingInABatch if training == "unfrozen_ddp" else Unfreezing
+    alone = one_rank(tmp_path, kind=kind, max_epochs=3, stagger=training == "unfrozen_one")
     assert list(alone["curvature"]["layers"])[:2] == ["net.conv", "net.norm"]
     for result in two_ranks(training):
         torch.testing.assert_close(state(result, *without), state(alone, *without), rtol=1e-9, atol=1e-9)
