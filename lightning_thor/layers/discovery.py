@@ -165,8 +165,9 @@ def parameters_of(model: nn.Module, names: Container[str]) -> set[nn.Parameter]:
 
 
 def weights_of(model: nn.Module, names: Container[str]) -> dict[str, Tensor]:
-    """The weights by these names, see `discover_layers`."""
-    return {use.name: use.weight for use in _uses(model) if use.name in names}
+    """The weights by these names, see `discover_layers`; without modules of which no kind is known."""
+    uses = [use for use in _uses(model) if use.name in names and (use.attention or find_kind(use.module))]
+    return {use.name: use.weight for use in uses}
 
 
 def _projections(name: str, module: nn.MultiheadAttention) -> Iterator[ModuleUse]:

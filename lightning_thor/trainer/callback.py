@@ -32,8 +32,9 @@ from lightning_thor.trainer.thors import callbacks_of, no_thor, parameters_of, s
 
 
 class ThorCallback(Callback):
-    """Gives the `Thor` optimizer of a fit its curvature, for the mode it has; use it with ``return
-    configure_thor(self)``. A Trainer takes one of it. `Curvature` explains its options at length.
+    """Gives the `Thor` optimizer of a fit its curvature, for the mode it has.
+
+    Use it with ``return configure_thor(self)``. A Trainer takes one of it. `Curvature` explains its options at length.
 
     It serves any number of `Thor`, beside other optimizers: each has a curvature of its own parameters, with these
     options, and takes the last matrix that no other `Thor` has for its output layer. One that ``trainer.optimizers``

@@ -229,3 +229,15 @@ def test_layers_that_begin_to_train_unseen_are_told_of_once() -> None:
         step()
         assert curvature.include() == ["2"]
         step()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.LSTM(8, 8), nn.ParameterDict({"x": nn.Parameter(torch.ones(8, 8))}), nn.MultiheadAttention(8, 2), nn.PReLU()],
+    ids=lambda module: type(module).__name__,
+)
+def test_frozen_modules_of_any_kind_are_left_out(module: nn.Module) -> None:
+    model = nn.ModuleList([nn.Linear(8, 8), module.requires_grad_(False)])
+    curvature = Curvature(model)
+    assert list(curvature.layers) == ["0"]
+    assert set(curvature.left_out.values()) == {"frozen"}
