@@ -29,6 +29,9 @@ GRADIENT_RMS = "gradient_rms"
 """Key of each group, with one value for all: root mean square of the largest gradients of this training, see
 `lightning_thor.optim.fading`. Saved with the options, but no option."""
 
+NUMBERING = tuple(f"torch.distributed.{name}." for name in ("checkpoint", "fsdp", "optim"))
+"""Modules of torch that rely on its own numbers of parameters in a state."""
+
 Targets = Mapping[nn.Parameter, float | Tensor]
 """The L2 norm that each direction is scaled to; without an entry its scale stays."""
 
@@ -275,8 +278,7 @@ class Thor(Optimizer):
         model, numbered = getattr(self.preconditioner, "model", None), self.numbered
         if numbered is None and isinstance(model, nn.Module):
             numbered = tuple(model.parameters())
-        asked_by = sys._getframe(1).f_globals.get("__name__", "")
-        if numbered is None or asked_by.startswith("torch.distributed."):
+        if numbered is None or _is_asked_by_torch_distributed():
             return state
         return numbered_as_in(numbered, self.param_groups, state)
 
@@ -413,6 +415,16 @@ class Thor(Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             buffers.append(state["momentum_buffer"])
         return local_parts(buffers)
+
+
+def _is_asked_by_torch_distributed() -> bool:
+    """Whether a function of torch that saves or shards states is under way, through whatever wrappers."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).startswith(NUMBERING):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def sgd_step(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor], group: Mapping[str, Any]) -> None:

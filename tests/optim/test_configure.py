@@ -149,10 +149,17 @@ def test_numbers_mean_nothing_when_a_state_is_taken_over(numbers: list[list[int]
         assert_bitwise(optimizers[1].state.get(other), optimizers[0].state.get(p))
 
 
-def test_torchs_distributed_checkpoints_find_each_momentum_by_its_name() -> None:
+class OfOnesOwn(Thor):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict()}
+
+
+@pytest.mark.parametrize("kind", [Thor, OfOnesOwn])
+def test_torchs_distributed_checkpoints_find_each_momentum_by_its_name(kind: type[Thor]) -> None:
     """They take the numbers for torch's own."""
     model = frozen_in_the_middle()
     optimizer = configure_thor(model, weight_decay=0.1, preconditioner=Identity())
+    optimizer.__class__ = kind
     make_momenta(optimizer)
     state: Any = get_optimizer_state_dict(model, optimizer)["state"]
     for name, p in model.named_parameters():
