@@ -699,8 +699,8 @@ class Curvature:
 
         Inverses that the state lacks, since another process stored them, are computed again from the averages and the
         last damping: equal on all processes, and to the lost ones to rounding, which depends on the batch that a block
-        is in and its place there. Older inverses cannot come back: of a block whose last inversion failed (a warning says
-        so), or whose factor had become zero; and with a trace rule, of layers whose new averages were still to be
+        is in and its place there. Older inverses cannot come back: of a block whose last inversion failed (a warning
+        says so), or whose factor had become zero; and with a trace rule, of layers whose new averages were still to be
         inverted.
 
         Args:

@@ -73,8 +73,8 @@ def abort_process_groups(exception: BaseException, group: dist.ProcessGroup | No
     if isinstance(exception, RuntimeError) and is_of_a_collective:
         exception.args = (
             f"{exception}\nRank {dist.get_rank()} waited for another one of the {dist.get_world_size()} in vain: that "
-            "one raised, died or hung, and its own output says why; or it ended, having fewer batches. (timeout=timedelta(...) of the strategy sets how "
-            "long ranks wait for one that hangs.)",
+            "one raised, died or hung, and its own output says why; or it ended, having fewer batches. "
+            "(timeout=timedelta(...) of the strategy sets how long ranks wait for one that hangs.)",
         )
 
 
