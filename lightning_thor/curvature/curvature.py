@@ -179,7 +179,7 @@ class Curvature:
         self._options = options
         self.model = model
         self.mode = mode
-        self.damping = damping
+        self.damping = damping if callable(damping) else float(damping)
         self.damping_rule: DampingRule = damping_rule
         self.averaging = averaging
         self.max_rows = max_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
 from lightning_thor.curvature.callables import IntStepFn
@@ -275,12 +276,12 @@ class RefreshSchedule:
 
     def _every(self, step: int) -> int:
         every = self.every_n_steps(step) if callable(self.every_n_steps) else self.every_n_steps
-        if not isinstance(every, int) or every < 1:
+        if not isinstance(every, Integral) or every < 1:
             raise ValueError(
                 f"update_every_n_steps({step}) gave {every!r}; it must give an int, the number of steps until the next "
                 "refresh, at least 1."
             )
-        return every
+        return int(every)
 
 
 def _layers_of(one: _Pending, decision: int) -> list[int]:

@@ -242,6 +242,9 @@ def _layer(
     """The layer of a weight, with ``block_sizes`` of A and of G; ``takes_bias`` asks for a bias, which some kinds have
     no place for."""
     use, (size_A, size_G), rows_of = uses[0], block_sizes, statistics.rows_of(kind)
+    if use.role == "k_proj" and use.attention is not None and rows_of == kind.reduced_rows:
+        # A softmax cancels what all keys have in common: their gradients add up to 0, and such a G would be rounding.
+        rows_of = kind.rows
     assert rows_of is not None
     weight: nn.Parameter = getattr(use.module, use.weight_name)
     shape = weight.shape

@@ -202,9 +202,10 @@ class Hooks:
         number, graphs = number_of(self._receiver(name)), self.graphs
         is_due, pair_unseen = self._is_due, torch.compiler.disable(pair)
 
-        def on_forward(
-            _: _Unpickled, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-        ) -> Tensor | None:
+        def on_forward(_: _Unpickled, module: nn.Module, args: Any, *others: Any) -> Tensor | None:
+            if len(others) != 2:
+                return None  # without kwargs: the hooks were removed while the module is calling them
+            kwargs, output = others
             if not torch.compiler.is_dynamo_compiling():
                 if is_due(name) and torch.is_grad_enabled() and module is owner:
                     pair_unseen(args, kwargs, output)

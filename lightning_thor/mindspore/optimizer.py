@@ -126,7 +126,7 @@ def thor(
     )
     return MindSporeThor(
         groups,
-        _Preconditioner(curvature, groups, loss_scale, batch_size, without_G=_without_G(curvature, variant)),
+        _Preconditioner(curvature, groups, loss_scale, batch_size, variant),
         momentum=momentum,
         nesterov=use_nesterov and momentum > 0,
         clip_norm=CLIP_NORM if enable_clip_grad else None,
@@ -193,10 +193,9 @@ class _Preconditioner:
         groups: list[Group],
         loss_scale: float,
         batch_size: int,
-        without_G: list[Tensor],
+        variant: str,
     ) -> None:
-        self.curvature, self.loss_scale, self.batch_size = curvature, loss_scale, batch_size
-        self.without_G = without_G
+        self.curvature, self.loss_scale, self.batch_size, self.variant = curvature, loss_scale, batch_size, variant
         self.centralized = {p for group in groups if group.grad_centralization for p in group.parameters if p.dim() > 1}
         modules = curvature.model.modules()
         self.norms = {p for module in modules if isinstance(module, nn.LayerNorm) for p in module.parameters()}
@@ -207,8 +206,12 @@ class _Preconditioner:
         is_due = self.curvature.is_due()
         self.curvature.update()
         if is_due:
-            for G_inverse in self.without_G:
+            # Found anew: layers that are included later move them.
+            for G_inverse in _without_G(self.curvature, self.variant):
                 G_inverse.copy_(torch.eye(G_inverse.shape[-1], dtype=G_inverse.dtype, device=G_inverse.device))
+
+    def forget(self) -> None:
+        self.curvature.forget()
 
     def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
         unscaled = {p: grad / self.loss_scale for p, grad in grads.items()}
@@ -234,10 +237,12 @@ def _gpu_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype
     """A = aᵀa / in_features, where Ascend (and the paper) divide by the number of rows; G = gᵀg / rows."""
     rows = LINEAR.rows(module, a, g, dtype, None)
     assert rows.a is not None
-    return rows._replace(a=rows.a * (rows.n_samples / module.in_features) ** 0.5)
+    return rows._replace(a=rows.a * (rows.n_samples / rows.a.shape[1]) ** 0.5)
 
 
 def _gpu_conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """Patches and gradients averaged over the batch first: one sample, whose rows are the output positions."""
+    if a.dim() < module.weight.dim():
+        a, g = a[None], g[None]
     mean_a, mean_g = a.detach().to(dtype).mean(0, keepdim=True), g.to(dtype).mean(0, keepdim=True)
     return Rows(*patches_and_values(module, mean_a, mean_g, dtype, None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -66,9 +67,9 @@ def check_group(group: Mapping[str, Any], unknown: Collection[str]) -> None:
         value = group[option]
         if value is None and option in POSITIVE_OR_NONE:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"{option} must be a number, got {value!r}.")
-        if not (math.isfinite(value) and is_in_range(value)):
+        if not (math.isfinite(float(value)) and is_in_range(float(value))):
             raise ValueError(f"{option} must {words}, got {value!r}.")
     mode = MODES[group["mode"]]
     if group["kl_clip"] is not None and (mode.momentum_first or mode.change_basis is not None):
@@ -80,3 +81,8 @@ def check_group(group: Mapping[str, Any], unknown: Collection[str]) -> None:
             "match_rms and kl_clip both set the scale of the update: set one of them to None "
             f"(got match_rms={group['match_rms']!r}, kl_clip={group['kl_clip']!r})."
         )
+
+
+def plain_numbers(group: Mapping[str, Any]) -> dict[str, float]:
+    """The options of a parameter group that are numbers of another library, such as NumPy's, as floats."""
+    return {name: float(group[name]) for name in RANGES if not isinstance(group[name], int | float | None)}

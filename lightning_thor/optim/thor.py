@@ -19,7 +19,7 @@ from lightning_thor.distributed.dtensor import is_sharded, local_gradients, loca
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_other_coordinates
 from lightning_thor.optim.fading import fade_factors
-from lightning_thor.optim.options import FOREIGN_OPTIONS, FORMER, OPTIONS, check_group, unknown_options
+from lightning_thor.optim.options import FOREIGN_OPTIONS, FORMER, OPTIONS, check_group, plain_numbers, unknown_options
 from lightning_thor.optim.state_dict import check_state, numbered_as_in
 from lightning_thor.optim.update_scaling import clip_kl_, clip_norm_, multiply, scale_to_norms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
@@ -170,6 +170,7 @@ class Thor(Optimizer):
         check_group(group, unknown)
         common_mode([group["mode"], *(other["mode"] for other in self.param_groups)])
         super().add_param_group(param_group)
+        self.param_groups[-1].update(plain_numbers(self.param_groups[-1]))
         self.param_groups[-1][GRADIENT_RMS] = self.param_groups[0].get(GRADIENT_RMS, 0.0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -199,6 +200,7 @@ class Thor(Optimizer):
             twin.numbered = self.numbered and tuple(memo[id(p)] for p in self.numbered)
         return twin
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.

@@ -284,7 +284,7 @@ class ThorCallback(Callback):
         skipped = not self._window_is_open and steps == self._applied
         # In manual optimization another optimizer may have stepped; what is not finite is left out all the same.
         if skipped and pl_module.automatic_optimization and scaler_of(trainer) is not None:
-            for optimizer in thors_of(trainer):
+            for optimizer in self._served.by_optimizer.keys() & thors_of(trainer):  # one may have come in this step
                 self._served.by_optimizer[optimizer].discard()
         self._fit_log.end_batch(trainer, pl_module, self._applied)
         self._called, self._applied = trainer.global_step, steps

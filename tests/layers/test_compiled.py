@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_thor import Curvature
+from lightning_thor import Curvature, configure_thor
 from tests.helpers.observing import assert_same, factors, observing, told_by
 
 LATER = [pytest.mark.slow, pytest.mark.long]
@@ -246,6 +246,27 @@ def test_a_pass_that_makes_a_graph_of_its_own_leaves_no_trace() -> None:
     (gradient,) = torch.autograd.grad(whole(model, "eager")(x).square().mean(), x, create_graph=True)
     assert gradient.requires_grad
     assert not curvature.factors.counts.any()
+
+
+def test_a_compiled_step_of_training_is_the_eager_one() -> None:
+    """The optimizer's own step breaks the graph."""
+
+    def trained(backend: str | None) -> list[Tensor]:
+        torch.manual_seed(1)
+        model = Reused().double()
+        optimizer = configure_thor(model, preconditioner=Curvature(model, update_every_n_steps=2))
+
+        def step() -> None:
+            model(X).sin().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        run = step if backend is None else torch.compile(step, backend=backend)
+        for _ in range(4):
+            run()
+        return list(model.parameters())
+
+    torch.testing.assert_close(trained("aot_eager"), trained(None), rtol=1e-12, atol=1e-12)
 
 
 def test_a_layer_that_is_frozen_breaks_no_graph() -> None:

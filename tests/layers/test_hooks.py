@@ -259,3 +259,14 @@ def test_where_the_graph_does_not_show_the_product_a_gradient_penalty_leaves_no_
         found.append(curvature.factors.flat_sums.clone())
         assert curvature.factors.counts[0, 0] == 6
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_hooks_that_go_while_a_module_calls_them_are_no_error() -> None:
+    """As when a garbage collection within a forward pass takes a curvature that nothing holds."""
+    layer = nn.Linear(2, 2)
+    last = Curvature(layer)
+    layer.register_forward_hook(lambda *_: last.close(), prepend=True)
+    first = Curvature(layer)
+    layer(torch.ones(1, 2)).sum().backward()
+    first.update()
+    assert first.factors.updates.tolist() == [1]

@@ -147,6 +147,35 @@ def test_the_order_is_kept_within_each_group() -> None:
     assert [[place[p] for p in group["params"]] for group in optimizer.param_groups] == [[1, 0], [5, 3, 4, 2]]
 
 
+def test_a_pass_that_is_set_to_zeros_leaves_no_trace() -> None:
+    def trained(others: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Linear(4, 3)
+        optimizer, x = thor(net, 0.1, 0.1, 0.9), torch.randn(8, 4)
+        if others:
+            (100 * net(x).square().mean()).backward()
+            optimizer.zero_grad(set_to_none=False)
+        for _ in range(2):
+            net(x).square().sum(1).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(net.parameters())
+
+    assert_bitwise(trained(True), trained(False))
+
+
+def test_heads_without_G_stay_so_when_a_layer_is_included() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    net[0].requires_grad_(False)
+    optimizer = thor(net, 0.1, 0.1, 0.9, variant="ascend", params=list(net.parameters()))
+    net[0].requires_grad_(True)
+    assert optimizer.curvature.include() == ["0"]
+    net(torch.randn(8, 4)).square().sum(1).mean().backward()
+    optimizer.step()
+    assert_bitwise(optimizer.curvature.inverses_of("1")[1].flatten(0, 1)[0], torch.eye(2))
+
+
 def test_what_is_in_no_group_is_left_alone() -> None:
     net = make()
     before = [p.detach().clone() for p in net.parameters()]
