@@ -106,8 +106,9 @@ class RefreshSchedule:
         """The step of each layer's last inversion, or the last one before this schedule was restored."""
         self._turns = 0
         self._pending: list[_Pending] = []
-        self._first_windows: list[_Pending] = []
-        """`AGAIN`, `KNOWN` or `UNKNOWN` for layers of which the host does not know that they have had a window."""
+        self._first_windows: _Pending | None = None
+        """`AGAIN`, `KNOWN` or `UNKNOWN` for layers of which the host does not know that they have had a window, from
+        the step before."""
         self.have_windows: set[int] = set()
         """The layers of which it does."""
         self.earliest = 0
@@ -125,7 +126,7 @@ class RefreshSchedule:
     @property
     def has_work(self) -> bool:
         """True if the coming step observes or inverts some layer, or reads a decision."""
-        return self.step >= self.earliest or bool(self._pending or self._first_windows)
+        return self.step >= self.earliest or bool(self._pending) or self._first_windows is not None
 
     @property
     def decides(self) -> bool:
@@ -172,10 +173,9 @@ class RefreshSchedule:
             if decisions is not None:
                 self._pending.append(_Pending(self.step, due, decisions))
         self.step += 1
-        if self._first_windows:
-            self._repeat_rejected(due)
-        if first_windows is not None:
-            self._first_windows.append(_Pending(self.step - 1, due, first_windows))
+        if self._first_windows is not None:
+            self._repeat_rejected(self._first_windows, due)
+        self._first_windows = None if first_windows is None else _Pending(self.step - 1, due, first_windows)
         self._find_earliest()
 
     def set_next_steps(self, next_steps: Sequence[int]) -> None:
@@ -210,8 +210,9 @@ class RefreshSchedule:
         for them."""
         # Lists alone, which torch.distributed.checkpoint stores under one key, however many they are.
         decided = [[one.step, list(one.layers), [int(each) for each in one.decisions.read()]] for one in self._pending]
-        rejected = [(one.step, _layers_of(one, AGAIN)) for one in self._first_windows]
-        return decided + [[step, layers, [AGAIN] * len(layers)] for step, layers in rejected if layers]
+        first = self._first_windows
+        rejected = [] if first is None else _layers_of(first, AGAIN)
+        return decided + ([[first.step, rejected, [AGAIN] * len(rejected)]] if first and rejected else [])
 
     def restore(
         self,
@@ -231,7 +232,7 @@ class RefreshSchedule:
         self.refreshes, self._turns, self.costs = refreshes, turns, list(costs)
         found = [_Pending(at, tuple(layers), Known(decisions)) for at, layers, decisions in pending]
         self._pending = [one for one in found if self.has_trace_rule and AGAIN not in one.decisions.read()]
-        self._first_windows = [one for one in found if AGAIN in one.decisions.read()]
+        self._first_windows = next((one for one in found if AGAIN in one.decisions.read()), None)
         self.have_windows = set()
         self._find_earliest()
 
@@ -246,15 +247,13 @@ class RefreshSchedule:
         ]
         return tuple(sorted(found))
 
-    def _repeat_rejected(self, due: tuple[int, ...]) -> None:
+    def _repeat_rejected(self, first_windows: _Pending, due: tuple[int, ...]) -> None:
         """Read which layers have had a window, and have another turn, at the coming step, of those whose first one was
         rejected; not of ``due`` ones, which just had one."""
-        for one in self._first_windows:
-            self.have_windows.update(_layers_of(one, KNOWN))
-            for layer in _layers_of(one, AGAIN):
-                if layer not in due and self.next_steps[layer] < NEVER:
-                    self.next_steps[layer] = min(self.next_steps[layer], self.step)
-        self._first_windows = []
+        self.have_windows.update(_layers_of(first_windows, KNOWN))
+        for layer in _layers_of(first_windows, AGAIN):
+            if layer not in due and self.next_steps[layer] < NEVER:
+                self.next_steps[layer] = min(self.next_steps[layer], self.step)
 
     def _spread(self, due: tuple[int, ...], every: int) -> list[int]:
         """The next step of each of these layers, ``every`` steps from now; if staggered, some go to steps before it at
