@@ -13,9 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_thor.linalg.memory import scratch
+
 UNBATCHED_DEVICES = {"cpu"}
 """Devices on which torch computes a batch of products one by one unless the result is contiguous, which takes longer
 than to copy a contiguous result."""
+
+
+SCRATCH_FROM = 2**15
+"""From so many numbers on new memory costs as much as a product: an allocator maps it, and gives it back."""
 
 
 class BlockPartition(NamedTuple):
@@ -191,7 +197,12 @@ def columns_product(matrix: Tensor, factor: Tensor, into: Tensor, scale: Tensor 
         if scale is not None:
             into.mul_(scale)
         return
-    product = torch.bmm(matrix.transpose(0, 1), factor).transpose(0, 1)
+    columns = matrix.transpose(0, 1)
+    if into.numel() < SCRATCH_FROM:
+        product = torch.bmm(columns, factor).transpose(0, 1)
+    else:
+        out = scratch(into.numel(), factor).view(columns.shape)
+        product = torch.bmm(columns, factor, out=out).transpose(0, 1)
     if scale is None:
         into.copy_(product)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -94,3 +95,28 @@ class HostCopy:
             self._event.synchronize()
         numbers: list[Any] = self._copy.tolist()
         return numbers
+
+
+_SCRATCH = threading.local()
+SCRATCH_NUMEL = 2**22
+"""The longest `scratch` that is kept; longer ones are made anew."""
+
+
+def scratch(numel: int, like: Tensor) -> Tensor:
+    """Memory for an intermediate result, the same in each call of a thread: what it holds is lost at the next one.
+
+    Args:
+        numel: how many numbers.
+        like: of the dtype and on the device that is wanted.
+
+    Returns:
+        ``[numel]``, not initialised.
+    """
+    if numel > SCRATCH_NUMEL:
+        return like.new_empty(numel)
+    held: dict[Any, Tensor] = _SCRATCH.__dict__
+    key = like.dtype, like.device
+    if key not in held or held[key].numel() < numel:
+        with torch.inference_mode(False):  # or it could not be written outside of that mode
+            held[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
+    return held[key][:numel]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -142,3 +143,29 @@ def test_on_a_cpu_no_batch_of_products_is_written_into_strides(monkeypatch: pyte
     curvature.precondition({p: p.grad for p in model.parameters() if p.grad is not None})
     assert len(made) == 6
     assert all(made)
+
+
+def test_memory_that_products_share_shows_in_none_of_them() -> None:
+    """One product after another, larger, smaller and in other dtypes; first in inference mode, and in two threads."""
+
+    def products(seed: int) -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for rows, n_blocks, size, dtype in (
+            (4, 2, 3, torch.float32),
+            (9, 5, 4, torch.float32),
+            (2, 1, 3, torch.float64),
+        ):
+            matrix = torch.randn(rows, n_blocks, size, generator=generator).to(dtype)
+            factor = torch.randn(n_blocks, size, size, generator=generator).to(dtype)
+            into = torch.empty_like(matrix)
+            block_diagonal.columns_product(matrix, factor, into=into)
+            found.append((into, torch.einsum("rbi,bij->rbj", matrix, factor)))
+        return found
+
+    with torch.inference_mode():
+        products(0)
+    with ThreadPoolExecutor(2) as pool:
+        for each in [products(1), *pool.map(products, range(2, 12))]:
+            for found, expected in each:
+                torch.testing.assert_close(found, expected)
