@@ -12,8 +12,14 @@ from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, pic
 from lightning_thor.layers.patches import Convolution, TransposedConvolution, patches_and_values
 
 
-def _batched(module: Convolution | TransposedConvolution, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """A single image as a batch of one; torch makes this batch too, so the gradient may have it already."""
+def batched(module: Convolution | TransposedConvolution, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """A single image as a batch of one; torch makes this batch too, so the gradient may have it already.
+
+    Args:
+        module: a convolution.
+        a: its input, ``[channels, *space]`` or ``[batch, channels, *space]``.
+        g: the gradient of its output, likewise.
+    """
     single = len(module.kernel_size) + 1
     return a[None] if a.dim() == single else a, g[None] if g.dim() == single else g
 
@@ -29,7 +35,7 @@ class ConvolutionKind(LayerKind):
         ``max_rows`` takes whole lines (all positions behind one index of the first axis of space) from all samples: to
         copy a line is cheap, to copy single positions is not, and a few whole samples say less.
         """
-        a, g = _batched(module, a, g)
+        a, g = batched(module, a, g)
         return Rows(*patches_and_values(module, a.detach(), g, dtype, max_rows))
 
     def reduced_rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
@@ -37,7 +43,7 @@ class ConvolutionKind(LayerKind):
 
         With ``max_rows`` whole images are left out, so that there are about as many positions.
         """
-        a, g = _batched(module, a, g)
+        a, g = batched(module, a, g)
         positions = g.shape[2:].numel()
         index = subsample(a.shape[0], None if max_rows is None else max(1, max_rows // max(positions, 1)), a.device)
         windows, gradients, _, _ = patches_and_values(module, pick(a.detach(), index), pick(g, index), dtype, None)
@@ -65,7 +71,7 @@ class TransposedConvolutionKind(ConvolutionKind):
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """``a [batch, in, *space]``, ``g [batch, out, *space]``: every *input* position is a row, since each is
         multiplied by the whole kernel; its output is the patch that it writes."""
-        a, g = _batched(module, a, g)
+        a, g = batched(module, a, g)
         outputs, inputs, n_rows, n_samples = patches_and_values(module, g, a.detach(), dtype, max_rows)
         return Rows(inputs, outputs, n_rows, n_samples)
 

@@ -22,7 +22,7 @@ from lightning_thor.curvature.callables import ParameterFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.distributed.factor_reducer import check_split_indices
 from lightning_thor.layers.base import LayerKind, Rows, RowsFn
-from lightning_thor.layers.conv import CONVOLUTION
+from lightning_thor.layers.conv import CONVOLUTION, batched
 from lightning_thor.layers.embedding import EMBEDDING, ascend_embedding_rows
 from lightning_thor.layers.linear import LINEAR
 from lightning_thor.layers.patches import Convolution, patches_and_values
@@ -242,7 +242,6 @@ def _gpu_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype
 
 def _gpu_conv_rows(module: Convolution, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
     """Patches and gradients averaged over the batch first: one sample, whose rows are the output positions."""
-    if a.dim() < module.weight.dim():
-        a, g = a[None], g[None]
+    a, g = batched(module, a, g)
     mean_a, mean_g = a.detach().to(dtype).mean(0, keepdim=True), g.to(dtype).mean(0, keepdim=True)
     return Rows(*patches_and_values(module, mean_a, mean_g, dtype, None))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_thor.layers import registry
+from lightning_thor.layers.linear import LINEAR
 from lightning_thor.mindspore.optimizer import MindSporeThor, thor
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.nn_thor_formulas import float64
@@ -174,6 +176,36 @@ def test_heads_without_G_stay_so_when_a_layer_is_included() -> None:
     net(torch.randn(8, 4)).square().sum(1).mean().backward()
     optimizer.step()
     assert_bitwise(optimizer.curvature.inverses_of("1")[1].flatten(0, 1)[0], torch.eye(2))
+
+
+class Rows(nn.Module):
+    """A linear layer that knows no numbers of inputs."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+def stepped(net: nn.Module, x: Tensor) -> Tensor:
+    """The net's first parameter after a step, flat."""
+    optimizer = thor(net, 0.1, 0.1, 0.9, batch_size=1)
+    net(x).square().sum().backward()
+    optimizer.step()
+    return next(net.parameters()).detach().flatten()
+
+
+def test_a_kind_of_ones_own_that_is_like_a_linear_layer_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.REGISTERED, Rows, LINEAR)
+    layer, x = nn.Linear(4, 3, bias=False), torch.randn(1, 4)
+    assert_bitwise(stepped(Rows(layer), x), stepped(copy.deepcopy(layer), x))
+
+
+def test_a_convolution_without_a_batch_dimension_has_a_batch_of_one() -> None:
+    layer, x = nn.Conv1d(2, 3, 2), torch.randn(2, 6)
+    torch.testing.assert_close(stepped(copy.deepcopy(layer), x), stepped(copy.deepcopy(layer), x[None]))
 
 
 def test_what_is_in_no_group_is_left_alone() -> None:

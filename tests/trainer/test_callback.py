@@ -332,6 +332,20 @@ def test_an_optimizer_kept_from_one_fit_to_the_next(tmp_path: Path) -> None:
         assert module.kept["optimizer"].preconditioner is None
 
 
+def test_a_thor_that_comes_within_a_step_that_is_skipped_is_served_at_the_next_one(tmp_path: Path) -> None:
+    class Swapping(Boring):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx != 2 or loss is None:
+                return loss
+            self.trainer.strategy.optimizers = [configure_thor(self)]
+            return loss * float("inf")
+
+    scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
+    found = fit(tmp_path, Swapping(), max_epochs=1, plugins=[scaler])
+    assert [curvature.step for curvature in callback_of(found).curvatures] == [2, 1]
+
+
 def test_another_optimizer_between_two_steps_throws_no_window_away(tmp_path: Path) -> None:
     """Manual optimization under a GradScaler: only the other optimizer steps in every second batch."""
 
