@@ -136,11 +136,18 @@ class FactorAccumulator:
         self.reducer.mark_ready(number)
 
     def _gradient_was_dropped(self, number: int, use: ModuleUse) -> bool:
-        """Whether the gradients of earlier backward passes were set to None since, other than by `Thor.zero_grad`. (A
-        sharded weight's gradient is elsewhere between passes.)"""
+        """Whether the gradients of earlier backward passes were set to None since, other than by `Thor.zero_grad`."""
         backward, last = self._backward_pass(), self._backward.get(number)
         is_new = last is not None and -1 < last[0] != backward > -1
-        return is_new and not self._may_be_sharded and use.weight.grad is None
+        return is_new and self.has_no_gradient(use.name)
+
+    def has_no_gradient(self, name: str) -> bool:
+        """Whether the weight's gradient is None; False of sharded weights, whose gradient is elsewhere between passes.
+
+        Args:
+            name: of the module.
+        """
+        return not self._may_be_sharded and self.uses[name][1].weight.grad is None
 
     def note_output(self, name: str, output: Any) -> None:
         """Note how many terms the loss has, where `loss_layer` is not due and others are.

@@ -263,6 +263,7 @@ class Curvature:
             }.__contains__,
             note_output=accumulator.note_output,
             checks=self._checks,
+            has_no_gradient=accumulator.has_no_gradient,
         )
 
     def connect(

@@ -83,6 +83,8 @@ class Hooks:
         note_output: called in forward with the name and the output of a module for which ``is_due`` is true and
             ``is_open`` is not; of a compiled one in backward, with the output's gradient.
         checks: compares pairs with the weight's gradient.
+        has_no_gradient: whether the gradient of the named module's weight was set to None since the last backward pass
+            that added to it, or there was none; asked where pairs wait.
 
     Modules do not hold this object: where nothing else does, it goes, and takes their hooks with it.
 
@@ -104,6 +106,7 @@ class Hooks:
         needs_returned: NamePredicate = lambda name: False,
         note_output: Callable[[str, Any], None] = lambda name, output: None,
         checks: PairChecks | None = None,
+        has_no_gradient: NamePredicate = lambda name: False,
     ) -> None:
         from torch._dynamo import decorators  # takes a second, like all of dynamo
 
@@ -118,7 +121,7 @@ class Hooks:
         self._listener, self._expect, self._subsample_input = listener, expect, subsample_input
         self._is_open, self._is_due, self._note_output = is_open, skip(is_due), note_output
         self._weight_of = weight_of or (lambda name: getattr(modules.get(name), "weight", None))
-        self._needs_returned, self._checks = needs_returned, checks
+        self._needs_returned, self._checks, self._has_no_gradient = needs_returned, checks, has_no_gradient
         self._waiting: dict[Pair, None] = {}
         """Pairs that have a gradient, of a graph that is kept."""
         self._handed_over: Pair | None = None
@@ -348,8 +351,8 @@ class Hooks:
         if pair.input_was_changed:
             self._warn_of_change(pair)
             return
-        if self._waiting and accumulator is not None and accumulator.variable.grad is None:
-            self._forget_dropped(accumulator.variable)
+        if self._waiting and accumulator is not None and self._has_no_gradient(pair.name):
+            self._forget_dropped(pair.name)
         if self._checks is not None and accumulator is not None and self._checks.wants(pair.name):
             a = pair.a if pair.projected is None else pair.projected
             assert a is not None
@@ -361,9 +364,10 @@ class Hooks:
         else:
             self._hand_over(pair)
 
-    def _forget_dropped(self, weight: Tensor) -> None:
-        """Forget the gradients of earlier backward passes that pairs of a weight wait with: the weight's own was set to
-        None since. (A sharded weight's gradient is elsewhere between passes.)"""
+    def _forget_dropped(self, name: str) -> None:
+        """Forget the gradients of earlier backward passes that pairs of the named module's weight wait with: the
+        weight's own was set to None since."""
+        weight = self._weight_of(name)
         for pair in [pair for pair in self._waiting if pair.backward_pass != backward_pass()]:
             if self._weight_of(pair.name) is weight:
                 self._waiting.pop(pair)

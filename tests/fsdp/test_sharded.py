@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +18,8 @@ from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, layer_blocks
 from lightning_thor.layers import registry
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.fakes import FakeCommunicator, Place, on_ranks
+from tests.helpers.launching import fork
+from tests.helpers.sharded_workers import fully_shard
 from tests.helpers.watch import Watch
 
 
@@ -359,3 +362,32 @@ def test_no_directions_wait_for_the_device(mode: str) -> None:
         return watch.waiting
 
     assert on_ranks(3, None, work) == [set()] * 3
+
+
+# ── real shards ──
+
+
+def two_passes_of_one_graph(sharded: bool) -> list[Tensor]:
+    """The averages after a step of two backward passes, the first of which keeps the graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    if sharded:
+        for module in (model[0], model[2], model):
+            fully_shard(module)
+    curvature = Curvature(model, max_rows=None)
+    y = model(torch.randn(6, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)).sin()
+    y[:, 0].sum().div(y.numel()).backward(retain_graph=True)
+    y[:, 1:].sum().div(y.numel()).backward()
+    curvature.update()
+    return [batch.average for batch in curvature.factors.batches.values()]
+
+
+def compare_two_passes() -> None:
+    dist.init_process_group("gloo")
+    torch.testing.assert_close(two_passes_of_one_graph(True), two_passes_of_one_graph(False), rtol=1e-10, atol=1e-12)
+    dist.destroy_process_group()
+
+
+def test_backward_passes_of_one_graph_add_up_where_weights_are_sharded() -> None:
+    """Between them a whole weight has no gradient, and nobody dropped it."""
+    fork(1, compare_two_passes)
