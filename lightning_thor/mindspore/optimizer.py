@@ -11,6 +11,8 @@ devices.
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -136,13 +138,17 @@ def thor(
 class MindSporeThor(Thor):
     """The optimizer that `thor` makes: `Thor` without scale matching, with its own learning rate at each step.
 
-    The next step overwrites a torch scheduler's learning rate: give ``learning_rate`` as a sequence instead.
+    A learning rate that is one number is the groups' ``lr``, which a torch scheduler may change. One per step is
+    written there before each step; what a scheduler wrote is lost, with one warning.
 
     Args:
         groups: the parameters.
         preconditioner: made by `thor`.
         **options: of `Thor`.
     """
+
+    # So that torch.amp.GradScaler hands its scale over: `step` refuses it.
+    _step_supports_amp_scaling = True
 
     def __init__(self, groups: list[Group], preconditioner: _Preconditioner, **options: Any) -> None:
         plain: dict[str, Any] = {"match_rms": None, "decoupled_weight_decay": False}
@@ -153,6 +159,9 @@ class MindSporeThor(Thor):
         super().__init__(torch_groups, preconditioner=preconditioner, **plain, **options)
         self.learning_rates = [group.learning_rate for group in groups]
         self.curvature = preconditioner.curvature
+        self._written: list[float | None] = [None] * len(groups)
+        """The rate that the last step wrote into each group."""
+        self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be pickled or copied; a TypeError says what to do."""
@@ -163,25 +172,59 @@ class MindSporeThor(Thor):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As `Thor.step`, at this step's learning rates."""
+        """As `Thor.step`, at this step's learning rates.
+
+        Raises:
+            RuntimeError: a `torch.amp.GradScaler` takes this step, whose scale nn.thor's formulas do not know.
+        """
+        # A GradScaler sets both for this step, and does not take them back after an error.
+        if [name for name in ("grad_scale", "found_inf") if self.__dict__.pop(name, self) is not self]:
+            raise RuntimeError(
+                "The optimizer of lightning_thor.mindspore.thor takes no GradScaler (precision='16-mixed'): nn.thor's "
+                "loss scale is one number. Train with precision='bf16-mixed' or '32-true', multiply the loss yourself "
+                "by thor(loss_scale=...), or take ThorCallback and configure_thor, which know the GradScaler's."
+            )
         # A group that was added later keeps its own rate.
-        for group, learning_rate in zip(self.param_groups, self.learning_rates, strict=False):
-            group["lr"] = learning_rate(self.curvature.step)
+        for index, learning_rate in enumerate(self.learning_rates):
+            if not learning_rate.constant:
+                self._write_rate(index, learning_rate(self.curvature.step))
         return super().step(closure)
+
+    def _write_rate(self, index: int, rate: float) -> None:
+        group = self.param_groups[index]
+        if self._written[index] not in (None, group["lr"]) and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"Something, such as a torch scheduler, has set the learning rate to {group['lr']}: it is lost, since "
+                "thor(learning_rate=...) has one per step. Give one number, which a scheduler may change, or no "
+                "scheduler.",
+                stacklevel=3,
+            )
+        group["lr"] = self._written[index] = rate
 
     def state_dict(self) -> dict[str, Any]:
         """As of any optimizer, with the curvature under ``"curvature"``."""
         return {**super().state_dict(), "curvature": self.curvature.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; a ValueError if it is another optimizer's, or of another network."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: it is another optimizer's, or of another network; nothing was changed.
+        """
         if "curvature" not in state_dict:
             raise ValueError(
                 "This optimizer state holds no curvature: it is not that of lightning_thor.mindspore.thor. Load a "
                 "checkpoint of the same optimizer, or load the model's weights alone."
             )
+        before = copy.deepcopy(self.curvature.state_dict())
         self.curvature.load_state_dict(state_dict["curvature"])
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "curvature"})
+        try:
+            super().load_state_dict({key: value for key, value in state_dict.items() if key != "curvature"})
+        except Exception:
+            self.curvature.load_state_dict(before)
+            raise
+        self._written = [None] * len(self._written)
 
 
 class _Preconditioner:

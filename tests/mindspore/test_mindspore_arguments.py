@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_thor.mindspore.optimizer import thor
 from lightning_thor.mindspore.param_groups import Named
+from tests.helpers.boring import assert_bitwise, without_words
 
 
 def grad_of(net: nn.Module, x: Tensor) -> None:
@@ -35,6 +36,63 @@ def test_settings_per_step_hold_their_last_value_with_one_warning() -> None:
     told = [str(w.message) for w in caught]
     assert sum("learning_rate has 2 values, and this is step 2" in words for words in told) == 1
     assert sum("damping has 3 values, and this is step 3" in words for words in told) == 1
+
+
+def test_a_scheduler_changes_a_single_rate_and_is_told_that_it_changes_no_other() -> None:
+    rates: dict[str, list[float]] = {}
+    for name, learning_rate in (("one", 0.5), ("per step", [0.5, 0.4, 0.3])):
+        net = nn.Linear(4, 3)
+        optimizer = thor(net, learning_rate, 0.1, 0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                before = net.weight.detach().clone()
+                grad_of(net, torch.ones(8, 4))
+                optimizer.step()
+                rates.setdefault(name, []).append(optimizer.param_groups[0]["lr"])
+                assert not net.weight.equal(before)
+                scheduler.step()
+        told = [str(w.message) for w in caught]
+        assert sum("has set the learning rate to 0.05: it is lost" in words for words in told) == (name == "per step")
+    assert rates == {"one": pytest.approx([0.5, 0.05, 0.005]), "per step": [0.5, 0.4, 0.3]}
+
+
+@pytest.mark.parametrize("unscaled_before", [False, True])
+def test_a_grad_scaler_is_refused_and_a_later_step_without_it_goes_on(unscaled_before: bool) -> None:
+    net = nn.Linear(4, 3)
+    optimizer, scaler = thor(net, 0.3, 0.1, 0.9), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(net(torch.ones(8, 4)).sum()).backward()
+    if unscaled_before:
+        scaler.unscale_(optimizer)
+    before = net.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="takes no GradScaler"):
+        scaler.step(optimizer)
+    assert net.weight.equal(before)
+    optimizer.step()
+    assert not net.weight.equal(before)
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    disabled.step(optimizer)
+
+
+def test_a_state_that_is_refused_changes_nothing() -> None:
+    """Neither half: the curvature's is loaded first, and the momenta of another grouping are refused after it."""
+
+    def trained(seed: int) -> Any:
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        optimizer = thor(net, 0.3, 0.1, 0.9)
+        grad_of(net, torch.randn(8, 4))
+        optimizer.step()
+        return optimizer
+
+    optimizer = trained(0)
+    before = copy.deepcopy(optimizer.state_dict())
+    others = trained(1).state_dict()
+    others["param_groups"] *= 2
+    with pytest.raises(ValueError, match="parameter group"):
+        optimizer.load_state_dict(others)
+    assert_bitwise(without_words(optimizer.state_dict()), without_words(before))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
