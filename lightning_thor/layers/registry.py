@@ -17,7 +17,14 @@ from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM, LAYER_NORM, RMS_N
 from lightning_thor.linalg import block_diagonal
 from lightning_thor.linalg.block_diagonal import BlockPartition
 
-BUILT_IN: dict[type[nn.Module] | str, LayerKind] = {}
+BUILT_IN: Mapping[type[nn.Module] | str, LayerKind] = {
+    module_type: kind
+    for kind in (
+        *(LINEAR, LINEAR_TRANSPOSED, ATTENTION, CONVOLUTION, CONVOLUTION_TRANSPOSED, EMBEDDING),
+        *(LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM),
+    )
+    for module_type in kind.types
+}
 REGISTERED: dict[type[nn.Module] | str, LayerKind] = {}
 """Users' types, which go before the built-in ones."""
 
@@ -27,31 +34,6 @@ NO_KIND: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Bilinear,), "its weight has two inputs"),
 )
 """Types that have no kind, and why."""
-
-
-def register(kind: LayerKind, *types: type[nn.Module] | str, built_in: bool = False) -> None:
-    """Add a kind to the table, for these types of modules (by default the types that it names).
-
-    Raises:
-        ValueError: one of the types has a kind already.
-    """
-    for module_type in types or kind.types:
-        if module_type in REGISTERED or module_type in BUILT_IN:
-            name = module_type if isinstance(module_type, str) else module_type.__name__
-            raise ValueError(f"{name} has curvature already. To overrule it, register a subclass and use that.")
-        (BUILT_IN if built_in else REGISTERED)[module_type] = kind
-
-
-register(LINEAR, built_in=True)
-register(LINEAR_TRANSPOSED, built_in=True)
-register(ATTENTION, built_in=True)
-register(CONVOLUTION, built_in=True)
-register(CONVOLUTION_TRANSPOSED, built_in=True)
-register(EMBEDDING, built_in=True)
-register(LAYER_NORM, built_in=True)
-register(RMS_NORM, built_in=True)
-register(GROUP_NORM, built_in=True)
-register(BATCH_NORM, built_in=True)
 
 
 def find_kind(module: nn.Module) -> tuple[LayerKind, type[nn.Module]] | None:
@@ -174,15 +156,19 @@ def register_layer(
         found = _find(like) if isinstance(like, type) else None
         if found is None or found[0] is ATTENTION:
             raise ValueError(f"register_layer's like must be a type with curvature, such as nn.Linear; got {like!r}.")
-        register(found[0], module_type)
-        return
-    for name, function in (("rows_of", rows_of), ("matrix", matrix)):
-        if not callable(function):
-            raise TypeError(f"register_layer's {name} must be a function, got {function!r}.")
-    if not isinstance(weight, str):
-        raise TypeError(f"register_layer's weight must be the name of a parameter, got {weight!r}.")
-    assert rows_of is not None
-    register(_UserKind(module_type, rows_of, matrix, weight))
+        kind = found[0]
+    else:
+        for name, function in (("rows_of", rows_of), ("matrix", matrix)):
+            if not callable(function):
+                raise TypeError(f"register_layer's {name} must be a function, got {function!r}.")
+        if not isinstance(weight, str):
+            raise TypeError(f"register_layer's weight must be the name of a parameter, got {weight!r}.")
+        assert rows_of is not None
+        kind = _UserKind(module_type, rows_of, matrix, weight)
+    if module_type in REGISTERED or module_type in BUILT_IN:
+        name = module_type.__name__
+        raise ValueError(f"{name} has curvature already. To overrule it, register a subclass and use that.")
+    REGISTERED[module_type] = kind
 
 
 class _UserKind(LayerKind):
