@@ -42,45 +42,14 @@ if TYPE_CHECKING:
     BatchFn = Callable[[Any], Any]
 else:
 
-    class StepFn(metaclass=_ByClassPath):
-        """A function of the step."""
+    def _by_class_path(name: str, *arguments: str, such_as: str = "") -> type:
+        # What an error of jsonargparse says, and its help.
+        words = f"a class with __call__({', '.join(arguments)}), given by class_path{such_as}"
+        call = abstractmethod(lambda self, *values: None)
+        members = {"__module__": __name__, "__qualname__": name, "__call__": call, "n_arguments": len(arguments)}
+        return _ByClassPath(words, (), members)
 
-        n_arguments = 1
-
-        @abstractmethod
-        def __call__(self, step: int) -> float:
-            """What is due at this step."""
-
-    class NumberFn(metaclass=_ByClassPath):
-        """A function without arguments."""
-
-        n_arguments = 0
-
-        @abstractmethod
-        def __call__(self) -> float:
-            """What it is now."""
-
-    class ParameterFn(metaclass=_ByClassPath):
-        """Whether something holds for a parameter."""
-
-        n_arguments = 1
-
-        @abstractmethod
-        def __call__(self, parameter: Any) -> bool:
-            """Of this one."""
-
-    class BatchFn(metaclass=_ByClassPath):
-        """A number of a batch of data."""
-
-        n_arguments = 1
-
-        @abstractmethod
-        def __call__(self, batch: Any) -> float:
-            """Of this one."""
-
-    # The names are what an error of jsonargparse says, and its help.
-    StepFn.__name__ = "a class with __call__(step), given by class_path, such as lightning_thor.schedules.Polynomial"
-    NumberFn.__name__ = "a class with __call__(), given by class_path"
-    ParameterFn.__name__ = "a class with __call__(parameter), given by class_path"
-    BatchFn.__name__ = "a class with __call__(batch), given by class_path"
-    IntStepFn = StepFn
+    StepFn = IntStepFn = _by_class_path("StepFn", "step", such_as=", such as lightning_thor.schedules.Polynomial")
+    NumberFn = _by_class_path("NumberFn")
+    ParameterFn = _by_class_path("ParameterFn", "parameter")
+    BatchFn = _by_class_path("BatchFn", "batch")
