@@ -33,7 +33,7 @@ from lightning_thor import Curvature, ShardedCurvature, Thor
 from lightning_thor.distributed.communicator import Work
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.distributed.shared_inversions import SharedInversions
-from lightning_thor.linalg.decompositions import damped_inverses
+from lightning_thor.linalg.decompositions import INVERSE, damped_inverses
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -128,7 +128,7 @@ def time_refreshes(workload: Workload, way: Way, rank: int, rounds: int) -> dict
     communicator = TimedCommunicator()
     curvature.connect(communicator, bucket_fn=way.bucket_fn, is_sync_step=(lambda: True) if way.from_backward else None)
     # The curvature offers no place for a timed inversion but this one.
-    curvature.solve = SharedInversions(communicator, communicator.invert)
+    curvature.solve = SharedInversions(communicator, INVERSE._replace(make=communicator.invert))
     inputs, targets = workload.batch()
     events, inverting = [], []
     for _ in range(2 + rounds):  # the first refresh sends nothing from backward, the second one warms up

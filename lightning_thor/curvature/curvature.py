@@ -316,7 +316,7 @@ class Curvature:
         self._own_layers = [layers[index] for index in shared.own]
         self._reducer = FactorReducer(self.factors, communicator, self._schedule.due, bucket_fn, is_sync_step)
         self._accumulator.connect(self._reducer)
-        self.solve: Solve = SharedInversions(inverters, decomposition.make, decomposition.form)
+        self.solve: Solve = SharedInversions(inverters, decomposition)
 
     def send_in_update(self) -> None:
         """Send nothing from backward any more: one backward pass may reach layers of several curvatures, and processes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,16 +10,8 @@ from torch import Tensor
 
 from lightning_thor.distributed.assignment import assign_greedily
 from lightning_thor.distributed.communicator import Communicator, UnevenLayout, all_gather_uneven, uneven_layout
-from lightning_thor.linalg.decompositions import damped_inverses
+from lightning_thor.linalg.decompositions import INVERSE, Decomposition, Problems, Solutions
 from lightning_thor.linalg.packing import Form, pack, packed_numel, unpack
-
-Problems = Mapping[int, tuple[Tensor, Tensor]]
-"""By block size: blocks ``[n, size, size]`` and the damping of each, added to its eigenvalues, ``[n]``."""
-
-Solutions = Mapping[int, tuple[Tensor, Tensor]]
-"""By block size: inverses ``[n, size, size]`` and whether each inversion succeeded ``[n]``."""
-
-Invert = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class InversionAssignment(NamedTuple):
@@ -77,20 +69,19 @@ class SharedInversions:
 
     Args:
         communicator: the processes.
-        invert: ``(blocks, damping)`` to ``(inverses, succeeded)``, as in `Problems` and `Solutions`.
-        form: of the inverses that ``invert`` returns.
+        decomposition: what to make of each block.
     """
 
-    def __init__(self, communicator: Communicator, invert: Invert = damped_inverses, form: Form = "symmetric") -> None:
-        self._communicator, self._invert, self._form = communicator, invert, form
+    def __init__(self, communicator: Communicator, decomposition: Decomposition = INVERSE) -> None:
+        self._communicator, self._decomposition, self._form = communicator, decomposition, decomposition.form
         self._assignments: dict[tuple[tuple[int, int], ...], InversionAssignment] = {}
 
     def __call__(self, problems: Problems) -> Solutions:
         """Invert ``problems``, which are the same on all processes; so are the inverses, bitwise."""
-        world_size = self._communicator.world_size
+        world_size, make = self._communicator.world_size, self._decomposition.make
         # Diagonal factors are divisions: each process does all of them.
         shared = {size: problem for size, problem in problems.items() if size > 1 and world_size > 1}
-        solutions = {size: self._invert(*problem) for size, problem in problems.items() if size not in shared}
+        solutions = {size: make(*problem) for size, problem in problems.items() if size not in shared}
         if not shared:
             return solutions
         some = next(iter(shared.values()))[0]
@@ -105,7 +96,7 @@ class SharedInversions:
         for size, indices in own.items():
             if len(indices):
                 blocks, damping = shared[size]
-                inverses, succeeded = self._invert(blocks[indices], damping[indices])
+                inverses, succeeded = make(blocks[indices], damping[indices])
                 records.append(torch.cat([pack(inverses, self._form), succeeded[:, None].to(some.dtype)], 1).flatten())
         message = all_gather_uneven(torch.cat(records), layout, self._communicator)
         for size, indices in starts.items():

@@ -18,11 +18,10 @@ from lightning_thor.factors.layout import SIDES, BlockIndex, FactorLayout, Facto
 from lightning_thor.factors.tied_embedding import add_table_factors_
 from lightning_thor.layers.base import Layer, Rows
 from lightning_thor.linalg.block_diagonal import add_covariance_
-from lightning_thor.linalg.decompositions import INVERSE, Decomposition, is_finite, traces
+from lightning_thor.linalg.decompositions import INVERSE, Decomposition, Problems, Solutions, is_finite, traces
 from lightning_thor.linalg.packing import pack, packed_numel, unpack
 
-Solve = Callable[[Mapping[int, tuple[Tensor, Tensor]]], Mapping[int, tuple[Tensor, Tensor]]]
-"""By block size: ``(blocks [n, size, size], damping [n])`` to ``(inverses [n, size, size], succeeded [n])``."""
+Solve = Callable[[Problems], Solutions]
 SMALLEST_POWER = 0.8
 """A factor counts if its mean damped eigenvalue is at least this power of the smallest normal number (10⁻³⁰)."""
 ROWS, SAMPLES, ELEMENTS, BACKWARD_POSITION = range(4)
@@ -449,8 +448,7 @@ class FactorState:
             index: of the layers; of those whose inverses are stored elsewhere only the damping is noted.
             rule: how damping is shared between A and G, see `split_damping`.
             damping: see `split_damping`.
-            solve: inverts: `damped_inverses` for each size, or
-                `lightning_thor.distributed.shared_inversions.SharedInversions`.
+            solve: inverts, as `lightning_thor.distributed.shared_inversions.SharedInversions` does.
         """
         updates = self.updates
         for output, table in self._tables.items():
@@ -489,7 +487,7 @@ class FactorState:
         averages = self._with_tables()
         means = self._factor_traces(averages, index) / self._widths
 
-        def solve(problems: Mapping[int, tuple[Tensor, Tensor]]) -> Mapping[int, tuple[Tensor, Tensor]]:
+        def solve(problems: Problems) -> Solutions:
             return {size: self.decomposition.make(*problem) for size, problem in problems.items()}
 
         return self._solve(index, averages, self.last_damping, means, solve)

@@ -6,7 +6,7 @@ A block that cannot be decomposed is reported in a mask; no error of the linear 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -211,6 +211,13 @@ def eigenvectors(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not declare it
         return identity.repeat(len(blocks), 1, 1), torch.zeros_like(finite)
     return found, finite & torch.isfinite(found).flatten(1).all(1)
+
+
+Problems = Mapping[int, tuple[Tensor, Tensor]]
+"""By block size: blocks ``[n, size, size]`` and the damping of each, added to its eigenvalues, ``[n]``."""
+
+Solutions = Mapping[int, tuple[Tensor, Tensor]]
+"""By block size: decompositions ``[n, size, size]`` and whether each succeeded ``[n]``."""
 
 
 class Decomposition(NamedTuple):

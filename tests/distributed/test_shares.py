@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_thor.distributed.shared_inversions import Problems, SharedInversions, Solutions, assign_inversions
-from lightning_thor.linalg.decompositions import damped_inverses
+from lightning_thor.distributed.shared_inversions import SharedInversions, assign_inversions
+from lightning_thor.linalg.decompositions import INVERSE, Problems, Solutions, damped_inverses
 from lightning_thor.linalg.packing import packed_numel
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.fakes import on_ranks
@@ -58,7 +58,7 @@ def test_inverses_that_are_not_symmetric_travel_too(form: str) -> None:
         return lower if form == "lower" else lower + 3 * lower.mT, torch.ones(len(blocks), dtype=torch.bool)
 
     given = problems({5: 3, 2: 2})
-    for solutions in on_all(2, given, invert=factor, form=form):
+    for solutions in on_all(2, given, decomposition=INVERSE._replace(make=factor, form=form)):
         for size, problem in given.items():
             torch.testing.assert_close(solutions[size][0], factor(*problem)[0], rtol=1e-12, atol=1e-12)
 
