@@ -23,7 +23,7 @@ from lightning_thor.curvature.export import export_factors
 from lightning_thor.curvature.layer_figures import layer_figures
 from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.part_timer import PartTimer
-from lightning_thor.curvature.refresh_schedule import AGAIN, Interval, RefreshSchedule
+from lightning_thor.curvature.refresh_schedule import REJECTED, Interval, RefreshSchedule
 from lightning_thor.curvature.silence import Call, why_silent
 from lightning_thor.curvature.state_dict import (
     check_state,
@@ -495,7 +495,7 @@ class Curvature:
                     if not schedule.have_windows.issuperset(due):
                         # Read in the next step, so that nothing waits.
                         has_window = (factors.updates > 0).to(torch.int8)
-                        told = has_window.masked_fill_((has_window == 0) & factors.is_rejected, AGAIN)
+                        told = has_window.masked_fill_((has_window == 0) & factors.is_rejected, REJECTED)
                         first_windows = HostCopy(told[factors.index(due).layers])
             inverted = schedule.due_inversions()
             if inverted:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
+
+import torch
 
 from lightning_thor.curvature.callables import IntStepFn
 from lightning_thor.distributed.assignment import assign_greedily
 from lightning_thor.factors.trace_rule import STOP, UPDATE
+from lightning_thor.linalg.memory import HostCopy
 
 Interval = int | IntStepFn
 
@@ -17,10 +20,9 @@ LONGEST_INTERVAL = 10
 
 # Steps from a decision by traces to the inversions that follow it: it reaches the host meanwhile, and nobody waits.
 DECISION_DELAY_STEPS = 2
-AGAIN = 3
-"""Beside the decisions of a trace rule: a window was not finite, of a layer that never had another one."""
-UNKNOWN, KNOWN = 0, 1
-"""Whether a layer has had a window by then, where its last one was not rejected."""
+NO_WINDOW, HAD_WINDOW, REJECTED = 0, 1, 3
+"""Whether a layer has had a window that its average holds, or else had one that was rejected for not being finite. The
+last is none of a trace rule's decisions, beside which checkpoints have it."""
 NEVER = 2**62
 """The next step of a layer that is left out."""
 
@@ -37,29 +39,15 @@ def frequent_at_first(step: int) -> int:
     return min(LONGEST_INTERVAL, max(1, step // 10))
 
 
-class HostNumbers(Protocol):
-    """Numbers on their way to the host (`lightning_thor.linalg.memory.HostCopy`)."""
-
-    def read(self) -> list[Any]:
-        """The numbers."""
-
-
-class Known(NamedTuple):
-    """Numbers that the host has."""
-
-    numbers: list[int]
-
-    def read(self) -> list[int]:
-        """The numbers."""
-        return self.numbers
-
-
 class _Pending(NamedTuple):
-    """Layers whose traces were compared, and what was decided for each, on its way."""
+    """Layers, and what was decided or found of each at a step, on its way to the host."""
 
     step: int
     layers: tuple[int, ...]
-    decisions: HostNumbers
+    decisions: HostCopy
+
+    def layers_with(self, decision: int) -> list[int]:
+        return [layer for layer, each in zip(self.layers, self.decisions.read(), strict=True) if each == decision]
 
 
 class RefreshSchedule:
@@ -107,10 +95,9 @@ class RefreshSchedule:
         self._turns = 0
         self._pending: list[_Pending] = []
         self._first_windows: _Pending | None = None
-        """`AGAIN`, `KNOWN` or `UNKNOWN` for layers of which the host does not know that they have had a window, from
-        the step before."""
+        """What the step before found of the due layers, if not all of them are among `have_windows`."""
         self.have_windows: set[int] = set()
-        """The layers of which it does."""
+        """The layers of which the host knows that they have had a window."""
         self.earliest = 0
         """The first step at which some layer that has not stopped is due."""
 
@@ -144,14 +131,14 @@ class RefreshSchedule:
         """The layers that the coming step inverts, in order."""
         return self._decided(UPDATE) if self.decides else self.due()
 
-    def advance(self, decisions: HostNumbers | None = None, first_windows: HostNumbers | None = None) -> None:
+    def advance(self, decisions: HostCopy | None = None, first_windows: HostCopy | None = None) -> None:
         """Go on to the next step: the due layers were observed, and those of `due_inversions` inverted. Where there
         was no work, adding 1 to `step` does the same.
 
         Args:
             decisions: for the due layers, where traces decide: ``KEEP``, ``UPDATE`` or ``STOP``.
-            first_windows: for the due layers, if not all of them are among `have_windows`: ``AGAIN`` if a layer has had
-                no window and this one was rejected, ``KNOWN`` if it has had one, else ``UNKNOWN``.
+            first_windows: for the due layers, if not all of them are among `have_windows`: ``NO_WINDOW``,
+                ``HAD_WINDOW`` or ``REJECTED``.
 
         Raises:
             ValueError: the interval function returned something that is not a whole number of at least 1.
@@ -211,8 +198,8 @@ class RefreshSchedule:
         # Lists alone, which torch.distributed.checkpoint stores under one key, however many they are.
         decided = [[one.step, list(one.layers), [int(each) for each in one.decisions.read()]] for one in self._pending]
         first = self._first_windows
-        rejected = [] if first is None else _layers_of(first, AGAIN)
-        return decided + ([[first.step, rejected, [AGAIN] * len(rejected)]] if first and rejected else [])
+        rejected = [] if first is None else first.layers_with(REJECTED)
+        return decided + ([[first.step, rejected, [REJECTED] * len(rejected)]] if first and rejected else [])
 
     def restore(
         self,
@@ -230,28 +217,26 @@ class RefreshSchedule:
         self.step, self.next_steps = step, next_steps
         self.has_stopped = [stopped and self.has_trace_rule for stopped in has_stopped]
         self.refreshes, self._turns, self.costs = refreshes, turns, list(costs)
-        found = [_Pending(at, tuple(layers), Known(decisions)) for at, layers, decisions in pending]
-        self._pending = [one for one in found if self.has_trace_rule and AGAIN not in one.decisions.read()]
-        self._first_windows = next((one for one in found if AGAIN in one.decisions.read()), None)
+        found = [
+            _Pending(at, tuple(layers), HostCopy(torch.tensor(decisions, dtype=torch.int64, device="cpu")))
+            for at, layers, decisions in pending
+        ]
+        self._pending = [one for one in found if self.has_trace_rule and not one.layers_with(REJECTED)]
+        self._first_windows = next((one for one in found if one.layers_with(REJECTED)), None)
         self.have_windows = set()
         self._find_earliest()
 
     def _decided(self, decision: int) -> tuple[int, ...]:
         """The layers for which it was decided so, where the coming step follows it."""
-        found = [
-            layer
-            for one in self._pending
-            if self.step >= one.step + DECISION_DELAY_STEPS
-            for layer, each in zip(one.layers, one.decisions.read(), strict=True)
-            if each == decision and self.next_steps[layer] < NEVER
-        ]
+        ripe = [one for one in self._pending if self.step >= one.step + DECISION_DELAY_STEPS]
+        found = [layer for one in ripe for layer in one.layers_with(decision) if self.next_steps[layer] < NEVER]
         return tuple(sorted(found))
 
     def _repeat_rejected(self, first_windows: _Pending, due: tuple[int, ...]) -> None:
         """Read which layers have had a window, and have another turn, at the coming step, of those whose first one was
         rejected; not of ``due`` ones, which just had one."""
-        self.have_windows.update(_layers_of(first_windows, KNOWN))
-        for layer in _layers_of(first_windows, AGAIN):
+        self.have_windows.update(first_windows.layers_with(HAD_WINDOW))
+        for layer in first_windows.layers_with(REJECTED):
             if layer not in due and self.next_steps[layer] < NEVER:
                 self.next_steps[layer] = min(self.next_steps[layer], self.step)
 
@@ -281,7 +266,3 @@ class RefreshSchedule:
                 "refresh, at least 1."
             )
         return int(every)
-
-
-def _layers_of(one: _Pending, decision: int) -> list[int]:
-    return [layer for layer, each in zip(one.layers, one.decisions.read(), strict=True) if each == decision]

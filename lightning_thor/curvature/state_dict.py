@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_thor.curvature.refresh_schedule import AGAIN, NEVER, RefreshSchedule
+from lightning_thor.curvature.refresh_schedule import NEVER, REJECTED, RefreshSchedule
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.factors.state import FactorState
 from lightning_thor.factors.trace_rule import DECISIONS
@@ -84,7 +84,7 @@ def _is_decided(step: Any, layers: Any, decisions: Any, *, n_layers: int) -> boo
         and isinstance(decisions, list)
         and len(layers) == len(decisions)
         and all(isinstance(layer, int) and 0 <= layer < n_layers for layer in layers)
-        and all(isinstance(decision, int) and decision in (*DECISIONS, AGAIN) for decision in decisions)
+        and all(isinstance(decision, int) and decision in (*DECISIONS, REJECTED) for decision in decisions)
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_thor import Curvature, ThorCallback, configure_thor
 from lightning_thor.curvature.refresh_schedule import DECISION_DELAY_STEPS, RefreshSchedule
 from lightning_thor.factors.trace_rule import KEEP, STOP, UPDATE
+from lightning_thor.linalg.memory import HostCopy
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer, without_words
 from tests.helpers.watch import Watch
 
@@ -212,16 +213,6 @@ def test_a_layer_that_was_silent_is_refreshed_once_it_speaks() -> None:
 # ── when ──
 
 
-class Given:
-    """Verdicts that are given."""
-
-    def __init__(self, *verdicts: int) -> None:
-        self.verdicts = list(verdicts)
-
-    def read(self) -> list[int]:
-        return self.verdicts
-
-
 def test_a_turn_comes_once_in_an_interval_whatever_was_decided() -> None:
     schedule = RefreshSchedule(5, n_layers=3, has_trace_rule=True)
     events = []
@@ -229,7 +220,8 @@ def test_a_turn_comes_once_in_an_interval_whatever_was_decided() -> None:
         due, inverted = schedule.due(), schedule.due_inversions()
         if due or inverted:
             events.append((step, due, inverted))
-        decisions = Given(*((UPDATE, KEEP, STOP)[layer] for layer in due)) if schedule.decides else None
+        decided = torch.tensor([(UPDATE, KEEP, STOP)[layer] for layer in due])
+        decisions = HostCopy(decided) if schedule.decides else None
         schedule.advance(decisions=decisions)
         assert schedule.turns() == 3 * (step // 5 + 1)
     delay = DECISION_DELAY_STEPS
