@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -93,22 +93,14 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def sum_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
-    """Sum over each whole tensor ``[n]``, by one small all-reduce.
+def reduce_over_shards(partial: Tensor, of: Sequence[Tensor], operation: Literal["SUM", "MAX"]) -> Tensor:
+    """Sum or maximum over each whole tensor ``[n]``, by one small all-reduce.
 
     Args:
-        partial: sum over this rank's shard of each tensor, ``[n]``; may be changed.
+        partial: that over this rank's shard of each tensor, ``[n]``; may be changed.
         of: the ``n`` tensors; all of them sharded over the same ranks, or none.
+        operation: which.
     """
-    return _over_shards(partial, of, "SUM")
-
-
-def max_over_shards(partial: Tensor, of: Sequence[Tensor]) -> Tensor:
-    """As `sum_over_shards`, from the maximum ``partial`` over this rank's shards ``of`` the tensors."""
-    return _over_shards(partial, of, "MAX")
-
-
-def _over_shards(partial: Tensor, of: Sequence[Tensor], operation: str) -> Tensor:
     if are_whole(of):
         return partial
     layouts = [_layout(x.device_mesh, x.placements) if isinstance(x, _SHARDED) else (1, None) for x in of]  # type: ignore[attr-defined]

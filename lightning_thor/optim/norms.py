@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_thor.distributed.dtensor import are_whole, max_over_shards, sum_over_shards
+from lightning_thor.distributed.dtensor import are_whole, reduce_over_shards
 from lightning_thor.linalg import memory
 
 ROW_NUMEL = 2**10
@@ -131,14 +131,14 @@ def norms(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, 
     partial = torch.stack(torch._foreach_norm(list(tensors), dtype=torch.float64))
     if are_whole(params):
         return partial, scales
-    return sum_over_shards(partial.square_(), params).sqrt_(), scales
+    return reduce_over_shards(partial.square_(), params, "SUM").sqrt_(), scales
 
 
 def _scales(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Two powers of two per tensor; times both, its largest number is in [0.5, 1) or 0."""
     filled = [x if x.numel() else x.new_zeros(1) for x in tensors]
     largest = torch.stack(torch._foreach_norm(filled, math.inf, dtype=torch.float64))
-    exponent = torch.frexp(max_over_shards(largest, params)).exponent.double()
+    exponent = torch.frexp(reduce_over_shards(largest, params, "MAX")).exponent.double()
     half = (exponent / 2).floor_()
     return torch.exp2(-half), torch.exp2(half - exponent)
 
@@ -152,7 +152,7 @@ def roots_of_products(left: Sequence[Tensor], right: Sequence[Tensor], params: S
                 sides[index] = torch._foreach_mul(list(sides[index]), list(scale.unbind()))
                 all_scales.append(scale)
     products = torch.stack([_product(x, y) for x, y in zip(*sides, strict=True)])
-    roots = sum_over_shards(products, params).abs_().sqrt_()
+    roots = reduce_over_shards(products, params, "SUM").abs_().sqrt_()
     for scale in all_scales:
         roots /= scale.sqrt()
     return roots
