@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_thor.distributed.dtensor import is_sharded
+from lightning_thor.distributed.dtensor import is_sharded, local_parts
 from lightning_thor.factors.state import FactorPart
 from lightning_thor.layers.base import Layer
 from lightning_thor.linalg.block_diagonal import BlockPartition
@@ -47,13 +47,14 @@ def local_pair(layer: Layer, a: Tensor, g: Tensor) -> LocalPair:
     mesh = (a if is_sharded(a) else g).device_mesh  # type: ignore[attr-defined]
     dims = [_sharded_dim(x) for x in (a, g)]
     if mesh.ndim == 1 and isinstance(dims[0], int) and dims[0] == dims[1] and dims[0] < g.dim() - 1:
-        return LocalPair(_local(a), _local(g), layer)
+        a, g = local_parts((a, g))
+        return LocalPair(a, g, layer)
     shares: list[_Share | None] = []
     for x, dim, blocks in zip((a, g), dims, (layer.A, layer.G), strict=True):
         is_last = mesh.ndim == 1 and dim == x.dim() - 1
         shares.append(_share_of(layer, blocks, mesh.size(), mesh.get_local_rank()) if is_last else None)
-    a, g = (
-        _local(x) if dim is None or share is not None else x.full_tensor()  # type: ignore[attr-defined]
+    a, g = local_parts(
+        x if dim is None or share is not None else x.full_tensor()  # type: ignore[attr-defined]
         for x, dim, share in zip((a, g), dims, shares, strict=True)
     )
     if shares == [None, None]:
@@ -100,8 +101,3 @@ def _sharded_dim(x: Tensor) -> int | str | None:
         return "other"
     dim: int = placements[0].dim
     return dim % x.dim()
-
-
-def _local(x: Any) -> Tensor:
-    local: Tensor = x.to_local() if is_sharded(x) else x
-    return local
