@@ -21,7 +21,7 @@ from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_othe
 from lightning_thor.optim.fading import fade_factors
 from lightning_thor.optim.options import FOREIGN_OPTIONS, FORMER, OPTIONS, check_group, plain_numbers, unknown_options
 from lightning_thor.optim.state_dict import check_state, numbered_as_in
-from lightning_thor.optim.update_scaling import clip_kl_, clip_norm_, multiply, scale_to_norms_
+from lightning_thor.optim.update_scaling import clip_kl_, multiply, scale_to_norms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
 from lightning_thor.preconditioning.modes import MODES, NATURAL, Mode, ModeName, common_mode
 
@@ -392,7 +392,7 @@ class Thor(Optimizer):
             p: group["clip_norm"] for group, params, *_ in steps if group["clip_norm"] is not None for p in params
         }
         if limits:
-            clip_norm_([updates[p] for p in limits], list(limits), list(limits.values()))
+            scale_to_norms_([updates[p] for p in limits], list(limits), list(limits.values()), at_most=True)
         for group, params, weights, own in steps:
             mode = MODES[group["mode"]]
             if mode.momentum_first or mode.change_basis is not None:

@@ -29,20 +29,18 @@ LEAST_NORM = 1e-100
 def scale_to_norms_(
     updates: Sequence[Tensor], params: Sequence[Tensor], targets: Numbers, *, at_most: bool = False
 ) -> None:
-    """Scale each tensor to its target of the L2 norm, whatever finite numbers it has; zeros stay.
+    """Scale each tensor to its target of the L2 norm, or shrink it to ``at_most`` that, whatever finite numbers it has;
+    zeros stay.
 
     A tensor times a power of two is scaled to bitwise the same result.
-
-    Args:
-        updates: to be scaled.
-        params: their parameters.
-        targets: one norm for each.
-        at_most: leave tensors as they are whose norm is below their target.
 
     >>> both = [torch.full((4,), 1e-30), torch.zeros(2)]
     >>> scale_to_norms_(both, both, [0.4, 0.2])
     >>> both
     [tensor([0.2000, 0.2000, 0.2000, 0.2000]), tensor([0., 0.])]
+    >>> scale_to_norms_(both, both, [0.2, 0.2], at_most=True)
+    >>> both
+    [tensor([0.1000, 0.1000, 0.1000, 0.1000]), tensor([0., 0.])]
     """
     real = as_real(updates)
     if not norms.can_read_on_host(real, params):
@@ -58,17 +56,6 @@ def multiply(numbers: Numbers, factors: Sequence[float]) -> Numbers:
     if numbers and isinstance(numbers[0], Tensor):
         return list(torch._foreach_mul(list(numbers), list(factors)))  # type: ignore[arg-type]
     return [number * factor for number, factor in zip(numbers, factors, strict=True)]
-
-
-def clip_norm_(updates: Sequence[Tensor], params: Sequence[Tensor], limits: Sequence[float]) -> None:
-    """Shrink each tensor to at most its limit of the L2 norm.
-
-    >>> both = [torch.full((4,), 2.0), torch.ones(1)]
-    >>> clip_norm_(both, both, [1.0, 1.0])
-    >>> both
-    [tensor([0.5000, 0.5000, 0.5000, 0.5000]), tensor([1.])]
-    """
-    scale_to_norms_(updates, params, limits, at_most=True)
 
 
 def clip_kl_(

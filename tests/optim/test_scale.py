@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_thor import Thor
 from lightning_thor.linalg import memory
 from lightning_thor.optim.norms import root_mean_squares
-from lightning_thor.optim.update_scaling import clip_norm_, scale_to_norms_
+from lightning_thor.optim.update_scaling import scale_to_norms_
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.preconditioners import Identity
 
@@ -81,7 +81,7 @@ def test_a_limit_beyond_all_norms_changes_nothing(host: set[str], x: float, monk
     for dtype in (torch.float16, torch.float32, torch.float64):
         y = torch.full((3,), x, dtype=dtype)
         before = y.clone()
-        clip_norm_([y], [y], [sys.float_info.max])
+        scale_to_norms_([y], [y], [sys.float_info.max], at_most=True)
         assert torch.equal(y, before)
 
 
@@ -99,7 +99,7 @@ def test_a_tensor_is_shrunk_to_a_norm_or_left_as_it_is(host: set[str], x: Tensor
         patch.setattr(memory, "HOST", host)
         y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
         if wanted:
-            clip_norm_([y], [x], [wanted])
+            scale_to_norms_([y], [x], [wanted], at_most=True)
     if relative > 1.0 or not wanted:
         assert torch.equal(x, y)
     elif wanted > 1e3 * limits.tiny * math.sqrt(x.numel()):  # below, numbers have few digits

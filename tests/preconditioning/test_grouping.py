@@ -13,7 +13,7 @@ from lightning_thor import Curvature
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.linalg import block_diagonal, memory
 from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view
-from lightning_thor.optim.update_scaling import clip_norm_, scale_to_norms_
+from lightning_thor.optim.update_scaling import scale_to_norms_
 from lightning_thor.preconditioning import grouping
 from lightning_thor.preconditioning.grouping import DenseGroup, NormGroup, RowChunkedLayer, group_layers
 from tests.helpers.formulas import preconditioned
@@ -198,13 +198,13 @@ def test_updates_of_any_memory_order_and_type_are_brought_to_scale(dtype: torch.
     updates[0:2] = torch.stack(updates[0:2]).unbind()
     updates[3] = updates[3].to(memory_format=torch.channels_last)
     wanted = [0.5, 2.0, 0.1, 3.0, 1.0]
-    for bring, sizes in (
-        (scale_to_norms_, wanted),
-        (clip_norm_, [min(n, float(update.abs().double().norm())) for n, update in zip(wanted, updates, strict=True)]),
+    for at_most, sizes in (
+        (False, wanted),
+        (True, [min(n, float(update.abs().double().norm())) for n, update in zip(wanted, updates, strict=True)]),
     ):
         scaled = [torch.empty_like(update).copy_(update) for update in updates]
         scaled[0:2] = torch.stack(updates[0:2]).unbind()
-        bring(scaled, scaled, wanted)
+        scale_to_norms_(scaled, scaled, wanted, at_most=at_most)
         for update, new, norm in zip(updates, scaled, sizes, strict=True):
             expected = update * (norm / float(update.abs().double().norm()))
             torch.testing.assert_close(new, expected.to(dtype))
