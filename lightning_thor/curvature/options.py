@@ -41,10 +41,6 @@ def _one_of(names: Any) -> tuple[Callable[[Any], bool], str]:
     return lambda value: isinstance(value, str) and value in names, f"must be one of {', '.join(names)}"
 
 
-def _bool() -> tuple[Callable[[Any], bool], str]:
-    return lambda value: isinstance(value, bool), "must be True or False"
-
-
 OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "mode": _one_of(MODES),
     "damping": (
@@ -64,8 +60,7 @@ OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _is_number(value) and 0.0 <= value < 1.0,
         "must lie in [0, 1); 0 uses the last batch alone",
     ),
-    "precondition_bias": _bool(),
-    "stagger": _bool(),
+    **dict.fromkeys(("precondition_bias", "stagger"), (lambda value: isinstance(value, bool), "must be True or False")),
     "trace_rule": (_is_trace_rule, ""),
     "max_rows": (
         lambda value: value is None or _is_count(value),
