@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -75,7 +74,7 @@ class FitLog:
             figures = {"failed_inversions": float(failed), "rejected_windows": float(rejected)}
             if self._has_trace_rule:
                 counts = self._counts()
-                figures["refreshed_share"] = counts.n_refreshes / max(counts.n_possible, 1)
+                figures["refreshed_share"] = counts["n_refreshes"] / max(counts["n_possible"], 1)
             # The same on all ranks, of which some may have no logger: no collective (rank_zero_only), and no warning of
             # Lightning's that they might differ (sync_dist).
             figures = {f"thor/{name}": figure for name, figure in figures.items()}
@@ -83,24 +82,25 @@ class FitLog:
 
     def print(self) -> None:
         """Print the report of the fit, if it took a step. Waits for the device."""
-        figures = self._counts() - self._begin
-        if not figures.n_steps:
+        counts = {name: n - self._begin[name] for name, n in self._counts().items()}
+        if not counts["n_steps"]:
             return
         curvatures = self._served.curvatures
         updates = {
             name: n for one in curvatures for name, n in zip(one.layers, one.factors.updates.tolist(), strict=True)
         }
-        own: dict[str, Any] = self._figures.of_fit(curvatures)
-        print_fit(replace(figures, idle=tuple(name for name, n in updates.items() if not n), **own), len(updates))
+        idle = tuple(name for name, n in updates.items() if not n)
+        print_fit(FitFigures(**counts, **self._figures.of_fit(curvatures), idle=idle), len(updates))
 
     def _troubles(self) -> tuple[int, int]:
         """Blocks that could not be inverted, and layers' windows that were not finite, so far. Waits for the device."""
         factors = [curvature.factors for curvature in self._served.curvatures]
         return sum(int(one.failed_inversions) for one in factors), sum(int(one.rejected_windows) for one in factors)
 
-    def _counts(self) -> FitFigures:
-        """Counts so far. Waits for the device."""
-        curvatures = self._served.curvatures
+    def _counts(self) -> dict[str, Any]:
+        """The counts of `FitFigures`, so far. Waits for the device."""
+        curvatures, (failed, rejected) = self._served.curvatures, self._troubles()
         done, turns = (sum(one.refreshes[i] for one in curvatures) for i in (0, 1))
         n_steps = max((one.step for one in curvatures), default=0)
-        return FitFigures(n_steps, done, turns, *self._troubles())
+        own = {"n_steps": n_steps, "n_refreshes": done, "n_possible": turns}
+        return own | {"n_failed": failed, "n_rejected": rejected}

@@ -48,16 +48,6 @@ class FitFigures:
     idle: tuple[str, ...] = ()
     """Layers that were never observed."""
 
-    def __sub__(self, before: FitFigures) -> FitFigures:
-        """The counts since ``before``."""
-        return FitFigures(
-            self.n_steps - before.n_steps,
-            self.n_refreshes - before.n_refreshes,
-            self.n_possible - before.n_possible,
-            self.n_failed - before.n_failed,
-            self.n_rejected - before.n_rejected,
-        )
-
 
 def print_fit(figures: FitFigures, n_layers: int) -> None:
     """Print `fit_report` to standard output."""
