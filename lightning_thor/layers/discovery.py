@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers import attention
@@ -52,7 +53,7 @@ def matrix_layers(model: nn.Module, without: Container[nn.Parameter] = ()) -> li
     >>> matrix_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 5), nn.Linear(5, 9)))
     ['0', '2', '3']
     """
-    kinds = ((use, find_kind(use.module)) for use in _uses(model))
+    kinds = ((use, find_kind(type(use.module))) for use in _uses(model))
     matrices = [use for use, found in kinds if found is not None and found[0].is_matrix]
     weights = [(use.name, getattr(use.module, use.weight_name)) for use in matrices]
     return [name for name, w in weights if isinstance(w, Tensor) and w.requires_grad and w not in without]
@@ -102,7 +103,7 @@ def discover_layers(
     left_out: dict[str, str] = {}
     uses = list(_uses(model))
     # Not those of modules of other kinds: BERT's head holds the bias of the linear layer in it too.
-    modules = {use.module for use in uses if find_kind(use.module) is not None}
+    modules = {use.module for use in uses if find_kind(type(use.module)) is not None}
     n_modules = Counter(p for module in modules for p in module.parameters(recurse=False))
     shared = {p for p, n in n_modules.items() if n > 1}
     # By weight, and by first row in it.
@@ -153,7 +154,7 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
             continue
         own = dict(module.named_parameters(recurse=False))
         if own or is_parametrized(module, "weight"):
-            found, outer = find_kind(module), inside.get(module)
+            found, outer = find_kind(type(module)), inside.get(module)
             weight_name = "weight" if found is None else found[0].weight_name
             role = "" if outer is None else "out_proj" if module is outer.out_proj else "?"
             yield ModuleUse(name, module, weight_name, None, outer, role)
@@ -166,7 +167,7 @@ def parameters_of(model: nn.Module, names: Container[str]) -> set[nn.Parameter]:
 
 def weights_of(model: nn.Module, names: Container[str]) -> dict[str, Tensor]:
     """The weights by these names, see `discover_layers`; without modules of which no kind is known."""
-    uses = [use for use in _uses(model) if use.name in names and (use.attention or find_kind(use.module))]
+    uses = [use for use in _uses(model) if use.name in names and (use.attention or find_kind(type(use.module)))]
     return {use.name: use.weight for use in uses}
 
 
@@ -187,7 +188,7 @@ def _check(
     parameters = list(use.module.parameters())
     if parameters and not any(p.requires_grad for p in parameters):
         return "frozen"
-    found = find_kind(use.module)
+    found = find_kind(type(use.module))
     if found is None or statistics.rows_of(found[0]) is None:
         return unsupported_reason(use.module)
     (kind, base), module = found, use.module
@@ -203,7 +204,7 @@ def _check(
     weight = own.get(use.weight_name)
     if weight is None:
         return "its weight is not a plain parameter (parametrized, or not affine)"
-    if isinstance(weight, nn.UninitializedParameter):
+    if is_lazy(weight):
         return "lazy and not initialised: run one forward pass before fit"
     if not weight.requires_grad:
         return "frozen"
@@ -331,11 +332,11 @@ def warn_of_low_coverage(
         if any(_is_in(name, pattern) for pattern in skip_layers):
             of_training = of_training - set(module.parameters())
     is_told = not layers and only is not None  # by `ThorCallback`, which knows what they take
-    if is_told or all(map(_is_lazy, of_training)) or _share(of_training, own) >= LOW_COVERAGE:
+    if is_told or all(map(is_lazy, of_training)) or _share(of_training, own) >= LOW_COVERAGE:
         return False
     sizes: dict[str, int] = {}
     for name, module in modules:
-        lacking = [p for p in module.parameters(recurse=False) if p in of_training - own and not _is_lazy(p)]
+        lacking = [p for p in module.parameters(recurse=False) if p in of_training - own and not is_lazy(p)]
         sizes[name] = sizes.get(name, 0) + sum(p.numel() for p in lacking)
     # Not the biases of layers that have curvature.
     least = 0.05 * sum(sizes.values())
@@ -352,7 +353,7 @@ def warn_of_low_coverage(
 
 def _share(of_training: Set[nn.Parameter], own: Set[nn.Parameter]) -> float:
     """The share of the trained weights that have curvature; 0 if none train."""
-    n_trained, n_own = (sum(p.numel() for p in some if not _is_lazy(p)) for some in (of_training, of_training & own))
+    n_trained, n_own = (sum(p.numel() for p in some if not is_lazy(p)) for some in (of_training, of_training & own))
     return n_own / n_trained if n_trained else 0.0
 
 
@@ -372,7 +373,3 @@ def _owner(name: str) -> str:
     """
     parts = name.split(".")
     return ".".join(parts[: parts.index("parametrizations")]) if "parametrizations" in parts else name
-
-
-def _is_lazy(p: nn.Parameter) -> bool:
-    return isinstance(p, nn.UninitializedParameter)

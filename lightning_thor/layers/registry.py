@@ -36,12 +36,8 @@ NO_KIND: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
 """Types that have no kind, and why."""
 
 
-def find_kind(module: nn.Module) -> tuple[LayerKind, type[nn.Module]] | None:
-    """The kind of a module, and the registered type that it has the kind from; None if there is none."""
-    return _find(type(module))
-
-
-def _find(module_type: type[nn.Module]) -> tuple[LayerKind, type[nn.Module]] | None:
+def find_kind(module_type: type[nn.Module]) -> tuple[LayerKind, type[nn.Module]] | None:
+    """The kind of modules of a type, and the registered type that they have it from; None if there is none."""
     for table in (REGISTERED, BUILT_IN):
         # Base types too: FSDP2, LoRA and torch's own Linear subclasses swap or extend classes.
         for base in module_type.__mro__:
@@ -153,7 +149,7 @@ def register_layer(
     if like is not None:
         if matrix is not _rows_along_out or weight != "weight":
             raise TypeError("register_layer takes matrix and weight with rows_of only: like stands for both.")
-        found = _find(like) if isinstance(like, type) else None
+        found = find_kind(like) if isinstance(like, type) else None
         if found is None or found[0] is ATTENTION:
             raise ValueError(f"register_layer's like must be a type with curvature, such as nn.Linear; got {like!r}.")
         kind = found[0]
@@ -185,7 +181,7 @@ class _UserKind(LayerKind):
     ) -> None:
         super().__init__(f"{module_type.__module__}.{module_type.__qualname__}", (module_type,))
         self._rows_of, self._matrix, self.weight_name = rows_of, matrix, weight
-        base = _find(module_type)
+        base = find_kind(module_type)
         # A subclass of a convolution has a loss with a term per image, as its base has.
         self.loss_terms = base[0].loss_terms if base is not None else super().loss_terms  # type: ignore[method-assign]
 
