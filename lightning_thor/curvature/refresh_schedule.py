@@ -165,11 +165,6 @@ class RefreshSchedule:
         self._first_windows = None if first_windows is None else _Pending(self.step - 1, due, first_windows)
         self._find_earliest()
 
-    def set_next_steps(self, next_steps: Sequence[int]) -> None:
-        """Choose the next turn of each layer."""
-        self.next_steps = list(next_steps)
-        self._find_earliest()
-
     def dismiss(self, layer: int) -> None:
         """Have no more turns of a layer."""
         self.next_steps[layer], self.has_stopped[layer] = NEVER, False

@@ -191,7 +191,8 @@ def test_without_curvature_it_is_muon(options: dict[str, Any], through: str) -> 
     def thor(model: nn.Sequential) -> torch.optim.Optimizer:
         # Silent layers keep the identity; one that never fires is an error, so the step is one that refreshes nothing.
         curvature = Curvature(model, mode="polar", update_every_n_steps=100)
-        curvature._schedule.set_next_steps([100, 100])
+        for layer in (0, 1):
+            curvature._schedule.dismiss(layer)
         preconditioner = Unpolar() if through.startswith("a preconditioner") else curvature
         unlimited = {**options, "max_relative_step": None}
         return Thor([model[0].weight], lr=0.05, mode="polar", preconditioner=preconditioner, **unlimited)
@@ -254,7 +255,8 @@ def test_it_trains() -> None:
 def test_zero_gradients_move_nothing(dtype: torch.dtype) -> None:
     model = every_kind().to(dtype)
     curvature = Curvature(model, mode="polar")
-    curvature._schedule.set_next_steps([9] * len(curvature.layers))
+    for layer in range(len(curvature.layers)):
+        curvature._schedule.dismiss(layer)
     optimizer = Thor(model.parameters(), lr=0.1, mode="polar", nesterov=True, preconditioner=curvature)
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
