@@ -25,12 +25,7 @@ from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.part_timer import PartTimer
 from lightning_thor.curvature.refresh_schedule import REJECTED, Interval, RefreshSchedule
 from lightning_thor.curvature.silence import Call, why_silent
-from lightning_thor.curvature.state_dict import (
-    check_state,
-    curvature_state,
-    extended_state,
-    load_curvature_state,
-)
+from lightning_thor.curvature.state_dict import check_state, curvature_state, extended_state, load_curvature_state
 from lightning_thor.distributed.assignment import refresh_costs
 from lightning_thor.distributed.communicator import Communicator, SingleProcess, TimedCommunicator, WorkerGrid
 from lightning_thor.distributed.factor_reducer import BucketFn, FactorReducer, one_bucket

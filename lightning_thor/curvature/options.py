@@ -62,18 +62,12 @@ OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(("precondition_bias", "stagger"), (lambda value: isinstance(value, bool), "must be True or False")),
     "trace_rule": (_is_trace_rule, ""),
-    "max_rows": (
-        lambda value: value is None or _is_count(value),
-        "must be an int of at least 1, or None for all rows",
-    ),
+    "max_rows": (lambda value: value is None or _is_count(value), "must be an int of at least 1, or None for all rows"),
     "statistics": (
         lambda value: isinstance(value, KfacApprox) or (isinstance(value, str) and value in STATISTICS),
         f"must be one of {', '.join(STATISTICS)}",
     ),
-    "loss_reduction": (
-        lambda value: isinstance(value, str) and value in ("mean", "sum"),
-        "must be 'mean' or 'sum'",
-    ),
+    "loss_reduction": (lambda value: isinstance(value, str) and value in ("mean", "sum"), "must be 'mean' or 'sum'"),
     "fused": (
         lambda value: value is None or _is_fused(value),
         "must map patterns of layer names to numbers of parts, such as {'*.qkv': 3}",

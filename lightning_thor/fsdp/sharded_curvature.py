@@ -171,13 +171,7 @@ class ShardedCurvature:
         return _to_shards(plan, [*returned, *_owned(plan.staying, directions)], shards)
 
     def _exchange(
-        self,
-        plan: ExchangePlan,
-        sent: list[Tensor],
-        expected: list[Transfer],
-        shards: Tensors,
-        *,
-        back: bool = False,
+        self, plan: ExchangePlan, sent: list[Tensor], expected: list[Transfer], shards: Tensors, *, back: bool = False
     ) -> list[Tensor]:
         """Send boxes and receive the expected ones, or their directions (``back``): one message, or none at all."""
         if plan.dtype is None:

@@ -231,12 +231,7 @@ class _Preconditioner:
     """nn.thor's first operations: unscale and precondition gradients; divide a layer norm's by their square."""
 
     def __init__(
-        self,
-        curvature: Curvature,
-        groups: list[Group],
-        loss_scale: float,
-        batch_size: int,
-        variant: str,
+        self, curvature: Curvature, groups: list[Group], loss_scale: float, batch_size: int, variant: str
     ) -> None:
         self.curvature, self.loss_scale, self.batch_size, self.variant = curvature, loss_scale, batch_size, variant
         self.centralized = {p for group in groups if group.grad_centralization for p in group.parameters if p.dim() > 1}

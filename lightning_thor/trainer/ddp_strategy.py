@@ -27,11 +27,7 @@ class ThorDDPMixin(ThorStrategyMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            *args,
-            factor_bucket_mb=factor_bucket_mb,
-            split_indices=split_indices,
-            bf16_factors=bf16_factors,
-            **kwargs,
+            *args, factor_bucket_mb=factor_bucket_mb, split_indices=split_indices, bf16_factors=bf16_factors, **kwargs
         )
         _check_inverse_workers(inverse_workers)
         self._inverse_workers = inverse_workers
