@@ -11,8 +11,7 @@ from lightning_thor.distributed.assignment import assign_greedily, inversion_cos
 from lightning_thor.distributed.communicator import Communicator, all_gather_uneven, uneven_layout
 from lightning_thor.layers.base import Layer
 from lightning_thor.linalg.dtypes import message_dtype, wide
-
-Directions = dict[nn.Parameter, Tensor]
+from lightning_thor.preconditioning.grouping import Directions
 
 STEPS_PER_REFRESH = 10.0
 """Steps that an inverse serves: the default interval. With another one only the balance suffers."""
