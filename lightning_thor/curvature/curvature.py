@@ -482,7 +482,9 @@ class Curvature:
             if self._frozen:
                 self._warn_of_unfrozen()
             if schedule.stagger and not schedule.costs:
-                schedule.costs = self._refresh_costs()
+                # Waits for the device, once in a run: a layer's cost is known only when its rows have been seen.
+                counts = factors.counts.T.tolist()
+                schedule.costs = refresh_costs(factors.layout.shapes, counts[ROWS], counts[ELEMENTS])
         with self._full_precision():
             if due:
                 with self.part("statistics"):
@@ -805,11 +807,6 @@ class Curvature:
 
     def _why_silent(self, number: int) -> str:
         return why_silent(list(self.layers.values())[number], self._calls.get(number))
-
-    def _refresh_costs(self) -> list[float]:
-        # Waits for the device, once in a run: a layer's cost is known only when its rows have been seen.
-        counts = self.factors.counts.T.tolist()
-        return refresh_costs(self.factors.layout.shapes, counts[ROWS], counts[ELEMENTS])
 
     def _full_precision(self) -> torch.autocast:
         # A plain loop may call optimizer.step() within autocast.
