@@ -49,9 +49,10 @@ def check_state(state: Any) -> None:
         raise _damaged(f"its loss_layer is no name of a layer, but {loss_layer!r}")
     if not isinstance(state["layers"], Mapping):
         raise _damaged(f"its layers are a {type(state['layers']).__name__}, not a dict")
-    if not _is_pending(_pending(state), n_layers=len(state["layers"])):
+    pending, n_layers = _pending(state), len(state["layers"])
+    if not isinstance(pending, list) or not all(_is_decided(one, n_layers) for one in pending):
         raise _damaged(f"its pending decisions are none, but {state['pending']!r}")
-    if not _are_costs(state.get("refresh_costs", []), n_layers=len(state["layers"])):
+    if not _are_costs(state.get("refresh_costs", []), n_layers):
         raise _damaged(f"its refresh_costs are no number of at least 0 for each layer, but {state['refresh_costs']!r}")
     for name, tensors in state["layers"].items():
         if not isinstance(name, str):
@@ -69,23 +70,16 @@ def _pending(state: Mapping[str, Any]) -> Any:
     return [[one.get(name) for name in names] if isinstance(one, Mapping) else one for one in pending]
 
 
-def _is_pending(pending: Any, n_layers: int) -> bool:
-    """True for what `RefreshSchedule.pending` returns: one decision for each of some of the layers."""
-    return isinstance(pending, list) and all(
-        isinstance(one, list) and len(one) == 3 and _is_decided(*one, n_layers=n_layers) for one in pending
-    )
-
-
-def _is_decided(step: Any, layers: Any, decisions: Any, *, n_layers: int) -> bool:
-    return (
-        isinstance(step, int)
-        and step >= 0
-        and isinstance(layers, list)
-        and isinstance(decisions, list)
-        and len(layers) == len(decisions)
-        and all(isinstance(layer, int) and 0 <= layer < n_layers for layer in layers)
-        and all(isinstance(decision, int) and decision in (*DECISIONS, REJECTED) for decision in decisions)
-    )
+def _is_decided(one: Any, n_layers: int) -> bool:
+    """True for each of what `RefreshSchedule.pending` returns: one decision for each of some of the layers."""
+    match one:
+        case [int(step), list(layers), list(decisions)] if isinstance(one, list) and len(layers) == len(decisions):
+            return (
+                step >= 0
+                and all(isinstance(layer, int) and 0 <= layer < n_layers for layer in layers)
+                and all(isinstance(decision, int) and decision in (*DECISIONS, REJECTED) for decision in decisions)
+            )
+    return False
 
 
 def _are_costs(costs: Any, n_layers: int) -> bool:
