@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,27 +171,18 @@ def layers_figure(looks: Sequence[Look]) -> Figure:
         for row, (key, word) in enumerate(zip(rows, words, strict=True)):
             axes = grid[row][column]
             for name in names:
-                points = [
-                    (
-                        look["step"],
-                        value / (look["layers"][name][side]["width"] if key == "effective_rank" else 1),
-                        index,
-                    )
-                    for index, look in enumerate(looks)
-                    if side in look["layers"].get(name, {}) and (value := look["layers"][name][side][key]) is not None
-                ]
+                points = list(_points(looks, name, side, key))
                 if not points:
                     continue
-                steps, values, _ = zip(*points, strict=True)
-                axes.plot(steps, values, "-", color=colours[name], linewidth=1.4, alpha=0.9, label=name)
+                colour, (steps, values, _) = colours[name], zip(*points, strict=True)
+                axes.plot(steps, values, "-", color=colour, linewidth=1.4, alpha=0.9, label=name)
                 if len(points) == 1:
-                    axes.plot(steps, values, ".", color=colours[name])
-                if has_marks and row == 0:
-                    for step, value, index in points:
-                        if looks[index]["layers"][name]["stopped"]:
-                            axes.plot(step, value, "x", color=colours[name], markersize=5)
-                        elif _is_kept(looks, index, name):
-                            axes.plot(step, value, "o", color=colours[name], markerfacecolor="white", markersize=4)
+                    axes.plot(steps, values, ".", color=colour)
+                for step, value, index in points if has_marks and row == 0 else ():
+                    if looks[index]["layers"][name]["stopped"]:
+                        axes.plot(step, value, "x", color=colour, markersize=5)
+                    elif _is_kept(looks, index, name):
+                        axes.plot(step, value, "o", color=colour, markerfacecolor="white", markersize=4)
             _plain(axes)
             if key in ("trace", "condition"):
                 axes.set_yscale("log")
@@ -218,18 +209,20 @@ def layers_figure(looks: Sequence[Look]) -> Figure:
         handles, labels = grid[0][1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     else:
-        bar = figure.colorbar(
-            ScalarMappable(Normalize(0, 1 / 0.95), colour_map),
-            ax=grid,
-            location="bottom",
-            shrink=0.6,
-            aspect=60,
-            pad=0.02,
-        )
+        colours_by_depth = ScalarMappable(Normalize(0, 1 / 0.95), colour_map)
+        bar = figure.colorbar(colours_by_depth, ax=grid, location="bottom", shrink=0.6, aspect=60, pad=0.02)
         bar.set_ticks([0, 1], labels=[names[0], names[-1]])
         bar.set_label("depth", labelpad=-8)
         bar.outline.set_visible(False)
     return figure
+
+
+def _points(looks: Sequence[Look], name: str, side: str, key: str) -> Iterator[tuple[int, float, int]]:
+    """Steps and values of a figure of one factor, ranks over the width, and the numbers of the looks that have it."""
+    for index, look in enumerate(looks):
+        own = look["layers"].get(name, {}).get(side, {})
+        if own.get(key) is not None:
+            yield look["step"], own[key] / (own["width"] if key == "effective_rank" else 1), index
 
 
 def _is_kept(looks: Sequence[Look], index: int, name: str) -> bool:
@@ -282,9 +275,8 @@ def spectra_figure(looks: Sequence[Look]) -> Figure:
                 axes.axhline(own["damping"] / mean, color="#1b6ca8", linewidth=1, linestyle="--", label="damping")
             blocks = "diagonal" if own["block_size"] == 1 else f"{own['n_blocks']} blocks of {own['block_size']}"
             shape = f"{own['width']} wide" + ("" if own["n_blocks"] == 1 else f", {blocks}")
-            axes.set_title(
-                f"{_short(name)}\n{side}: {shape}" if row == 0 else f"{side}: {shape}", fontsize=9, loc="left"
-            )
+            above = f"{_short(name)}\n" if row == 0 else ""
+            axes.set_title(f"{above}{side}: {shape}", fontsize=9, loc="left")
             if column == 0:
                 axes.set_ylabel("eigenvalue / mean")
             if row == 1:
@@ -295,9 +287,8 @@ def spectra_figure(looks: Sequence[Look]) -> Figure:
             for side, colour in (("A", "#59a14f"), ("G", "#b279a2")):
                 outside = last[name].get(side, {}).get("outside") or {}
                 if outside:
-                    axes.plot(
-                        list(map(int, outside)), list(outside.values()), "o-", color=colour, markersize=3, label=side
-                    )
+                    sizes = list(map(int, outside))
+                    axes.plot(sizes, list(outside.values()), "o-", color=colour, markersize=3, label=side)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
             axes.set_ylim(bottom=0)
@@ -311,11 +302,8 @@ def spectra_figure(looks: Sequence[Look]) -> Figure:
     if not handles:
         handles, labels = grid[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    what = (
-        "Spectra of whole factors, and what diagonal blocks would lose"
-        if has_outside
-        else ("Spectra of the diagonal blocks (what lies outside of them is not stored: block_size=None shows it)")
-    )
+    what = "Spectra of the diagonal blocks (what lies outside of them is not stored: block_size=None shows it)"
+    what = "Spectra of whole factors, and what diagonal blocks would lose" if has_outside else what
     figure.suptitle(what, x=0.02, ha="left", fontsize=11)
     return figure
 
@@ -340,14 +328,8 @@ def step_figure(looks: Sequence[Look]) -> Figure:
         share = total[part] / everything
         bar.barh(0, share, left=left, height=0.8, color=COLOURS.get(part, "#d9dce1"), edgecolor="white")
         if part == REST:
-            bar.text(
-                left + share / 2,
-                0,
-                f"forward, backward and all else\n{share:.1%}",
-                ha="center",
-                va="center",
-                fontsize=9,
-            )
+            words = f"forward, backward and all else\n{share:.1%}"
+            bar.text(left + share / 2, 0, words, ha="center", va="center", fontsize=9)
         left += share
     bar.set_xlim(0, 1)
     bar.set_axis_off()
@@ -382,9 +364,8 @@ def _spans(looks: Sequence[Look]) -> list[tuple[int, int, dict[str, float]]]:
     for look in looks:
         now = look["seconds"]
         # A resumed fit counts from 0 again.
-        passed = {
-            part: now[part] - (before[part] if sum(now.values()) >= sum(before.values()) else 0.0) for part in now
-        }
+        goes_on = sum(now.values()) >= sum(before.values())
+        passed = {part: now[part] - (before[part] if goes_on else 0.0) for part in now}
         spans.append((step, look["step"], passed))
         step, before = look["step"], now
     return spans
