@@ -493,13 +493,13 @@ class Curvature:
                         # Read in the next step, so that nothing waits.
                         has_window = (factors.updates > 0).to(torch.int8)
                         told = has_window.masked_fill_((has_window == 0) & factors.is_rejected, REJECTED)
-                        first_windows = HostCopy(told[factors.index(due).layers])
+                        first_windows = HostCopy(told[factors.layout.index(due).layers])
             inverted = schedule.due_inversions()
             if inverted:
                 with self.part("inversion"):
                     failed = factors.failed_inversions.clone()
                     self.last_damping = self.damping_now()
-                    factors.invert(factors.index(inverted), self.damping_rule, self.last_damping, self.solve)
+                    factors.invert(factors.layout.index(inverted), self.damping_rule, self.last_damping, self.solve)
                     self._shared.add_up_(factors.failed_inversions, before=failed)
         schedule.advance(decisions, first_windows)
         self._accumulator.next_window()
@@ -517,7 +517,7 @@ class Curvature:
 
     def _average(self, due: tuple[int, ...]) -> HostCopy | None:
         """Take the open window into the averages; with a trace rule those of layers whose traces moved."""
-        index, wanted, decisions = self.factors.index(due), None, None
+        index, wanted, decisions = self.factors.layout.index(due), None, None
         if self._trace_rule is not None and self._schedule.decides:
             old, new = self.factors.traces(index, self.averaging, self.damping_rule, self.damping_now())
             decided = decide(self._trace_rule, old, new)

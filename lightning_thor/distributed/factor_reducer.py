@@ -328,4 +328,4 @@ class FactorReducer:
         layers = sorted(due, key=lambda layer: (self._positions[layer], -layer))
         n_bytes = [self._factors.packed_bytes(layer) for layer in layers]
         buckets = self._bucket_fn(layers, n_bytes) if layers else []
-        return [Bucket(bucket, self._factors.index(sorted(bucket))) for bucket in buckets]
+        return [Bucket(bucket, self._factors.layout.index(tuple(sorted(bucket)))) for bucket in buckets]

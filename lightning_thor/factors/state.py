@@ -207,10 +207,6 @@ class FactorState:
         others hold a multiple of the identity."""
         return self._all_inverted[1]
 
-    def index(self, layers: Sequence[int]) -> BlockIndex:
-        """Where ``layers`` are."""
-        return self.layout.index(tuple(layers))
-
     def n_bytes(self, layer: int) -> int:
         """Memory of one layer's window sums, averages, and inverses if they are stored here, in bytes."""
         copies = sum(copy.numel() for copy in self.tied_averages.get(layer, []))
@@ -480,7 +476,7 @@ class FactorState:
         Returns:
             How many blocks failed, 0-dimensional.
         """
-        index = self.index(layers)
+        index = self.layout.index(tuple(layers))
         for size, (_, stored) in index.stored.items():
             self.inverted_blocks[size][stored] = False
             self.batches[size].inverse[stored] = 0.0

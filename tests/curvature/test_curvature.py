@@ -249,7 +249,7 @@ def test_a_failed_inversion_keeps_the_last_good_inverse_and_is_counted() -> None
     curvature.update()
     good = inverses(curvature)
     curvature.factors.blocks(0, "A", "average")[0, 0, 0, 0] = -1e6  # no covariance could become indefinite by itself
-    curvature.factors.invert(curvature.factors.index(tuple(range(4))), "sqrt", 1e-3, curvature.solve)
+    curvature.factors.invert(curvature.factors.layout.index(tuple(range(4))), "sqrt", 1e-3, curvature.solve)
     assert curvature.factors.failed_inversions == 1
     assert_bitwise(curvature.factors.blocks(0, "A", "inverse"), good[18][:1][None])
 
@@ -258,7 +258,7 @@ def test_a_block_that_never_had_an_inverse_falls_back_to_its_mean_eigenvalue() -
     model = nn.Linear(3, 2, bias=False)
     curvature = Curvature(model)
     model(torch.randn(8, 3)).sum().backward()
-    whole = curvature.factors.index((0,))
+    whole = curvature.factors.layout.index((0,))
     curvature.factors.update_ema(whole, 0.0)
     A = curvature.factors.blocks(0, "A", "average")[0, 0]
     A[0, 0] -= 100.0
@@ -301,7 +301,7 @@ def test_a_refresh_of_some_layers_is_that_of_all_and_leaves_the_others(part: tup
         curvature = Curvature(model, averaging=0.5)
         for chosen in ((0, 1, 2), *([layers] if layers else [])):
             model(torch.randn(6, 4)).sin().mean().backward()
-            selection = curvature.factors.index(chosen)
+            selection = curvature.factors.layout.index(chosen)
             curvature.factors.update_ema(selection, 0.5)
             curvature.factors.invert(selection, "trace", 0.2, curvature.solve)
         stacks = curvature.factors

@@ -283,7 +283,7 @@ def test_a_bucket_that_starts_early_takes_the_counts_of_its_own_layers_alone() -
         for each in (stacks, whole):
             for layer in (0, 2, 3):
                 each.count(layer, 1, part, 0.0)
-        flat = stacks.pack_window(stacks.index((3,)))
+        flat = stacks.pack_window(stacks.layout.index((3,)))
     assert flat[-3] > 0
     assert_bitwise(stacks.counts[:3], whole.counts[:3])
     assert whole.counts[2, 1] == torch.tensor(sum(parts), dtype=torch.float32)

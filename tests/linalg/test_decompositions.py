@@ -154,7 +154,7 @@ def test_what_is_stored_of_a_block_is_finite_whatever_the_factor(mode: str, expo
         blocks[0, 0, 0, 0] = -blocks[0, 0, 0, 0].abs()
     state.updates.fill_(1.0)
     solve = lambda problems: {n: decomposition.make(*one) for n, one in problems.items()}  # noqa: E731
-    state.invert(state.index((0,)), "trace", 0.2, solve)
+    state.invert(state.layout.index((0,)), "trace", 0.2, solve)
     for batch in state.batches.values():
         assert bool(torch.isfinite(batch.inverse).all())
 

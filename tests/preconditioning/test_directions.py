@@ -141,7 +141,7 @@ def test_a_block_that_fails_has_a_root_of_what_natural_mode_has() -> None:
         stack.average[:2, 1, 0] += 10.0
         curvature.factors.inverted_blocks[4][1], stack.inverse[1] = False, torch.eye(4)
         curvature.factors.invert(
-            curvature.factors.index(tuple(range(len(curvature.layers)))), "sqrt", 1e-4, curvature.solve
+            curvature.factors.layout.index(tuple(range(len(curvature.layers)))), "sqrt", 1e-4, curvature.solve
         )
         assert int(curvature.factors.failed_inversions) == 2
         stored.append(stack.inverse)
