@@ -30,14 +30,11 @@ from lightning_thor.linalg.decompositions import damped_inverses
 TOLERABLE_LOSS = 0.01
 """A factor that loses less than this share of its spectral norm counts as kept; the paper's figure."""
 
-
 WIDEST = 8192
 """Wider factors (the vocabulary of a language model) are not measured: one alone would take over 256 MiB."""
 
-
 PORTION_NUMEL = 2**28
 """Numbers of whole factors that are held at a time, 1 GiB in float32; a larger network takes several passes."""
-
 
 TIMED_NUMEL = 2**24
 """Numbers in the blocks that are inverted at a time for timing; the time of more is taken to be proportional."""

@@ -13,7 +13,6 @@ from lightning_thor.linalg.block_diagonal import BlockPartition
 LANCZOS_STEPS = 48
 """Dimensions of the Krylov space, for wider matrices."""
 
-
 PartitionFn = Callable[[int, int | None, int], BlockPartition]
 """``(width, block_size, groups)`` to blocks, as `lightning_thor.linalg.block_diagonal.partition` does."""
 

@@ -20,7 +20,6 @@ from lightning_thor.preconditioning.modes import MODES
 COUNTS = ("step", "refreshes", "turns", "failed_inversions", "rejected_windows")
 """What a state counts, each at least 0."""
 
-
 LAYER_COUNTS = ("updates", "positions", "next_turn", "_added")
 """How the names of those tensors of a layer end that are at least 0 too."""
 

@@ -20,7 +20,6 @@ FactorShapes = tuple[BlockPartition | None, BlockPartition]
 Index = Tensor | slice
 """Some rows of a tensor; a slice wherever possible, since it copies nothing."""
 
-
 MOST_INDICES = 256
 """Sets of layers whose index a layout remembers."""
 

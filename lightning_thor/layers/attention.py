@@ -19,11 +19,9 @@ from torch.overrides import TorchFunctionMode
 ROLES = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The weights of an attention."""
 
-
 Note = Callable[[str, Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 """Called with the role of a weight, its input, its output, and a function that brings either of them to ``[batch,
 positions, width]``; returns the output to go on with."""
-
 
 _CODE: CodeType = F.multi_head_attention_forward.__code__
 

@@ -58,7 +58,6 @@ def pick(x: Tensor, index: Tensor | None) -> Tensor:
 RowsFn = Callable[[Any, Tensor, Tensor, torch.dtype, int | None], Rows]
 """``(module, a, g, dtype, max_rows)`` to `Rows`, see `LayerKind.rows`."""
 
-
 FactorWidths = tuple[int, int | None, int]
 """Number of groups (independent factors on each side), width of A without a bias (None: no A), width of G."""
 

@@ -21,7 +21,6 @@ Arrange = Callable[[Tensor], Tensor]
 EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05
 """The largest relative difference between gradient and product: in float32, and in lower precision."""
 
-
 NOT_A_PAIR = (
     "its weight's gradient is not the product of its output's gradient and its input: it changes its input or its "
     "weight before it multiplies them, multiplies by its weight twice, or a hook changes the weight's gradient. Call a "

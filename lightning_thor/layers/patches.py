@@ -12,7 +12,6 @@ from lightning_thor.layers.base import subsample
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 

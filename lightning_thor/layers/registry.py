@@ -28,7 +28,6 @@ BUILT_IN: Mapping[type[nn.Module] | str, LayerKind] = {
 REGISTERED: dict[type[nn.Module] | str, LayerKind] = {}
 """Users' types, which go before the built-in ones."""
 
-
 NO_KIND: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.RNNBase, nn.RNNCellBase), "all its steps and gates are one call, inside which no hook can see"),
     ((nn.Bilinear,), "its weight has two inputs"),
@@ -80,7 +79,6 @@ THOR = KfacApprox(
     split_embedding_G=False,
 )
 """As MindSpore's nn.thor on Ascend: norms take plain momentum, and the loss is a mean over the batch."""
-
 
 STATISTICS: Mapping[str, KfacApprox] = {"expand": EXPAND, "reduce": REDUCE, "thor": THOR}
 

@@ -19,7 +19,6 @@ UNBATCHED_DEVICES = {"cpu"}
 """Devices on which torch computes a batch of products one by one unless the result is contiguous, which takes longer
 than to copy a contiguous result."""
 
-
 SCRATCH_FROM = 2**15
 """From so many numbers on new memory costs as much as a product: an allocator maps it, and gives it back."""
 

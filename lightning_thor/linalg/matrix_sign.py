@@ -24,10 +24,8 @@ arXiv:2505.16932, algorithm 2, cushion 0.024)."""
 STEPS = 4
 """How many polynomials `msign` applies by default."""
 
-
 LARGEST_PART = 64
 """Rows of a wide matrix, or columns of a tall one, that have a sign of their own in `part_length`."""
-
 
 GRAM_FROM = 1.5
 """Ratio of width to height above which iterating the Gram matrix takes fewer multiplications."""
