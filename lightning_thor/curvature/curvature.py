@@ -242,7 +242,7 @@ class Curvature:
         def is_due(name: str) -> bool:
             # The module that shows how many terms the loss has is asked whenever any layer is due.
             is_of_loss = name == accumulator.loss_layer
-            return schedule.step >= (schedule.earliest if is_of_loss else schedule.next_steps[numbers[name]])
+            return schedule.step >= (schedule.earliest if is_of_loss else schedule.turns_at[numbers[name]])
 
         return Hooks(
             {use.name: use.module for use in uses if use.attention is None},

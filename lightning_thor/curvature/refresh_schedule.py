@@ -98,12 +98,11 @@ class RefreshSchedule:
         """What the step before found of the due layers, if not all of them are among `have_windows`."""
         self.have_windows: set[int] = set()
         """The layers of which the host knows that they have had a window."""
-        self.earliest = 0
-        """The first step at which some layer that has not stopped is due."""
+        self._find_turns()
 
     def is_due(self, layer: int) -> bool:
         """True if the coming step observes the layer."""
-        return self.step >= self.next_steps[layer] and not self.has_stopped[layer]
+        return self.step >= self.turns_at[layer]
 
     @property
     def is_any_due(self) -> bool:
@@ -124,8 +123,8 @@ class RefreshSchedule:
         """The layers that the coming step observes, in order."""
         if self.step < self.earliest:
             return ()
-        step, both = self.step, zip(self.next_steps, self.has_stopped, strict=True)
-        return tuple([layer for layer, (next_step, stopped) in enumerate(both) if step >= next_step and not stopped])
+        step = self.step
+        return tuple([layer for layer, turn in enumerate(self.turns_at) if step >= turn])
 
     def due_inversions(self) -> tuple[int, ...]:
         """The layers that the coming step inverts, in order."""
@@ -163,12 +162,12 @@ class RefreshSchedule:
         if self._first_windows is not None:
             self._repeat_rejected(self._first_windows, due)
         self._first_windows = None if first_windows is None else _Pending(self.step - 1, due, first_windows)
-        self._find_earliest()
+        self._find_turns()
 
     def dismiss(self, layer: int) -> None:
         """Have no more turns of a layer."""
         self.next_steps[layer], self.has_stopped[layer] = NEVER, False
-        self._find_earliest()
+        self._find_turns()
 
     def dismissed(self) -> list[int]:
         """The layers that have no more turns because they are left out."""
@@ -219,7 +218,7 @@ class RefreshSchedule:
         self._pending = [one for one in found if self.has_trace_rule and not one.layers_with(REJECTED)]
         self._first_windows = next((one for one in found if one.layers_with(REJECTED)), None)
         self.have_windows = set()
-        self._find_earliest()
+        self._find_turns()
 
     def _decided(self, decision: int) -> tuple[int, ...]:
         """The layers for which it was decided so, where the coming step follows it."""
@@ -249,9 +248,12 @@ class RefreshSchedule:
         costs = [self.costs[layer] if self.costs else 1.0 for layer in due]
         return [free[place] for place in assign_greedily(costs, len(free))]
 
-    def _find_earliest(self) -> None:
-        going = [step for step, stopped in zip(self.next_steps, self.has_stopped, strict=True) if not stopped]
-        self.earliest = min(going, default=NEVER)
+    def _find_turns(self) -> None:
+        both = zip(self.next_steps, self.has_stopped, strict=True)
+        self.turns_at = [NEVER if stopped else step for step, stopped in both]
+        """The step from which on each layer is due."""
+        self.earliest = min(self.turns_at, default=NEVER)
+        """The step from which on some layer is due."""
 
     def _every(self, step: int) -> int:
         every = self.every_n_steps(step) if callable(self.every_n_steps) else self.every_n_steps
