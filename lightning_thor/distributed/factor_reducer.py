@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor
@@ -124,13 +124,6 @@ def check_split_indices(split_indices: Any) -> None:
         )
 
 
-class Bucket(NamedTuple):
-    """Layers whose windows are one all-reduce."""
-
-    layers: list[int]
-    blocks: BlockIndex
-
-
 class Promise:
     """That a pair is to come; taken back as soon as nothing holds it any more, as when its graph is freed."""
 
@@ -178,9 +171,9 @@ class FactorReducer:
         self._unknown = set(range(n_layers))
         self._found: tuple[list[int], HostCopy] | None = None
         """Layers whose positions are on their way to the host."""
-        self._plans: dict[tuple[int, ...], list[Bucket]] = {}
-        self._buckets: list[Bucket] | None = None
-        """Of the open window, once they are asked for."""
+        self._plans: dict[tuple[int, ...], list[BlockIndex]] = {}
+        self._buckets: list[BlockIndex] | None = None
+        """Of the open window, once they are asked for: the layers of each, whose windows are one all-reduce."""
         self._sent: list[tuple[Tensor, Work]] = []
         self._forgotten, self._usually_forgotten = 0, 0
         """How often `forget` was called since the due step before, and how often before that one; equal on all
@@ -210,7 +203,7 @@ class FactorReducer:
         sent from backward."""
         if self.world_size == 1:
             return False
-        late = any(layer in bucket.layers for bucket in (self._buckets or [])[: len(self._sent)])
+        late = any(layer in bucket.numbers for bucket in (self._buckets or [])[: len(self._sent)])
         if late:
             self._most[layer] = math.inf
         return late
@@ -237,7 +230,7 @@ class FactorReducer:
         self._send_all()
         for bucket, (flat, work) in zip(buckets, self._sent, strict=True):
             work.wait()
-            self._factors.unpack_window_(bucket.blocks, flat)
+            self._factors.unpack_window_(bucket, flat)
         if unknown:
             self._found = unknown, HostCopy(self._factors.counts[unknown, BACKWARD_POSITION])
         self._most = [max(most, ready) for most, ready in zip(self._most, self._ready, strict=True)]
@@ -296,11 +289,10 @@ class FactorReducer:
             self._factors.counts[unknown, BACKWARD_POSITION] = self._factors.counts.new_tensor(own)
         return unknown
 
-    def _is_complete(self, bucket: Bucket) -> bool:
-        # The last of a bucket's layers first: backward reaches it last.
+    def _is_complete(self, bucket: BlockIndex) -> bool:
+        # The first of a bucket's layers first: backward mostly reaches it last.
         return all(
-            not self._promises[layer] and 0 < self._most[layer] <= self._ready[layer]
-            for layer in reversed(bucket.layers)
+            not self._promises[layer] and 0 < self._most[layer] <= self._ready[layer] for layer in bucket.numbers
         )
 
     def _send_all(self) -> None:
@@ -308,10 +300,10 @@ class FactorReducer:
             self._send_next()
 
     def _send_next(self) -> None:
-        flat = self._factors.pack_window(self._opened()[len(self._sent)].blocks)
+        flat = self._factors.pack_window(self._opened()[len(self._sent)])
         self._sent.append((flat, self._communicator.all_reduce(flat)))
 
-    def _opened(self) -> list[Bucket]:
+    def _opened(self) -> list[BlockIndex]:
         if self._buckets is None:
             due = self._due()
             if self._found is not None:
@@ -324,8 +316,8 @@ class FactorReducer:
             self._buckets = self._plans[due]
         return self._buckets
 
-    def _plan(self, due: tuple[int, ...]) -> list[Bucket]:
+    def _plan(self, due: tuple[int, ...]) -> list[BlockIndex]:
         layers = sorted(due, key=lambda layer: (self._positions[layer], -layer))
         n_bytes = [self._factors.packed_bytes(layer) for layer in layers]
         buckets = self._bucket_fn(layers, n_bytes) if layers else []
-        return [Bucket(bucket, self._factors.layout.index(tuple(sorted(bucket)))) for bucket in buckets]
+        return [self._factors.layout.index(tuple(sorted(bucket))) for bucket in buckets]
