@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_thor.block_size.choose import BlockSplit
+from lightning_thor.layers.discovery import name_some
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,9 +42,7 @@ def split_table(split: BlockSplit) -> Table:
         "Kept: a factor loses less than 1 % of its spectral norm"
     )
     if split.left_out:
-        reasons = ", ".join(f"{key} ({why})" for key, why in list(split.left_out.items())[:5])
-        more = f" and {len(split.left_out) - 5} more" if len(split.left_out) > 5 else ""
-        caption += f". Not looked at: {reasons}{more}"
+        caption += f". Not looked at: {name_some([f'{key} ({why})' for key, why in split.left_out.items()])}"
     table = Table(title=f"THOR block size: {split.block_size}", caption=caption)
     table.add_column("block size", justify="right")
     table.add_column("factors kept")
