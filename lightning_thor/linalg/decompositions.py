@@ -52,9 +52,9 @@ def damped_inverses(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     >>> inverses[0].diagonal(), succeeded
     (tensor([0.2500, 0.5000]), tensor([True]))
     """
-    if blocks.shape[-1] == 1:
-        return _positive(_damped(blocks, damping).reciprocal())
     damped = _damped(blocks, damping)
+    if blocks.shape[-1] == 1:
+        return _positive(damped.reciprocal())
     roots = torch.zeros_like(damped)
     with _ieee_products():
         failed = _inverse_cholesky_(roots, damped)
