@@ -165,7 +165,7 @@ class FactorAccumulator:
         per_sample: float | Tensor = 1.0
         if self._loss_terms is not None:
             per_sample = _number(self._loss_terms(), "loss_terms", "the number of terms in the mean of the loss")
-        if self._loss_reduction == "mean" and self._loss_terms is None:
+        elif self._loss_reduction == "mean":
             per_sample = self._terms_of_the_loss(number, name, n_seen)
         if self._loss_multiplier is None:
             return per_sample
@@ -317,10 +317,10 @@ class FactorAccumulator:
         silent = [number for number in due if number not in known]
         if self._checked:
             self._check_that_layers_still_fire(silent, cause_of)
-        elif silent:
+            return
+        if silent:
             self._check_that_layers_fire_at_first(silent, len(due), cause_of)
-        if not self._checked:
-            self._warned_of_silence.update(silent)
+        self._warned_of_silence.update(silent)
         self._checked = True
 
     def _check_that_layers_fire_at_first(self, silent: list[int], n_due: int, cause_of: Callable[[int], str]) -> None:
