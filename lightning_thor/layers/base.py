@@ -69,8 +69,7 @@ class LayerKind:
     bias ``[out]`` that can be the matrix's last column.
 
     Args:
-        name: for messages.
-        types: the types of modules that it serves, their subclasses included; the type of a library that is not
+        *types: of modules that it serves, their subclasses included; the type of a library that is not
             imported here is named by ``"module.qualname"``.
     """
 
@@ -101,11 +100,8 @@ class LayerKind:
     ties_to: LayerKind | None = None
     """The kind of layer that may share the weight and precondition it with the statistics of both."""
 
-    def __init__(self, name: str, types: Sequence[type[nn.Module] | str] = ()) -> None:
-        self.name, self.types = name, tuple(types)
-
-    def __repr__(self) -> str:
-        return f"<LayerKind {self.name}>"
+    def __init__(self, *types: type[nn.Module] | str) -> None:
+        self.types = types
 
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
         """One call of a module as rows (K-FAC-expand): ``g @ a.mT`` is the gradient of the weight's matrix.

@@ -86,7 +86,5 @@ class TransposedConvolutionKind(ConvolutionKind):
         return [matrix.mT]
 
 
-CONVOLUTION = ConvolutionKind("convolution", (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-CONVOLUTION_TRANSPOSED = TransposedConvolutionKind(
-    "transposed convolution", (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-)
+CONVOLUTION = ConvolutionKind(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTION_TRANSPOSED = TransposedConvolutionKind(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

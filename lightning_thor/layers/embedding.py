@@ -49,7 +49,7 @@ class EmbeddingKind(LayerKind):
         return super().unsupported_reason(module, base) or (None if is_plain else "sparse or frequency-scaled gradient")
 
 
-EMBEDDING = EmbeddingKind("embedding", (nn.Embedding,))
+EMBEDDING = EmbeddingKind(nn.Embedding)
 
 
 def ascend_embedding_rows(

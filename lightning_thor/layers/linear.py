@@ -40,7 +40,7 @@ class ProjectionKind(LayerKind):
         return None
 
 
-ATTENTION = ProjectionKind("attention", (nn.MultiheadAttention,))
+ATTENTION = ProjectionKind(nn.MultiheadAttention)
 """The four projections of an attention, which multiplies by their weights without calling a module."""
 ATTENTION.in_attention = ATTENTION
 
@@ -80,5 +80,5 @@ class TransposedLinearKind(LinearKind):
         return [weight.flatten(0, 1).T, *bias]
 
 
-LINEAR = LinearKind("linear", (nn.Linear,))
-LINEAR_TRANSPOSED = TransposedLinearKind("transposed linear", ("transformers.pytorch_utils.Conv1D",))
+LINEAR = LinearKind(nn.Linear)
+LINEAR_TRANSPOSED = TransposedLinearKind("transformers.pytorch_utils.Conv1D")

@@ -39,8 +39,8 @@ class NormKind(LayerKind):
 class PositionNormKind(NormKind):
     """A norm over the last dimensions, ``[..., *normalized_shape]``: every position is a row."""
 
-    def __init__(self, name: str, types: Sequence[type[nn.Module]], normalize: Callable[..., Tensor]) -> None:
-        super().__init__(name, types)
+    def __init__(self, module_type: type[nn.Module], normalize: Callable[..., Tensor]) -> None:
+        super().__init__(module_type)
         self._normalize = normalize
 
     def rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
@@ -93,10 +93,10 @@ class BatchNormKind(NormKind):
         return _scale_and_shift(module, scale, g.sum(2))
 
 
-LAYER_NORM = PositionNormKind("layer norm", (nn.LayerNorm,), F.layer_norm)
-RMS_NORM = PositionNormKind("rms norm", (nn.RMSNorm,), F.rms_norm)
-GROUP_NORM = GroupNormKind("group norm", (nn.GroupNorm,))
-BATCH_NORM = BatchNormKind("batch norm", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm))
+LAYER_NORM = PositionNormKind(nn.LayerNorm, F.layer_norm)
+RMS_NORM = PositionNormKind(nn.RMSNorm, F.rms_norm)
+GROUP_NORM = GroupNormKind(nn.GroupNorm)
+BATCH_NORM = BatchNormKind(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _samples(a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> tuple[Tensor, Tensor]:

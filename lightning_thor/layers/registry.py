@@ -177,7 +177,7 @@ class _UserKind(LayerKind):
     def __init__(
         self, module_type: type[nn.Module], rows_of: UserRows, matrix: Callable[[Any, Tensor], Tensor], weight: str
     ) -> None:
-        super().__init__(f"{module_type.__module__}.{module_type.__qualname__}", (module_type,))
+        super().__init__(module_type)
         self._rows_of, self._matrix, self.weight_name = rows_of, matrix, weight
         base = find_kind(module_type)
         # A subclass of a convolution has a loss with a term per image, as its base has.
