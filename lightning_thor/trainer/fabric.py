@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import common_mode
 from lightning_thor.trainer.strategies import check_strategy
+from lightning_thor.trainer.thors import loss_scale, parameters_of
 
 
 def setup_fabric(
@@ -56,17 +56,11 @@ def setup_fabric(
         raise ValueError("setup_fabric makes the curvature itself: build the optimizer without preconditioner=...")
     model = fabric.setup_module(module)  # which moves the parameters to their device
     scaler = getattr(fabric.strategy.precision, "scaler", None)
-
-    def loss_multiplier() -> float | Tensor:
-        # Scaling a one instead of get_scale(), which waits for the device.
-        scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=fabric.device))
-        return scale / accumulate_grad_batches
-
     curvature = Curvature(
         module,
         mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
-        loss_multiplier=loss_multiplier,
-        parameters=[p for group in optimizer.param_groups for p in group["params"]],
+        loss_multiplier=lambda: loss_scale(scaler, fabric.device) / accumulate_grad_batches,
+        parameters=parameters_of(optimizer),
         **options,
     )
     optimizer.preconditioner = curvature

@@ -31,12 +31,13 @@ class LossMultiplier:
     def __call__(self) -> float | Tensor:
         # Manual optimization divides by nothing; automatic divides by N, in a shorter last window too.
         n = self.trainer.accumulate_grad_batches if self.pl_module.automatic_optimization else 1
-        scaler = scaler_of(self.trainer)
-        if scaler is None:
-            return 1.0 / n
-        # Scaling a one instead of get_scale(), which waits for the device.
-        scale: Tensor = scaler.scale(torch.ones((), device=self.trainer.strategy.root_device))
-        return scale / n
+        return loss_scale(scaler_of(self.trainer), self.trainer.strategy.root_device) / n
+
+
+def loss_scale(scaler: Any | None, device: torch.device) -> float | Tensor:
+    """What a GradScaler, if there is one, multiplies the loss by."""
+    # Scaling a one instead of get_scale(), which waits for the device.
+    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
 
 
 class TrainingSteps:
