@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -143,24 +143,33 @@ def _tensors_in(output: Any) -> Iterable[Tensor]:
             yield from _tensors_in(value)
 
 
-def _find_use(output: Tensor, weight: Tensor) -> WeightProduct | None:
-    """Breadth first from the output; a product with a parameter of the weight's shape, if none uses the weight."""
+def _nodes_behind(output: Tensor, *without: Any) -> Iterator[tuple[Any, int]]:
+    """The nodes that made an output, breadth first, each with the number of its own output on the way; about
+    `MOST_NODES` at most, none of ``without`` and of what is behind these alone, and no accumulator."""
     level: list[tuple[Any, int]] = [(output.grad_fn, output.output_nr)]
-    seen = {output.grad_fn}
-    of_its_shape = None
+    seen = {output.grad_fn, *without}
     while level and len(seen) <= MOST_NODES:
         behind: list[tuple[Any, int]] = []
         for node, output_number in level:
-            for place, (child, number) in enumerate(node.next_functions):
-                edge = _edge_to_parameter(node, place, any_operation=_is_product(node))
-                if edge is not None and edge.accumulator.variable is weight:
-                    return WeightProduct(node, output_number, *edge)
-                if edge is not None and edge.accumulator.variable.shape == weight.shape and _is_product(node):
-                    of_its_shape = of_its_shape or WeightProduct(node, output_number, *edge)
+            yield node, output_number
+            for child, number in node.next_functions:
                 if child is not None and child not in seen and not hasattr(child, "variable"):
                     seen.add(child)
                     behind.append((child, number))
         level = behind
+
+
+def _find_use(output: Tensor, weight: Tensor) -> WeightProduct | None:
+    """The nearest use of the weight; a product with a parameter of the weight's shape, if none uses the weight."""
+    of_its_shape = None
+    for node, output_number in _nodes_behind(output):
+        is_product = _is_product(node)
+        for place in range(len(node.next_functions)):
+            edge = _edge_to_parameter(node, place, any_operation=is_product)
+            if edge is not None and edge.accumulator.variable is weight:
+                return WeightProduct(node, output_number, *edge)
+            if edge is not None and edge.accumulator.variable.shape == weight.shape and is_product:
+                of_its_shape = of_its_shape or WeightProduct(node, output_number, *edge)
     return of_its_shape
 
 
@@ -196,27 +205,15 @@ def _edge_to_parameter(node: Any, number: int, *, any_operation: bool) -> _Edge 
 
 
 def is_used_again(output: Tensor, use: WeightProduct, a: Tensor) -> bool:
-    """True if the module that made ``output`` of ``a`` multiplied by the weight of ``use`` in a further operation.
-
-    Args:
-        output: of the module.
-        use: the operation nearest to it.
-        a: the module's input.
-    """
-    level: list[Any] = [output.grad_fn]
-    seen = {output.grad_fn, a.grad_fn}
-    while level and len(seen) <= MOST_NODES:
-        behind: list[Any] = []
-        for node in level:
-            for place, (child, _) in enumerate(node.next_functions):
-                is_view = _name(node) in VIEWS  # of the weight, on the way from a product
-                edge = None if is_view else _edge_to_parameter(node, place, any_operation=_is_product(node))
-                if edge is not None and edge.accumulator is use.accumulator and edge != use[2:]:
-                    return True
-                if child is not None and child not in seen and not hasattr(child, "variable"):
-                    seen.add(child)
-                    behind.append(child)
-        level = behind
+    """True if the module that made ``output`` of ``a`` multiplied by the weight of ``use`` in a further operation."""
+    for node, _ in _nodes_behind(output, a.grad_fn):
+        if _name(node) in VIEWS:  # of the weight, on the way from a product
+            continue
+        is_product = _is_product(node)
+        for place in range(len(node.next_functions)):
+            edge = _edge_to_parameter(node, place, any_operation=is_product)
+            if edge is not None and edge.accumulator is use.accumulator and edge != use[2:]:
+                return True
     return False
 
 
