@@ -1,14 +1,16 @@
-"""Sharded tensors (DTensor): this rank's shard, and reductions over shards."""
+"""Sharded tensors (DTensor): this rank's shard, reductions over shards, and loading them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_thor.linalg.memory import constants
 
@@ -91,6 +93,20 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+def load_optimizer(path: Path, key: str, module: nn.Module, optimizer: Optimizer) -> None:
+    """Load the state of an optimizer of a sharded module, which has state of that kind already, from a folder of shards
+    that torch.distributed.checkpoint wrote; all ranks must call it. Torch loads no state of parameters that are
+    frozen."""
+    # They take a second to import.
+    from torch.distributed.checkpoint import state_dict as states
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    state = {key: states.get_optimizer_state_dict(module, optimizer)}
+    load(state, checkpoint_id=path)
+    options = states.StateDictOptions(cpu_offload=True)
+    states.set_optimizer_state_dict(module, optimizer, state[key], options=options)
 
 
 def reduce_over_shards(partial: Tensor, of: Sequence[Tensor], operation: Literal["SUM", "MAX"]) -> Tensor:

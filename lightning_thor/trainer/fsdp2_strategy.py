@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.distributed import dtensor
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
-from lightning_thor.distributed.sharded_checkpoint import load_optimizer
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.layers.discovery import name_some, trained
 from lightning_thor.optim.thor import Preconditioner, Thor
@@ -220,7 +219,7 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
                 optimizer.make_state()
             # Those that are frozen now may be unfrozen again when training starts.
             with trained(p for group in optimizer.param_groups for p in group["params"]):
-                load_optimizer(folder, f"optimizer_{number}", self.model, optimizer)
+                dtensor.load_optimizer(folder, f"optimizer_{number}", self.model, optimizer)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
