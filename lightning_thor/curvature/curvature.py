@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from lightning_thor.curvature.accumulator import FactorAccumulator
 from lightning_thor.curvature.agreement import Agreement
 from lightning_thor.curvature.callables import NumberFn
-from lightning_thor.curvature.export import export_factors
-from lightning_thor.curvature.layer_figures import layer_figures
+from lightning_thor.curvature.export import export_factors, layer_figures
 from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.part_timer import PartTimer
 from lightning_thor.curvature.refresh_schedule import REJECTED, Interval, RefreshSchedule
