@@ -8,11 +8,19 @@ from itertools import compress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.part_timer import OWN_PARTS, REST
+from lightning_thor.distributed.dtensor import local_parts
+from lightning_thor.optim.thor import Thor
+
+N_SAMPLED = 4096
+"""About so many entries of each tensor are looked at."""
+
+Sample = dict[nn.Parameter, Tensor]
 
 
 class Ratio(Metric):
@@ -123,3 +131,31 @@ def _layers_with_few_rows(curvature: Curvature) -> Iterator[str]:
     n_windows = (1 + curvature.averaging) / (1 - curvature.averaging)
     sizes = [max(side.size for side in (layer.A, layer.G) if side) for layer in curvature.layers.values()]
     return compress(curvature.layers, [0 < n * n_windows < size for n, size in zip(rows, sizes, strict=True)])
+
+
+def sample_weights(optimizer: Thor) -> Sample:
+    """Copy evenly spread entries of each parameter of ``optimizer``, of sharded ones of this rank's shard: ``[n]``, in
+    float32, by parameter of which there are entries here."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if not is_lazy(p)]
+    params = [p for p in params if p.requires_grad and p.is_floating_point()]
+    local = local_parts([p.detach() for p in params])
+    return {p: _some(own) for p, own in zip(params, local, strict=True) if own.numel()}
+
+
+def update_ratio(before: Sample) -> Tensor:
+    """Norm of what changed since ``before`` over the norm of the weights, of all its parameters together, of which
+    there is one or more; 0-dimensional."""
+    params = list(before)
+    local = local_parts([p.detach() for p in params])
+    # An entry of the sample stands for so many.
+    roots = [(p.numel() / before[own].numel()) ** 0.5 for own, p in zip(params, local, strict=True)]
+    pairs = [(_some(now), before[own]) for own, now in zip(params, local, strict=True)]
+    moved: Tensor = torch.stack(
+        [(now - was).norm() * root for (now, was), root in zip(pairs, roots, strict=True)]
+    ).norm()
+    norm: Tensor = torch.stack([was.norm() * root for (_, was), root in zip(pairs, roots, strict=True)]).norm()
+    return moved / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+def _some(p: Tensor) -> Tensor:
+    return p.flatten()[:: max(p.numel() // N_SAMPLED, 1)].to(torch.float32, copy=True)

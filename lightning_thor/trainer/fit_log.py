@@ -8,11 +8,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_thor.optim.thor import Thor
-from lightning_thor.trainer.figures import StepFigures
+from lightning_thor.trainer.figures import Sample, StepFigures, sample_weights, update_ratio
 from lightning_thor.trainer.fit_report import FitFigures, print_fit
 from lightning_thor.trainer.monitor import ON_BAR
 from lightning_thor.trainer.served_thors import ServedThors
-from lightning_thor.trainer.update_ratio import Sample, sample_weights, update_ratio
 
 
 class FitLog:
