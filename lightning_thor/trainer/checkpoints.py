@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,21 +90,6 @@ def folder_advice(path: Any) -> str:
         "Resume with it; or let it write one file, which goes on with every strategy: "
         "Trainer(strategy=ThorModelParallelStrategy(save_distributed_checkpoint=False))."
     )
-
-
-def check_that_a_fit_can_go_on(checkpoint: Mapping[str, Any], path: Any) -> None:
-    """Refuse a checkpoint of weights alone.
-
-    Args:
-        checkpoint: as the strategy loaded it.
-        path: of it.
-
-    Raises:
-        ValueError: it is one; says what to do.
-    """
-    # A folder's optimizers are in other files than the rest.
-    if "lr_schedulers" not in checkpoint:
-        raise ValueError(weights_advice(path))
 
 
 def weights_advice(path: Any) -> str:

@@ -14,7 +14,7 @@ from lightning_thor.distributed import factor_reducer, process_group
 from lightning_thor.distributed.communicator import WorkerGrid
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.optim.thor import Preconditioner
-from lightning_thor.trainer.checkpoints import check_that_a_fit_can_go_on, folder_advice, is_folder_of_shards, whole
+from lightning_thor.trainer.checkpoints import folder_advice, is_folder_of_shards, weights_advice, whole
 from lightning_thor.trainer.packages import is_lightnings
 
 SHARD = (
@@ -165,8 +165,9 @@ class ThorStrategyMixin(_Base):
             raise ValueError(folder_advice(path))
         checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)
         assert self.lightning_module is not None
-        if self.lightning_module.trainer.state.fn == "fit":
-            check_that_a_fit_can_go_on(checkpoint, path)
+        # Not by its optimizers, which a folder has in other files than the rest.
+        if self.lightning_module.trainer.state.fn == "fit" and "lr_schedulers" not in checkpoint:
+            raise ValueError(weights_advice(path))
         return checkpoint
 
     def on_exception(self, exception: BaseException) -> None:
