@@ -6,10 +6,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
 
 from lightning_thor.optim.thor import Thor
 from lightning_thor.trainer.figures import Sample, StepFigures, sample_weights, update_ratio
-from lightning_thor.trainer.fit_report import FitFigures, print_fit
+from lightning_thor.trainer.fit_report import FitFigures, fit_report
 from lightning_thor.trainer.monitor import ON_BAR
 from lightning_thor.trainer.served_thors import ServedThors
 
@@ -89,7 +90,8 @@ class FitLog:
             name: n for one in curvatures for name, n in zip(one.layers, one.factors.updates.tolist(), strict=True)
         }
         idle = tuple(name for name, n in updates.items() if not n)
-        print_fit(FitFigures(**counts, **self._figures.of_fit(curvatures), idle=idle), len(updates))
+        figures = FitFigures(**counts, **self._figures.of_fit(curvatures), idle=idle)
+        Console().print(fit_report(figures, len(updates)))
 
     def _troubles(self) -> tuple[int, int]:
         """Blocks that could not be inverted, and layers' windows that were not finite, so far. Waits for the device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.text import Text
 
 from lightning_thor.curvature.part_timer import REST
@@ -47,11 +47,6 @@ class FitFigures:
     """Layers with blocks that are larger than the number of rows which an average stands for."""
     idle: tuple[str, ...] = ()
     """Layers that were never observed."""
-
-
-def print_fit(figures: FitFigures, n_layers: int) -> None:
-    """Print `fit_report` to standard output."""
-    Console().print(fit_report(figures, n_layers))
 
 
 def fit_report(figures: FitFigures, n_layers: int) -> Group:
