@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from lightning_thor.block_size.choose import BlockSplit, choose_block_size
 from lightning_thor.distributed import dtensor
 from lightning_thor.trainer.packages import is_lightnings
-from lightning_thor.trainer.thors import takes_iterator
+from lightning_thor.trainer.thors import scaler_of, takes_iterator
 
 
 def try_block_sizes(
@@ -72,7 +72,7 @@ def _loss(trainer: pl.Trainer, trial: pl.LightningModule, batch: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         step, got = f"{type(trial).__name__}.training_step", type(loss).__name__
         raise _error(f"needs the loss of the first training batch, and {step} returned {got}")
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = scaler_of(trainer)
     scaled: Tensor = loss if scaler is None else scaler.scale(loss)  # unscaled, float16 gradients would underflow
     return scaled
 

@@ -16,6 +16,7 @@ from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.part_timer import OWN_PARTS, REST
 from lightning_thor.distributed.dtensor import local_parts
 from lightning_thor.optim.thor import Thor
+from lightning_thor.trainer.thors import parameters_of
 
 N_SAMPLED = 4096
 """About so many entries of each tensor are looked at."""
@@ -136,8 +137,7 @@ def _layers_with_few_rows(curvature: Curvature) -> Iterator[str]:
 def sample_weights(optimizer: Thor) -> Sample:
     """Copy evenly spread entries of each parameter of ``optimizer``, of sharded ones of this rank's shard: ``[n]``, in
     float32, by parameter of which there are entries here."""
-    params = [p for group in optimizer.param_groups for p in group["params"] if not is_lazy(p)]
-    params = [p for p in params if p.requires_grad and p.is_floating_point()]
+    params = [p for p in parameters_of(optimizer) if not is_lazy(p) and p.requires_grad and p.is_floating_point()]
     local = local_parts([p.detach() for p in params])
     return {p: _some(own) for p, own in zip(params, local, strict=True) if own.numel()}
 

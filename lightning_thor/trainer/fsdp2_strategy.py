@@ -19,6 +19,7 @@ from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.layers.discovery import name_some, trained
 from lightning_thor.optim.thor import Preconditioner, Thor
 from lightning_thor.trainer.strategies import ThorStrategyMixin
+from lightning_thor.trainer.thors import parameters_of
 from lightning_thor.trainer.unfreezing import restore_groups
 
 
@@ -200,12 +201,11 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
             self._load_optimizers(self._loads_from)
             return
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [number for group in saved["param_groups"] for number in group["params"]]
             shards = {
                 number: {key: dtensor.shard_like(value, p) for key, value in saved["state"][number].items()}
                 # load_state_dict below refuses other lengths.
-                for number, p in zip(numbers, params, strict=False)
+                for number, p in zip(numbers, parameters_of(optimizer), strict=False)
                 if number in saved["state"]
             }
             optimizer.load_state_dict({**saved, "state": shards})
@@ -218,7 +218,7 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
             if isinstance(optimizer, Thor):
                 optimizer.make_state()
             # Those that are frozen now may be unfrozen again when training starts.
-            with trained(p for group in optimizer.param_groups for p in group["params"]):
+            with trained(parameters_of(optimizer)):
                 dtensor.load_optimizer(folder, f"optimizer_{number}", self.model, optimizer)
 
     @classmethod
