@@ -111,8 +111,9 @@ class Thor(Optimizer):
             (momentum adds up to ``1 / (1 - momentum)`` such steps; polar mode, whose directions are of the momentum,
             takes a limit as many times as large). Wider layers begin with smaller weights, which a rate that suits
             narrow layers would ruin. None does not.
-        kl_clip: shrink all updates by one factor so that ``sum lr² directionᵀ grad`` over all groups that set it is at
-            most this (Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored
+        kl_clip: shrink all updates by one factor, ``min(1, sqrt(kl_clip / sum lr² directionᵀ grad))`` over all groups
+            that set it, so that the squared length of ``lr`` times them, in the metric of the curvature, is at most
+            this (Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored
             approximations", section 5); None does not. For natural mode, without ``match_rms``.
         clip_norm: shrink each tensor's update to at most this L2 norm, after weight decay and before natural mode's
             momentum (MindSpore's ``enable_clip_grad`` is 1); None does not.
