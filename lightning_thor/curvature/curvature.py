@@ -352,7 +352,7 @@ class Curvature:
     @property
     def factor_change(self) -> Tensor:
         """``‖F - F_old‖ / ‖F_old‖`` (Frobenius) of each layer's A and G at its last refresh that measured it,
-        ``[layers, 2]``; NaN if none did, and for a layer without A. No device sync."""
+        ``[layers, 2]``; infinite if F_old was 0, NaN if none did, and for a layer without A. No device sync."""
         return self.factors.changes
 
     @property
@@ -777,9 +777,9 @@ class Curvature:
         Returns:
             For each layer:
 
-            * ``"inverted_at"``: ``step`` before its last inversion, -1 if there was none; ``"stopped"``: whether the
-              trace rule refreshes it no more, None without one; ``"rows"``: those of its last window that measured
-              `factor_change`.
+            * ``"step"``, that of this curvature; ``"inverted_at"``: what it was before the last inversion of the layer,
+              -1 if there was none; ``"stopped"``: whether the trace rule refreshes it no more, None without one;
+              ``"rows"``: those of its last window that measured `factor_change`.
             * ``"A"`` (but of norms) and ``"G"``: ``"width"``; ``"block_size"`` and ``"n_blocks"``;
               ``"is_partitioned"``: False if it is whole or diagonal; ``"trace"``; ``"damping"``, as was last added to
               the eigenvalues; ``"change"``, see `factor_change`; of the diagonal blocks together: ``"eigenvalues"``,

@@ -60,6 +60,7 @@ def layer_figures(
     found: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(layers):
         found[name] = {
+            "step": schedule.step,
             "inverted_at": schedule.inverted_at[number],
             "stopped": schedule.has_stopped[number] if schedule.has_trace_rule else None,
             "rows": rows[number],

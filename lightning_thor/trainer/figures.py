@@ -61,8 +61,9 @@ class StepFigures:
 
     Attributes:
         update_ratio: mean of the update's norm over the weights' norm.
-        factor_change: mean of the logarithm of ``‖F - F_old‖ / ‖F_old‖`` over factors, and over the refreshes that
-            measured it: few factors, of rare or of learnt samples, change by more than all others together.
+        factor_change: mean of the logarithm of ``‖F - F_old‖ / ‖F_old‖`` over factors that were not 0, and over the
+            refreshes that measured it: few factors, of rare or of learnt samples, change by more than all others
+            together.
     """
 
     def __init__(self) -> None:
@@ -89,8 +90,12 @@ class StepFigures:
             figures["damping"] = curvature.last_damping
         if curvature.changed_at != self._changed_at.get(curvature):
             changes = curvature.factor_change
-            logarithms = changes.clamp_min(torch.finfo(changes.dtype).tiny).log()
-            figures["factor_change"] = self.factor_change(logarithms.nansum(), (~changes.isnan()).sum()).exp()
+            # A factor that was 0 before, behind a layer that starts at 0, changes by infinitely more than its value.
+            is_known = changes.isfinite()
+            logarithms = changes.clamp_min(torch.finfo(changes.dtype).tiny).log().where(is_known, 0.0)
+            # 0 if no average took a window, as where a trace rule kept all layers.
+            mean = self.factor_change(logarithms.sum(), is_known.sum())
+            figures["factor_change"] = mean.exp().nan_to_num(0.0)
             self._changed_at[curvature] = curvature.changed_at
         # Once for each step that is logged: it costs two passes over the factors.
         curvature.measures_change = True
@@ -110,7 +115,7 @@ class StepFigures:
         )
         return {
             "update_ratio": ratio,
-            "factor_change": None if change is None else math.exp(change),
+            "factor_change": None if change is None or math.isnan(change) else math.exp(change),
             "seconds": seconds_of(curvatures),
             "few_rows": tuple(name for one in curvatures for name in _layers_with_few_rows(one)),
         }

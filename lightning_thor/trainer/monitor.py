@@ -150,7 +150,7 @@ class ThorMonitor(Callback):
             for figure in LOGGED
             if side in layer and layer[side][figure] is not None
         }
-        figures |= {f"thor/age/{name}": step - 1 - layer["inverted_at"] for name, layer in layers.items()}
+        figures |= {f"thor/age/{name}": layer["step"] - 1 - layer["inverted_at"] for name, layer in layers.items()}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 

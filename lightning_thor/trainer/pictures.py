@@ -227,7 +227,9 @@ def _points(looks: Sequence[Look], name: str, side: str, key: str) -> Iterator[t
 
 def _is_kept(looks: Sequence[Look], index: int, name: str) -> bool:
     """Whether the trace rule kept a layer all the time since the look before."""
-    before, layer = looks[index - 1]["step"] if index else 0, looks[index]["layers"][name]
+    layer = looks[index]["layers"][name]
+    # Of several optimizers each counts its own steps; files of earlier versions have those of the first one alone.
+    before = looks[index - 1]["layers"].get(name, {}).get("step", looks[index - 1]["step"]) if index else 0
     return layer["stopped"] is not None and layer["inverted_at"] < before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_thor import Curvature, Thor, ThorCallback, configure_thor
+from lightning_thor import Curvature, Thor, ThorCallback, ThorMonitor, configure_thor
 from lightning_thor.preconditioning.modes import ModeName
+from lightning_thor.trainer.pictures import _is_kept, read_looks
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, trainer, without_words
 from tests.helpers.distributed_workers import TwoPasses, TwoThors, one_rank, state, two_ranks
 
@@ -180,6 +182,38 @@ def test_figures_of_each_are_logged_and_no_layer_is_left_out_for_the_other(
     printed = capsys.readouterr().out
     assert printed.count("THOR curvature: 2 layers preconditioned") == 2
     assert "THOR after 8 steps: each layer was refreshed 8 times" in printed
+
+
+class SlowGan(Gan):
+    """The generator takes every fourth step of the discriminator."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        for number, optimizer in enumerate(self.optimizers()):
+            if number and batch_idx:
+                continue
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(self.losses(*batch, number))
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+
+def test_the_monitors_ages_are_in_the_steps_of_each(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    callbacks = (ThorCallback(update_every_n_steps=2, trace_rule=(1e-9, 0.0)), ThorMonitor(every_n_refreshes=1))
+    fit(tmp_path, SlowGan(), *callbacks, logger=logger, max_epochs=6)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["thor/age/generator.0"]]
+    ages = [float(row[f"thor/age/{name}.0"]) for row in rows for name in ("generator", "discriminator")]
+    assert max(ages) <= 3  # an interval and the trace rule's delay
+    looks = read_looks(tmp_path)
+    steps = [[look["layers"][f"{name}.0"]["step"] for look in looks] for name in ("generator", "discriminator")]
+    assert steps[0][-1] == 6
+    assert steps[1] == [look["step"] for look in looks]
+    kept = [index for index in range(1, len(looks)) if _is_kept(looks, index, "generator.0")]
+    inverted = [look["layers"]["generator.0"]["inverted_at"] for look in looks]
+    assert kept == [n for n in range(1, len(looks)) if inverted[n] == inverted[n - 1]]
+    assert len(kept) < len(looks) - 1
 
 
 class Ensemble(L.LightningModule):

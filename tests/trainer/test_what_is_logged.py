@@ -65,6 +65,26 @@ def test_what_is_logged_is_what_happened(tmp_path: Path) -> None:
     assert shares["communication"] == [0] * 4
 
 
+def test_factors_that_were_0_and_those_that_no_refresh_changed_are_no_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head that starts at 0 hides the layers behind it from the first loss; a trace rule may keep all layers."""
+    for name, rule, told in (("zeros", None, True), ("kept", (1e9, 0.0), False)):
+        module = Boring()
+        if name == "zeros":
+            nn.init.zeros_(module.net.get_parameter("7.weight"))
+        callback = ThorCallback(update_every_n_steps=1, trace_rule=rule, summary=True)
+        options = {"logger": CSVLogger(tmp_path, name="", version=name), "log_every_n_steps": 1, "max_epochs": 1}
+        trainer(tmp_path, callback, enable_progress_bar=True, **options).fit(module)
+        with (tmp_path / name / "metrics.csv").open(newline="") as file:
+            logged = [float(row["thor/factor_change"]) for row in csv.DictReader(file) if row["thor/factor_change"]]
+        assert len(logged) == 3
+        assert all(0 < change < 10 for change in logged) if told else logged == [0, 0, 0]
+        printed = " ".join(capsys.readouterr().out.split())
+        found = re.search(r"a refresh the factors by (\S+)%", printed)
+        assert (found is not None and 0 < float(found[1]) < 1000) if told else found is None
+
+
 def rank_with_its_own_logger(folder: Path) -> None:
     logger = CSVLogger(folder, name="", version="") if os.environ["RANK"] == "0" else False
     callback = ThorCallback(update_every_n_steps=2, trace_rule="THOR", summary=False)
