@@ -123,6 +123,10 @@ class FactorAccumulator:
             return
         if was_observed and self._gradient_was_dropped(number, use):
             factors.clear_layer(number)
+        if not a.numel():
+            # Nothing to add. Torch's batch norm of an empty batch has a product of another shape than its output.
+            self.reducer.mark_ready(number)
+            return
         n_seen = layer.loss_terms(use.module, g)
         scale, part, max_rows = self._scale(number, name, n_seen), None, self.max_rows
         if self._may_be_sharded and (is_sharded(a) or is_sharded(g)):

@@ -401,6 +401,9 @@ def test_rows_that_are_left_out_do_not_change_the_expectation() -> None:
         (nn.Embedding(4, 3), torch.zeros(0, 7, dtype=torch.int64)),
         (nn.LayerNorm(4), torch.randn(0, 4)),
         (nn.GroupNorm(2, 4), torch.randn(0, 4, 5)),
+        (nn.BatchNorm1d(4), torch.randn(0, 4)),
+        (nn.BatchNorm2d(4), torch.randn(0, 4, 5, 5)),
+        (nn.BatchNorm1d(4), torch.randn(3, 4, 0)),
     ],
 )
 def test_an_empty_batch_is_observed_as_nothing(layer: nn.Module, x: Tensor) -> None:
