@@ -256,6 +256,7 @@ class Curvature:
                 use.name for layer in self.layers.values() if layer.kind.needs_returned for use in layer.uses
             }.__contains__,
             note_output=accumulator.note_output,
+            note_unreadable=lambda name: self._calls.update({numbers[name]: Call.UNREADABLE}),
             checks=self._checks,
             has_no_gradient=accumulator.has_no_gradient,
         )

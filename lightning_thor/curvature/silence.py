@@ -13,6 +13,7 @@ class Call(Enum):
     """What became of the last call of a layer that was due."""
 
     OBSERVED = "its input waited for a gradient"
+    UNREADABLE = "its first argument was no tensor of rows"
     PAUSED = "within `Curvature.paused`"
     NOT_TRAINING = "in eval mode, or outside of the Trainer's training"
 
@@ -31,6 +32,8 @@ def why_silent(layer: Layer, call: Call | None) -> str:
         return "called within curvature.paused() alone"
     if call is Call.NOT_TRAINING:
         return "called in eval mode alone (call model.train() before)"
+    if call is Call.UNREADABLE:
+        return "its first argument is not its input as a plain tensor (of torch.Tensor, dense), which has the rows"
     if call is Call.OBSERVED:
         return (
             "its gradient came from elsewhere than loss.backward(), such as torch.func or torch.autograd.grad (call "

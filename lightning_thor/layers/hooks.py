@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import RecordProducts
 from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
-from lightning_thor.layers.pairs import Arrange, Pair, PairChecks, as_plain_tensor
+from lightning_thor.layers.pairs import Arrange, Pair, PairChecks, as_plain_tensor, is_readable
 from lightning_thor.layers.weight_product import (
     accumulates,
     accumulator_of,
@@ -82,6 +82,7 @@ class Hooks:
             with the weight.
         note_output: called in forward with the name and the output of a module for which ``is_due`` is true and
             ``is_open`` is not; of a compiled one in backward, with the output's gradient.
+        note_unreadable: called in forward with the name of a module that is open, whose input is no tensor of rows.
         checks: compares pairs with the weight's gradient.
         has_no_gradient: whether the gradient of the named module's weight was set to None since the last backward pass
             that added to it, or there was none; asked where pairs wait.
@@ -105,6 +106,7 @@ class Hooks:
         weight_of: Callable[[str], Tensor | None] | None = None,
         needs_returned: NamePredicate = lambda name: False,
         note_output: Callable[[str, Any], None] = lambda name, output: None,
+        note_unreadable: Callable[[str], None] = lambda name: None,
         checks: PairChecks | None = None,
         has_no_gradient: NamePredicate = lambda name: False,
     ) -> None:
@@ -119,7 +121,8 @@ class Hooks:
         self.graphs, self.are_removed = CompiledGraphs(), False
         self._receivers: list[Receiver] = []
         self._listener, self._expect, self._subsample_input = listener, expect, subsample_input
-        self._is_open, self._is_due, self._note_output = is_open, skip(is_due), note_output
+        self._is_open, self._is_due = is_open, skip(is_due)
+        self._note_output, self._note_unreadable = note_output, note_unreadable
         self._weight_of = weight_of or (lambda name: getattr(modules.get(name), "weight", None))
         self._needs_returned, self._checks, self._has_no_gradient = needs_returned, checks, has_no_gradient
         self._waiting: dict[Pair, None] = {}
@@ -274,7 +277,8 @@ class Hooks:
 
     def _pair(self, name: str, a: Any, output: Any, arrange: Arrange | None = None) -> None:
         """Hand ``(name, a, g)`` over when the gradient of ``output`` arrives, both by ``arrange``."""
-        if not isinstance(a, Tensor) or a.layout not in (torch.strided, torch.jagged):
+        if not is_readable(a):
+            self._note_unreadable(name)
             return
         weight = self._weight_of(name)
         with torch._C.DisableTorchFunctionSubclass():

@@ -303,6 +303,15 @@ def _products_are_rounded() -> bool:
         return True
 
 
+def is_readable(x: Any) -> bool:
+    """Whether a module's input is a tensor of rows, or `as_plain_tensor` makes one of it: not sparse, and not of a
+    subclass that computes in its own way, but for those of torch.distributed."""
+    if not isinstance(x, Tensor) or x.layout not in (torch.strided, torch.jagged):
+        return False
+    computes = not x.is_nested and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return not computes or type(x).__module__.startswith("torch.distributed.")
+
+
 def as_plain_tensor(x: Tensor) -> Tensor:
     """``x`` without a subclass that only labels it; the rows of a nested tensor as one tensor."""
     if x.is_nested:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from lightning_thor import Curvature, configure_thor
 from tests.helpers.boring import assert_bitwise
@@ -46,9 +47,40 @@ def by_vmap(model: nn.Module, curvature: Curvature) -> None:
         p.grad = grads[name].mean(0)
 
 
+class Wrapped(Tensor):
+    """A tensor that computes by itself: all that torch does with it is done with the tensor inside."""
+
+    @staticmethod
+    def __new__(cls, inside: Tensor) -> Wrapped:
+        return Tensor._make_wrapper_subclass(cls, inside.shape, dtype=inside.dtype, device=inside.device)
+
+    def __init__(self, inside: Tensor) -> None:
+        self.inside = inside
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def unwrap(x: object) -> object:
+            return x.inside if isinstance(x, Wrapped) else x
+
+        return func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
+
+
+def with_wrapped_inputs(model: nn.Sequential, curvature: Curvature) -> None:
+    model[2](Wrapped(model[1](model[0](Wrapped(X))).detach())).square().mean().backward()
+    model[0](Wrapped(X)).square().mean().backward()
+
+
+def with_other_first_arguments(model: nn.Sequential, curvature: Curvature) -> None:
+    for layer in (model[0], model[2]):
+        layer.forward = lambda scale, x, own=layer: F.linear(x, own.weight, own.bias) * scale
+    model[2](2.0, model[0](1.0, X).tanh()).square().mean().backward()
+
+
 @pytest.mark.parametrize(
     ("passes", "cause"),
     [
+        (with_wrapped_inputs, "its first argument is not its input as a plain tensor"),
+        (with_other_first_arguments, "its first argument is not its input as a plain tensor"),
         (in_eval_mode, "called in eval mode alone"),
         (paused, r"called within curvature.paused\(\) alone"),
         (by_functions, "has a gradient, but its module was not called"),
