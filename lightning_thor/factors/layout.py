@@ -23,6 +23,9 @@ Index = Tensor | slice
 MOST_INDICES = 256
 """Sets of layers whose index a layout remembers."""
 
+MOST_PASSES = 4
+"""How many times as many blocks as there are they may have together: a table has a block for each of its rows."""
+
 
 class BlockIndex(NamedTuple):
     """Where some layers are in the tensors of a `FactorState`."""
@@ -61,7 +64,7 @@ class FactorLayout:
         self._stored: dict[tuple[int, Side], tuple[int, slice]] = {}
         self.n_blocks: dict[int, int] = {}
         """By block size."""
-        owners: dict[int, list[int]] = {}
+        owners: dict[int, list[tuple[int, int]]] = {}
         # The factors of layers with equal shapes are adjacent, all A and then all G: a product takes them as one batch.
         first = {one: layer for layer, one in reversed(list(enumerate(shapes)))}
         factors = [(first[shapes[layer]], column, layer) for layer in range(len(shapes)) for column in (0, 1)]
@@ -71,9 +74,9 @@ class FactorLayout:
                 start = self.n_blocks.get(partition.size, 0)
                 self.n_blocks[partition.size] = stop = start + _count(partition)
                 self._offsets[layer, SIDES[column]] = partition.size, slice(start, stop)
-                owners.setdefault(partition.size, []).extend([2 * layer + column] * (stop - start))
-        self._owners = owners
-        self.owners = {size: torch.tensor(numbers, device=device) for size, numbers in owners.items()}
+                owners.setdefault(partition.size, []).append((2 * layer + column, stop - start))
+        self._owners = {size: _repeated(pairs) for size, pairs in owners.items()}
+        self.owners = {size: numbers.to(device) for size, numbers in self._owners.items()}
         """By block size: the factor of each block, ``[n]``, as a row of ``[layers, 2]`` flattened."""
         self.set_inverse_owner(range(len(shapes)))
 
@@ -114,28 +117,42 @@ class FactorLayout:
                 self._stored[layer, side] = size, slice(start, self.n_stored[size])
 
     def index(self, layers: tuple[int, ...]) -> BlockIndex:
-        """The index of ``layers``, in order; the latest `MOST_INDICES` are remembered, since the same layers come again
-        (under a trace rule also ever new ones)."""
+        """The index of ``layers``, in order; the latest `MOST_INDICES` are remembered, with at most `MOST_PASSES` times
+        all blocks, since the same layers come again (under a trace rule also ever new ones)."""
         if layers not in self._indices:
-            if len(self._indices) == MOST_INDICES:
-                del self._indices[next(iter(self._indices))]
-            owned = [layer for layer in layers if layer in self.has_inverse]
-            blocks, own = self._blocks(layers, self._offsets), self._blocks(owned, self._offsets)
-            inverses = self._blocks(owned, self._stored)
-            starts = dict(zip(self.n_stored, accumulate(self.n_stored.values(), initial=0), strict=False))
-            rows = [starts[size] + number for size, numbers in inverses.items() for number in numbers]
-            self._indices[layers] = BlockIndex(
-                self._as_index(list(layers)),
-                {size: self._as_index(numbers) for size, numbers in blocks.items()},
-                {size: (self._as_index(own[size]), self._as_index(numbers)) for size, numbers in inverses.items()},
-                layers,
-                self._owners_of(blocks),
-                list(map(len, blocks.values())),
-                self._owners_of(own),
-                list(map(len, own.values())),
-                self._as_index(rows),
-            )
+            made = self._index(layers)
+            room = MOST_PASSES * sum(self.n_blocks.values()) - sum(made.lengths)
+            n_blocks = sum(sum(index.lengths) for index in self._indices.values())
+            while self._indices and (len(self._indices) >= MOST_INDICES or n_blocks > room):
+                n_blocks -= sum(self._indices.pop(next(iter(self._indices))).lengths)
+            self._indices[layers] = made
         return self._indices[layers]
+
+    def _index(self, layers: tuple[int, ...]) -> BlockIndex:
+        owned = [layer for layer in layers if layer in self.has_inverse]
+        blocks = self._blocks(layers, self._offsets)
+        own = blocks if len(owned) == len(layers) else self._blocks(owned, self._offsets)
+        inverses = self._blocks(owned, self._stored)
+        starts = dict(zip(self.n_stored, accumulate(self.n_stored.values(), initial=0), strict=False))
+        rows = [
+            range(starts[size] + run.start, starts[size] + run.stop) for size, runs in inverses.items() for run in runs
+        ]
+        places, owners = {size: self._as_index(runs) for size, runs in blocks.items()}, self._owners_of(blocks)
+        is_same = own is blocks
+        return BlockIndex(
+            self._as_index(_runs((layer, layer + 1) for layer in layers)),
+            places,
+            {
+                size: (places[size] if is_same else self._as_index(own[size]), self._as_index(runs))
+                for size, runs in inverses.items()
+            },
+            layers,
+            owners,
+            [sum(map(len, runs)) for runs in blocks.values()],
+            owners if is_same else self._owners_of(own),
+            [sum(map(len, runs)) for runs in own.values()],
+            self._as_index(_runs((run.start, run.stop) for run in rows)),
+        )
 
     def packed_numel(self, layer: int) -> int:
         """Numbers in the triangles of one layer's blocks."""
@@ -147,25 +164,47 @@ class FactorLayout:
 
     def _blocks(
         self, layers: Iterable[int], offsets: Mapping[tuple[int, Side], tuple[int, slice]]
-    ) -> dict[int, list[int]]:
-        """The blocks of some layers by size, both in the order of memory."""
-        found: dict[int, list[int]] = {}
+    ) -> dict[int, list[range]]:
+        """The blocks of some layers by size, both in the order of memory; adjacent ones as one run."""
+        found: dict[int, list[tuple[int, int]]] = {}
         for factor in ((layer, side) for layer in layers for side in SIDES):
             if factor in offsets:
                 size, blocks = offsets[factor]
-                found.setdefault(size, []).extend(range(blocks.start, blocks.stop))
-        return {size: sorted(found[size]) for size in self.n_blocks if size in found}
+                found.setdefault(size, []).append((blocks.start, blocks.stop))
+        return {size: _runs(sorted(found[size])) for size in self.n_blocks if size in found}
 
-    def _owners_of(self, blocks: Mapping[int, list[int]]) -> Tensor:
-        return torch.tensor(
-            [self._owners[size][number] for size, numbers in blocks.items() for number in numbers],
-            dtype=torch.int64,
-            device=self._device,
-        )
+    def _owners_of(self, blocks: Mapping[int, list[range]]) -> Tensor:
+        parts = [self._owners[size][run.start : run.stop] for size, runs in blocks.items() for run in runs]
+        return torch.cat([_repeated([]), *parts]).to(self._device)
 
-    def _as_index(self, numbers: list[int]) -> Index:
-        start, stop = (numbers[0], numbers[-1] + 1) if numbers else (0, 0)
-        return slice(start, stop) if stop - start == len(numbers) else torch.tensor(numbers, device=self._device)
+    def _as_index(self, runs: list[range]) -> Index:
+        if len(runs) < 2:
+            return slice(runs[0].start, runs[0].stop) if runs else slice(0, 0)
+        return torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in runs]).to(self._device)
+
+
+def _repeated(pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """Each first number as many times as the second says, on the host.
+
+    >>> _repeated([(5, 2), (7, 1)])
+    tensor([5, 5, 7])
+    """
+    numbers, times = torch.tensor(pairs, dtype=torch.int64, device="cpu").view(-1, 2).unbind(1)
+    return numbers.repeat_interleave(times)
+
+
+def _runs(places: Iterable[tuple[int, int]]) -> list[range]:
+    """Places ``(start, stop)`` in order, as few ranges as possible.
+
+    >>> _runs([(0, 2), (2, 3), (5, 6)])
+    [range(0, 3), range(5, 6)]
+    """
+    runs: list[range] = []
+    for start, stop in places:
+        if runs and runs[-1].stop == start:
+            start = runs.pop().start
+        runs.append(range(start, stop))
+    return runs
 
 
 def _count(partition: BlockPartition) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import combinations
 
 import pytest
@@ -71,3 +72,28 @@ def test_as_many_indices_are_remembered_as_is_said(monkeypatch: pytest.MonkeyPat
     assert made.index((2,)) is third
     assert made.index((0,)) is not first
     assert len(made._indices) == 2
+
+
+def test_indices_of_large_tables_are_forgotten_sooner() -> None:
+    shapes = [(diagonal(1000), partition(8, 4)), *[(None, diagonal(3))] * 12]
+    made = FactorLayout(shapes, CPU)
+    n_blocks = sum(made.n_blocks.values())
+    table_and_norms = [(0, one, other) for one, other in combinations(range(1, 13), 2)]
+    for layers in table_and_norms:
+        assert made.index(layers) is made.index(layers)
+        assert sum(sum(index.lengths) for index in made._indices.values()) <= layout.MOST_PASSES * n_blocks
+    assert len(made._indices) == layout.MOST_PASSES
+    norms = [(layer,) for layer in range(1, 13)]
+    found = [made.index(layers) for layers in norms]
+    assert [made.index(layers) for layers in norms] == found
+
+
+def test_an_index_makes_no_python_number_for_each_row_of_a_table() -> None:
+    shapes = [(diagonal(100_000), partition(8, 4)), *[(None, diagonal(3))] * 3]
+    FactorLayout(SHAPES, CPU).index((0, 2))  # what is allocated once
+    tracemalloc.start()
+    try:
+        FactorLayout(shapes, CPU).index((0, 2))
+        assert tracemalloc.get_traced_memory()[1] < 100_000  # of Python's, not of torch's
+    finally:
+        tracemalloc.stop()
