@@ -64,8 +64,11 @@ def adam_directions(
     roots = list(torch._foreach_sqrt(second))
     torch._foreach_mul_(roots, [1.0 / math.sqrt(1.0 - beta2 ** state[STEP]) for state in states])
     torch._foreach_add_(roots, EPS)
-    ahead = list(torch._foreach_lerp(first, real, 1.0 - beta1)) if nesterov else first
-    directions = list(torch._foreach_div(ahead, roots))
+    if nesterov:
+        directions = list(torch._foreach_lerp(first, real, 1.0 - beta1))
+        torch._foreach_div_(directions, roots)
+    else:
+        directions = list(torch._foreach_div(first, roots))
     steps = [state[STEP] + nesterov for state in states]
     torch._foreach_mul_(directions, [1.0 / (1.0 - beta1**step) for step in steps])
     return [

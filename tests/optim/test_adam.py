@@ -322,6 +322,15 @@ def test_its_state_begins_with_its_first_step() -> None:
 # ── what cannot be ──
 
 
+def test_with_nesterov_a_step_takes_memory_of_two_gradients_beside_its_moments() -> None:
+    grads, states = [torch.randn(1000, 100)], [dict[str, Any]()]
+    adam_directions(states, grads, 0.9, 0.99, nesterov=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        adam_directions(states, grads, 0.9, 0.99, nesterov=True)
+    n_bytes = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    assert n_bytes < 2.5 * grads[0].nbytes
+
+
 def test_a_curvature_of_another_mode_is_told() -> None:
     for mode, wanted in (("natural", "adam"), ("polar", "adam"), ("adam", "natural"), ("adam", "polar")):
         model = net()
