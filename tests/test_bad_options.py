@@ -20,6 +20,10 @@ def curvature(**options: Any) -> Curvature:
     return Curvature(nn.Linear(3, 2), **options)
 
 
+def included(**options: Any) -> list[str]:
+    return curvature().include(**options)
+
+
 def thor(**options: Any) -> Thor:
     return Thor(nn.Linear(3, 2).parameters(), **options)
 
@@ -57,6 +61,8 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
     (curvature,): [
         ({"mode": "muon"}, "mode must be one of natural, polar, adam, got 'muon'"),
         ({"block_size": "auto"}, r"choose_block_size\(model, loss_of_a_batch\)"),
+        *(({name: 3.0}, f"{name} must be a function.*got 3.0") for name in ("loss_terms", "loss_multiplier")),
+        ({"output_layer": [""]}, r"output_layer must be the name of a layer, or None, got \[''\]"),
     ],
     (ThorCallback,): [
         ({"block_size": "Auto"}, r"block_size must be an int of at least 1.*\"auto\" \(ThorCallback\), got 'Auto'"),
@@ -75,6 +81,11 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
         ({"momentum": -0.1}, "momentum must lie in"),
         ({"weight_decay": -1e-4}, "weight_decay must be 0 or greater"),
         ({"weight_decay": True}, "weight_decay must be a number, got True"),
+        *(
+            ({name: value}, f"{name} must be True or False, got {value!r}")
+            for name in ("nesterov", "decoupled_weight_decay")
+            for value in ("False", 1, None)
+        ),
         ({"match_rms": 0.0}, "match_rms must be greater than 0"),
         ({"match_rms": None, "kl_clip": -1.0}, "kl_clip must be greater than 0"),
         ({"match_rms": 0.2, "kl_clip": 1e-3}, "set one of them to None"),
@@ -115,6 +126,10 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
     ],
 }  # fmt: skip
 OF_A_WRONG_TYPE: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
+    (curvature, included): [
+        ({"parameters": value}, "parameters must be those of modules.*but holds")
+        for value in (["weight"], [("weight", 1.0)])
+    ],
     (ThorCallback,): [({"blocksize": 3}, "blocksize")],
     (thor,): [({"dampening": 0.1}, "dampening")],
     (configured,): [({"damping": 0.1}, "damping")],

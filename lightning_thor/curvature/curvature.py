@@ -169,6 +169,11 @@ class Curvature:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Curvature takes the model, Curvature(model, ...), got a {type(model).__name__}.")
         options = check_options(locals())
+        for name, given in (("loss_multiplier", loss_multiplier), ("loss_terms", loss_terms)):
+            if given is not None and not callable(given):
+                raise ValueError(f"{name} must be a function without arguments, or None, got {given!r}.")
+        if not isinstance(output_layer, str | None):
+            raise ValueError(f"output_layer must be the name of a layer, or None, got {output_layer!r}.")
         options |= {"loss_multiplier": loss_multiplier, "loss_terms": loss_terms, "output_layer": output_layer}
         self._options = options
         self.model = model
@@ -188,7 +193,7 @@ class Curvature:
         self.changed_at: int | None = None
         self._calls: dict[int, Call] = {}
         """What became of the last call of each layer that is due, by its number."""
-        self._parameters = parameters = None if parameters is None else set(parameters)
+        self._parameters = parameters = None if parameters is None else _as_parameters(parameters)
         chosen = MODES[mode]
         matrices = matrix_layers(model) if chosen.has_diagonal_head or chosen.uses_matrix_sign else []
         output_layers = matrices[-1:] if output_layer is None else [output_layer]
@@ -569,7 +574,7 @@ class Curvature:
             The names of the new layers.
         """
         self._leave_out_misfits(self._agreement.read())
-        parameters = {*parameters}
+        parameters = _as_parameters(parameters)
         own = [p for layer in self.layers.values() for p in layer.parameters]
         only = None if self._parameters is None else self._parameters | parameters
         before, state, is_closed = copy.copy(self), self.state_dict(), self._hooks.are_removed
@@ -841,3 +846,13 @@ class Curvature:
         number = list(self.layers).index(name)
         views = {side: self.factors.blocks(number, side, "inverse") for side, _ in self.factors.layout.factors(number)}
         return views.get("A"), views["G"]
+
+
+def _as_parameters(given: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+    """The parameters that a user gave; a TypeError for what is none, such as names, of which there is no layer."""
+    parameters = list(given)
+    for one in parameters:
+        if not isinstance(one, Tensor):
+            got = repr(one)[:100]
+            raise TypeError(f"parameters must be those of modules, such as model.head.parameters(), but holds {got}.")
+    return set(parameters)

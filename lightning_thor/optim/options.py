@@ -22,7 +22,10 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 }
 """Options that are finite numbers, with their range in words and as a condition."""
 
-OPTIONS = ("mode", "nesterov", "decoupled_weight_decay", *RANGES)
+SWITCHES = ("nesterov", "decoupled_weight_decay")
+"""Options that are True or False."""
+
+OPTIONS = ("mode", *SWITCHES, *RANGES)
 
 FORMER: Mapping[str, Any] = {"max_relative_step": None}
 """Options that checkpoints of earlier versions lack, with the value that continues their training unchanged."""
@@ -71,6 +74,9 @@ def check_group(group: Mapping[str, Any], unknown: Collection[str]) -> None:
             raise ValueError(f"{option} must be a number, got {value!r}.")
         if not (math.isfinite(float(value)) and is_in_range(float(value))):
             raise ValueError(f"{option} must {words}, got {value!r}.")
+    for option in SWITCHES:
+        if not isinstance(group[option], bool):
+            raise ValueError(f"{option} must be True or False, got {group[option]!r}.")
     mode = MODES[group["mode"]]
     if group["kl_clip"] is not None and (mode.momentum_first or mode.change_basis is not None):
         raise ValueError(
