@@ -331,7 +331,8 @@ class FactorAccumulator:
         names = [layer.name for layer in self._layers]
         have_gradients = any(p.grad is not None for layer in self._layers for p in layer.parameters)
         # After the sum over ranks, so that all of them raise, or none: a rank alone would leave the others waiting.
-        if len(silent) == n_due and not have_gradients and not self._factors.counts.any():
+        train = any(use.trains for layer in self._layers for use in layer.uses)  # not frozen since
+        if len(silent) == n_due and train and not have_gradients and not self._factors.counts.any():
             raise RuntimeError(
                 f"None of the {len(names)} layers with curvature ({name_some(names)}) was observed, and none has a "
                 "gradient: the optimizer steps on parameters of another model. Build Curvature and Thor of one model."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from lightning_thor import Curvature, configure_thor
+from lightning_thor import Curvature, Thor, configure_thor
 from tests.helpers.boring import assert_bitwise
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
@@ -109,6 +110,21 @@ def test_the_curvature_of_another_model_is_refused() -> None:
     model(X).square().mean().backward()
     with pytest.raises(RuntimeError, match="none has a gradient: the optimizer steps on"):
         optimizer.step()
+
+
+def test_a_training_goes_on_after_a_resume_where_all_layers_with_curvature_are_frozen_since() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    curvature = Curvature(model, update_every_n_steps=1)
+    state = curvature.state_dict()
+    for layer in model:
+        layer.weight.requires_grad_(False)
+    curvature.load_state_dict(state)
+    optimizer = Thor(model.parameters(), preconditioner=curvature)
+    before = copy.deepcopy(model.state_dict())
+    model(torch.ones(4, 3)).square().mean().backward()
+    with pytest.warns(UserWarning, match="0, 1: frozen since"):
+        optimizer.step()
+    assert [name for name, p in model.state_dict().items() if not torch.equal(p, before[name])] == ["0.bias", "1.bias"]
 
 
 def test_an_output_that_the_loss_does_not_use_is_told_from_a_module_that_is_not_called() -> None:
