@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from lightning_thor.layers.base import subsample
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+SMALL_INDEX_NUMEL = 2**16
+"""Numbers in a small index: those of 1,024 rows and a kernel of 64."""
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
@@ -39,8 +41,11 @@ def patches_and_values(
         patched.shape[2:], positions, module.kernel_size, module.stride, module.dilation, _padding_before(module),
         strict=True,
     ))  # fmt: skip
-    # Cached where it is small: it takes some dozens of operations.
-    find = _find_patches if max_lines is None else _find_patches_cached
+    # Cached, since it takes some dozens of operations; few of the larger ones, since each size of inputs has its own.
+    find = _find_patches
+    if max_lines is not None:
+        n = torch.Size(module.kernel_size).numel() * max_lines * per_line
+        find = _find_patches_cached if n <= SMALL_INDEX_NUMEL else _find_large_patches_cached
     seen = find(valued.shape[0], axes, max_lines, module.padding_mode, valued.device)
     values, planes = _lines(valued, seen.taken), _lines(patched, seen.read)
     windows = planes.to(dtype) if seen.positions is None else _with_zero(planes, dtype).index_select(1, seen.positions)
@@ -113,6 +118,7 @@ def _find_patches(
 
 
 _find_patches_cached = lru_cache(maxsize=256)(_find_patches)
+_find_large_patches_cached = lru_cache(maxsize=16)(_find_patches)
 
 
 def _inputs(axis: tuple[int, ...], outputs: Tensor, mode: str) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -306,6 +307,15 @@ def test_lines_that_are_taken_are_those_of_the_whole_to_the_bit(
         whole, part = (CONVOLUTION.rows(module, *given, torch.float32, rows) for rows in (None, n_lines * rest))
         assert_bitwise(part.a, whole.a[..., columns])
         assert_bitwise(part.g, whole.g[..., columns])
+
+
+def test_large_kernels_on_inputs_of_ever_new_sizes_do_not_fill_the_memory() -> None:
+    conv, most = nn.Conv1d(1, 1, 80, stride=2), 1000
+    for length in range(2100, 2130):
+        a = torch.zeros(1, 1, length)
+        CONVOLUTION.rows(conv, a, conv(a).detach(), torch.float32, most)
+    held = [x for x in gc.get_objects() if type(x) is Tensor and x.dtype == torch.int64 and x.numel() == 80 * most]
+    assert len({x.data_ptr() for x in held}) <= 16
 
 
 def test_max_rows_takes_at_least_one_line() -> None:
