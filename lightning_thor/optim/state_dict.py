@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from lightning_thor.optim.adam import FIRST, SECOND, STEP
 from lightning_thor.preconditioning.modes import NATURAL
+
+MOMENTUM = "momentum_buffer"
+"""Key of a parameter's state, named as in `torch.optim.SGD`."""
 
 Groups = Sequence[Mapping[str, Any]]
 """The parameter groups of an optimizer."""
@@ -60,3 +65,38 @@ def check_state(state: Mapping[str, Any], groups: Groups) -> None:
                 f"another momentum. Resume with Thor(mode={its_mode!r}), or start a new fit from the "
                 "checkpoint's weights alone."
             )
+
+
+def check_momenta(state: Mapping[str, Any], groups: Groups) -> None:
+    """Check that momenta have the shapes of the parameters in their places: torch's fused kernel goes by the parameter
+    alone, and would read and write beyond a smaller momentum.
+
+    Args:
+        state: to be loaded, as hooks left it.
+        groups: of the optimizer that is to load it.
+
+    Raises:
+        ValueError: which one does not fit, and what to do.
+    """
+    saved_groups = [group["params"] for group in state["param_groups"]]
+    if [len(params) for params in saved_groups] != [len(group["params"]) for group in groups]:
+        return  # torch's own error
+    numbers = [number for params in saved_groups for number in params]
+    for number, p in zip(numbers, [p for group in groups for p in group["params"]], strict=True):
+        saved = state["state"].get(number, {})
+        if missing := {FIRST, SECOND, STEP} - saved.keys() if saved.keys() & {FIRST, SECOND, STEP} else ():
+            raise _unfit(number, f"lacks {', '.join(sorted(missing))}")
+        for key in saved.keys() & {MOMENTUM, FIRST, SECOND}:
+            value = saved[key]
+            if not isinstance(value, Tensor):
+                raise _unfit(number, f"has {value!r} for its {key}")
+            if not is_lazy(p) and value.shape != p.shape:
+                raise _unfit(number, f"has a {key} of {list(value.shape)}, but the parameter is {list(p.shape)}")
+
+
+def _unfit(number: Any, fault: str) -> ValueError:
+    return ValueError(
+        f"This state's parameter {number} {fault}: it is damaged, or of a model whose parameters are others, or the "
+        "same in another order, by which optimizers know them. Build the model as in the run that was saved, or start "
+        "a new fit from the checkpoint's weights alone."
+    )

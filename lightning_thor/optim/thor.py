@@ -20,7 +20,7 @@ from lightning_thor.linalg.dtypes import wide
 from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_other_coordinates
 from lightning_thor.optim.fading import fade_factors
 from lightning_thor.optim.options import FOREIGN_OPTIONS, FORMER, OPTIONS, check_group, plain_numbers, unknown_options
-from lightning_thor.optim.state_dict import check_state, numbered_as_in
+from lightning_thor.optim.state_dict import MOMENTUM, check_momenta, check_state, numbered_as_in
 from lightning_thor.optim.update_scaling import clip_kl_, multiply, scale_to_norms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
 from lightning_thor.preconditioning.modes import MODES, NATURAL, Mode, ModeName, common_mode
@@ -290,10 +290,21 @@ class Thor(Optimizer):
         casts them to the dtype of the weights, and in float16 squares of small gradients would become 0.
 
         Raises:
-            ValueError: the state is of another optimizer, or a group's of another mode; nothing was changed.
+            ValueError: the state is of another optimizer, a group's of another mode, or a momentum has not the shape of
+                its parameter; nothing was changed.
         """
         check_state(state_dict, self.param_groups)
-        super().load_state_dict(state_dict)
+
+        def look(_: Optimizer, state: dict[str, Any]) -> None:
+            nonlocal state_dict
+            check_momenta(state, self.param_groups)
+            state_dict = state
+
+        last = self.register_load_state_dict_pre_hook(look)  # other hooks may have replaced the state
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for number, p in zip(numbers, params, strict=True):
@@ -414,9 +425,9 @@ class Thor(Optimizer):
         buffers = []
         for p in params:
             state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            buffers.append(state["momentum_buffer"])
+            if MOMENTUM not in state:
+                state[MOMENTUM] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            buffers.append(state[MOMENTUM])
         return local_parts(buffers)
 
 

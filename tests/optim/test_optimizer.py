@@ -221,6 +221,51 @@ def test_a_state_of_another_mode_is_refused_and_changes_nothing(before: str, aft
     assert (optimizer.param_groups[0]["mode"], optimizer.param_groups[0]["lr"]) == (after, 0.5)
 
 
+class Swapped(nn.Module):
+    """Two layers, by the same names in either order."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, {"first": nn.Linear(6, 8), "last": nn.Linear(8, 3)}[name])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.first(x)))
+        return out
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
+def test_momenta_of_other_shapes_than_the_parameters_in_their_places_are_refused(mode: Any) -> None:
+    states = []
+    for names in (("first", "last"), ("last", "first")):
+        model = Swapped(*names)
+        optimizer = Thor(model.parameters(), mode=mode, preconditioner=Curvature(model, mode=mode))
+        train(model, optimizer, 2)
+        states.append(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(ValueError, match=r"parameter 0 has a .* of \[8, 6\], but the parameter is \[3, 8\].*order"):
+        optimizer.load_state_dict(states[0])
+    assert_bitwise(optimizer.state_dict()["state"], states[1]["state"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "damage", "fault"),
+    [
+        ("natural", {"momentum_buffer": None}, "has None for its momentum_buffer"),
+        ("adam", {"exp_avg": 0.0}, "has 0.0 for its exp_avg"),
+        ("adam", {"step": ...}, "lacks step"),
+    ],
+)
+def test_a_damaged_state_is_refused(mode: Any, damage: dict[str, Any], fault: str) -> None:
+    model = net()
+    optimizer = Thor(model.parameters(), mode=mode, preconditioner=Curvature(model, mode=mode))
+    train(model, optimizer, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    own = state["state"][2] | damage
+    state["state"][2] = {key: value for key, value in own.items() if value is not ...}
+    with pytest.raises(ValueError, match=f"parameter 2 {fault}: it is damaged"):
+        optimizer.load_state_dict(state)
+
+
 def test_a_state_of_before_there_were_modes_is_of_natural_mode() -> None:
     model = net()
     state = Thor(model.parameters(), lr=0.5).state_dict()

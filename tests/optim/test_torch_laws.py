@@ -121,3 +121,16 @@ def test_hooks_of_steps_and_states_are_called_as_torch_says() -> None:
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
     assert called == ["before the step", "after the step", "saved", "loaded"]
+
+
+def test_a_state_that_a_hook_replaced_is_the_one_that_is_loaded() -> None:
+    """As one that goes by names where parameters have come into another order."""
+    params = [nn.Parameter(torch.full((n,), float(n))) for n in (2, 3)]
+    saved, loaded = (thor(some, mode="adam") for some in (params, params[::-1]))
+    for p in params:
+        saved.state[p].update(step=1, exp_avg=p.detach().clone(), exp_avg_sq=p.detach().square())
+    loaded.register_load_state_dict_pre_hook(
+        lambda _, state: {**state, "state": dict(enumerate(reversed(state["state"].values())))}
+    )
+    loaded.load_state_dict(saved.state_dict())
+    assert_bitwise([loaded.state[p] for p in params], [saved.state[p] for p in params])
