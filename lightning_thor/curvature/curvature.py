@@ -582,6 +582,7 @@ class Curvature:
         with trained([*own, *parameters]):  # those of our own that were frozen since too
             self.__init__(self.model, **self._options, parameters=only)  # type: ignore[misc]
         self.connect(**before._connection)
+        self.damping, self.averaging = before.damping, before.averaging
         self.is_listening, self._paused = before.is_listening, before._paused
         self.n_changes, self.last_damping = before.n_changes + 1, before.last_damping
         self.timer, self.measures_change, self.changed_at = before.timer, before.measures_change, before.changed_at
@@ -744,6 +745,7 @@ class Curvature:
         parameters = [copy.deepcopy(p, memo) for layer in self.layers.values() for p in layer.parameters]
         with trained(parameters):  # those that were frozen since too
             twin.__init__(model, **self._options, parameters=parameters)  # type: ignore[misc]
+        twin.damping, twin.averaging = self.damping, self.averaging
         twin._parameters, twin.left_out = copy.deepcopy(self._parameters, memo), dict(self.left_out)
         twin.connect(**self._connection)
         twin.load_state_dict(self.state_dict())

@@ -55,6 +55,8 @@ def adam_directions(
         return []
     for state, grad in zip(states, grads, strict=True):
         make_moments(state, grad, grad.dtype)
+        if state[FIRST].dtype != grad.dtype:  # the model was cast
+            state.update({key: state[key].to(grad.dtype) for key in (FIRST, SECOND)})
         state[STEP] += 1
     first, second = (as_real(local_parts([state[key] for state in states])) for key in (FIRST, SECOND))
     real = as_real(grads)

@@ -427,7 +427,15 @@ class Thor(Optimizer):
             state = self.state[p]
             if MOMENTUM not in state:
                 state[MOMENTUM] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            buffers.append(state[MOMENTUM])
+            momentum = state[MOMENTUM]
+            # The fused kernel goes by the parameter alone, and would write beyond a smaller momentum.
+            if momentum.shape != p.shape:
+                raise RuntimeError(
+                    f"A parameter is {list(p.shape)} now, and was {list(momentum.shape)} when its momentum began: set "
+                    "its momentum too, optimizer.state[parameter]['momentum_buffer'], or begin it anew, "
+                    "optimizer.state.pop(parameter)."
+                )
+            buffers.append(momentum)
         return local_parts(buffers)
 
 

@@ -239,6 +239,15 @@ def test_a_model_that_holds_its_optimizer_and_curvature_can_be_copied() -> None:
     assert_same(state_of(model, optimizer, curvature), state_of(*unbroken))
 
 
+def test_damping_and_averaging_that_were_set_since_stay_so() -> None:
+    """In a copy, and where layers are included."""
+    _, _, curvature = parts()
+    curvature.damping, curvature.averaging = 1.5, 0.25
+    curvature.include()
+    for one in (curvature, copy.deepcopy(curvature)):
+        assert (one.damping, one.averaging) == (1.5, 0.25)
+
+
 def test_a_closed_curvatures_copy_is_closed_and_a_paused_ones_paused() -> None:
     _, _, curvature = parts()
     with curvature.paused():

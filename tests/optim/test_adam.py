@@ -282,6 +282,17 @@ def test_a_state_goes_on_in_another_precision() -> None:
         states.append((curvature.state_dict(), optimizer.state_dict()))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_model_that_is_cast_in_mid_run_goes_on(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Its moments are cast with it."""
+    model = net().to(dtypes[0])
+    optimizer = Thor(model.parameters(), lr=0.01, mode="adam", preconditioner=Curvature(model, mode="adam"))
+    trained(model, optimizer, steps=2)
+    model.to(dtypes[1])
+    assert all(torch.isfinite(p).all() for p in trained(model, optimizer, steps=2))
+    assert {optimizer.state[p][key].dtype for p in model.parameters() for key in (FIRST, SECOND)} == {dtypes[1]}
+
+
 def test_complex_numbers_are_pairs_of_real_ones() -> None:
     """Of parameters without curvature, such as the spectral weights of a Fourier layer."""
     weights = [nn.Parameter(torch.arange(6.0).view(2, 3).to(torch.complex64)) for _ in range(2)]

@@ -266,6 +266,21 @@ def test_a_damaged_state_is_refused(mode: Any, damage: dict[str, Any], fault: st
         optimizer.load_state_dict(state)
 
 
+def test_a_parameter_that_grew_is_told_before_anything_is_written() -> None:
+    table = nn.Parameter(torch.ones(10, 8))
+    optimizer = thor(nn.ParameterList([table]), momentum=0.9)
+    table.grad = torch.ones_like(table)
+    optimizer.step()
+    table.data = torch.ones(5000, 8)
+    table.grad = torch.ones_like(table)
+    with pytest.raises(RuntimeError, match=r"is \[5000, 8\] now, and was \[10, 8\] when its momentum began"):
+        optimizer.step()
+    assert table.eq(1).all()
+    optimizer.state.pop(table)
+    optimizer.step()
+    assert table.lt(1).all()
+
+
 def test_a_state_of_before_there_were_modes_is_of_natural_mode() -> None:
     model = net()
     state = Thor(model.parameters(), lr=0.5).state_dict()
