@@ -388,7 +388,7 @@ def test_processes_that_saw_other_orders_agree_on_one() -> None:
             reducer.expect(layer)
             reducer.mark_ready(layer)
         reducer.sum()
-        return [bucket.layers for bucket in reducer._opened()]
+        return [list(bucket.numbers) for bucket in reducer._opened()]
 
     assert on_ranks(3, None, found) == [[[1], [0], [2], [3]]] * 3
 
