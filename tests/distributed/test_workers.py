@@ -448,7 +448,7 @@ def test_a_factor_that_became_zero_keeps_its_inverse_but_not_through_a_checkpoin
     stacks, name = trained.curvature.factors, "body"
     before = copy.deepcopy(trained.curvature.state_dict()["layers"][name])
     stacks.blocks(list(trained.curvature.layers).index(name), "G", "average").zero_()
-    stacks.invert(stacks.index(tuple(stacks.has_inverse)), "trace", 0.7, trained.curvature.solve)
+    stacks.invert(stacks.layout.index(tuple(stacks.has_inverse)), "trace", 0.7, trained.curvature.solve)
     saved = copy.deepcopy(trained.curvature.state_dict())
     for key in ("G_added", "G_inverse"):
         assert_bitwise(saved["layers"][name][key], before[key])
