@@ -177,10 +177,18 @@ def default_mode_block(results: dict[str, Any], *, confirmation: bool = True) ->
     return (
         f"{markdown_table(default_mode.HEADS, default_mode.cells(summary, confirmation=confirmation), words=2)}\n\n"
         "Final: the mean over three seeds and its standard error, less is better. The target is tuned AdamW's final "
-        "score; time is steps times the least time of a step. Each optimizer had three rates on another seed "
-        "and other data; THOR untuned is its default rate, where that was not the best. Measured on: "
-        f"{measured_in(tasks)}."
+        "score; time is steps times the time of a step, which all optimizers took in turns in one process. Each "
+        "optimizer had three rates on another seed and other data; THOR untuned is its default rate, where that was "
+        f"not the best. {study_environments(tasks)}"
     )
+
+
+def study_environments(tasks: Iterable[dict[str, Any]]) -> str:
+    """Where tasks of the study were trained, and where the time of a step was measured."""
+    tasks = list(tasks)
+    runs = [run for task in tasks for run in task["runs"].values()]
+    times = measured_in({"environment": task["times_environment"]} for task in tasks)
+    return f"Trained on: {measured_in(runs)}. Times: {times}."
 
 
 def default_ratios_block(results: dict[str, Any]) -> str:
@@ -191,8 +199,8 @@ def default_ratios_block(results: dict[str, Any]) -> str:
     return (
         f"{table}\n\nTime to the final held-out score of tuned AdamW, over the time of its whole training, at whose "
         "end it has that score in the mean: steps (means over three seeds, – where no seed got there) times the "
-        "least of the trainings' times of a step (of the processor; they came under different loads). "
-        f"{tasks}. Measured on: {measured_in(summary.values())}."
+        "time of a step (of the processor; all optimizers took turns in one process, refreshes included). "
+        f"{tasks}. {study_environments(summary.values())}"
     )
 
 

@@ -64,18 +64,11 @@ class Study:
                 records = [self.trial(setting, lr, seed) for seed in SEEDS]
                 runs[f"{setting}@{lr:g}"] = {"setting": setting, "lr": lr, "is_best": lr == best, "records": records}
         scores_by_rate = {s: {f"{lr:g}": v for lr, v in scores.items()} for s, scores in tuning.items()}
-        times = {setting: self._step_time(setting) for setting in settings}
-        return {"step_times": times, "tuning": scores_by_rate, "runs": runs}
-
-    def _step_time(self, setting: str) -> float:
-        """Milliseconds of a step in that training whose steps took least: other programs slow each by another share."""
-        runs = self._results.content["runs"]
-        own = [record for key, record in runs.items() if key.split()[:2] == [self.name, setting]]
-        return float(min(round(1000 * record["seconds"][-1] / record["steps"][-1], 3) for record in own))
+        return {"tuning": scores_by_rate, "runs": runs}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the trials of some tasks and settings, and store a summary of each task."""
+    """Run the trials of some tasks and settings, and add them to the summary of each task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder that holds cifar10/ and tinyshakespeare/")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
@@ -89,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
         found = study.run(arguments.setting)
         task = study.task
         summary = {"words": task.words, "metric": task.metric, "is_confirmation": name not in DEVELOPMENT}
-        results.put("summary", name, summary | {"environment": results.environment} | summarise(found))
+        before = results.content["summary"].get(name, {"target": None, "tuning": {}, "runs": {}})
+        results.put("summary", name, before | summary | summarise(found, before, results.environment))
     for kind, is_confirmation in (("confirmation", True), ("development", False)):
         picture = arguments.results.with_name(f"default_mode_{kind}.png")
         save_picture(results.content["summary"], picture, confirmation=is_confirmation)

@@ -7,26 +7,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(found: Mapping[str, Any], before: Mapping[str, Any], environment: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the target and what each optimizer makes of it.
 
     Args:
         found: ``"tuning"``, final scores by setting and rate, and ``"runs"``, each with its ``"records"`` by seed.
+        before: the summary so far, whose other optimizers stay; whose target too, unless ``found`` has AdamW.
+        environment: in which the trainings of ``found`` ran.
 
     Returns:
         ``"target"`` (None without AdamW), ``"tuning"``, and ``"runs"`` with ``"final"`` and its ``"error"`` (the
         standard error of its mean), ``"steps"`` and ``"seconds"`` to the target (None if a seed did not get there),
-        ``"ms_per_step"``, and ``"curve"``, the steps, mean seconds and mean scores at the checks.
+        ``"ms_per_step"``, ``"curve"``, the steps, mean seconds and mean scores at the checks, and ``"environment"``.
+
+    Raises:
+        ValueError: AdamW was trained anew, so that the target of others changes.
     """
     runs = found["runs"]
     adamw = next((run for run in runs.values() if run["setting"] == "adamw"), None)
-    target = None if adamw is None else _mean_final(adamw["records"])
-    return {
-        "target": target,
-        "tuning": found["tuning"],
-        "step_times": found["step_times"],
-        "runs": {name: _summary_of(run, target) for name, run in runs.items()},
-    }
+    target = before["target"] if adamw is None else _mean_final(adamw["records"])
+    kept = {name: run for name, run in before["runs"].items() if run["setting"] not in found["tuning"]}
+    if kept and target != before["target"]:
+        raise ValueError(f"AdamW was trained anew: train {', '.join(sorted(kept))} too, whose target it is.")
+    own = {name: _summary_of(run, target) | {"environment": dict(environment)} for name, run in runs.items()}
+    return {"target": target, "tuning": {**before["tuning"], **found["tuning"]}, "runs": {**kept, **own}}
 
 
 def _summary_of(run: Mapping[str, Any], target: float | None) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def train(task: StudyTask, problem: Problem, setting: Setting, lr: float, seed: 
         share = lr_share(step, task.steps)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
-        is_finite = _step(model, optimizer, problem, generator)
+        is_finite = take_step(model, optimizer, problem, generator)
         if task.decay:
             with torch.no_grad():
                 torch._foreach_mul_(decayed, 1 - task.decay * share)
@@ -65,7 +65,7 @@ def train(task: StudyTask, problem: Problem, setting: Setting, lr: float, seed: 
     return record
 
 
-def _step(model: nn.Module, optimizer: Stepper, problem: Problem, generator: torch.Generator) -> bool:
+def take_step(model: nn.Module, optimizer: Stepper, problem: Problem, generator: torch.Generator) -> bool:
     """Take one step; returns whether the optimizer could take it."""
     loss = problem.loss(model, generator)
     loss.backward()
