@@ -20,6 +20,8 @@ from lightning_thor.distributed import dtensor
 from lightning_thor.trainer.packages import is_lightnings
 from lightning_thor.trainer.thors import scaler_of, takes_iterator
 
+ADVICE = 'Give block_size a number instead of "auto"; lightning_thor.choose_block_size finds one outside of a Trainer.'
+
 
 def try_block_sizes(
     trainer: pl.Trainer, pl_module: pl.LightningModule, parameters: list[nn.Parameter], **options: Any
@@ -46,10 +48,15 @@ def try_block_sizes(
             read only once, or a module that cannot be copied.
     """
     if not pl_module.automatic_optimization:
-        raise _error(f"tries {type(pl_module).__name__}.training_step, which in manual optimization would train")
+        raise ValueError(
+            f'block_size="auto" tries {type(pl_module).__name__}.training_step, which in manual optimization would '
+            f"train. {ADVICE}"
+        )
     if takes_iterator(pl_module):
-        name = type(pl_module).__name__
-        raise _error(f"tries {name}.training_step on a batch, but it takes dataloader_iter")
+        raise ValueError(
+            f'block_size="auto" tries {type(pl_module).__name__}.training_step on a batch, but it takes '
+            f"dataloader_iter. {ADVICE}"
+        )
     with isolate_rng(), _silent(trainer), _trial_of(pl_module, trainer) as trial:
         batch = _first_batch(trainer)
         copies = dict(zip(pl_module.parameters(), trial.parameters(), strict=True))
@@ -70,8 +77,10 @@ def _loss(trainer: pl.Trainer, trial: pl.LightningModule, batch: Any) -> Tensor:
         output = trial.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor):
-        step, got = f"{type(trial).__name__}.training_step", type(loss).__name__
-        raise _error(f"needs the loss of the first training batch, and {step} returned {got}")
+        raise ValueError(
+            f'block_size="auto" needs the loss of the first training batch, and {type(trial).__name__}.training_step '
+            f"returned {type(loss).__name__}. {ADVICE}"
+        )
     scaler = scaler_of(trainer)
     scaled: Tensor = loss if scaler is None else scaler.scale(loss)  # unscaled, float16 gradients would underflow
     return scaled
@@ -98,15 +107,19 @@ def _first_of(loader: Any) -> Any:
         own = copy.copy(loader)  # a loader with persistent workers keeps its iterator
         iterator = iter(own)
     except TypeError as error:
-        raise _error(f"cannot look at the first batch of a {type(loader).__name__}: {error}") from error
+        raise ValueError(
+            f'block_size="auto" cannot look at the first batch of a {type(loader).__name__}: {error}. {ADVICE}'
+        ) from error
     if iterator is own:
-        name = type(loader).__name__
-        raise _error(f"would take the first batch away from a {name}, which can be read only once")
+        raise ValueError(
+            f'block_size="auto" would take the first batch away from a {type(loader).__name__}, which can be read '
+            f"only once. {ADVICE}"
+        )
     batch = next(iterator, None)
     for generator, state in states:
         generator.set_state(state)
     if batch is None:
-        raise _error("needs a training batch, and the data loader has none")
+        raise ValueError(f'block_size="auto" needs a training batch, and the data loader has none. {ADVICE}')
     return batch
 
 
@@ -133,15 +146,10 @@ def _copy_of(pl_module: pl.LightningModule) -> pl.LightningModule:
     try:
         return copy.deepcopy(pl_module)
     except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise _error(f"tries a copy of {type(pl_module).__name__}, which cannot be copied ({why})") from error
-
-
-def _error(why: str) -> ValueError:
-    return ValueError(
-        f'block_size="auto" {why}. Give block_size a number instead of "auto"; lightning_thor.choose_block_size finds '
-        "one outside of a Trainer."
-    )
+        raise ValueError(
+            f'block_size="auto" tries a copy of {type(pl_module).__name__}, which cannot be copied '
+            f"({type(error).__name__}: {error}). {ADVICE}"
+        ) from error
 
 
 @contextmanager
