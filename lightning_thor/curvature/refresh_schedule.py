@@ -21,8 +21,8 @@ LONGEST_INTERVAL = 10
 # Steps from a decision by traces to the inversions that follow it: it reaches the host meanwhile, and nobody waits.
 DECISION_DELAY_STEPS = 2
 NO_WINDOW, HAD_WINDOW, REJECTED = 0, 1, 3
-"""Whether a layer has had a window that its average holds, or else had one that was rejected for not being finite. The
-last is none of a trace rule's decisions, beside which checkpoints have it."""
+"""What is known of a layer after a refresh: its average holds no window, holds one, or holds none because the last one
+was not finite. Checkpoints list `REJECTED` among a trace rule's decisions, so it is another number than these."""
 NEVER = 2**62
 """The next step of a layer that is left out."""
 

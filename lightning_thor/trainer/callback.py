@@ -89,11 +89,11 @@ class ThorCallback(Callback):
     ``thor/factor_change``, ``‖F - F_old‖ / ‖F_old‖`` at a refresh since the last logged step, or before, the geometric
     mean over all A and G that were not 0 before (0 if none changed yet); and the shares of the time since then that
     steps spent in THOR's parts, ``thor/time_in_statistics``, ``_inversion``, ``_communication`` and ``_directions`` (on
-    a GPU only with a `ThorMonitor`). At each epoch's end:
-    ``thor/failed_inversions`` and ``thor/rejected_windows``, the blocks that kept an old inverse and the windows of
-    layers that were left out for not being finite, so far: both stay 0 as long as all is well; with a trace rule
-    ``thor/refreshed_share``, the refreshes that were done over those that there would have been without it. When fit
-    ends, these figures are printed with advice, if what ``summary`` says is printed and there is a progress bar.
+    a GPU only with a `ThorMonitor`). At each epoch's end: ``thor/failed_inversions`` and ``thor/rejected_windows``, the
+    blocks that kept an old inverse and the windows of layers that were left out for not being finite, so far: both stay
+    0 as long as all is well; with a trace rule ``thor/refreshed_share``, the refreshes that were done over those that
+    there would have been without it. When fit ends, these figures are printed with advice, if what ``summary`` says is
+    printed and there is a progress bar.
     """
 
     def __init__(
