@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -163,13 +164,16 @@ def _find_use(output: Tensor, weight: Tensor) -> WeightProduct | None:
     """The nearest use of the weight; a product with a parameter of the weight's shape, if none uses the weight."""
     of_its_shape = None
     for node, output_number in _nodes_behind(output):
-        is_product = _is_product(node)
-        for place in range(len(node.next_functions)):
+        is_product = _is_product(node.name())
+        # From the last: the weight comes after the input, behind which there may be many operations.
+        for place in reversed(range(len(node.next_functions))):
             edge = _edge_to_parameter(node, place, any_operation=is_product)
             if edge is not None and edge.accumulator.variable is weight:
                 return WeightProduct(node, output_number, *edge)
-            if edge is not None and edge.accumulator.variable.shape == weight.shape and is_product:
-                of_its_shape = of_its_shape or WeightProduct(node, output_number, *edge)
+            # Of a norm's scale and shift the first.
+            is_nearest = of_its_shape is None or of_its_shape.node is node
+            if edge is not None and is_product and is_nearest and edge.accumulator.variable.shape == weight.shape:
+                of_its_shape = WeightProduct(node, output_number, *edge)
     return of_its_shape
 
 
@@ -194,22 +198,22 @@ def _edge_to_parameter(node: Any, number: int, *, any_operation: bool) -> _Edge 
             return None
         if hasattr(child, "variable"):
             return _Edge(*edge, child)
-        if _is_product(child) or not (any_operation or _name(child) in VIEWS):
+        if _is_product(child.name()) or not (any_operation or _operation(child.name()) in VIEWS):
             return None
         behind = [place for place, (one, _) in enumerate(child.next_functions) if one is not None]
         if len(behind) != 1:
             return None
         node, number = child, behind[0]
-        edge = edge if _name(node) == "ToCopy" else (node, number)
+        edge = edge if _operation(node.name()) == "ToCopy" else (node, number)
     return None
 
 
 def is_used_again(output: Tensor, use: WeightProduct, a: Tensor) -> bool:
     """True if the module that made ``output`` of ``a`` multiplied by the weight of ``use`` in a further operation."""
     for node, _ in _nodes_behind(output, a.grad_fn):
-        if _name(node) in VIEWS:  # of the weight, on the way from a product
+        if _operation(node.name()) in VIEWS:  # of the weight, on the way from a product
             continue
-        is_product = _is_product(node)
+        is_product = _is_product(node.name())
         for place in range(len(node.next_functions)):
             edge = _edge_to_parameter(node, place, any_operation=is_product)
             if edge is not None and edge.accumulator is use.accumulator and edge != use[2:]:
@@ -217,11 +221,13 @@ def is_used_again(output: Tensor, use: WeightProduct, a: Tensor) -> bool:
     return False
 
 
-def _name(node: Any) -> str:
-    """The operation's name: ``Addmm`` of ``AddmmBackward0``."""
-    return str(node.name()).rpartition("::")[2].partition("Backward")[0]
+@lru_cache(maxsize=1024)
+def _operation(node_name: str) -> str:
+    """``Addmm`` of ``AddmmBackward0``."""
+    return node_name.rpartition("::")[2].partition("Backward")[0]
 
 
-def _is_product(node: Any) -> bool:
-    name = _name(node)
-    return name.startswith(PRODUCTS) or name.endswith("Norm")
+@lru_cache(maxsize=1024)
+def _is_product(node_name: str) -> bool:
+    operation = _operation(node_name)
+    return operation.startswith(PRODUCTS) or operation.endswith("Norm")
