@@ -19,6 +19,7 @@ from lightning_thor.factors.tied_embedding import add_table_factors_
 from lightning_thor.layers.base import Layer, Rows
 from lightning_thor.linalg.block_diagonal import add_covariance_
 from lightning_thor.linalg.decompositions import INVERSE, Decomposition, Problems, Solutions, is_finite, traces
+from lightning_thor.linalg.memory import sent
 from lightning_thor.linalg.packing import pack, packed_numel, unpack
 
 Solve = Callable[[Problems], Solutions]
@@ -275,9 +276,7 @@ class FactorState:
         start, stop = min(counted), max(counted) + 1
         none = [0.0] * N_COUNTS
         numbers = [counted.get(layer, none) for layer in range(start, stop)]
-        # Only from pinned memory does a copy to a GPU not wait for what the GPU still has to do.
-        new = torch.tensor(numbers, dtype=self.dtype, pin_memory=self._counts.is_cuda)
-        self._counts[start:stop] += new.to(self._counts.device, non_blocking=True)
+        self._counts[start:stop] += sent(numbers, self._counts)
 
     def clear_window(self) -> None:
         """Empty the open window."""

@@ -22,7 +22,8 @@ def adjacent_runs(tensors: Sequence[Tensor]) -> list[list[int]]:
         tensors: in any order; those of a run are contiguous, of one shape and dtype and in one storage.
 
     Returns:
-        For each run the indices of its tensors, in the order of memory.
+        For each run the indices of its tensors, in the order of memory; runs in the order of their first index, so that
+        they are the same wherever their memory is.
 
     >>> adjacent_runs(torch.zeros(2, 3).unbind())  # on a GPU: [[0, 1]]
     [[0], [1]]
@@ -43,7 +44,7 @@ def adjacent_runs(tensors: Sequence[Tensor]) -> list[list[int]]:
             runs.append([index])
         end = addresses[index] + tensor.numel() * tensor.element_size() if tensor.is_contiguous() else -1
         last = form
-    return runs
+    return sorted(runs)
 
 
 def as_stacked_view(run: Sequence[Tensor]) -> Tensor:
@@ -67,6 +68,27 @@ def constants(numbers: Iterable[float], like: Tensor) -> Tensor:
     tensor([1., 2.])
     """
     return _constants(tuple(numbers), like.dtype, like.device)
+
+
+def sent(numbers: Sequence[Any], like: Tensor) -> Tensor:
+    """Numbers that change from step to step as a new tensor with the dtype and the device of a tensor, without waiting.
+
+    >>> sent([1, 2], torch.zeros(0))
+    tensor([1., 2.])
+    """
+    # Only from pinned memory does a copy to a GPU not wait for what the GPU still has to do.
+    return torch.tensor(numbers, dtype=like.dtype, pin_memory=like.is_cuda).to(like.device, non_blocking=True)
+
+
+def select(vector: Tensor, places: Sequence[int]) -> Tensor:
+    """The entries of a vector at these places, in their order; the vector itself if these are all in its own order.
+
+    >>> select(torch.tensor([1.0, 2.0, 3.0]), [2, 0])
+    tensor([3., 1.])
+    """
+    if places == list(range(len(vector))):
+        return vector
+    return vector.index_select(0, _constants(tuple(places), torch.int64, vector.device))
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ would wait for a device."""
 
 def fade_factors(
     sources: Sequence[Tensor], params: Sequence[Tensor], shares: Sequence[float], largest: Largest
-) -> tuple[list[float] | list[Tensor], Largest]:
+) -> tuple[list[float] | Tensor, Largest]:
     """Compute the factor ``min(1, r / (8 eps R))²`` of each direction, and R with this step.
 
     r is the root mean square of a direction's source, R the largest r of the training so far, eps the machine epsilon
@@ -60,7 +61,7 @@ def fade_factors(
         largest: R before this step.
 
     Returns:
-        ``(factors, R)``; tensors where reading them would wait for a device.
+        ``(factors, R)``; tensors, factors ``[n]``, where reading them would wait for a device.
 
     >>> fade_factors([torch.tensor([1e-9]), torch.tensor([1.0])], [torch.zeros(1)] * 2, [1.0, 1.0], 0.0)
     ([1.1e-06, 1.0], 1.0)
@@ -70,9 +71,14 @@ def fade_factors(
     if norms.can_read_on_host(sources, params):
         return _on_host(sources, roundings, shares, float(largest))
     r, scales = norms.norms(norms.as_real(sources), params)
+    r *= constants([1.0 / math.sqrt(max(1, p.numel())) for p in params], r)
+    start = 0
     # Shares follow a schedule of the momentum: as a tensor they would be copied to the device in every step.
-    means = [share / math.sqrt(max(1, p.numel())) for share, p in zip(shares, params, strict=True)]
-    torch._foreach_mul_(list(r.unbind()), means)
+    for share, run in groupby(shares):
+        stop = start + len(list(run))
+        if share != 1.0:
+            r[start:stop] *= share
+        start = stop
     for scale in scales:
         r /= scale
     # From a checkpoint it comes as a number, or on another device.
@@ -81,7 +87,7 @@ def fade_factors(
     largest = r.amax().nan_to_num_(nan=0.0, posinf=0.0).clamp(before, limit)
     factors = (r / (largest * constants(roundings, r))).square_()
     # 1 also where r is NaN, and where r and R are 0, before the first gradient.
-    return list(torch.fmin(factors, ONE).unbind()), largest
+    return torch.fmin(factors, ONE), largest
 
 
 @cache

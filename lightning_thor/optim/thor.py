@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from torch.optim.sgd import sgd
 
 from lightning_thor.distributed.dtensor import is_sharded, local_gradients, local_parts
 from lightning_thor.linalg.dtypes import wide
+from lightning_thor.linalg.memory import select, sent
 from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_other_coordinates
 from lightning_thor.optim.fading import fade_factors
 from lightning_thor.optim.options import FOREIGN_OPTIONS, FORMER, OPTIONS, check_group, plain_numbers, unknown_options
 from lightning_thor.optim.state_dict import MOMENTUM, check_momenta, check_state, numbered_as_in
-from lightning_thor.optim.update_scaling import clip_kl_, multiply, scale_to_norms_
+from lightning_thor.optim.update_scaling import clip_kl_, scale_to_norms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
 from lightning_thor.preconditioning.modes import MODES, NATURAL, Mode, ModeName, common_mode
 
@@ -32,8 +33,14 @@ GRADIENT_RMS = "gradient_rms"
 NUMBERING = tuple(f"torch.distributed.{name}." for name in ("checkpoint", "fsdp", "optim"))
 """Modules of torch that rely on its own numbers of parameters in a state."""
 
-Targets = Mapping[nn.Parameter, float | Tensor]
-"""The L2 norm that each direction is scaled to; without an entry its scale stays."""
+
+class Targets(NamedTuple):
+    """The L2 norm that each direction is scaled to; of a parameter that is not among them its scale stays."""
+
+    norms: Mapping[nn.Parameter, Any]
+    """By parameter, numbers; or, where reading them would wait for a device, places in ``vector``."""
+    vector: Tensor | None = None
+    """``[n]`` in float64."""
 
 
 class Preconditioner(Protocol):
@@ -323,7 +330,7 @@ class Thor(Optimizer):
         if mode.change_basis is not None:  # so have all groups
             change_basis = _method_for(preconditioner, mode)
             grads = {**grads, **zeros}
-            return [steps_in_other_coordinates(groups, self.state, preconditioner, change_basis, grads)], {}
+            return [steps_in_other_coordinates(groups, self.state, preconditioner, change_basis, grads)], Targets({})
         preconditioner.update()
         momenta: dict[nn.Parameter, Tensor] = {}
         for group in groups:
@@ -373,14 +380,17 @@ class Thor(Optimizer):
                     norms[p] = rms * math.sqrt(p.numel())
                     shares[p] = share
         if not norms:
-            return {}
+            return Targets({})
         before = self.param_groups[0][GRADIENT_RMS]
         factors, largest = fade_factors([sources[p] for p in shares], list(shares), list(shares.values()), before)
         for group in self.param_groups:
             group[GRADIENT_RMS] = largest
-        if not isinstance(factors[0], Tensor) and factors.count(1.0) == len(factors):
-            return norms
-        return dict(zip(norms, multiply(factors, list(norms.values())), strict=True))
+        if isinstance(factors, Tensor):
+            vector = sent(list(norms.values()), factors).mul_(factors)
+            return Targets(dict(zip(norms, range(len(norms)), strict=True)), vector)
+        if factors.count(1.0) == len(factors):
+            return Targets(norms)
+        return Targets({p: norm * factor for (p, norm), factor in zip(norms.items(), factors, strict=True)})
 
     def _apply(self, grads: Tensors, updates: Directions, targets: Targets) -> None:
         """Scale updates, decay weights, and move the parameters of ``updates``, whose tensors are lost."""
@@ -388,9 +398,11 @@ class Thor(Optimizer):
         for group in self.param_groups:
             if params := [p for p in group["params"] if p in updates]:
                 steps.append((group, params, local_parts(params), [updates[p] for p in params]))
-        matched = [p for _, params, *_ in steps for p in params if p in targets]
+        matched = [p for _, params, *_ in steps for p in params if p in targets.norms]
         if matched:
-            scale_to_norms_([updates[p] for p in matched], matched, [targets[p] for p in matched])
+            norms = [targets.norms[p] for p in matched]
+            own_norms = norms if targets.vector is None else select(targets.vector, norms)
+            scale_to_norms_([updates[p] for p in matched], matched, own_norms)
         clipped = [(p, group) for group, params, *_ in steps if group["kl_clip"] is not None for p in params]
         if clipped:
             clip_kl_(clipped, grads, updates)

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.linalg.dtypes import wide
-from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view
+from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view, select, sent
 from lightning_thor.optim import norms
 from lightning_thor.optim.norms import as_real
 
-Numbers = Sequence[float | Tensor]
-"""One per tensor, all of one type: floats, or 0-dimensional float64 tensors where reading them would wait for a device
-or for other ranks."""
+Numbers = Sequence[float] | Tensor
+"""One per tensor: floats, or ``[n]`` in float64 where reading them would wait for a device or for other ranks."""
 
 LEAST_NORM = 1e-100
 """Norms of zeros are raised to it: far below any other norm, and its reciprocal is finite."""
@@ -47,15 +46,8 @@ def scale_to_norms_(
         _scale_on_device_(real, params, targets, at_most=at_most)
         return
     sums, exponents = norms.scaled_sums_of_squares(real)
-    factors = [float(target) / math.sqrt(total) if total else 1.0 for target, total in zip(targets, sums, strict=True)]
+    factors = [target / math.sqrt(total) if total else 1.0 for target, total in zip(targets, sums, strict=True)]
     _multiply_on_host_(real, factors, [-exponent for exponent in exponents], at_most=at_most)
-
-
-def multiply(numbers: Numbers, factors: Sequence[float]) -> Numbers:
-    """Multiply each of ``numbers`` by its factor; returns new numbers of the same type."""
-    if numbers and isinstance(numbers[0], Tensor):
-        return list(torch._foreach_mul(list(numbers), list(factors)))  # type: ignore[arg-type]
-    return [number * factor for number, factor in zip(numbers, factors, strict=True)]
 
 
 def clip_kl_(
@@ -109,7 +101,7 @@ def _multiply_on_host_(
 def _scale_on_device_(real: Sequence[Tensor], params: Sequence[Tensor], targets: Numbers, *, at_most: bool) -> None:
     found, scales = norms.norms(real, params)
     factors = found.clamp_min_(LEAST_NORM).reciprocal_()
-    torch._foreach_mul_(list(factors.unbind()), list(targets))  # type: ignore[arg-type]
+    factors *= targets if isinstance(targets, Tensor) else sent(targets, factors)
     if at_most:
         whole = factors
         for scale in scales:
@@ -124,7 +116,7 @@ def _multiply_on_device_(real: Sequence[Tensor], *factors: Tensor) -> None:
     runs = adjacent_runs(real)
     together = [as_stacked_view([real[index] for index in run]) for run in runs]
     for each in factors:
-        ordered = torch.stack([each[index] for run in runs for index in run]).split([len(run) for run in runs])
+        ordered = select(each, [index for run in runs for index in run]).split([len(run) for run in runs])
         # With dimensions: a 0-dimensional factor would be rounded to the dtype of its tensor.
         shaped = [own.view(-1, *[1] * (one.dim() - 1)) for own, one in zip(ordered, together, strict=True)]
         torch._foreach_mul_(together, shaped)

@@ -24,29 +24,28 @@ HOSTS = pytest.mark.parametrize("host", [{"cpu"}, set()], ids=["as on a CPU", "a
 EPS = torch.finfo(torch.float32).eps
 
 
-def factors(sources: list[Tensor], largest: Any = 0.0, times: float = 1.0) -> tuple[list[float], float]:
-    found, after = fade_factors(sources, sources, [times] * len(sources), largest)
+def factors(sources: list[Tensor], largest: Any = 0.0, *shares: float) -> tuple[list[float], float]:
+    found, after = fade_factors(sources, sources, shares or [1.0] * len(sources), largest)
     return [float(one) for one in found], float(after)
 
 
 @pytest.mark.fuzz
 @HOSTS
 @given(
-    exponents=some.lists(some.integers(-130, 110), min_size=1, max_size=6),
+    own=some.lists(some.tuples(some.integers(-130, 110), some.sampled_from([1.0, 0.1])), min_size=1, max_size=6),
     before=some.one_of(some.just(0.0), some.floats(1e-30, 1e30)),
     numel=some.sampled_from([1, 5, 4 * SLICE_NUMEL, 4 * SLICE_NUMEL + 1, 9 * SLICE_NUMEL]),
-    times=some.sampled_from([1.0, 0.1]),
 )
 def test_a_factor_is_the_square_of_r_over_so_many_roundings_of_the_largest(
-    host: set[str], exponents: list[int], before: float, numel: int, times: float
+    host: set[str], own: list[tuple[int, float]], before: float, numel: int
 ) -> None:
-    sources = [torch.full((numel,), 2.0**exponent) for exponent in exponents]
+    sources = [torch.full((numel,), 2.0**exponent) for exponent, _ in own]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "HOST", host)
-        found, largest = factors(sources, before, times)
-    r = [times * 2.0**exponent for exponent in exponents]
+        found, largest = factors(sources, before, *(share for _, share in own))
+    r = [share * 2.0**exponent for exponent, share in own]
     assert largest == pytest.approx(max(before, min(max(r), 2 * before)) if before else max(r), rel=1e-6)
-    assert found == pytest.approx([min(1.0, own / (ROUNDINGS * EPS * largest)) ** 2 for own in r], rel=1e-5)
+    assert found == pytest.approx([min(1.0, each / (ROUNDINGS * EPS * largest)) ** 2 for each in r], rel=1e-5)
 
 
 @pytest.mark.parametrize("where", [0, -1, 2 * SLICE_NUMEL + 1])

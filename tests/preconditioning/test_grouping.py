@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_thor import Curvature
+from lightning_thor import Curvature, Thor
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.linalg import block_diagonal, memory
 from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view
@@ -186,8 +186,39 @@ def test_runs_are_of_one_storage_and_shape_in_the_order_of_memory() -> None:
     assert adjacent_runs([three[0], three[1][:2]]) == [[0], [1]]
     assert adjacent_runs(torch.zeros(4, 3).T.unbind()) == [[0], [1], [2]]
     assert adjacent_runs(list(empty)) == []
+    # In the order of their first index, wherever they lie: the same in every step.
+    assert adjacent_runs([three[2], other, three[0], three[1]]) == [[1], [2, 3, 0]]
     as_stacked_view([three[0], three[1]]).fill_(1.0)
     assert torch.stack(three).sum() == 8
+
+
+def test_steps_where_no_number_can_be_read_are_those_where_all_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of two modes, with limits that differ, rates and momenta that change, and one that is not scaled."""
+
+    def trained() -> list[Tensor]:
+        torch.manual_seed(4)
+        layers = [part for _ in range(5) for part in (nn.Linear(32, 32), nn.Tanh())]
+        model = nn.Sequential(*layers, nn.LayerNorm(32), nn.Linear(32, 13)).double()
+        params = list(model.parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": params[10:], "mode": "polar"},
+            {"params": params[:3], "max_relative_step": 0.02},
+            {"params": params[3:5], "match_rms": None, "clip_norm": 0.1},
+            {"params": params[5:10]},
+        ]
+        curvature = Curvature(model, block_size=8, mode="polar", update_every_n_steps=2)
+        thor = Thor(groups, preconditioner=curvature)
+        for number in range(6):
+            model(torch.randn(20, 32, dtype=torch.float64)).sin().sum().backward()
+            for group in thor.param_groups:
+                group["lr"], group["momentum"] = 0.03 / (1 + number), 0.8 + 0.01 * number
+            thor.step()
+            thor.zero_grad()
+        return params
+
+    on_a_device = trained()
+    monkeypatch.undo()
+    torch.testing.assert_close(on_a_device, trained(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.complex64])
