@@ -7,6 +7,10 @@ precondition, *refresh* ones also observe and invert. Staggered THOR refreshes s
 Separate steps measure the parts of a refresh and their floor (``parts.py``), and memory (``memory.py``).
 
     python -m benchmarks.step_cost --workload gpt --rounds 60 --peers --memory
+
+On a GPU whole intervals are timed too, in which nothing waits for it, and networks that are compiled:
+
+    python -m benchmarks.step_cost --scale gpu --workload gpt resnet50 gpt_compiled resnet50_compiled --memory --picture
 """
 
 import argparse
@@ -23,7 +27,8 @@ from benchmarks.common.tables import rich_table
 from benchmarks.step_cost.figures import HEADS, PARTS_HEADS, cells, parts_cells, rounded, summarise
 from benchmarks.step_cost.memory import median_growth
 from benchmarks.step_cost.parts import measure_parts
-from benchmarks.step_cost.rounds import OPTIMIZERS, PEERS, make_batches, measure
+from benchmarks.step_cost.rounds import OPTIMIZERS, PEERS, make_batches, measure, measure_intervals
+from benchmarks.step_cost.timeline import draw, trace
 from benchmarks.step_cost.workloads import WORKLOADS
 
 OF_MEMORY = ("adamw", "thor")
@@ -34,11 +39,12 @@ PARTS_TITLE = "Parts of a refresh step beyond SGD's step, as shares of it, and t
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, merge the measured workloads into the JSON file, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=WORKLOADS["cpu"], nargs="+", default=list(WORKLOADS["cpu"]))
+    parser.add_argument("--workload", choices=WORKLOADS["gpu"], nargs="+", default=list(WORKLOADS["cpu"]))
     parser.add_argument("--scale", choices=WORKLOADS, default="cpu", help="sizes for two cores, or for a GPU")
     parser.add_argument("--rounds", type=int, default=60, help="timed rounds per workload; half of them are refreshes")
     parser.add_argument("--peers", action="store_true", help="time SINGD (a K-FAC, of the package index) as well")
     parser.add_argument("--memory", action="store_true", help="measure peak memory, in processes of their own")
+    parser.add_argument("--picture", action="store_true", help="draw what host and GPU do in each kind of step")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
     args = parser.parse_args(arguments)
@@ -50,10 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     console = Console()
     for name in args.workload:
-        workload = WORKLOADS[args.scale][name]
+        workload = WORKLOADS[args.scale].get(name)
+        if workload is None:
+            parser.error(f"{name} is not measured with --scale {args.scale}")
         with console.status(f"{name}: {args.rounds} rounds"):
             measured = measure(workload, args.rounds, device, OPTIMIZERS + (PEERS if args.peers else ()))
-            parts = measure_parts(workload, make_batches(workload, device), max(2, args.rounds // 4), device)
+            if args.scale == "gpu":
+                measured["intervals"] = measure_intervals(workload, max(3, args.rounds // 4), device)
+            batches, parts = make_batches(workload, device), {}
+            if "compiled" not in name:  # of a compiled network Python's profiler would see the compiler
+                parts = measure_parts(workload, batches, max(2, args.rounds // 4), device)
+            if args.picture:
+                draw(trace(workload, batches, device), workload.words, out.with_name(f"{out.stem}_{name}.png"))
             memory = {one: median_growth(name, one, args.scale, args.threads) for one in OF_MEMORY if args.memory}
         result = {"summary": summarise(measured), "parts": parts, "memory": memory}
         results[name] = {"words": workload.words, "environment": environment(device), **rounded(result)}

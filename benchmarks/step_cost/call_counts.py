@@ -58,7 +58,8 @@ def profile_steps() -> tuple[PackageProfile, PackageProfile]:
 
 
 def count() -> dict[str, int]:
-    """Count what ``LIMITS`` limits."""
+    """Count what ``LIMITS`` limits, where a process has once taken such steps before."""
+    profile_steps()
     refresh, plain = profile_steps()
     return {
         "files of a pair": len(profile_pair().files),

@@ -40,7 +40,8 @@ def summarise(measured: Mapping[str, Any]) -> dict[str, Any]:
 
     ``"amortised"`` is the mean cost at each interval: ``((interval - 1) * plain + refresh) / interval`` of the medians;
     under ``"staggered"`` the sum of all staggered steps over SGD's. ``"p99_over_p50"`` shows how uneven steps are at
-    the interval 10: 1 if all take the same time. SGD's own shows the machine's share of it.
+    the interval 10: 1 if all take the same time. SGD's own shows the machine's share of it. ``"intervals"``, if they
+    were measured: whole intervals of 10 steps over SGD's, as training takes them, without waiting between steps.
     """
     seconds, refreshes = measured["seconds"], measured["refreshes"]
     quartiles = {
@@ -58,12 +59,22 @@ def summarise(measured: Mapping[str, Any]) -> dict[str, Any]:
         if name in ("sgd", "thor", "thor_staggered"):
             p50, p99 = quantiles(values, weights.get(name, [1.0] * len(values)), (0.5, 0.99))
             uneven[name] = p99 / p50
+    whole = measured.get("intervals", {})
+    intervals = {
+        name: quantiles(
+            [mine / sgd for mine, sgd in zip(whole[name], whole["sgd"], strict=True)],
+            [1.0] * len(whole[name]),
+            (0.25, 0.5, 0.75),
+        )
+        for name in whole.keys() - {"sgd"}
+    }
     return {
         "rounds": len(of_thor),
         "sgd_milliseconds": 1e3 * quantiles(seconds["sgd"], [1.0] * len(of_thor), (0.5,))[0],
         **{kind: quartiles[kind] for kind in sorted(quartiles)},
         "amortised": amortised | {"staggered": sum(seconds["thor_staggered"]) / sum(seconds["sgd"])},
         "p99_over_p50": uneven,
+        **({"intervals": {name: intervals[name] for name in sorted(intervals)}} if intervals else {}),
         "state_over_parameters": {k: v / measured["parameter_bytes"] for k, v in measured["state_bytes"].items()},
     }
 
@@ -94,14 +105,18 @@ def rounded(value: Any) -> Any:
 
 
 def cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One row under ``HEADS`` for each workload; the terminal and the README show the same."""
+    """One row under ``HEADS`` for each workload; the terminal and the README show the same. Where whole intervals were
+    measured, they are what is told of the interval 10."""
     for result in results.values():
         summary, memory = result["summary"], result["memory"]
+        every = dict(summary["amortised"])
+        if "intervals" in summary:
+            every |= {"10": summary["intervals"]["thor"][1], "staggered": summary["intervals"]["thor_staggered"][1]}
         yield (
             result["words"],
             f"{summary['sgd_milliseconds']:.1f}",
             *(with_quartiles(summary[kind]) for kind in ("adamw", "thor_plain", "thor_refresh")),
-            *(f"{summary['amortised'][key]:.2f}" for key in ("10", "100", "staggered")),
+            *(f"{every[key]:.2f}" for key in ("10", "100", "staggered")),
             " / ".join(f"{summary['p99_over_p50'][name]:.2f}" for name in ("sgd", "thor", "thor_staggered")),
             " / ".join(f"{summary['state_over_parameters'][name]:.1f}" for name in ("sgd", "adamw", "thor")),
             f"{memory['thor'] / memory['adamw']:.2f}" if memory.get("thor") and memory.get("adamw") else "–",
@@ -109,8 +124,10 @@ def cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def parts_cells(results: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One row under ``PARTS_HEADS`` for each workload."""
+    """One row under ``PARTS_HEADS`` for each workload whose parts were measured."""
     for result in results.values():
+        if not result["parts"]:
+            continue
         parts, floor, summary = result["parts"]["parts"], result["parts"]["floor"], result["summary"]
         at_ten = 1 + floor["preconditioning"] + (floor["statistics"] + floor["inversion"]) / REPORTED_INTERVAL
         yield (

@@ -81,7 +81,7 @@ def warm_up(device: torch.device) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the growth in bytes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=WORKLOADS["cpu"], required=True)
+    parser.add_argument("--workload", choices=WORKLOADS["gpu"], required=True)
     parser.add_argument("--optimizer", choices=("sgd", "adamw", "thor", "thor_staggered"), required=True)
     parser.add_argument("--scale", choices=WORKLOADS, default="cpu")
     parser.add_argument("--threads", type=int)

@@ -1,13 +1,15 @@
-"""Whole training steps, timed in rounds in which each optimizer takes one step on the same batch."""
+"""Whole training steps, timed in rounds in which each optimizer takes one step on the same batch, or one interval."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.common.environment import seconds_of
 from benchmarks.common.workloads import Batch, Workload
-from benchmarks.step_cost.workloads import MEASURED_INTERVAL, Runner, make_runner
+from benchmarks.step_cost.workloads import MEASURED_INTERVAL, STAGGERED_INTERVAL, Runner, make_runner
 
 BATCHES = 8
 OPTIMIZERS = ("sgd", "adamw", "thor", "thor_staggered")
@@ -38,7 +40,7 @@ def measure(workload: Workload, rounds: int, device: torch.device, names: Sequen
     for number, order in enumerate(rotations(names, warm_up + rounds)):
         inputs, targets = batches[number % BATCHES]
         due = {name: runners[name].is_due() for name in refreshes}
-        taken = {name: runners[name].step(inputs, targets) for name in order}
+        taken = {name: seconds_of(partial(runners[name].step, inputs, targets), device) for name in order}
         if number < warm_up:
             continue
         for name in names:
@@ -51,6 +53,31 @@ def measure(workload: Workload, rounds: int, device: torch.device, names: Sequen
         "state_bytes": {name: state_bytes(one) for name, one in runners.items() if name not in PEERS},
         "parameter_bytes": sum(p.numel() * p.element_size() for p in runners["sgd"].model.parameters()),
     }
+
+
+def measure_intervals(
+    workload: Workload, rounds: int, device: torch.device, names: Sequence[str] = OPTIMIZERS
+) -> dict[str, list[float]]:
+    """Time whole intervals of ``STAGGERED_INTERVAL`` steps, in which nothing waits for the device, as in training: what
+    the host does meanwhile costs nothing where the device has more to do.
+
+    Returns:
+        By optimizer: seconds of each of ``rounds`` intervals, after one that warms up.
+    """
+    batches = make_batches(workload, device)
+    runners = {name: make_runner(name, workload, device, STAGGERED_INTERVAL) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def interval(name: str) -> None:
+        for number in range(STAGGERED_INTERVAL):
+            runners[name].step(*batches[number % BATCHES])
+
+    for number, order in enumerate(rotations(names, 1 + rounds)):
+        for name in order:
+            taken = seconds_of(partial(interval, name), device)
+            if number:
+                seconds[name].append(taken)
+    return seconds
 
 
 def rotations(names: Sequence[str], count: int) -> Iterator[Sequence[str]]:

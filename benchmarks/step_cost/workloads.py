@@ -1,7 +1,7 @@
 """Networks and batches of ``step_cost``, sized for two cores and for a GPU, and the optimizers that step on them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common.contenders import CONTENDERS, Stepper
-from benchmarks.common.environment import seconds_of
 from benchmarks.common.models import ViT, mlp, resnet50
 from benchmarks.common.workloads import Workload, images, rows, tokens
 from examples.char_gpt import CharGPT
@@ -21,6 +20,18 @@ from lightning_thor import Curvature, Thor
 MEASURED_INTERVAL = 2
 # The cost of a staggered step does depend on the interval: this is the default.
 STAGGERED_INTERVAL = 10
+
+
+def compiled(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """The same network, compiled in place."""
+
+    def build_compiled() -> nn.Module:
+        model = build()
+        model.compile()
+        return model
+
+    return build_compiled
+
 
 CPU = {
     "mlp": Workload(
@@ -47,6 +58,10 @@ GPU = {
     ),
     "vit": Workload(lambda: ViT(12, 384, 6), images(512), "ViT, 12 layers, width 384, batch 512 of 64 patches"),
 }  # fmt: skip
+GPU |= {
+    f"{name}_compiled": replace(GPU[name], model=compiled(GPU[name].model), words=f"{GPU[name].words}, compiled")
+    for name in ("resnet50", "gpt")
+}
 WORKLOADS: Mapping[str, Mapping[str, Workload]] = {"cpu": CPU, "gpu": GPU}
 
 
@@ -64,15 +79,11 @@ class Runner:
             loss = F.cross_entropy(self.model(inputs).flatten(0, -2), targets.flatten())
         loss.backward()
 
-    def step(self, inputs: Tensor, targets: Tensor) -> float:
-        """Take one training step; returns its seconds."""
-
-        def run() -> None:
-            self.backward(inputs, targets)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-        return seconds_of(run, inputs.device)
+    def step(self, inputs: Tensor, targets: Tensor) -> None:
+        """Take one training step, without waiting for the device."""
+        self.backward(inputs, targets)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def is_due(self) -> bool:
         """Whether the coming step refreshes the factors, of THOR's curvature or of SINGD."""
@@ -82,14 +93,14 @@ class Runner:
         return bool(getattr(kfac, "steps", 1) % MEASURED_INTERVAL == 0)
 
 
-def make_runner(name: str, workload: Workload, device: torch.device) -> Runner:
-    """Build an optimizer (see `rounds.OPTIMIZERS` and ``PEERS``) at its defaults, on a fresh model from a fixed seed;
-    on a GPU SGD and AdamW are fused."""
+def make_runner(name: str, workload: Workload, device: torch.device, every: int = MEASURED_INTERVAL) -> Runner:
+    """Build an optimizer (see `rounds.OPTIMIZERS` and ``PEERS``) at its defaults but for THOR's interval, on a fresh
+    model from a fixed seed; on a GPU SGD and AdamW are fused."""
     torch.manual_seed(0)
     model = workload.model().to(device).train()
     if name.startswith("thor"):
         staggered = name == "thor_staggered"
-        every = STAGGERED_INTERVAL if staggered else MEASURED_INTERVAL
+        every = STAGGERED_INTERVAL if staggered else every
         curvature = Curvature(model, update_every_n_steps=every, stagger=staggered)
         return Runner(model, Thor(model.parameters(), lr=1e-3, preconditioner=curvature), curvature)
     contender = CONTENDERS[name]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.common.workloads import Workload, rows
-from benchmarks.step_cost import call_counts, figures, memory, parts, rounds, workloads
+from benchmarks.step_cost import call_counts, figures, memory, parts, rounds, timeline, workloads
 from benchmarks.step_cost.profiler import PackageProfile
 from lightning_thor import Curvature, Thor
 from tests.helpers.benchmarks import CPU, step_cost, step_seconds
@@ -73,8 +73,10 @@ def test_too_few_rounds_are_refused() -> None:
         figures.summarise(measured)
 
 
-def test_both_scales_have_the_same_workloads() -> None:
-    assert workloads.WORKLOADS["gpu"].keys() == workloads.WORKLOADS["cpu"].keys()
+def test_both_scales_have_the_same_workloads_and_a_gpu_compiled_ones() -> None:
+    more = workloads.WORKLOADS["gpu"].keys() - workloads.WORKLOADS["cpu"].keys()
+    assert workloads.WORKLOADS["cpu"].keys() < workloads.WORKLOADS["gpu"].keys()
+    assert all(name.removesuffix("_compiled") in workloads.WORKLOADS["cpu"] for name in more)
 
 
 # ── parts ──
@@ -169,3 +171,62 @@ def test_the_peak_of_memory_is_seen_after_it_is_gone() -> None:
     now = memory.resident_bytes("VmRSS")
     torch.ones(64 * 2**20 // 4)
     assert memory.resident_bytes("VmHWM") - now > 50 * 2**20
+
+
+# ── whole intervals, and what host and device do ──
+
+
+def test_whole_intervals_are_told_instead_of_what_single_steps_add_up_to() -> None:
+    result = step_cost()
+    measured = {**step_seconds(), "intervals": {"sgd": [1.0, 2.0], "thor": [1.5, 3.0], "thor_staggered": [1.0, 2.0]}}
+    summary = figures.summarise(measured)
+    assert summary["intervals"] == {"thor": [1.5] * 3, "thor_staggered": [1.0] * 3}
+    places = [figures.HEADS.index(head) for head in ("every 10", "staggered, every 10")]
+    for told, wanted in ((result["summary"], ["2.20", "2.50"]), (summary, ["1.50", "1.00"])):
+        (row,) = figures.cells({"net": {**result, "summary": told}})
+        assert [row[place] for place in places] == wanted
+
+
+def test_an_interval_has_its_steps_and_one_refresh() -> None:
+    built: list[Any] = []
+
+    class Counted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            built.append(self)
+            return super().forward(x)
+
+    workload = Workload(lambda: Counted(4, 10), rows(8, 4), "small")
+    seconds = rounds.measure_intervals(workload, 2, CPU, ("sgd", "thor"))
+    assert {name: len(each) for name, each in seconds.items()} == {"sgd": 2, "thor": 2}
+    assert len(built) == 2 * 3 * workloads.STAGGERED_INTERVAL
+
+
+def test_a_kernel_belongs_to_the_phase_that_launched_it() -> None:
+    """The optimizer's kernel runs when forward and backward, whose work is queued, are long over on the host."""
+
+    def event(cat: str, name: str, start: float, length: float, correlation: int = 0) -> dict[str, Any]:
+        return {"cat": cat, "name": name, "ts": start, "dur": length, "args": {"correlation": correlation}}
+
+    first, second = timeline.PHASES
+    found = timeline.timeline(
+        [
+            event("user_annotation", first, 1000.0, 500.0),
+            event("user_annotation", second, 1500.0, 500.0),
+            event("cuda_runtime", "launch", 1100.0, 5.0, 1),
+            event("cuda_runtime", "launch", 1600.0, 5.0, 2),
+            event("kernel", "product", 1200.0, 2000.0, 1),
+            event("kernel", "update", 3200.0, 1000.0, 2),
+            event("kernel", "of another step", 9000.0, 1000.0, 3),
+        ]
+    )
+    assert found.host == {first: [(0.0, 0.5)], second: [(0.5, 0.5)]}
+    assert found.device == {first: [(0.2, 2.0)], second: [(2.2, 1.0)]}
+    assert found.end == pytest.approx(3.2)
+
+
+@pytest.mark.slow
+def test_a_picture_shows_each_kind_of_step(tmp_path: Path) -> None:
+    found = timeline.trace(SMALL, rounds.make_batches(SMALL, CPU), CPU)
+    assert found.keys() == {"SGD", "THOR, plain step", "THOR, refresh step"}
+    timeline.draw(found, "small", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
