@@ -52,8 +52,15 @@ def measured_in(parts: Iterable[dict[str, Any]]) -> str:
 
 def product_rates(results: dict[str, Any]) -> str:
     """The range of the rates of a large matrix product, measured beside each workload."""
-    rates = [result["parts"]["gflops"] for result in results.values()]
+    rates = [result["parts"]["gflops"] for result in results.values() if result["parts"]]
     return f"{min(rates):.0f} to {max(rates):.0f} · 10⁹ multiplications and additions a second"
+
+
+def whole_intervals(results: dict[str, Any]) -> str:
+    """What the columns of the interval 10 are where they were measured."""
+    if not any("intervals" in result["summary"] for result in results.values()):
+        return ""
+    return "Every 10: whole intervals of 10 steps, in which nothing waits for the device. "
 
 
 def step_cost_block(results: dict[str, Any]) -> str:
@@ -65,7 +72,7 @@ def step_cost_block(results: dict[str, Any]) -> str:
         f"median (first to third quartile) of {' and '.join(map(str, rounds))} rounds. p99 / p50: SGD / THOR / "
         "staggered THOR, at the interval 10. State: bytes of the optimizer's checkpoint over bytes of the parameters, "
         "SGD / AdamW / THOR. Memory: growth of the process's peak over AdamW's, on a CPU medians of 5. "
-        f"Measured on: {measured_in(results.values())}."
+        f"{whole_intervals(results)}Measured on: {measured_in(results.values())}."
     )
 
 
