@@ -63,6 +63,8 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
         ({"block_size": "auto"}, r"choose_block_size\(model, loss_of_a_batch\)"),
         *(({name: 3.0}, f"{name} must be a function.*got 3.0") for name in ("loss_terms", "loss_multiplier")),
         ({"output_layer": [""]}, r"output_layer must be the name of a layer, or None, got \[''\]"),
+        ({"damping": 10**400}, "damping must be greater than 0"),
+        ({"parameters": [nn.Parameter(torch.zeros(1))]}, "parameters must be the model's: none of those"),
     ],
     (ThorCallback,): [
         ({"block_size": "Auto"}, r"block_size must be an int of at least 1.*\"auto\" \(ThorCallback\), got 'Auto'"),
@@ -75,6 +77,7 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
         ),
         ({"lr": -1.0}, "lr must be 0 or greater, got -1.0"),
         ({"lr": NAN}, "lr must be 0 or greater, got nan"),
+        ({"lr": 10**400}, "lr must be 0 or greater, got 1000"),
         ({"lr": torch.tensor(0.1)}, "lr must be a number"),
         ({"lr": None}, "lr must be a number, got None"),
         ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),

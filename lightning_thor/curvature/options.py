@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -44,7 +44,8 @@ def _one_of(names: Any) -> tuple[Callable[[Any], bool], str]:
 OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "mode": _one_of(MODES),
     "damping": (
-        lambda value: callable(value) or (_is_number(value) and math.isfinite(value) and value > 0),
+        # Not math.isfinite, which fails for an int that no float can represent.
+        lambda value: callable(value) or (_is_number(value) and 0 < value <= sys.float_info.max),
         "must be greater than 0 (or a function of the step)",
     ),
     "damping_rule": _one_of(RULES),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from numbers import Real
@@ -72,7 +72,8 @@ def check_group(group: Mapping[str, Any], unknown: Collection[str]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"{option} must be a number, got {value!r}.")
-        if not (math.isfinite(float(value)) and is_in_range(float(value))):
+        # Not math.isfinite, which fails for an int that no float can represent.
+        if not (abs(value) <= sys.float_info.max and is_in_range(float(value))):  # type: ignore[operator]
             raise ValueError(f"{option} must {words}, got {value!r}.")
     for option in SWITCHES:
         if not isinstance(group[option], bool):
