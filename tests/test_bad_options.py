@@ -111,9 +111,7 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
             ({"split_indices": split}, "split_indices must be one or more layer numbers that increase")
             for split in ([], [3, 3], [5, 2], [-1, 4])
         ),
-    ],
-    (ThorDDPStrategy,): [
-        ({"inverse_workers": n}, f"inverse_workers must be at least 1, got {n}: give a divisor") for n in (0, -2)
+        *(({"inverse_workers": n}, f"inverse_workers must be at least 1, got {n}: give a divisor") for n in (0, -2)),
     ],
     (Polynomial,): [
         ({"start": 1.0, "end": 0.0, "n_steps": 10}, "end must be greater than 0, got 0.0"),
@@ -139,10 +137,10 @@ OF_A_WRONG_TYPE: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
     (ThorDDPStrategy, ThorModelParallelStrategy): [
         ({"bf16_factors": "bf16"}, "bf16_factors must be True or False, got 'bf16'"),
         *(({"split_indices": split}, "must be a list of ints") for split in ("26", 26, [1.0], [True])),
-    ],
-    (ThorDDPStrategy,): [
-        ({"inverse_workers": value}, "inverse_workers must be an int, or None for all processes, got ")
-        for value in (True, 1.0, "1", [1])
+        *(
+            ({"inverse_workers": value}, "inverse_workers must be an int, or None for all processes, got ")
+            for value in (True, 1.0, "1", [1])
+        ),
     ],
 }
 CASES = [

@@ -24,7 +24,13 @@ from lightning_thor.curvature.options import Schedule, check_options
 from lightning_thor.curvature.part_timer import PartTimer
 from lightning_thor.curvature.refresh_schedule import REJECTED, Interval, RefreshSchedule
 from lightning_thor.curvature.silence import Call, why_silent
-from lightning_thor.curvature.state_dict import check_state, curvature_state, extended_state, load_curvature_state
+from lightning_thor.curvature.state_dict import (
+    add_inverses,
+    check_state,
+    curvature_state,
+    extended_state,
+    load_curvature_state,
+)
 from lightning_thor.distributed.assignment import refresh_costs
 from lightning_thor.distributed.communicator import Communicator, SingleProcess, TimedCommunicator, WorkerGrid
 from lightning_thor.distributed.factor_reducer import BucketFn, FactorReducer, one_bucket
@@ -287,7 +293,7 @@ class Curvature:
 
         Raises:
             RuntimeError: a step was made, and the inverses were to be stored elsewhere from now on.
-            ValueError: with ``mode="adam"`` not every process would store all inverses.
+            ValueError: with ``mode="adam"``, and whole weights, not every process would store all inverses.
         """
         self._connection: dict[str, Any] = {
             "communicator": communicator,
@@ -295,11 +301,10 @@ class Curvature:
             "is_sync_step": is_sync_step,
             "worker_grid": worker_grid,
         }
-        communicator, inverters, receivers = map(
-            self.timed, (communicator, *(worker_grid or (communicator, SingleProcess())))
-        )
+        grid = worker_grid or WorkerGrid(communicator, SingleProcess())
+        communicator, inverters, receivers = map(self.timed, (communicator, *grid[:2]))
         decomposition = self.factors.decomposition
-        if MODES[self.mode].change_basis is not None and receivers.world_size > 1:
+        if MODES[self.mode].change_basis is not None and receivers.world_size > 1 and grid.columns is None:
             raise ValueError(
                 f"inverse_workers must be None with mode={self.mode!r}: every rank needs the {decomposition.name} of "
                 "all layers."
@@ -580,6 +585,7 @@ class Curvature:
         own = [p for layer in self.layers.values() for p in layer.parameters]
         only = None if self._parameters is None else self._parameters | parameters
         before, state, is_closed = copy.copy(self), self.state_dict(), self._hooks.are_removed
+        self.gather_inverses(state)  # layers may come to other processes, which have not their inverses
         self.close()
         with trained([*own, *parameters]):  # those of our own that were frozen since too
             self.__init__(self.model, **self._options, parameters=only)  # type: ignore[misc]
@@ -850,6 +856,32 @@ class Curvature:
         number = list(self.layers).index(name)
         views = {side: self.factors.blocks(number, side, "inverse") for side, _ in self.factors.layout.factors(number)}
         return views.get("A"), views["G"]
+
+    def workers_of(self, name: str) -> Mapping[int, int]:
+        """Which process of its column stores the inverses of a layer, by number of a process, where weights are sharded
+        and processes store the inverses of different layers (see `WorkerGrid`); otherwise empty: each stores all.
+
+        Args:
+            name: of the layer.
+        """
+        grid: WorkerGrid | None = self._connection["worker_grid"]
+        if grid is None or grid.columns is None:
+            return {}
+        row = self._shared.group_of[list(self.layers).index(name)]
+        return {rank: column[row] for column in grid.columns for rank in column}
+
+    @torch.no_grad()
+    def gather_inverses(self, state: dict[str, Any], *, keeps: bool = True) -> None:
+        """Add to what `state_dict` returned the inverses that other processes store, on the host; all of them must call
+        it. Nothing is sent where weights are whole, or each process stores all.
+
+        Args:
+            state: changed in place.
+            keeps: whether this process is to have them; otherwise it only sends its own.
+        """
+        grid: WorkerGrid | None = self._connection["worker_grid"]
+        if grid is not None and grid.columns is not None:
+            add_inverses(state, list(self.layers), self.factors, self._shared.sum_, keeps=keeps)
 
 
 def _as_parameters(given: Iterable[nn.Parameter]) -> set[nn.Parameter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -180,6 +180,32 @@ def curvature_state(
         "gradient_unit": None if factors.gradient_unit is None else float(factors.gradient_unit),
         "layers": layers,
     }
+
+
+def add_inverses(
+    state: dict[str, Any],
+    names: Sequence[str],
+    factors: FactorState,
+    sum_over_owners: Callable[[Tensor], Tensor],
+    *,
+    keeps: bool,
+) -> None:
+    """Add the inverses that other processes store to a state, on the host; all processes must call it.
+
+    Args:
+        state: what `curvature_state` returned; changed in place.
+        names: of the layers, in the order of ``factors``.
+        factors: stores some of the inverses.
+        sum_over_owners: sums a tensor, in place, over processes that store the inverses of each layer once together.
+        keeps: whether this process is to have them; otherwise it only sends its own.
+    """
+    for number, name in enumerate(names):
+        for side, blocks in factors.layout.factors(number):
+            records = sum_over_owners(factors.inverse_records(number, side))
+            if keeps and number not in factors.has_inverse:
+                records = records.cpu()
+                state["layers"][name][f"{side}_{factors.decomposition.name}"] = records[:, :-1].reshape(blocks.shape)
+                state["layers"][name][f"{side}_inverted"] = records[:, -1] > 0
 
 
 def load_curvature_state(

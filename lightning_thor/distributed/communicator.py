@@ -119,6 +119,10 @@ class WorkerGrid(NamedTuple):
     """The row: processes that store the inverses of the same layers and share their inversion."""
     gradient_workers: Communicator
     """The column: processes that send each other the directions of their rows' layers."""
+    columns: Sequence[Sequence[int]] | None = None
+    """The ranks of all columns, each in the order of rows, where weights are sharded: parts of weights then go to the
+    process of the column that stores the layer's inverses, see `lightning_thor.ShardedCurvature`. None where weights
+    are whole, and so are the directions that the column sends."""
 
 
 class UnevenLayout(NamedTuple):

@@ -28,7 +28,9 @@ def new_factor_group(timeout: timedelta | None = None) -> dist.ProcessGroup | No
     return dist.new_group(timeout=timeout) if is_distributed() else None
 
 
-def new_worker_grid(n_inverse_workers: int, timeout: timedelta | None = None) -> WorkerGrid:
+def new_worker_grid(
+    n_inverse_workers: int, timeout: timedelta | None = None, *, tensor_parallel_size: int | None = None
+) -> WorkerGrid:
     """Make the process groups of a grid of all ranks, each row of which stores the inverses of some layers.
 
     Every rank must call it, at the same place. A column exchanges a message at every step, so its ranks are neighbours
@@ -37,11 +39,17 @@ def new_worker_grid(n_inverse_workers: int, timeout: timedelta | None = None) ->
     Args:
         n_inverse_workers: ranks in a row, a divisor of the number of ranks.
         timeout: longest duration of a collective; None for the backend's own.
+        tensor_parallel_size: of sharded weights: ranks that share a layer's products, neighbours, which go into one row
+            and into different columns. None where weights are whole.
     """
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if is_distributed() else (1, 0)
-    n_rows = world_size // n_inverse_workers
-    rows = [list(range(first, world_size, n_rows)) for first in range(n_rows)]
-    columns = [list(range(first, first + n_rows)) for first in range(0, world_size, n_rows)]
+    n_rows, width = world_size // n_inverse_workers, tensor_parallel_size or 1
+    columns = [
+        list(range(first + place, first + n_rows * width, width))
+        for first in range(0, world_size, n_rows * width)
+        for place in range(width)
+    ]
+    rows = [list(row) for row in zip(*columns, strict=True)]
 
     def own_of(groups: list[list[int]]) -> Communicator:
         if len(groups[0]) == 1:
@@ -50,7 +58,7 @@ def new_worker_grid(n_inverse_workers: int, timeout: timedelta | None = None) ->
         made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
         return next(ProcessGroupCommunicator(group) for ranks, group in zip(groups, made, strict=True) if rank in ranks)
 
-    return WorkerGrid(own_of(rows), own_of(columns))
+    return WorkerGrid(own_of(rows), own_of(columns), None if tensor_parallel_size is None else columns)
 
 
 def abort_process_groups(exception: BaseException, group: dist.ProcessGroup | None) -> None:

@@ -32,6 +32,7 @@ class SharedDirections:
 
     Attributes:
         own: indices of this group's layers, in order.
+        group_of: the group of each layer, by its index.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class SharedDirections:
         for some, owner in zip(tied, owners, strict=True):
             members[owner] += some
         self.own = sorted(members[self._rank])
+        self.group_of = {layer: group for group, some in enumerate(members) for layer in some}
         # Ordered, unlike sets: all processes must read the message alike.
         self._parameters = [dict.fromkeys(p for layer in group for p in parameters[layer]) for group in members]
         self._elsewhere = set().union(*self._parameters) - self._parameters[self._rank].keys()
@@ -98,9 +100,12 @@ class SharedDirections:
             before: its earlier value, which was the same on all processes.
         """
         if self._world_size > 1:
-            risen = (count - before).view(1)
-            self._communicator.all_reduce(risen).wait()
-            count.copy_(before + risen[0])
+            count.copy_(before + self.sum_((count - before).view(1))[0])
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over the groups, in place, of a tensor that is contiguous."""
+        self._communicator.all_reduce(tensor).wait()
+        return tensor
 
 
 def _cost(layer: Layer, products: int, is_polar: bool) -> float:

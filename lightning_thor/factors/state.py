@@ -208,6 +208,16 @@ class FactorState:
         others hold a multiple of the identity."""
         return self._all_inverted[1]
 
+    def inverse_records(self, layer: int, side: Side) -> Tensor:
+        """The inverse of each block of one factor, and 1 if it was ever inverted, else 0: ``[n, size² + 1]``, new; all
+        zeros if another process stores them."""
+        blocks = self.layout.partition(layer, side)
+        if layer not in self.has_inverse:
+            shape = blocks.groups * blocks.n_blocks, blocks.size**2 + 1
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        inverses = self.blocks(layer, side, "inverse").flatten(0, 1).flatten(1)
+        return torch.cat([inverses, self.inverted(layer, side)[:, None].to(self.dtype)], dim=1)
+
     def n_bytes(self, layer: int) -> int:
         """Memory of one layer's window sums, averages, and inverses if they are stored here, in bytes."""
         copies = sum(copy.numel() for copy in self.tied_averages.get(layer, []))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_thor.distributed.assignment import assign_greedily, product_cost, sign_cost
 from lightning_thor.distributed.dtensor import Box, Boxes
 from lightning_thor.layers.base import Layer
+from lightning_thor.layers.discovery import name_some
 from lightning_thor.linalg.block_diagonal import BlockPartition
 from lightning_thor.preconditioning.grouping import FactorPair
 
@@ -36,6 +37,8 @@ class LayerBlocks(NamedTuple):
     """Coordinates of that factor in one row: more than one where a norm's scale has several dimensions."""
     is_polar: bool = False
     """Whether its direction is polar; then all of it is one block."""
+    workers: Mapping[int, int] = {}
+    """By a rank that holds a part of it, the rank that computes that part's direction; if not there, it does itself."""
 
     @property
     def blocks(self) -> BlockPartition | None:
@@ -113,7 +116,9 @@ def _borders(cuts: Sequence[int], n: int, size: int) -> set[int]:
     return borders
 
 
-def layer_blocks_of(layer: Layer, pair: FactorPair, *, is_polar: bool = False) -> Iterator[LayerBlocks]:
+def layer_blocks_of(
+    layer: Layer, pair: FactorPair, *, is_polar: bool = False, workers: Mapping[int, int] = {}
+) -> Iterator[LayerBlocks]:
     """Find the blocks in the direction of a layer, or of each parameter of a norm.
 
     In the natural direction ``G⁻¹ grad A⁻¹`` both factors are block-diagonal: a block of one times a block of the other
@@ -123,18 +128,20 @@ def layer_blocks_of(layer: Layer, pair: FactorPair, *, is_polar: bool = False) -
         layer: one with curvature.
         pair: its stored blocks.
         is_polar: whether its direction is polar.
+        workers: see `LayerBlocks`.
     """
     if layer.A is not None:
         part, weight = layer.param_slice, layer.parameters[0]
         is_one_block = is_polar or (layer.kind.row_factor == "A" and layer.with_bias)
         n_rows = weight.shape[0] if part is None else part.stop - part.start
-        yield LayerBlocks(layer, pair, None if is_one_block else layer.kind.row_factor, n_rows, is_polar=is_polar)
+        side = None if is_one_block else layer.kind.row_factor
+        yield LayerBlocks(layer, pair, side, n_rows, is_polar=is_polar, workers=workers)
         return
     start, (_, G) = 0, pair
     for p in layer.parameters:
         n = p.numel()
         own = replace(layer, parameters=(p,), G=layer.G._replace(width=n, n_blocks=n))
-        yield LayerBlocks(own, (None, G[:, start : start + n]), "G", p.shape[0], n // p.shape[0])
+        yield LayerBlocks(own, (None, G[:, start : start + n]), "G", p.shape[0], n // p.shape[0], workers=workers)
         start += n
 
 
@@ -226,8 +233,9 @@ def row_shards(n_rows: int, world_size: int, n_columns: int = 1) -> dict[int, Bo
 def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
     """Assign all blocks to ranks; the same on all ranks.
 
-    A block goes to the rank that holds most of it, and of several such ranks to the one with the least load so far.
-    Layers of one block come last and go, the most expensive first, to the rank with the least load.
+    A block goes to the rank that holds most of it, or to the worker of that rank, and of several such ranks to the one
+    with the least load so far. Layers of one block come last and go, the most expensive first, to the rank with the
+    least load among all, or among the workers.
 
     Args:
         layers: all whose directions are computed, with parameters that are sharded over the same ranks.
@@ -235,11 +243,26 @@ def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
 
     Returns:
         Parts of all layers; neighbours in a column have different owners.
+
+    Raises:
+        ValueError: a layer's workers are not among the ranks that have its parameters.
     """
     if not layers:
         return []
     ranks = list(boxes[layers[0].layer.parameters[0]])
     places = {rank: place for place, rank in enumerate(ranks)}
+
+    def places_of(layer_blocks: LayerBlocks, holders: Iterable[int]) -> list[int]:
+        """Of the ranks that may compute what ``holders`` hold."""
+        found = {places.get(layer_blocks.workers.get(rank, rank)) for rank in holders}
+        if None in found:
+            raise ValueError(
+                f"{layer_blocks.layer.name!r} is sharded over the ranks {name_some(list(map(str, ranks)))}, of which "
+                "some would send their parts to others, who store its inverses: give inverse_workers=None; or, where "
+                "these ranks are one of several replicas, ThorModelParallelStrategy(replicas=...)."
+            )
+        return sorted(place for place in found if place is not None)
+
     found: list[tuple[LayerBlocks, Box]] = []
     candidates: list[list[int]] = []
     for layer_blocks in layers:
@@ -248,12 +271,15 @@ def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
         weight = layer_blocks.layer.parameters[0]
         for box in layer_blocks.boxes(boxes[weight]):
             own = layer_blocks.in_parameter(box, weight)
-            common = {places[rank]: shard.overlap(own) for rank, shard in boxes[weight].items()}
-            areas = {place: one.area for place, one in common.items() if one is not None}
+            common = {rank: shard.overlap(own) for rank, shard in boxes[weight].items()}
+            areas = {rank: one.area for rank, one in common.items() if one is not None}
+            most = max(areas.values())
             found.append((layer_blocks, box))
-            candidates.append([place for place, area in areas.items() if area == max(areas.values())])
+            candidates.append(places_of(layer_blocks, [rank for rank, area in areas.items() if area == most]))
     whole = [layer_blocks for layer_blocks in layers if layer_blocks.side is None]
-    found += [(one, one.whole) for one in sorted(whole, key=lambda one: -one.cost(one.whole))]
+    for layer_blocks in sorted(whole, key=lambda one: -one.cost(one.whole)):
+        found.append((layer_blocks, layer_blocks.whole))
+        candidates.append(places_of(layer_blocks, ranks))
     costs = [layer_blocks.cost(box) for layer_blocks, box in found]
     owners = assign_greedily(costs, len(ranks), allowed=candidates)
     joined: list[tuple[LayerBlocks, Box, int]] = []

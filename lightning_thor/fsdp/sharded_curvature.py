@@ -21,8 +21,16 @@ from lightning_thor.fsdp.box_partition import (
     layer_blocks_of,
     transfers_of,
 )
+from lightning_thor.layers.base import Layer
 from lightning_thor.linalg.dtypes import message_dtype, wide
-from lightning_thor.preconditioning.grouping import Directions, GroupedLayers, LayerGroup, Tensors, group_layers
+from lightning_thor.preconditioning.grouping import (
+    Directions,
+    FactorPair,
+    GroupedLayers,
+    LayerGroup,
+    Tensors,
+    group_layers,
+)
 from lightning_thor.preconditioning.modes import MODES
 
 
@@ -49,10 +57,12 @@ class ShardedCurvature:
     """What a `Thor` preconditions with where its parameters are sharded: by ``fully_shard`` (FSDP2) over all ranks or
     within replicas (HSDP), by tensor parallelism, or by both.
 
-    Factors and inverses are those of ``curvature``, whole on each rank. Each direction is computed once in a replica: a
-    block of G times a block of A by the rank that holds most of its part of the weight, polar directions of a layer by
-    one rank. One message per step sends the parts of weights whose blocks are split over ranks, another one sends their
-    directions back, and neither is sent if no block is split. No rank gathers whole gradients.
+    Factors and inverses are those of ``curvature``, whole on each rank; with ``inverse_workers`` (of
+    `lightning_thor.ThorModelParallelStrategy`) a layer's inverses are on some ranks. Each direction is computed once in
+    a replica: a block of G times a block of A by the rank that holds most of its part of the weight, or by that rank's
+    neighbour which stores the inverses; polar directions of a layer by one rank. One message per step sends the parts
+    of weights that another rank needs, another one sends their directions back, and neither is sent if nobody needs
+    any. No rank gathers all gradients.
 
     Args:
         curvature: of the sharded model.
@@ -219,14 +229,25 @@ def layer_blocks_of_layers(
         parameters: all that have gradients.
         is_polar: whether directions are polar, of the layers that have polar ones.
     """
+    stored = curvature.factors.has_inverse
     return [
         layer_blocks
-        for name, layer in curvature.layers.items()
+        for number, (name, layer) in enumerate(curvature.layers.items())
         if layer.is_preconditioned and all(p in parameters for p in layer.parameters)
         for layer_blocks in layer_blocks_of(
-            layer, curvature.inverses_of(name), is_polar=is_polar and name in curvature.polar_layers
+            layer,
+            curvature.inverses_of(name) if number in stored else _stored_elsewhere(layer),
+            is_polar=is_polar and name in curvature.polar_layers,
+            workers=curvature.workers_of(name),
         )
     ]
+
+
+def _stored_elsewhere(layer: Layer) -> FactorPair:
+    """In place of the blocks of a layer that another rank stores: tensors of their shapes, without memory."""
+    A, G = (None if one is None else torch.empty(one.shape, device="meta") for one in (layer.A, layer.G))
+    assert G is not None
+    return A, G
 
 
 def _held(transfers: Sequence[Transfer], shards: Tensors) -> list[Tensor]:

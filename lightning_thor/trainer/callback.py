@@ -330,6 +330,15 @@ class ThorCallback(Callback):
         first, *others = [None] if not self.curvatures else [curvature.state_dict() for curvature in self.curvatures]
         return {"curvature": first, "block_size": self.block_size} | ({"others": others} if others else {})
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # What `state_dict` returned, which rank 0 writes; a subclass may save something else.
+        own = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        states = [own["curvature"], *own.get("others", ())] if "curvature" in own else []
+        for curvature, state in zip(self.curvatures, states, strict=False):
+            curvature.gather_inverses(state, keeps=trainer.is_global_zero)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not isinstance(state_dict, Mapping) or "curvature" not in state_dict:
             got = f"a dict with {sorted(map(str, state_dict))}" if isinstance(state_dict, Mapping) else repr(state_dict)

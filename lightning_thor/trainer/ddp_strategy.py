@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from lightning_thor.distributed import process_group
-from lightning_thor.distributed.communicator import WorkerGrid
 from lightning_thor.trainer.strategies import ThorStrategyMixin
 
 
@@ -16,33 +13,6 @@ class ThorDDPMixin(ThorStrategyMixin):
     """What `ThorDDPStrategy` adds to Lightning's ``DDPStrategy``, of either package."""
 
     strategy_name = "thor_ddp"
-
-    def __init__(
-        self,
-        *args: Any,
-        factor_bucket_mb: float | None = None,
-        split_indices: Sequence[int] | None = None,
-        bf16_factors: bool = False,
-        inverse_workers: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            *args, factor_bucket_mb=factor_bucket_mb, split_indices=split_indices, bf16_factors=bf16_factors, **kwargs
-        )
-        _check_inverse_workers(inverse_workers)
-        self._inverse_workers = inverse_workers
-
-    def new_worker_grid(self) -> WorkerGrid | None:
-        """As `ThorStrategyMixin.new_worker_grid`: rows of ``inverse_workers`` ranks each."""
-        if self._inverse_workers in (None, self.world_size):
-            return None
-        if self.world_size % self._inverse_workers:
-            divisors = [str(n) for n in range(1, self.world_size + 1) if self.world_size % n == 0]
-            raise ValueError(
-                f"inverse_workers={self._inverse_workers} does not divide the {self.world_size} processes of this run "
-                f"into equal groups: give {', '.join(divisors)}, or None to store all inverses on every rank."
-            )
-        return process_group.new_worker_grid(self._inverse_workers, getattr(self, "_timeout", None))
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -91,18 +61,6 @@ class ThorDDPStrategy(ThorDDPMixin, DDPStrategy):
         ValueError: an argument out of its range, or both ways of making buckets; when a fit starts,
             ``inverse_workers`` that do not divide the number of ranks, or with ``mode="adam"``.
     """
-
-
-def _check_inverse_workers(inverse_workers: Any) -> None:
-    if inverse_workers is None:
-        return
-    if isinstance(inverse_workers, bool) or not isinstance(inverse_workers, int):
-        raise TypeError(f"inverse_workers must be an int, or None for all processes, got {inverse_workers!r}.")
-    if inverse_workers < 1:
-        raise ValueError(
-            f"inverse_workers must be at least 1, got {inverse_workers}: give a divisor of the number of processes, or "
-            "None for all of them."
-        )
 
 
 if ThorDDPStrategy.strategy_name not in StrategyRegistry:

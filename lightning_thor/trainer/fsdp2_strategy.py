@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_thor.curvature.curvature import Curvature
-from lightning_thor.distributed import dtensor
+from lightning_thor.distributed import dtensor, process_group
+from lightning_thor.distributed.communicator import WorkerGrid
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.layers.discovery import name_some, trained
@@ -46,11 +47,20 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
             `lightning_thor.ThorDDPStrategy`.
         split_indices: instead, the last layer of each bucket, see there.
         bf16_factors: has no effect any more.
+        inverse_workers: number of ranks that store each layer's inverses (in adam mode eigenvectors): a divisor of the
+            number of ranks and a multiple of ``replicas`` times ``tensor_parallel_size``, since each replica computes
+            its own directions, and ranks of tensor parallelism store the same; None for all. These ranks alone compute
+            the layer's direction: each for its neighbours, which send it their parts of the gradient and get their
+            parts of the direction, in two messages a step of twice the rank's share of the weights at most. A rank then
+            stores about ``inverse_workers`` over the ranks of all inverses, but for the moment of the exchange up to
+            a layer's weights over ``inverse_workers`` of gradients and directions. Windows and averages stay whole.
+            Checkpoints hold all inverses.
         **kwargs: as of Lightning's strategy, such as ``save_distributed_checkpoint``.
 
     Raises:
         TypeError: an argument of another type.
-        ValueError: an argument out of its range, or both ways of making buckets.
+        ValueError: an argument out of its range, or both ways of making buckets; when a fit starts, ``replicas`` or
+            ``inverse_workers`` that do not go with the number of ranks.
     """
 
     strategy_name = "thor_fsdp2"
@@ -65,6 +75,7 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         factor_bucket_mb: float | None = None,
         split_indices: Sequence[int] | None = None,
         bf16_factors: bool = False,
+        inverse_workers: int | None = None,
         **kwargs: Any,
     ) -> None:
         self._width: int = 1 if tensor_parallel_size == "auto" else tensor_parallel_size
@@ -80,6 +91,7 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
             factor_bucket_mb=factor_bucket_mb,
             split_indices=split_indices,
             bf16_factors=bf16_factors,
+            inverse_workers=inverse_workers,
             **kwargs,
         )
 
@@ -102,6 +114,22 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
             self._device_mesh = dtensor.new_mesh(self.root_device.type, shape, (*names, "tensor_parallel"))
             assert self.lightning_module is not None
             self.lightning_module._device_mesh = self._device_mesh
+
+    def new_worker_grid(self) -> WorkerGrid | None:
+        """As `ThorStrategyMixin.new_worker_grid`: each replica has as many ranks of every row, and a group of tensor
+        parallelism is in one row."""
+        n, unit = self.world_size, self._replicas * self._width
+        if self._inverse_workers in (None, n):
+            return None
+        if n % self._inverse_workers or self._inverse_workers % unit:
+            numbers = [str(some) for some in range(unit, n + 1, unit) if n % some == 0]
+            raise ValueError(
+                f"inverse_workers={self._inverse_workers} must divide the {n} processes of this run, and be a multiple "
+                f"of replicas={self._replicas} times tensor_parallel_size={self._width}, each of which needs a layer's "
+                f"inverses: give {', '.join(numbers)}, or None to store all inverses on every rank."
+            )
+        timeout = getattr(self, "_timeout", None)
+        return process_group.new_worker_grid(self._inverse_workers, timeout, tensor_parallel_size=self._width)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

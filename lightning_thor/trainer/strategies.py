@@ -52,6 +52,7 @@ class ThorStrategyMixin(_Base):
         factor_bucket_mb: see `lightning_thor.ThorDDPStrategy`.
         split_indices: see there.
         bf16_factors: has no effect any more.
+        inverse_workers: see there.
         **kwargs: of the strategy.
 
     Raises:
@@ -70,9 +71,12 @@ class ThorStrategyMixin(_Base):
         factor_bucket_mb: float | None = None,
         split_indices: Sequence[int] | None = None,
         bf16_factors: bool = False,
+        inverse_workers: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        _check_inverse_workers(inverse_workers)
+        self._inverse_workers = inverse_workers
         self._bucket_bytes = factor_reducer.bucket_bytes(factor_bucket_mb)
         factor_reducer.check_split_indices(split_indices)
         if factor_bucket_mb is not None and split_indices is not None:
@@ -102,8 +106,17 @@ class ThorStrategyMixin(_Base):
         return bool(getattr(self.model, "require_backward_grad_sync", False))
 
     def new_worker_grid(self) -> WorkerGrid | None:
-        """Decide which ranks store which inverses; None, the default: each stores all. Called once, on every rank."""
-        return None
+        """Decide which ranks store which inverses, by default rows of ``inverse_workers`` ranks; None: each stores all.
+        Called once, on every rank."""
+        if self._inverse_workers in (None, self.world_size):
+            return None
+        if self.world_size % self._inverse_workers:
+            divisors = [str(n) for n in range(1, self.world_size + 1) if self.world_size % n == 0]
+            raise ValueError(
+                f"inverse_workers={self._inverse_workers} does not divide the {self.world_size} processes of this run "
+                f"into equal groups: give {', '.join(divisors)}, or None to store all inverses on every rank."
+            )
+        return process_group.new_worker_grid(self._inverse_workers, getattr(self, "_timeout", None))
 
     def check_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Check that parameters can be trained as they are; all can by default.
@@ -194,4 +207,16 @@ def check_strategy(strategy: object) -> None:
             f"ThorCallback does not support {type(strategy).__name__}: it knows where layers and gradients are with "
             '"thor_ddp", "ddp", "thor_fsdp2" and on a single device. Use Trainer(strategy=...) with one of them, or a '
             "strategy of your own that has ThorStrategyMixin among its bases."
+        )
+
+
+def _check_inverse_workers(inverse_workers: Any) -> None:
+    if inverse_workers is None:
+        return
+    if isinstance(inverse_workers, bool) or not isinstance(inverse_workers, int):
+        raise TypeError(f"inverse_workers must be an int, or None for all processes, got {inverse_workers!r}.")
+    if inverse_workers < 1:
+        raise ValueError(
+            f"inverse_workers must be at least 1, got {inverse_workers}: give a divisor of the number of processes, or "
+            "None for all of them."
         )

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -122,6 +123,33 @@ def test_a_trial_of_block_sizes_runs_the_shards_and_leaves_no_trace(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["natural", "adam_rule", "auto", "unfrozen", "adam_unfrozen"])
+def test_ranks_that_store_half_of_the_inverses_train_as_ranks_that_store_all(training: str) -> None:
+    found = ranks("few" if training == "natural" else f"{training}_few")
+    (expected, _), layers = ranks(training), [result["curvature"]["layers"] for result in found]
+    for result in found:
+        torch.testing.assert_close(state(result, "curvature"), state(expected, "curvature"), rtol=1e-9, atol=1e-9)
+        assert_bitwise(state(result, "curvature"), state(found[0], "curvature"))
+    for name, layer in expected["curvature"]["layers"].items():
+        (own,) = [some[name] for some in layers if some[name].keys() == layer.keys()]
+        (other,) = [some[name] for some in layers if some[name] is not own]
+        torch.testing.assert_close(own, layer, rtol=1e-9, atol=1e-9)
+        assert {key.rsplit("_", 1)[-1] for key in layer.keys() - other.keys()} <= {
+            "inverse",
+            "eigenvectors",
+            "inverted",
+        }
+    assert all(any(some[name].keys() < layer.keys() for name, layer in layers[0].items()) for some in layers[1:])
+
+
+@pytest.mark.slow
+def test_checkpoints_of_ranks_that_store_half_of_the_inverses_hold_all() -> None:
+    saved = torch.load(results_folder() / "few" / "epoch=2.ckpt" / "meta.pt", weights_only=True)
+    (expected, _), layers = ranks("natural"), saved["callbacks"]["ThorCallback"]["curvature"]["layers"]
+    torch.testing.assert_close(layers, expected["curvature"]["layers"], rtol=1e-9, atol=1e-9)
+
+
 def test_momentum_is_sharded_as_the_weights_are() -> None:
     for result in ranks("natural"):
         assert len(result["shards"]) == result["n_momenta"] == len(result["weights"])
@@ -230,6 +258,8 @@ def test_an_overflow_in_the_first_step_after_a_resume_is_forgotten_too() -> None
         ("polar_resumed", "polar"),
         ("adam_resumed", "adam"),
         ("auto_resumed", "auto"),
+        ("few_resumed", "few"),
+        ("adam_rule_few_resumed", "adam_rule_few"),
     ],
 )
 def test_a_resumed_run_is_bitwise_the_unbroken_one(resumed: str, unbroken: str) -> None:
@@ -442,6 +472,27 @@ def test_frozen_weights_need_no_shards_until_they_train(four_processes: None) ->
 def test_a_number_of_replicas_that_is_none_is_refused(replicas: Any) -> None:
     with pytest.raises(ValueError, match=f"replicas must be a whole number of at least 1, got {replicas}"):
         ThorModelParallelStrategy(replicas=replicas)
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "options", "said"),
+    [
+        (4, {"inverse_workers": 3}, "=3 must divide the 4 processes.* give 1, 2, 4, or None"),
+        (8, {"inverse_workers": 1, "replicas": 2}, r"multiple of replicas=2 times.*=1, .* give 2, 4, 8, or None"),
+        (12, {"inverse_workers": 3, "replicas": 2, "tensor_parallel_size": 2}, "give 4, 12, or None"),
+        (2, {"inverse_workers": 1, "tensor_parallel_size": 2}, "give 2, or None"),
+    ],
+)
+def test_inverse_workers_that_some_replica_would_lack_are_refused(
+    n_ranks: int, options: dict[str, Any], said: str
+) -> None:
+    strategy = ThorModelParallelStrategy(**options)
+    strategy.cluster_environment = LightningEnvironment()
+    strategy.cluster_environment.set_world_size(n_ranks)
+    with pytest.raises(ValueError, match=said):
+        strategy.new_worker_grid()
+    strategy._inverse_workers = n_ranks
+    assert strategy.new_worker_grid() is None
 
 
 def test_the_summary_of_a_sharded_model_is_that_of_the_whole_and_asks_no_other_rank(four_processes: None) -> None:

@@ -364,6 +364,104 @@ def test_no_directions_wait_for_the_device(mode: str) -> None:
     assert on_ranks(3, None, work) == [set()] * 3
 
 
+# ── inverses on some ranks ──
+
+LAYOUTS = [(2, 1), (3, 1), (6, 2)]
+
+
+def columns_of(n: int, n_workers: int) -> list[list[int]]:
+    """Of a grid of ``n`` ranks in rows of ``n_workers``."""
+    n_rows = n // n_workers
+    return [list(range(first, first + n_rows)) for first in range(0, n, n_rows)]
+
+
+def part_of(curvature: Curvature, place: Place) -> Curvature:
+    """A curvature of the same state, on a rank that stores the inverses of its row's layers alone."""
+    assert place.workers is not None
+    n, n_workers = place.world.world_size, place.workers.inverse_workers.world_size
+    part = Curvature(curvature.model, **curvature._options)
+    part.connect(place.world, worker_grid=place.workers._replace(columns=columns_of(n, n_workers)))
+    part.load_state_dict(curvature.state_dict())
+    return part
+
+
+@pytest.mark.parametrize(("n", "n_workers"), LAYOUTS)
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
+@pytest.mark.parametrize(("block_size", "precondition_bias"), [(4, False), (5, True)])
+def test_directions_need_inverses_on_one_rank_of_each_column_alone(
+    mode: str, n: int, n_workers: int, block_size: int, precondition_bias: bool
+) -> None:
+    curvature = curvature_of(mode, block_size, precondition_bias)
+    grads = {p: p.grad.clone() for p in curvature.model.parameters() if p.grad is not None}
+
+    def work(place: Place) -> tuple[list[dict[nn.Parameter, Tensor]], set[int]]:
+        own = {p: shards_of(grad, n)[place.rank] for p, grad in grads.items()}
+        part = part_of(curvature, place)
+        sharded = ShardedCurvature(part, place.world, lambda p: boxes_of_rows(p, n))
+        if mode == "adam":
+            rotated = sharded.change_basis(own)
+            return [rotated, sharded.change_basis(rotated, back=True)], part.factors.has_inverse
+        return [directions_of(sharded, own, mode)], part.factors.has_inverse
+
+    found, stored = zip(*on_ranks(n, n_workers, work), strict=True)
+    expected = [curvature.change_basis(grads), grads] if mode == "adam" else [directions_of(curvature, grads, mode)]
+    for together, alone in zip(zip(*found, strict=True), expected, strict=True):
+        assert_the_same(list(together), alone)
+    assert [sum(layer in some for some in stored) for layer in range(len(curvature.layers))] == [n_workers] * len(
+        curvature.layers
+    )
+
+
+def test_parts_of_weights_stay_in_their_column() -> None:
+    """Shards of 4 rows and blocks of 4: who stores the inverses of a layer computes what its neighbour holds, too."""
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(2)))
+    curvature, n = Curvature(model, block_size=4), 4
+    grads = {p: torch.randn_like(p) for p in model.parameters()}
+
+    def work(place: Place) -> tuple[list[tuple[list[int], list[int]]], list[tuple[str, int]]]:
+        own = {p: shards_of(grad, n)[place.rank] for p, grad in grads.items()}
+        sharded = ShardedCurvature(part_of(curvature, place), place.world, lambda p: boxes_of_rows(p, n))
+        sharded.precondition(own)
+        return [(one.sent_lengths, one.received_lengths) for one in sharded._plans.values()], place.world.log
+
+    for rank, (plans, log) in enumerate(on_ranks(n, 2, work)):
+        other = rank ^ 1
+        # Of two layers the neighbour's: 4 rows of 16.
+        alone = [64 if one == other else 0 for one in range(n)]
+        assert plans == [(alone, alone)]
+        assert log == [("all_to_all", 64)] * 2
+
+
+def test_what_others_store_can_be_gathered() -> None:
+    """Bitwise, on those that want it."""
+    curvature = curvature_of("natural")
+
+    def work(place: Place) -> dict[str, Any]:
+        part = part_of(curvature, place)
+        state = part.state_dict()
+        part.gather_inverses(state, keeps=place.rank > 0)
+        return {name: {**layer} for name, layer in state["layers"].items()}
+
+    own, *others = on_ranks(3, 1, work)
+    expected = curvature.state_dict()["layers"]
+    assert_bitwise(dict(enumerate(others)), {0: expected, 1: expected})
+    assert any("G_inverse" not in layer for layer in own.values())
+
+
+def test_shards_over_ranks_that_would_send_to_others_are_refused() -> None:
+    """As replicas that nobody told the strategy of."""
+    curvature = curvature_of("natural")
+    grads = {p: p.grad.clone() for p in curvature.model.parameters() if p.grad is not None}
+
+    def work(place: Place) -> None:
+        replica = place.rank // 2 * 2
+        boxes = {p: dict(zip((replica, replica + 1), boxes_of_rows(p, 2).values(), strict=True)) for p in grads}
+        ShardedCurvature(part_of(curvature, place), place.world, boxes.__getitem__).precondition(grads)
+
+    with pytest.raises(ValueError, match=r"is sharded over the ranks \d, \d, of which some would send.*replicas="):
+        on_ranks(4, 1, work)
+
+
 # ── real shards ──
 
 

@@ -72,16 +72,21 @@ class Leg(NamedTuple):
     replicas: int | None = None
     """None: no sharded strategy."""
     in_one_file: bool = True
+    inverse_workers: int | None = None
 
     def strategy(self) -> Any:
         if self.replicas is None:
             return "thor_ddp" if self.n_ranks == 2 else "ddp" if self.n_ranks > 2 else "auto"
         return ThorModelParallelStrategy(
-            tensor_parallel_size=self.width, replicas=self.replicas, save_distributed_checkpoint=not self.in_one_file
-        )
+            tensor_parallel_size=self.width, replicas=self.replicas, save_distributed_checkpoint=not self.in_one_file,
+            inverse_workers=self.inverse_workers,
+        )  # fmt: skip
 
 
 ALONE, TP, HSDP, FSDP, TP_FSDP = Leg(), Leg(2, 2, 1), Leg(4, 1, 2), Leg(2, 1, 1), Leg(4, 2, 1)
+# Each layer's inverses on one rank of a replica, or of those along which tensor parallelism is not.
+FEW_FSDP, FEW_HSDP = Leg(4, 1, 1, inverse_workers=1), HSDP._replace(inverse_workers=2)
+FEW_TP_FSDP = TP_FSDP._replace(inverse_workers=2)
 LEGS: dict[str, list[Leg]] = {
     # From each way to train to another one, in one file.
     "files": [ALONE, TP, HSDP, Leg(2), TP_FSDP, FSDP, ALONE],
@@ -89,6 +94,9 @@ LEGS: dict[str, list[Leg]] = {
     "folders": [one._replace(in_one_file=False) for one in (FSDP, TP_FSDP, HSDP, TP)],
     "adam_files": [TP_FSDP, ALONE, HSDP, TP],
     "polar_folders": [HSDP._replace(in_one_file=False), TP_FSDP],
+    "natural_few": [ALONE, FEW_HSDP, Leg(2), FEW_FSDP, ALONE],
+    "polar_few": [FEW_FSDP._replace(in_one_file=False), FEW_TP_FSDP, FSDP],
+    "adam_few": [FEW_TP_FSDP._replace(in_one_file=False), FEW_HSDP, FSDP._replace(inverse_workers=1), ALONE],
 }
 
 

@@ -33,6 +33,7 @@ from torch.distributed.tensor.parallel import (
 
 from lightning_thor import Curvature, ShardedCurvature, Thor
 from lightning_thor.distributed.dtensor import local_parts
+from lightning_thor.distributed.process_group import ProcessGroupCommunicator, new_worker_grid
 from tests.helpers.distributed_workers import listed_collectives, whole
 from tests.helpers.launching import fork, run_forked
 from tests.helpers.sharded_workers import fully_shard
@@ -119,6 +120,8 @@ class Case(NamedTuple):
     """Of the curvature."""
     policy: str = ""
     """How the model is sharded or changed: see `changed`, `SHARDED_BY` and `train`."""
+    inverse_workers: int | None = None
+    """Ranks that store a layer's inverses; None: all."""
 
     @property
     def n_ranks(self) -> int:
@@ -162,6 +165,9 @@ def train(case: Case) -> dict[str, Any]:
     n_micro = 2 if case.policy == "accumulation" else 1
     options = {"block_size": 4, "update_every_n_steps": 2, "loss_multiplier": lambda: 1 / n_micro, **dict(case.options)}
     curvature = Curvature(model, mode=case.mode, **options)
+    if case.inverse_workers is not None and case.n_ranks > 1:
+        grid = new_worker_grid(case.inverse_workers, tensor_parallel_size=case.shape[2])
+        curvature.connect(ProcessGroupCommunicator(), worker_grid=grid)
     preconditioner: Any = ShardedCurvature(curvature) if case.n_ranks > 1 else curvature
     optimizer = Thor(model.parameters(), lr=0.02, mode=case.mode, weight_decay=0.1, preconditioner=preconditioner)
     sent, n_of_model = [], []
@@ -182,12 +188,13 @@ def train(case: Case) -> dict[str, Any]:
         sent.append([(call["op"], call["numel"]) for call in calls])
         optimizer.zero_grad()
     names = {p: name for name, p in model.named_parameters()}
-    states, batches = optimizer.state.values(), curvature.factors.batches.values()
+    states, batches, of_curvature = optimizer.state.values(), curvature.factors.batches.values(), curvature.state_dict()
+    curvature.gather_inverses(of_curvature)
     keys = ("momentum_buffer", "exp_avg", "exp_avg_sq")
     return {
         "weights": whole({name: p.detach().clone() for p, name in names.items()}),
         "state": whole({names[p]: {k: v for k, v in one.items() if k in keys} for p, one in optimizer.state.items()}),
-        "curvature": {k: v for k, v in curvature.state_dict().items() if not isinstance(v, str)},
+        "curvature": {k: v for k, v in of_curvature.items() if not isinstance(v, str)},
         "bytes": {
             "weights": sum(p.nbytes for p in local_parts(model.parameters())),
             "momentum": sum(m.nbytes for m in local_parts(one[keys[0]] for one in states if keys[0] in one)),
@@ -230,9 +237,21 @@ TRAININGS: dict[str, Case] = {
     **{f"{mesh}_autocast": Case(shape=MESHES[mesh], policy="autocast") for mesh in ("hsdp", "tp")},
     "tp_compiled": Case(shape=MESHES["tp"], policy="compiled"),
     "tp_reduce": Case(shape=MESHES["tp"], options=(("statistics", "reduce"),)),
+    **{
+        f"{mesh}_workers_{mode}": Case(mode, MESHES[mesh], inverse_workers=n)
+        for mesh, n in (("fsdp", 1), ("hsdp", 2), ("tp_fsdp", 2))
+        for mode in ("natural", "polar", "adam")
+    },
+    "two_workers": Case(shape=MESHES["fsdp"], inverse_workers=2),
+    "two_workers_of_two": Case(shape=(1, 2, 1), inverse_workers=1),
+    "workers_and_rule": Case(
+        shape=MESHES["fsdp"],
+        inverse_workers=2,
+        options=(("stagger", True), ("trace_rule", (0.05, 0.001)), ("update_every_n_steps", 1)),
+    ),
     "tp_fsdp_whole": Case(shape=MESHES["tp_fsdp"], options=(("block_size", None),)),
 }
-PLAIN = ("hsdp_natural", "tp_fsdp_sequence_natural", "tp_adam", "tp_on_borders")
+PLAIN = ("hsdp_natural", "tp_fsdp_sequence_natural", "tp_adam", "tp_on_borders", "tp_fsdp_workers_adam")
 """Of the tests that are not marked slow."""
 LONG = (
     *(name for name in TRAININGS if name.startswith(("tp_of_four", "tp_hsdp"))),

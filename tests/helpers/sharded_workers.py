@@ -155,6 +155,10 @@ def consolidated() -> ThorModelParallelStrategy:
     return ThorModelParallelStrategy(save_distributed_checkpoint=False)
 
 
+FEW = partial(ThorModelParallelStrategy, inverse_workers=1)
+"""Each layer's inverses are on one rank."""
+
+
 class InTheStep(ThorModelParallelStrategy):
     """All factors at once, when backward is over."""
 
@@ -193,6 +197,8 @@ def never(rank: int, number: int) -> int:
 
 KL = {"match_rms": None, "kl_clip": 1e-7, "weight_decay": 0.1, "decoupled_weight_decay": False, "clip_norm": 0.02}
 BF16 = {"dtype": torch.float32}
+RULE = {"max_epochs": 3, "trace_rule": (0.05, 0.001)}
+"""A decision of the fourth step waits to be followed when the first epoch's checkpoint is written."""
 
 MODULES: dict[str, Callable[[tuple[int, ...]], Sharded]] = {
     "alone": Sharded,
@@ -251,6 +257,15 @@ TWO: dict[str, Callable[[Path], Result]] = {
     "bf16": sharded(max_epochs=1, precision="bf16-mixed", **BF16),
     "in_buckets": sharded(max_epochs=3, strategy=in_buckets),
     "unfrozen": sharded(kind=UnfreezingSharded, max_epochs=3),
+    "adam_unfrozen": sharded(kind=UnfreezingSharded, max_epochs=3, mode="adam"),
+    "few": sharded(max_epochs=3, strategy=FEW, checkpoints="few"),
+    "few_resumed": sharded(max_epochs=3, strategy=FEW, resume="few"),
+    "adam_rule": sharded(mode="adam", **RULE),
+    "adam_rule_few": sharded(mode="adam", strategy=FEW, checkpoints="adam_rule_few", **RULE),
+    "adam_rule_few_resumed": sharded(mode="adam", strategy=FEW, resume="adam_rule_few", **RULE),
+    "auto_few": sharded(block_size="auto", strategy=FEW),
+    "unfrozen_few": sharded(kind=UnfreezingSharded, max_epochs=3, strategy=FEW),
+    "adam_unfrozen_few": sharded(kind=UnfreezingSharded, max_epochs=3, mode="adam", strategy=FEW),
     "in_the_step": sharded(max_epochs=3, strategy=InTheStep),
     "split": sharded(max_epochs=3, strategy=partial(ThorModelParallelStrategy, split_indices=[0])),
     "irregular_in_buckets": sharded(extra=irregular, max_epochs=3, strategy=in_buckets),
