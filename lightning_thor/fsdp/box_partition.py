@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -230,6 +231,30 @@ def row_shards(n_rows: int, world_size: int, n_columns: int = 1) -> dict[int, Bo
     return {rank: Box(slice(*ends), slice(0, n_columns)) for rank, ends in enumerate(pairwise(starts))}
 
 
+class ShardIndex:
+    """Finds the shards of a parameter that a box overlaps without looking at all of them, which are many.
+
+    Args:
+        shards: by rank.
+    """
+
+    def __init__(self, shards: Boxes) -> None:
+        self._shards = sorted(shards.items(), key=lambda one: one[1].rows.start)
+        self._starts = [shard.rows.start for _, shard in self._shards]
+        self._stops = list(accumulate((shard.rows.stop for _, shard in self._shards), max))
+
+    def overlaps(self, box: Box) -> list[tuple[int, Box, Box]]:
+        """Each rank that has something of ``box``, its shard, and what both have in common, in the order of ranks.
+
+        >>> index = ShardIndex(row_shards(9, 3))
+        >>> [(rank, common.rows.start) for rank, _, common in index.overlaps(Box(slice(2, 4), slice(0, 1)))]
+        [(0, 2), (1, 3)]
+        """
+        some = self._shards[bisect_right(self._stops, box.rows.start) : bisect_left(self._starts, box.rows.stop)]
+        found = [(rank, shard, common) for rank, shard in some if (common := shard.overlap(box)) is not None]
+        return sorted(found, key=lambda one: one[0])
+
+
 def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
     """Assign all blocks to ranks; the same on all ranks.
 
@@ -269,10 +294,10 @@ def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
         if layer_blocks.side is None:
             continue
         weight = layer_blocks.layer.parameters[0]
+        shards = ShardIndex(boxes[weight])
         for box in layer_blocks.boxes(boxes[weight]):
             own = layer_blocks.in_parameter(box, weight)
-            common = {rank: shard.overlap(own) for rank, shard in boxes[weight].items()}
-            areas = {rank: one.area for rank, one in common.items() if one is not None}
+            areas = {rank: common.area for rank, _, common in shards.overlaps(own)}
             most = max(areas.values())
             found.append((layer_blocks, box))
             candidates.append(places_of(layer_blocks, [rank for rank, area in areas.items() if area == most]))
@@ -296,14 +321,13 @@ def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
 def transfers_of(parts: Sequence[Part], boxes: BoxesOf) -> list[Transfer]:
     """What each of all ``parts`` needs from each rank, in the order of parts, parameters and ranks."""
     found = []
+    shards = {p: ShardIndex(boxes[p]) for p in {p for one in parts for p in one.layer_blocks.layer.parameters}}
     for one in parts:
         for p, placeholder in zip(one.layer_blocks.layer.parameters, one.layer.parameters, strict=True):
             own = one.layer_blocks.in_parameter(one.box, p)
-            for holder, shard in boxes[p].items():
-                common = shard.overlap(own)
-                if common is not None:
-                    in_part, in_shard = common.counted_from(own), common.counted_from(shard)
-                    found.append(Transfer(p, placeholder, in_part, in_shard, holder, one.owner))
+            for holder, shard, common in shards[p].overlaps(own):
+                in_part, in_shard = common.counted_from(own), common.counted_from(shard)
+                found.append(Transfer(p, placeholder, in_part, in_shard, holder, one.owner))
     return found
 
 

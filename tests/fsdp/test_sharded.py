@@ -230,6 +230,22 @@ def test_neighbouring_blocks_of_one_process_are_one_range() -> None:
     assert [(*ends(one.box.rows), one.owner) for one in parts] == [(0, 3, 0), (3, 9, 1), (9, 12, 2)]
 
 
+def test_planning_looks_at_few_shards_for_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at all of them, which for a GPT-2 on 1,024 ranks takes minutes."""
+    overlap, n_looks = Box.overlap, [0]
+
+    def counted(one: Box, other: Box) -> Box | None:
+        n_looks[0] += 1
+        return overlap(one, other)
+
+    monkeypatch.setattr(Box, "overlap", counted)
+    for n in (32, 128):
+        n_looks[0] = 0
+        parts = parts_of(Curvature(nn.Linear(4, 512, bias=False), block_size=4), n)
+        assert len(transfers(parts, n)) == len(parts) == n
+        assert n_looks[0] == 2 * n
+
+
 def test_the_rows_of_a_block_go_to_whoever_holds_most_of_them() -> None:
     model = nn.Linear(3, 12, bias=False)  # shards of 4, 4 and 4 rows; blocks of 0 to 6 and of 6 to 12
     parts = parts_of(Curvature(model, block_size=6), 3)
