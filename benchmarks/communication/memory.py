@@ -13,9 +13,10 @@ from typing import NamedTuple
 from torch import nn
 
 from benchmarks.common.tables import markdown_table
-from benchmarks.communication.messages import curvature_of
+from benchmarks.communication.messages import Counting, curvature_of
 from examples.char_gpt import CharGPT
 from lightning_thor import Curvature
+from lightning_thor.distributed.shared_directions import SharedDirections
 
 RANKS = (8, 64, 256, 1024)
 TENSORS = 3
@@ -29,7 +30,7 @@ HEADS = ("model", "way", *(f"{n} ranks, GB" for n in RANKS), f"curvature of that
 
 
 class Held(NamedTuple):
-    """Bytes that the first rank holds, which has the largest shards."""
+    """The most bytes that a rank holds: of weights the first one, of curvature the one with the most inverses."""
 
     weights: int
     curvature: int
@@ -40,30 +41,37 @@ class Held(NamedTuple):
         return TENSORS * self.weights + self.curvature
 
 
-def held(curvature: Curvature, *, shards: int = 1, width: int = 1, owners_of_inverses: int = 1) -> Held:
+def held(curvature: Curvature, *, shards: int = 1, width: int = 1, n_rows: int = 1) -> Held:
     """Count what a rank holds.
 
     Args:
-        curvature: of the model; its factors are whole on each rank.
+        curvature: of the model; its windows and averages are whole on each rank.
         shards: ranks over which FSDP2 shards a replica's weights, by rows.
         width: ranks of tensor parallelism, which share the matrices.
-        owners_of_inverses: ranks that share out the inverses (DDP with ``inverse_workers``).
+        n_rows: groups of ranks that store the inverses of different layers: ranks over ``inverse_workers``.
     """
     weights = 0
     for p in curvature.model.parameters():
         rows = -(-p.shape[0] // (width if p.dim() > 1 else 1))
         weights += -(-rows // shards) * p.shape[1:].numel() * p.element_size()
-    n_bytes = sum(map(curvature.n_bytes, curvature.layers))
-    # A window, an average and an inverse, a third each.
-    return Held(weights, round(n_bytes * (2 + 1 / owners_of_inverses) / 3))
+    products = len(curvature.factors.decomposition.products)
+    shared = SharedDirections(Counting(n_rows), curvature.layers, products=products, polar=curvature.polar_layers)
+    inverses = [0] * n_rows
+    for layer, row in shared.group_of.items():
+        inverses[row] += curvature.factors.layout.numel(layer) * curvature.factors.flat_sums.element_size()
+    return Held(weights, sum(map(curvature.n_bytes, curvature.layers)) - sum(inverses) + max(inverses))
 
 
 WAYS: dict[str, Callable[[Curvature, int], Held]] = {
     "`thor_ddp`": lambda curvature, n: held(curvature),
-    "`thor_ddp`, `inverse_workers=1`": lambda curvature, n: held(curvature, owners_of_inverses=n),
+    "`thor_ddp`, `inverse_workers=1`": lambda curvature, n: held(curvature, n_rows=n),
     "`thor_fsdp2`": lambda curvature, n: held(curvature, shards=n),
+    "`thor_fsdp2`, `inverse_workers=n/8`": lambda curvature, n: held(curvature, shards=n, n_rows=8),
+    "`thor_fsdp2`, `inverse_workers=1`": lambda curvature, n: held(curvature, shards=n, n_rows=n),
     "`thor_fsdp2`, `replicas=n/8`": lambda curvature, n: held(curvature, shards=8),
+    "the same, `inverse_workers=n/8`": lambda curvature, n: held(curvature, shards=8, n_rows=8),
     "`thor_fsdp2`, `tensor_parallel_size=8`": lambda curvature, n: held(curvature, shards=n // 8, width=8),
+    "the same, `inverse_workers=8`": lambda curvature, n: held(curvature, shards=n // 8, width=8, n_rows=n // 8),
 }
 
 

@@ -32,10 +32,11 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
     ``self.device_mesh["tensor_parallel"]`` if there is any; with replicas the mesh of ``fully_shard`` is
     ``self.device_mesh["replicate", "shard"]``. Weights, gradients and momentum are sharded; all trained parameters must
     be, over all ranks that have data of their own, along their first or second dimension, also those that are unfrozen
-    in mid-run. Factors and inverses are whole on each rank; each direction is computed once in a replica, see
-    `ShardedCurvature`. The factors of a refresh are sent as with ``"thor_ddp"``: in buckets, in a process group of
-    their own, from backward on, but never in a micro-batch that only accumulates (in which FSDP2 sums gradients all the
-    same, as Lightning has it). The results are those of ``"thor_ddp"``.
+    in mid-run. Factors and inverses are whole on each rank (inverses unless ``inverse_workers`` shares them out); each
+    direction is computed once in a replica, see `ShardedCurvature`. The factors of a refresh are sent as with
+    ``"thor_ddp"``: in buckets, in a process group of their own, from backward on, but never in a micro-batch that only
+    accumulates (in which FSDP2 sums gradients all the same, as Lightning has it). The results are those of
+    ``"thor_ddp"``.
 
     Args:
         data_parallel_size: number of ranks that share the batch; ``"auto"`` is all of them over
@@ -48,13 +49,13 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         split_indices: instead, the last layer of each bucket, see there.
         bf16_factors: has no effect any more.
         inverse_workers: number of ranks that store each layer's inverses (in adam mode eigenvectors): a divisor of the
-            number of ranks and a multiple of ``replicas`` times ``tensor_parallel_size``, since each replica computes
-            its own directions, and ranks of tensor parallelism store the same; None for all. These ranks alone compute
-            the layer's direction: each for its neighbours, which send it their parts of the gradient and get their
-            parts of the direction, in two messages a step of twice the rank's share of the weights at most. A rank then
-            stores about ``inverse_workers`` over the ranks of all inverses, but for the moment of the exchange up to
-            a layer's weights over ``inverse_workers`` of gradients and directions. Windows and averages stay whole.
-            Checkpoints hold all inverses.
+            number of ranks, and a multiple of ``replicas`` times ``tensor_parallel_size``, since each replica needs
+            all, and ranks of tensor parallelism store the same; None for all ranks. They alone compute the layer's
+            direction, each for its neighbours, which send it their parts of the gradient and get their parts of the
+            direction: two messages a step (in adam mode four), each of about a rank's share of the weights, and memory
+            for them at that moment. A rank then stores ``inverse_workers`` over the ranks of all inverses; windows and
+            averages stay whole. The number of ranks over the devices of a node is a good choice; 1 may take more memory
+            in the exchange than it saves (docs/scaling.md). Checkpoints hold all inverses.
         **kwargs: as of Lightning's strategy, such as ``save_distributed_checkpoint``.
 
     Raises:

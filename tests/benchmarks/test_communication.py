@@ -131,6 +131,8 @@ def test_the_page_on_scaling_holds_what_sharded_models_send() -> None:
     curvature = messages.curvature_of(scaling.MODELS["ResNet-50"])
     for n, counted in results["ResNet-50"]["natural"].items():
         assert sharded_updates.counted(curvature, int(n)) == counted
+    for n, counted in results["ResNet-50"][sharded_updates.FEW].items():
+        assert sharded_updates.counted(curvature, int(n), max(1, int(n) // 8)) == counted
 
 
 @pytest.mark.slow

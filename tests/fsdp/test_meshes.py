@@ -69,15 +69,28 @@ def test_a_step_sends_what_a_block_on_two_ranks_needs_and_nothing_else() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp_natural", "hsdp_polar", "tp_natural", "tp_fsdp_natural"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fsdp_natural", "hsdp_polar", "tp_natural", "tp_fsdp_natural"),
+        *("two_workers_of_two", "two_workers", "fsdp_workers_adam", "hsdp_workers_polar", "tp_fsdp_workers_natural"),
+    ],
+)
 def test_ranks_hold_the_bytes_that_the_benchmark_counts(name: str) -> None:
     """To a twentieth: it takes vectors as whole under tensor parallelism, which shards some."""
     case = TRAININGS[name]
     curvature = Curvature(Text(case.hidden).double(), mode=case.mode, block_size=4)
-    counted = held(curvature, shards=case.shape[1], width=case.shape[2])
+    n_rows = case.n_ranks // (case.inverse_workers or case.n_ranks)
+    counted = held(curvature, shards=case.shape[1], width=case.shape[2], n_rows=n_rows)
     largest = {key: max(result["bytes"][key] for result in trained(name)) for key in ("weights", "momentum")}
-    assert largest == pytest.approx({"weights": counted.weights, "momentum": counted.weights}, rel=0.05)
-    assert {result["bytes"]["curvature"] for result in trained(name)} == {counted.curvature}
+    momentum = 0 if case.mode == "adam" else counted.weights
+    assert largest == pytest.approx({"weights": counted.weights, "momentum": momentum}, rel=0.05)
+    of_curvature = [result["bytes"]["curvature"] for result in trained(name)]
+    assert max(of_curvature) == counted.curvature
+    # Each layer's inverses are on so many ranks.
+    whole = held(curvature).curvature
+    n_missing = case.n_ranks - (case.inverse_workers or case.n_ranks)
+    assert sum(whole - one for one in of_curvature) == n_missing * whole / 3
     assert trained("fsdp_natural")[0]["bytes"]["weights"] < 0.3 * alone(Case())["bytes"]["weights"]
 
 

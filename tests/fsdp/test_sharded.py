@@ -441,11 +441,30 @@ def test_parts_of_weights_stay_in_their_column() -> None:
         return [(one.sent_lengths, one.received_lengths) for one in sharded._plans.values()], place.world.log
 
     for rank, (plans, log) in enumerate(on_ranks(n, 2, work)):
-        other = rank ^ 1
-        # Of two layers the neighbour's: 4 rows of 16.
-        alone = [64 if one == other else 0 for one in range(n)]
+        # The other layer's 4 rows of 16 go to the neighbour, and 4 of its own come from there.
+        alone = [64 if one == rank ^ 1 else 0 for one in range(n)]
         assert plans == [(alone, alone)]
         assert log == [("all_to_all", 64)] * 2
+
+
+def test_what_travels_to_those_who_store_inverses_is_what_the_benchmark_counts() -> None:
+    curvature, n, n_workers = curvature_of("natural"), 6, 2
+    grads = {p: p.grad.clone() for p in curvature.model.parameters() if p.grad is not None}
+
+    def work(place: Place) -> tuple[int, int]:
+        own = {p: shards_of(grad, n)[place.rank] for p, grad in grads.items()}
+        sharded = ShardedCurvature(part_of(curvature, place), place.world, lambda p: boxes_of_rows(p, n))
+        sharded.precondition(own)
+        (plan,) = sharded._plans.values()
+        numel = sum(p.numel() for group in plan.groups for p in group.parameters)
+        return sum(numel for _, numel in place.world.log), numel
+
+    sent, numels = zip(*on_ranks(n, n_workers, work), strict=True)
+    fresh = Curvature(curvature.model, **curvature._options)
+    counted = sharded_updates.counted(fresh, n, n_workers)
+    assert (sum(sent) * 8 / n, max(sent) * 8, max(numels) * 8) == pytest.approx(
+        (counted["sent"], counted["busiest"], counted["at_once"])
+    )
 
 
 def test_what_others_store_can_be_gathered() -> None:
