@@ -483,6 +483,36 @@ def test_what_others_store_can_be_gathered() -> None:
     assert any("G_inverse" not in layer for layer in own.values())
 
 
+def test_layers_that_come_to_another_rank_when_one_begins_to_train_bring_their_inverses() -> None:
+    """These could not be computed again: as after failed inversions, or eigenvectors on another device."""
+
+    def work(place: Place) -> tuple[set[str], set[str]]:
+        assert place.workers is not None
+        model = nn.Sequential(nn.Linear(64, 64), *(nn.Linear(4, 4) for _ in range(3)))
+        model[0].requires_grad_(False)
+        curvature = Curvature(model)
+        curvature.connect(place.world, worker_grid=place.workers._replace(columns=[[0, 1]]))
+        before = stored(curvature)
+        for name, inverses in before.items():
+            for one in inverses.values():
+                one.fill_(float(name))
+        curvature.include(model[0].requires_grad_(True).parameters())
+        after = stored(curvature)
+        for name in after.keys() - {"0"}:
+            for one in after[name].values():
+                assert (one == float(name)).all()
+        return {*before}, {*after} - {"0"}
+
+    def stored(curvature: Curvature) -> dict[str, dict[str, Tensor]]:
+        layers = curvature.state_dict()["layers"]
+        found = {name: {k: v for k, v in one.items() if k.endswith("_inverse")} for name, one in layers.items()}
+        return {name: one for name, one in found.items() if one}
+
+    before, after = zip(*on_ranks(2, 1, work), strict=True)
+    assert set().union(*before) == set().union(*after) == {"1", "2", "3"}
+    assert before != after
+
+
 def test_shards_over_ranks_that_would_send_to_others_are_refused() -> None:
     """As replicas that nobody told the strategy of."""
     curvature = curvature_of("natural")
