@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from lightning_thor.linalg.dtypes import wide
-from lightning_thor.linalg.memory import constants
+from lightning_thor.linalg.memory import constants, sent
 from lightning_thor.optim import norms
 
 SLICE_NUMEL = 2**12
@@ -71,14 +70,8 @@ def fade_factors(
     if norms.can_read_on_host(sources, params):
         return _on_host(sources, roundings, shares, float(largest))
     r, scales = norms.norms(norms.as_real(sources), params)
-    r *= constants([1.0 / math.sqrt(max(1, p.numel())) for p in params], r)
-    start = 0
-    # Shares follow a schedule of the momentum: as a tensor they would be copied to the device in every step.
-    for share, run in groupby(shares):
-        stop = start + len(list(run))
-        if share != 1.0:
-            r[start:stop] *= share
-        start = stop
+    # Shares follow a schedule of the momentum.
+    r *= sent([share / math.sqrt(max(1, p.numel())) for share, p in zip(shares, params, strict=True)], r)
     for scale in scales:
         r /= scale
     # From a checkpoint it comes as a number, or on another device.
