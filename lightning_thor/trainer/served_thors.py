@@ -79,6 +79,8 @@ class ServedThors:
         """State of curvatures, some of which may come later."""
         self._trained: dict[Thor, set[nn.Parameter]] = {}
         """The parameters of each that have trained so far in this fit."""
+        self._wrapped = {p for p in pl_module.parameters() if p.requires_grad}
+        """Those of the module that trained when its strategy wrapped it last."""
         self._seen: tuple[list[Optimizer], list[int]] = [], []
         """The trainer's optimizers, and how many groups each had, when they were looked at last."""
         self._unfrozen_there: list[Layer] = []
@@ -169,11 +171,13 @@ class ServedThors:
         further = {
             optimizer: more for optimizer, trained in self._trained.items() if (more := trained_of(optimizer) - trained)
         }
-        if further:
-            if isinstance(strategy, ThorStrategyMixin):
-                began = {p for more in further.values() for p in more}
-                strategy.check_parameters({name: p for name, p in self._pl_module.named_parameters() if p in began})
+        if further and isinstance(strategy, ThorStrategyMixin):
+            began = {p for more in further.values() for p in more}
+            strategy.check_parameters({name: p for name, p in self._pl_module.named_parameters() if p in began})
+        # Not only what is new: it may have been frozen while the model was wrapped.
+        if any(trained_of(optimizer) - self._wrapped for optimizer in self._trained):
             wrap_again(strategy)
+            self._wrapped = {p for p in self._pl_module.parameters() if p.requires_grad}
         for optimizer, more in further.items():
             self._trained[optimizer] |= more
             names = self.by_optimizer[optimizer].include(more)

@@ -168,6 +168,14 @@ class Unfreezing(Module):
         self.trainer.optimizers[0].add_param_group({"params": further, "lr": 0.01})
 
 
+class UnfreezingTwice(Unfreezing):
+    """Its head is frozen while those begin to train, and all layers train from the third epoch on."""
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.net.head.requires_grad_(self.trainer.current_epoch != 1)
+
+
 class UnfreezingInABatch(Unfreezing):
     """In a hook that comes after those of callbacks, just before the step."""
 
@@ -488,6 +496,7 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "two_thors": training(kind=TwoThors, strategy=in_buckets),
     "two_passes": training(kind=TwoPasses, strategy=in_buckets),
     "unfrozen_ddp": training(kind=UnfreezingInABatch, max_epochs=3, strategy="ddp"),
+    "unfrozen_twice": training(kind=UnfreezingTwice, max_epochs=3),
     "unfrozen_one": training(kind=Unfreezing, max_epochs=3, strategy=keeping(1), stagger=True),
     "unfrozen_resumed": training(
         kind=Unfreezing, micro_batches=2, max_epochs=3, strategy=in_buckets, resume="unfrozen"

@@ -15,7 +15,14 @@ from torch import nn
 
 from lightning_thor import Curvature, Thor, ThorDDPStrategy, configure_thor
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
-from tests.helpers.distributed_workers import Unfreezing, UnfreezingInABatch, one_rank, state, two_ranks
+from tests.helpers.distributed_workers import (
+    Unfreezing,
+    UnfreezingInABatch,
+    UnfreezingTwice,
+    one_rank,
+    state,
+    two_ranks,
+)
 
 BACKBONE = ["net.0", "net.2"]
 ALL = [*BACKBONE, "net.4", "net.5", "net.7"]
@@ -158,11 +165,12 @@ def test_a_layer_that_comes_within_a_window_is_taken_at_the_next_one(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", ["unfrozen", "unfrozen_ddp", "unfrozen_one"])
+@pytest.mark.parametrize("training", ["unfrozen", "unfrozen_ddp", "unfrozen_twice", "unfrozen_one"])
 def test_two_ranks_are_one_rank(training: str, tmp_path: Path) -> None:
     """Gradients of layers that begin to train are averaged as all others, and all ranks have their curvature."""
     without = ["curvature"] if training == "unfrozen_one" else []  # of which each rank stores a part
-    kind = UnfreezingInABatch if training == "unfrozen_ddp" else Unfreezing
+    kinds = {"unfrozen_ddp": UnfreezingInABatch, "unfrozen_twice": UnfreezingTwice}
+    kind = kinds.get(training, Unfreezing)
     alone = one_rank(tmp_path, kind=kind, max_epochs=3, stagger=training == "unfrozen_one")
     assert list(alone["curvature"]["layers"])[:2] == ["net.conv", "net.norm"]
     for result in two_ranks(training):
