@@ -483,7 +483,7 @@ class Curvature:
         schedule, factors, decisions, first_windows = self._schedule, self.factors, None, None
         if schedule.is_any_due:
             self._hooks.flush()
-            if found := self._agreement.reach(self._communicator, schedule.dismissed()):
+            if found := self._agreement.reach(self._communicator, schedule.due(), schedule.dismissed()):
                 self._leave_out_misfits(found)
             self._reducer.sum()
         # Fewer than before, if some were left out.
@@ -727,7 +727,7 @@ class Curvature:
         if further:
             self.include(parameters_of(self.model, further))
         load_curvature_state(state, list(self.layers), self.factors, self._schedule, mode=self.mode)
-        self._agreement.is_reached = self.factors.gradient_unit is not None
+        self._agreement.go_on(self._communicator)
         self._accumulator.loss_layer = state.get("loss_layer")
         for index in self._schedule.dismissed():
             self._leave_out(index, "found not to fit its weight's gradient in the run that was saved")

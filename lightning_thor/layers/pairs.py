@@ -121,6 +121,11 @@ class PairChecks:
         self._sums: dict[int, _Sums] = {}
         """Of the open window, by the layer's number."""
 
+    @property
+    def numbers(self) -> set[int]:
+        """Of the layers that are checked at some time."""
+        return set(self._numbers.values())
+
     def wants(self, name: str) -> bool:
         """True until the layer that the named module belongs to was checked."""
         return self._numbers.get(name) in self._unchecked
@@ -237,10 +242,15 @@ class PairChecks:
             verdicts[number] = (sums.found - sums.product).norm() > allowed + sums.rounding
         return verdicts
 
-    def stop(self) -> None:
-        """Check no layer any more."""
-        self.reset()
-        self._unchecked.clear()
+    def keep(self, numbers: set[int]) -> None:
+        """Check no other layers any more.
+
+        Args:
+            numbers: of the layers that may still be checked.
+        """
+        self._unchecked &= numbers
+        for number in self._sums.keys() - numbers:
+            self._drop(number)
 
     def reset(self) -> None:
         """Forget the open window: its step was skipped."""

@@ -130,6 +130,53 @@ def test_all_sums_start_before_the_first_wait_and_each_is_waited_for_once() -> N
     assert communicator.log == [UNIT] + ([START] * 4 + [WAIT] * 4) * 2
 
 
+class Masked(nn.Linear):
+    """Its gradient is not the product of a pair."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x * self.mask, self.weight)
+
+    mask = torch.tensor([0.0, 1.0] * 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_a_layer_that_does_not_fit_is_left_out_whenever_it_is_first_used_and_on_whichever_process(
+    first: int, resumes: bool
+) -> None:
+    def train_one(place: Place | None) -> tuple[list[str], list[int]]:
+        """The layers that are left out, and the steps in which processes agreed."""
+        model = nn.ModuleList([*layers(), Masked(6, 6, bias=False).double()])
+        agreements: list[int] = []
+        state = None
+        for n_steps in (2, 6) if resumes else (6,):
+            curvature = Curvature(model, update_every_n_steps=1, block_size=3)
+            if place is not None:
+                curvature.connect(place.world, is_sync_step=lambda: True)
+                curvature.solve = SharedInversions(SingleProcess())
+            if state is not None:
+                curvature.load_state_dict(state)
+            while curvature.step < n_steps:
+                step, before = curvature.step, 0 if place is None else len(place.world.log)
+                x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+                uses = step >= first + 1 or (step == first and (place is None or place.rank == 1))
+                chain(model if uses else model[:4], x, step).square().mean().backward()
+                curvature.update()
+                if place is not None:
+                    agreements += [step for op, _ in place.world.log[before:] if op == "all_gather"]
+            state = curvature.state_dict()
+            curvature.close()
+        return list(curvature.left_out), agreements
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone, _ = train_one(None)
+        results = on_ranks(2, None, train_one)
+    assert alone == ["4"]
+    # As long as no process has used it they ask again.
+    assert results == [(["4"], list(range(first + 1)))] * 2
+
+
 def test_nothing_starts_in_a_backward_that_only_accumulates() -> None:
     communicator = FakeCommunicator()
     train(chain, communicator, is_sync_step=lambda: False)
