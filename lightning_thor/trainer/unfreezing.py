@@ -22,6 +22,12 @@ def wrap_again(strategy: Any) -> None:
     model. Call it on all ranks, between two steps."""
     if is_lightnings(strategy, "DDPStrategy") and strategy.model is not strategy.lightning_module:
         strategy.model = strategy.lightning_module
+        state: Any = getattr(strategy, "_ddp_comm_state", None)
+        if hasattr(state, "error_dict"):
+            # PowerSGD remembers each bucket by its number, and DDP chooses them anew in its first steps.
+            state.iter = 0
+            for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+                memory.clear()
         strategy.configure_ddp()
 
 

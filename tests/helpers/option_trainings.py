@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn import functional as F
 
 from lightning_thor import ThorCallback, ThorDDPStrategy
@@ -27,6 +28,7 @@ from tests.helpers.distributed_workers import (
     Module,
     Net,
     Result,
+    Unfreezing,
     fit,
     in_buckets,
     training,
@@ -51,6 +53,18 @@ class Compressed(Module):
     def on_train_start(self) -> None:
         # Lightning itself registers hooks on a GPU only.
         self.trainer.strategy.model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+
+
+class PowerSGD(ThorDDPStrategy):
+    """DDP sends gradients as products of two narrow matrices, from the third step on."""
+
+    def __init__(self) -> None:
+        state = PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2, min_compression_rate=0.1)
+        super().__init__(ddp_comm_state=state, ddp_comm_hook=powerSGD_hook)
+
+    def _register_ddp_hooks(self) -> None:
+        # Lightning itself registers hooks on a GPU only.
+        self.model.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
 
 
 class Requeued(Module):
@@ -113,6 +127,7 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
     "polar_view": training(mode="polar", strategy=partial(in_buckets, **VIEW)),
     "polar_view_ddp": training(mode="polar", strategy=partial(DDPStrategy, **VIEW)),
     "compressed": training(kind=Compressed, max_epochs=3, strategy=in_buckets),
+    "compressed_unfrozen": training(kind=Unfreezing, max_epochs=3, strategy=PowerSGD),
     "compressed_ddp": training(kind=Compressed, max_epochs=3, strategy="ddp"),
     "crossed": training(
         kind=lambda parts: Module(parts, net=Crossed()),

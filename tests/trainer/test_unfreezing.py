@@ -178,6 +178,13 @@ def test_two_ranks_are_one_rank(training: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_hook_that_remembers_buckets_begins_anew_with_those_of_the_unfrozen_model() -> None:
+    one, other = two_ranks("compressed_unfrozen")
+    assert one["epochs"] == (3, 12)
+    assert_bitwise(one["weights"], other["weights"])
+
+
+@pytest.mark.slow
 def test_two_ranks_that_go_on_are_bitwise_the_unbroken_ones() -> None:
     for resumed, unbroken in zip(two_ranks("unfrozen_resumed"), two_ranks("unfrozen"), strict=True):
         assert_bitwise(state(resumed, "optimizer"), state(unbroken, "optimizer"))
