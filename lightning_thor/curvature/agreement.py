@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -37,12 +37,14 @@ class Agreement:
         self._unused = checks.numbers
         """Layers to check that no process had used when several agreed; equal on all of them."""
 
-    def reach(self, communicator: Communicator, due: Iterable[int], dismissed: Iterable[int]) -> dict[int, str]:
+    def reach(
+        self, communicator: Communicator, due: Callable[[], Iterable[int]], dismissed: Iterable[int]
+    ) -> dict[int, str]:
         """Agree, if it is time: one small all-gather, and no device sync.
 
         Args:
             communicator: of all processes.
-            due: numbers of the layers of this refresh.
+            due: returns the numbers of the layers of this refresh.
             dismissed: numbers of the layers that are refreshed no more.
 
         Returns:
@@ -51,7 +53,7 @@ class Agreement:
         factors, unit = self._factors, self._factors.gradient_unit
         is_first, self.is_reached = not self.is_reached, True
         is_alone = self._is_alone = communicator.world_size == 1
-        if not (is_alone or is_first) and self._unused.isdisjoint(due):
+        if not (is_alone or is_first) and self._unused.isdisjoint(due()):
             return {}
         verdicts, known = self._checks.collect(), self._misfits.keys() - dismissed
         if is_alone and not (is_first or verdicts or known):

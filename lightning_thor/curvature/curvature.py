@@ -483,7 +483,7 @@ class Curvature:
         schedule, factors, decisions, first_windows = self._schedule, self.factors, None, None
         if schedule.is_any_due:
             self._hooks.flush()
-            if found := self._agreement.reach(self._communicator, schedule.due(), schedule.dismissed()):
+            if found := self._agreement.reach(self._communicator, schedule.due, schedule.dismissed()):
                 self._leave_out_misfits(found)
             self._reducer.sum()
         # Fewer than before, if some were left out.
