@@ -40,7 +40,7 @@ types: $(INSTALLED)  ## Static types
 	$(BIN)/mypy --num-workers 2
 
 unit: $(INSTALLED)  ## Tests and doctests in two processes; PYTEST_ARGS="-m 'not slow'" for the quick ones
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long and not soak' --doctest-modules lightning_thor examples benchmarks tests $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long and not soak' --doctest-modules lightning_thor examples benchmarks tests hatch_build.py $(PYTEST_ARGS)
 
 # Every kind of processor adds up in another order, this one by where in memory numbers lie: tests hold on any of them.
 # Left out is what compares no numbers, and what compares two ways through the same arithmetic.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import email
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 
@@ -18,10 +20,11 @@ from tests.helpers.launching import ROOT
 build = pytest.importorskip("hatchling.build", reason="hatchling is not installed: pip install '.[dev]'")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    before, folder = Path.cwd(), tmp_path_factory.mktemp("wheel")
-    os.chdir(ROOT)
+@contextmanager
+def built(source: Path, folder: Path) -> Iterator[zipfile.ZipFile]:
+    """The wheel of the project in ``source``."""
+    before = Path.cwd()
+    os.chdir(source)
     try:
         name = build.build_wheel(str(folder))
     finally:
@@ -31,9 +34,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 
 
 @pytest.fixture(scope="module")
-def metadata(wheel: zipfile.ZipFile) -> Message:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    with built(ROOT, tmp_path_factory.mktemp("wheel")) as opened:
+        yield opened
+
+
+def metadata_of(wheel: zipfile.ZipFile) -> Message:
     (file,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
     return email.message_from_bytes(wheel.read(file))
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    return metadata_of(wheel)
 
 
 def test_it_says_what_it_is_and_needs(metadata: Message) -> None:
@@ -44,6 +57,36 @@ def test_it_says_what_it_is_and_needs(metadata: Message) -> None:
     needed = {re.split(r"[^\w-]", one)[0] for one in metadata.get_all("Requires-Dist", []) if "extra ==" not in one}
     assert needed >= {"jsonargparse", "lightning", "rich", "torch"}
     assert set(metadata.get_all("Provides-Extra", [])) >= {"benchmarks", "dev", "examples", "finetuning"}
+
+
+def links(readme: str) -> list[tuple[str, str]]:
+    """Whether each is a picture, and where it leads."""
+    return re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", readme)
+
+
+def test_the_readme_on_an_index_leads_to_the_repository_once_that_has_an_address(
+    metadata: Message, tmp_path: Path
+) -> None:
+    readme = text_of("README.md")
+    if "\nRepository = " not in text_of("pyproject.toml"):
+        assert metadata.get_payload(decode=True) == readme.encode()
+    project, home = tmp_path / "project", "https://host.example/us/it"
+    shutil.copytree(ROOT / "lightning_thor", project / "lightning_thor", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "LICENSE", "hatch_build.py"):
+        shutil.copy(ROOT / name, project)
+    lines = [one for one in text_of("pyproject.toml").splitlines() if not one.startswith("Repository = ")]
+    head = next(index for index, line in enumerate(lines) if line.startswith("[project.urls]"))
+    lines.insert(head + 1, f'Repository = "{home}"')
+    (project / "pyproject.toml").write_text("\n".join(lines), encoding="utf-8")
+    with built(project, tmp_path) as wheel:
+        published = metadata_of(wheel).get_payload(decode=True)
+    assert isinstance(published, bytes)
+    tag, expected = f"v{lightning_thor.__version__}", []
+    for picture, link in links(readme):
+        whole = link if "://" in link else f"{home}/{'raw' if picture else 'blob'}/{tag}/{link}"
+        expected.append((picture, whole))
+    assert links(published.decode()) == expected
+    assert {picture for picture, _ in expected} == {"", "!"}
 
 
 def test_it_holds_the_package_with_its_types_and_its_command_and_nothing_else(wheel: zipfile.ZipFile) -> None:
