@@ -270,7 +270,8 @@ def spectra_figure(looks: Sequence[Look]) -> Figure:
                 axes.plot(before["ranks"], shown, color=QUIET, linewidth=1.2, label=f"step {looks[0]['step']}")
             relative = [value / mean for value in own["eigenvalues"]]
             axes.plot(own["ranks"], relative, color="#c8553d", linewidth=1.8, label=f"step {looks[-1]['step']}")
-            axes.set_xscale("log")
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
             axes.set_yscale("log")
             axes.set_ylim(max(min(relative) / 2, 1e-7), 2 * max(*relative, *shown, 1e-6))
             if own["damping"]:
@@ -291,15 +292,18 @@ def spectra_figure(looks: Sequence[Look]) -> Figure:
                 if outside:
                     sizes = list(map(int, outside))
                     axes.plot(sizes, list(outside.values()), "o-", color=colour, markersize=3, label=side)
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.set_xlabel("block size")
             if column == 0:
                 axes.set_ylabel("lost by blocks, of ‖F‖²")
             if axes.has_data():
+                axes.set_xscale("log", base=2)
+                axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+                axes.set_ylim(bottom=0)
+                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
                 axes.legend(frameon=False, fontsize=8)
+            else:
+                axes.set(xticks=[], yticks=[])
+                axes.text(0.5, 0.5, "fits into one block", transform=axes.transAxes, ha="center", fontsize=9)
     handles, labels = grid[0][0].get_legend_handles_labels()
     if not handles:
         handles, labels = grid[1][0].get_legend_handles_labels()

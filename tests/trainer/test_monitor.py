@@ -22,7 +22,7 @@ from rich import get_console
 
 from lightning_thor import ThorCallback, ThorMonitor, configure_thor
 from lightning_thor.trainer import cli
-from lightning_thor.trainer.pictures import log_pictures, pictures_of, read_looks, takes_pictures
+from lightning_thor.trainer.pictures import log_pictures, pictures_of, read_looks, spectra_figure, takes_pictures
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, quiet, trainer
 from tests.helpers.launching import fork, run_forked
 
@@ -231,6 +231,20 @@ def test_pictures_show_many_layers_kept_ones_and_what_blocks_lose(run_dir: Path,
     titles = drawn(stopped=None)
     assert titles["layers"] == "Curvature of 10 layers"
     assert "is not stored: block_size=None" in titles["spectra"]
+
+
+def test_no_two_ranks_of_narrow_factors_are_written_over_each_other(run_dir: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pip install '.[plot]'")
+    looks = looks_of(run_dir)
+    looks[-1]["layers"]["net.4"]["A"]["outside"] = {"16": 0.3, "32": 0.1}
+    figure = spectra_figure(looks)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        ticks = [*axes.get_xticklabels(which="major"), *axes.get_xticklabels(which="minor")]
+        boxes = sorted((one.get_window_extent() for one in ticks if one.get_text()), key=lambda box: box.x0)
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes)), axes.get_title(loc="left")
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "fits into one block" in texts
 
 
 class Recorder(Logger):
