@@ -201,7 +201,10 @@ class Curvature:
         """What became of the last call of each layer that is due, by its number."""
         self._parameters = parameters = None if parameters is None else _as_parameters(parameters)
         if parameters and parameters.isdisjoint(model.parameters()):
-            raise ValueError("parameters must be the model's: none of those that were given belongs to it.")
+            raise ValueError(
+                "parameters must be the model's: none of those that were given (of the optimizer, under ThorCallback) "
+                "belongs to it. Build the optimizer of the model that is trained."
+            )
         chosen = MODES[mode]
         matrices = matrix_layers(model) if chosen.has_diagonal_head or chosen.uses_matrix_sign else []
         output_layers = matrices[-1:] if output_layer is None else [output_layer]

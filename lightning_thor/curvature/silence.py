@@ -36,8 +36,8 @@ def why_silent(layer: Layer, call: Call | None) -> str:
         return "its first argument is not its input as a plain tensor (of torch.Tensor, dense), which has the rows"
     if call is Call.OBSERVED:
         return (
-            "its gradient came from elsewhere than loss.backward(), such as torch.func or torch.autograd.grad (call "
-            "loss.backward())"
+            "its gradient did not come through its output by loss.backward() (call the module outside of torch.func "
+            "and vmap, and no torch.autograd.grad in place of loss.backward())"
             if has_gradient
             else "called, but the loss does not depend on its output"
         )

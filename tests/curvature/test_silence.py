@@ -37,7 +37,12 @@ def by_functions(model: nn.Sequential, curvature: Curvature) -> None:
     F.linear(h, model[2].weight, model[2].bias).square().mean().backward()
 
 
-def by_vmap(model: nn.Module, curvature: Curvature) -> None:
+def by_vmap_in_the_loss(model: nn.Module, curvature: Curvature) -> None:
+    parameters = dict(model.named_parameters())
+    torch.vmap(lambda x: torch.func.functional_call(model, parameters, (x,)))(X).square().mean().backward()
+
+
+def by_gradients_of_vmap(model: nn.Module, curvature: Curvature) -> None:
     parameters = dict(model.named_parameters())
 
     def loss(given: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -85,7 +90,8 @@ def with_other_first_arguments(model: nn.Sequential, curvature: Curvature) -> No
         (in_eval_mode, "called in eval mode alone"),
         (paused, r"called within curvature.paused\(\) alone"),
         (by_functions, "has a gradient, but its module was not called"),
-        (by_vmap, r"came from elsewhere than loss.backward\(\)"),
+        (by_gradients_of_vmap, "did not come through its output by loss.backward"),
+        (by_vmap_in_the_loss, "did not come through its output by loss.backward.*outside of torch.func and vmap"),
     ],
 )
 def test_one_cause_is_named_and_the_step_is_one_of_plain_momentum(
