@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import os
 import re
+import shlex
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lightning_thor
 from tests.helpers.launching import ROOT
@@ -105,6 +107,15 @@ def test_the_version_is_that_of_the_citation_and_the_changelog_knows_it() -> Non
 
 def text_of(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_no_version_of_the_workflow_is_a_redirection_to_its_shell() -> None:
+    if not (ROOT / ".github").exists():
+        pytest.skip("the sdist has no workflows")
+    workflow = yaml.safe_load(text_of(".github/workflows/test.yml"))
+    for one in workflow["jobs"]["ranges"]["strategy"]["matrix"]["include"]:
+        words = list(shlex.shlex(one["versions"], posix=True, punctuation_chars=True))
+        assert not {"<", ">", "<=", ">="} & set(words), one["versions"]
 
 
 def test_the_hashes_are_of_the_versions_that_are_tested() -> None:
