@@ -203,7 +203,9 @@ class Curvature:
         if parameters and parameters.isdisjoint(model.parameters()):
             raise ValueError(
                 "parameters must be the model's: none of those that were given (of the optimizer, under ThorCallback) "
-                "belongs to it. Build the optimizer of the model that is trained."
+                "belongs to it. Build the optimizer of the model that is trained. Where fully_shard puts others in "
+                "their places in configure_model, make it after that, in configure_optimizers: LightningCLI makes that "
+                "of a configuration file before it (the lightning-thor command mends this)."
             )
         chosen = MODES[mode]
         matrices = matrix_layers(model) if chosen.has_diagonal_head or chosen.uses_matrix_sign else []

@@ -39,7 +39,7 @@ class SplitTrainer(Trainer):
 
 class ThorCLI(LightningCLI):
     """A LightningCLI with ``split``, which steps a scheduler after each epoch, or each step if it has
-    ``interval = "step"``, as `PerStepLR` does."""
+    ``interval = "step"``, as `PerStepLR` does; its optimizer has the parameters that ``configure_model`` makes."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -50,7 +50,14 @@ class ThorCLI(LightningCLI):
     def configure_optimizers(
         lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: LRSchedulerTypeUnion | None = None
     ) -> Any:
-        """As of LightningCLI, with the interval at which ``lr_scheduler`` asks to be stepped."""
+        """As of LightningCLI, with the interval at which ``lr_scheduler`` asks to be stepped.
+
+        LightningCLI gives an optimizer the model's parameters, in one group, before ``configure_model``, in which
+        ``fully_shard`` puts others in their places.
+        """
+        params = list(lightning_module.parameters())
+        if len(optimizer.param_groups) == 1 and not {*optimizer.param_groups[0]["params"]} <= {*params}:
+            optimizer.param_groups[0]["params"] = params
         interval = getattr(lr_scheduler, "interval", None)
         if interval is None:
             return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)

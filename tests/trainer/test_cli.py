@@ -15,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
+from examples.classifier import ImageClassifier
 from lightning_thor import ThorCallback, __version__
 from lightning_thor.trainer import cli
 from tests.helpers.boring import assert_bitwise, callback_of
@@ -29,6 +30,11 @@ from tests.helpers.commands import (
     paths,
     run,
 )
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # torch 2.5
+    from torch.distributed._composable.fsdp import fully_shard
 
 # jsonargparse, about how LightningCLI calls it.
 pytestmark = pytest.mark.filterwarnings(r"ignore:(.|\n)*(deprecated in v4|JsonargparseDeprecationWarning)")
@@ -73,6 +79,31 @@ def test_a_strategy_from_yaml_stores_each_layers_inverses_on_one_of_two_ranks(tm
     assert found, printed
     layers = torch.load(checkpoint_in(tmp_path), weights_only=True)["callbacks"]["ThorCallback"]["curvature"]["layers"]
     assert sum("G_inverse" not in layer for layer in layers.values()) == int(found.group(1)) > 0
+
+
+class ShardedClassifier(ImageClassifier):
+    """Other parameters than those that LightningCLI gives the optimizer are in their places when training begins."""
+
+    def configure_model(self) -> None:
+        fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+
+
+@pytest.mark.usefixtures("clean_process")
+@pytest.mark.parametrize("optimizer", ["lightning_thor.Thor", "torch.optim.SGD"])
+def test_a_sharded_model_is_trained_by_the_optimizer_of_the_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    callback = "lightning_thor.ThorCallback" if "thor" in optimizer else "LearningRateMonitor"
+    options = (
+        *TINY_DIGITS, "--trainer.max_epochs=1", "--trainer.devices=1", f"--trainer.callbacks={callback}",
+        "--trainer.overfit_batches=3", f"--optimizer={optimizer}", "--optimizer.lr=0.01",
+        "--optimizer.weight_decay=0",
+    )  # fmt: skip
+    whole = run(monkeypatch, tmp_path / "whole", "fit", *options).model
+    model = "--model=tests.trainer.test_cli.ShardedClassifier"
+    sharded = run(monkeypatch, tmp_path / "sharded", "fit", *options, "--trainer.strategy=thor_fsdp2", model).model
+    found = [p.full_tensor() for p in sharded.parameters()]
+    torch.testing.assert_close(found, [*whole.parameters()], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
