@@ -123,7 +123,6 @@ def test_a_trial_of_block_sizes_runs_the_shards_and_leaves_no_trace(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("training", ["natural", "adam_rule", "auto", "unfrozen", "adam_unfrozen"])
 def test_ranks_that_store_half_of_the_inverses_train_as_ranks_that_store_all(training: str) -> None:
     found = ranks("few" if training == "natural" else f"{training}_few")
@@ -150,6 +149,7 @@ def test_checkpoints_of_ranks_that_store_half_of_the_inverses_hold_all() -> None
     torch.testing.assert_close(layers, expected["curvature"]["layers"], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_momentum_is_sharded_as_the_weights_are() -> None:
     for result in ranks("natural"):
         assert len(result["shards"]) == result["n_momenta"] == len(result["weights"])
