@@ -60,6 +60,10 @@ class Strategy(NamedTuple):
             "inverse_workers": lambda: ThorDDPStrategy(inverse_workers=1),
             "fsdp2_folder": ThorModelParallelStrategy,
             "fsdp2_file": lambda: ThorModelParallelStrategy(save_distributed_checkpoint=False),
+            "fsdp2_workers_folder": lambda: ThorModelParallelStrategy(inverse_workers=1),
+            "fsdp2_workers_file": lambda: ThorModelParallelStrategy(
+                inverse_workers=1, save_distributed_checkpoint=False
+            ),
         }
         return made[self.kind]()
 
@@ -71,6 +75,8 @@ SINGLE, THOR_DDP, FOLDER, FILE = (
     Strategy("fsdp2_file", 2),
 )
 STRATEGIES = (SINGLE, Strategy("ddp", 2), THOR_DDP, Strategy("inverse_workers", 2), FOLDER, FILE)
+WORKERS = (Strategy("fsdp2_workers_folder", 2), Strategy("fsdp2_workers_file", 2))
+"""Moves between these and others are those of `tests.fsdp.test_meshes`."""
 
 
 class Case(NamedTuple):
@@ -93,13 +99,13 @@ class Case(NamedTuple):
 
 
 def possible(mode: str, strategy: Strategy) -> bool:
-    """Adam's mode stores every inverse on every rank."""
+    """Adam's mode with DDP stores every inverse on every rank."""
     return (mode, strategy.kind) != ("adam", "inverse_workers")
 
 
 MATRIX = {
     case.name: case
-    for mode, situation, strategy in product(MODES, SITUATIONS, STRATEGIES)
+    for mode, situation, strategy in product(MODES, SITUATIONS, (*STRATEGIES, *WORKERS))
     if possible(mode, strategy)
     for case in [Case(mode, situation, strategy, strategy)]
 }
