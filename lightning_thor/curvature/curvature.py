@@ -33,6 +33,7 @@ from lightning_thor.curvature.state_dict import (
 )
 from lightning_thor.distributed.assignment import refresh_costs
 from lightning_thor.distributed.communicator import Communicator, SingleProcess, TimedCommunicator, WorkerGrid
+from lightning_thor.distributed.dtensor import reshard
 from lightning_thor.distributed.factor_reducer import BucketFn, FactorReducer, one_bucket
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.distributed.shared_directions import SharedDirections
@@ -585,6 +586,7 @@ class Curvature:
         Returns:
             The names of the new layers.
         """
+        reshard(self.model)  # layers are looked for by their parameters
         self._leave_out_misfits(self._agreement.read())
         parameters = _as_parameters(parameters)
         own = [p for layer in self.layers.values() for p in layer.parameters]

@@ -23,8 +23,9 @@ if dist.is_available():
     except ImportError:  # torch 2.5
         from torch.distributed._composable.fsdp import FSDPModule  # type: ignore[attr-defined]
     _SHARDED: tuple[type, ...] = (DTensor,)
+    _FSDP: tuple[type, ...] = (FSDPModule,)
 else:
-    _SHARDED = ()
+    _SHARDED = _FSDP = ()
 
 
 def new_mesh(device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Any:
@@ -89,10 +90,11 @@ def shard_like(value: Any, like: Tensor) -> Any:
 
 
 def reshard(module: nn.Module) -> None:
-    """Free the whole weights of a ``fully_shard``-ed model, which its root holds after a pass without gradients."""
+    """Free the whole weights of a ``fully_shard``-ed model, which its root holds after a pass without gradients, in the
+    place of the parameters that train."""
     for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+        if isinstance(part, _FSDP):
+            part.reshard()  # type: ignore[operator]
 
 
 def load_optimizer(path: Path, key: str, module: nn.Module, optimizer: Optimizer) -> None:

@@ -16,6 +16,7 @@ from lightning_thor.block_size.choose import BlockSplit
 from lightning_thor.curvature.callables import BatchFn, IntStepFn, StepFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.options import check_options
+from lightning_thor.distributed.dtensor import reshard
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.optim.options import unknown_options
 from lightning_thor.optim.thor import Thor
@@ -258,6 +259,7 @@ class ThorCallback(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._served is not None:
             self._served.looks = True
+            reshard(pl_module)  # for what is unfrozen in this hook, by others that come after
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_thor.curvature.callables import BatchFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.part_timer import PartTimer
+from lightning_thor.distributed.dtensor import reshard
 from lightning_thor.layers.base import Layer
 from lightning_thor.layers.discovery import matrix_layers, name_some
 from lightning_thor.optim.thor import Thor
@@ -166,6 +167,7 @@ class ServedThors:
         n_groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
         if not (self.looks or self._seen != (trainer.optimizers, n_groups)):
             return []
+        reshard(self._pl_module)  # after a validation it has other parameters than the optimizers
         new = self.serve()
         self.looks = any(is_lazy(p) for optimizer in self.by_optimizer for p in parameters_of(optimizer))
         further = {

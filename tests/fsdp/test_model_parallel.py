@@ -35,6 +35,7 @@ from tests.helpers.sharded_workers import (
     BF16,
     KL,
     MODULES,
+    Searching,
     Sharded,
     UnfreezingSharded,
     Words,
@@ -90,6 +91,22 @@ def test_layers_that_are_unfrozen_have_curvature_as_on_one_device(tmp_path: Path
     alone = one_rank(tmp_path, kind=UnfreezingSharded, max_epochs=3)
     for result in ranks("unfrozen"):
         torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
+
+
+def test_layers_that_are_unfrozen_after_a_validation_have_curvature_beside_the_others(
+    tmp_path: Path, clean_process: None
+) -> None:
+    """It leaves whole weights in the root of the model, in the place of those that train."""
+
+    class Validated(Searching, UnfreezingSharded):
+        def configure_callbacks(self) -> list[L.Callback]:
+            return []
+
+    options: dict[str, Any] = {"strategy": "thor_fsdp2", "devices": 1, "max_epochs": 3}
+    plain = train(tmp_path, UnfreezingSharded((ROWS,), dtype=torch.float32), **options)
+    validated = train(tmp_path, Validated((ROWS,), dtype=torch.float32), **options)
+    assert {"conv", "norm"} < {name.removeprefix("net.") for name in plain["curvature"]["layers"]}
+    assert_bitwise(state(validated), state(plain))
 
 
 @pytest.mark.slow
