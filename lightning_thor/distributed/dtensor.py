@@ -100,12 +100,20 @@ def reshard(module: nn.Module) -> None:
 def load_optimizer(path: Path, key: str, module: nn.Module, optimizer: Optimizer) -> None:
     """Load the state of an optimizer of a sharded module, which has state of that kind already, from a folder of shards
     that torch.distributed.checkpoint wrote; all ranks must call it. Torch loads no state of parameters that are
-    frozen."""
+    frozen. Options of a group that the folder lacks are not asked for, as `torch.optim.Optimizer.load_state_dict` does
+    not: those of a schedule that was added since, or of a later version."""
     # They take a second to import.
     from torch.distributed.checkpoint import state_dict as states
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     state = {key: states.get_optimizer_state_dict(module, optimizer)}
+    saved = FileSystemReader(path).read_metadata().state_dict_metadata
+    groups: Any = state[key]["param_groups"]
+    for number, group in enumerate(groups):
+        for option in group.keys() - {"params"}:
+            if f"{key}.param_groups.{number}.{option}" not in saved:
+                del group[option]
     load(state, checkpoint_id=path)
     options = states.StateDictOptions(cpu_offload=True)
     states.set_optimizer_state_dict(module, optimizer, state[key], options=options)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrategy
+from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrategy, configure_thor
 from lightning_thor.distributed import dtensor
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.trainer import callback
@@ -412,6 +412,22 @@ def test_a_fit_after_a_search_for_a_learning_rate_is_the_fit_without_it(searchin
     for result, expected in zip(ranks(searching), ranks(plain), strict=True):
         assert len(result["collectives"]) > len(expected["collectives"])
         assert_bitwise(state(result), state(expected))
+
+
+def test_a_folder_goes_on_with_a_schedule_that_it_does_not_know(tmp_path: Path, clean_process: None) -> None:
+    """Such as that of a search for a learning rate, which restores what it saved."""
+
+    class Unscheduled(Searching):
+        def configure_optimizers(self) -> Any:
+            return configure_thor(self, lr=0.02, weight_decay=0.1)
+
+    options: dict[str, Any] = {"strategy": "thor_fsdp2", "devices": 1, "max_epochs": 1}
+    searched = train(tmp_path, Unscheduled((ROWS,), dtype=torch.float32), checkpoints="searched", **options)
+    plain = train(tmp_path, Sharded((ROWS,), dtype=torch.float32), **options)
+    assert_bitwise(searched["weights"], plain["weights"])
+    file = tmp_path / "searched" / "epoch=0.ckpt"
+    resumed = train(tmp_path, Sharded((ROWS,), dtype=torch.float32), resume=file, **options | {"max_epochs": 2})
+    assert resumed["steps"][0] == 5
 
 
 @pytest.mark.slow
