@@ -234,7 +234,11 @@ TRAININGS: dict[str, Case] = {
             "compiled",
         )
     },
-    **{f"{mesh}_autocast": Case(shape=MESHES[mesh], policy="autocast") for mesh in ("hsdp", "tp")},
+    **{
+        f"{mesh}_autocast_{mode}": Case(mode, MESHES[mesh], policy="autocast")
+        for mesh in ("fsdp", "hsdp", "tp", "tp_fsdp")
+        for mode in ("natural", "polar", "adam")
+    },
     "tp_compiled": Case(shape=MESHES["tp"], policy="compiled"),
     "tp_reduce": Case(shape=MESHES["tp"], options=(("statistics", "reduce"),)),
     **{
