@@ -6,6 +6,7 @@ out of it as ``FOLDER/<name>-<rank>.pt``.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +24,27 @@ from tests.helpers.sharded_workers import Sharded, train
 NODES = {"devices": 1, "num_nodes": 2, "max_epochs": 1}
 
 
-def ends_a_node(folder: Path) -> Result:
-    """Of the rank that the others look up to."""
-    return fit(folder, Module(HALVES, fail=dies), strategy=in_buckets(), **NODES)
+def dies_on_the_second(rank: int, number: int) -> None:
+    """Without a word, on the node that the other does not look up to."""
+    if rank == 1 and number == 3:
+        os._exit(13)
 
 
 TRAININGS: dict[str, Callable[[Path], Result]] = {
     "ddp": lambda folder: fit(folder, Module(HALVES), strategy="thor_ddp", **NODES),
     "fsdp2": lambda folder: train(folder, Sharded(HALVES), "thor_fsdp2", **NODES),
-    "dies": ends_a_node,
+    **{
+        f"ddp_{fail.__name__}": lambda folder, fail=fail: fit(
+            folder, Module(HALVES, fail=fail), strategy=in_buckets(), **NODES
+        )
+        for fail in (dies, dies_on_the_second)
+    },
+    **{
+        f"fsdp2_{fail.__name__}": lambda folder, fail=fail: train(
+            folder, Sharded(HALVES, fail=fail), "thor_fsdp2", **NODES
+        )
+        for fail in (dies, dies_on_the_second)
+    },
 }
 
 
