@@ -29,12 +29,13 @@ def damped_inverse(C: Tensor, damping: float) -> Tensor:
 
 @dataclass
 class ThorOnOnePage:
-    """For a loss that is a mean over the batch, and one backward pass per step. Options as in `lightning_thor`."""
+    """For a loss that is a mean over the batch (of a sample alone g is len(g) times as large); options as in Thor."""
 
     model: nn.Module
     lr: float = 6e-3
     momentum: float = 0.9
-    match_rms: float = 0.2  # root mean square of each direction, about that of AdamW's (Liu et al., arXiv:2502.16982)
+    match_rms: float = 0.2  # root mean square of directions, about that of AdamW's (Liu et al., arXiv:2502.16982)
+    rms_averaging: float = 0.9  # weight of the past in their mean square
     max_relative_step: float = 0.01  # most of lr · match_rms, over the 1 / √(3 · inputs) of nn.Linear at first
     damping: float = 0.2  # relative to the mean eigenvalue of A and of G
     averaging: float = 0.8  # weight of the past in A and G (K-FAC, section 5), bias-corrected as in Adam
@@ -43,17 +44,14 @@ class ThorOnOnePage:
 
     def __post_init__(self) -> None:
         self.n_steps = self.next_refresh = self.n_refreshes = 0
-        self.momenta: dict[Tensor, Tensor] = {p: torch.zeros_like(p) for p in self.model.parameters()}
-        self.average: dict[tuple[nn.Module, str], Tensor] = {}
-        self.inverse: dict[tuple[nn.Module, str], Tensor] = {}
+        self.momenta, self.mean_square, self.average, self.inverse = (dict[object, Tensor]() for _ in range(4))
         self.layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
         for layer in self.layers:
             layer.register_forward_hook(self.observe)
 
     def observe(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # a forward hook
         if output.requires_grad and self.n_steps == self.next_refresh:
-            # In backward. The loss is a mean: the gradient of a sample's own loss is g times the batch size.
-            output.register_hook(lambda g: self.refresh(layer, A=inputs[0].detach(), G=g * len(g)))
+            output.register_hook(lambda g: self.refresh(layer, A=inputs[0].detach(), G=g * len(g)))  # in backward
 
     def refresh(self, layer: nn.Module, **rows: Tensor) -> None:
         weight = (1 - self.averaging) / (1 - self.averaging ** (self.n_refreshes + 1))
@@ -64,13 +62,16 @@ class ThorOnOnePage:
 
     @torch.no_grad()
     def step(self) -> None:
-        directions: dict[Tensor, Tensor] = {p: p.grad for p in self.momenta if p.grad is not None}
+        directions: dict[Tensor, Tensor] = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         for layer in self.layers:  # the natural gradient, (A ⊗ G)⁻¹ vec(grad) = vec(G⁻¹ grad A⁻¹): K-FAC, section 4.2
             directions[layer.weight] = self.inverse[layer, "G"] @ directions[layer.weight] @ self.inverse[layer, "A"]
         for p, direction in directions.items():  # that of a bias is its gradient; one of zeros stays zero
             most = math.inf if p.dim() < 2 else self.max_relative_step / (self.lr * math.sqrt(3 * p.shape[1]))
-            update = direction * min(self.match_rms, most) / direction.square().mean().sqrt().clamp_min(1e-30)
-            self.momenta[p].mul_(self.momentum).add_(update)
+            square, past = direction.square().mean().clamp_min(1e-60), self.rms_averaging
+            self.mean_square[p] = past * self.mean_square.get(p, 0.0) + (1 - past) * square
+            rms = self.mean_square[p].max(square).sqrt()
+            update = direction * min(self.match_rms / rms, most / square.sqrt())
+            self.momenta[p] = self.momentum * self.momenta.get(p, 0.0) + update
             p -= self.lr * (update + self.momentum * self.momenta[p])  # Nesterov's momentum, as in torch.optim.SGD
         if self.n_steps == self.next_refresh:
             self.n_refreshes += 1
@@ -87,8 +88,7 @@ def main(n_steps: int = 200) -> float:
     train, held_out = torch.randperm(1797).split([1437, 360])
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)).double()
     optimizer = ThorOnOnePage(model)
-    for _ in range(n_steps):
-        batch = train[torch.randint(1437, (64,))]
+    for batch in train[torch.randint(1437, (n_steps, 64))]:
         model.zero_grad()
         nn.functional.cross_entropy(model(pixels[batch] / 16), labels[batch]).backward()
         optimizer.step()

@@ -20,7 +20,13 @@ PAGE = Path(thor_on_one_page.__file__).read_text(encoding="utf-8")
 
 # No value is a default. Steps of the first two weights are limited, that of the third is not.
 # Blocks of at most 4 cut 13 into 4, 4, 4, 1; 12 into 4, 4, 4; 6 into 3, 3; and 5 into 3, 2.
-OF_THOR: dict[str, Any] = {"lr": 0.02, "momentum": 0.8, "match_rms": 0.3, "max_relative_step": 0.03}
+OF_THOR: dict[str, Any] = {
+    "lr": 0.02,
+    "momentum": 0.8,
+    "match_rms": 0.3,
+    "max_relative_step": 0.03,
+    "rms_averaging": 0.6,
+}
 OF_CURVATURE: dict[str, Any] = {"damping": 0.1, "averaging": 0.7, "block_size": 4, "update_every_n_steps": 3}
 OPTIONS = OF_THOR | OF_CURVATURE
 

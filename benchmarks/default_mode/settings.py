@@ -12,7 +12,12 @@ from benchmarks.common.contenders import CONTENDERS, DEFAULT_RATE, Stepper
 from lightning_thor import Curvature, Thor
 from lightning_thor.optim.thor import Preconditioner
 
-LIMIT = {"max_relative_step": 0.01}
+SCALE: Mapping[str, Mapping[str, float]] = {
+    "natural": {"max_relative_step": 0.01, "rms_averaging": 0.9},
+    "polar": {"max_relative_step": 0.01},
+    "adam": {},
+}
+"""The options of `Thor` that set the scale of a step, by mode."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ def thor(label: str, rates: tuple[float, ...], colour: str, mode: str = "natural
         curvature: Preconditioner = Curvature(model, mode=mode, **options)
         return Thor(model.parameters(), lr=lr, mode=mode, preconditioner=curvature)
 
-    facts = {"mode": mode, **options} | ({} if mode == "adam" else LIMIT)
+    facts = {"mode": mode, **options, **SCALE[mode]}
     return Setting(label, rates, colour, build, facts)
 
 

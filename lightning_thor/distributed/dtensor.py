@@ -114,6 +114,10 @@ def load_optimizer(path: Path, key: str, module: nn.Module, optimizer: Optimizer
         for option in group.keys() - {"params"}:
             if f"{key}.param_groups.{number}.{option}" not in saved:
                 del group[option]
+    for name, own in state[key]["state"].items():
+        for entry in own.keys() - {n for n in own if f"{key}.state.{name}.{n}" in saved}:
+            if not isinstance(own[entry], Tensor):
+                del own[entry]
     load(state, checkpoint_id=path)
     options = states.StateDictOptions(cpu_offload=True)
     states.set_optimizer_state_dict(module, optimizer, state[key], options=options)

@@ -80,14 +80,16 @@ def sent(numbers: Sequence[Any], like: Tensor) -> Tensor:
     return torch.tensor(numbers, dtype=like.dtype, pin_memory=like.is_cuda).to(like.device, non_blocking=True)
 
 
-def select(vector: Tensor, places: Sequence[int]) -> Tensor:
-    """The entries of a vector at these places, in their order; the vector itself if these are all in its own order.
+def select(vector: Any, places: Sequence[int]) -> Any:
+    """The entries of a vector or a list at these places, in their order; itself if these are all in its own order.
 
-    >>> select(torch.tensor([1.0, 2.0, 3.0]), [2, 0])
-    tensor([3., 1.])
+    >>> select(torch.tensor([1.0, 2.0, 3.0]), [2, 0]), select([1.0, 2.0, 3.0], [2, 0])
+    (tensor([3., 1.]), [3.0, 1.0])
     """
     if places == list(range(len(vector))):
         return vector
+    if not isinstance(vector, Tensor):
+        return [vector[place] for place in places]
     return vector.index_select(0, _constants(tuple(places), torch.int64, vector.device))
 
 

@@ -17,6 +17,7 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("be 0 or greater", lambda x: x >= 0),
     "momentum": ("lie in [0, 1)", lambda x: 0 <= x < 1),
     "beta2": ("lie in [0, 1)", lambda x: 0 <= x < 1),
+    "rms_averaging": ("lie in [0, 1)", lambda x: 0 <= x < 1),
     "weight_decay": ("be 0 or greater", lambda x: x >= 0),
     **dict.fromkeys(POSITIVE_OR_NONE, ("be greater than 0, or None to turn it off", lambda x: x > 0)),
 }
@@ -27,7 +28,7 @@ SWITCHES = ("nesterov", "decoupled_weight_decay")
 
 OPTIONS = ("mode", *SWITCHES, *RANGES)
 
-FORMER: Mapping[str, Any] = {"max_relative_step": None}
+FORMER: Mapping[str, Any] = {"max_relative_step": None, "rms_averaging": 0.0}
 """Options that checkpoints of earlier versions lack, with the value that continues their training unchanged."""
 
 FOREIGN_OPTIONS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_thor.optim.adam import FIRST, SECOND, STEP
+from lightning_thor.optim.update_scaling import NORM_SQ
 from lightning_thor.preconditioning.modes import NATURAL
 
 MOMENTUM = "momentum_buffer"
@@ -84,8 +86,10 @@ def check_momenta(state: Mapping[str, Any], groups: Groups) -> None:
     numbers = [number for params in saved_groups for number in params]
     for number, p in zip(numbers, [p for group in groups for p in group["params"]], strict=True):
         saved = state["state"].get(number, {})
-        if missing := {FIRST, SECOND, STEP} - saved.keys() if saved.keys() & {FIRST, SECOND, STEP} else ():
+        if missing := {FIRST, SECOND, STEP} - saved.keys() if saved.keys() & {FIRST, SECOND} else ():
             raise _unfit(number, f"lacks {', '.join(sorted(missing))}")
+        if NORM_SQ in saved and not (isinstance(saved[NORM_SQ], float) and 0.0 <= saved[NORM_SQ] < math.inf):
+            raise _unfit(number, f"has {saved[NORM_SQ]!r} for its {NORM_SQ}")
         for key in saved.keys() & {MOMENTUM, FIRST, SECOND}:
             value = saved[key]
             if not isinstance(value, Tensor):

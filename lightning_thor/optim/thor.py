@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_othe
 from lightning_thor.optim.fading import fade_factors
 from lightning_thor.optim.options import FOREIGN_OPTIONS, FORMER, OPTIONS, check_group, plain_numbers, unknown_options
 from lightning_thor.optim.state_dict import MOMENTUM, check_momenta, check_state, numbered_as_in
-from lightning_thor.optim.update_scaling import clip_kl_, scale_to_norms_
+from lightning_thor.optim.update_scaling import NORM_SQ, Numbers, clip_kl_, scale_to_norms_, scale_to_running_norms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
 from lightning_thor.preconditioning.modes import MODES, NATURAL, Mode, ModeName, common_mode
 
@@ -35,12 +35,16 @@ NUMBERING = tuple(f"torch.distributed.{name}." for name in ("checkpoint", "fsdp"
 
 
 class Targets(NamedTuple):
-    """The L2 norm that each direction is scaled to; of a parameter that is not among them its scale stays."""
+    """The scales of ``n`` directions; of a parameter that is not among them its scale stays."""
 
-    norms: Mapping[nn.Parameter, Any]
-    """By parameter, numbers; or, where reading them would wait for a device, places in ``vector``."""
-    vector: Tensor | None = None
-    """``[n]`` in float64."""
+    places: Mapping[nn.Parameter, int]
+    """By parameter, its place in the others, 0..n-1."""
+    averaging: Sequence[float] = ()
+    """Weight of the past in the running mean of squared norms."""
+    norms: Numbers = ()
+    """What the running L2 norm is scaled to."""
+    limits: Numbers = ()
+    """Largest L2 norm of the scaled direction, at most ``norms``."""
 
 
 class Preconditioner(Protocol):
@@ -113,6 +117,11 @@ class Thor(Optimizer):
         match_rms: scale each tensor's direction to this root mean square (0.2 is about AdamW's: Liu et al. 2025,
             arXiv:2502.16982), or less where its gradient is below 8 roundings of the largest gradients of this
             training (`lightning_thor.optim.fading`); None leaves the scale to the curvature.
+        rms_averaging: in [0, 1); with ``match_rms``, divide a direction by the root of a running mean of its squares,
+            in which the past has this weight, where that is larger than the direction's own root mean square: one
+            number per tensor, as β₂ has one for each weight in Adam. So batches with little to say, such as those
+            without a rare class, take smaller steps than those that have it; with 0 the directions of all have one
+            size. No effect in polar mode, whose directions are of a momentum, and in adam mode.
         max_relative_step: with ``match_rms``, limit ``lr`` times the direction's root mean square, of weights with two
             or more dimensions, to this share of 1/√(3 fan_in), the root mean square of `nn.Linear`'s initial weights
             (momentum adds up to ``1 / (1 - momentum)`` such steps; polar mode, whose directions are of the momentum,
@@ -145,6 +154,7 @@ class Thor(Optimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         match_rms: float | None = 0.2,
+        rms_averaging: float = 0.9,
         max_relative_step: float | None = 0.01,
         kl_clip: float | None = None,
         clip_norm: float | None = None,
@@ -262,17 +272,23 @@ class Thor(Optimizer):
 
     @torch.no_grad()
     def make_state(self) -> None:
-        """Set momentum, or the moments of sharded parameters in adam mode, to zeros where there is none.
+        """Set momentum and running norms, or the moments of sharded parameters in adam mode, to zeros where there were
+        none.
 
         `torch.distributed.checkpoint` takes such a step to save or restore an optimizer that has no state yet, and the
         curvature would count it.
         """
         for group in self.param_groups:
-            if MODES[group["mode"]].change_basis is not None:
+            mode = MODES[group["mode"]]
+            if mode.change_basis is not None:
                 for p in filter(is_sharded, group["params"]):
                     make_moments(self.state[p], p, wide(p.dtype))
-            elif group["momentum"]:
+                continue
+            if group["momentum"]:
                 self._momentum_buffers(group["params"])
+            if group["match_rms"] is not None and group["rms_averaging"] and not mode.momentum_first:
+                for p in group["params"]:
+                    self.state[p].setdefault(NORM_SQ, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as `torch.optim.Optimizer.state_dict` does, but number parameters as the model does.
@@ -285,6 +301,10 @@ class Thor(Optimizer):
         for group in state["param_groups"]:
             if isinstance(group.get(GRADIENT_RMS), Tensor):  # on a GPU
                 group[GRADIENT_RMS] = float(group[GRADIENT_RMS])
+        state["state"] = {
+            key: {**own, NORM_SQ: float(own[NORM_SQ])} if isinstance(own.get(NORM_SQ), Tensor) else own
+            for key, own in state["state"].items()
+        }
         model, numbered = getattr(self.preconditioner, "model", None), self.numbered
         if numbered is None and isinstance(model, nn.Module):
             numbered = tuple(model.parameters())
@@ -337,7 +357,7 @@ class Thor(Optimizer):
             if MODES[group["mode"]].momentum_first:
                 momenta.update(self._momenta(group, grads))
         sources = {**grads, **momenta} if momenta else grads
-        targets = self._target_norms(sources)
+        targets = self._targets(sources)
         sources = {**sources, **zeros} if zeros else sources
         by_mode: dict[str, Tensors] = {mode.name: sources}
         if len(names := dict.fromkeys([group["mode"] for group in groups])) > 1:
@@ -359,38 +379,43 @@ class Thor(Optimizer):
             momenta = list(torch._foreach_add(momenta, buffers, alpha=momentum)) if group["nesterov"] else buffers
         return dict(zip(params, momenta, strict=True))
 
-    def _target_norms(self, sources: Tensors) -> Targets:
+    def _targets(self, sources: Tensors) -> Targets:
         """Count this step; returns the scale of the directions of these gradients and momenta, where it is matched."""
         fan_in = getattr(self.preconditioner, "fan_in", {})
-        norms: dict[nn.Parameter, float] = {}
+        norms, limits, averaging = list[float](), list[float](), list[float]()
         shares: dict[nn.Parameter, float] = {}
         for group in self.param_groups:
             mode, match_rms, lr = MODES[group["mode"]], group["match_rms"], group["lr"]
             if match_rms is None or not mode.matches_rms:
                 continue
-            # A momentum adds up 1 / (1 - momentum) gradients.
+            # A momentum adds up 1 / (1 - momentum) gradients, so its norm is a running one already.
             share = 1.0 - group["momentum"] if mode.momentum_first else 1.0
+            past = 0.0 if mode.momentum_first else group["rms_averaging"]
             # A schedule may end at rates whose product with a share is 0.
             is_limited = group["max_relative_step"] is not None and share * lr > 0
             limit = group["max_relative_step"] / (share * lr) if is_limited else math.inf
             for p in group["params"]:
                 if p in sources:
                     inputs = (fan_in.get(p) or p.shape[1:].numel() or 1) if p.dim() > 1 else 0
-                    rms = min(match_rms, limit / math.sqrt(3 * inputs)) if inputs else match_rms
-                    norms[p] = rms * math.sqrt(p.numel())
+                    root, rms = math.sqrt(p.numel()), limit / math.sqrt(3 * inputs) if inputs else math.inf
+                    norms.append(match_rms * root)
+                    limits.append(min(match_rms, rms) * root)
+                    averaging.append(past)
                     shares[p] = share
-        if not norms:
-            return Targets({})
+        places = dict(zip(shares, range(len(shares)), strict=True))
+        if not places:
+            return Targets(places)
         before = self.param_groups[0][GRADIENT_RMS]
         factors, largest = fade_factors([sources[p] for p in shares], list(shares), list(shares.values()), before)
         for group in self.param_groups:
             group[GRADIENT_RMS] = largest
         if isinstance(factors, Tensor):
-            vector = sent(list(norms.values()), factors).mul_(factors)
-            return Targets(dict(zip(norms, range(len(norms)), strict=True)), vector)
-        if factors.count(1.0) == len(factors):
-            return Targets(norms)
-        return Targets({p: norm * factor for (p, norm), factor in zip(norms.items(), factors, strict=True)})
+            of_norms, of_limits = sent([norms, limits], factors).mul_(factors).unbind()
+            return Targets(places, averaging, of_norms, of_limits)
+        if factors.count(1.0) < len(factors):
+            norms = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
+            limits = [limit * factor for limit, factor in zip(limits, factors, strict=True)]
+        return Targets(places, averaging, norms, limits)
 
     def _apply(self, grads: Tensors, updates: Directions, targets: Targets) -> None:
         """Scale updates, decay weights, and move the parameters of ``updates``, whose tensors are lost."""
@@ -398,11 +423,16 @@ class Thor(Optimizer):
         for group in self.param_groups:
             if params := [p for p in group["params"] if p in updates]:
                 steps.append((group, params, local_parts(params), [updates[p] for p in params]))
-        matched = [p for _, params, *_ in steps for p in params if p in targets.norms]
+        matched = [p for _, params, *_ in steps for p in params if p in targets.places]
         if matched:
-            norms = [targets.norms[p] for p in matched]
-            own_norms = norms if targets.vector is None else select(targets.vector, norms)
-            scale_to_norms_([updates[p] for p in matched], matched, own_norms)
+            places, directions = [targets.places[p] for p in matched], [updates[p] for p in matched]
+            norms, limits = select(targets.norms, places), select(targets.limits, places)
+            averaging = select(targets.averaging, places)
+            if any(averaging):
+                states = [self.state[p] for p in matched]
+                scale_to_running_norms_(directions, matched, norms, limits, states, averaging)
+            else:
+                scale_to_norms_(directions, matched, limits)
         clipped = [(p, group) for group, params, *_ in steps if group["kl_clip"] is not None for p in params]
         if clipped:
             clip_kl_(clipped, grads, updates)

@@ -149,7 +149,8 @@ class Module(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         mode = self.options.mode
-        optimizer = configure_thor(self, lr=0.02, weight_decay=0.1, mode=mode, max_relative_step=None)
+        since_then: dict[str, Any] = {"max_relative_step": None, "rms_averaging": 0.0}
+        optimizer = configure_thor(self, lr=0.02, weight_decay=0.1, mode=mode, **since_then)
         schedule = PerStepLR(optimizer, Polynomial(1.0, end=0.5, n_steps=20))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_thor.optim.update_scaling import NORM_SQ
 from tests.helpers.distributed_workers import HALVES, ROWS, Module, Result, fit, in_buckets
 
 VOCABULARY, LENGTH, WIDTH = 11, 6, 8
@@ -94,6 +95,14 @@ def with_gradients_times(state: Result, n: int) -> Result:
     """A training's state as if its gradients had been so many times as large: only what notes their size differs."""
     groups = [{**group, "gradient_rms": n * group["gradient_rms"]} for group in state["optimizer"]["param_groups"]]
     return {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
+
+
+def without_running_norms(state: Result) -> Result:
+    """A training's state but for the norms of directions, which gradients of another size make larger or smaller, as a
+    layer has curvature or not."""
+    optimizer = state["optimizer"]
+    states = {n: {k: v for k, v in own.items() if k != NORM_SQ} for n, own in optimizer["state"].items()}
+    return {**state, "optimizer": {**optimizer, "state": states}}
 
 
 def train(

@@ -80,7 +80,7 @@ def test_one_batch_that_explodes_fades_no_later_one(monkeypatch: pytest.MonkeyPa
 def test_a_measure_that_is_set_to_0_begins_anew() -> None:
     """As docs/troubleshooting.md says, after gradients that exploded at first."""
     p = nn.Parameter(torch.zeros(4))
-    optimizer = Thor([p], lr=1.0, momentum=0.0, preconditioner=Identity())
+    optimizer = Thor([p], lr=1.0, momentum=0.0, rms_averaging=0.0, preconditioner=Identity())
     moved = []
     for size, begins_anew in ((1e9, False), (1.0, False), (1.0, True)):
         for group in optimizer.param_groups if begins_anew else ():

@@ -85,7 +85,7 @@ def test_vectors_and_small_steps_are_not_limited_and_none_has_no_limit() -> None
 
 def test_it_is_of_the_rate_of_each_step_and_a_rate_of_zero_moves_nothing() -> None:
     weight = nn.Parameter(torch.zeros(4, 30))
-    optimizer = Thor([weight], lr=0.1, momentum=0.0, preconditioner=Identity())
+    optimizer = Thor([weight], lr=0.1, momentum=0.0, rms_averaging=0.0, preconditioner=Identity())
     for lr, expected in (0.1, limit(30)), (1e-3, 2e-4), (0.0, 0.0), (0.2, limit(30)):
         before = weight.detach().clone()
         optimizer.param_groups[0]["lr"] = lr
