@@ -100,8 +100,9 @@ def reshard(module: nn.Module) -> None:
 def load_optimizer(path: Path, key: str, module: nn.Module, optimizer: Optimizer) -> None:
     """Load the state of an optimizer of a sharded module, which has state of that kind already, from a folder of shards
     that torch.distributed.checkpoint wrote; all ranks must call it. Torch loads no state of parameters that are
-    frozen. Options of a group that the folder lacks are not asked for, as `torch.optim.Optimizer.load_state_dict` does
-    not: those of a schedule that was added since, or of a later version."""
+    frozen. Options of a group and numbers of a parameter that the folder lacks are not asked for, as
+    `torch.optim.Optimizer.load_state_dict` does not: those of a schedule that was added since, or of a later version.
+    """
     # They take a second to import.
     from torch.distributed.checkpoint import state_dict as states
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -110,14 +111,14 @@ def load_optimizer(path: Path, key: str, module: nn.Module, optimizer: Optimizer
     state = {key: states.get_optimizer_state_dict(module, optimizer)}
     saved = FileSystemReader(path).read_metadata().state_dict_metadata
     groups: Any = state[key]["param_groups"]
-    for number, group in enumerate(groups):
-        for option in group.keys() - {"params"}:
-            if f"{key}.param_groups.{number}.{option}" not in saved:
-                del group[option]
-    for name, own in state[key]["state"].items():
-        for entry in own.keys() - {n for n in own if f"{key}.state.{name}.{n}" in saved}:
-            if not isinstance(own[entry], Tensor):
-                del own[entry]
+    of_parameters: Any = state[key]["state"]
+    asked = {f"param_groups.{number}": group for number, group in enumerate(groups)}
+    asked |= {f"state.{name}": own for name, own in of_parameters.items()}
+    for place, own in asked.items():
+        absent = [name for name in own if f"{key}.{place}.{name}" not in saved and name != "params"]
+        for name in absent:
+            if not isinstance(own[name], Tensor):
+                del own[name]
     load(state, checkpoint_id=path)
     options = states.StateDictOptions(cpu_offload=True)
     states.set_optimizer_state_dict(module, optimizer, state[key], options=options)

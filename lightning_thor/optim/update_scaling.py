@@ -58,8 +58,8 @@ def scale_to_norms_(
 def scale_to_running_norms_(
     updates: Sequence[Tensor],
     params: Sequence[Tensor],
-    targets: Numbers,
-    limits: Numbers,
+    targets: Any,
+    limits: Any,
     states: Sequence[MutableMapping[str, Any]],
     averaging: Sequence[float],
 ) -> None:
@@ -70,8 +70,8 @@ def scale_to_running_norms_(
     Args:
         updates: this rank's parts.
         params: their parameters.
-        targets: of the running norms √m.
-        limits: of the L2 norms of the results.
+        targets: of the running norms √m, `Numbers`.
+        limits: of the L2 norms of the results, `Numbers`.
         states: of each parameter; m is their `NORM_SQ`.
         averaging: weight of the past in m.
 
@@ -87,13 +87,14 @@ def scale_to_running_norms_(
     real = as_real(updates)
     if not norms.can_read_on_host(real, params):
         own, scales = norms.norms(real, params)
+        own.nan_to_num_(LEAST_NORM, LEAST_NORM).clamp_(LEAST_NORM, LARGEST_NORM)
         whole = own
         for scale in scales:
-            whole = whole / scale
-        whole = whole.nan_to_num(LEAST_NORM, LEAST_NORM).clamp_(LEAST_NORM, LARGEST_NORM)
-        squares = _running_means(states, whole).lerp_(whole.square(), 1.0 - constants(averaging, whole))
-        shares = torch.minimum(targets * whole * squares.rsqrt(), limits)
-        _multiply_on_device_(real, *scales, shares.div_(own.clamp_min_(LEAST_NORM)))
+            whole = (whole / scale).clamp_(LEAST_NORM, LARGEST_NORM)
+        means = _running_means(states, whole)
+        means.lerp_(whole.square(), constants([1.0 - past for past in averaging], whole))
+        goals = torch.minimum(means.rsqrt().mul_(whole).mul_(targets), limits)
+        _multiply_on_device_(real, *scales, goals.div_(own))
         return
     sums, exponents = norms.scaled_sums_of_squares(real)
     factors = []

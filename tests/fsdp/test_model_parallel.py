@@ -430,6 +430,24 @@ def test_a_folder_goes_on_with_a_schedule_that_it_does_not_know(tmp_path: Path, 
     assert resumed["steps"][0] == 5
 
 
+def test_a_folder_without_running_norms_goes_on(tmp_path: Path, clean_process: None) -> None:
+    """Such as one of an earlier version, whose options it takes."""
+
+    class OneSize(Sharded):
+        def configure_optimizers(self) -> Any:
+            return configure_thor(self, lr=0.02, weight_decay=0.1, rms_averaging=0.0)
+
+    options: dict[str, Any] = {"strategy": "thor_fsdp2", "devices": 1, "max_epochs": 1}
+    train(tmp_path, OneSize((ROWS,), dtype=torch.float32), checkpoints="former", **options)
+    file, more = tmp_path / "former" / "epoch=0.ckpt", options | {"max_epochs": 2}
+    assert file.is_dir()
+    ends = [
+        train(tmp_path, kind((ROWS,), dtype=torch.float32), resume=file, **more)["weights"]
+        for kind in (OneSize, Sharded)
+    ]
+    assert_bitwise(ends[1], ends[0])
+
+
 @pytest.mark.slow
 def test_saving_an_optimizer_without_momentum_is_no_step_of_the_curvature() -> None:
     for result in ranks("no_momentum"):
