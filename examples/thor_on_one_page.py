@@ -40,7 +40,7 @@ class ThorOnOnePage:
     damping: float = 0.2  # relative to the mean eigenvalue of A and of G
     averaging: float = 0.8  # weight of the past in A and G (K-FAC, section 5), bias-corrected as in Adam
     block_size: int = 64  # at most
-    update_every_n_steps: int | None = None  # A, G and their inverses; None: n / 10 at step n, from 1 to 10
+    update_every_n_steps: int | None = None  # A, G and their inverses; None: see the last lines of step
 
     def __post_init__(self) -> None:
         self.n_steps = self.next_refresh = self.n_refreshes = 0
@@ -69,13 +69,13 @@ class ThorOnOnePage:
             most = math.inf if p.dim() < 2 else self.max_relative_step / (self.lr * math.sqrt(3 * p.shape[1]))
             square, past = direction.square().mean().clamp_min(1e-60), self.rms_averaging
             self.mean_square[p] = past * self.mean_square.get(p, 0.0) + (1 - past) * square
-            rms = self.mean_square[p].max(square).sqrt()
+            rms = (self.mean_square[p] / 9).max(square).sqrt()  # a third of the running one, if its own is smaller
             update = direction * min(self.match_rms / rms, most / square.sqrt())
             self.momenta[p] = self.momentum * self.momenta.get(p, 0.0) + update
             p -= self.lr * (update + self.momentum * self.momenta[p])  # Nesterov's momentum, as in torch.optim.SGD
-        if self.n_steps == self.next_refresh:
+        if (n := self.n_steps) == self.next_refresh:
             self.n_refreshes += 1
-            self.next_refresh += self.update_every_n_steps or min(10, max(1, self.n_steps // 10))
+            self.next_refresh += self.update_every_n_steps or max(1, min(n // 10, 10), min(n // 100, 100))
         self.n_steps += 1
 
 

@@ -13,11 +13,11 @@ from lightning_thor import Curvature, Thor
 from lightning_thor.optim.thor import Preconditioner
 
 SCALE: Mapping[str, Mapping[str, float]] = {
-    "natural": {"max_relative_step": 0.01, "rms_averaging": 0.9},
+    "natural": {"max_relative_step": 0.01, "rms_averaging": 0.9, "spread": 3.0, "longest_interval": 100},
     "polar": {"max_relative_step": 0.01},
     "adam": {},
 }
-"""The options of `Thor` that set the scale of a step, by mode."""
+"""What sets the scale of a step, and the longest interval where it is not 10, by mode."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,6 @@ from lightning_thor.linalg.memory import HostCopy
 
 Interval = int | IntStepFn
 
-LONGEST_INTERVAL = 10
-"""Steps from one refresh to the next, by default, once the network moves slowly."""
-
 # Steps from a decision by traces to the inversions that follow it: it reaches the host meanwhile, and nobody waits.
 DECISION_DELAY_STEPS = 2
 NO_WINDOW, HAD_WINDOW, REJECTED = 0, 1, 3
@@ -28,15 +25,16 @@ NEVER = 2**62
 
 
 def frequent_at_first(step: int) -> int:
-    """Steps until the next refresh by default: a tenth of the steps so far, at least 1 and at most `LONGEST_INTERVAL`.
+    """Steps until the next refresh by default: a tenth of the steps so far, from 1 to 10; from step 1000 on a
+    hundredth, at most 100, which is nn.thor's interval.
 
     A network moves fast at first, and directions from stale curvature then lead astray: THOR's paper (AAAI 2021)
     refreshes often at first too.
 
-    >>> [frequent_at_first(step) for step in (0, 19, 20, 55, 100, 10_000)]
-    [1, 1, 2, 5, 10, 10]
+    >>> [frequent_at_first(step) for step in (0, 19, 20, 55, 100, 1000, 2500, 20_000)]
+    [1, 1, 2, 5, 10, 10, 25, 100]
     """
-    return min(LONGEST_INTERVAL, max(1, step // 10))
+    return max(1, min(step // 10, 10), min(step // 100, 100))
 
 
 class _Pending(NamedTuple):

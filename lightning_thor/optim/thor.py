@@ -34,6 +34,11 @@ NUMBERING = tuple(f"torch.distributed.{name}." for name in ("checkpoint", "fsdp"
 """Modules of torch that rely on its own numbers of parameters in a state."""
 
 
+SPREAD = 3.0
+"""How many times as large a tensor's running root mean square may be as its direction's own, before a step becomes
+smaller: steps of one size train better where batches differ by chance alone."""
+
+
 class Targets(NamedTuple):
     """The scales of ``n`` directions; of a parameter that is not among them its scale stays."""
 
@@ -42,9 +47,9 @@ class Targets(NamedTuple):
     averaging: Sequence[float] = ()
     """Weight of the past in the running mean of squared norms."""
     norms: Numbers = ()
-    """What the running L2 norm is scaled to."""
+    """Largest L2 norm that the running one is scaled to."""
     limits: Numbers = ()
-    """Largest L2 norm of the scaled direction, at most ``norms``."""
+    """Largest L2 norm of the scaled direction."""
 
 
 class Preconditioner(Protocol):
@@ -117,11 +122,11 @@ class Thor(Optimizer):
         match_rms: scale each tensor's direction to this root mean square (0.2 is about AdamW's: Liu et al. 2025,
             arXiv:2502.16982), or less where its gradient is below 8 roundings of the largest gradients of this
             training (`lightning_thor.optim.fading`); None leaves the scale to the curvature.
-        rms_averaging: in [0, 1); with ``match_rms``, divide a direction by the root of a running mean of its squares,
-            in which the past has this weight, where that is larger than the direction's own root mean square: one
-            number per tensor, as β₂ has one for each weight in Adam. So batches with little to say, such as those
-            without a rare class, take smaller steps than those that have it; with 0 the directions of all have one
-            size. No effect in polar mode, whose directions are of a momentum, and in adam mode.
+        rms_averaging: in [0, 1); with ``match_rms``, a direction whose root mean square is less than a third of the
+            running one of its tensor, in which the past has this weight, becomes smaller in proportion. So batches
+            with little to say, such as those without a rare class, take smaller steps than those that have it; with 0
+            the directions of all have one size. One number of state per tensor. No effect in polar mode, whose
+            directions are of a momentum, and in adam mode.
         max_relative_step: with ``match_rms``, limit ``lr`` times the direction's root mean square, of weights with two
             or more dimensions, to this share of 1/√(3 fan_in), the root mean square of `nn.Linear`'s initial weights
             (momentum adds up to ``1 / (1 - momentum)`` such steps; polar mode, whose directions are of the momentum,
@@ -398,7 +403,7 @@ class Thor(Optimizer):
                 if p in sources:
                     inputs = (fan_in.get(p) or p.shape[1:].numel() or 1) if p.dim() > 1 else 0
                     root, rms = math.sqrt(p.numel()), limit / math.sqrt(3 * inputs) if inputs else math.inf
-                    norms.append(match_rms * root)
+                    norms.append(SPREAD * match_rms * root)
                     limits.append(min(match_rms, rms) * root)
                     averaging.append(past)
                     shares[p] = share

@@ -86,7 +86,7 @@ def scaler_of(trainer: pl.Trainer) -> Any | None:
 
 
 def warn_of_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:
-    """Warn where the trainer's clipping of gradients changes no update."""
+    """Warn where the trainer's clipping of gradients makes steps no smaller."""
     by_norm = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm")
     matched = (
         group["match_rms"] is not None and MODES[group["mode"]].matches_rms and not MODES[group["mode"]].momentum_first
@@ -95,7 +95,8 @@ def warn_of_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:
     if by_norm and all(matched):
         rank_zero_warn(
             "gradient_clip_val clips the gradient's norm before it is preconditioned, and match_rms sets the scale "
-            "afterwards: the clipping changes nothing. Lower lr, or set match_rms=None."
+            "afterwards: the clipping at most evens out the steps, as rms_averaging=0 does. Lower lr, or set "
+            "match_rms=None."
         )
 
 

@@ -159,7 +159,7 @@ def test_a_training_step_without_loss_is_no_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_gradients_are_clipped_before_they_are_preconditioned(tmp_path: Path, algorithm: str) -> None:
-    """Under match_rms a clipped norm changes nothing, a clipped value does; neither touches the curvature."""
+    """Under match_rms a clipped norm shortens no step, a clipped value does; neither touches the curvature."""
     options: dict[str, Any] = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": algorithm, "max_steps": 1}
     clipped, plain = fit(tmp_path, **options), fit(tmp_path, max_steps=1)
     for a, b in zip(callback_state(clipped), callback_state(plain), strict=True):
@@ -383,15 +383,17 @@ def test_a_layer_that_is_unfrozen_during_fit_is_told_once(tmp_path: Path) -> Non
 # ── errors ──
 
 
-def test_clipping_that_changes_nothing_is_told(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="match_rms sets the scale afterwards: the clipping changes nothing"):
+def test_clipping_that_shortens_no_step_is_told(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match="match_rms sets the scale afterwards: the clipping at most evens out the steps"
+    ):
         fit(tmp_path, gradient_clip_val=1.0, max_steps=1)
 
 
 def test_clipping_counts_in_the_polar_mode(tmp_path: Path) -> None:
     """It comes before momentum there."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*the clipping changes nothing")
+        warnings.filterwarnings("error", message=".*the clipping at most evens")
         fit(tmp_path, Boring(mode="polar"), gradient_clip_val=1.0, max_steps=1)
 
 
