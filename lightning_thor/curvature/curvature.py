@@ -89,8 +89,8 @@ class Curvature:
         block_size: size of the largest diagonal block of a factor; None keeps factors whole. A measured choice:
             `lightning_thor.choose_block_size`.
         update_every_n_steps: steps from one refresh to the next; or a function of the step that returns them. None
-            refreshes at every step at first, then more and more rarely, and from step 100 on at every 10th:
-            `lightning_thor.curvature.refresh_schedule.frequent_at_first`.
+            refreshes at every step at first, then more and more rarely, at every 10th from step 100 on, and at every
+            100th from step 10,000 on: `lightning_thor.curvature.refresh_schedule.frequent_at_first`.
         averaging: weight of the past in the factors' exponential moving average (factor decay); 0 uses the last
             refresh's batch alone, as the paper does.
         precondition_bias: take biases of linear layers and convolutions into A, as its last coordinate; otherwise they

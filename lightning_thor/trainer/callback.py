@@ -54,7 +54,8 @@ class ThorCallback(Callback):
             fit starts, on the first training batch, by `lightning_thor.choose_block_size`, and a resumed run goes on
             with its checkpoint's.
         update_every_n_steps: steps from one refresh of the curvature to the next, or a function of the step. None: 1 at
-            first, a tenth of the steps so far from step 20 on, 10 from step 100 on.
+            first, a tenth of the steps so far from step 20 on, 10 from step 100 on, a hundredth of the steps so far
+            from step 1,000 on, 100 from step 10,000 on.
         averaging: weight of the past in the factors' moving average, in [0, 1); 0 uses the last batch alone.
         precondition_bias: take biases of linear layers and convolutions into A; otherwise they take plain momentum.
         stagger: refresh each layer at a step of its own within the interval, so that step times stay flat.
