@@ -307,7 +307,7 @@ class Thor(Optimizer):
             if isinstance(group.get(GRADIENT_RMS), Tensor):  # on a GPU
                 group[GRADIENT_RMS] = float(group[GRADIENT_RMS])
         state["state"] = {
-            key: {**own, NORM_SQ: float(own[NORM_SQ])} if isinstance(own.get(NORM_SQ), Tensor) else own
+            key: {**own, NORM_SQ: float(own[NORM_SQ])} if isinstance(own, dict) and NORM_SQ in own else own
             for key, own in state["state"].items()
         }
         model, numbered = getattr(self.preconditioner, "model", None), self.numbered

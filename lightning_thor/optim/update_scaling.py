@@ -115,7 +115,11 @@ def _running_means(states: Sequence[MutableMapping[str, Any]], like: Tensor) -> 
     held: list[Any] = [state.get(NORM_SQ, 0.0) for state in states]
     vector: Tensor | None = getattr(held[0], "_base", None)
     if vector is not None and vector.shape == like.shape:
-        others = [x for i, x in enumerate(held) if getattr(x, "_base", None) is not vector or x.storage_offset() != i]
+        # Not the offset: what was set through `Tensor.data` is a view no more, and may begin another storage.
+        start, size = vector.data_ptr(), vector.element_size()
+        others = [
+            x for i, x in enumerate(held) if getattr(x, "_base", None) is not vector or x.data_ptr() != start + i * size
+        ]
         if not others:
             return vector
     # In the first step, after a resume, and where other parameters have gradients than in the last step.

@@ -71,7 +71,8 @@ def test_steps_are_divided_by_a_third_of_the_running_root_mean_square_or_by_thei
 def test_without_a_past_each_step_has_one_size_bitwise(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
     monkeypatch.setattr(memory, "HOST", host)
     for grads in gradients(5):
-        found, expected, states = [g.clone() for g in grads], [g.clone() for g in grads], [{} for _ in grads]
+        found, expected = ([g.clone() for g in grads] for _ in range(2))
+        states: list[dict[str, Any]] = [{} for _ in grads]
         targets, limits = ([0.1, 0.2, 0.3, 0.4], [0.3, 0.1, 0.5, 0.2])
         least = [min(pair) for pair in zip(targets, limits, strict=True)]
         on_device = [torch.tensor(x, dtype=torch.float64) if not host else x for x in (targets, limits, least)]
@@ -141,6 +142,39 @@ def test_a_resumed_training_is_bitwise_the_unbroken_one(monkeypatch: pytest.Monk
     for one in (resumed, broken):
         assert_bitwise(one.state_dict()["state"], unbroken.state_dict()["state"])
         assert_bitwise(one.param_groups[0]["params"], unbroken.param_groups[0]["params"])
+
+
+@HOSTS
+def test_a_state_dict_is_of_the_step_after_which_it_was_taken(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
+    """And what else the state holds, such as a note of the user's, goes with it."""
+    monkeypatch.setattr(memory, "HOST", host)
+    optimizer, grads = Thor(parameters(), preconditioner=Identity()), gradients(2)
+    optimizer.state["note"] = 3  # type: ignore[index]
+    step(optimizer, list(grads[0]))
+    taken = optimizer.state_dict()["state"]
+    before = copy.deepcopy(taken)
+    step(optimizer, list(grads[1]))
+    assert taken["note"] == 3
+    for number in range(len(SHAPES)):
+        assert taken[number][NORM_SQ] == before[number][NORM_SQ]
+        assert optimizer.state_dict()["state"][number][NORM_SQ] != before[number][NORM_SQ]
+
+
+@HOSTS
+def test_a_state_that_was_moved_through_its_data_goes_on(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
+    """As programs that offload optimizers do; also of one parameter alone, whose number is at the same offset."""
+    monkeypatch.setattr(memory, "HOST", host)
+    for n_params in (1, 4):
+        ends = []
+        for moves in (False, True):
+            optimizer = Thor(parameters()[:n_params], preconditioner=Identity())
+            for own in gradients(6):
+                step(optimizer, list(own[:n_params]))
+                for state in optimizer.state.values():
+                    if moves and isinstance(state[NORM_SQ], Tensor):
+                        state[NORM_SQ].data = state[NORM_SQ].data.clone()
+            ends.append(copy.deepcopy(optimizer.state_dict()["state"]))
+        assert_bitwise(ends[1], ends[0])
 
 
 def test_a_state_goes_from_a_gpus_way_to_a_cpus_and_copies_and_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
