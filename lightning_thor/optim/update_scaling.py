@@ -87,8 +87,9 @@ def scale_to_running_norms_(
     real = as_real(updates)
     if not norms.can_read_on_host(real, params):
         own, scales = norms.norms(real, params)
-        own.nan_to_num_(LEAST_NORM, LEAST_NORM).clamp_(LEAST_NORM, LARGEST_NORM)
-        whole = own
+        # These divide the results, which are not finite where a direction is not, as on the host.
+        own.clamp_min_(LEAST_NORM)
+        whole = own.nan_to_num(LEAST_NORM, LEAST_NORM)
         for scale in scales:
             whole = (whole / scale).clamp_(LEAST_NORM, LARGEST_NORM)
         means = _running_means(states, whole)

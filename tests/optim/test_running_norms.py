@@ -245,3 +245,20 @@ def test_after_any_gradient_the_next_ones_move_again(
         if n == 0 and (size < 1e-200 or not math.isfinite(size)):
             assert float(moved[0]) == pytest.approx(-0.2, rel=1e-9)
     assert float(moved[0]) == pytest.approx(-0.2, rel=1e-9)
+
+
+@HOSTS
+@pytest.mark.parametrize("n_before", [0, 3])
+def test_what_has_no_size_ends_as_without_a_past(
+    monkeypatch: pytest.MonkeyPatch, host: set[str], n_before: int
+) -> None:
+    """A NaN is one of the whole tensor; beside an infinity, whose step is none, other numbers stay."""
+    monkeypatch.setattr(memory, "HOST", host)
+    for past in (0.0, 0.9):
+        for size, expected in ((math.nan, [math.nan] * 3), (math.inf, [0.0, 0.0, math.nan])):
+            p = nn.Parameter(torch.zeros(3))
+            optimizer = Thor([p], momentum=0.0, rms_averaging=past, preconditioner=Identity())
+            for _ in range(n_before):
+                step(optimizer, [torch.ones(3)])
+            moved = step(optimizer, [torch.tensor([1.0, 2.0, size])])
+            torch.testing.assert_close(moved[0], torch.tensor(expected), equal_nan=True)
