@@ -180,7 +180,11 @@ class FactorLayout:
     def _as_index(self, runs: list[range]) -> Index:
         if len(runs) < 2:
             return slice(runs[0].start, runs[0].stop) if runs else slice(0, 0)
-        return torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in runs]).to(self._device)
+        n_before, offsets = 0, []
+        for run in runs:
+            offsets.append((run.start - n_before, len(run)))
+            n_before += len(run)
+        return _repeated(offsets).add_(torch.arange(n_before, device="cpu")).to(self._device)
 
 
 def _repeated(pairs: Sequence[tuple[int, int]]) -> Tensor:
