@@ -52,6 +52,7 @@ class Training(NamedTuple):
         strategy: makes the Trainer's.
         tied: the output layer's weight is the table's.
         loss_scale: what the loss is multiplied by, which changes nothing but the unit that gradients are noted in.
+        of_optimizer: options of `Thor` that have other defaults now.
     """
 
     mode: str = "natural"
@@ -60,6 +61,7 @@ class Training(NamedTuple):
     strategy: Callable[[], Any] = lambda: "auto"
     tied: bool = False
     loss_scale: float = 1.0
+    of_optimizer: dict[str, Any] = {"max_relative_step": None, "rms_averaging": 0.0}  # noqa: RUF012
 
 
 def kept_by_one() -> ThorDDPStrategy:
@@ -72,6 +74,7 @@ def in_one_file() -> ThorModelParallelStrategy:
 
 TRAININGS = {
     "natural": Training(),
+    "natural_with_running_norms": Training(loss_scale=1e-9, of_optimizer={}),
     "natural_tied": Training(tied=True, loss_scale=1e-9),
     "polar": Training("polar", {"stagger": True}),
     "adam": Training("adam", {"precondition_bias": True}),
@@ -86,7 +89,8 @@ OF_FORMER_CODE = {
     "2026-11-28_trace_rule": Training("natural", {"trace_rule": (0.5, 0.1), "stagger": True}),
 }
 """In `FORMER`, written by code of that day, whose checkpoints had other keys. Those of `TRAININGS` are of commit
-941db66; ``2026-11-23_natural.ckpt`` is of 6078932, version 0.1.0, which is refused."""
+941db66, but that with running norms is of 2026-11-30; ``2026-11-23_natural.ckpt`` is of 6078932, version 0.1.0, which
+is refused."""
 ON_OTHER_RANKS = {"natural_on_two_ranks": ("natural", Training("natural", {}, 2, lambda: "thor_ddp"))}
 """Of which stored checkpoint each goes on, and how."""
 
@@ -149,8 +153,7 @@ class Module(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         mode = self.options.mode
-        since_then: dict[str, Any] = {"max_relative_step": None, "rms_averaging": 0.0}
-        optimizer = configure_thor(self, lr=0.02, weight_decay=0.1, mode=mode, **since_then)
+        optimizer = configure_thor(self, lr=0.02, weight_decay=0.1, mode=mode, **self.options.of_optimizer)
         schedule = PerStepLR(optimizer, Polynomial(1.0, end=0.5, n_steps=20))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
