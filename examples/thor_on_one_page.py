@@ -29,7 +29,7 @@ def damped_inverse(C: Tensor, damping: float) -> Tensor:
 
 @dataclass
 class ThorOnOnePage:
-    """For a loss that is a mean over the batch (of a sample alone g is len(g) times as large); options as in Thor."""
+    """For a loss that is a mean over the batch: a sample's own g is then len(g) times g. Options as in Thor."""
 
     model: nn.Module
     lr: float = 6e-3
@@ -40,7 +40,7 @@ class ThorOnOnePage:
     damping: float = 0.2  # relative to the mean eigenvalue of A and of G
     averaging: float = 0.8  # weight of the past in A and G (K-FAC, section 5), bias-corrected as in Adam
     block_size: int = 64  # at most
-    update_every_n_steps: int | None = None  # A, G and their inverses; None: see the last lines of step
+    update_every_n_steps: int | None = None  # None at step n: n / 10, from 1 to 10; then n / 100, up to 100
 
     def __post_init__(self) -> None:
         self.n_steps = self.next_refresh = self.n_refreshes = 0

@@ -115,9 +115,8 @@ def load_optimizer(path: Path, key: str, module: nn.Module, optimizer: Optimizer
     asked = {f"param_groups.{number}": group for number, group in enumerate(groups)}
     asked |= {f"state.{name}": own for name, own in of_parameters.items()}
     for place, own in asked.items():
-        absent = [name for name in own if f"{key}.{place}.{name}" not in saved and name != "params"]
-        for name in absent:
-            if not isinstance(own[name], Tensor):
+        for name in own.keys() - {"params"}:
+            if f"{key}.{place}.{name}" not in saved and not isinstance(own[name], Tensor):
                 del own[name]
     load(state, checkpoint_id=path)
     options = states.StateDictOptions(cpu_offload=True)

@@ -68,7 +68,7 @@ def test_steps_are_divided_by_a_third_of_the_running_root_mean_square_or_by_thei
 
 
 @HOSTS
-def test_without_a_past_each_step_has_one_size_bitwise(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
+def test_without_a_past_each_step_has_one_size(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
     monkeypatch.setattr(memory, "HOST", host)
     for grads in gradients(5):
         found, expected = ([g.clone() for g in grads] for _ in range(2))
