@@ -830,9 +830,10 @@ class Curvature:
     def _why_silent(self, number: int) -> str:
         return why_silent(list(self.layers.values())[number], self._calls.get(number))
 
-    def _full_precision(self) -> torch.autocast:
+    def _full_precision(self) -> AbstractContextManager[None]:
         # A plain loop may call optimizer.step() within autocast.
-        return torch.autocast(self.factors.device.type, enabled=False)
+        device = self.factors.device.type
+        return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
     def damping_now(self) -> float:
         """The damping of the coming step; a ValueError if a schedule gives one that is not above 0."""

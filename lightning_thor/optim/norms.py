@@ -31,7 +31,7 @@ still counts, is no normal number."""
 
 def can_read_on_host(tensors: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
     """Whether Python may read numbers of ``tensors``: they are whole, and no device has to be waited for."""
-    return are_whole(params) and not [x for x in tensors if x.device.type not in memory.HOST]
+    return are_whole(params) and "cpu" in memory.HOST and not [x for x in tensors if not x.is_cpu]
 
 
 def as_real(tensors: Iterable[Tensor]) -> list[Tensor]:

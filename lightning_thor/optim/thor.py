@@ -251,7 +251,7 @@ class Thor(Optimizer):
                 "outside Lightning, pass preconditioner=Curvature(model)."
             )
         grads = dict(zip(params, local_gradients(params), strict=True))
-        if [p for p in params if grads[p].is_sparse]:
+        if [grad for grad in grads.values() if grad.is_sparse]:
             raise RuntimeError("Thor got a sparse gradient; build embeddings with sparse=False.")
         # A part of a layer may be frozen, or not part of this loss: the weight goes on with its curvature.
         weight_of: Mapping[nn.Parameter, nn.Parameter] = getattr(self.preconditioner, "weight_of", {})
@@ -505,7 +505,7 @@ def sgd_step(weights: list[Tensor], updates: list[Tensor], momenta: list[Tensor]
     unfit = [
         x
         for x in (*weights, *updates, *momenta)
-        if x.dtype != torch.float32 or x.device.type not in ("cpu", "cuda") or not x.is_contiguous()
+        if x.dtype != torch.float32 or not (x.is_cpu or x.is_cuda) or not x.is_contiguous()
     ]
     options: dict[str, Any] = {"lr": group["lr"], "momentum": group["momentum"], "nesterov": group["nesterov"]}
     options |= {"weight_decay": 0.0, "dampening": 0.0, "maximize": False, "fused": not unfit, "foreach": bool(unfit)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -166,8 +167,9 @@ def _multiply_on_host_(
         # A factor of infinity, whose magnitude is 0, is that of a limit beyond all norms.
         if (at_most and (magnitude > 0 or factor == math.inf)) or (factor == 1.0 and not exponent):
             continue
-        limits, product = torch.finfo(x.dtype), math.ldexp(factor, exponent) if abs(magnitude) < 1000 else 0.0
-        if x.dtype == wide(x.dtype) and (limits.tiny <= product <= limits.max or not math.isfinite(factor)):
+        least, largest = _range_of_factors(x.dtype)
+        product = math.ldexp(factor, exponent) if abs(magnitude) < 1000 else 0.0
+        if least <= product <= largest or (largest and not math.isfinite(factor)):
             chosen.append(x)
             chosen_factors.append(product)
         else:
@@ -176,6 +178,13 @@ def _multiply_on_host_(
             x.copy_(y.mul_(math.ldexp(factor, exponent + own)))
     if chosen:
         torch._foreach_mul_(chosen, chosen_factors)
+
+
+@cache
+def _range_of_factors(dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest factor that is rounded to no fewer digits than float32 has; none for less precision."""
+    limits = torch.finfo(dtype)
+    return (limits.tiny, limits.max) if dtype == wide(dtype) else (math.inf, 0.0)
 
 
 def _scale_on_device_(real: Sequence[Tensor], params: Sequence[Tensor], targets: Numbers, *, at_most: bool) -> None:

@@ -104,7 +104,7 @@ class DenseGroup(LayerGroup):
         dtype, own = self._G.dtype, [tensors[layer.parameters[0]].flatten(1) for layer in self.layers]
         if self._is_copied and own[0].dtype != dtype:
             return torch.stack(own).to(dtype)
-        return [matrix.to(dtype) for matrix in own]
+        return [matrix if matrix.dtype == dtype else matrix.to(dtype) for matrix in own]
 
     def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
         A, G = self._A_transposed if transposed[0] else self._A, self._G.mT if transposed[1] else self._G
@@ -122,7 +122,9 @@ class DenseGroup(LayerGroup):
     def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
         for layer, matrix in zip(self.layers, matrices.unbind(), strict=True):
             (p,) = layer.parameters
-            directions[p] = matrix.view(tensors[p].shape).to(wide(tensors[p].dtype))
+            like = tensors[p]
+            own = matrix if like.dim() == 2 else matrix.view(like.shape)
+            directions[p] = own if own.dtype == like.dtype else own.to(wide(like.dtype))
 
 
 class RowChunkedLayer(LayerGroup):
@@ -147,16 +149,18 @@ class RowChunkedLayer(LayerGroup):
         n_whole = n_rows - n_rows % size
         length = size * max(1, ROW_CHUNK_NUMEL.get(self.device_type, self.numel) // (size * row_numel))
         self._lengths: list[int] = []
-        self._factors: list[Tensor] = []
-        """Of each chunk the blocks along its rows, ``[n, size, size]``; of a diagonal factor ``[rows, 1, 1]``."""
+        self._factors: list[tuple[Tensor, bool]] = []
+        """Of each chunk the blocks along its rows, ``[n, size, size]``, and whether they are numbers."""
         for blocks in groups:
             for start, stop in pairwise(sorted({*range(0, n_whole, length), n_whole, n_rows})):
                 height = min(size, stop - start)
+                own = blocks[start // size :, :height, :height][: (stop - start) // height]
                 self._lengths.append(stop - start)
-                self._factors.append(blocks[start // size :, :height, :height][: (stop - start) // height])
+                self._factors.append((own, height == 1))
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
-        return [tensors[self._parameter].to(self._across.dtype).flatten(1)]
+        own, dtype = tensors[self._parameter].flatten(1), self._across.dtype
+        return [own if own.dtype == dtype else own.to(dtype)]
 
     def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
         (matrix,), (n_rows, n_columns), across = matrices, matrices[0].shape, self._across
@@ -164,13 +168,16 @@ class RowChunkedLayer(LayerGroup):
         transpose_across, transpose_along = (not transposed[1], not transposed[0]) if self._is_table else transposed
         across = across.mT if transpose_across else across
         product = across.new_empty(n_rows, *across.shape[:2])
-        chunks = zip(matrix.split(self._lengths), product.split(self._lengths), self._factors, strict=True)
-        for rows, out, along in chunks:
-            if len(along) == len(rows):
+        inputs: Sequence[Tensor] = [matrix]
+        outputs: Sequence[Tensor] = [product]
+        if len(self._lengths) > 1:  # views cost as much as small products
+            inputs, outputs = matrix.split(self._lengths), product.split(self._lengths)
+        for rows, out, (along, is_diagonal) in zip(inputs, outputs, self._factors, strict=True):
+            if is_diagonal:
                 columns_product(rows.view(out.shape), across, into=out, scale=along)
                 continue
             # From the left first: the product from the right is then copied into memory that is allocated already.
-            halfway = out if out.device.type in UNBATCHED_DEVICES else torch.empty_like(out)
+            halfway = out if self.device_type in UNBATCHED_DEVICES else torch.empty_like(out)
             shape = *along.shape[:2], n_columns
             torch.bmm(along.mT if transpose_along else along, rows.view(shape), out=halfway.view(shape))
             columns_product(halfway, across, into=out)
@@ -178,7 +185,8 @@ class RowChunkedLayer(LayerGroup):
 
     def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
         like = tensors[self._parameter]
-        directions[self._parameter] = matrices.view(like.shape).to(wide(like.dtype))
+        own = matrices.view(like.shape)
+        directions[self._parameter] = own if own.dtype == like.dtype else own.to(wide(like.dtype))
 
 
 class NormGroup(LayerGroup):
@@ -190,7 +198,8 @@ class NormGroup(LayerGroup):
         self._G = as_stacked_view([G for _, G in pairs]).view(len(self._parameters), *self._parameters[0].shape)
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
-        return torch.stack([tensors[p].to(self._G.dtype) for p in self._parameters])
+        own, dtype = [tensors[p] for p in self._parameters], self._G.dtype
+        return torch.stack([x if x.dtype == dtype else x.to(dtype) for x in own])
 
     def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
         assert isinstance(matrices, Tensor)
@@ -198,7 +207,8 @@ class NormGroup(LayerGroup):
 
     def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
         for p, direction in zip(self._parameters, matrices.unbind(), strict=True):
-            directions[p] = direction.to(wide(tensors[p].dtype))
+            dtype = tensors[p].dtype
+            directions[p] = direction if direction.dtype == dtype else direction.to(wide(dtype))
 
 
 class SingleLayer(LayerGroup):
