@@ -6,6 +6,7 @@ import copy
 import gc
 import warnings
 import weakref
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -416,6 +417,25 @@ def test_staggered_layers_go_apart_as_the_interval_grows() -> None:
     for window in (found[110:120], found[120:]):
         assert sorted(map(len, window)) == [0] * 6 + [1] * 4
         assert set().union(*window) == set(curvature.layers)
+
+
+def test_by_default_a_training_refreshes_ever_more_rarely() -> None:
+    """Each step to step 20; from step 1000 on, the interval is a hundredth of the steps so far."""
+    model = nn.Linear(2, 2)
+    curvature = Curvature(model)
+    optimizer = Thor(model.parameters(), preconditioner=curvature)
+    due = []
+    for step in range(2100):
+        if curvature.is_due():
+            due.append(step)
+        model(torch.ones(2, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    intervals = {step: later - step for step, later in pairwise(due)}
+    assert due[:22] == [*range(21), 22]
+    assert {interval for step, interval in intervals.items() if 100 <= step < 1000} == {10}
+    assert all(interval == step // 100 for step, interval in intervals.items() if step >= 1000)
+    assert intervals[due[-2]] == 20
 
 
 def test_staggered_the_costliest_layer_has_a_step_for_itself() -> None:
