@@ -33,6 +33,8 @@ GRADIENT_RMS = "gradient_rms"
 NUMBERING = tuple(f"torch.distributed.{name}." for name in ("checkpoint", "fsdp", "optim"))
 """Modules of torch that rely on its own numbers of parameters in a state."""
 
+MAKING_STATE = ("torch.distributed.checkpoint.state_dict",)
+"""Its module that makes the state of an optimizer without one by a step with gradients of zeros and rates of 0."""
 
 SPREAD = 3.0
 """How many times as large a tensor's running root mean square may be as its direction's own, before a step becomes
@@ -245,6 +247,10 @@ class Thor(Optimizer):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return loss
+        if not self.state and not self.param_groups[0]["lr"] and _is_asked_by(MAKING_STATE):
+            self.make_state()
+            if self.state or MODES[self.param_groups[0]["mode"]].change_basis is None:
+                return loss
         if self.preconditioner is None:
             raise RuntimeError(
                 "Thor has no curvature to precondition with. Add ThorCallback() to Trainer(callbacks=[...]), or, "
@@ -280,8 +286,8 @@ class Thor(Optimizer):
         """Set momentum and running norms, or the moments of sharded parameters in adam mode, to zeros where there were
         none.
 
-        `torch.distributed.checkpoint` takes such a step to save or restore an optimizer that has no state yet, and the
-        curvature would count it.
+        An optimizer without state makes it so in the step that `torch.distributed.checkpoint` takes to save or restore
+        it; but in adam mode, of whole parameters, that is a step, and the curvature counts it.
         """
         for group in self.param_groups:
             mode = MODES[group["mode"]]
@@ -313,7 +319,7 @@ class Thor(Optimizer):
         model, numbered = getattr(self.preconditioner, "model", None), self.numbered
         if numbered is None and isinstance(model, nn.Module):
             numbered = tuple(model.parameters())
-        if numbered is None or _is_asked_by_torch_distributed():
+        if numbered is None or _is_asked_by(NUMBERING):
             return state
         return numbered_as_in(numbered, self.param_groups, state)
 
@@ -486,11 +492,11 @@ class Thor(Optimizer):
         return local_parts(buffers)
 
 
-def _is_asked_by_torch_distributed() -> bool:
-    """Whether a function of torch that saves or shards states is under way, through whatever wrappers."""
+def _is_asked_by(modules: tuple[str, ...]) -> bool:
+    """Whether a function of one of these modules is under way, through whatever wrappers."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if str(frame.f_globals.get("__name__", "")).startswith(NUMBERING):
+        if str(frame.f_globals.get("__name__", "")).startswith(modules):
             return True
         frame = frame.f_back
     return False

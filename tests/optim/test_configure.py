@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lightning_thor import Curvature, ShardedCurvature, Thor, ThorCallback, configure_thor
 from tests.helpers.boring import assert_bitwise
@@ -165,6 +165,30 @@ def test_torchs_distributed_checkpoints_find_each_momentum_by_its_name(kind: typ
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert state[name]["momentum_buffer"] is optimizer.state[p]["momentum_buffer"]
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "polar"}, {"momentum": 0.0, "rms_averaging": 0.0}])
+def test_torchs_distributed_checkpoints_make_missing_state_without_a_step(options: dict[str, Any]) -> None:
+    """They take one to save or restore an optimizer without state: the curvature would count it."""
+    x = torch.randn(5, 4)
+    ends = []
+    for restores in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        curvature = Curvature(model, mode=options.get("mode", "natural"))
+        optimizer = Thor(model.parameters(), preconditioner=curvature, **options)
+        if restores:
+            state = get_optimizer_state_dict(model, optimizer)
+            set_optimizer_state_dict(model, optimizer, state)
+            assert curvature.step == 0
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        assert curvature.step == 3
+        ends.append(optimizer.state_dict()["state"])
+        ends.append(list(model.parameters()))
+    assert_bitwise(ends[2:], ends[:2])
 
 
 def test_the_module_is_not_in_a_pickled_optimizer() -> None:
