@@ -97,6 +97,24 @@ def reshard(module: nn.Module) -> None:
             part.reshard()  # type: ignore[operator]
 
 
+def load_options(path: Path, key: str, optimizer: Optimizer, names: Collection[str]) -> None:
+    """Load options of an optimizer's groups from a folder of shards, as far as it has them, before `load_optimizer`:
+    which state the optimizer has may depend on them; all ranks must call it."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    saved = FileSystemReader(path).read_metadata().state_dict_metadata
+    places = [
+        (group, name, f"{key}.param_groups.{number}.{name}")
+        for number, group in enumerate(optimizer.param_groups)
+        for name in names
+    ]
+    options = {place: group[name] for group, name, place in places if place in saved}
+    load(options, checkpoint_id=path)
+    for group, name, place in places:
+        group[name] = options.get(place, group[name])
+
+
 def load_optimizer(path: Path, key: str, module: nn.Module, optimizer: Optimizer) -> None:
     """Load the state of an optimizer of a sharded module, which has state of that kind already, from a folder of shards
     that torch.distributed.checkpoint wrote; all ranks must call it. Torch loads no state of parameters that are

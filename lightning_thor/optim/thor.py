@@ -33,6 +33,9 @@ GRADIENT_RMS = "gradient_rms"
 NUMBERING = tuple(f"torch.distributed.{name}." for name in ("checkpoint", "fsdp", "optim"))
 """Modules of torch that rely on its own numbers of parameters in a state."""
 
+STATE_OPTIONS = ("momentum", "match_rms", "rms_averaging")
+"""Options of a group by which `Thor.make_state` decides what state its parameters have."""
+
 MAKING_STATE = ("torch.distributed.checkpoint.state_dict",)
 """Its module that makes the state of an optimizer without one by a step with gradients of zeros and rates of 0."""
 

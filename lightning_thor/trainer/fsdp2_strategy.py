@@ -18,7 +18,7 @@ from lightning_thor.distributed.communicator import WorkerGrid
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.layers.discovery import name_some, trained
-from lightning_thor.optim.thor import Preconditioner, Thor
+from lightning_thor.optim.thor import STATE_OPTIONS, Preconditioner, Thor
 from lightning_thor.trainer.strategies import ThorStrategyMixin
 from lightning_thor.trainer.thors import parameters_of
 from lightning_thor.trainer.unfreezing import restore_groups
@@ -245,6 +245,8 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         assert self.model is not None
         for number, optimizer in enumerate(self.optimizers):
             if isinstance(optimizer, Thor):
+                # Those of the folder say which state is in it.
+                dtensor.load_options(folder, f"optimizer_{number}", optimizer, STATE_OPTIONS)
                 optimizer.make_state()
             # Those that are frozen now may be unfrozen again when training starts.
             with trained(parameters_of(optimizer)):

@@ -28,7 +28,7 @@ from lightning_thor.distributed import dtensor
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.trainer import callback
 from lightning_thor.trainer.start_report import curvature_table
-from tests.helpers.boring import Boring, assert_bitwise, quiet
+from tests.helpers.boring import Boring, assert_bitwise, quiet, without_words
 from tests.helpers.distributed_workers import ROWS, Result, batch, fit, one_rank, only, state, whole
 from tests.helpers.launching import ROOT
 from tests.helpers.sharded_workers import (
@@ -446,6 +446,24 @@ def test_a_folder_without_running_norms_goes_on(tmp_path: Path, clean_process: N
         for kind in (OneSize, Sharded)
     ]
     assert_bitwise(ends[1], ends[0])
+
+
+ONE_SIZE = {"rms_averaging": 0.0}
+STATELESS = {"momentum": 0.0, "rms_averaging": 0.0}
+
+
+@pytest.mark.parametrize(("saved", "now"), [({}, ONE_SIZE), ({}, {"momentum": 0.0}), (STATELESS, STATELESS)])
+def test_a_folder_goes_on_with_its_options_and_the_state_that_they_make(
+    tmp_path: Path, clean_process: None, saved: dict[str, Any], now: dict[str, Any]
+) -> None:
+    """Whatever the options in the code are by now; and where there is none, it is not made by a step."""
+    options: dict[str, Any] = {"strategy": "thor_fsdp2", "devices": 1, "max_epochs": 2}
+    modules = [Sharded((ROWS,), dtype=torch.float32, thor=thor) for thor in (saved, now)]
+    unbroken = train(tmp_path, modules[0], checkpoints="saved", **options)
+    resumed = train(tmp_path, modules[1], resume=tmp_path / "saved" / "epoch=0.ckpt", **options)
+    assert resumed["steps"] == unbroken["steps"][-len(resumed["steps"]) :]
+    for part in ("weights", "optimizer"):
+        assert_bitwise(without_words(resumed[part]), without_words(unbroken[part]))
 
 
 @pytest.mark.slow
