@@ -524,7 +524,8 @@ class Curvature:
 
     def _warn_of_unfrozen(self) -> None:
         """Warn once of layers that were frozen and train now; under a Trainer `ThorCallback` includes them."""
-        training = [name for name, weight in self._frozen.items() if weight.grad is not None]
+        # A layer that trained before it was frozen may keep its last gradient.
+        training = [name for name, weight in self._frozen.items() if weight.requires_grad and weight.grad is not None]
         if training:
             self._frozen = {}
             warnings.warn(

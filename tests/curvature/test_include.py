@@ -231,6 +231,20 @@ def test_layers_that_begin_to_train_unseen_are_told_of_once() -> None:
         step()
 
 
+def test_layers_that_keep_a_gradient_of_before_they_were_frozen_are_not_told_of() -> None:
+    body, head, x = backbone(parts(freeze=False)[0]), nn.Linear(8, 3), torch.randn(5, 2, 6)
+    model = nn.Sequential(body, head)
+    model(x).sum().backward()  # of another training
+    body.requires_grad_(False)
+    optimizer = Thor(head.parameters(), preconditioner=Curvature(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+
 @pytest.mark.parametrize(
     "module",
     [nn.LSTM(8, 8), nn.ParameterDict({"x": nn.Parameter(torch.ones(8, 8))}), nn.MultiheadAttention(8, 2), nn.PReLU()],
