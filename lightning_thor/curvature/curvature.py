@@ -40,7 +40,7 @@ from lightning_thor.distributed.shared_directions import SharedDirections
 from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.factors.state import ELEMENTS, ROWS, FactorState, Solve, factor_state_of
-from lightning_thor.factors.trace_rule import UPDATE, decide, trace_rule_of
+from lightning_thor.factors.trace_rule import STOP, UPDATE, decide, trace_rule_of
 from lightning_thor.layers.base import attention_uses, fan_in, weight_of
 from lightning_thor.layers.discovery import (
     NOT_TRAINED,
@@ -540,6 +540,11 @@ class Curvature:
         if self._trace_rule is not None and self._schedule.decides:
             old, new = self.factors.traces(index, self.averaging, self.damping_rule, self.damping_now())
             decided = decide(self._trace_rule, old, new)
+            for layers, earlier in self._schedule.on_the_way:
+                # Layers that are to stop have turns until the host learns of it.
+                has_stopped = torch.zeros(len(self.layers), dtype=torch.bool, device=decided.device)
+                has_stopped[self.factors.layout.index(layers).layers] = earlier.to(decided.device) == STOP
+                decided.masked_fill_(has_stopped[index.layers], STOP)
             wanted = torch.zeros(len(self.layers), dtype=torch.bool, device=decided.device)
             wanted[index.layers] = decided == UPDATE
             decisions = HostCopy(decided)

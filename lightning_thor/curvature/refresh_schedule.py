@@ -117,6 +117,11 @@ class RefreshSchedule:
         """True if traces decide at the coming step whether averages take what was observed."""
         return self.has_trace_rule and self._turns > 0
 
+    @property
+    def on_the_way(self) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+        """Decisions that are not followed yet: the layers, and what was decided of each, on its device."""
+        return [(one.layers, one.decisions.source) for one in self._pending]
+
     def due(self) -> tuple[int, ...]:
         """The layers that the coming step observes, in order."""
         if self.step < self.earliest:

@@ -103,9 +103,14 @@ HOST = {"cpu"}
 
 
 class HostCopy:
-    """A tensor on its way to the host, so that reading it a step later waits for nothing."""
+    """A tensor on its way to the host, so that reading it a step later waits for nothing.
+
+    Attributes:
+        source: the tensor, on its device.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
+        self.source = tensor
         self._event: torch.cuda.Event | None = None
         self._copy = tensor
         if tensor.device.type == "cuda":

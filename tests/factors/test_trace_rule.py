@@ -250,6 +250,31 @@ def test_inversions_follow_their_decisions_at_any_interval(every: int) -> None:
     ]
 
 
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_layer_that_stopped_takes_nothing_more_at_any_interval(every: int, resumes: bool) -> None:
+    """Not at the turns before the host learns of it either. Inputs of ones alone, so that traces are counts: 18 and 12
+    of 16 are the thresholds themselves, 14 of 16 is the second again, and 15 is below it."""
+
+    def new() -> tuple[nn.Module, Curvature]:
+        model = nn.Linear(40, 2, bias=False).double()
+        options: dict[str, Any] = {"averaging": 0.0, "damping_rule": "sqrt", "damping": 1e-30}
+        return model, Curvature(model, trace_rule=(0.25, 0.125), update_every_n_steps=every, **options)
+
+    model, curvature = new()
+    updates = {16: 1, 20: 1, 18: 1, 12: 1, 14: 1, 15: 1, 40: 1, 8: 1, 24: 1}
+    for ones, expected in updates.items():
+        for _ in range(every):
+            model(torch.arange(40, dtype=torch.float64)[None].lt(ones).double()).sum().backward()
+            curvature.update()
+            if resumes:
+                state = curvature.state_dict()
+                model, curvature = new()
+                curvature.load_state_dict(state)
+        assert int(curvature.factors.updates[0]) == expected, f"{ones} ones"
+    assert curvature.refreshes == (1, len(updates))
+
+
 # ── resume, ranks, Trainer ──
 
 
