@@ -12,8 +12,8 @@ from torch import Tensor
 MOST_NODES = 64
 """Nodes behind an output that are searched: enough for operations of users after the product, in modules or hooks."""
 
-DEEPEST_WEIGHT = 5
-"""Operations between a weight and the product with it, at most: casts, transpositions, masks."""
+DEEPEST_WEIGHT = 8
+"""Operations between a weight and the product with it, at most: casts, transpositions, masks; of `torch.einsum` 7."""
 
 PRODUCTS = ("Addmm", "Mm", "Linear", "Bmm", "Baddbmm", "Addmv", "Mv", "Convolution", "Embedding", "Norm")
 """Beginnings (or ends) of the names of nodes that multiply by a weight."""

@@ -223,7 +223,12 @@ class GeluInPlace(nn.Linear):
         return super().forward(x).mul_(0.5).sub_(1.0)
 
 
-@pytest.mark.parametrize("kind", [Heads, Chunks, Gelu, Reordered, GeluInPlace])
+class Einsum(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,oi->...o", x, self.weight) + self.bias
+
+
+@pytest.mark.parametrize("kind", [Heads, Chunks, Gelu, Reordered, GeluInPlace, Einsum])
 @pytest.mark.parametrize("shape", [(7, WIDTH), (3, 4, WIDTH)], ids=str)
 def test_what_a_subclass_does_to_its_output_is_as_if_it_were_done_outside(kind: Any, shape: tuple[int, ...]) -> None:
     def after(y: Tensor) -> Tensor:
@@ -233,6 +238,7 @@ def test_what_a_subclass_does_to_its_output_is_as_if_it_were_done_outside(kind: 
             Gelu: lambda: F.gelu(y),
             Reordered: lambda: y.flip(0),
             GeluInPlace: lambda: y * 0.5 - 1.0,
+            Einsum: lambda: y,
         }[kind]()
 
     def train(model: nn.Module) -> None:
