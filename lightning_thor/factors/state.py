@@ -55,11 +55,10 @@ class BlockBatch:
     Args:
         sums: view of the open window's sums, ``[n, size, size]``.
         owners: the factor of each block, as a row of ``[layers, 2]`` flattened, ``[n]``.
-        n_stored: blocks whose inverses are stored here.
     """
 
-    def __init__(self, sums: Tensor, owners: Tensor, n_stored: int) -> None:
-        self.sums, self.owners, self._n_stored = sums, owners, n_stored
+    def __init__(self, sums: Tensor, owners: Tensor) -> None:
+        self.sums, self.owners = sums, owners
         self.average = torch.zeros_like(sums)
 
     def set_n_stored(self, n: int) -> None:
@@ -126,7 +125,7 @@ class FactorState:
         self._host_counts: dict[int, list[float]] = {}
         """By layer: counts that wait on the host; one copy brings them all to the device."""
         self.batches = {
-            size: BlockBatch(segment.view(-1, size, size), self.layout.owners[size], self.layout.n_stored[size])
+            size: BlockBatch(segment.view(-1, size, size), self.layout.owners[size])
             for size, segment in zip(self.layout.n_blocks, segments, strict=True)
         }
         self.sums: list[dict[Side, Tensor]] = [
@@ -161,6 +160,7 @@ class FactorState:
         """A power of two that output gradients are divided by, so that their squares stay in the range of the dtype;
         1, unless the first gradients were below 10⁻⁵ or above 10⁵. None until these were seen; a 0-dimensional tensor
         until the host knows it."""
+        self.set_inverse_owner(range(n_layers))
 
     # ── where factors are ──
 
@@ -172,9 +172,14 @@ class FactorState:
     def set_inverse_owner(self, layers: Iterable[int]) -> None:
         """Store the inverses of ``layers`` alone on this process: the identity until they are inverted."""
         self.layout.set_inverse_owner(layers)
-        self.__dict__.pop("_all_inverted", None)
+        lengths = self.layout.n_stored
+        self._all_inverted = torch.zeros(sum(lengths.values()), dtype=torch.bool, device=self.device)
+        parts = self._all_inverted.split(list(lengths.values()))
+        self.inverted_blocks: dict[int, Tensor] = dict(zip(lengths, parts, strict=True))
+        """By block size: whether each block whose inverse is stored here has ever been inverted, ``[n_stored]``; the
+        others hold a multiple of the identity."""
         for size, batch in self.batches.items():
-            batch.set_n_stored(self.layout.n_stored[size])
+            batch.set_n_stored(lengths[size])
 
     def blocks(self, layer: int, side: Side, kind: str) -> Tensor:
         """View of the blocks of one factor.
@@ -195,18 +200,6 @@ class FactorState:
         """View of whether each block of a factor has ever been inverted, ``[groups * n_blocks]``."""
         size, place = self.layout.offset(layer, side, stored=True)
         return self.inverted_blocks[size][place]
-
-    @cached_property
-    def _all_inverted(self) -> tuple[Tensor, dict[int, Tensor]]:
-        lengths = self.layout.n_stored
-        everything = torch.zeros(sum(lengths.values()), dtype=torch.bool, device=self.device)
-        return everything, dict(zip(lengths, everything.split(list(lengths.values())), strict=True))
-
-    @property
-    def inverted_blocks(self) -> dict[int, Tensor]:
-        """By block size: whether each block whose inverse is stored here has ever been inverted, ``[n_stored]``; the
-        others hold a multiple of the identity."""
-        return self._all_inverted[1]
 
     def inverse_records(self, layer: int, side: Side) -> Tensor:
         """The inverse of each block of one factor, and 1 if it was ever inverted, else 0: ``[n, size² + 1]``, new; all
@@ -505,7 +498,7 @@ class FactorState:
         A block that failed keeps its last inverse; if it never had one, it gets the identity times a power of its mean
         damped eigenvalue, from ``means [layers, 2]``. A block without damping was not observed, and keeps its inverse.
         """
-        own, (everything, _) = damping.flatten()[index.stored_owners], self._all_inverted
+        own, everything = damping.flatten()[index.stored_owners], self._all_inverted
         problems = {}
         for (size, (place, _)), added in zip(index.stored.items(), own.split(index.stored_lengths), strict=True):
             problems[size] = averages[size][place], added
