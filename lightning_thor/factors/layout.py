@@ -51,12 +51,8 @@ class BlockIndex(NamedTuple):
 
 
 class FactorLayout:
-    """The order of blocks. Layers are numbered 0, 1, ...; a factor is ``(layer, "A" | "G")``.
-
-    Args:
-        shapes: of each layer.
-        device: of index tensors.
-    """
+    """The order of blocks. Layers are numbered 0, 1, ..., in the order of their ``shapes``; a factor is
+    ``(layer, "A" | "G")``. Index tensors are on ``device``."""
 
     def __init__(self, shapes: Sequence[FactorShapes], device: torch.device) -> None:
         self.shapes, self._device = shapes, device
@@ -91,16 +87,8 @@ class FactorLayout:
         return ((side, one) for side, one in zip(SIDES, self.shapes[layer], strict=True) if one is not None)
 
     def offset(self, layer: int, side: Side, *, stored: bool = False) -> tuple[int, slice]:
-        """Where a factor is.
-
-        Args:
-            layer: its number.
-            side: ``"A"`` or ``"G"``.
-            stored: among the inverses that this process stores, rather than among all blocks.
-
-        Returns:
-            The block size, and the blocks of this size.
-        """
+        """Where a factor is: its block size, and its place among all blocks of this size, or (``stored``) among the
+        inverses of this size that this process stores."""
         return (self._stored if stored else self._offsets)[layer, side]
 
     def set_inverse_owner(self, layers: Iterable[int]) -> None:

@@ -17,9 +17,6 @@ WIDEST = 2048
 def factor_eigenvalues(factors: FactorState) -> dict[tuple[int, Side], Tensor]:
     """Eigenvalues of the diagonal blocks of each average together; waits for the device.
 
-    Args:
-        factors: of some layers.
-
     Returns:
         By layer and side, falling, at least 0, ``[groups * width]``, in float64 on the CPU; in units of the gradients,
         whatever unit the factors have. Factors with blocks wider than `WIDEST` are left out.
@@ -48,11 +45,8 @@ def factor_eigenvalues(factors: FactorState) -> dict[tuple[int, Side], Tensor]:
 
 
 def effective_rank(eigenvalues: Tensor) -> float:
-    """``exp(-Σ p log p)`` with ``p = λ / Σ λ`` (Roy & Vetterli 2007, "The effective rank", EUSIPCO): from 1 to the
-    number of eigenvalues, at which all are equal; 0 if all are 0.
-
-    Args:
-        eigenvalues: at least 0, ``[n]``.
+    """``exp(-Σ p log p)`` with ``p = λ / Σ λ`` (Roy & Vetterli 2007, "The effective rank", EUSIPCO) of eigenvalues of
+    at least 0, ``[n]``: from 1 to their number, at which all are equal; 0 if all are 0.
 
     >>> effective_rank(torch.ones(8, dtype=torch.float64)), effective_rank(torch.tensor([3.0, 0.0, 0.0]))
     (8.0, 1.0)

@@ -182,16 +182,8 @@ class FactorState:
             batch.set_n_stored(lengths[size])
 
     def blocks(self, layer: int, side: Side, kind: str) -> Tensor:
-        """View of the blocks of one factor.
-
-        Args:
-            layer: its number.
-            side: ``"A"`` or ``"G"``.
-            kind: ``"sums"``, ``"average"`` or ``"inverse"``.
-
-        Returns:
-            ``[groups, n_blocks, size, size]``.
-        """
+        """View of one factor's blocks: its ``"sums"``, ``"average"`` or ``"inverse"``, as ``kind`` says,
+        ``[groups, n_blocks, size, size]``."""
         size, place = self.layout.offset(layer, side, stored=kind == "inverse")
         tensor: Tensor = getattr(self.batches[size], kind)
         return tensor[place].view(self.layout.partition(layer, side).shape)
@@ -287,11 +279,7 @@ class FactorState:
         self._host_counts.clear()
 
     def clear_layer(self, layer: int) -> None:
-        """Empty the open window of one layer.
-
-        Args:
-            layer: its number.
-        """
+        """Empty the open window of one ``layer``."""
         for sums in self.sums[layer].values():
             sums.zero_()
         self._counts[layer].zero_()
@@ -304,14 +292,8 @@ class FactorState:
         self._host_counts = {layer: list(numbers) for layer, numbers in other._host_counts.items()}
 
     def pack_window(self, index: BlockIndex) -> Tensor:
-        """The open window of some layers: a triangle of each block, then their counts.
-
-        Args:
-            index: of the layers.
-
-        Returns:
-            One-dimensional and new.
-        """
+        """The open window of the layers of ``index``, one-dimensional and new: a triangle of each block, then their
+        counts."""
         # Not of other layers: what these still count on the host is added up there, and so rounded once.
         self._put_counts(index.numbers)
         blocks = [pack(self.batches[size].sums[place]).flatten() for size, place in index.blocks.items()]
@@ -331,11 +313,7 @@ class FactorState:
         return (self.layout.packed_numel(layer) + N_COUNTS) * self.flat_sums.element_size()
 
     def change_unit_(self, unit: Tensor) -> None:
-        """Convert the open window's sums of G to another unit of gradients.
-
-        Args:
-            unit: 0-dimensional.
-        """
+        """Convert the open window's sums of G to another ``unit`` of gradients, 0-dimensional."""
         if self.gradient_unit is not None:
             ratio = self.gradient_unit / unit
             for sums in self.sums:
@@ -466,17 +444,12 @@ class FactorState:
         self.failed_inversions += self._solve(index, averages, torch.where(observed, dampings, 0.0), means, solve)
 
     def recompute_inverses(self, layers: Sequence[int]) -> Tensor:
-        """Invert again, from averages and last damping, layers whose inverses another process stored.
+        """Invert again, from averages and last damping, ``layers`` whose inverses another process stored; returns how
+        many blocks failed, 0-dimensional.
 
         They are those that `invert` made then, since averages change only in steps in which the layer is inverted. But
         where it kept an older inverse, that is lost: a block that fails again gets the identity over its mean damped
         eigenvalue, one of a factor of zeros the identity over what was last added.
-
-        Args:
-            layers: their numbers.
-
-        Returns:
-            How many blocks failed, 0-dimensional.
         """
         index = self.layout.index(tuple(layers))
         for size, (_, stored) in index.stored.items():
@@ -561,14 +534,12 @@ class FactorState:
 
 
 def factor_state_of(layers: Mapping[str, Layer], decomposition: Decomposition) -> FactorState:
-    """The state for all factors of some layers, on their device; in float64 if any weight is, else in float32.
+    """The state for all factors of some layers, without curvature yet, on their device; in float64 if any weight is,
+    else in float32.
 
     Args:
         layers: by name; numbered in this order.
         decomposition: what is stored of each block.
-
-    Returns:
-        The state, without curvature yet.
 
     Raises:
         ValueError: the layers are on several devices.

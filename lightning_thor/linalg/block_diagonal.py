@@ -94,14 +94,7 @@ def diagonal(width: int) -> BlockPartition:
 
 
 def diagonal_to_blocks(diagonal: Tensor, blocks: BlockPartition) -> Tensor:
-    """A diagonal matrix in the blocks of a partition.
-
-    Args:
-        diagonal: ``[groups * width]``.
-        blocks: the partition.
-
-    Returns:
-        ``[groups, n_blocks, size, size]``.
+    """A diagonal matrix ``[groups * width]`` in the ``blocks`` of a partition, ``[groups, n_blocks, size, size]``.
 
     >>> diagonal_to_blocks(torch.tensor([1.0, 2.0, 3.0]), partition_with_remainder(3, 2))[0, 1]
     tensor([[3., 0.],

@@ -132,15 +132,8 @@ SCRATCH_NUMEL = 2**22
 
 
 def scratch(numel: int, like: Tensor) -> Tensor:
-    """Memory for an intermediate result, the same in each call of a thread: what it holds is lost at the next one.
-
-    Args:
-        numel: how many numbers.
-        like: of the dtype and on the device that is wanted.
-
-    Returns:
-        ``[numel]``, not initialised.
-    """
+    """Memory for ``numel`` numbers of an intermediate result, in the dtype and on the device of ``like``, not
+    initialised; the same in each call of a thread: what it holds is lost at the next one."""
     if numel > SCRATCH_NUMEL:
         return like.new_empty(numel)
     held: dict[Any, Tensor] = _SCRATCH.__dict__
