@@ -77,11 +77,7 @@ class Agreement:
         return self.read() if told.device.type in memory.HOST else {}
 
     def go_on(self, communicator: Communicator) -> None:
-        """Take what a checkpoint brought for the result of earlier agreements.
-
-        Args:
-            communicator: of all processes.
-        """
+        """Take what a checkpoint brought for the result of earlier agreements of all processes."""
         self.is_reached = self._factors.gradient_unit is not None
         if communicator.world_size > 1:
             self._unused = {i for i in self._unused if not self._factors.updates[i]}

@@ -387,11 +387,8 @@ class Curvature:
         """Makes a context that `timer` measures as the part of this name."""
 
     def timed(self, communicator: Communicator) -> Communicator:
-        """A communicator whose calls and waits are the part ``"communication"``; of one process it is the same one.
-
-        Args:
-            communicator: of the processes.
-        """
+        """``communicator`` with calls and waits that are the part ``"communication"``; of one process it is the same
+        one."""
         if communicator.world_size == 1:
             return communicator
         own = ref(self)
@@ -635,18 +632,8 @@ class Curvature:
         return {p: direction for part in self.directions(grads, mode) for p, direction in part.items()}
 
     def directions(self, tensors: Tensors, mode: str = "natural") -> Iterator[Directions]:
-        """Yield what `precondition` returns in parts, each of some parameters; in one part if other ranks compute some.
-
-        Args:
-            tensors: as of `precondition`.
-            mode: as of `precondition`.
-
-        Yields:
-            Directions by parameter.
-
-        Raises:
-            RuntimeError: this curvature does not serve the mode.
-        """
+        """Yield what `precondition` returns, and raise what it raises, in parts, each of some parameters; in one part
+        if other ranks compute some."""
         self.check_that_it_serves(mode)
         directions_of = MODES[mode].directions
         assert directions_of is not None, f"{mode} mode has a change of basis"
@@ -682,25 +669,12 @@ class Curvature:
             return change(self.grouped(self._groups), tensors, back=back)
 
     def grouped(self, groups: Sequence[LayerGroup]) -> GroupedLayers:
-        """Put groups beside what else their directions depend on.
-
-        Args:
-            groups: of layers of this curvature, or of rows of their parameters.
-
-        Returns:
-            The argument of `Mode.directions` and `Mode.change_basis`.
-        """
+        """Put ``groups`` of layers, or of rows of their parameters, beside what else their directions depend on, for
+        `Mode.directions` and `Mode.change_basis`."""
         return GroupedLayers(groups, self.factors.decomposition, self.polar_layers, self.gradient_unit)
 
     def check_that_it_serves(self, mode: str) -> None:
-        """Check that directions of a mode can be computed from what is stored here.
-
-        Args:
-            mode: name of a mode.
-
-        Raises:
-            RuntimeError: they cannot.
-        """
+        """Raise a RuntimeError unless directions of ``mode`` can be computed from what is stored here."""
         if mode != self.mode and mode not in MODES[self.mode].serves:
             raise RuntimeError(
                 f'Thor(mode="{mode}") got a curvature of mode="{self.mode}", which stores another decomposition of '
@@ -859,25 +833,16 @@ class Curvature:
         return list(group_layers(self._own_layers, pairs, self.polar_layers))
 
     def inverses_of(self, name: str) -> FactorPair:
-        """Views of what is stored of a layer's A and G: their inverses, roots or eigenvectors.
-
-        Args:
-            name: of the layer.
-
-        Returns:
-            ``(A, G)``, each ``[groups, n_blocks, size, size]``; None for a layer without A.
-        """
+        """Views of what is stored of a layer's A and G, their inverses, roots or eigenvectors: ``(A, G)``, each
+        ``[groups, n_blocks, size, size]``; None for a layer without A."""
         number = list(self.layers).index(name)
         views = {side: self.factors.blocks(number, side, "inverse") for side, _ in self.factors.layout.factors(number)}
         return views.get("A"), views["G"]
 
     def workers_of(self, name: str) -> Mapping[int, int]:
-        """Which process of its column stores the inverses of a layer, by number of a process, where weights are sharded
-        and processes store the inverses of different layers (see `WorkerGrid`); otherwise empty: each stores all.
-
-        Args:
-            name: of the layer.
-        """
+        """Which process of its column stores the inverses of the layer ``name``, by number of a process, where weights
+        are sharded and processes store the inverses of different layers (see `WorkerGrid`); otherwise empty: each
+        stores all."""
         grid: WorkerGrid | None = self._connection["worker_grid"]
         if grid is None or grid.columns is None:
             return {}

@@ -20,15 +20,7 @@ N_EIGENVALUES = 32
 
 
 def export_factors(layers: Mapping[str, Layer], factors: FactorState) -> dict[str, dict[str, Any]]:
-    """See `lightning_thor.Curvature.export`.
-
-    Args:
-        layers: with curvature, by name.
-        factors: of these layers, in this order.
-
-    Returns:
-        Copies, by name of the layer.
-    """
+    """See `lightning_thor.Curvature.export`; ``factors`` are of these layers, in this order."""
     unit = 1.0 if factors.gradient_unit is None else float(factors.gradient_unit)
     updates, positions = factors.updates.tolist(), factors.positions.tolist()
     exported: dict[str, dict[str, Any]] = {}

@@ -80,13 +80,7 @@ and description to `Curvature`, and its argument to `ThorCallback` (jsonargparse
 
 
 def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Check values of options.
-
-    Args:
-        given: values by name; names that are no options are left out.
-
-    Returns:
-        The options among them.
+    """Check values by name, and return those among them that are options.
 
     Raises:
         ValueError: what was given, and what is allowed.

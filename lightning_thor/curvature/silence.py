@@ -50,12 +50,7 @@ def why_silent(layer: Layer, call: Call | None) -> str:
 
 
 def silent_layers(numbers: Iterable[int], names: list[str], cause_of: Callable[[int], str]) -> str:
-    """Name layers by cause.
-
-    Args:
-        numbers: of the layers.
-        names: of all layers.
-        cause_of: see `why_silent`.
+    """Name the layers of these ``numbers`` among all ``names`` by cause, see `why_silent`.
 
     >>> silent_layers([0, 2, 3], ["a", "b", "c", "d"], ["unused", "", "unused", "frozen since"].__getitem__)
     'a, c: unused. d: frozen since.'

@@ -140,16 +140,10 @@ def _damaged(fault: str) -> ValueError:
 def curvature_state(
     names: Sequence[str], factors: FactorState, schedule: RefreshSchedule, *, mode: str
 ) -> dict[str, Any]:
-    """Steps, factors and the inverses that are stored here, by layer name.
+    """Steps, factors and the inverses that are stored here, by name of the layer, as plain types and tensors.
 
-    Args:
-        names: of the layers, in the order of ``factors``.
-        factors: whose tensors the state has; they are not copied.
-        schedule: which layers are due when; decisions under way are waited for.
-        mode: of the curvature.
-
-    Returns:
-        Plain types and tensors.
+    The tensors are those of ``factors``, whose layers have these ``names``, in this order; they are not copied.
+    Decisions under way are waited for.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     turns = schedule.turns()
@@ -211,14 +205,8 @@ def add_inverses(
 def load_curvature_state(
     state: Mapping[str, Any], names: Sequence[str], factors: FactorState, schedule: RefreshSchedule, *, mode: str
 ) -> None:
-    """Bring factors and schedule to a state; inverses that it lacks are computed again.
-
-    Args:
-        state: what `curvature_state` returned.
-        names: of the layers, in the order of ``factors``.
-        factors: changed in place.
-        schedule: changed in place.
-        mode: of this curvature.
+    """Bring ``factors`` and ``schedule`` of the layers ``names`` to a state that `curvature_state` returned; inverses
+    that it lacks are computed again.
 
     Raises:
         ValueError: the state is of another mode, other layers, or of other block sizes, or it is damaged; nothing
