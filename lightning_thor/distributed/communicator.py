@@ -69,12 +69,7 @@ class SingleProcess:
 
 
 class TimedCommunicator:
-    """A communicator whose calls, and waits for them, are within a context of their own, which may measure them.
-
-    Args:
-        communicator: of the processes.
-        measured: returns the context.
-    """
+    """A communicator whose calls, and waits for them, are within a context that ``measured`` returns."""
 
     def __init__(self, communicator: Communicator, measured: Callable[[], AbstractContextManager[None]]) -> None:
         self._communicator, self._measured = communicator, measured

@@ -29,13 +29,8 @@ else:
 
 
 def new_mesh(device_type: str, shape: tuple[int, ...], names: tuple[str, ...]) -> Any:
-    """Make a mesh of all ranks; every rank must call it, at the same place.
-
-    Args:
-        device_type: as ``"cuda"``.
-        shape: ranks in each dimension.
-        names: of the dimensions.
-    """
+    """Make a mesh of all ranks, of this ``shape`` and with these ``names`` of its dimensions, on devices such as
+    ``"cuda"``; every rank must call it, at the same place."""
     return init_device_mesh(device_type, shape, mesh_dim_names=names)
 
 
@@ -58,11 +53,8 @@ def are_whole(tensors: Iterable[Any]) -> bool:
 
 
 def local_parts(tensors: Iterable[Any]) -> list[Tensor]:
-    """Returns this rank's part of each tensor, the tensor itself where it is not sharded; no copies, without autograd.
-
-    Args:
-        tensors: sharded (DTensor) or not.
-    """
+    """Returns this rank's part of each tensor, the tensor itself where it is not sharded; no copies, without
+    autograd."""
     return [x.to_local() if isinstance(x, _SHARDED) else x for x in tensors]  # type: ignore[attr-defined]
 
 

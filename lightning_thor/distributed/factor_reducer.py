@@ -24,19 +24,8 @@ BucketFn = Callable[[Sequence[int], Sequence[int]], list[list[int]]]
 DEFAULT_BUCKET_MB = 4.0
 
 
-def one_bucket(layers: Sequence[int], n_bytes: Sequence[int]) -> list[list[int]]:
-    """The `BucketFn` that sends all layers together."""
-    return [list(layers)]
-
-
 def by_size(limit: float) -> BucketFn:
-    """Close a bucket as soon as it has ``limit`` bytes.
-
-    Args:
-        limit: bytes.
-
-    Returns:
-        The function.
+    """Buckets that are closed as soon as they have ``limit`` bytes.
 
     >>> by_size(10)([3, 2, 1, 0], [4, 7, 12, 1])
     [[3, 2], [1], [0]]
@@ -56,6 +45,10 @@ def by_size(limit: float) -> BucketFn:
     return bucket_fn
 
 
+one_bucket = by_size(math.inf)
+"""The `BucketFn` that sends all layers together."""
+
+
 def by_layer(split_indices: Sequence[int], has_A: Sequence[bool]) -> BucketFn:
     """Buckets that end with the given layers, as nn.thor's ``split_indices``: [26, 53] makes 0 to 26 and 27 to 53.
 
@@ -65,9 +58,6 @@ def by_layer(split_indices: Sequence[int], has_A: Sequence[bool]) -> BucketFn:
     Args:
         split_indices: see `check_split_indices`.
         has_A: of every layer, in the order of the model.
-
-    Returns:
-        The function.
 
     Raises:
         ValueError: an index that no layer has.
@@ -93,13 +83,7 @@ def by_layer(split_indices: Sequence[int], has_A: Sequence[bool]) -> BucketFn:
 
 
 def bucket_bytes(factor_bucket_mb: Any) -> float:
-    """Megabytes (2²⁰ bytes) as bytes, checked.
-
-    Args:
-        factor_bucket_mb: a number above 0; None for `DEFAULT_BUCKET_MB`.
-
-    Returns:
-        Bytes.
+    """Megabytes (2²⁰ bytes) as bytes; None stands for `DEFAULT_BUCKET_MB`.
 
     Raises:
         ValueError: not a number above 0.
@@ -187,9 +171,6 @@ class FactorReducer:
     def expect(self, layer: int) -> Promise:
         """Note a forward pass of ``layer``, whose pair is to come.
 
-        Args:
-            layer: its number.
-
         Returns:
             The promise, to be held as long as the pair may come, and until it does.
         """
@@ -272,13 +253,11 @@ class FactorReducer:
         self._sent = []
 
     def _note_positions(self) -> list[int]:
-        """Add the position in backward of layers that have none yet to their counts, which the all-reduce sums.
+        """Add the position in backward of layers that have none yet to their counts, which the all-reduce sums; returns
+        these layers.
 
         The sum over processes is equal on all of them, whatever each has seen; it holds from the next window on. A
         layer that was silent here comes last. Once for each layer this waits for the device.
-
-        Returns:
-            These layers.
         """
         # None of them was sent: buckets with a layer of which nothing is known are sent in `sum`.
         unknown = [] if self._is_sync_step is None else sorted(self._unknown.intersection(self._due()))
