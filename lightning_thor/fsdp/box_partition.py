@@ -232,11 +232,7 @@ def row_shards(n_rows: int, world_size: int, n_columns: int = 1) -> dict[int, Bo
 
 
 class ShardIndex:
-    """Finds the shards of a parameter that a box overlaps without looking at all of them, which are many.
-
-    Args:
-        shards: by rank.
-    """
+    """Finds the shards of a parameter that a box overlaps without looking at all of them, which are many."""
 
     def __init__(self, shards: Boxes) -> None:
         self._shards = sorted(shards.items(), key=lambda one: one[1].rows.start)

@@ -129,15 +129,7 @@ class ShardedCurvature:
 
     @torch.no_grad()
     def directions(self, tensors: Tensors, mode: str = "natural") -> list[Directions]:
-        """As `Curvature.directions`, of shards, in one part.
-
-        Args:
-            tensors: as of `precondition`.
-            mode: as of `precondition`.
-
-        Returns:
-            This rank's shard of each direction.
-        """
+        """As `precondition`, in one part, like `Curvature.directions`."""
         directions_of = MODES[mode].directions
         assert directions_of is not None, f"{mode} mode has a change of basis"
 
@@ -222,13 +214,8 @@ class ShardedCurvature:
 def layer_blocks_of_layers(
     curvature: Curvature, parameters: Container[nn.Parameter], *, is_polar: bool
 ) -> list[LayerBlocks]:
-    """`layer_blocks_of` each layer all of whose parameters have gradients.
-
-    Args:
-        curvature: of the model.
-        parameters: all that have gradients.
-        is_polar: whether directions are polar, of the layers that have polar ones.
-    """
+    """`layer_blocks_of` each layer of ``curvature`` whose parameters all have gradients, thus are among ``parameters``;
+    ``is_polar`` says whether polar layers have polar directions."""
     stored = curvature.factors.has_inverse
     return [
         layer_blocks

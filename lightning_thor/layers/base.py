@@ -306,11 +306,8 @@ class Layer:
 
 
 def weight_of(layers: Iterable[Layer]) -> dict[nn.Parameter, nn.Parameter]:
-    """The weight that a further parameter of a layer has its direction with: of biases within A, and of norms' shifts.
-
-    Args:
-        layers: with curvature.
-    """
+    """The weight that a further parameter of a layer has its direction with: of biases within A, and of norms'
+    shifts."""
     return {p: layer.parameters[0] for layer in layers if layer.is_preconditioned for p in layer.parameters[1:]}
 
 

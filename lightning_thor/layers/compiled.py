@@ -26,14 +26,8 @@ _numbers = count()
 
 
 def number_of(receiver: Receiver) -> Tensor:
-    """A number by which a graph finds a receiver, as long as something else holds it.
-
-    Args:
-        receiver: the function.
-
-    Returns:
-        0-dimensional, on the CPU: an input of the graph, which so serves all models of its shapes.
-    """
+    """A number by which a graph finds ``receiver``, as long as something else holds that: 0-dimensional, on the CPU; an
+    input of the graph, which so serves all models of its shapes."""
     number = next(_numbers)
     _receivers[number] = receiver
     return torch.tensor(number, device="cpu")
@@ -106,14 +100,8 @@ def guard_hooks() -> None:
 
 
 def not_alone(hook: Hook) -> Hook:
-    """Let dynamo trace a hook as part of a module's call only, and run it as it is where a graph broke at that call.
-
-    Args:
-        hook: a function.
-
-    Returns:
-        The same one.
-    """
+    """Let dynamo trace ``hook`` as part of a module's call only, and run it as it is where a graph broke at that call;
+    returns the same function."""
     from torch._dynamo import decorators
 
     # Not public: where it is missing, dynamo compiles such hooks, of a few modules, and then gives up on them.

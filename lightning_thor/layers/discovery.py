@@ -320,12 +320,8 @@ def warn_of_low_coverage(
     only: Set[nn.Parameter] | None,
     skip_layers: Sequence[str] = (),
 ) -> bool:
-    """Warn where less than half of the trained weights have curvature, and name the largest that have none. Those that
-    were skipped on purpose do not count.
-
-    Returns:
-        Whether it warned.
-    """
+    """Warn where less than half of the trained weights have curvature, and name the largest that have none; returns
+    whether it did. Weights that were skipped on purpose do not count."""
     of_training, own = _trained_and_own(model, layers, only)
     modules = [(_owner(uncompiled_name(name)), module) for name, module in model.named_modules()]
     for name, module in modules:

@@ -131,11 +131,7 @@ class PairChecks:
         return self._numbers.get(name) in self._unchecked
 
     def skip(self, name: str) -> None:
-        """Check the layer that the named module belongs to no more: its gradient is known to be more than the product.
-
-        Args:
-            name: of the module.
-        """
+        """Check the layer of the module ``name`` no more: its gradient is known to be more than the product."""
         number = self._numbers.get(name, -1)
         self._unchecked.discard(number)
         self._drop(number)
@@ -172,15 +168,8 @@ class PairChecks:
         return True
 
     def project(self, name: str, a: Tensor) -> Tensor | None:
-        """What the check needs of an input.
-
-        Args:
-            name: of the module.
-            a: its input.
-
-        Returns:
-            The input of a linear layer ``[..., in]`` times a fixed vector, ``[...]``; None stands for the whole input.
-        """
+        """What the check needs of an input ``a``: that of a linear layer, ``[..., in]``, times a fixed vector,
+        ``[...]``; None stands for the whole input."""
         kind, module = self._layers[self._numbers[name]].kind, self._modules[name]
         if not kind.is_linear or not a.is_floating_point() or not a.dim():
             return None
@@ -243,11 +232,7 @@ class PairChecks:
         return verdicts
 
     def keep(self, numbers: set[int]) -> None:
-        """Check no other layers any more.
-
-        Args:
-            numbers: of the layers that may still be checked.
-        """
+        """Check no layers any more but those of these ``numbers``."""
         self._unchecked &= numbers
         for number in self._sums.keys() - numbers:
             self._drop(number)
