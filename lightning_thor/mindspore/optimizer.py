@@ -243,10 +243,13 @@ class _Preconditioner:
         self.damping = self.curvature.damping_now()
         is_due = self.curvature.is_due()
         self.curvature.update()
-        if is_due:
-            # Found anew: layers that are included later move them.
-            for G_inverse in _without_G(self.curvature, self.variant):
-                G_inverse.copy_(torch.eye(G_inverse.shape[-1], dtype=G_inverse.dtype, device=G_inverse.device))
+        if is_due and self.variant == "ascend":
+            # There nn.thor takes the identity for G⁻¹ of dense layers with two outputs (a special case for BERT's next
+            # sentence head). They are found anew, since layers that are included later move them.
+            for index, layer in enumerate(self.curvature.layers.values()):
+                if isinstance(layer.module, nn.Linear) and layer.module.out_features == 2:
+                    G_inverse = self.curvature.factors.blocks(index, "G", "inverse")
+                    G_inverse.copy_(torch.eye(G_inverse.shape[-1], dtype=G_inverse.dtype, device=G_inverse.device))
 
     def forget(self) -> None:
         self.curvature.forget()
@@ -259,16 +262,6 @@ class _Preconditioner:
         for p in self.norms & directions.keys():
             directions[p].div_(directions[p].square() / self.batch_size + self.damping**0.5)
         return directions
-
-
-def _without_G(curvature: Curvature, variant: str) -> list[Tensor]:
-    """Every G⁻¹ for which nn.thor takes the identity: on Ascend, of dense layers with two outputs (a special case for
-    BERT's next sentence head)."""
-    return [
-        curvature.factors.blocks(index, "G", "inverse")
-        for index, layer in enumerate(curvature.layers.values())
-        if variant == "ascend" and isinstance(layer.module, nn.Linear) and layer.module.out_features == 2
-    ]
 
 
 def _gpu_linear_rows(module: nn.Linear, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
