@@ -65,16 +65,13 @@ class ThorCLI(LightningCLI):
 
 
 def run(args: Sequence[str] | None = None) -> LightningCLI:
-    """Run one command.
+    """Run one command; returns the CLI, with its trainer, model and data.
 
     Every part (model, data, optimizer, scheduler, callbacks) is a ``class_path``. The current folder is put on the
     import path, as ``python -m`` does, so that a configuration can name a project's own classes.
 
     Args:
         args: the command and its options; None for ``sys.argv``.
-
-    Returns:
-        The CLI, with its trainer, model and data.
     """
     here = os.getcwd()  # not "": jsonargparse changes folder while it reads a configuration
     if here not in sys.path:

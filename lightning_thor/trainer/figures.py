@@ -43,12 +43,7 @@ class Ratio(Metric):
             self.add_state(name, default=torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, above: float | Tensor, below: float | Tensor = 1.0) -> None:
-        """Add to both sums.
-
-        Args:
-            above: a number, or 0-dimensional.
-            below: likewise.
-        """
+        """Add to both sums; each is a number, or 0-dimensional."""
         self.above, self.below = self.above + above, self.below + below
 
     def compute(self) -> Tensor:

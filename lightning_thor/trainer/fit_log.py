@@ -38,13 +38,7 @@ class FitLog:
             self._samples = {one: sample_weights(one) for one in self._served.by_optimizer if one in trainer.optimizers}
 
     def end_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, applied: list[int]) -> None:
-        """Log the steps that were taken.
-
-        Args:
-            trainer: in a fit.
-            pl_module: its module.
-            applied: steps of each curvature before the batch.
-        """
+        """Log the steps that were taken; ``applied`` are the steps of each curvature before the batch."""
         for number, (optimizer, curvature) in enumerate(self._served.by_optimizer.items()):
             if not self._samples.get(optimizer) or curvature.step == applied[number]:
                 continue

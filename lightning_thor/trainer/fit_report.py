@@ -50,15 +50,8 @@ class FitFigures:
 
 
 def fit_report(figures: FitFigures, n_layers: int) -> Group:
-    """Say what the curvature did in a fit.
-
-    Args:
-        figures: of the fit.
-        n_layers: with curvature.
-
-    Returns:
-        A renderable of rich: the figures, and a line for each advice.
-    """
+    """Say what the curvature of ``n_layers`` did in a fit: the figures, and a line for each advice, as a renderable of
+    rich."""
     per_layer = figures.n_refreshes / max(n_layers, 1)
     saved = figures.n_possible - figures.n_refreshes
     line = (
@@ -85,12 +78,7 @@ def _time(seconds: Mapping[str, float]) -> str:
 
 
 def advice_on(figures: FitFigures, per_layer: float) -> list[str]:
-    """What the figures suggest to change.
-
-    Args:
-        figures: of the fit.
-        per_layer: refreshes of a layer.
-    """
+    """What the figures of a fit, with so many refreshes ``per_layer``, suggest to change."""
     advice = []
     if figures.n_failed:
         advice.append(f"{figures.n_failed} inversions failed, and an older inverse was kept: raise damping.")

@@ -6,10 +6,5 @@ PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 def is_lightnings(one: object, *names: str) -> bool:
-    """True if ``one`` is an instance of Lightning's class of one of these names, of whichever package.
-
-    Args:
-        one: any object.
-        *names: of classes.
-    """
+    """True if ``one`` is an instance of Lightning's class of one of these ``names``, of whichever package."""
     return any(base.__name__ in names and base.__module__.partition(".")[0] in PACKAGES for base in type(one).__mro__)

@@ -31,11 +31,8 @@ Look = dict[str, Any]
 
 
 def read_looks(folder: Path) -> list[Look]:
-    """The looks in a run's folder, by rising step: those of steps that a resumed fit took again are left out, and so is
-    a line that was cut off when a run was killed or the disk was full.
-
-    Args:
-        folder: in which `ThorMonitor` wrote.
+    """The looks that `ThorMonitor` wrote into a run's folder, by rising step: those of steps that a resumed fit took
+    again are left out, and so is a line that was cut off when a run was killed or the disk was full.
 
     Raises:
         FileNotFoundError: it has no file of a monitor.
@@ -76,13 +73,7 @@ def plot(run_dir: str) -> None:
 
 
 def pictures_of(folder: Path) -> dict[str, Figure]:
-    """Draw all that a run's folder has figures for.
-
-    Args:
-        folder: of a run.
-
-    Returns:
-        By name: ``"layers"``, ``"spectra"``, ``"step"``, ``"split"``.
+    """Draw all that a run's folder has figures for: ``"layers"``, ``"spectra"``, ``"step"``, ``"split"``, by name.
 
     Raises:
         FileNotFoundError: it has neither a file of a monitor nor one of a chosen block size.
@@ -119,13 +110,7 @@ def takes_pictures(logger: object) -> bool:
 
 
 def log_pictures(loggers: Sequence[Any], pictures: Mapping[str, Figure], step: int) -> None:
-    """Give pictures to loggers.
-
-    Args:
-        loggers: of which `takes_pictures` says so.
-        pictures: by name.
-        step: at which they were drawn.
-    """
+    """Give pictures, by name, that were drawn at a ``step`` to loggers of which `takes_pictures` says so."""
     for logger in loggers:
         for name, figure in pictures.items():
             if is_lightnings(logger, "WandbLogger"):
@@ -140,12 +125,8 @@ def log_pictures(loggers: Sequence[Any], pictures: Mapping[str, Figure], step: i
 
 
 def layers_figure(looks: Sequence[Look]) -> Figure:
-    """Draw over the steps, for A and G of each layer: trace, condition number, effective rank, and change; below, the
-    refreshes.
-
-    Args:
-        looks: at least one.
-    """
+    """Draw over the steps of the looks, of which there is one or more, for A and G of each layer: trace, condition
+    number, effective rank, and change; below, the refreshes."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -234,12 +215,8 @@ def _is_kept(looks: Sequence[Look], index: int, name: str) -> bool:
 
 
 def spectra_figure(looks: Sequence[Look]) -> Figure:
-    """Draw the eigenvalues of A and G of some layers at the first and the last look; of whole factors also what blocks
-    of each size would lose of them.
-
-    Args:
-        looks: at least one.
-    """
+    """Draw the eigenvalues of A and G of some layers at the first and the last of the looks, which may be the same; of
+    whole factors also what blocks of each size would lose of them."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
@@ -315,11 +292,8 @@ def spectra_figure(looks: Sequence[Look]) -> Figure:
 
 
 def step_figure(looks: Sequence[Look]) -> Figure:
-    """Draw the share of each part of a step in its time: over all steps, and between looks.
-
-    Args:
-        looks: at least one, with seconds.
-    """
+    """Draw the share of each part of a step in its time: over all steps, and between looks, all of which have
+    seconds."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 

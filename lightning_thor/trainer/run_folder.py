@@ -12,15 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
     """The folder of a run's files: the first logger's, as Lightning's ``ModelCheckpoint`` takes it; without a logger
-    ``default_root_dir``.
+    ``default_root_dir``. None where nothing is to be written: with ``fast_dev_run``, and, with a warning, if the folder
+    is a remote one.
 
     Ask on rank 0, whose loggers know it.
-
-    Args:
-        trainer: in a fit.
-
-    Returns:
-        None where nothing is to be written: with ``fast_dev_run``, and, with a warning, if the folder is a remote one.
     """
     is_trial: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
     if is_trial:

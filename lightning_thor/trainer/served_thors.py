@@ -159,10 +159,7 @@ class ServedThors:
 
     def look(self) -> list[Thor]:
         """Serve a `Thor` that the trainer has got, and give curvature to layers that began to train; between two steps.
-
-        Returns:
-            The optimizers that are new.
-        """
+        Returns the optimizers that are new."""
         trainer, strategy = self._trainer, self._trainer.strategy
         n_groups = [len(optimizer.param_groups) for optimizer in trainer.optimizers]
         if not (self.looks or self._seen != (trainer.optimizers, n_groups)):
@@ -192,11 +189,8 @@ class ServedThors:
         return new
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Load the curvatures that a checkpoint has; what it has of others waits until they come.
-
-        Args:
-            state: of the callback.
-        """
+        """Load the curvatures that a checkpoint's ``state`` of the callback has; what it has of others waits until they
+        come."""
         self._restored = state
         for curvature in self.curvatures:
             self._restore(curvature)
