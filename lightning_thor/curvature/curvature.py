@@ -175,14 +175,7 @@ class Curvature:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Curvature takes the model, Curvature(model, ...), got a {type(model).__name__}.")
-        options = check_options(locals())
-        for name, given in (("loss_multiplier", loss_multiplier), ("loss_terms", loss_terms)):
-            if given is not None and not callable(given):
-                raise ValueError(f"{name} must be a function without arguments, or None, got {given!r}.")
-        if not isinstance(output_layer, str | None):
-            raise ValueError(f"output_layer must be the name of a layer, or None, got {output_layer!r}.")
-        options |= {"loss_multiplier": loss_multiplier, "loss_terms": loss_terms, "output_layer": output_layer}
-        self._options = options
+        self._options = check_options(locals())
         self.model = model
         self.mode = mode
         self.damping = damping if callable(damping) else float(damping)

@@ -69,11 +69,16 @@ OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         f"must be one of {', '.join(STATISTICS)}",
     ),
     "loss_reduction": (lambda value: isinstance(value, str) and value in ("mean", "sum"), "must be 'mean' or 'sum'"),
+    **dict.fromkeys(
+        ("loss_multiplier", "loss_terms"),
+        (lambda value: value is None or callable(value), "must be a function without arguments, or None"),
+    ),
     "fused": (
         lambda value: value is None or _is_fused(value),
         "must map patterns of layer names to numbers of parts, such as {'*.qkv': 3}",
     ),
     "skip_layers": (_are_names, "must be a list of names of layers, or patterns of names, such as ['head']"),
+    "output_layer": (lambda value: isinstance(value, str | None), "must be the name of a layer, or None"),
 }
 """By name: whether a value can be the option, and what it must be. To add an option, add its line here, its argument
 and description to `Curvature`, and its argument to `ThorCallback` (jsonargparse reads the signature for the YAML)."""

@@ -127,17 +127,16 @@ class ThorCallback(Callback):
                 "of the optimizer: configure_thor(self, lr=...), or Thor. A strategy is an option of the Trainer: "
                 "Trainer(strategy=...)."
             )
+        if loss_terms is not None and not callable(loss_terms):
+            raise ValueError(f"loss_terms must be a function of a batch, or None, got {loss_terms!r}.")
         # "auto" is the callback's own value.
         self._options = check_options(locals() | {"block_size": None if block_size == "auto" else block_size})
         self._options["block_size"] = block_size
-        if loss_terms is not None and not callable(loss_terms):
-            raise ValueError(f"loss_terms must be a function of a batch, or None, got {loss_terms!r}.")
         if not (summary is None or isinstance(summary, bool) or summary == "full"):
             raise ValueError(f'summary must be True, False, "full" or None, got {summary!r}.')
         if not isinstance(waits_for_thor, bool):
             raise ValueError(f"waits_for_thor must be True or False, got {waits_for_thor!r}.")
         self._waits_for_thor = waits_for_thor
-        self._loss_terms = loss_terms
         self.summary = summary
         self.curvatures: list[Curvature] = []
         """Of the present or last fit, one for each `Thor`, in the order in which they came."""
@@ -226,7 +225,6 @@ class ThorCallback(Callback):
             trainer,
             pl_module,
             options,
-            loss_terms=self._loss_terms,
             restored=self._restored,
             before_step=partial(self._look, trainer),  # again: hooks of the module come after this callback's
         )

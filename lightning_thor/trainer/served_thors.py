@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_thor.curvature.callables import BatchFn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.curvature.part_timer import PartTimer
 from lightning_thor.distributed.dtensor import reshard
@@ -42,8 +41,7 @@ class ServedThors:
     Args:
         trainer: in a fit.
         pl_module: its module.
-        options: of each `Curvature`.
-        loss_terms: of `ThorCallback`.
+        options: of each `Curvature`; ``loss_terms`` is given a batch.
         restored: state of the callback in a checkpoint that the fit goes on from, if it was loaded already.
         before_step: called before each training step.
 
@@ -60,7 +58,6 @@ class ServedThors:
         pl_module: pl.LightningModule,
         options: Mapping[str, Any],
         *,
-        loss_terms: BatchFn | None = None,
         restored: Mapping[str, Any] | None = None,
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
@@ -68,14 +65,15 @@ class ServedThors:
         self.by_optimizer: dict[Thor, Curvature] = {}
         self.monitor = next((one for one in callbacks_of(trainer) if isinstance(one, ThorMonitor)), None)
         self.looks = False
-        self._trainer, self._pl_module, self._options = trainer, pl_module, options
+        self._trainer, self._pl_module, loss_terms = trainer, pl_module, options["loss_terms"]
         if loss_terms is not None and takes_iterator(pl_module):
             raise ValueError(
                 f"loss_terms is given each batch, but {type(pl_module).__name__}.training_step takes dataloader_iter: "
                 "let it take batch, or leave loss_terms out."
             )
         self._steps = steps = TrainingSteps(trainer.strategy, before_step)
-        self._loss_terms = None if loss_terms is None else lambda: loss_terms(steps.batch)
+        own = {"loss_terms": None if loss_terms is None else lambda: loss_terms(steps.batch)}
+        self._options: dict[str, Any] = {**options, **own}
         self._restored = restored
         """State of curvatures, some of which may come later."""
         self._trained: dict[Thor, set[nn.Parameter]] = {}
@@ -116,7 +114,6 @@ class ServedThors:
             pl_module,
             mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
             loss_multiplier=LossMultiplier(trainer, pl_module),
-            loss_terms=self._loss_terms,
             parameters=own,
             # Networks with a Thor each, as a GAN's, have an output layer each.
             output_layer=next(reversed(matrix_layers(pl_module, without=others)), None) if others else None,
