@@ -22,10 +22,10 @@ from lightning_thor.preconditioning.modes import MODES, common_mode
 from lightning_thor.trainer.monitor import ThorMonitor
 from lightning_thor.trainer.strategies import ThorStrategyMixin
 from lightning_thor.trainer.thors import (
-    LossMultiplier,
     TrainingSteps,
     callbacks_of,
     is_training,
+    loss_multiplier,
     parameters_of,
     takes_iterator,
     thors_of,
@@ -113,7 +113,7 @@ class ServedThors:
         curvature = Curvature(
             pl_module,
             mode=common_mode(group["mode"] for group in optimizer.param_groups).name,
-            loss_multiplier=LossMultiplier(trainer, pl_module),
+            loss_multiplier=partial(loss_multiplier, trainer, pl_module),
             parameters=own,
             # Networks with a Thor each, as a GAN's, have an output layer each.
             output_layer=next(reversed(matrix_layers(pl_module, without=others)), None) if others else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,17 +20,11 @@ from lightning_thor.preconditioning.modes import MODES
 from lightning_thor.schedules import PerStepLR
 
 
-@dataclass(frozen=True)
-class LossMultiplier:
+def loss_multiplier(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | Tensor:
     """What Lightning multiplied the loss by before backward: read where it lives, each time it is needed."""
-
-    trainer: pl.Trainer
-    pl_module: pl.LightningModule
-
-    def __call__(self) -> float | Tensor:
-        # Manual optimization divides by nothing; automatic divides by N, in a shorter last window too.
-        n = self.trainer.accumulate_grad_batches if self.pl_module.automatic_optimization else 1
-        return loss_scale(scaler_of(self.trainer), self.trainer.strategy.root_device) / n
+    # Manual optimization divides by nothing; automatic divides by N, in a shorter last window too.
+    n = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+    return loss_scale(scaler_of(trainer), trainer.strategy.root_device) / n
 
 
 def loss_scale(scaler: Any | None, device: torch.device) -> float | Tensor:
