@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from benchmarks.communication.messages import Counting, curvature_of
 from benchmarks.communication.scaling import MODELS
 from lightning_thor import Curvature
 from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
-from lightning_thor.fsdp.box_partition import assign_parts, row_shards, transfers_of
+from lightning_thor.distributed.dtensor import Box
+from lightning_thor.fsdp.box_partition import assign_parts, transfers_of
 from lightning_thor.fsdp.sharded_curvature import layer_blocks_of_layers
 
 RANKS = (2, 4, 8, 64)
@@ -30,6 +32,14 @@ HEADS = (
     *("model", "mode", "ranks", "all gathered, MB", "sent, MB", "of that", "busiest, MB"),
     *("at once, MB", "its work, %"),
 )
+
+
+def row_shards(n_rows: int, world_size: int, n_columns: int = 1) -> dict[int, Box]:
+    """The boxes of a parameter that is sharded along its first dimension over all ranks, as ``fully_shard`` does: the
+    last ranks have fewer rows or none (`torch.chunk`)."""
+    held = -(-n_rows // world_size)
+    starts = [min(rank * held, n_rows) for rank in range(world_size + 1)]
+    return {rank: Box(slice(*ends), slice(0, n_columns)) for rank, ends in enumerate(pairwise(starts))}
 
 
 def counted(curvature: Curvature, n_ranks: int, inverse_workers: int | None = None) -> dict[str, float]:

@@ -90,7 +90,8 @@ class LayerBlocks(NamedTuple):
         >>> layers, _ = discover_layers(nn.Linear(2, 12, bias=False), block_size=4, precondition_bias=False)
         >>> [one] = layer_blocks_of(layers[""], (None, torch.empty(1, 3, 4, 4)))
         >>> for held in (6, 3, 4):
-        ...     print([(box.rows.start, box.rows.stop) for box in one.boxes(row_shards(12, 12 // held))])
+        ...     shards = {first: Box(slice(first, first + held), slice(0, 1)) for first in range(0, 12, held)}
+        ...     print([(box.rows.start, box.rows.stop) for box in one.boxes(shards)])
         [(0, 4), (4, 8), (8, 12)]
         [(0, 4), (4, 8), (8, 12)]
         [(0, 4), (4, 8), (8, 12)]
@@ -223,14 +224,6 @@ class Transfer(NamedTuple):
         return torch.Size(self.shape).numel()
 
 
-def row_shards(n_rows: int, world_size: int, n_columns: int = 1) -> dict[int, Box]:
-    """The boxes of a parameter that is sharded along its first dimension over all ranks, as ``fully_shard`` does: the
-    last ranks have fewer rows or none (`torch.chunk`)."""
-    held = -(-n_rows // world_size)
-    starts = [min(rank * held, n_rows) for rank in range(world_size + 1)]
-    return {rank: Box(slice(*ends), slice(0, n_columns)) for rank, ends in enumerate(pairwise(starts))}
-
-
 class ShardIndex:
     """Finds the shards of a parameter that a box overlaps without looking at all of them, which are many."""
 
@@ -242,7 +235,7 @@ class ShardIndex:
     def overlaps(self, box: Box) -> list[tuple[int, Box, Box]]:
         """Each rank that has something of ``box``, its shard, and what both have in common, in the order of ranks.
 
-        >>> index = ShardIndex(row_shards(9, 3))
+        >>> index = ShardIndex({rank: Box(slice(3 * rank, 3 * rank + 3), slice(0, 1)) for rank in range(3)})
         >>> [(rank, common.rows.start) for rank, _, common in index.overlaps(Box(slice(2, 4), slice(0, 1)))]
         [(0, 2), (1, 3)]
         """

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from benchmarks.communication import sharded_updates
 from lightning_thor import Curvature, register_layer
 from lightning_thor.distributed.dtensor import Box, Boxes, whole_box
-from lightning_thor.fsdp.box_partition import Part, Transfer, assign_parts, row_shards, transfers_of
+from lightning_thor.fsdp.box_partition import Part, Transfer, assign_parts, transfers_of
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, layer_blocks_of_layers
 from lightning_thor.layers import registry
 from tests.helpers.boring import assert_bitwise
@@ -69,7 +69,7 @@ def shards_of(tensor: Tensor, n: int) -> list[Tensor]:
 
 
 def boxes_of_rows(p: nn.Parameter, n: int) -> Boxes:
-    return row_shards(p.shape[0], n, p.shape[1] if p.dim() > 1 else 1)
+    return sharded_updates.row_shards(p.shape[0], n, p.shape[1] if p.dim() > 1 else 1)
 
 
 def directions_of(
@@ -122,7 +122,7 @@ def grid_boxes(p: nn.Parameter) -> Boxes:
     """Of matrices the boxes of two rows and two columns of ranks; of other parameters rows, over four."""
     if p.dim() != 2:
         return boxes_of_rows(p, 4)
-    rows, columns = (row_shards(n, 2) for n in p.shape)
+    rows, columns = (sharded_updates.row_shards(n, 2) for n in p.shape)
     return {2 * i + j: Box(rows[i].rows, columns[j].rows) for i in range(2) for j in range(2)}
 
 
