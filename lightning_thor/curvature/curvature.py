@@ -302,7 +302,7 @@ class Curvature:
         }
         grid = worker_grid or WorkerGrid(communicator, SingleProcess())
         communicator, inverters, receivers = map(self.timed, (communicator, *grid[:2]))
-        decomposition = self.factors.decomposition
+        self._columns, decomposition = grid.columns, self.factors.decomposition
         if MODES[self.mode].change_basis is not None and receivers.world_size > 1 and grid.columns is None:
             raise ValueError(
                 f"inverse_workers must be None with mode={self.mode!r}: every rank needs the {decomposition.name} of "
@@ -836,11 +836,8 @@ class Curvature:
         """Which process of its column stores the inverses of the layer ``name``, by number of a process, where weights
         are sharded and processes store the inverses of different layers (see `WorkerGrid`); otherwise empty: each
         stores all."""
-        grid: WorkerGrid | None = self._connection["worker_grid"]
-        if grid is None or grid.columns is None:
-            return {}
         row = self._shared.group_of[list(self.layers).index(name)]
-        return {rank: column[row] for column in grid.columns for rank in column}
+        return {rank: column[row] for column in self._columns or () for rank in column}
 
     @torch.no_grad()
     def gather_inverses(self, state: dict[str, Any], *, keeps: bool = True) -> None:
@@ -851,8 +848,7 @@ class Curvature:
             state: changed in place.
             keeps: whether this process is to have them; otherwise it only sends its own.
         """
-        grid: WorkerGrid | None = self._connection["worker_grid"]
-        if grid is not None and grid.columns is not None:
+        if self._columns is not None:
             add_inverses(state, list(self.layers), self.factors, self._shared.sum_, keeps=keeps)
 
 
