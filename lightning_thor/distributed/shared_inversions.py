@@ -32,14 +32,8 @@ def assign_inversions(
     form: Form = "symmetric",
     device: torch.device | None = None,
 ) -> InversionAssignment:
-    """Assign blocks to processes by their cost, size³, greedily.
-
-    Args:
-        n_blocks: number of blocks, by size.
-        world_size: number of processes.
-        rank: of this process.
-        form: of the inverses.
-        device: of the indices; None for the CPU.
+    """Assign blocks to processes by their cost, size³, greedily; ``n_blocks`` counts them by size, ``form`` is that of
+    their inverses, and ``device`` that of the indices, None for the CPU.
 
     >>> assign_inversions({16: 8, 32: 1}, world_size=2, rank=1).own
     {32: tensor([], dtype=torch.int64), 16: tensor([0, 1, 2, 3, 4, 5, 6, 7])}
@@ -65,12 +59,7 @@ def assign_inversions(
 
 
 class SharedInversions:
-    """Inverts blocks of several sizes together with the other processes; no device sync.
-
-    Args:
-        communicator: the processes.
-        decomposition: what to make of each block.
-    """
+    """Inverts blocks of several sizes, as ``decomposition`` does, together with the other processes; no device sync."""
 
     def __init__(self, communicator: Communicator, decomposition: Decomposition = INVERSE) -> None:
         self._communicator, self._decomposition, self._form = communicator, decomposition, decomposition.form

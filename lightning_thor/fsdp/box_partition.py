@@ -121,16 +121,10 @@ def _borders(cuts: Sequence[int], n: int, size: int) -> set[int]:
 def layer_blocks_of(
     layer: Layer, pair: FactorPair, *, is_polar: bool = False, workers: Mapping[int, int] = {}
 ) -> Iterator[LayerBlocks]:
-    """Find the blocks in the direction of a layer, or of each parameter of a norm.
+    """Find the blocks in the direction of a layer, or of each parameter of a norm, as `LayerBlocks` of these arguments.
 
     In the natural direction ``G⁻¹ grad A⁻¹`` both factors are block-diagonal: a block of one times a block of the other
     is a box that needs no other. A norm's direction is a division, so its scale and its shift are apart too.
-
-    Args:
-        layer: one with curvature.
-        pair: its stored blocks.
-        is_polar: whether its direction is polar.
-        workers: see `LayerBlocks`.
     """
     if layer.A is not None:
         part, weight = layer.param_slice, layer.parameters[0]

@@ -75,11 +75,6 @@ def partition_with_remainder(width: int, block_size: int | None, groups: int = 1
 
     The remainder is stored as a block of full size, padded with zeros, which changes no number.
 
-    Args:
-        width: of the factor.
-        block_size: size of all blocks but the last; None keeps the factor whole.
-        groups: number of factors of this width.
-
     >>> partition_with_remainder(300, 128).n_blocks, partition_with_remainder(300, 128).padding
     (3, 84)
     """

@@ -67,13 +67,8 @@ class StepFigures:
         self._seconds: dict[Curvature, dict[str, float]] = {}
 
     def of_step(self, curvature: Curvature, update_ratio: Tensor, prefix: str = "thor") -> dict[str, Any]:
-        """The figures to log after a step, by their names.
-
-        Args:
-            curvature: of the optimizer that took it.
-            update_ratio: the norm of the step over that of the weights, 0-dimensional.
-            prefix: of the names.
-        """
+        """The figures to log after a step of the optimizer of ``curvature``, by their names, which begin with
+        ``prefix``; ``update_ratio`` is the norm of the step over that of the weights, 0-dimensional."""
         for ratio in (self.update_ratio, self.factor_change):
             ratio.to(curvature.factors.device)
         figures: dict[str, Any] = {

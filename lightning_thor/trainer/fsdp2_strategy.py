@@ -215,14 +215,12 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         return checkpoint if path.is_file() else {**checkpoint, "optimizer_states": []}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the states of optimizers; called when callbacks were restored, and with them what they unfroze.
+        """Load the states of optimizers from what `load_checkpoint` returned; called when callbacks were restored, and
+        with them what they unfroze.
 
         Those in one file, as a single device or DDP writes it, are matched to parameters by position in their groups,
         as torch does it. (Lightning matches them by the parameters' numbers in the model, which differ where there are
         several groups, or frozen parameters.)
-
-        Args:
-            checkpoint: what `load_checkpoint` returned.
         """
         assert self.lightning_module is not None
         restore_groups(self.lightning_module.trainer)
