@@ -127,7 +127,13 @@ def _first_of(loader: Any) -> Any:
 def _trial_of(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Iterator[pl.LightningModule]:
     """A copy of the module, or a sharded module itself, whose ``log`` does nothing."""
     is_sharded = any(dtensor.is_sharded(p) for p in pl_module.parameters())
-    trial = pl_module if is_sharded else _copy_of(pl_module)
+    try:
+        trial = pl_module if is_sharded else copy.deepcopy(pl_module)
+    except Exception as error:
+        raise ValueError(
+            f'block_size="auto" tries a copy of {type(pl_module).__name__}, which cannot be copied '
+            f"({type(error).__name__}: {error}). {ADVICE}"
+        ) from error
     trial.trainer = trainer
     before = [(module, dict(vars(module))) for module in trial.modules()]
     for module, _ in before:
@@ -140,16 +146,6 @@ def _trial_of(pl_module: pl.LightningModule, trainer: pl.Trainer) -> Iterator[pl
         for module, attributes in before:
             vars(module).clear()
             vars(module).update(attributes)
-
-
-def _copy_of(pl_module: pl.LightningModule) -> pl.LightningModule:
-    try:
-        return copy.deepcopy(pl_module)
-    except Exception as error:
-        raise ValueError(
-            f'block_size="auto" tries a copy of {type(pl_module).__name__}, which cannot be copied '
-            f"({type(error).__name__}: {error}). {ADVICE}"
-        ) from error
 
 
 @contextmanager

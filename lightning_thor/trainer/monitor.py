@@ -118,20 +118,16 @@ class ThorMonitor(Callback):
         if self.path is None or not self.path.exists():
             return
         takers = [logger for logger in trainer.loggers if takes_pictures(logger)]
-        if takers:
-            self._log_pictures(takers, trainer.global_step)
-        if trainer.progress_bar_callback is not None:
-            rank_zero_info(f"What ThorMonitor saw is in {self.path}: lightning-thor plot {self.path.parent} draws it.")
-
-    def _log_pictures(self, loggers: list[Any], step: int) -> None:
-        assert self.path is not None
         try:
-            log_pictures(loggers, pictures_of(self.path.parent), step)
+            if takers:
+                log_pictures(takers, pictures_of(self.path.parent), trainer.global_step)
         except Exception as error:  # of matplotlib, or of any logger
             rank_zero_warn(
                 f"ThorMonitor's pictures did not get to the loggers ({type(error).__name__}: {error}). What it saw is "
                 f"in {self.path}: lightning-thor plot {self.path.parent} draws it."
             )
+        if trainer.progress_bar_callback is not None:
+            rank_zero_info(f"What ThorMonitor saw is in {self.path}: lightning-thor plot {self.path.parent} draws it.")
 
     def _look(self, trainer: pl.Trainer, curvatures: list[Curvature]) -> None:
         layers = {name: figures for one in curvatures for name, figures in one.figures().items()}
