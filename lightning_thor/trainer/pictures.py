@@ -1,4 +1,4 @@
-"""Pictures of what ThorMonitor saw in a fit, saved beside its file and given to loggers."""
+"""Pictures of what a run left in its folder, saved there and given to loggers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from lightning_thor.block_size.choose import BlockSplit
 from lightning_thor.curvature.part_timer import REST
 from lightning_thor.trainer.packages import is_lightnings
-from lightning_thor.trainer.report import split_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -349,6 +348,33 @@ def _spans(looks: Sequence[Look]) -> list[tuple[int, int, dict[str, float]]]:
         spans.append((step, look["step"], passed))
         step, before = look["step"], now
     return spans
+
+
+def split_figure(split: BlockSplit) -> Figure:
+    """Draw both curves of ``split`` over the block size, their crossing and the choice."""
+    from matplotlib.figure import Figure
+
+    share_colour, speed_colour, quiet = "#1b6ca8", "#c8553d", "#555555"
+    figure = Figure(figsize=(7.5, 4.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(split.candidates, split.shares, "o-", color=share_colour, label="factors that lose less than 1 %")
+    axes.plot(split.candidates, split.speeds, "s-", color=speed_colour, label="speed of inversion (size 1 is 1)")
+    axes.axvline(split.crossing, color=quiet, linewidth=1, linestyle=":")
+    axes.axvline(split.block_size, color=quiet, linewidth=6, alpha=0.2)
+    axes.set_xscale("log", base=2)
+    # The widest factor may be hardly wider than the last power of two: their labels would overlap.
+    ticks = [size for size in split.candidates if size == split.candidates[-1] or size * 1.4 < split.candidates[-1]]
+    axes.set_xticks(ticks, [str(size) for size in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(0, max(1.0, *split.speeds) * 1.05)
+    axes.set_xlabel("block size")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    of = f"{split.n_factors} factors on {split.device}"
+    title = f"Block size {split.block_size}: the curves cross at {split.crossing:.0f} ({of})"
+    axes.set_title(title, loc="left", fontsize=11)
+    return figure
 
 
 def _plain(axes: Axes) -> None:
