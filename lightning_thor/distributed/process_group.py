@@ -105,12 +105,10 @@ class ProcessGroupCommunicator:
         return dist.get_rank(self._group) if is_distributed() else 0
 
     def all_reduce(self, flat: Tensor) -> Work:
-        """As `Communicator.all_reduce`."""
         work: Work = dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
         return work
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """As `Communicator.all_gather`."""
         gathered = own.new_empty(self.world_size * len(own))
         # torch 2.13 renamed this collective, and warns of the former name.
         has_new_name = hasattr(dist, "all_gather_single")
@@ -118,7 +116,6 @@ class ProcessGroupCommunicator:
         return gathered
 
     def all_to_all(self, sent: Tensor, sent_lengths: Sequence[int], received_lengths: Sequence[int]) -> Tensor:
-        """As `Communicator.all_to_all`."""
         received = sent.new_empty(sum(received_lengths))
         dist.all_to_all_single(
             received,

@@ -117,7 +117,7 @@ class PairChecks:
             if (layer := self._layers[number]).kind.checks_pairs and owners[layer.parameters[0]] == len(layer.uses)
         }
         self._modules: dict[str, Any] = {name: uses[name][1].module for name in self._numbers}
-        self._unchecked = set(self._numbers.values())
+        self._unchecked = self.numbers
         self._sums: dict[int, _Sums] = {}
         """Of the open window, by the layer's number."""
 
@@ -224,9 +224,8 @@ class PairChecks:
             if sums.found is None:
                 continue
             self._unchecked.discard(number)
-            allowed = (ROUNDED_TOLERANCE if sums.is_rounded else EXACT_TOLERANCE) * (
-                sums.found.norm() + sums.squares.sqrt()
-            )
+            tolerance = ROUNDED_TOLERANCE if sums.is_rounded else EXACT_TOLERANCE
+            allowed = tolerance * (sums.found.norm() + sums.squares.sqrt())
             # False where it is not finite.
             verdicts[number] = (sums.found - sums.product).norm() > allowed + sums.rounding
         return verdicts
