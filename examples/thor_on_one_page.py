@@ -35,7 +35,7 @@ class ThorOnOnePage:
     lr: float = 6e-3
     momentum: float = 0.9
     match_rms: float = 0.2  # root mean square of directions, about that of AdamW's (Liu et al., arXiv:2502.16982)
-    rms_averaging: float = 0.9  # weight of the past in their mean square
+    rms_averaging: float = 0.9  # weight of the past in the mean square of a tensor's gradients
     max_relative_step: float = 0.01  # most of lr · match_rms, over the 1 / √(3 · inputs) of nn.Linear at first
     damping: float = 0.2  # relative to the mean eigenvalue of A and of G
     averaging: float = 0.8  # weight of the past in A and G (K-FAC, section 5), bias-corrected as in Adam
@@ -63,14 +63,14 @@ class ThorOnOnePage:
     @torch.no_grad()
     def step(self) -> None:
         directions: dict[Tensor, Tensor] = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        squares = {p: grad.square().mean().clamp_min(1e-60) for p, grad in directions.items()}
         for layer in self.layers:  # the natural gradient, (A ⊗ G)⁻¹ vec(grad) = vec(G⁻¹ grad A⁻¹): K-FAC, section 4.2
             directions[layer.weight] = self.inverse[layer, "G"] @ directions[layer.weight] @ self.inverse[layer, "A"]
         for p, direction in directions.items():  # that of a bias is its gradient; one of zeros stays zero
             most = math.inf if p.dim() < 2 else self.max_relative_step / (self.lr * math.sqrt(3 * p.shape[1]))
-            square, past = direction.square().mean().clamp_min(1e-60), self.rms_averaging
-            self.mean_square[p] = past * self.mean_square.get(p, 0.0) + (1 - past) * square
-            rms = (self.mean_square[p] / 9).max(square).sqrt()  # a third of the running one, if its own is smaller
-            update = direction * min(self.match_rms / rms, most / square.sqrt())
+            mean = self.mean_square[p] = squares[p].lerp(self.mean_square.get(p, 0 * squares[p]), self.rms_averaging)
+            size = min(self.match_rms, 3 * self.match_rms * float((squares[p] / mean).sqrt()), most)
+            update = direction * (size / direction.square().mean().sqrt().clamp_min(1e-30))
             self.momenta[p] = self.momentum * self.momenta.get(p, 0.0) + update
             p -= self.lr * (update + self.momentum * self.momenta[p])  # Nesterov's momentum, as in torch.optim.SGD
         if (n := self.n_steps) == self.next_refresh:

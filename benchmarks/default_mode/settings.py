@@ -13,7 +13,13 @@ from lightning_thor import Curvature, Thor
 from lightning_thor.optim.thor import Preconditioner
 
 SCALE: Mapping[str, Mapping[str, float]] = {
-    "natural": {"max_relative_step": 0.01, "rms_averaging": 0.9, "spread": 3.0, "longest_interval": 100},
+    "natural": {
+        "max_relative_step": 0.01,
+        "rms_averaging": 0.9,
+        "spread": 3.0,
+        "mean_of_gradients": 1,
+        "longest_interval": 100,
+    },
     "polar": {"max_relative_step": 0.01},
     "adam": {},
 }

@@ -1,14 +1,17 @@
-"""Directions fade where gradients are tiny beside the largest gradients of the training: they are rounding errors.
+"""Steps become smaller where a gradient is small beside others of the training.
 
-Where every direction is scaled to a root mean square, a gradient of nothing but rounding errors would take a step of
-full size, such as a bias's which a softmax or a norm cancels, or all weights' once the loss is 0 for every sample.
+Where every direction is scaled to a root mean square, a gradient takes a step of full size whatever it has to say.
+Beside the largest gradients of the training it may be made of rounding errors, such as a bias's which a softmax or a
+norm cancels, or all weights' once the loss is 0 for every sample. Beside the last gradients of its own tensor it may be
+that of a batch without what counts, such as a rare class.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +19,7 @@ from torch import Tensor
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.linalg.memory import constants, sent
 from lightning_thor.optim import norms
-
-SLICE_NUMEL = 2**12
-"""Entries that are read first, on a CPU, of a tensor with more than four times as many."""
+from lightning_thor.optim.norms import Numbers
 
 ROUNDINGS = 8
 """Up to this multiple of eps times the largest gradients, a gradient may be made of rounding errors alone.
@@ -37,16 +38,40 @@ Largest = float | Tensor
 """Root mean square of the largest gradients so far, 0 before the first; a 0-dimensional float64 tensor where reading it
 would wait for a device."""
 
+MEAN_SQUARE = "exp_avg_mean_square"
+"""Key of a parameter's state: the running mean of its gradients' mean squares, begun at 0. A number, or a 0-dimensional
+tensor in float64 where reading it would wait for a device."""
 
-def fade_factors(
-    sources: Sequence[Tensor], params: Sequence[Tensor], shares: Sequence[float], largest: Largest
-) -> tuple[list[float] | Tensor, Largest]:
+LEAST_RMS, LARGEST_RMS = 1e-100, 1e150
+"""Limits of what a running mean takes, so that squares are finite and none is 0; what is not finite counts as the
+first."""
+
+
+def gradient_rms(sources: Sequence[Tensor], params: Sequence[Tensor], shares: Sequence[float]) -> Numbers:
+    """Root mean square r of the gradient, or of the momentum, that each direction is made of.
+
+    Args:
+        sources: this rank's part of each.
+        params: their parameters, whole or sharded.
+        shares: multiplied with each: 1 for a gradient, ``1 - momentum`` for a momentum, whose mean it makes.
+    """
+    sources = [x.resolve_conj() if x.is_conj() else x for x in sources]
+    if norms.can_read_on_host(sources, params):
+        return [share * rms for share, rms in zip(shares, norms.root_mean_squares(sources), strict=True)]
+    r, scales = norms.norms(norms.as_real(sources), params)
+    # Shares follow a schedule of the momentum.
+    r *= sent([share / math.sqrt(max(1, p.numel())) for share, p in zip(shares, params, strict=True)], r)
+    for scale in scales:
+        r /= scale
+    return r
+
+
+def fade_factors(r: Numbers, params: Sequence[Tensor], largest: Largest) -> tuple[Numbers, Largest]:
     """Compute the factor ``min(1, r / (8 eps R))²`` of each direction, and R with this step.
 
-    r is the root mean square of a direction's source, R the largest r of the training so far, eps the machine epsilon
-    of the weights' dtype, but at most float32's. R follows the unit of the loss. R does not fall with the gradients:
-    their rounding errors come from the minuends (probabilities and targets), which do not fall either. A step whose
-    gradients are not all finite leaves R as it is.
+    R is the largest r of the training so far, eps the machine epsilon of the weights' dtype, but at most float32's. R
+    follows the unit of the loss. R does not fall with the gradients: their rounding errors come from the minuends
+    (probabilities and targets), which do not fall either. A step whose gradients are not all finite leaves R as it is.
 
     So a training whose first gradients explode, by a million times those that follow, fades until R is set to 0 again.
     Sizes of gradients cannot tell it from one that has learnt its samples: they fell from 6e10 to 4e5 in 200 steps of
@@ -54,26 +79,21 @@ def fade_factors(
     learnt digits to a loss of 3e-7, which would go on along its rounding errors if R forgot as fast.
 
     Args:
-        sources: this rank's part of the gradient, or of the momentum, that each direction is made of.
-        params: their parameters, whole or sharded.
-        shares: multiplied with each r: 1 for a gradient, ``1 - momentum`` for a momentum, whose mean it makes.
+        r: of each direction, see `gradient_rms`.
+        params: their parameters.
         largest: R before this step.
 
     Returns:
         ``(factors, R)``; tensors, factors ``[n]``, where reading them would wait for a device.
 
-    >>> fade_factors([torch.tensor([1e-9]), torch.tensor([1.0])], [torch.zeros(1)] * 2, [1.0, 1.0], 0.0)
+    >>> fade_factors([1e-9, 1.0], [torch.zeros(1)] * 2, 0.0)
     ([1.1e-06, 1.0], 1.0)
     """
-    sources = [x.resolve_conj() if x.is_conj() else x for x in sources]
     roundings = [ROUNDINGS * _eps(p.dtype) for p in params]
-    if norms.can_read_on_host(sources, params):
-        return _on_host(sources, roundings, shares, float(largest))
-    r, scales = norms.norms(norms.as_real(sources), params)
-    # Shares follow a schedule of the momentum.
-    r *= sent([share / math.sqrt(max(1, p.numel())) for share, p in zip(shares, params, strict=True)], r)
-    for scale in scales:
-        r /= scale
+    if not isinstance(r, Tensor):
+        reached = _with_step(float(largest), r)
+        limits = [rounding * reached for rounding in roundings]
+        return [(own / limit) ** 2 if own < limit else 1.0 for own, limit in zip(r, limits, strict=True)], reached
     # From a checkpoint it comes as a number, or on another device.
     before = torch.as_tensor(largest, dtype=r.dtype, device=r.device)
     limit = (before * GROWTH).masked_fill_(before == 0.0, math.inf)
@@ -88,33 +108,55 @@ def _eps(dtype: torch.dtype) -> float:
     return torch.finfo(wide(dtype)).eps
 
 
-def _on_host(
-    sources: Sequence[Tensor], roundings: Sequence[float], shares: Sequence[float], before: float
-) -> tuple[list[float], float]:
-    read = [_slice(x) if x.numel() > 4 * SLICE_NUMEL else x for x in sources]
-    r = [share * rms for share, rms in zip(shares, norms.root_mean_squares(read), strict=True)]
-    # Of a tensor that was read in part, r is at least this.
-    bounds = {
-        index: r[index] * math.sqrt(SLICE_NUMEL / x.numel()) for index, x in enumerate(sources) if read[index] is not x
-    }
-    largest = _with_step(before, r)
-    # Not `<`: a slice may be not finite.
-    while small := [index for index, bound in bounds.items() if not bound >= roundings[index] * largest]:
-        for index, rms in zip(small, norms.root_mean_squares([sources[index] for index in small]), strict=True):
-            r[index] = rms * shares[index]
-            del bounds[index]
-        largest = _with_step(before, r)
-    limits = [rounding * largest for rounding in roundings]
-    return [(own / limit) ** 2 if own < limit else 1.0 for own, limit in zip(r, limits, strict=True)], largest
-
-
 def _with_step(before: float, r: Sequence[float]) -> float:
     if not all(map(math.isfinite, r)):
         return before
     return max(before, min(max(r), before * GROWTH)) if before else max(r)
 
 
-def _slice(x: Tensor) -> Tensor:
-    """Return `SLICE_NUMEL` entries from the middle of the memory of ``x``; ``x`` itself if there are gaps."""
-    flat = norms.in_memory_order(x)
-    return flat[(x.numel() - SLICE_NUMEL) // 2 :][:SLICE_NUMEL] if flat.data_ptr() == x.data_ptr() else x
+def running_ratios(r: Numbers, states: Sequence[MutableMapping[str, Any]], averaging: Sequence[float]) -> Numbers:
+    """Compute ``r / √m`` of each gradient, with m the running mean of r², this step's in it.
+
+    m begins at 0, so that the first ratio is above 1. It is a mean of gradients, not of directions, whose size changes
+    with each refresh of the curvature: directions that fell by a factor of a hundred would long count as small.
+
+    Args:
+        r: of each direction, see `gradient_rms`.
+        states: of each parameter; m is their `MEAN_SQUARE`.
+        averaging: weight of the past in m.
+
+    >>> state = {}
+    >>> [round(running_ratios([r], [state], [0.75])[0], 3) for r in (3.0, 3.0, 1.0)]
+    [2.0, 1.512, 0.559]
+    """
+    if isinstance(r, Tensor):
+        sizes = r.nan_to_num(LEAST_RMS, LEAST_RMS).clamp_(LEAST_RMS, LARGEST_RMS)
+        means = _running_means(states, sizes)
+        means.lerp_(sizes.square(), constants([1.0 - past for past in averaging], sizes))
+        return sizes * means.rsqrt()
+    ratios = []
+    for own, state, past in zip(r, states, averaging, strict=True):
+        size = min(max(own, LEAST_RMS), LARGEST_RMS) if own < math.inf else LEAST_RMS
+        mean = past * float(state.get(MEAN_SQUARE, 0.0)) + (1.0 - past) * size * size
+        state[MEAN_SQUARE] = mean
+        ratios.append(size / math.sqrt(mean))
+    return ratios
+
+
+def _running_means(states: Sequence[MutableMapping[str, Any]], like: Tensor) -> Tensor:
+    """The running means of these states as one vector ``[n]``, of which theirs are views: to be changed in place."""
+    held: list[Any] = [state.get(MEAN_SQUARE, 0.0) for state in states]
+    vector: Tensor | None = getattr(held[0], "_base", None)
+    if vector is not None and vector.shape == like.shape:
+        # Not the offset: what was set through `Tensor.data` is a view no more, and may begin another storage.
+        start, size = vector.data_ptr(), vector.element_size()
+        others = [
+            x for i, x in enumerate(held) if getattr(x, "_base", None) is not vector or x.data_ptr() != start + i * size
+        ]
+        if not others:
+            return vector
+    # In the first step, after a resume, and where other parameters have gradients than in the last step.
+    vector = torch.stack([torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in held])
+    for state, own in zip(states, vector.unbind(), strict=True):
+        state[MEAN_SQUARE] = own
+    return vector

@@ -14,6 +14,9 @@ from torch import Tensor
 from lightning_thor.distributed.dtensor import are_whole, reduce_over_shards
 from lightning_thor.linalg import memory
 
+Numbers = Sequence[float] | Tensor
+"""One per tensor: floats, or ``[n]`` in float64 where reading them would wait for a device or for other ranks."""
+
 ROW_NUMEL = 2**10
 """How many squares of a long tensor are added in its own dtype; these sums are added in float64. One float32 sum of 10⁷
 squares is off by up to 3e-4, one of 35,000 by 2e-6 where the largest come first."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_thor.optim.adam import FIRST, SECOND, STEP
-from lightning_thor.optim.update_scaling import NORM_SQ
+from lightning_thor.optim.fading import MEAN_SQUARE
 from lightning_thor.preconditioning.modes import NATURAL
 
 MOMENTUM = "momentum_buffer"
@@ -88,8 +88,9 @@ def check_momenta(state: Mapping[str, Any], groups: Groups) -> None:
         saved = state["state"].get(number, {})
         if missing := {FIRST, SECOND, STEP} - saved.keys() if saved.keys() & {FIRST, SECOND} else ():
             raise _unfit(number, f"lacks {', '.join(sorted(missing))}")
-        if NORM_SQ in saved and not (isinstance(saved[NORM_SQ], float) and 0.0 <= saved[NORM_SQ] < math.inf):
-            raise _unfit(number, f"has {saved[NORM_SQ]!r} for its {NORM_SQ}")
+        mean = saved.get(MEAN_SQUARE, 0.0)
+        if not (isinstance(mean, float) and 0.0 <= mean < math.inf):
+            raise _unfit(number, f"has {mean!r} for its {MEAN_SQUARE}")
         for key in saved.keys() & {MOMENTUM, FIRST, SECOND}:
             value = saved[key]
             if not isinstance(value, Tensor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -17,12 +17,13 @@ from torch.optim.sgd import sgd
 
 from lightning_thor.distributed.dtensor import is_sharded, local_gradients, local_parts
 from lightning_thor.linalg.dtypes import wide
-from lightning_thor.linalg.memory import select, sent
+from lightning_thor.linalg.memory import constants, select, sent
 from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_other_coordinates
-from lightning_thor.optim.fading import fade_factors
+from lightning_thor.optim.fading import MEAN_SQUARE, fade_factors, gradient_rms, running_ratios
+from lightning_thor.optim.norms import Numbers
 from lightning_thor.optim.options import FOREIGN_OPTIONS, FORMER, OPTIONS, check_group, plain_numbers, unknown_options
 from lightning_thor.optim.state_dict import MOMENTUM, check_momenta, check_state, numbered_as_in
-from lightning_thor.optim.update_scaling import NORM_SQ, Numbers, clip_kl_, scale_to_norms_, scale_to_running_norms_
+from lightning_thor.optim.update_scaling import clip_kl_, scale_to_norms_
 from lightning_thor.preconditioning.grouping import Directions, Tensors
 from lightning_thor.preconditioning.modes import MODES, NATURAL, Mode, ModeName, common_mode
 
@@ -40,21 +41,17 @@ MAKING_STATE = ("torch.distributed.checkpoint.state_dict",)
 """Its module that makes the state of an optimizer without one by a step with gradients of zeros and rates of 0."""
 
 SPREAD = 3.0
-"""How many times as large a tensor's running root mean square may be as its direction's own, before a step becomes
-smaller: steps of one size train better where batches differ by chance alone."""
+"""How many times as large the running root mean square of a tensor's gradients may be as its gradient's own, before a
+step becomes smaller: steps of one size train better where batches differ by chance alone."""
 
 
 class Targets(NamedTuple):
     """The scales of ``n`` directions; of a parameter that is not among them its scale stays."""
 
     places: Mapping[nn.Parameter, int]
-    """By parameter, its place in the others, 0..n-1."""
-    averaging: Sequence[float] = ()
-    """Weight of the past in the running mean of squared norms."""
+    """By parameter, its place among the norms, 0..n-1."""
     norms: Numbers = ()
-    """Largest L2 norm that the running one is scaled to."""
-    limits: Numbers = ()
-    """Largest L2 norm of the scaled direction."""
+    """L2 norm of the scaled direction."""
 
 
 class Preconditioner(Protocol):
@@ -127,11 +124,11 @@ class Thor(Optimizer):
         match_rms: scale each tensor's direction to this root mean square (0.2 is about AdamW's: Liu et al. 2025,
             arXiv:2502.16982), or less where its gradient is below 8 roundings of the largest gradients of this
             training (`lightning_thor.optim.fading`); None leaves the scale to the curvature.
-        rms_averaging: in [0, 1); with ``match_rms``, a direction whose root mean square is less than a third of the
-            running one of its tensor, in which the past has this weight, becomes smaller in proportion. So batches
-            with little to say, such as those without a rare class, take smaller steps than those that have it; with 0
-            the directions of all have one size. One number of state per tensor. No effect in polar mode, whose
-            directions are of a momentum, and in adam mode.
+        rms_averaging: in [0, 1); with ``match_rms``, the direction of a gradient whose root mean square is less than a
+            third of the running one of its tensor's gradients, in which the past has this weight, becomes smaller in
+            proportion. So batches with little to say, such as those without a rare class, take smaller steps than
+            those that have it; with 0 the directions of all have one size. One number of state per tensor. No effect
+            in polar mode, whose directions are of a momentum, and in adam mode.
         max_relative_step: with ``match_rms``, limit ``lr`` times the direction's root mean square, of weights with two
             or more dimensions, to this share of 1/√(3 fan_in), the root mean square of `nn.Linear`'s initial weights
             (momentum adds up to ``1 / (1 - momentum)`` such steps; polar mode, whose directions are of the momentum,
@@ -302,7 +299,7 @@ class Thor(Optimizer):
                 self._momentum_buffers(group["params"])
             if group["match_rms"] is not None and group["rms_averaging"] and not mode.momentum_first:
                 for p in group["params"]:
-                    self.state[p].setdefault(NORM_SQ, 0.0)
+                    self.state[p].setdefault(MEAN_SQUARE, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as `torch.optim.Optimizer.state_dict` does, but number parameters as the model does.
@@ -316,7 +313,7 @@ class Thor(Optimizer):
             if isinstance(group.get(GRADIENT_RMS), Tensor):  # on a GPU
                 group[GRADIENT_RMS] = float(group[GRADIENT_RMS])
         state["state"] = {
-            key: {**own, NORM_SQ: float(own[NORM_SQ])} if isinstance(own, dict) and NORM_SQ in own else own
+            key: {**own, MEAN_SQUARE: float(own[MEAN_SQUARE])} if isinstance(own, dict) and MEAN_SQUARE in own else own
             for key, own in state["state"].items()
         }
         model, numbered = getattr(self.preconditioner, "model", None), self.numbered
@@ -396,7 +393,7 @@ class Thor(Optimizer):
     def _targets(self, sources: Tensors) -> Targets:
         """Count this step; returns the scale of the directions of these gradients and momenta, where it is matched."""
         fan_in = getattr(self.preconditioner, "fan_in", {})
-        norms, limits, averaging = list[float](), list[float](), list[float]()
+        sizes, limits, averaging = list[float](), list[float](), list[float]()
         shares: dict[nn.Parameter, float] = {}
         for group in self.param_groups:
             mode, match_rms, lr = MODES[group["mode"]], group["match_rms"], group["lr"]
@@ -412,24 +409,27 @@ class Thor(Optimizer):
                 if p in sources:
                     inputs = (fan_in.get(p) or p.shape[1:].numel() or 1) if p.dim() > 1 else 0
                     root, rms = math.sqrt(p.numel()), limit / math.sqrt(3 * inputs) if inputs else math.inf
-                    norms.append(SPREAD * match_rms * root)
+                    sizes.append(SPREAD * match_rms * root)
                     limits.append(min(match_rms, rms) * root)
                     averaging.append(past)
                     shares[p] = share
         places = dict(zip(shares, range(len(shares)), strict=True))
         if not places:
             return Targets(places)
-        before = self.param_groups[0][GRADIENT_RMS]
-        factors, largest = fade_factors([sources[p] for p in shares], list(shares), list(shares.values()), before)
+        params = list(shares)
+        r = gradient_rms([sources[p] for p in params], params, list(shares.values()))
+        factors, largest = fade_factors(r, params, self.param_groups[0][GRADIENT_RMS])
         for group in self.param_groups:
             group[GRADIENT_RMS] = largest
+        ratios = running_ratios(r, [self.state[p] for p in params], averaging) if any(averaging) else None
         if isinstance(factors, Tensor):
-            of_norms, of_limits = sent([norms, limits], factors).mul_(factors).unbind()
-            return Targets(places, averaging, of_norms, of_limits)
-        if factors.count(1.0) < len(factors):
-            norms = [norm * factor for norm, factor in zip(norms, factors, strict=True)]
-            limits = [limit * factor for limit, factor in zip(limits, factors, strict=True)]
-        return Targets(places, averaging, norms, limits)
+            norms = sent(limits, factors)
+            if isinstance(ratios, Tensor):
+                norms = torch.minimum(norms, constants(sizes, factors) * ratios)
+            return Targets(places, norms.mul_(factors))
+        if ratios is not None:
+            limits = [min(limit, size * ratio) for limit, size, ratio in zip(limits, sizes, ratios, strict=True)]
+        return Targets(places, [limit * factor for limit, factor in zip(limits, factors, strict=True)])
 
     def _apply(self, grads: Tensors, updates: Directions, targets: Targets) -> None:
         """Scale updates, decay weights, and move the parameters of ``updates``, whose tensors are lost."""
@@ -440,13 +440,7 @@ class Thor(Optimizer):
         matched = [p for _, params, *_ in steps for p in params if p in targets.places]
         if matched:
             places, directions = [targets.places[p] for p in matched], [updates[p] for p in matched]
-            norms, limits = select(targets.norms, places), select(targets.limits, places)
-            averaging = select(targets.averaging, places)
-            if any(averaging):
-                states = [self.state[p] for p in matched]
-                scale_to_running_norms_(directions, matched, norms, limits, states, averaging)
-            else:
-                scale_to_norms_(directions, matched, limits)
+            scale_to_norms_(directions, matched, select(targets.norms, places))
         clipped = [(p, group) for group, params, *_ in steps if group["kl_clip"] is not None for p in params]
         if clipped:
             clip_kl_(clipped, grads, updates)

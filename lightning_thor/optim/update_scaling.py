@@ -1,4 +1,4 @@
-"""Scales of updates: to a norm or a running one, to at most a norm, to at most a change of the predictions.
+"""Scales of updates: to a norm, to at most a norm, to at most a change of the predictions.
 
 No function waits for a device. ``updates`` are this rank's parts, changed in place, and ``params`` their parameters,
 whole or sharded.
@@ -7,7 +7,7 @@ whole or sharded.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,20 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.linalg.dtypes import wide
-from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view, constants, select, sent
+from lightning_thor.linalg.memory import adjacent_runs, as_stacked_view, select, sent
 from lightning_thor.optim import norms
-from lightning_thor.optim.norms import as_real
+from lightning_thor.optim.norms import Numbers, as_real
 
-Numbers = Sequence[float] | Tensor
-"""One per tensor: floats, or ``[n]`` in float64 where reading them would wait for a device or for other ranks."""
-
-LEAST_NORM, LARGEST_NORM = 1e-100, 1e150
-"""Norms of zeros are raised to the first: far below any other norm, and its reciprocal is finite. In a running norm
-others are lowered to the second, so that their squares are finite, and those that are not finite count as the first."""
-
-NORM_SQ = "exp_avg_norm_sq"
-"""Key of a parameter's state: the running mean of the squared L2 norms of its directions, begun at 0. A number, or a
-0-dimensional tensor in float64 where reading it would wait for a device."""
+LEAST_NORM = 1e-100
+"""Norms of zeros are raised to this: far below any other norm, and its reciprocal is finite."""
 
 
 def scale_to_norms_(
@@ -54,81 +46,6 @@ def scale_to_norms_(
     sums, exponents = norms.scaled_sums_of_squares(real)
     factors = [target / math.sqrt(total) if total else 1.0 for target, total in zip(targets, sums, strict=True)]
     _multiply_on_host_(real, factors, [-exponent for exponent in exponents], at_most=at_most)
-
-
-def scale_to_running_norms_(
-    updates: Sequence[Tensor],
-    params: Sequence[Tensor],
-    targets: Any,
-    limits: Any,
-    states: Sequence[MutableMapping[str, Any]],
-    averaging: Sequence[float],
-) -> None:
-    """Multiply each tensor u by ``min(target / √m, limit / |u|)``, with m the running mean of |u|², this step's in it.
-
-    m begins at 0, so that at first the limits decide, and the steps have one size. Zeros stay.
-
-    Args:
-        updates: this rank's parts.
-        params: their parameters.
-        targets: of the running norms √m, `Numbers`.
-        limits: of the L2 norms of the results, `Numbers`.
-        states: of each parameter; m is their `NORM_SQ`.
-        averaging: weight of the past in m.
-
-    >>> state = {}
-    >>> for size in 3.0, 3.0, 1.0:
-    ...     update = torch.tensor([size, 0.0])
-    ...     scale_to_running_norms_([update], [update], [0.1], [0.1], [state], [0.75])
-    ...     print(update)
-    tensor([0.1000, 0.0000])
-    tensor([0.1000, 0.0000])
-    tensor([0.0559, 0.0000])
-    """
-    real = as_real(updates)
-    if not norms.can_read_on_host(real, params):
-        own, scales = norms.norms(real, params)
-        # These divide the results, which are not finite where a direction is not, as on the host.
-        own.clamp_min_(LEAST_NORM)
-        whole = own.nan_to_num(LEAST_NORM, LEAST_NORM)
-        for scale in scales:
-            whole = (whole / scale).clamp_(LEAST_NORM, LARGEST_NORM)
-        means = _running_means(states, whole)
-        means.lerp_(whole.square(), constants([1.0 - past for past in averaging], whole))
-        goals = torch.minimum(means.rsqrt().mul_(whole).mul_(targets), limits)
-        _multiply_on_device_(real, *scales, goals.div_(own))
-        return
-    sums, exponents = norms.scaled_sums_of_squares(real)
-    factors = []
-    for total, exponent, target, limit, state, past in zip(
-        sums, exponents, targets, limits, states, averaging, strict=True
-    ):
-        root = math.sqrt(total)
-        norm = math.ldexp(root, max(-900, min(exponent, 900))) if root < math.inf else 0.0
-        norm = min(max(norm, LEAST_NORM), LARGEST_NORM)
-        mean = past * float(state.get(NORM_SQ, 0.0)) + (1.0 - past) * norm * norm
-        state[NORM_SQ] = mean
-        factors.append(min(target * norm / math.sqrt(mean), limit) / root if root else 1.0)
-    _multiply_on_host_(real, factors, [-exponent for exponent in exponents])
-
-
-def _running_means(states: Sequence[MutableMapping[str, Any]], like: Tensor) -> Tensor:
-    """The running means of these states as one vector ``[n]``, of which theirs are views: to be changed in place."""
-    held: list[Any] = [state.get(NORM_SQ, 0.0) for state in states]
-    vector: Tensor | None = getattr(held[0], "_base", None)
-    if vector is not None and vector.shape == like.shape:
-        # Not the offset: what was set through `Tensor.data` is a view no more, and may begin another storage.
-        start, size = vector.data_ptr(), vector.element_size()
-        others = [
-            x for i, x in enumerate(held) if getattr(x, "_base", None) is not vector or x.data_ptr() != start + i * size
-        ]
-        if not others:
-            return vector
-    # In the first step, after a resume, and where other parameters have gradients than in the last step.
-    vector = torch.stack([torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in held])
-    for state, own in zip(states, vector.unbind(), strict=True):
-        state[NORM_SQ] = own
-    return vector
 
 
 def clip_kl_(

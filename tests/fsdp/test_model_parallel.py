@@ -430,7 +430,7 @@ def test_a_folder_goes_on_with_a_schedule_that_it_does_not_know(tmp_path: Path, 
     assert resumed["steps"][0] == 5
 
 
-def test_a_folder_without_running_norms_goes_on(tmp_path: Path, clean_process: None) -> None:
+def test_a_folder_without_running_means_goes_on(tmp_path: Path, clean_process: None) -> None:
     """Such as one of an earlier version, whose options it takes."""
 
     class OneSize(Sharded):

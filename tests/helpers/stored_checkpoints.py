@@ -74,7 +74,7 @@ def in_one_file() -> ThorModelParallelStrategy:
 
 TRAININGS = {
     "natural": Training(),
-    "natural_with_running_norms": Training(loss_scale=1e-9, of_optimizer={}),
+    "natural_with_running_means": Training(loss_scale=1e-9, of_optimizer={}),
     "natural_tied": Training(tied=True, loss_scale=1e-9),
     "polar": Training("polar", {"stagger": True}),
     "adam": Training("adam", {"precondition_bias": True}),
@@ -89,7 +89,7 @@ OF_FORMER_CODE = {
     "2026-11-28_trace_rule": Training("natural", {"trace_rule": (0.5, 0.1), "stagger": True}),
 }
 """In `FORMER`, written by code of that day, whose checkpoints had other keys. Those of `TRAININGS` are of commit
-941db66, but that with running norms is of 2026-11-30; ``2026-11-23_natural.ckpt`` is of 6078932, version 0.1.0, which
+941db66, but that with running means is of 2026-11-30; ``2026-11-23_natural.ckpt`` is of 6078932, version 0.1.0, which
 is refused."""
 ON_OTHER_RANKS = {"natural_on_two_ranks": ("natural", Training("natural", {}, 2, lambda: "thor_ddp"))}
 """Of which stored checkpoint each goes on, and how."""

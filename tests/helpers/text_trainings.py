@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_thor.optim.update_scaling import NORM_SQ
+from lightning_thor.optim.fading import MEAN_SQUARE
 from tests.helpers.distributed_workers import HALVES, ROWS, Module, Result, fit, in_buckets
 
 VOCABULARY, LENGTH, WIDTH = 11, 6, 8
@@ -97,11 +97,10 @@ def with_gradients_times(state: Result, n: int) -> Result:
     return {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
 
 
-def without_running_norms(state: Result) -> Result:
-    """A training's state but for the norms of directions, which gradients of another size make larger or smaller, as a
-    layer has curvature or not."""
+def without_running_means(state: Result) -> Result:
+    """A training's state but for the running means of squared gradients, which have the unit of the gradients."""
     optimizer = state["optimizer"]
-    states = {n: {k: v for k, v in own.items() if k != NORM_SQ} for n, own in optimizer["state"].items()}
+    states = {n: {k: v for k, v in own.items() if k != MEAN_SQUARE} for n, own in optimizer["state"].items()}
     return {**state, "optimizer": {**optimizer, "state": states}}
 
 

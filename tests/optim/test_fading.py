@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_thor import Curvature, Thor
 from lightning_thor.linalg import memory
 from lightning_thor.optim import fading
-from lightning_thor.optim.fading import ROUNDINGS, SLICE_NUMEL, fade_factors
+from lightning_thor.optim.fading import ROUNDINGS, fade_factors, gradient_rms
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.preconditioners import Identity
 
@@ -25,7 +25,8 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def factors(sources: list[Tensor], largest: Any = 0.0, *shares: float) -> tuple[list[float], float]:
-    found, after = fade_factors(sources, sources, shares or [1.0] * len(sources), largest)
+    r = gradient_rms(sources, sources, shares or [1.0] * len(sources))
+    found, after = fade_factors(r, sources, largest)
     return [float(one) for one in found], float(after)
 
 
@@ -34,7 +35,7 @@ def factors(sources: list[Tensor], largest: Any = 0.0, *shares: float) -> tuple[
 @given(
     own=some.lists(some.tuples(some.integers(-130, 110), some.sampled_from([1.0, 0.1])), min_size=1, max_size=6),
     before=some.one_of(some.just(0.0), some.floats(1e-30, 1e30)),
-    numel=some.sampled_from([1, 5, 4 * SLICE_NUMEL, 4 * SLICE_NUMEL + 1, 9 * SLICE_NUMEL]),
+    numel=some.sampled_from([1, 5, 2**14, 2**14 + 1, 9 * 2**12]),
 )
 def test_a_factor_is_the_square_of_r_over_so_many_roundings_of_the_largest(
     host: set[str], own: list[tuple[int, float]], before: float, numel: int
@@ -48,21 +49,25 @@ def test_a_factor_is_the_square_of_r_over_so_many_roundings_of_the_largest(
     assert found == pytest.approx([min(1.0, each / (ROUNDINGS * EPS * largest)) ** 2 for each in r], rel=1e-5)
 
 
-@pytest.mark.parametrize("where", [0, -1, 2 * SLICE_NUMEL + 1])
-def test_a_large_tensor_of_which_little_is_there_is_looked_at_whole(where: int) -> None:
+@HOSTS
+@pytest.mark.parametrize("where", [0, -1, 2**13 + 1])
+def test_a_large_tensor_of_which_little_is_there_is_looked_at_whole(
+    monkeypatch: pytest.MonkeyPatch, host: set[str], where: int
+) -> None:
     """Most of a table's rows have no gradient in a step."""
-    table = torch.zeros(5 * SLICE_NUMEL)
+    monkeypatch.setattr(memory, "HOST", host)
+    table = torch.zeros(5 * 2**12)
     table[where] = 1e-4
     (found, _), largest = factors([table, torch.ones(1)])
     assert largest == 1.0
-    assert found == pytest.approx((1e-4 / math.sqrt(5 * SLICE_NUMEL) / (ROUNDINGS * EPS)) ** 2, rel=1e-5)
+    assert found == pytest.approx((1e-4 / math.sqrt(5 * 2**12) / (ROUNDINGS * EPS)) ** 2, rel=1e-5)
 
 
 @HOSTS
 def test_what_is_not_finite_is_not_remembered(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
     monkeypatch.setattr(memory, "HOST", host)
     for bad in (math.inf, math.nan):
-        for sources in ([torch.full((3,), bad), torch.ones(1)], [torch.ones(1), torch.full((9 * SLICE_NUMEL,), bad)]):
+        for sources in ([torch.full((3,), bad), torch.ones(1)], [torch.ones(1), torch.full((9 * 2**12,), bad)]):
             found, largest = factors(sources, 0.5)
             assert largest == 0.5
             assert found == [1.0, 1.0]

@@ -31,7 +31,7 @@ from tests.helpers.distributed_workers import (
     state,
     two_ranks,
 )
-from tests.helpers.text_trainings import T5, Text, train, with_gradients_times, without_running_norms
+from tests.helpers.text_trainings import T5, Text, train, with_gradients_times, without_running_means
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed (the dev extra has it)"
@@ -153,8 +153,8 @@ def test_ranks_of_a_language_model_are_one(training: str, net: type[nn.Module], 
         assert_bitwise(state(result), state(ranks[0]))
         found, expected = state(result), state(alone)
         if summed:
-            found = without_running_norms(with_gradients_times(found, len(ranks)))
-            expected = without_running_norms(expected)
+            found = without_running_means(with_gradients_times(found, len(ranks)))
+            expected = without_running_means(expected)
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""Laws of ``rms_averaging``: a direction that is far smaller than those of the last steps takes a smaller step."""
+"""Laws of ``rms_averaging``: a gradient that is far smaller than those of the last steps takes a smaller step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor
 from lightning_thor.linalg import memory
-from lightning_thor.optim.update_scaling import NORM_SQ, scale_to_norms_, scale_to_running_norms_
+from lightning_thor.optim.fading import MEAN_SQUARE
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.preconditioners import Identity
 
@@ -69,16 +69,60 @@ def test_steps_are_divided_by_a_third_of_the_running_root_mean_square_or_by_thei
 
 @HOSTS
 def test_without_a_past_each_step_has_one_size(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
+    """Of a tensor without one beside others too."""
     monkeypatch.setattr(memory, "HOST", host)
-    for grads in gradients(5):
-        found, expected = ([g.clone() for g in grads] for _ in range(2))
-        states: list[dict[str, Any]] = [{} for _ in grads]
-        targets, limits = ([0.1, 0.2, 0.3, 0.4], [0.3, 0.1, 0.5, 0.2])
-        least = [min(pair) for pair in zip(targets, limits, strict=True)]
-        on_device = [torch.tensor(x, dtype=torch.float64) if not host else x for x in (targets, limits, least)]
-        scale_to_running_norms_(found, grads, on_device[0], on_device[1], states, [0.0] * len(grads))
-        scale_to_norms_(expected, grads, on_device[2])
-        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    first, *others = parameters()
+    groups = [{"params": [first], "rms_averaging": 0.0}, {"params": others}]
+    optimizer = Thor(groups, lr=1.0, momentum=0.0, max_relative_step=None, preconditioner=Identity())
+    sizes = []
+    for grads in gradients(12):
+        for p, grad in zip((first, *others), grads, strict=True):
+            p.grad = grad.clone()
+        before = [p.detach().clone() for p in (first, *others)]
+        optimizer.step()
+        moved = [p.detach() - old for p, old in zip((first, *others), before, strict=True)]
+        sizes.append([float(one.square().mean().sqrt()) for one in moved])
+    assert [size[0] for size in sizes] == pytest.approx([0.2] * 12, rel=1e-12)
+    assert all(min(size) < 0.15 for size in zip(*(size[1:] for size in sizes), strict=True))
+
+
+class Rescaled(Identity):
+    """The identity times a power of a hundred that changes at every step, as curvature does when it is refreshed."""
+
+    def precondition(self, grads: Any) -> Any:
+        self.factor = getattr(self, "factor", 1e40) / 100
+        return {p: self.factor * direction for p, direction in super().precondition(grads).items()}
+
+
+@HOSTS
+def test_a_change_of_the_curvatures_size_changes_no_step(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
+    """Gradients of 1, whose directions fall by a hundred in each step."""
+    monkeypatch.setattr(memory, "HOST", host)
+    p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = Thor([p], lr=1.0, momentum=0.0, preconditioner=Rescaled())
+    for _ in range(20):
+        (moved,) = step(optimizer, [torch.ones(3, dtype=torch.float64)])
+        torch.testing.assert_close(moved, torch.full_like(moved, -0.2), rtol=1e-12, atol=0)
+
+
+@HOSTS
+def test_behind_a_head_of_zeros_steps_keep_their_size(monkeypatch: pytest.MonkeyPatch, host: set[str]) -> None:
+    """The first gradient of the weights behind it is next to nothing, and the first curvature of it too."""
+    monkeypatch.setattr(memory, "HOST", host)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
+    nn.init.zeros_(model[2].weight)
+    curvature = Curvature(model, update_every_n_steps=10, stagger=True)
+    optimizer = Thor(model.parameters(), lr=2e-3, preconditioner=curvature)
+    centres, sizes = torch.randn(5, 20), []
+    for _ in range(120):
+        labels = torch.randint(5, (64,))
+        nn.functional.cross_entropy(model(centres[labels] + torch.randn(64, 20)), labels).backward()
+        before = model[0].weight.detach().clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        sizes.append(float((model[0].weight.detach() - before).square().mean().sqrt()))
+    assert min(sizes[5:]) > 0.2 * 2e-3 * 0.2
 
 
 @HOSTS
@@ -133,7 +177,7 @@ def test_a_resumed_training_is_bitwise_the_unbroken_one(monkeypatch: pytest.Monk
     for own in grads[:5]:
         step(broken, own)
     state = copy.deepcopy(broken.state_dict())
-    assert all(type(own[NORM_SQ]) is float for own in state["state"].values())
+    assert all(type(own[MEAN_SQUARE]) is float for own in state["state"].values())
     resumed = Thor(copy.deepcopy(broken.param_groups[0]["params"]), preconditioner=Identity())
     resumed.load_state_dict(state)
     for own in grads[5:]:
@@ -156,8 +200,8 @@ def test_a_state_dict_is_of_the_step_after_which_it_was_taken(monkeypatch: pytes
     step(optimizer, list(grads[1]))
     assert taken["note"] == 3
     for number in range(len(SHAPES)):
-        assert taken[number][NORM_SQ] == before[number][NORM_SQ]
-        assert optimizer.state_dict()["state"][number][NORM_SQ] != before[number][NORM_SQ]
+        assert taken[number][MEAN_SQUARE] == before[number][MEAN_SQUARE]
+        assert optimizer.state_dict()["state"][number][MEAN_SQUARE] != before[number][MEAN_SQUARE]
 
 
 @HOSTS
@@ -171,8 +215,8 @@ def test_a_state_that_was_moved_through_its_data_goes_on(monkeypatch: pytest.Mon
             for own in gradients(6):
                 step(optimizer, list(own[:n_params]))
                 for state in optimizer.state.values():
-                    if moves and isinstance(state[NORM_SQ], Tensor):
-                        state[NORM_SQ].data = state[NORM_SQ].data.clone()
+                    if moves and isinstance(state[MEAN_SQUARE], Tensor):
+                        state[MEAN_SQUARE].data = state[MEAN_SQUARE].data.clone()
             ends.append(copy.deepcopy(optimizer.state_dict()["state"]))
         assert_bitwise(ends[1], ends[0])
 
@@ -198,7 +242,7 @@ def test_a_state_of_an_earlier_version_goes_on_with_steps_of_one_size() -> None:
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["rms_averaging"] == 0.0
     step(optimizer, list(gradients(1)[0]))
-    assert not any(NORM_SQ in own for own in optimizer.state_dict()["state"].values())
+    assert not any(MEAN_SQUARE in own for own in optimizer.state_dict()["state"].values())
 
 
 @pytest.mark.parametrize("mode", ["polar", "adam"])
@@ -207,7 +251,7 @@ def test_modes_with_a_running_norm_or_none_of_their_own_keep_no_other(mode: Any)
     optimizer = Thor(model.parameters(), mode=mode, preconditioner=Curvature(model, mode=mode))
     model(torch.randn(4, 3)).square().mean().backward()
     optimizer.step()
-    assert not any(NORM_SQ in own for own in optimizer.state.values())
+    assert not any(MEAN_SQUARE in own for own in optimizer.state.values())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, "1", None, torch.ones(2)])
@@ -215,8 +259,8 @@ def test_a_damaged_running_norm_is_refused(value: Any) -> None:
     optimizer = Thor(parameters(), preconditioner=Identity())
     step(optimizer, list(gradients(1)[0]))
     state, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
-    state["state"][1][NORM_SQ] = value
-    with pytest.raises(ValueError, match=r"parameter 1 has .* for its exp_avg_norm_sq"):
+    state["state"][1][MEAN_SQUARE] = value
+    with pytest.raises(ValueError, match=r"parameter 1 has .* for its exp_avg_mean_square"):
         optimizer.load_state_dict(state)
     assert_bitwise(optimizer.state_dict()["state"], before["state"])
 
