@@ -42,10 +42,6 @@ MEAN_SQUARE = "exp_avg_mean_square"
 """Key of a parameter's state: the running mean of its gradients' mean squares, begun at 0. A number, or a 0-dimensional
 tensor in float64 where reading it would wait for a device."""
 
-LEAST_RMS, LARGEST_RMS = 1e-100, 1e150
-"""Limits of what a running mean takes, so that squares are finite and none is 0; what is not finite counts as the
-first."""
-
 
 def gradient_rms(sources: Sequence[Tensor], params: Sequence[Tensor], shares: Sequence[float]) -> Numbers:
     """Root mean square r of the gradient, or of the momentum, that each direction is made of.
@@ -117,29 +113,32 @@ def _with_step(before: float, r: Sequence[float]) -> float:
 def running_ratios(r: Numbers, states: Sequence[MutableMapping[str, Any]], averaging: Sequence[float]) -> Numbers:
     """Compute ``r / √m`` of each gradient, with m the running mean of r², this step's in it.
 
-    m begins at 0, so that the first ratio is above 1. It is a mean of gradients, not of directions, whose size changes
-    with each refresh of the curvature: directions that fell by a factor of a hundred would long count as small.
+    m begins at 0, so that the first ratio is above 1, and takes a gradient whose square is not finite for 0. It is a
+    mean of gradients, not of directions, whose size changes with each refresh of the curvature: directions that fell by
+    a factor of a hundred would long count as small.
 
     Args:
         r: of each direction, see `gradient_rms`.
         states: of each parameter; m is their `MEAN_SQUARE`.
         averaging: weight of the past in m.
 
+    Returns:
+        One for each gradient; NaN or infinity where m or the gradient has no size.
+
     >>> state = {}
     >>> [round(running_ratios([r], [state], [0.75])[0], 3) for r in (3.0, 3.0, 1.0)]
     [2.0, 1.512, 0.559]
     """
     if isinstance(r, Tensor):
-        sizes = r.nan_to_num(LEAST_RMS, LEAST_RMS).clamp_(LEAST_RMS, LARGEST_RMS)
-        means = _running_means(states, sizes)
-        means.lerp_(sizes.square(), constants([1.0 - past for past in averaging], sizes))
-        return sizes * means.rsqrt()
+        means = _running_means(states, r)
+        means.lerp_(r.square().nan_to_num_(0.0, 0.0), constants([1.0 - past for past in averaging], r))
+        return r * means.rsqrt()
     ratios = []
     for own, state, past in zip(r, states, averaging, strict=True):
-        size = min(max(own, LEAST_RMS), LARGEST_RMS) if own < math.inf else LEAST_RMS
-        mean = past * float(state.get(MEAN_SQUARE, 0.0)) + (1.0 - past) * size * size
+        square = own * own
+        mean = past * float(state.get(MEAN_SQUARE, 0.0)) + (1.0 - past) * (square if square < math.inf else 0.0)
         state[MEAN_SQUARE] = mean
-        ratios.append(size / math.sqrt(mean))
+        ratios.append(own / math.sqrt(mean) if mean else math.inf)
     return ratios
 
 

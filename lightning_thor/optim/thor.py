@@ -425,9 +425,10 @@ class Thor(Optimizer):
         if isinstance(factors, Tensor):
             norms = sent(limits, factors)
             if isinstance(ratios, Tensor):
-                norms = torch.minimum(norms, constants(sizes, factors) * ratios)
+                norms = torch.fmin(norms, constants(sizes, factors) * ratios)  # where a ratio is NaN, the limit
             return Targets(places, norms.mul_(factors))
         if ratios is not None:
+            # In this order: beside NaN the limit is the least.
             limits = [min(limit, size * ratio) for limit, size, ratio in zip(limits, sizes, ratios, strict=True)]
         return Targets(places, [limit * factor for limit, factor in zip(limits, factors, strict=True)])
 

@@ -106,8 +106,7 @@ def _range_of_factors(dtype: torch.dtype) -> tuple[float, float]:
 
 def _scale_on_device_(real: Sequence[Tensor], params: Sequence[Tensor], targets: Numbers, *, at_most: bool) -> None:
     found, scales = norms.norms(real, params)
-    factors = found.clamp_min_(LEAST_NORM).reciprocal_()
-    factors *= targets if isinstance(targets, Tensor) else sent(targets, factors)
+    factors = (targets if isinstance(targets, Tensor) else sent(targets, found)) / found.clamp_min_(LEAST_NORM)
     if at_most:
         whole = factors
         for scale in scales:
