@@ -304,7 +304,8 @@ LOW_COVERAGE = 0.5
 """Share of the trained weights below which too few have curvature."""
 LOW_COVERAGE_ADVICE = (
     "Give modules of your own curvature with lightning_thor.register_layer; write experts that lie in one stacked "
-    "parameter as a list of nn.Linear, one for each expert."
+    "parameter as a list of nn.Linear, one for each expert; name layers that can have none, such as nn.LSTM and nn.GRU,"
+    " in skip_layers: they train with plain momentum."
 )
 
 
