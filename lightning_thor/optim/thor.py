@@ -17,7 +17,7 @@ from torch.optim.sgd import sgd
 
 from lightning_thor.distributed.dtensor import is_sharded, local_gradients, local_parts
 from lightning_thor.linalg.dtypes import wide
-from lightning_thor.linalg.memory import constants, select, sent
+from lightning_thor.linalg.memory import select, sent
 from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_other_coordinates
 from lightning_thor.optim.fading import MEAN_SQUARE, fade_factors, gradient_rms, running_ratios
 from lightning_thor.optim.norms import Numbers
@@ -423,9 +423,9 @@ class Thor(Optimizer):
             group[GRADIENT_RMS] = largest
         ratios = running_ratios(r, [self.state[p] for p in params], averaging) if any(averaging) else None
         if isinstance(factors, Tensor):
-            norms = sent(limits, factors)
+            norms, most = sent([limits, sizes], factors).unbind()
             if isinstance(ratios, Tensor):
-                norms = torch.fmin(norms, constants(sizes, factors) * ratios)  # where a ratio is NaN, the limit
+                norms = torch.fmin(norms, most * ratios)  # where a ratio is NaN, the limit
             return Targets(places, norms.mul_(factors))
         if ratios is not None:
             # In this order: beside NaN the limit is the least.
