@@ -142,7 +142,7 @@ def complete_groups(groups: Iterable[LayerGroup], tensors: Tensors) -> list[Laye
         ]
     for group in complete:
         for p, name in group.parameters.items():
-            if name is not None and tensors[p].numel() != p.numel():
+            if name is not None and tensors[p].shape != p.shape:
                 raise ValueError(
                     f"The gradient of {name!r} is {list(tensors[p].shape)}, a shard of its weight {list(p.shape)}. "
                     "Give Thor preconditioner=ShardedCurvature(curvature), of lightning_thor.fsdp.sharded_curvature; "

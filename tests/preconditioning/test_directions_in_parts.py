@@ -124,3 +124,10 @@ def test_nothing_moves_where_a_later_gradient_is_refused(monkeypatch: pytest.Mon
     parts = curvature.directions({p: torch.ones(4, 4) for p in net.parameters()} | {net[3].weight: torch.ones(2, 4)})
     with pytest.raises(ValueError, match="a shard of its weight"):
         next(parts)
+
+
+def test_a_gradient_of_another_shape_with_as_many_numbers_is_refused() -> None:
+    layer = nn.Linear(128, 64, bias=False)
+    curvature = Curvature(layer)
+    with pytest.raises(ValueError, match=r"\[128, 64\].*\[64, 128\]"):
+        curvature.precondition({layer.weight: torch.randn(128, 64)})
