@@ -283,7 +283,7 @@ class Thor(Optimizer):
 
     @torch.no_grad()
     def make_state(self) -> None:
-        """Set momentum and running norms, or the moments of sharded parameters in adam mode, to zeros where there were
+        """Set momentum and running means, or the moments of sharded parameters in adam mode, to zeros where there were
         none.
 
         An optimizer without state makes it so in the step that `torch.distributed.checkpoint` takes to save or restore
