@@ -34,6 +34,7 @@ from benchmarks.common.tables import markdown_table, rich_table
 from benchmarks.common.workloads import Workload, images, tokens
 from examples.char_gpt import CharGPT
 from lightning_thor import Curvature, Thor
+from lightning_thor.layers import norm
 from lightning_thor.linalg import block_diagonal, memory
 from lightning_thor.preconditioning import directions, grouping
 
@@ -113,7 +114,9 @@ class Counts(NamedTuple):
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """A context in which tensors on the CPU take the ways of those on a GPU."""
-    of_the_cpu: Sequence[Any] = (memory.HOST, memory.UNMERGED_DEVICES, block_diagonal.UNBATCHED_DEVICES)
+    of_the_cpu: Sequence[Any] = (
+        memory.HOST, memory.UNMERGED_DEVICES, block_diagonal.UNBATCHED_DEVICES, norm.UNFUSED_DEVICES
+    )  # fmt: skip
     chunks: Sequence[Any] = (grouping.ROW_CHUNK_NUMEL, directions.DIRECTION_CHUNK_NUMEL)
     lengths = [each.pop("cpu") for each in chunks]
     for devices in of_the_cpu:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, pick, subsample
 
+UNFUSED_DEVICES = {"cpu"}
+"""Devices on which torch's batch norm and var_mean take four to five times as long as their parts."""
+
 
 class NormKind(LayerKind):
     """A scale, and perhaps a shift of its shape: the matrix is one under the other, as one column."""
@@ -83,13 +86,18 @@ class BatchNormKind(NormKind):
         a, g = _samples(a, g, dtype, max_rows)
         per_sample = (*g.shape[:2], g.shape[2:].numel())
         a, g = a.reshape(per_sample), g.reshape(per_sample)
-        if module.training or module.running_mean is None or module.running_var is None:
-            # Centred before squaring, so that nothing cancels; torch.var_mean takes five times as long on a CPU.
+        mean, var = (None, None) if module.training else (module.running_mean, module.running_var)
+        is_by_batch = mean is None or var is None
+        if is_by_batch and a.device.type in UNFUSED_DEVICES:
+            # Centred before squaring, so that nothing cancels.
             a = a - a.mean(2).mean(0)[:, None]
             var = torch.linalg.vector_norm(a, dim=2).square().mean(0) / a.shape[2]
+            scale = a.mul_(g).sum(2) * (var + module.eps).rsqrt()
         else:
-            a, var = a - module.running_mean.to(dtype)[:, None], module.running_var.to(dtype)
-        scale = a.mul_(g).sum(2) * (var + module.eps).rsqrt()
+            # Not F.batch_norm, which refuses a batch of one number per channel.
+            mean, var = (each if each is None else each.to(dtype) for each in (mean, var))
+            normal = torch.batch_norm(a, None, None, mean, var, is_by_batch, 0.0, module.eps, False)
+            scale = normal.mul_(g).sum(2)
         return _scale_and_shift(module, scale, g.sum(2))
 
 

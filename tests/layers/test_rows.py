@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature
 from lightning_thor.factors.layout import SIDES
+from lightning_thor.layers import norm
 from lightning_thor.layers.base import Layer, LayerKind, subsample
 from lightning_thor.layers.conv import CONVOLUTION
 from lightning_thor.layers.discovery import discover_layers
@@ -99,6 +100,23 @@ def test_g_times_a_is_the_gradient(name: str, memory_format: torch.memory_format
     rows = layer.observe(a, g, torch.float64, None)
     found = rows.g.sum(-1, keepdim=True) if rows.a is None else rows.g @ rows.a.mT
     torch.testing.assert_close(found, grad_matrix(layer), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (7, 5, 4, 4), (7, 5, 9), (1, 5, 3), (0, 5, 2)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batch_norms_have_the_same_rows_on_all_devices(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], channels_last: bool
+) -> None:
+    """A GPU has them by torch's batch norm, in half the kernels; on a CPU its parts are faster."""
+    a, g = 1e3 + torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    if channels_last:
+        a, g = (x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (a, g))
+    before = a.clone()
+    of_a_cpu = BATCH_NORM.rows(nn.BatchNorm1d(5), a, g, torch.float64, None)
+    monkeypatch.setattr(norm, "UNFUSED_DEVICES", set())
+    of_a_gpu = BATCH_NORM.rows(nn.BatchNorm1d(5), a, g, torch.float64, None)
+    torch.testing.assert_close(of_a_gpu.g, of_a_cpu.g, rtol=1e-9, atol=1e-9)
+    assert_bitwise(a, before)
 
 
 @pytest.mark.parametrize("padding_idx", [None, 2])
