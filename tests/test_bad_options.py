@@ -50,7 +50,7 @@ BAD: dict[tuple[Make, ...], list[tuple[dict[str, Any], str]]] = {
         ({"update_every_n_steps": 0}, "update_every_n_steps must be"),
         ({"damping_rule": "none"}, "one of trace, pi, sqrt, got 'none'"),
         ({"max_rows": 0}, "max_rows must be"),
-        ({"statistics": "shrink"}, "statistics must be one of expand, reduce, thor, got .shrink."),
+        ({"statistics": "shrink"}, "statistics must be one of expand, masked, reduce, thor, got .shrink."),
         *(({"skip_layers": value}, "skip_layers must be a list of names") for value in ("head", [1], None)),
         ({"loss_reduction": "none"}, "loss_reduction must be 'mean' or 'sum', got 'none'"),
         *(

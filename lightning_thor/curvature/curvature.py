@@ -110,6 +110,9 @@ class Curvature:
         statistics: for layers that one sample uses at many positions (convolutions, sequences): ``"expand"``
             (K-FAC-expand) takes each position as a row, ``"reduce"`` (K-FAC-reduce) averages inputs and sums gradients
             over them first, which suits losses with one term per sample (Eschenhagen et al. 2023, arXiv:2311.00636).
+            ``"masked"`` is ``"expand"`` with zeros for the inputs of rows whose gradient is 0: padding, or positions
+            that the loss leaves out, then have no part in A. (Where tensor parallelism splits a layer's outputs, each
+            rank goes by the gradients of its own.)
             ``"thor"`` takes each position as a row, the loss as a mean over the batch, and leaves norms to plain
             momentum, as MindSpore's nn.thor does on Ascend: for its published recipes, whose damping is in these units.
         loss_reduction: ``"mean"`` or ``"sum"`` over samples. A mean is taken to be over all positions of the output of

@@ -225,6 +225,8 @@ class Layer:
     layer."""
     is_left_out: bool = False
     """True once training has shown that its statistics do not belong to the weight."""
+    masks_rows: bool = False
+    """Inputs of rows whose gradient is 0 count as zeros: rows that the loss leaves out are not part of A."""
 
     @property
     def is_preconditioned(self) -> bool:
@@ -265,10 +267,16 @@ class Layer:
         shape = self.G.groups, self.G.width, seen.g.shape[-1]
         if seen.g.shape != shape:
             seen = seen._replace(g=seen.g.reshape(shape))
-        if not self.with_bias or seen.a is None:
+        inputs = seen.a
+        if inputs is None:
             return seen
-        ones = seen.a.new_ones(seen.a.shape[0], 1, seen.a.shape[2])
-        return seen._replace(a=torch.cat([seen.a, ones], dim=1))
+        if self.with_bias:
+            inputs = torch.cat([inputs, inputs.new_ones(inputs.shape[0], 1, inputs.shape[2])], dim=1)
+        if self.masks_rows:
+            # A convolution's groups have rows of their own, the parts of a fused linear layer have not.
+            mask = seen.g.any(1, keepdim=True)
+            inputs = inputs.where(mask if len(mask) == len(inputs) else mask.any(0), 0.0)
+        return seen._replace(a=inputs)
 
     def subsample_input(self, a: Tensor, max_rows: int | None) -> Tensor:
         """The part of an input ``a`` that `observe` needs: the rows that it will take, or all."""

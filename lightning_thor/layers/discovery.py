@@ -265,7 +265,7 @@ def _layer(
         A = block_diagonal.diagonal(width_A)
         G = G if statistics.split_embedding_G else statistics.partition(width_G, None, 1)
     loss_terms = statistics.loss_terms or kind.loss_terms
-    return Layer(uses, parameters, A, G, kind, rows_of, loss_terms)
+    return Layer(uses, parameters, A, G, kind, rows_of, loss_terms, masks_rows=statistics.masks_rows)
 
 
 def _is_in(name: str, pattern: str) -> bool:

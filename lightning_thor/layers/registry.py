@@ -63,6 +63,8 @@ class KfacApprox(NamedTuple):
     """``(width, block_size, groups)`` to blocks, for all factors but the diagonal ones."""
     split_embedding_G: bool = True
     """False: G of an embedding is whole, and its table has no curvature where an output layer shares it."""
+    masks_rows: bool = False
+    """Inputs of rows whose gradient is 0 count as zeros."""
 
 
 def batch_size(module: nn.Module, g: Tensor) -> int:
@@ -71,6 +73,7 @@ def batch_size(module: nn.Module, g: Tensor) -> int:
 
 
 EXPAND = KfacApprox(attrgetter("rows"))
+MASKED = EXPAND._replace(masks_rows=True)
 REDUCE = KfacApprox(attrgetter("reduced_rows"), batch_size)
 THOR = KfacApprox(
     {LINEAR: LINEAR.rows, CONVOLUTION: CONVOLUTION.rows, EMBEDDING: ascend_embedding_rows}.get,
@@ -80,7 +83,9 @@ THOR = KfacApprox(
 )
 """As MindSpore's nn.thor on Ascend: norms take plain momentum, and the loss is a mean over the batch."""
 
-STATISTICS: Mapping[str, KfacApprox] = {"expand": EXPAND, "reduce": REDUCE, "thor": THOR}
+STATISTICS: Mapping[str, KfacApprox] = {
+    "expand": EXPAND, "masked": MASKED, "reduce": REDUCE, "thor": THOR,
+}  # fmt: skip
 
 
 UserRows = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -62,8 +62,8 @@ class ThorCallback(Callback):
         trace_rule: invert a layer only if the trace of its curvature moved: ``"THOR"``, ``"THOR_stop"``, ``"THOR_NT"``
             or ``(update_above, stop_below)``; None inverts all.
         max_rows: rows of a batch to take statistics from, shared by all processes; None for all.
-        statistics: ``"expand"`` takes each position of a convolution or sequence as a row, ``"reduce"`` each sample,
-            ``"thor"`` what MindSpore's nn.thor does.
+        statistics: ``"expand"`` takes each position of a convolution or sequence as a row, ``"masked"`` those that the
+            loss depends on (no padding), ``"reduce"`` each sample, ``"thor"`` what MindSpore's nn.thor does.
         loss_reduction: ``"mean"`` or ``"sum"``: how the loss reduces over samples.
         fused: number of parts of linear layers whose outputs are a concatenation, by pattern of the name, such as
             ``{"*.qkv": 3}``.
@@ -110,7 +110,7 @@ class ThorCallback(Callback):
         stagger: bool = False,
         trace_rule: Literal["THOR", "THOR_stop", "THOR_NT"] | tuple[float, float] | None = None,
         max_rows: int | None = 1024,
-        statistics: Literal["expand", "reduce", "thor"] = "expand",
+        statistics: Literal["expand", "masked", "reduce", "thor"] = "expand",
         loss_reduction: str = "mean",
         fused: dict[str, int] | None = None,
         skip_layers: Sequence[str] = (),

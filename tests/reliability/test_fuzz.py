@@ -97,7 +97,7 @@ CURVATURE_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "precondition_bias": MAYBE,
     "stagger": MAYBE,
     "trace_rule": st.sampled_from([None, "THOR", "THOR_stop", "THOR_NT", (0.5, 0.1)]),
-    "statistics": st.sampled_from(["expand", "reduce", "thor"]),
+    "statistics": st.sampled_from(["expand", "masked", "reduce", "thor"]),
     "loss_reduction": st.sampled_from(["mean", "sum"]),
 }
 OPTIMIZER_OPTIONS: dict[str, st.SearchStrategy[Any]] = {
