@@ -41,7 +41,8 @@ class Study:
     def trial(self, setting: str, lr: float, seed: int) -> dict[str, Any]:
         """The record of one training, see `train`; on the tuning seed scores are of the validation split."""
         task: StudyTask = self.task
-        facts = [task.words, task.steps, task.decay, dict(SETTINGS[setting].facts)]
+        own = SETTINGS[setting].facts
+        facts = [task.words, task.steps, task.decay, {**own, **task.facts} if "mode" in own else dict(own)]
 
         def run() -> dict[str, Any]:
             print(f"{self.name}: {SETTINGS[setting].label}, lr {lr:g}, seed {seed}", flush=True)

@@ -403,7 +403,7 @@ CONFIRMATION: Mapping[str, StudyTask] = {
     ),
     "lstm": StudyTask(
         "tiny Shakespeare, LSTM of width 128, 16 windows of 64", "cross-entropy", 500, characters, decay=1e-4,
-        per_position=True,
+        per_position=True, facts={"recurrent_curvature": 1},
     ),
     "sequences": StudyTask(
         "digits as sequences of 64 pixels, post-norm transformer, 2 layers, width 48, batch 32", "cross-entropy", 300,

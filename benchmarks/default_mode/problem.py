@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,3 +45,5 @@ class StudyTask:
     """Whether the loss is a mean over positions as well as samples."""
     checks: int = 20
     """Scores taken in a training, evenly spaced."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What THOR does on this task alone, where that came after its first trials."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.block_size.spectral_loss import PartitionFn, spectral_losses
-from lightning_thor.layers.base import Layer, attention_uses
+from lightning_thor.layers.base import Layer, uses_by_caller
 from lightning_thor.layers.discovery import discover_layers, name_some
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.registry import STATISTICS, KfacApprox
@@ -204,10 +204,10 @@ def _observe(
                 add_covariance_(into.view(wanted[key].sums_shape), rows, wanted[key])
 
     hooks = Hooks(
-        {name: use.module for name, (_, use) in uses.items() if use.attention is None},
+        {name: use.module for name, (_, use) in uses.items() if use.caller is None},
         lambda name: True,
         observe,
-        attention_uses(use for _, use in uses.values()),
+        uses_by_caller(use for _, use in uses.values()),
         weight_of=lambda name: uses[name][1].weight,
         needs_returned=lambda name: uses[name][0].kind.needs_returned,
     )

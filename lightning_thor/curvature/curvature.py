@@ -41,7 +41,7 @@ from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.factors.state import ELEMENTS, ROWS, FactorState, Solve, factor_state_of
 from lightning_thor.factors.trace_rule import STOP, UPDATE, decide, trace_rule_of
-from lightning_thor.layers.base import attention_uses, fan_in, weight_of
+from lightning_thor.layers.base import fan_in, uses_by_caller, weight_of
 from lightning_thor.layers.discovery import (
     NOT_TRAINED,
     coverage,
@@ -55,6 +55,7 @@ from lightning_thor.layers.discovery import (
 )
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.pairs import PairChecks
+from lightning_thor.layers.recurrent import RECURRENT
 from lightning_thor.layers.registry import STATISTICS, KfacApprox
 from lightning_thor.linalg.memory import HostCopy
 from lightning_thor.preconditioning.grouping import (
@@ -259,10 +260,10 @@ class Curvature:
             return schedule.step >= (schedule.earliest if is_of_loss else schedule.turns_at[numbers[name]])
 
         return Hooks(
-            {use.name: use.module for use in uses if use.attention is None},
+            {use.name: use.module for use in uses if use.caller is None},
             self._is_open,
             self._observe_pair,
-            attention_uses(uses),
+            uses_by_caller(uses),
             lambda name: accumulator.reducer.expect(numbers[name]),
             subsample_input=accumulator.subsample_input,
             is_due=is_due,
@@ -690,7 +691,7 @@ class Curvature:
         """Go on from what `state_dict` returned; a following step is bitwise the one that would have followed there.
 
         Layers of the state that are frozen here, or not among the parameters of this curvature, become layers of it
-        again: they were unfrozen there.
+        again: they were unfrozen there. Recurrent layers, of which former versions kept no curvature, begin theirs.
 
         Inverses that the state lacks, since another process stored them, are computed again from the averages and the
         last damping: equal on all processes, and to the lost ones to rounding, which depends on the batch that a block
@@ -709,6 +710,11 @@ class Curvature:
         further = {name for name in state["layers"] if self.left_out.get(name, "").startswith(NOT_TRAINED)}
         if further:
             self.include(parameters_of(self.model, further))
+        lacking = self.layers.keys() - state["layers"].keys()
+        if lacking and all(self.layers[name].kind is RECURRENT for name in lacking):
+            # Of former versions, in which recurrent layers had no curvature.
+            extended, new = extended_state(state, self.state_dict(), spreads=False)
+            state = extended if lacking == {*new} else state
         load_curvature_state(state, list(self.layers), self.factors, self._schedule, mode=self.mode)
         self._agreement.go_on(self._communicator)
         self._accumulator.loss_layer = state.get("loss_layer")

@@ -7,13 +7,14 @@ from enum import Enum
 
 from lightning_thor.layers.base import Layer
 from lightning_thor.layers.discovery import name_some
+from lightning_thor.layers.recurrent import RECURRENT
 
 
 class Call(Enum):
     """What became of the last call of a layer that was due."""
 
     OBSERVED = "its input waited for a gradient"
-    UNREADABLE = "its first argument was no tensor of rows"
+    UNREADABLE = "its first argument was no tensor of rows, or its steps in time could not be seen"
     PAUSED = "within `Curvature.paused`"
     NOT_TRAINING = "in eval mode, or outside of the Trainer's training"
 
@@ -32,6 +33,8 @@ def why_silent(layer: Layer, call: Call | None) -> str:
         return "called within curvature.paused() alone"
     if call is Call.NOT_TRAINING:
         return "called in eval mode alone (call model.train() before)"
+    if call is Call.UNREADABLE and layer.kind is RECURRENT:
+        return "what autograd saves of it goes elsewhere (checkpointed or offloaded activations): keep it out of that"
     if call is Call.UNREADABLE:
         return "its first argument is not its input as a plain tensor (of torch.Tensor, dense), which has the rows"
     if call is Call.OBSERVED:

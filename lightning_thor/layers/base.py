@@ -129,6 +129,10 @@ class LayerKind:
         """The widths of the factors of a module whose weight has this shape."""
         return 1, shape[1:].numel(), shape[0]
 
+    def n_parts(self, module: Any, shape: torch.Size) -> int:
+        """How many equal parts the outputs of a weight of this shape are a concatenation of."""
+        return 1
+
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         """Gradients of a layer's parameters as a matrix ``[groups, out, in]``, a view where possible."""
         weight = grads[0].reshape(layer.G.groups, layer.G.width, -1)
@@ -177,10 +181,10 @@ class ModuleUse:
     weight_name: str = "weight"
     param_slice: slice | None = None
     """The rows of the parameter that are this weight, where one parameter packs several."""
-    attention: nn.MultiheadAttention | None = None
-    """The attention that uses the weight without calling the module."""
+    caller: nn.Module | None = None
+    """The attention or recurrent layer that multiplies by the weight without calling a module."""
     role: str = ""
-    """The weight's part in ``attention``: see `lightning_thor.layers.attention.ROLES`."""
+    """The weight's part in ``caller``: one of `lightning_thor.layers.attention.ROLES`, or the parameter's name."""
 
     @property
     def trains(self) -> bool:
@@ -194,13 +198,13 @@ class ModuleUse:
         return weight
 
 
-def attention_uses(uses: Iterable[ModuleUse]) -> dict[nn.MultiheadAttention, dict[str, str]]:
-    """Names of the uses inside attentions, by attention and role."""
-    attentions: dict[nn.MultiheadAttention, dict[str, str]] = {}
+def uses_by_caller(uses: Iterable[ModuleUse]) -> dict[nn.Module, dict[str, str]]:
+    """Names of the uses inside attentions and recurrent layers, by these and by role."""
+    callers: dict[nn.Module, dict[str, str]] = {}
     for use in uses:
-        if use.attention is not None:
-            attentions.setdefault(use.attention, {})[use.role] = use.name
-    return attentions
+        if use.caller is not None:
+            callers.setdefault(use.caller, {})[use.role] = use.name
+    return callers
 
 
 @dataclass(frozen=True)

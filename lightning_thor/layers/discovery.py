@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers import attention
 from lightning_thor.layers.base import Layer, LayerKind, ModuleUse
+from lightning_thor.layers.recurrent import Recurrent, weight_names
 from lightning_thor.layers.registry import EXPAND, KfacApprox, find_kind, unsupported_reason
 from lightning_thor.linalg import block_diagonal
 
@@ -152,6 +153,10 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
             inside.update((child, module) for child in module.modules() if child is not module)
             yield from _projections(name, module)
             continue
+        if isinstance(module, Recurrent):
+            for weight in weight_names(module):
+                yield ModuleUse(f"{name}.{weight}" if name else weight, module, weight, None, module, weight)
+            continue
         own = dict(module.named_parameters(recurse=False))
         if own or is_parametrized(module, "weight"):
             found, outer = find_kind(type(module)), inside.get(module)
@@ -167,7 +172,7 @@ def parameters_of(model: nn.Module, names: Container[str]) -> set[nn.Parameter]:
 
 def weights_of(model: nn.Module, names: Container[str]) -> dict[str, Tensor]:
     """The weights by these names, see `discover_layers`; without modules of which no kind is known."""
-    uses = [use for use in _uses(model) if use.name in names and (use.attention or find_kind(type(use.module)))]
+    uses = [use for use in _uses(model) if use.name in names and (use.caller or find_kind(type(use.module)))]
     return {use.name: use.weight for use in uses}
 
 
@@ -192,11 +197,11 @@ def _check(
     if found is None or statistics.rows_of(found[0]) is None:
         return unsupported_reason(use.module)
     (kind, base), module = found, use.module
-    if use.attention is not None:
+    if isinstance(use.caller, nn.MultiheadAttention):
         if use.role not in attention.ROLES or kind.in_attention is None:
             return "inside nn.MultiheadAttention, which uses its parameters without calling it"
-        if not attention.IS_SUPPORTED or type(use.attention).forward is not nn.MultiheadAttention.forward:
-            return f"{type(use.attention).__name__} has a forward that is not torch's, as it is known here"
+        if not attention.IS_SUPPORTED or type(use.caller).forward is not nn.MultiheadAttention.forward:
+            return f"{type(use.caller).__name__} has a forward that is not torch's, as it is known here"
         kind = kind.in_attention
         if statistics.rows_of(kind) is None:
             return unsupported_reason(module)
@@ -243,7 +248,7 @@ def _layer(
     """The layer of a weight, with ``block_sizes`` of A and of G; ``takes_bias`` asks for a bias, which some kinds have
     no place for."""
     use, (size_A, size_G), rows_of = uses[0], block_sizes, statistics.rows_of(kind)
-    if use.role == "k_proj" and use.attention is not None and rows_of == kind.reduced_rows:
+    if use.role == "k_proj" and rows_of == kind.reduced_rows:
         # A softmax cancels what all keys have in common: their gradients add up to 0, and such a G would be rounding.
         rows_of = kind.rows
     assert rows_of is not None
@@ -255,7 +260,8 @@ def _layer(
     with_bias, bias = kind.takes_bias and takes_bias, _bias_of(use)
     parameters = (weight,) if bias is None or not (with_bias or kind.owns_all_parameters) else (weight, bias)
     A = None if width_A is None else statistics.partition(width_A + with_bias, size_A, groups)
-    n_parts = next((n for pattern, n in fused.items() if kind.is_linear and fnmatchcase(use.name, pattern)), 1)
+    own_parts = kind.n_parts(use.module, shape)
+    n_parts = next((n for pattern, n in fused.items() if kind.is_linear and fnmatchcase(use.name, pattern)), own_parts)
     if width_G % n_parts:
         raise ValueError(f"fused: the {width_G} outputs of {use.name!r} cannot be {n_parts} equal parts.")
     G = statistics.partition(width_G // n_parts, size_G, groups * n_parts)
@@ -304,8 +310,8 @@ LOW_COVERAGE = 0.5
 """Share of the trained weights below which too few have curvature."""
 LOW_COVERAGE_ADVICE = (
     "Give modules of your own curvature with lightning_thor.register_layer; write experts that lie in one stacked "
-    "parameter as a list of nn.Linear, one for each expert; name layers that can have none, such as nn.LSTM and nn.GRU,"
-    " in skip_layers: they train with plain momentum."
+    "parameter as a list of nn.Linear, one for each expert; name layers that can have none in skip_layers: they train "
+    "with plain momentum."
 )
 
 

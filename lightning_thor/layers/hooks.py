@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from types import MethodType
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_thor.layers.attention import RecordProducts
 from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
 from lightning_thor.layers.pairs import Arrange, Pair, PairChecks, as_plain_tensor, is_readable
+from lightning_thor.layers.recurrent import StepGradients, Steps, WithoutLibraries, products_in, saves_tensors_elsewhere
 from lightning_thor.layers.weight_product import (
     accumulates,
     accumulator_of,
@@ -69,8 +70,9 @@ class Hooks:
         modules: the modules to observe, by name.
         is_open: whether the named module is to be observed in the present forward pass.
         listener: called in backward, without autograd, with the name, the input and the output's gradient.
-        attentions: names of the weights inside attentions, by role (see `lightning_thor.layers.attention.ROLES`); their
-            pairs are batch first, ``[batch, positions, width]``.
+        callers: names of the weights inside attentions and recurrent layers, by role (see `ModuleUse.role`). Pairs of
+            an attention are batch first, ``[batch, positions, width]``; those of a recurrent layer are of one step,
+            ``[batch, width]``, or of all steps.
         expect: called in forward with the name, for each pair that backward is to hand over; what it returns is held
             until then, or until the pair's graph is freed: such a pair never comes.
         subsample_input: returns the rows of the named module's input that must be kept; called under autocast, where
@@ -99,7 +101,7 @@ class Hooks:
         modules: Mapping[str, nn.Module],
         is_open: NamePredicate,
         listener: Callable[[str, Tensor, Tensor], None],
-        attentions: Mapping[nn.MultiheadAttention, Mapping[str, str]] | None = None,
+        callers: Mapping[nn.Module, Mapping[str, str]] | None = None,
         expect: Callable[[str], object] = lambda name: None,
         subsample_input: Callable[[str, Tensor], Tensor] = lambda name, a: a,
         is_due: NamePredicate = lambda name: True,
@@ -137,11 +139,14 @@ class Hooks:
             )
             for name, module in modules.items()
         ]
-        for attention, names in (attentions or {}).items():
-            before, after = self._attention_hooks(names, attention)
-            self._handles.append(attention.register_forward_pre_hook(MethodType(before, owner)))
+        for caller, names in (callers or {}).items():
+            make = self._attention_hooks if isinstance(caller, nn.MultiheadAttention) else self._recurrent_hooks
+            before, after = make(names, caller)
+            self._handles.append(caller.register_forward_pre_hook(MethodType(before, owner)))
             # Always called: a forward pass that fails must not leave its recording open.
-            self._handles.append(attention.register_forward_hook(MethodType(after, owner), always_call=True))
+            self._handles.append(
+                caller.register_forward_hook(MethodType(after, owner), with_kwargs=True, prepend=True, always_call=True)
+            )
         # Not `__del__`: the handles find their modules by weak references, which a garbage collection clears before.
         finalize(self, _remove_all, self._handles).atexit = False
 
@@ -266,7 +271,7 @@ class Hooks:
                     enter_unseen()
                     return
 
-        def after(_: _Unpickled, module: nn.Module, args: Any, output: Any) -> None:
+        def after(_: _Unpickled, module: nn.Module, *others: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
                 if graphs.hand_over and torch.is_grad_enabled() and module is owner:
                     record.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -274,6 +279,68 @@ class Hooks:
                 leave_unseen()
 
         return not_alone(before), not_alone(after)
+
+    def _recurrent_hooks(
+        self, names: Mapping[str, str], owner: nn.Module
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
+        own, is_due, recording = ref(self), self._is_due, list[tuple[WithoutLibraries, list[str]]]()
+
+        def enter() -> None:
+            hooks = None if torch._C._is_tracing() else own()
+            if hooks is not None and (opened := [name for name in names.values() if hooks._is_open(name)]):
+                recording.append((WithoutLibraries(), opened))
+                recording[-1][0].__enter__()
+
+        def leave(inputs: Any, outputs: Any) -> None:
+            without_libraries, opened = recording.pop()
+            without_libraries.__exit__()
+            hooks = own()
+            if hooks is not None:
+                hooks._pair_steps(opened, inputs, outputs)
+
+        enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
+
+        def before(_: _Unpickled, module: nn.Module, args: Any) -> None:
+            if torch.compiler.is_dynamo_compiling():
+                return
+            for name in names.values():
+                if is_due(name) and torch.is_grad_enabled() and module is owner:
+                    enter_unseen()
+                    return
+
+        def after(_: _Unpickled, module: nn.Module, *others: Any) -> None:
+            if recording and not torch.compiler.is_dynamo_compiling() and module is owner:
+                *inputs, output = others
+                leave_unseen(inputs, output)
+
+        return not_alone(before), not_alone(after)
+
+    def _pair_steps(self, names: Iterable[str], inputs: Any, outputs: Any) -> None:
+        """Hand over each product of a recurrent layer's forward pass with one of the named weights."""
+        if saves_tensors_elsewhere():
+            for name in names:
+                self._note_unreadable(name)
+            return
+        weights = {name: weight for name in names if (weight := self._weight_of(name)) is not None}
+        with torch._C.DisableTorchFunctionSubclass():
+            for name, steps in products_in(outputs, inputs, weights).items():
+                self._pair_together(name, steps)
+
+    def _pair_together(self, name: str, steps: Steps) -> None:
+        """Hand over the products of all steps as one pair."""
+        accumulator, inputs, forward_in = steps.accumulator, steps.inputs, backward_pass()
+        promises = [self._expect(name)]
+        pairs: dict[tuple[int, ...], Pair] = {}
+        """By the steps whose outputs were used: their gradients of several passes through a kept graph add up."""
+
+        def on_gradients(used: tuple[int, ...], g: Tensor) -> None:
+            if used not in pairs:
+                pairs[used] = Pair(name, torch.cat([inputs[step] for step in used]), None, None)
+                pairs[used].forward_in = forward_in
+                pairs[used].promise = promises.pop() if promises else None
+            self._on_gradient(pairs[used], accumulator)(g)
+
+        StepGradients(steps, on_gradients)
 
     def _pair(self, name: str, a: Any, output: Any, arrange: Arrange | None = None) -> None:
         """Hand ``(name, a, g)`` over when the gradient of ``output`` arrives, both by ``arrange``."""

@@ -14,6 +14,7 @@ from lightning_thor.layers.conv import CONVOLUTION, CONVOLUTION_TRANSPOSED
 from lightning_thor.layers.embedding import EMBEDDING, ascend_embedding_rows
 from lightning_thor.layers.linear import ATTENTION, LINEAR, LINEAR_TRANSPOSED
 from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM
+from lightning_thor.layers.recurrent import RECURRENT
 from lightning_thor.linalg import block_diagonal
 from lightning_thor.linalg.block_diagonal import BlockPartition
 
@@ -21,17 +22,14 @@ BUILT_IN: Mapping[type[nn.Module] | str, LayerKind] = {
     module_type: kind
     for kind in (
         *(LINEAR, LINEAR_TRANSPOSED, ATTENTION, CONVOLUTION, CONVOLUTION_TRANSPOSED, EMBEDDING),
-        *(LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM),
+        *(LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM, RECURRENT),
     )
     for module_type in kind.types
 }
 REGISTERED: dict[type[nn.Module] | str, LayerKind] = {}
 """Users' types, which go before the built-in ones."""
 
-NO_KIND: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((nn.RNNBase, nn.RNNCellBase), "all its steps and gates are one call, inside which no hook can see"),
-    ((nn.Bilinear,), "its weight has two inputs"),
-)
+NO_KIND: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (((nn.Bilinear,), "its weight has two inputs"),)
 """Types that have no kind, and why."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -65,6 +65,32 @@ def find_product(output: Any, weight: Tensor) -> WeightProduct | None:
     return None
 
 
+def products_between(outputs: Any, inputs: Any, weights: Collection[Tensor]) -> Iterator[tuple[Any, Any]]:
+    """The products with ``weights`` that autograd's graph shows between inputs and outputs of a module.
+
+    Args:
+        outputs: of the module: tensors in tuples, lists and dicts.
+        inputs: of the module, as its outputs; nothing is searched behind them.
+        weights: the module's parameters.
+
+    Yields:
+        The node of each product, and the node that adds to the gradient of its weight.
+    """
+    seen = {x.grad_fn for x in _tensors_in(inputs)}
+    waiting = [x.grad_fn for x in _tensors_in(outputs)]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if _is_product(node.name()):
+            for place in range(len(node.next_functions)):
+                edge = _edge_to_parameter(node, place, any_operation=True)
+                if edge is not None and any(edge.accumulator.variable is weight for weight in weights):
+                    yield node, edge.accumulator
+        waiting += [child for child, _ in node.next_functions if not hasattr(child, "variable")]
+
+
 def accumulator_of(weight: Tensor) -> Any:
     """The autograd node that adds to the gradient of a parameter; None of a tensor that takes none."""
     return torch.autograd.graph.get_gradient_edge(weight).node if weight.is_leaf and weight.requires_grad else None
@@ -109,7 +135,7 @@ def before_product(use: WeightProduct, rows: torch.Size, on_gradient: Callable[[
             g = g.unflatten(0, rows) if rows else g[0]
         on_gradient(g)
 
-    _register_before(use.node, use.output_number, in_rows)
+    before_node(use.node, use.output_number, in_rows)
 
 
 def before_backward_of(output: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
@@ -122,10 +148,10 @@ def before_backward_of(output: Tensor, on_gradient: Callable[[Tensor], None]) ->
     # An operation in place, on a view or on its base, moves the view in the graph, but not its base.
     # (A hook of a view that was changed already may crash the process: pytorch/pytorch#196459.)
     place = output.shape, output.stride(), output.storage_offset() - base.storage_offset()
-    _register_before(base.grad_fn, base.output_nr, lambda g: on_gradient(g.contiguous().as_strided(*place)))
+    before_node(base.grad_fn, base.output_nr, lambda g: on_gradient(g.contiguous().as_strided(*place)))
 
 
-def _register_before(node: Any, number: int, on_gradient: Callable[[Tensor], None]) -> None:
+def before_node(node: Any, number: int, on_gradient: Callable[[Tensor], None]) -> None:
     """Call ``on_gradient`` with the gradient of a node's output of this number, before the node runs."""
 
     def before(gradients: tuple[Tensor | None, ...]) -> None:

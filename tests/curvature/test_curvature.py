@@ -615,8 +615,8 @@ def test_a_curvature_that_nobody_holds_listens_no_more() -> None:
 
 
 def test_a_model_without_any_layer_is_told_of() -> None:
-    with pytest.warns(UserWarning, match=r"preconditions 0% of the weights .*no curvature for LSTM"):
-        Curvature(nn.LSTM(4, 5))
+    with pytest.warns(UserWarning, match=r"preconditions 0% of the weights .*no curvature for Bilinear"):
+        Curvature(nn.Bilinear(4, 5, 6))
 
 
 def test_layers_that_are_skipped_on_purpose_are_no_lack_of_curvature() -> None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor
 from lightning_thor.factors.layout import SIDES
-from lightning_thor.layers.base import attention_uses
+from lightning_thor.layers.base import uses_by_caller
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.hooks import Hooks
 from tests.helpers.boring import assert_bitwise
@@ -94,7 +94,7 @@ def pairs_of(attention: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[
         {},
         lambda name: True,
         lambda name, a, g: seen.setdefault(name, []).append((a.detach().clone(), g.clone())),
-        attention_uses(use for layer in layers.values() for use in layer.uses),
+        uses_by_caller(use for layer in layers.values() for use in layer.uses),
     )
     loss(attention).backward()
     hooks.remove()

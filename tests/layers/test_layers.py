@@ -55,7 +55,6 @@ def with_a_forward_of_its_own(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.GRU(2, 2), "no curvature for GRU: all its steps and gates are one call, inside which no hook can see"),
         (nn.Bilinear(2, 2, 2), "no curvature for Bilinear: its weight has two inputs"),
         (nn.InstanceNorm2d(2, affine=True), "no curvature for InstanceNorm2d"),
         (nn.Embedding(3, 2, sparse=True), "sparse or frequency-scaled gradient"),

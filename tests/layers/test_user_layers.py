@@ -146,7 +146,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_out_and_its_base_is_not() 
         ((nn.Linear, grouped_rows), ValueError, "Linear has curvature already"),
         ((Grouped, grouped_rows, {"like": nn.Linear}), TypeError, "either rows_of, a function, or like, .* got both"),
         ((Grouped, None, {"like": nn.Linear, "weight": "kernel"}), TypeError, "matrix and weight with rows_of only"),
-        ((Grouped, None, {"like": nn.GRU}), ValueError, "like must be a type with curvature, such as nn.Linear; got"),
+        ((Grouped, None, {"like": nn.Bilinear}), ValueError, "like must be a type with curvature, such as nn.Linear"),
         ((Grouped, None, {"like": nn.MultiheadAttention}), ValueError, "like must be a type with curvature"),
         ((Grouped, None, {"like": nn.Linear(2, 2)}), ValueError, "like must be a type with curvature"),
         ((nn.Conv2d, None, {"like": nn.Linear}), ValueError, "Conv2d has curvature already"),

@@ -295,7 +295,7 @@ def test_the_summary_names_every_layer_and_why_others_are_left_out(
 ) -> None:
     module = Boring()
     module.net[4].requires_grad_(False)
-    module.rnn = nn.GRU(2, 2)
+    module.product = nn.Bilinear(2, 2, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(tmp_path, module, ThorCallback(summary=True), max_steps=1, enable_model_summary=True)
@@ -307,7 +307,7 @@ def test_the_summary_names_every_layer_and_why_others_are_left_out(
         "A 1 × 9², G 1 × 4²",
         "G diagonal",
         "frozen",
-        "no curvature for GRU",
+        "no curvature for Bilinear",
     ):
         assert words in printed
     assert "layers preconditioned" in printed

@@ -1,0 +1,128 @@
+"""Torch's recurrent layers, which call no module for their products with weights: each step of each gate is a row.
+
+Forward is one call of a library (cuDNN, oneDNN), whose backward is one node of autograd's graph. While a pass is
+recorded the libraries are off. Torch then takes its own operations, step by step, and the graph shows every product
+with a weight and has its input saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_thor.layers.base import LayerKind
+from lightning_thor.layers.linear import ProjectionKind
+from lightning_thor.layers.weight_product import accumulates, backward_pass, before_node, products_between
+
+Recurrent = nn.RNNBase | nn.RNNCellBase
+LIBRARIES: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
+
+
+class RecurrentKind(ProjectionKind):
+    """The weights ``weight_ih``, ``weight_hh`` and ``weight_hr`` of each layer and direction, ``[gates * hidden, in]``:
+    G is partitioned at the borders of the gates."""
+
+    takes_bias = False
+    is_linear = True
+    unsupported_reason = LayerKind.unsupported_reason
+
+    def n_parts(self, module: Any, shape: torch.Size) -> int:
+        """The number of gates; 1 for the projection of an LSTM's output."""
+        return max(1, shape[0] // int(module.hidden_size))
+
+
+RECURRENT = RecurrentKind(nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+
+
+def weight_names(module: Recurrent) -> list[str]:
+    """The names of the weights of all layers and directions."""
+    return [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_")]
+
+
+class WithoutLibraries:
+    """A context in which torch's recurrent layers take torch's own operations."""
+
+    def __enter__(self) -> None:
+        self._before = [library.enabled for library in LIBRARIES]
+        for library in LIBRARIES:
+            library.enabled = False
+
+    def __exit__(self, *_: object) -> None:
+        for library, enabled in zip(LIBRARIES, self._before, strict=True):
+            library.enabled = enabled
+
+
+class Steps(NamedTuple):
+    """The products with one weight in a forward pass: one for each step in time, or one for all."""
+
+    accumulator: Any
+    """The node of autograd's graph that adds to the weight's gradient."""
+    nodes: list[Any]
+    """Of the products: each receives the gradient ``[n, out]`` of its own."""
+    inputs: list[Tensor]
+    """Of the products, ``[n, in]``."""
+
+
+def products_in(outputs: Any, inputs: Any, weights: Mapping[str, Tensor]) -> dict[str, Steps]:
+    """The products with ``weights`` that autograd's graph shows between inputs and outputs, by name of the weight."""
+    found: dict[str, Steps] = {}
+    for node, accumulator in products_between(outputs, inputs, list(weights.values())):
+        a = getattr(node, "_saved_mat1", None)  # with a bias
+        a = getattr(node, "_saved_self", None) if a is None else a
+        if isinstance(a, Tensor):
+            name = next(name for name, weight in weights.items() if weight is accumulator.variable)
+            steps = found.setdefault(name, Steps(accumulator, [], []))
+            steps.nodes.append(node)
+            steps.inputs.append(a.detach())
+    return found
+
+
+class StepGradients:
+    """Brings the gradients of one weight's products in a backward pass together.
+
+    Args:
+        steps: the products.
+        on_gradients: called when the last of their gradients has arrived, with the numbers of the products that had
+            one, and these gradients one under the other.
+    """
+
+    def __init__(self, steps: Steps, on_gradients: Callable[[tuple[int, ...], Tensor], None]) -> None:
+        self._accumulator, self._on_gradients = steps.accumulator, on_gradients
+        self._forward_in = self._pass = backward_pass()
+        self._found: dict[int, Tensor] = {}
+        self._handle: RemovableHandle | None = None
+        # Not the nodes themselves, whose hooks hold this.
+        for number, node in enumerate(steps.nodes):
+            before_node(node, 0, partial(self._add, number))
+
+    def _add(self, number: int, g: Tensor) -> None:
+        now = backward_pass()
+        if not accumulates(self._accumulator, is_recomputed=-1 < self._forward_in != now):
+            return  # no training: the accumulator will not run, and what is held here would hold the graph
+        if self._handle is None or self._pass != now:
+            self._clear()
+            # A weight has its gradient when all its products have theirs.
+            self._handle, self._pass = self._accumulator.register_prehook(self._finish), now
+        self._found[number] = g.detach()
+
+    def _finish(self, _: Any) -> None:
+        found = dict(self._found)
+        self._clear()
+        if found and self._pass == backward_pass():  # else that pass has failed
+            self._on_gradients(tuple(found), torch.cat(list(found.values())))
+
+    def _clear(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+        self._found.clear()
+
+
+def saves_tensors_elsewhere() -> bool:
+    """Whether what autograd saves goes through hooks (checkpointed activations, offloading), and cannot be read."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -1,0 +1,372 @@
+"""Laws of torch's recurrent layers: they have the curvature of the same network written with linear layers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+from lightning_thor import Curvature, Thor
+from lightning_thor.layers.discovery import discover_layers
+from lightning_thor.layers.recurrent import StepGradients
+
+WIDTH, HIDDEN = 5, 6
+GATES: dict[type[nn.Module], int] = {nn.RNN: 1, nn.LSTM: 4, nn.GRU: 3}
+
+State = tuple[Tensor, ...]
+
+
+def step(kind: type[nn.Module], x: Tensor, of_hidden: Callable[[Tensor], Tensor], state: State) -> State:
+    """The state after one step in time, from the input's part of the gates."""
+    (hidden, *cell), recurrent = state, of_hidden(state[0])
+    if kind is nn.RNN:
+        return ((x + recurrent).tanh(),)
+    if kind is nn.GRU:
+        (r, z, n), (hr, hz, hn) = x.chunk(3, -1), recurrent.chunk(3, -1)
+        update = (z + hz).sigmoid()
+        return ((1 - update) * (n + (r + hr).sigmoid() * hn).tanh() + update * hidden,)
+    i, f, g, o = (x + recurrent).chunk(4, -1)
+    new_cell = f.sigmoid() * cell[0] + i.sigmoid() * g.tanh()
+    return o.sigmoid() * new_cell.tanh(), new_cell
+
+
+class ByLinears(nn.Module):
+    """One layer and direction by two linear layers: ``[batch, time, width]`` to ``[batch, time, hidden]``."""
+
+    def __init__(self, kind: type[nn.Module], width: int, module: Any, suffix: str) -> None:
+        super().__init__()
+        rows = GATES[kind] * HIDDEN
+        self.kind, self.is_reverse = kind, suffix.endswith("reverse")
+        self.ih, self.hh = nn.Linear(width, rows), nn.Linear(HIDDEN, rows)
+        for name in ("ih", "hh"):
+            linear = getattr(self, name)
+            linear.weight.data.copy_(getattr(module, f"weight_{name}_{suffix}").data)
+            linear.bias.data.copy_(getattr(module, f"bias_{name}_{suffix}").data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.ih(x.flip(1) if self.is_reverse else x)
+        state = (gates.new_zeros(len(x), HIDDEN),) * 2
+        states = []
+        for t in range(gates.shape[1]):
+            state = step(self.kind, gates[:, t], self.hh, state)
+            states.append(state[0])
+        outputs = torch.stack(states, 1)
+        return outputs.flip(1) if self.is_reverse else outputs
+
+
+class Unrolled(nn.Module):
+    """All layers and directions of a recurrent module."""
+
+    def __init__(self, kind: type[nn.Module], module: Any) -> None:
+        super().__init__()
+        directions = ("", "_reverse")[: 2 if module.bidirectional else 1]
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                ByLinears(kind, WIDTH if number == 0 else HIDDEN * len(directions), module, f"l{number}{direction}")
+                for direction in directions
+            )
+            for number in range(module.num_layers)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        for directions in self.layers:
+            x = torch.cat([direction(x) for direction in directions], -1)  # type: ignore[union-attr]
+        return x, None
+
+
+class Classifier(nn.Module):
+    """A label for each position of a sequence, ``[batch, time, width]``."""
+
+    def __init__(self, recurrent: nn.Module, n_features: int) -> None:
+        super().__init__()
+        self.recurrent, self.head = recurrent, nn.Linear(n_features, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.recurrent(x)[0])
+        return logits
+
+
+def train(model: nn.Module, n_steps: int = 6, compiled: Any = None, **options: Any) -> Curvature:
+    """Train on random sequences; returns the curvature."""
+    curvature = Curvature(model, update_every_n_steps=2, max_rows=None, **options)
+    optimizer = Thor(model.parameters(), lr=0.02, mode=curvature.mode, preconditioner=curvature)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(n_steps):
+        x = torch.randn(4, 7, WIDTH, dtype=torch.float64, generator=generator)
+        labels = torch.randint(3, (28,), generator=generator)
+        nn.functional.cross_entropy((model if compiled is None else compiled)(x).flatten(0, 1), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return curvature
+
+
+def pairs_of_linears(model: Classifier, others: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """The weights of a torch's module and of the same layers written with linear ones."""
+    module: Any = model.recurrent
+    pairs = []
+    for one in others:
+        assert isinstance(one, Unrolled)
+        for number, directions in enumerate(one.layers):
+            for direction, linears in enumerate(directions):  # type: ignore[arg-type]
+                suffix = f"l{number}{'_reverse' if direction else ''}"
+                for name in ("ih", "hh"):
+                    pairs.append((getattr(module, f"weight_{name}_{suffix}"), getattr(linears, name).weight))
+    return pairs
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("deep", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_a_recurrent_module_trains_as_its_linear_layers(kind: Any, deep: dict[str, Any], mode: str) -> None:
+    torch.manual_seed(0)
+    module = kind(WIDTH, HIDDEN, batch_first=True, **deep).double()
+    model = Classifier(module, HIDDEN * (2 if deep else 1)).double()
+    other = Classifier(Unrolled(kind, module), HIDDEN * (2 if deep else 1)).double()
+    other.head.load_state_dict(model.head.state_dict())
+    train(model, mode=mode)
+    train(other, mode=mode, fused={"recurrent.*": GATES[kind]})
+    pairs = pairs_of_linears(model, [other.recurrent])
+    assert len(pairs) == (8 if deep else 2)
+    for found, expected in [*pairs, (model.head.weight, other.head.weight)]:
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_each_weight_is_a_layer_whose_gates_are_apart() -> None:
+    model = nn.LSTM(WIDTH, HIDDEN, num_layers=2, proj_size=4)
+    layers, left_out = discover_layers(model, block_size=None, precondition_bias=True)
+    assert not left_out
+    assert {name: (layer.G.groups, layer.G.width, layer.A.width) for name, layer in layers.items() if layer.A} == {
+        "weight_ih_l0": (4, 6, 5),
+        "weight_hh_l0": (4, 6, 4),
+        "weight_hr_l0": (1, 4, 6),
+        "weight_ih_l1": (4, 6, 4),
+        "weight_hh_l1": (4, 6, 4),
+        "weight_hr_l1": (1, 4, 6),
+    }
+
+
+def exported(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, dict[str, Any]]:
+    """A and G of one batch."""
+    curvature = Curvature(model, averaging=0.0, block_size=None, max_rows=None)
+    loss().backward()
+    curvature.update()
+    found = curvature.export()
+    curvature.close()
+    model.zero_grad()
+    return found
+
+
+def assert_same_factors(found: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]], names: Any) -> None:
+    """A are equal, and G up to a factor: samples are counted in another way."""
+    for name, other in names.items():
+        torch.testing.assert_close(found[name]["A"], expected[other]["A"])
+        G, expected_G = found[name]["G"], expected[other]["G"]
+        torch.testing.assert_close(G / G.norm(), expected_G / expected_G.norm())
+
+
+class OfItsOwn(nn.GRU):
+    def forward(self, *args: Any) -> Any:  # type: ignore[override]
+        return super().forward(*(2.0 * x for x in args))
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_left_out() -> None:
+    layers, left_out = discover_layers(OfItsOwn(3, 2), block_size=None, precondition_bias=False)
+    assert not layers
+    reason = "OfItsOwn has a forward of its own, which may not be GRU's"
+    assert left_out == dict.fromkeys(["weight_ih_l0", "weight_hh_l0"], reason)
+
+
+def observed(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, tuple[int, Tensor]]:
+    """By weight: the number of rows, and the product of their gradients and inputs."""
+    seen: dict[str, tuple[int, Tensor]] = {}
+    curvature = Curvature(model, update_every_n_steps=1)
+
+    def observe(name: str, a: Tensor, g: Tensor) -> None:
+        a, g = a.reshape(-1, a.shape[-1]), g.reshape(-1, g.shape[-1])
+        n, product = seen.get(name, (0, torch.zeros((), dtype=a.dtype)))
+        seen[name] = n + len(a), product + g.T @ a
+
+    curvature._accumulator.observe = observe  # type: ignore[method-assign]
+    loss().backward()
+    curvature.close()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options", [{"proj_size": 3}, {"bias": False}, {"dropout": 0.5, "num_layers": 2}, {"bidirectional": True}, {}]
+)
+@pytest.mark.parametrize("without_batch", [False, True])
+def test_the_rows_of_all_variants_give_the_gradients(options: dict[str, Any], without_batch: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.LSTM(WIDTH, HIDDEN, **options).double()
+    x = torch.randn(7, *([] if without_batch else [4]), WIDTH, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        outputs, (hidden, cell) = model(x)
+        total: Tensor = outputs.sin().sum() + hidden.cos().sum() + cell.square().sum()
+        return total
+
+    seen = observed(model, loss)
+    assert seen.keys() == {name for name, _ in model.named_parameters() if "weight" in name}
+    for name, (n, gradient) in seen.items():
+        assert n == x[..., 0].numel()
+        torch.testing.assert_close(gradient, getattr(model, name).grad)
+
+
+def test_packed_sequences_have_a_row_for_each_step_that_there_is() -> None:
+    torch.manual_seed(0)
+    model = nn.GRU(WIDTH, HIDDEN, num_layers=2, batch_first=True).double()
+    x, lengths = torch.randn(3, 6, WIDTH, dtype=torch.float64), torch.tensor([4, 6, 1])
+
+    def loss() -> Tensor:
+        outputs: PackedSequence = model(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))[0]
+        return outputs.data.sin().sum()
+
+    for name, (n, gradient) in observed(model, loss).items():
+        assert n == 11
+        torch.testing.assert_close(gradient, getattr(model, name).grad)
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_cells_and_decoders_that_go_on_from_their_state_count_each_step_once(cell: Any) -> None:
+    """A call begins at its inputs: behind them are the calls before, with the same weights."""
+    kind = {nn.RNNCell: nn.RNN, nn.LSTMCell: nn.LSTM, nn.GRUCell: nn.GRU}[cell]
+    torch.manual_seed(0)
+    module, one = kind(WIDTH, HIDDEN).double(), cell(WIDTH, HIDDEN).double()
+    one.load_state_dict({name.removesuffix("_l0"): value for name, value in module.state_dict().items()})
+    x = torch.randn(7, 4, WIDTH, dtype=torch.float64)
+
+    def by_cell() -> Tensor:
+        state, outputs = None, []
+        for now in x:
+            state = one(now, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs).sin().sum()
+
+    def by_decoder() -> Tensor:
+        state, outputs = None, []
+        for now in x:
+            output, state = module(now[None], hx=state)
+            outputs.append(output)
+        return torch.cat(outputs).sin().sum()
+
+    whole = exported(module, lambda: module(x)[0].sin().sum())
+    assert_same_factors(exported(module, by_decoder), whole, {name: name for name in whole})
+    assert_same_factors(exported(one, by_cell), whole, {name.removesuffix("_l0"): name for name in whole})
+
+
+def test_the_last_state_alone_is_enough() -> None:
+    """Of the backward direction only the first of its steps made the output that the loss looks at."""
+    torch.manual_seed(0)
+    module = nn.LSTM(WIDTH, HIDDEN, bidirectional=True, batch_first=True).double()
+    x = torch.randn(4, 7, WIDTH, dtype=torch.float64)
+    found = exported(module, lambda: module(x)[0][:, -1].sin().sum())
+    assert found.keys() == {name for name, _ in module.named_parameters() if "weight" in name}
+    assert all(torch.isfinite(factors["G"]).all() for factors in found.values())
+
+
+def step_gradients() -> list[StepGradients]:
+    """All that there are."""
+    return [x for x in gc.get_objects() if isinstance(x, StepGradients)]
+
+
+def test_gradient_passes_that_are_no_training_leave_no_trace() -> None:
+    torch.manual_seed(0)
+    module = nn.LSTM(WIDTH, HIDDEN).double()
+    x = torch.randn(7, 4, WIDTH, dtype=torch.float64, requires_grad=True)
+
+    def loss() -> Tensor:
+        return module(x)[0].sin().sum()
+
+    plain = exported(module, loss)
+
+    def with_a_penalty() -> Tensor:
+        torch.autograd.grad(module(x)[0].square().sum(), x)
+        outputs = loss()
+        torch.autograd.grad(outputs, x, create_graph=True)
+        assert not any(one._found for one in step_gradients())
+        return outputs
+
+    found = exported(module, with_a_penalty)
+    for name, factors in plain.items():
+        torch.testing.assert_close(found[name]["A"], factors["A"])
+        torch.testing.assert_close(found[name]["G"], factors["G"])
+
+
+def test_libraries_are_on_again_and_nothing_stays_behind() -> None:
+    before = torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled
+    module = nn.LSTM(WIDTH, HIDDEN)
+    curvature = Curvature(module, update_every_n_steps=1)
+    with pytest.raises(RuntimeError):
+        module(torch.randn(7, 4, WIDTH + 1))
+    assert (torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled) == before
+    of_others = step_gradients()
+    outputs = module(torch.randn(7, 4, WIDTH))[0]
+    of_one_weight, _ = (weakref.ref(x) for x in step_gradients() if x not in of_others)
+    outputs.sum().backward()
+    assert (torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled) == before
+    del outputs
+    gc.collect()
+    assert of_one_weight() is None
+    curvature.close()
+    assert not module._forward_hooks
+    assert not module._forward_pre_hooks
+
+
+def test_a_copy_of_the_module_is_silent() -> None:
+    module = nn.GRU(WIDTH, HIDDEN)
+    curvature = Curvature(module, update_every_n_steps=1)
+    copy.deepcopy(module)(torch.randn(7, 4, WIDTH))[0].sum().backward()
+    assert not curvature._accumulator.has_pairs
+
+
+def test_checkpointed_activations_are_told_and_left_out() -> None:
+    """What autograd saves can then be read once only, by autograd itself."""
+    torch.manual_seed(0)
+    model = Classifier(nn.LSTM(WIDTH, HIDDEN, batch_first=True), HIDDEN).double()
+    curvature = Curvature(model, update_every_n_steps=1)
+    x = torch.randn(4, 7, WIDTH, dtype=torch.float64)
+    model.head(checkpoint(model.recurrent, x, use_reentrant=False)[0]).sum().backward()  # type: ignore[index]
+    assert model.recurrent.weight_hh_l0.grad is not None
+    with pytest.warns(UserWarning, match="recurrent.weight_ih_l0.*: what autograd saves"):
+        curvature.update()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_in_a_compiled_model_it_runs_as_it_is(backend: str) -> None:
+    torch.manual_seed(0)
+    model = Classifier(nn.GRU(WIDTH, HIDDEN, batch_first=True), HIDDEN).double()
+    other = copy.deepcopy(model)
+    train(model)
+    train(other, compiled=torch.compile(other, backend=backend))
+    for found, expected in zip(other.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_state_of_a_version_without_recurrent_curvature_goes_on() -> None:
+    """Recurrent weights begin theirs at the next step, the head goes on with its own."""
+    torch.manual_seed(0)
+    model = Classifier(nn.LSTM(WIDTH, HIDDEN, batch_first=True), HIDDEN).double()
+    state = train(model, n_steps=3).state_dict()
+    of_the_head = copy.deepcopy(state["layers"]["head"])
+    state["layers"] = {"head": of_the_head}
+    curvature = Curvature(copy.deepcopy(model), update_every_n_steps=100, max_rows=None)
+    curvature.load_state_dict(state)
+    assert curvature.step == 3
+    assert {curvature.layers[name].parameters[0] for name in curvature.layers if name != "head"} == set(
+        curvature.due_parameters()
+    )
+    found = curvature.state_dict()["layers"]
+    assert all(torch.equal(found["head"][key], value) for key, value in of_the_head.items())
+    assert not found["recurrent.weight_hh_l0"]["updates"].any()
+    del state["layers"]["head"]
+    with pytest.raises(ValueError, match="head"):
+        curvature.load_state_dict(state)
