@@ -344,7 +344,8 @@ def warn_of_low_coverage(
     # Not the biases of layers that have curvature.
     least = 0.05 * sum(sizes.values())
     largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > least]
-    reasons = dict.fromkeys(left_out[name] for name in largest if name in left_out)
+    # The weights of an attention or a recurrent layer have names of their own.
+    reasons = dict.fromkeys(why for name, why in left_out.items() if {name, name.rpartition(".")[0]} & {*largest})
     warnings.warn(
         f"Curvature preconditions {_share(of_training, own):.0%} of the weights that are trained. The largest of the "
         f"others are those of {name_some(largest, 3)} ({'; '.join(list(reasons)[:3]) or 'plain parameters'}). "

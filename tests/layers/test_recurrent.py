@@ -182,6 +182,8 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_out() -> None:
     assert not layers
     reason = "OfItsOwn has a forward of its own, which may not be GRU's"
     assert left_out == dict.fromkeys(["weight_ih_l0", "weight_hh_l0"], reason)
+    with pytest.warns(UserWarning, match=f"those of 1 .{reason}"):
+        Curvature(nn.Sequential(nn.Linear(2, 3), OfItsOwn(3, 4)))
 
 
 def observed(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, tuple[int, Tensor]]:
@@ -370,3 +372,26 @@ def test_a_state_of_a_version_without_recurrent_curvature_goes_on() -> None:
     del state["layers"]["head"]
     with pytest.raises(ValueError, match="head"):
         curvature.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_under_autocast_its_statistics_are_near_those_of_float32(kind: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Classifier(kind(WIDTH, HIDDEN, batch_first=True), HIDDEN)
+    x = torch.randn(4, 7, WIDTH)
+
+    def loss() -> Tensor:
+        return model(x).float().sin().sum()
+
+    def autocast_loss() -> Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            return loss()
+
+    whole, rounded = exported(model, loss), exported(model, autocast_loss)
+    assert whole.keys() == rounded.keys() == {"recurrent.weight_ih_l0", "recurrent.weight_hh_l0", "head"}
+    for name, factors in whole.items():
+        for side in ("A", "G"):
+            torch.testing.assert_close(
+                rounded[name][side], factors[side], rtol=0.1, atol=0.03 * float(factors[side].max())
+            )

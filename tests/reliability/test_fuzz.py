@@ -56,6 +56,16 @@ class Attended(nn.Module):
         return attended
 
 
+class Recurred(nn.Module):
+    def __init__(self, kind: Any, width: int) -> None:
+        super().__init__()
+        self.recurrent = kind(width, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: Tensor = self.recurrent(x)[0]
+        return states
+
+
 @st.composite
 def models(draw: Any) -> tuple[nn.Sequential, bool, int]:
     """A small model, whether it takes tokens, and else the number of dimensions of its images of three channels."""
@@ -78,6 +88,7 @@ def models(draw: Any) -> tuple[nn.Sequential, bool, int]:
                     [nn.RMSNorm(width), nn.Linear(width, width, bias=False)],
                     [nn.Linear(width, 2 * width), activation, nn.Linear(2 * width, width)],
                     [Attended(width, draw(st.sampled_from([1, 2])))],
+                    [Recurred(draw(st.sampled_from([nn.RNN, nn.LSTM, nn.GRU])), width)],
                 ]
             )
         )
