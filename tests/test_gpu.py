@@ -29,7 +29,7 @@ MODES = ["natural", "polar", "adam"]
 
 
 class Net(nn.Module):
-    """Every kind of layer that has curvature; tokens ``[N, 6]`` to logits ``[N, 5]``."""
+    """Every kind of layer that has curvature, but for recurrent ones; tokens ``[N, 6]`` to logits ``[N, 5]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,6 +82,36 @@ def stepper(device: str, dtype: torch.dtype, mode: str, **options: Any) -> tuple
 def test_a_training_is_that_of_a_cpu(mode: str) -> None:
     there, here = (trained(device, torch.float64, 7, mode) for device in ("cuda", "cpu"))
     torch.testing.assert_close(there, here, rtol=1e-8, atol=1e-10)
+
+
+class Recurrent(nn.Module):
+    """``[N, T, 6]`` to ``[N, T, 5]``."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.layers, self.head = kind(6, 8, num_layers=2, bidirectional=True, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layers(x)[0])
+        return out
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_trains_as_on_a_cpu(kind: Any) -> None:
+    """Where cuDNN computes the plain steps, and torch the refreshes."""
+    found = []
+    for device in ("cuda", "cpu"):
+        torch.manual_seed(1)
+        model, x = Recurrent(kind).double().to(device), torch.randn(4, 7, 6, dtype=torch.float64).to(device)
+        curvature = Curvature(model, update_every_n_steps=3)
+        optimizer = configure_thor(model, lr=0.01, preconditioner=curvature)
+        for _ in range(7):
+            model(x).sin().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert curvature.factors.updates.tolist() == [3.0] * 9
+        found.append([p.detach().cpu() for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("size", [8, 32, 64, 100, 256])
