@@ -44,18 +44,20 @@ def name_some(names: list[str], n: int = 5) -> str:
 
 
 def matrix_layers(model: nn.Module, without: Container[nn.Parameter] = ()) -> list[str]:
-    """Names of the linear layers, projections and convolutions that train; the last is taken as the output layer.
+    """Names of the linear layers, projections and convolutions that train; the last is taken as the output layer. The
+    weights of recurrent layers come first: they make states.
 
     Those whose weight is among ``without`` are left out.
 
     Each row of the output layer is a class, a token or a number to predict: equal singular values would move the rarest
     as far as the most frequent. Nor are embeddings matrices in this sense.
 
-    >>> matrix_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 5), nn.Linear(5, 9)))
-    ['0', '2', '3']
+    >>> matrix_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 9), nn.RNN(9, 9)))
+    ['3.weight_ih_l0', '3.weight_hh_l0', '0', '2']
     """
     kinds = ((use, find_kind(type(use.module))) for use in _uses(model))
     matrices = [use for use, found in kinds if found is not None and found[0].is_matrix]
+    matrices.sort(key=lambda use: not isinstance(use.module, Recurrent))
     weights = [(use.name, getattr(use.module, use.weight_name)) for use in matrices]
     return [name for name, w in weights if isinstance(w, Tensor) and w.requires_grad and w not in without]
 
