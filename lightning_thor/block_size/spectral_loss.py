@@ -62,7 +62,7 @@ def _largest_eigenvalue(matrices: Tensor) -> Tensor:
         exact: Tensor = torch.linalg.eigvalsh(matrices).max()
         return exact
     # A generator of its own, so that the same matrix always gives the same number.
-    start = torch.randn(width, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.randn(width, 1, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
     vector = start.to(matrices).div_(start.norm()).repeat(n, 1, 1)
     space = matrices.new_zeros(n, width, LANCZOS_STEPS)
     for step in range(LANCZOS_STEPS):

@@ -61,7 +61,8 @@ class Agreement:
         counts = factors.counts
         no, yes = counts.new_zeros(()), counts.new_ones(())
         flags = [yes if i in known else verdicts.get(i, no).to(factors.dtype) for i in range(len(counts))]
-        told = torch.stack([torch.as_tensor(1.0 if unit is None else unit).to(no).log2(), *flags])
+        own_unit = torch.as_tensor(1.0 if unit is None else unit, dtype=no.dtype, device=no.device)
+        told = torch.stack([own_unit.log2(), *flags])
         if not is_alone:
             used = (counts[:, ROWS] > 0).to(told) / 2
             told[1:] = told[1:].maximum(used)

@@ -78,7 +78,8 @@ def layer_figures(
 def _of_spectrum(values: Tensor | None, damping: float) -> dict[str, Any]:
     if values is None:
         return dict.fromkeys(("ranks", "eigenvalues", "condition", "effective_rank"))
-    ranks = sorted({round(rank) for rank in torch.logspace(0, math.log10(len(values)), N_EIGENVALUES).tolist()})
+    spread = torch.logspace(0, math.log10(len(values)), N_EIGENVALUES, dtype=torch.float32, device="cpu")
+    ranks = sorted({round(rank) for rank in spread.tolist()})
     least = float(values[-1]) + damping
     return {
         "ranks": ranks,

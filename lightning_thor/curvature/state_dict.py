@@ -151,8 +151,8 @@ def curvature_state(
         layers[name] = {
             "updates": factors.updates[number],
             "positions": factors.positions[number],
-            "next_turn": torch.tensor(schedule.next_steps[number]),
-            "has_stopped": torch.tensor(schedule.has_stopped[number]),
+            "next_turn": torch.tensor(schedule.next_steps[number], device="cpu"),
+            "has_stopped": torch.tensor(schedule.has_stopped[number], device="cpu"),
         }
         for side, _ in factors.layout.factors(number):
             layers[name][side] = factors.blocks(number, side, "average")
@@ -264,7 +264,7 @@ def extended_state(
     Returns:
         The state, and the names of the further layers.
     """
-    old, due = state["layers"], {"next_turn": torch.tensor(state["step"])}
+    old, due = state["layers"], {"next_turn": torch.tensor(state["step"], device="cpu")}
     same = {
         name
         for name, own in fresh["layers"].items()

@@ -77,7 +77,8 @@ def sent(numbers: Sequence[Any], like: Tensor) -> Tensor:
     tensor([1., 2.])
     """
     # Only from pinned memory does a copy to a GPU not wait for what the GPU still has to do.
-    return torch.tensor(numbers, dtype=like.dtype, pin_memory=like.is_cuda).to(like.device, non_blocking=True)
+    on_host = torch.tensor(numbers, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
+    return on_host.to(like.device, non_blocking=True)
 
 
 def select(vector: Any, places: Sequence[int]) -> Any:

@@ -32,7 +32,7 @@ lost 7 and 10 points of held-out accuracy in 6,000 steps (two seeds), and none w
 GROWTH = 2.0
 """Limit of the largest gradients' growth in one step: a batch whose gradients explode fades no later batch by more."""
 
-ONE = torch.ones((), dtype=torch.float64)
+ONE = torch.ones((), dtype=torch.float64, device="cpu")
 
 Largest = float | Tensor
 """Root mean square of the largest gradients so far, 0 before the first; a 0-dimensional float64 tensor where reading it

@@ -162,7 +162,7 @@ def _divide_within_range_(direction: Tensor, unit: Unit) -> Tensor:
     """Divide by ``unit``, or by so much less that the result is in the range of the dtype."""
     if isinstance(unit, Tensor) or unit != 1.0:
         room = torch.finfo(direction.dtype).max / 2 / direction.abs().amax()
-        direction.mul_((1.0 / torch.as_tensor(unit).to(direction)).minimum(room))
+        direction.mul_((1.0 / torch.as_tensor(unit, dtype=room.dtype, device=room.device)).minimum(room))
     return direction
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_thor import Curvature, Thor
+from lightning_thor import Curvature, Thor, choose_block_size
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.schedules import Exponential
 from tests.helpers.boring import assert_bitwise
@@ -617,6 +617,31 @@ def test_a_curvature_that_nobody_holds_listens_no_more() -> None:
 def test_a_model_without_any_layer_is_told_of() -> None:
     with pytest.warns(UserWarning, match=r"preconditions 0% of the weights .*no curvature for Bilinear"):
         Curvature(nn.Bilinear(4, 5, 6))
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
+def test_the_device_on_which_torch_makes_tensors_by_default_does_not_matter(mode: Any) -> None:
+    """A program may have called torch.set_default_device; a tensor made on the device "meta" would hold no number."""
+
+    def trained(default: str) -> tuple[dict[str, Any], Any, Any]:
+        model = net()
+        curvature = Curvature(model, mode=mode, update_every_n_steps=2, stagger=True, trace_rule="THOR_stop")
+        optimizer = Thor(model.parameters(), mode=mode, preconditioner=curvature)
+        x = batch(8) * 1e9  # far from 1: gradients have a unit of their own
+        with torch.device(default):
+            for _ in range(6):
+                observe(model, x)
+                optimizer.step()
+                optimizer.zero_grad()
+            curvature.load_state_dict(curvature.state_dict())
+            curvature.include()
+            split = choose_block_size(model, lambda: model(x).square().mean())
+            return model.state_dict(), curvature.figures(), split.shares
+
+    weights, *others = trained("meta")
+    expected_weights, *expected = trained("cpu")
+    assert_bitwise(weights, expected_weights)
+    assert others == expected
 
 
 def test_layers_that_are_skipped_on_purpose_are_no_lack_of_curvature() -> None:
