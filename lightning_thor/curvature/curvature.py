@@ -361,8 +361,8 @@ class Curvature:
 
     @property
     def inverse_age(self) -> float:
-        """Steps from the inversion of the inverses that the last step used to that step, on average over layers; after
-        `load_state_dict` counted from there."""
+        """Steps from the inversion of the inverses that the last step used to that step, on average over layers that
+        are not left out; after `load_state_dict` counted from there."""
         return self._schedule.mean_age()
 
     @property

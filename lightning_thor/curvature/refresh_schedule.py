@@ -177,9 +177,11 @@ class RefreshSchedule:
         return [layer for layer, step in enumerate(self.next_steps) if step >= NEVER]
 
     def mean_age(self) -> float:
-        """Steps between the last step and the inversion of the inverses that it used, on average over layers; after
-        `restore`, which does not know when that was, counted from there."""
-        return self.step - 1 - sum(self.inverted_at) / max(len(self.inverted_at), 1)
+        """Steps between the last step and the inversion of the inverses that it used, on average over the layers that
+        are not left out; after `restore`, which does not know when that was, counted from there."""
+        both = zip(self.inverted_at, self.next_steps, strict=True)
+        ages = [self.step - 1 - at for at, next_step in both if next_step < NEVER]
+        return sum(ages) / max(len(ages), 1)
 
     def turns(self) -> int:
         """How many refreshes, counted by layer, there would have been so far without a trace rule."""

@@ -330,6 +330,17 @@ def test_what_does_not_fit_is_left_out_with_its_reason_and_takes_its_plain_gradi
     assert "odd" in resumed.left_out
 
 
+def test_the_age_of_inverses_is_that_of_layers_with_curvature_alone() -> None:
+    model = nn.ModuleDict({"odd": Masked(WIDTH, OUT), "head": nn.Linear(OUT, 3)}).double()
+    curvature = Curvature(model, update_every_n_steps=4)
+    for _ in range(11):
+        clean(model)
+        model["head"](model["odd"](input_of((8, WIDTH), "")).tanh()).square().mean().backward()
+        told_by(curvature)
+    assert curvature.left_out.keys() == {"odd"}
+    assert curvature.inverse_age == 2  # of step 10, after the inversion at step 8
+
+
 class Scaled(nn.Embedding):
     """A table whose forward is its own, as of Gemma and BART, tied to the output layer."""
 
