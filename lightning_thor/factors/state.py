@@ -433,7 +433,7 @@ class FactorState:
                     copy.copy_(self.blocks(table, side, "average"))
             updates = updates.clone() if updates is self.updates else updates
             updates[output] = torch.maximum(updates[output], updates[table])
-        averages = self._with_tables()
+        averages = self._with_tables(index)
         means = self._factor_traces(averages, index) / self._widths
         dampings = self._dampings(means, slice(None), rule, damping)
         # A factor of zeros (a dead layer) says nothing: under the trace rule its damping is zero too. One of so small
@@ -455,7 +455,7 @@ class FactorState:
         for size, (_, stored) in index.stored.items():
             self.inverted_blocks[size][stored] = False
             self.batches[size].inverse[stored] = 0.0
-        averages = self._with_tables()
+        averages = self._with_tables(index)
         means = self._factor_traces(averages, index) / self._widths
 
         def solve(problems: Problems) -> Solutions:
@@ -509,12 +509,15 @@ class FactorState:
         added = torch.stack([added_A, added_G], dim=1)
         return added if is_one else added.clamp_min(limits.tiny)
 
-    def _with_tables(self) -> dict[int, Tensor]:
-        """What is inverted, by block size: the averages, with the factors of tied tables added to their outputs'."""
+    def _with_tables(self, index: BlockIndex) -> dict[int, Tensor]:
+        """What is inverted of some layers, by block size: the averages, with the factors of tied tables added to their
+        outputs'."""
         averages = {size: batch.average for size, batch in self.batches.items()}
-        for size in {self.layout.offset(output, side)[0] for output in self._tables for side in SIDES}:
+        tied = [output for output in self._tables if output in index.numbers]
+        for size in {self.layout.offset(output, side)[0] for output in tied for side in SIDES}:
             averages[size] = averages[size].clone()
-        for output, (D, G_table) in self.tied_averages.items():
+        for output in tied:
+            D, G_table = self.tied_averages[output]
             A, G = (self._blocks_in(averages, output, side) for side in SIDES)
             add_table_factors_(A, G, D, G_table, self.layout.partition(output, "G"))
         return averages

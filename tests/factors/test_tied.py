@@ -10,6 +10,7 @@ from lightning_thor import Curvature
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.linalg.block_diagonal import diagonal_to_blocks
+from lightning_thor.linalg.decompositions import Problems, Solutions
 from lightning_thor.trainer.start_report import curvature_table
 from tests.helpers.formulas import preconditioned
 
@@ -166,6 +167,23 @@ def test_a_table_tied_to_the_output_layer_has_the_balanced_sums_of_both_as_facto
     rows = table_rows(curvature)
     assert rows["table"].endswith("tied to head")
     assert rows["head"].startswith("A ")
+
+
+def test_an_inversion_of_other_layers_copies_no_averages() -> None:
+    """With stagger each step inverts some layers, and the averages of all may be many times theirs."""
+    model = Tied()
+    curvature = Curvature(model)
+    loss(model).backward()
+    curvature.update()
+    factors, body = curvature.factors, list(curvature.layers).index("body")
+    read = []
+
+    def solve(problems: Problems) -> Solutions:
+        read.extend(blocks.untyped_storage().data_ptr() for blocks, _ in problems.values())
+        return curvature.solve(problems)
+
+    factors.invert(factors.layout.index((body,)), "trace", 0.2, solve)
+    assert read == [factors.batches[4].average.untyped_storage().data_ptr()]
 
 
 @pytest.mark.parametrize("silent", ["table", "head"])
