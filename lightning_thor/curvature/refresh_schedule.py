@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -247,11 +248,12 @@ class RefreshSchedule:
             return [last] * len(due)
         both = zip(self.next_steps, self.has_stopped, strict=True)
         taken = {step for layer, (step, stopped) in enumerate(both) if layer not in due and not stopped}
-        free = [step for step in range(self.step + 1, last + 1) if step not in taken or step == last]
-        if taken:
-            free.reverse()  # the whole interval first
+        steps = range(self.step + 1, last + 1)
+        # Where others have turns, the whole interval first; one for each layer, since an interval may be any number.
+        free = (step for step in (reversed(steps) if taken else steps) if step not in taken or step == last)
+        chosen = list(islice(free, len(due)))
         costs = [self.costs[layer] if self.costs else 1.0 for layer in due]
-        return [free[place] for place in assign_greedily(costs, len(free))]
+        return [chosen[place] for place in assign_greedily(costs, len(chosen))]
 
     def _find_turns(self) -> None:
         both = zip(self.next_steps, self.has_stopped, strict=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, choose_block_size
+from lightning_thor.curvature.refresh_schedule import RefreshSchedule
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.schedules import Exponential
 from tests.helpers.boring import assert_bitwise
@@ -417,6 +418,15 @@ def test_staggered_layers_go_apart_as_the_interval_grows() -> None:
     for window in (found[110:120], found[120:]):
         assert sorted(map(len, window)) == [0] * 6 + [1] * 4
         assert set().union(*window) == set(curvature.layers)
+
+
+def test_staggered_an_interval_may_be_as_long_as_none_is() -> None:
+    """It costs no more than a short one: no list of its steps is made."""
+    schedule = RefreshSchedule(10**15, n_layers=3, stagger=True)
+    schedule.advance()
+    assert schedule.next_steps == [1, 2, 3]
+    schedule.advance()
+    assert schedule.next_steps == [10**15 + 1, 2, 3]
 
 
 def test_by_default_a_training_refreshes_ever_more_rarely() -> None:
