@@ -90,10 +90,10 @@ def _find_patches(
 
     >>> seen = _find_patches(1, ((3, 3, 3, 1, 1, 1),), 2, "circular", torch.device("cpu"))
     >>> seen.taken, seen.positions.view(3, 2)
-    ((tensor([0, 0]), tensor([0, 2])), tensor([[2, 1], [0, 2], [1, 0]]))
+    ((tensor([0, 0]), tensor([0, 1])), tensor([[2, 0], [0, 1], [1, 2]]))
     """
     (n_inputs, n_outputs, size, *_), *others = axes
-    taken = subsample(n_samples * n_outputs, max_lines, device)
+    taken = taken_lines(n_samples, n_outputs, max_lines, device)
     every = torch.arange(n_samples * n_outputs, device=device) if taken is None else taken
     samples, outputs = every.div(n_outputs, rounding_mode="floor"), every % n_outputs
     inputs, outside = _inputs(axes[0], outputs, mode)
@@ -119,6 +119,19 @@ def _find_patches(
 
 _find_patches_cached = lru_cache(maxsize=256)(_find_patches)
 _find_large_patches_cached = lru_cache(maxsize=16)(_find_patches)
+
+
+def taken_lines(n_samples: int, n_outputs: int, max_lines: int | None, device: torch.device) -> Tensor | None:
+    """Numbers of at most ``max_lines`` of the ``n_outputs`` lines of each sample, sorted; None stands for all.
+
+    They are spread from the middle of the first sample on: its first line sees the padding, and may be all that is
+    taken (a plane of a volume, a long line of a spectrogram).
+
+    >>> taken_lines(4, 5, 1, torch.device("cpu")), taken_lines(1, 5, 5, torch.device("cpu"))
+    (tensor([2]), None)
+    """
+    index = subsample(n_samples * n_outputs, max_lines, device)
+    return index if index is None else ((index + n_outputs // 2) % (n_samples * n_outputs)).sort().values
 
 
 def _inputs(axis: tuple[int, ...], outputs: Tensor, mode: str) -> tuple[Tensor, Tensor]:

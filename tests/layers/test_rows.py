@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lightning_thor import Curvature
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers import norm
-from lightning_thor.layers.base import Layer, LayerKind, subsample
+from lightning_thor.layers.base import Layer, LayerKind
 from lightning_thor.layers.conv import CONVOLUTION
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM, RMS_NORM
+from lightning_thor.layers.patches import taken_lines
 from tests.helpers.boring import assert_bitwise
 from tests.helpers.fakes import FakeCommunicator
 from tests.helpers.formulas import preconditioned
@@ -317,7 +318,7 @@ def test_lines_that_are_taken_are_those_of_the_whole_to_the_bit(
     a.view(-1)[0] = math.inf  # a line of zeros is not some line times zero
     g = torch.randn_like(module(a))
     first, rest = g.shape[2], g.shape[3:].numel()
-    index = subsample(3 * first, n_lines, a.device)
+    index = taken_lines(3, first, n_lines, a.device)
     index = torch.arange(3 * first) if index is None else index
     columns = (index[:, None] * rest + torch.arange(rest)).flatten()
     innermost = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (a, g)]
@@ -334,6 +335,19 @@ def test_large_kernels_on_inputs_of_ever_new_sizes_do_not_fill_the_memory() -> N
         CONVOLUTION.rows(conv, a, conv(a).detach(), torch.float32, most)
     held = [x for x in gc.get_objects() if type(x) is Tensor and x.dtype == torch.int64 and x.numel() == 80 * most]
     assert len({x.data_ptr() for x in held}) <= 16
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [(nn.Conv3d(1, 2, 3, padding=1), (2, 1, 6, 32, 32)), (nn.Conv2d(1, 2, 3, padding=1), (2, 1, 6, 1024))],
+    ids=["volume", "spectrogram"],
+)
+def test_the_only_line_that_is_taken_does_not_see_the_padding(module: nn.Module, shape: tuple[int, ...]) -> None:
+    """Or entries of the kernel that only ever see zeros there would have no part in A."""
+    layer, a, g = seen_by(module, torch.ones(shape))
+    seen = layer.observe(a, g, torch.float32, 1024)
+    assert seen.n_rows == 1024
+    assert seen.a.sum(-1).amin() > 0
 
 
 def test_max_rows_takes_at_least_one_line() -> None:
