@@ -103,11 +103,11 @@ class Curvature:
             `lightning_thor.factors.trace_rule`. At its turn a layer is observed; its average takes the statistics only
             if the trace moved, and it is inverted two steps later. None refreshes every layer at its turn.
         max_rows: take statistics from at most about so many rows of a batch, spread over it: positions of linear
-            layers, of layer and RMS norms, and of convolutions (in whole lines). Batch and group norms take whole
-            samples, at most so many, of 16 times as many positions (but at least a 32nd of ``max_rows``); a batch norm
-            then uses the mean and variance of these samples. Embeddings always take all. Of several processes that
-            train together each takes its share of ``max_rows`` of its own batch, but at least 256. None takes all
-            everywhere.
+            layers, of layer and RMS norms, and of convolutions (in whole lines); samples of linear layers and
+            convolutions with ``statistics="reduce"``. Batch and group norms take whole samples, at most so many, of 16
+            times as many positions (but at least a 32nd of ``max_rows``); a batch norm then uses the mean and variance
+            of these samples. Embeddings always take all. Of several processes that train together each takes its share
+            of ``max_rows`` of its own batch, but at least 256. None takes all everywhere.
         statistics: for layers that one sample uses at many positions (convolutions, sequences): ``"expand"``
             (K-FAC-expand) takes each position as a row, ``"reduce"`` (K-FAC-reduce) averages inputs and sums gradients
             over them first, which suits losses with one term per sample (Eschenhagen et al. 2023, arXiv:2311.00636).

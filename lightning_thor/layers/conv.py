@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, pick, subsample
-from lightning_thor.layers.patches import Convolution, TransposedConvolution, patches_and_values
+from lightning_thor.layers.patches import Convolution, TransposedConvolution, mean_patches, patches_and_values
 
 
 def batched(module: Convolution | TransposedConvolution, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,17 +39,12 @@ class ConvolutionKind(LayerKind):
         return Rows(*patches_and_values(module, a.detach(), g, dtype, max_rows))
 
     def reduced_rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-        """Patches averaged and gradients summed over the output positions of each image.
-
-        With ``max_rows`` whole images are left out, so that there are about as many positions.
-        """
+        """Patches averaged and gradients summed over the output positions of each image; ``max_rows`` are images."""
         a, g = batched(module, a, g)
-        positions = g.shape[2:].numel()
-        index = subsample(a.shape[0], None if max_rows is None else max(1, max_rows // max(positions, 1)), a.device)
-        windows, gradients, _, _ = patches_and_values(module, pick(a.detach(), index), pick(g, index), dtype, None)
-        n_samples = gradients.shape[-1] // max(positions, 1)
-        split = (n_samples, positions)
-        return Rows(windows.unflatten(-1, split).mean(-1), gradients.unflatten(-1, split).sum(-1), n_samples, n_samples)
+        index = subsample(a.shape[0], max_rows, a.device)
+        a, g = pick(a.detach(), index), pick(g, index)
+        gradients = g.flatten(2).sum(2, dtype=dtype).T.reshape(module.groups, -1, len(g))
+        return Rows(mean_patches(module, a, g.shape[2:], dtype), gradients, len(g), len(g))
 
     def loss_terms(self, module: Any, g: Tensor) -> int:
         """The batch size."""

@@ -37,10 +37,7 @@ def patches_and_values(
     positions, groups = valued.shape[2:], module.groups
     per_line = max(positions[1:].numel(), 1)
     max_lines = None if max_rows is None else max(1, max_rows // per_line)
-    axes = tuple(zip(
-        patched.shape[2:], positions, module.kernel_size, module.stride, module.dilation, _padding_before(module),
-        strict=True,
-    ))  # fmt: skip
+    axes = _axes_of(module, patched.shape[2:], positions)
     # Cached, since it takes some dozens of operations; few of the larger ones, since each size of inputs has its own.
     find = _find_patches
     if max_lines is not None:
@@ -57,6 +54,54 @@ def patches_and_values(
         n_rows,
         n_rows / max(positions.numel(), 1),
     )
+
+
+def mean_patches(module: Convolution, patched: Tensor, positions: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The mean over all positions of each sample's patches, without any patch: one pass over the input.
+
+    Args:
+        module: see `patches_and_values`.
+        patched: see `patches_and_values`.
+        positions: of the output.
+        dtype: of the result.
+
+    Returns:
+        ``[groups, channels / groups * kernel, batch]``.
+
+    >>> conv = nn.Conv1d(1, 1, 3, padding=1)
+    >>> mean_patches(conv, torch.tensor([[[1.0, 2.0, 6.0]]]), torch.Size([3]), torch.float32)
+    tensor([[[1.0000], [3.0000], [2.6667]]])
+    """
+    means = patched.to(dtype)
+    # From the last axis to the first, each of which becomes an axis of the kernel at the end.
+    for number, axis in reversed(list(enumerate(_axes_of(module, patched.shape[2:], positions), 2))):
+        find = _shares_cached if axis[0] * axis[2] <= SMALL_INDEX_NUMEL else _shares
+        means = torch.tensordot(means, find(axis, module.padding_mode, dtype, patched.device), ([number], [0]))
+    means = means.permute(0, 1, *range(means.dim() - 1, 1, -1))
+    return means.reshape(len(means), module.groups, -1).permute(1, 2, 0)
+
+
+def _axes_of(
+    module: Convolution | TransposedConvolution, space: torch.Size, positions: torch.Size
+) -> tuple[tuple[int, ...], ...]:
+    """For each axis of space the size of the input and of the output; the kernel's size, stride and dilation; the
+    padding before the input."""
+    own = module.kernel_size, module.stride, module.dilation, _padding_before(module)
+    return tuple(zip(space, positions, *own, strict=True))
+
+
+def _shares(axis: tuple[int, ...], mode: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Which share of the positions on an axis of the output sees each of the input, by each entry of the kernel:
+    ``[inputs, kernel]``, not to be changed."""
+    n_inputs, n_outputs, size, *_ = axis
+    inputs, outside = _inputs(axis, torch.arange(n_outputs, device=device), mode)
+    each = outside.logical_not().to(dtype) / max(n_outputs, 1)
+    entries = torch.arange(size, device=device)[:, None].expand_as(inputs)
+    shares = torch.zeros(n_inputs, size, dtype=dtype, device=device)
+    return shares.index_put_((inputs, entries), each, accumulate=True)
+
+
+_shares_cached = lru_cache(maxsize=256)(_shares)
 
 
 Lines = tuple[Tensor, Tensor]

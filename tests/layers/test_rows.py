@@ -328,6 +328,41 @@ def test_lines_that_are_taken_are_those_of_the_whole_to_the_bit(
         assert_bitwise(part.g, whole.g[..., columns])
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
+@pytest.mark.parametrize("dims", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 2, "stride": 2, "dilation": 2, "groups": 2},
+        {"kernel_size": 4, "padding": "same"},
+        {"kernel_size": (4, 3, 2), "padding": (2, 0, 1), "stride": (1, 3, 2), "dilation": (2, 1, 3)},
+    ],
+    ids=str,
+)
+def test_a_reduced_row_of_an_image_is_the_mean_of_its_patches_and_the_sum_of_its_gradients(
+    mode: str, dims: int, options: dict[str, Any]
+) -> None:
+    of_axes = {key: value[:dims] if isinstance(value, tuple) else value for key, value in options.items()}
+    module = CONVOLUTIONS[dims](4, 8, padding_mode=mode, **of_axes).double()
+    a = torch.randn(3, 4, *(8, 7, 6)[:dims], dtype=torch.float64)
+    g = torch.randn_like(module(a))
+    rows = CONVOLUTION.rows(module, a, g, torch.float64, None)
+    for given in ((a, g), [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (a, g)]):
+        reduced = CONVOLUTION.reduced_rows(module, *given, torch.float64, None)
+        torch.testing.assert_close(reduced.a, rows.a.unflatten(-1, (3, -1)).mean(-1))
+        torch.testing.assert_close(reduced.g, rows.g.unflatten(-1, (3, -1)).sum(-1))
+
+
+def test_max_rows_are_images_of_a_convolution_where_each_is_one_row() -> None:
+    """And not so few that they have as many positions: of images of 32 x 32 it would be one."""
+    a = torch.randn(7, 2, 32, 32)
+    module = nn.Conv2d(2, 3, 3)
+    g = torch.randn_like(module(a))
+    assert CONVOLUTION.reduced_rows(module, a, g, torch.float32, 1024).n_rows == 7
+    assert CONVOLUTION.reduced_rows(module, a, g, torch.float32, 5).n_rows == 5
+
+
 def test_large_kernels_on_inputs_of_ever_new_sizes_do_not_fill_the_memory() -> None:
     conv, most = nn.Conv1d(1, 1, 80, stride=2), 1000
     for length in range(2100, 2130):
