@@ -72,7 +72,8 @@ def _precondition(group: LayerGroup, tensors: Tensors, stored: GroupedLayers) ->
 
 def polar(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
     """Yield ``Wᵀ msign(W M Vᵀ) V`` of each polar layer, as one part: steepest descent in the whitened spectral norm,
-    of each part of the rows (of the columns, where these are fewer) for itself, see `part_length`.
+    of each part of the rows (of the columns, where these are fewer) for itself, see `part_length`, and of each of fused
+    parts.
 
     It equals ``G^-½ msign(G^-½ M A^-½) A^-½`` for any roots W of G⁻¹ and V of A⁻¹: every other pair is ``Q W`` and
     ``P V`` with orthogonal Q and P, and ``msign(Q X Pᵀ) = Q msign(X) Pᵀ``. Other layers have their natural direction,
@@ -87,18 +88,20 @@ def polar(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
     """
     groups, (whiten, whiten_again) = complete_groups(stored.groups, tensors), stored.decomposition.products
     directions = copies_of_others(groups, tensors)
-    by_shape: dict[torch.Size, list[tuple[LayerGroup, torch.Size, Tensor]]] = {}
+    by_shape: dict[torch.Size, list[tuple[LayerGroup, torch.Size, torch.Size, Tensor]]] = {}
     for group in groups:
         if group.layers[0].name in stored.polar_layers:
-            matrices = group.product(_divide(group.to_matrices(tensors), stored.unit), whiten)
+            whitened = group.product(_divide(group.to_matrices(tensors), stored.unit), whiten)
+            # A matrix for each of fused parts.
+            matrices = whitened.unflatten(-2, (-1, group.layers[0].G.width))
             parts = _in_parts(matrices, group)
-            by_shape.setdefault(parts.shape[1:], []).append((group, matrices.shape, parts))
+            by_shape.setdefault(parts.shape[1:], []).append((group, whitened.shape, matrices.shape, parts))
         else:
             group.put(directions, _precondition(group, tensors, stored), tensors)
     for members in by_shape.values():
         signs = _msign_in_chunks(torch.cat([parts for *_, parts in members])).split([len(p) for *_, p in members])
-        for (group, shape, _), sign in zip(members, signs, strict=True):
-            direction = group.product(_put_together(sign, shape), whiten_again)
+        for (group, whole, shape, _), sign in zip(members, signs, strict=True):
+            direction = group.product(_put_together(sign, shape).view(whole), whiten_again)
             group.put(directions, _divide_within_range_(direction, stored.unit), tensors)
     yield directions
 

@@ -325,14 +325,20 @@ class Concatenated(nn.Module):
         return y
 
 
-def test_each_part_of_a_fused_layer_has_a_polar_direction_of_its_own(exact: None) -> None:
-    whole = nn.Sequential(nn.Linear(5, 12, bias=False), nn.Tanh(), nn.Linear(12, 3)).double()
+@pytest.mark.parametrize(("width", "block_size"), [(5, 3), (6, 3), (12, None)])
+def test_each_part_of_a_fused_layer_has_a_polar_direction_of_its_own(
+    exact: None, width: int, block_size: int | None
+) -> None:
+    """Also where its matrix is multiplied as one, since no block has padding."""
+    whole = nn.Sequential(nn.Linear(width, 12, bias=False), nn.Tanh(), nn.Linear(12, 3)).double()
     parts = Concatenated(whole)
-    x = torch.randn(20, 5, dtype=torch.float64)
+    x = torch.randn(20, width, dtype=torch.float64)
     found = []
     for model, fused in ((whole, {"0": 3}), (parts, None)):
         # An absolute damping: a relative one is one number for the whole of a layer.
-        curvature = Curvature(model, mode="polar", fused=fused, block_size=3, damping_rule="sqrt", damping=0.01)
+        curvature = Curvature(
+            model, mode="polar", fused=fused, block_size=block_size, damping_rule="sqrt", damping=0.01
+        )
         model.zero_grad()
         model(x).square().mean().backward()
         curvature.update()
