@@ -218,7 +218,8 @@ class Curvature:
             skip_layers=skip_layers,
             diagonal_G=output_layers if chosen.has_diagonal_head else [],
         )
-        if output_layer is not None and output_layer not in {**self.layers, **self.left_out}:
+        owners = {use.name: name for name, layer in self.layers.items() for use in layer.uses}
+        if output_layer is not None and output_layer not in {**owners, **self.left_out}:
             raise ValueError(
                 f"output_layer must be the name of a layer of the model ({name_some(list(self.layers))}), got "
                 f"{output_layer!r}."
@@ -228,6 +229,7 @@ class Curvature:
         self._frozen = weights_of(model, frozen) if frozen else {}
         self.coverage = coverage(model, self.layers, parameters)
         self.fan_in, self.weight_of = fan_in(self.layers.values()), weight_of(self.layers.values())
+        output_layers = [owners.get(name, name) for name in output_layers]  # of a tied weight the layer that has it
         self.polar_layers = self.layers.keys() & set(matrices) - {*output_layers} if chosen.uses_matrix_sign else set()
         self.factors = factor_state_of(self.layers, chosen.decomposition)
         self._trace_rule = trace_rule_of(trace_rule)

@@ -93,7 +93,7 @@ def discover_layers(
         fused: number of parts that a linear layer's outputs are a concatenation of, by pattern of its name: G is
             partitioned at the borders of the parts.
         skip_layers: leave out layers with these names, or of these patterns of names, and all that is inside of them.
-        diagonal_G: names of layers whose G is its diagonal alone.
+        diagonal_G: names of modules that use a weight whose G is its diagonal alone.
 
     Returns:
         The layers by name, in the order of the model, and the reasons by name.
@@ -131,7 +131,8 @@ def discover_layers(
             bias = _bias_of(use) if precondition_bias and not is_tied else None
             takes_bias = bias is not None and bias.requires_grad and (only is None or bias in only)
             takes_bias = takes_bias and bias not in shared
-            block_sizes = block_size, 1 if use.name in diagonal_G else block_size
+            is_diagonal = any(one.name in diagonal_G for one in (use, *tied))
+            block_sizes = block_size, 1 if is_diagonal else block_size
             layer = _layer((use, *tied), kind, statistics, block_sizes, takes_bias, fused)
             if kind.ties_to in kinds:
                 layer = replace(layer, tied_to=kinds[kind.ties_to][0].name)

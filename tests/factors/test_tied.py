@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -211,6 +213,19 @@ def test_a_role_that_is_not_used_leaves_the_other_its_own_inverses(silent: str) 
     cosine = nn.functional.cosine_similarity(direction.flatten(), expected.flatten(), dim=0)
     assert cosine > 1 - 1e-9  # balanced: each factor's own scale is another, their product's is not
     torch.testing.assert_close(direction, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("output_layer", [None, "head"])
+@pytest.mark.parametrize("mode", ["polar", "adam"])
+def test_an_output_layer_that_shares_its_weight_with_an_earlier_layer_is_the_output_layer(
+    mode: Any, output_layer: str | None
+) -> None:
+    """As heads that predict from several depths: the weight has the name of the first one."""
+    model = nn.ModuleDict({"early": nn.Linear(5, 3), "body": nn.Linear(5, 5), "head": nn.Linear(5, 3)})
+    model["head"].weight = model["early"].weight
+    curvature = Curvature(model, mode=mode, output_layer=output_layer)
+    assert {name: layer.G.size for name, layer in curvature.layers.items()} == {"early": 1, "body": 5}
+    assert curvature.polar_layers == ({"body"} if mode == "polar" else set())
 
 
 def test_tables_that_are_tied_are_one_layer() -> None:
