@@ -116,8 +116,9 @@ class LayerKind:
         raise NotImplementedError
 
     def reduced_rows(self, module: Any, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None) -> Rows:
-        """As `rows`, but one row per sample (K-FAC-reduce: Eschenhagen et al. 2023, arXiv:2311.00636). A kind that sets
-        this to None has no curvature with ``statistics="reduce"``."""
+        """As `rows`, but one row per sample (K-FAC-reduce: Eschenhagen et al. 2023, arXiv:2311.00636); by default as
+        `rows`, for kinds that the paper has no rule for. A kind that sets this to None has no curvature with
+        ``statistics="reduce"``."""
         return self.rows(module, a, g, dtype, max_rows)
 
     def loss_terms(self, module: Any, g: Tensor) -> int:

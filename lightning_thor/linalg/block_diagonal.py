@@ -51,7 +51,7 @@ class BlockPartition(NamedTuple):
 def partition(width: int, block_size: int | None, groups: int = 1) -> BlockPartition:
     """Partition a width into equal blocks.
 
-    A size that divides the width is preferred, if it is no smaller than half of ``block_size``: it needs no padding.
+    A size that divides the width is preferred, if it is no smaller than ``block_size // 2``: it needs no padding.
 
     Args:
         width: of the factor.
