@@ -6,6 +6,7 @@ a few batched operations whatever the number of layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -567,7 +568,8 @@ def factor_state_of(layers: Mapping[str, Layer], decomposition: Decomposition) -
 
 def _weight(averaging: float, n_windows: Tensor) -> Tensor:
     """Weight of the n-th window in an exponential average without bias."""
-    return (1.0 - averaging) / (1.0 - averaging**n_windows)
+    # Not 1 - averaging ** n, of which nothing is left in float32 where averaging is nearly 1.
+    return (averaging - 1.0) / torch.expm1(n_windows * (math.log(averaging) if averaging else -math.inf))
 
 
 def _put(into: Tensor, place: Index, part: Tensor) -> None:

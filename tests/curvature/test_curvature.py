@@ -189,6 +189,20 @@ def test_averaging_is_an_exponential_average_without_bias() -> None:
     torch.testing.assert_close(curvature.factors.blocks(0, "A", "average")[0, 0], expected)
 
 
+@pytest.mark.parametrize("averaging", [0.99999, 1 - 1e-9])
+def test_averaging_of_nearly_one_takes_all_batches_alike(averaging: float) -> None:
+    """In float32 too, in which such a number may be 1."""
+    model, seen = nn.Linear(4, 3), []
+    curvature = Curvature(model, averaging=averaging, update_every_n_steps=1)
+    for _ in range(4):
+        x = torch.randn(16, 4)
+        seen.append(x.T @ x / len(x))
+        model(x).square().mean().backward()
+        curvature.update()
+    found = curvature.factors.blocks(0, "A", "average")[0, 0]
+    torch.testing.assert_close(found, torch.stack(seen).mean(0), rtol=1e-4, atol=1e-5)
+
+
 def test_without_averaging_only_the_last_batch_counts() -> None:
     model = net()
     curvature, fresh = Curvature(model, averaging=0.0, update_every_n_steps=1), Curvature(model, averaging=0.0)
