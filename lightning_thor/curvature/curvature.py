@@ -143,7 +143,7 @@ class Curvature:
         left_out: why the others have none, by name.
         coverage: the share of the trained weights that had curvature when it was built.
         has_low_coverage: whether it is below a half, apart from what ``skip_layers`` names.
-        fan_in: the number of inputs of each output, by weight; 1 for an embedding.
+        fan_in: the number of inputs of each output, by weight, where its shape does not tell; 1 for an embedding.
         weight_of: the weight that a bias within A, or a norm's shift, has its direction with.
         polar_layers: those with polar directions: in polar mode linear layers and convolutions but the output layer.
         step: applied steps so far.
@@ -228,7 +228,7 @@ class Curvature:
         frozen = {name for name, why in self.left_out.items() if why == "frozen" and parameters is None}
         self._frozen = weights_of(model, frozen) if frozen else {}
         self.coverage = coverage(model, self.layers, parameters)
-        self.fan_in, self.weight_of = fan_in(self.layers.values()), weight_of(self.layers.values())
+        self.fan_in, self.weight_of = fan_in(model, self.layers.values()), weight_of(self.layers.values())
         output_layers = [owners.get(name, name) for name in output_layers]  # of a tied weight the layer that has it
         self.polar_layers = self.layers.keys() & set(matrices) - {*output_layers} if chosen.uses_matrix_sign else set()
         self.factors = factor_state_of(self.layers, chosen.decomposition)

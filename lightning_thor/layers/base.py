@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_thor.linalg import block_diagonal
 from lightning_thor.linalg.block_diagonal import BlockPartition
@@ -324,14 +325,24 @@ def weight_of(layers: Iterable[Layer]) -> dict[nn.Parameter, nn.Parameter]:
     return {p: layer.parameters[0] for layer in layers if layer.is_preconditioned for p in layer.parameters[1:]}
 
 
-def fan_in(layers: Iterable[Layer]) -> dict[nn.Parameter, int]:
-    """The number of inputs that each output of a weight adds up, without a bias: by parameter, for layers with an A.
+def fan_in(model: nn.Module, layers: Iterable[Layer]) -> dict[nn.Parameter, int]:
+    """The number of inputs that each output of a weight adds up, without a bias, where its shape does not tell.
 
-    Of an embedding, which picks one row of its weight for each token, it is 1.
+    Of layers with an A it is the width of A, of an embedding, which picks one row of its weight for each token, 1. Of a
+    parameter with three or more dimensions that is no convolution's (a stack of matrices, one for each expert or head;
+    a table of positions) it is taken to be the largest of them but the first: their product would be the inputs of all
+    outputs together.
     """
+    stacks = {
+        p: max(p.shape[1:])
+        for module in model.modules()
+        if not isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear)
+        for p in module.parameters(recurse=False)
+        if not is_lazy(p) and p.dim() > 2
+    }
     found: dict[nn.Parameter, int] = {}
     for layer in layers:
         if layer.A is not None and layer.is_preconditioned:
             n = 1 if layer.kind.diagonal == "A" else layer.A.width - layer.with_bias
             found[layer.parameters[0]] = max(n, found.get(layer.parameters[0], 0))
-    return found
+    return stacks | found

@@ -43,6 +43,7 @@ FAN_IN = {
     "embedding": (lambda: nn.Embedding(8, 30), TOKENS, 1),
     "packed attention": (lambda: Attends(), torch.ones(2, 3, 12), 12),
     "without curvature": (lambda: nn.Bilinear(5, 6, 4, bias=False), torch.ones(2, 11), 30),
+    "experts in one parameter": (lambda: Experts(), torch.ones(3, 2, 30), 30),
 }
 
 
@@ -52,6 +53,17 @@ class Attends(nn.MultiheadAttention):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, x, x, need_weights=False)[0]
+
+
+class Experts(nn.Module):
+    """Multiplies the tokens of each expert by its own matrix, ``[experts, in, out]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 30, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
 
 
 class Pairs(nn.Sequential):
