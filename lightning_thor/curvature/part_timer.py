@@ -16,6 +16,8 @@ REST = "rest"
 OWN_PARTS = ("directions", "statistics", "inversion", "communication")
 """THOR's: directions are gradients multiplied by inverses; communication is what a step waits for it."""
 PARTS = (REST, *OWN_PARTS)
+MOST_ENDED = 256
+"""Steps whose times are kept one by one, before they are added up."""
 
 
 class PartTimer:
@@ -56,6 +58,8 @@ class PartTimer:
             self._mark()
             self._ended.append(self._marks)
             self._parts, self._marks = [], []
+            if len(self._ended) > MOST_ENDED:
+                self.seconds()  # which nobody may ask for, where no step is logged
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

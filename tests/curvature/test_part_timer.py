@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.curvature.part_timer import PARTS, PartTimer
+from lightning_thor.curvature.part_timer import MOST_ENDED, PARTS, PartTimer
 from lightning_thor.distributed.communicator import WorkerGrid
 from tests.helpers.fakes import FakeCommunicator
 
@@ -90,6 +90,15 @@ def test_a_step_that_raised_is_forgotten(timed: tuple[PartTimer, Clock]) -> None
     clock.now += 1
     step(timer, clock)
     assert sum(timer.seconds().values()) == 127
+
+
+def test_steps_that_nobody_asks_for_do_not_fill_the_memory(timed: tuple[PartTimer, Clock]) -> None:
+    timer, clock = timed
+    Event.passed = torch.inf
+    for _ in range(3 * MOST_ENDED):
+        step(timer, clock)
+    assert len(timer._ended) <= MOST_ENDED
+    assert sum(timer.seconds().values()) == 127 * 3 * MOST_ENDED
 
 
 @pytest.mark.parametrize("timed", ["cuda"], indirect=True)
