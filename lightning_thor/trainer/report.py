@@ -6,6 +6,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
@@ -16,12 +17,18 @@ from lightning_thor.trainer.pictures import SPLIT, split_figure
 
 def report_split(split: BlockSplit, folder: str | Path | None, *, quiet: bool = False) -> None:
     """Print `split_table` of ``split`` unless ``quiet``; save ``thor_split.json`` in ``folder`` and, where matplotlib
-    is installed, ``thor_split.png``, unless it is None."""
+    is installed, ``thor_split.png``, unless it is None. What cannot be saved is a warning."""
     console = Console(quiet=quiet)
     console.print(split_table(split))
     if folder is None:
         return
-    path = Path(folder)
+    try:
+        _save(split, Path(folder), console)
+    except Exception as error:  # of the disk, or of matplotlib
+        rank_zero_warn(f"How the block size was chosen was not saved in {folder} ({type(error).__name__}: {error}).")
+
+
+def _save(split: BlockSplit, path: Path, console: Console) -> None:
     path.mkdir(parents=True, exist_ok=True)
     (path / SPLIT).write_text(json.dumps(split.as_dict(), indent=1) + "\n", encoding="utf-8")
     if find_spec("matplotlib") is None:

@@ -80,3 +80,13 @@ def test_a_trial_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     fit(tmp_path, logger=CSVLogger(tmp_path), fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_ends_no_fit(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.warns(UserWarning, match="block size was chosen was not saved in .*Error"),
+        pytest.warns(UserWarning, match="ThorMonitor cannot write"),
+    ):
+        found = fit(tmp_path / "file" / "folder", enable_checkpointing=False)
+    assert found.state.finished
