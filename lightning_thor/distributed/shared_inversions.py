@@ -13,6 +13,9 @@ from lightning_thor.distributed.communicator import Communicator, UnevenLayout, 
 from lightning_thor.linalg.decompositions import INVERSE, Decomposition, Problems, Solutions
 from lightning_thor.linalg.packing import Form, pack, packed_numel, unpack
 
+MOST_ASSIGNMENTS = 256
+"""Assignments that are remembered, the latest."""
+
 
 class InversionAssignment(NamedTuple):
     """Which blocks this process inverts, and where all inverses are in the gathered message."""
@@ -76,8 +79,11 @@ class SharedInversions:
         some = next(iter(shared.values()))[0]
         key = tuple((size, len(blocks)) for size, (blocks, _) in shared.items())
         if key not in self._assignments:
-            # Remembered with its indices on the device, since the same layers are refreshed together again.
+            # Remembered with its indices on the device, since the same layers are refreshed together again; but under a
+            # trace rule ever new ones are.
             rank = self._communicator.rank
+            if len(self._assignments) >= MOST_ASSIGNMENTS:
+                del self._assignments[next(iter(self._assignments))]
             self._assignments[key] = assign_inversions(dict(key), world_size, rank, self._form, some.device)
         own, starts, layout = self._assignments[key]
         # A record is a packed inverse, and 1 if the inversion succeeded, else 0.

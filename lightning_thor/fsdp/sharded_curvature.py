@@ -33,6 +33,9 @@ from lightning_thor.preconditioning.grouping import (
 )
 from lightning_thor.preconditioning.modes import MODES
 
+MOST_PLANS = 128
+"""Plans that are remembered, those that were used last."""
+
 
 class ExchangePlan(NamedTuple):
     """What one rank computes and exchanges for the directions of some parameters."""
@@ -160,11 +163,12 @@ class ShardedCurvature:
         """Exchange boxes of the shards, compute something of whole blocks, and exchange the results."""
         self.curvature.check_that_it_serves(mode)
         is_polar = MODES[mode].uses_matrix_sign
-        # A layer that is left out or included later makes a new plan.
+        # A layer that is left out or included later makes a new plan, as does one that some steps do not use.
         key = is_polar, self.curvature.n_changes, frozenset(shards)
-        if key not in self._plans:
-            self._plans[key] = self._plan(shards, is_polar)
-        plan, curvature = self._plans[key], self.curvature
+        plan, curvature = self._plans.pop(key, None) or self._plan(shards, is_polar), self.curvature
+        self._plans[key] = plan
+        if len(self._plans) > MOST_PLANS:
+            del self._plans[next(iter(self._plans))]
         arrived = self._exchange(plan, _held(plan.leaving, shards), plan.arriving, shards)
         parts = _assembled(plan, [*arrived, *_held(plan.staying, shards)])
         with torch.autocast(curvature.factors.device.type, enabled=False), curvature.part("directions"):

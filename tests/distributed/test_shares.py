@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_thor.distributed import shared_inversions
 from lightning_thor.distributed.shared_inversions import SharedInversions, assign_inversions
 from lightning_thor.linalg.decompositions import INVERSE, Problems, Solutions, damped_inverses
 from lightning_thor.linalg.packing import packed_numel
 from tests.helpers.boring import assert_bitwise
-from tests.helpers.fakes import on_ranks
+from tests.helpers.fakes import Place, on_ranks
 
 
 def problems(n_blocks: dict[int, int]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -38,6 +39,18 @@ def test_shared_inverses_are_those_of_one_process_and_the_same_on_all(
             torch.testing.assert_close(inverses, damped_inverses(blocks, damping)[0], rtol=1e-12, atol=1e-12)
             assert_bitwise(inverses, everyone[0][size][0])
             assert succeeded.all()
+
+
+def test_ever_new_sets_of_blocks_are_not_all_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_inversions, "MOST_ASSIGNMENTS", 2)
+
+    def work(place: Place) -> int:
+        shared = SharedInversions(place.world)
+        for n in (1, 2, 3, 4, 1):
+            shared(problems({4: n}))
+        return len(shared._assignments)
+
+    assert on_ranks(2, None, work) == [2, 2]
 
 
 def test_a_failure_is_known_to_all_and_spoils_no_other_block() -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from benchmarks.communication import sharded_updates
 from lightning_thor import Curvature, register_layer
 from lightning_thor.distributed.dtensor import Box, Boxes, whole_box
+from lightning_thor.fsdp import sharded_curvature
 from lightning_thor.fsdp.box_partition import Part, Transfer, assign_parts, transfers_of
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature, layer_blocks_of_layers
 from lightning_thor.layers import registry
@@ -362,6 +363,25 @@ def test_a_layer_that_is_left_out_later_takes_its_plain_gradient() -> None:
         plain = shards_of(grads[first], 2)[rank]
         assert not torch.equal(before[first], plain)
         torch.testing.assert_close(after[first], plain, rtol=0, atol=0)
+
+
+def test_layers_that_some_steps_do_not_use_leave_few_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded_curvature, "MOST_PLANS", 2)
+    curvature = curvature_of("natural")
+    grads = {p: p.grad.clone() for p in curvature.model.parameters() if p.grad is not None}
+    alone = curvature.precondition(grads)
+
+    def work(place: Place) -> int:
+        own = {p: shards_of(grad, 2)[place.rank] for p, grad in grads.items()}
+        sharded = ShardedCurvature(curvature, place.world, lambda p: boxes_of_rows(p, 2))
+        for layer in [*curvature.layers.values()][:4]:
+            used = {p: shard for p, shard in own.items() if p not in {*layer.parameters}}
+            for some in (used, own):
+                for p, direction in directions_of(sharded, some, "natural").items():
+                    torch.testing.assert_close(direction, shards_of(alone[p], 2)[place.rank], rtol=1e-10, atol=1e-10)
+        return len(sharded._plans)
+
+    assert on_ranks(2, None, work) == [2, 2]
 
 
 @pytest.mark.parametrize("mode", ["natural", "polar"])
