@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import ref
 
 from lightning.fabric import Fabric
 from torch import nn
@@ -73,10 +74,12 @@ class _ForgetSkippedSteps:
     """Empties the curvature's window after a step that the scaler skipped: Fabric calls no ``step`` then."""
 
     def __init__(self, curvature: Curvature, optimizer: Thor) -> None:
-        self.curvature, self.optimizer, self.applied = curvature, optimizer, curvature.step
+        # Fabric keeps its callbacks as long as it lives; models of earlier trainings are to go.
+        self.curvature, self.optimizer, self.applied = ref(curvature), ref(optimizer), curvature.step
 
     def on_after_optimizer_step(self, strategy: Any, optimizer: Optimizer) -> None:
-        if optimizer is self.optimizer:
-            if self.curvature.step == self.applied:
-                self.curvature.discard()
-            self.applied = self.curvature.step
+        curvature = self.curvature()
+        if curvature is not None and optimizer is self.optimizer():
+            if curvature.step == self.applied:
+                curvature.discard()
+            self.applied = curvature.step

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -100,6 +102,16 @@ def test_a_loss_scale_changes_nothing_and_a_skipped_step_leaves_no_statistics() 
     assert curvature.step == 5
     assert not int(curvature.factors.rejected_windows)
     torch.testing.assert_close(found, train(*on_one_device()[:3], X), rtol=1e-9, atol=1e-12)
+
+
+def test_a_fabric_with_a_loss_scale_holds_no_model_of_an_earlier_training() -> None:
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    fabric, *trained = on_one_device(precision=None, plugins=[scaled])
+    curvature = ref(trained[-1])
+    del trained
+    gc.collect()
+    assert curvature() is None
+    fabric.call("on_after_optimizer_step", strategy=None, optimizer=None)
 
 
 def test_two_ranks_are_one_rank(clean_process: None) -> None:
