@@ -183,7 +183,8 @@ class ShardedCurvature:
         if plan.dtype is None:
             return []
         none = torch.empty(0, dtype=plan.dtype, device=self.curvature.factors.device)
-        message = torch.cat([none, *(some.flatten() for some in sent)])
+        # Directions of bfloat16 are float32 here, and a rank that sends nothing would not know it.
+        message = torch.cat([none, *(some.flatten() for some in sent)]).to(plan.dtype)
         lengths = (plan.sent_lengths, plan.received_lengths)
         received = self._communicator.all_to_all(message, *(reversed(lengths) if back else lengths))
         found = []

@@ -300,6 +300,22 @@ def test_rows_of_several_dtypes_keep_theirs(mode: str) -> None:
         torch.testing.assert_close(torch.cat([found[p] for found in together]), direction, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["natural", "polar"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_all_send_messages_of_one_dtype_also_those_who_have_nothing_to_send(mode: str, dtype: torch.dtype) -> None:
+    curvature = curvature_of(mode)
+    grads = {p: p.grad.to(dtype) for p in curvature.model.parameters() if p.grad is not None}
+
+    def work(place: Place) -> list[torch.dtype]:
+        own = {p: shards_of(grad, 16)[place.rank] for p, grad in grads.items()}
+        sharded = ShardedCurvature(curvature, place.world, lambda p: boxes_of_rows(p, 16))
+        assert {direction.dtype for direction in directions_of(sharded, own, mode).values()} == {torch.float32}
+        return place.world.dtypes
+
+    expected = torch.float32 if dtype == torch.float16 else dtype
+    assert on_ranks(16, None, work) == [[expected] * 2] * 16
+
+
 @pytest.mark.parametrize("precondition_bias", [False, True])
 def test_a_weight_that_lies_the_other_way_round_is_cut_unless_its_bias_crosses_it(precondition_bias: bool) -> None:
     class Conv1D(nn.Module):
