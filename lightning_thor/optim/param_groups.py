@@ -17,8 +17,9 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 def configure_thor(module: nn.Module, lr: float = 6e-3, *, weight_decay: float = 0.0, **options: Any) -> Thor:
     """A `Thor` optimizer of everything in ``module`` that is trained, for ``return`` in ``configure_optimizers``.
 
-    Weights of two or more dimensions decay; biases, norms and scalars do not. Under a Trainer, `ThorCallback` supplies
-    the curvature; outside, pass ``preconditioner=Curvature(module)``.
+    Weights of two or more dimensions decay; biases, norms and scalars do not. (A group that ``add_param_group`` adds
+    later, as Lightning's ``BackboneFinetuning`` does, decays as a whole if it has no ``weight_decay`` of its own.)
+    Under a Trainer, `ThorCallback` supplies the curvature; outside, pass ``preconditioner=Curvature(module)``.
 
     Args:
         module: frozen parameters (``requires_grad=False``) are left out.
@@ -51,6 +52,7 @@ def configure_thor(module: nn.Module, lr: float = 6e-3, *, weight_decay: float =
     decayed = [p for p in trained if is_matrix[p] and p not in of_norms]
     plain = [p for p in trained if not is_matrix[p] or p in of_norms]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = Thor([group for group in groups if group["params"]], lr=lr, **options)
+    # Its default is that of groups without one of their own, which Lightning's BackboneFinetuning adds.
+    optimizer = Thor([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay, **options)
     optimizer.numbered = tuple(module.parameters())
     return optimizer

@@ -32,6 +32,13 @@ def test_a_norm_over_two_dimensions_does_not_decay_either() -> None:
     assert len(plain["params"]) == 2
 
 
+def test_a_group_that_is_added_later_decays_too_unless_it_says_otherwise() -> None:
+    optimizer = configure_thor(nn.Linear(2, 2), weight_decay=0.1)
+    optimizer.add_param_group({"params": nn.Linear(2, 2).parameters()})
+    optimizer.add_param_group({"params": nn.Linear(2, 2).parameters(), "weight_decay": 0.0})
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.1, 0.0]
+
+
 def test_frozen_parameters_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
     model[0].requires_grad_(False)
