@@ -137,7 +137,10 @@ def discover_layers(
             if kind.ties_to in kinds:
                 layer = replace(layer, tied_to=kinds[kind.ties_to][0].name)
             layers[layer.name] = layer
-    _check_fused(fused, layers)
+    # They may train later, or belong to another optimizer.
+    idle = [use for use in uses if left_out.get(use.name, "").startswith(NOT_TRAINED) and use.attention is None]
+    known = [(use.name, find_kind(type(use.module))) for use in idle]
+    _check_fused(fused, layers, [name for name, found_kind in known if found_kind and found_kind[0].is_linear])
     order = {use.name: index for index, use in enumerate(uses)}
     for pattern in skip_layers:
         if not any(_is_in(name, pattern) for name in order):
@@ -286,10 +289,11 @@ def _is_in(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def _check_fused(fused: Mapping[str, int], layers: Mapping[str, Layer]) -> None:
+def _check_fused(fused: Mapping[str, int], layers: Mapping[str, Layer], idle: Sequence[str]) -> None:
+    """Check that each pattern names a linear layer with curvature, or one of the ``idle`` ones, which do not train."""
     linear = [name for name, layer in layers.items() if layer.kind.is_linear]
     for pattern in fused:
-        if not any(fnmatchcase(name, pattern) for name in linear):
+        if not any(fnmatchcase(name, pattern) for name in (*linear, *idle)):
             raise ValueError(
                 f"fused: {pattern!r} is the name of no linear layer with curvature. There are: "
                 f"{', '.join(linear) or 'none'}. (The projections of nn.MultiheadAttention are apart anyway.)"

@@ -244,6 +244,18 @@ def test_a_wrong_fused_is_refused(fused: Any, words: str) -> None:
         Curvature(nn.Sequential(nn.Linear(5, 18), nn.LayerNorm(18)), fused=fused)
 
 
+def test_a_fused_layer_may_be_frozen_or_of_another_optimizer_and_has_its_parts_when_it_trains() -> None:
+    model = nn.Sequential(nn.Linear(5, 18), nn.LayerNorm(18), nn.Linear(18, 2))
+    of_others = Curvature(model, fused={"0": 3}, parameters=model[2].parameters())
+    assert list(of_others.layers) == ["2"]
+    model[0].requires_grad_(False)
+    curvature = Curvature(model, block_size=4, fused={"0": 3})
+    assert curvature.include(model[0].parameters()) == ["0"]
+    assert curvature.layers["0"].G.groups == 3
+    with pytest.raises(ValueError, match="'1' is the name of no linear layer"):
+        Curvature(model, fused={"1": 3}, parameters=model[2].parameters())
+
+
 # ── subclasses of nn.Linear ──
 
 
