@@ -711,7 +711,7 @@ class Curvature:
         check_state(state)
         further = {name for name in state["layers"] if self.left_out.get(name, "").startswith(NOT_TRAINED)}
         if further:
-            self.include(parameters_of(self.model, further))
+            self.include(set().union(*parameters_of(self.model, further).values()))
         lacking = self.layers.keys() - state["layers"].keys()
         if lacking and all(self.layers[name].kind is RECURRENT for name in lacking):
             # Of former versions, in which recurrent layers had no curvature.

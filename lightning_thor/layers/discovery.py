@@ -171,9 +171,9 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
             yield ModuleUse(name, module, weight_name, None, outer, role)
 
 
-def parameters_of(model: nn.Module, names: Container[str]) -> set[nn.Parameter]:
-    """The parameters of the modules that use weights by these names, see `discover_layers`."""
-    return {p for use in _uses(model) if use.name in names for p in use.module.parameters(recurse=False)}
+def parameters_of(model: nn.Module, names: Container[str]) -> dict[str, set[nn.Parameter]]:
+    """The parameters of the modules that use weights by these names, see `discover_layers`; by name."""
+    return {use.name: {*use.module.parameters(recurse=False)} for use in _uses(model) if use.name in names}
 
 
 def weights_of(model: nn.Module, names: Container[str]) -> dict[str, Tensor]:

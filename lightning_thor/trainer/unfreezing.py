@@ -43,13 +43,13 @@ def restore_groups(trainer: pl.Trainer) -> None:
 def warn_of_layers_without_optimizer(curvature: Curvature, optimizers: Sequence[Optimizer]) -> None:
     """Warn, once, of layers that were frozen and are no more, but whose parameters no optimizer has."""
     trained = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    frozen = {name for name, reason in curvature.left_out.items() if reason == "frozen"}
     idle = []
-    for name, reason in curvature.left_out.items():
-        if reason == "frozen":
-            own = {p for p in parameters_of(curvature.model, [name]) if p.requires_grad}
-            if own:
-                curvature.left_out[name] = "not in the optimizer"
-                idle += [] if own & trained else [name]
+    for name, parameters in parameters_of(curvature.model, frozen).items():
+        own = {p for p in parameters if p.requires_grad}
+        if own:
+            curvature.left_out[name] = "not in the optimizer"
+            idle += [] if own & trained else [name]
     if idle:
         names = ", ".join(map(repr, idle)) if len(idle) < 6 else name_some(idle)
         rank_zero_warn(

@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import nn
 
 from lightning_thor import Curvature, Thor, ThorDDPStrategy, configure_thor
+from lightning_thor.layers import discovery
+from lightning_thor.trainer.unfreezing import warn_of_layers_without_optimizer
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
 from tests.helpers.distributed_workers import (
     Unfreezing,
@@ -123,6 +125,16 @@ def test_an_optimizer_that_has_frozen_parameters_from_the_start(tmp_path: Path) 
     found = trainer(tmp_path)
     found.fit(Everything())
     assert layers_of(found) == ALL[1:]
+
+
+def test_frozen_layers_are_looked_for_in_one_pass_over_the_model_however_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(20)])
+    model[:19].requires_grad_(False)
+    curvature, passes = Curvature(model), list[nn.Module]()
+    every_use = discovery._uses
+    monkeypatch.setattr(discovery, "_uses", lambda model: passes.append(model) or every_use(model))
+    warn_of_layers_without_optimizer(curvature, [])
+    assert passes == [model]
 
 
 def test_a_strategy_is_asked_about_parameters_that_begin_to_train(tmp_path: Path, clean_process: None) -> None:
