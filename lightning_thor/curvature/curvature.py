@@ -799,7 +799,7 @@ class Curvature:
 
     def n_bytes(self, name: str) -> int:
         """Memory of one layer's window sums, factors and, if they are stored here, inverses, in bytes."""
-        return self.factors.n_bytes(list(self.layers).index(name))
+        return self.factors.n_bytes(self._accumulator.uses[name][0])
 
     def _is_open(self, name: str) -> bool:
         index, use = self._accumulator.uses[name]
@@ -839,7 +839,7 @@ class Curvature:
     def inverses_of(self, name: str) -> FactorPair:
         """Views of what is stored of a layer's A and G, their inverses, roots or eigenvectors: ``(A, G)``, each
         ``[groups, n_blocks, size, size]``; None for a layer without A."""
-        number = list(self.layers).index(name)
+        number, _ = self._accumulator.uses[name]
         views = {side: self.factors.blocks(number, side, "inverse") for side, _ in self.factors.layout.factors(number)}
         return views.get("A"), views["G"]
 
@@ -847,7 +847,7 @@ class Curvature:
         """Which process of its column stores the inverses of the layer ``name``, by number of a process, where weights
         are sharded and processes store the inverses of different layers (see `WorkerGrid`); otherwise empty: each
         stores all."""
-        row = self._shared.group_of[list(self.layers).index(name)]
+        row = self._shared.group_of[self._accumulator.uses[name][0]]
         return {rank: column[row] for column in self._columns or () for rank in column}
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -115,15 +115,15 @@ def _cost(layer: Layer, products: int, is_polar: bool) -> float:
     return product_cost(factors) * products + (sign_cost(factors) if is_polar else 0.0) + inversions
 
 
-def _tied(parameters: Iterable[Iterable[nn.Parameter]]) -> list[list[int]]:
+def _tied(parameters: Sequence[Iterable[nn.Parameter]]) -> list[list[int]]:
     """The indices of layers, given the parameters of each, together where they have a parameter in common."""
-    groups: list[tuple[list[int], set[nn.Parameter]]] = []
-    for index, some in enumerate(parameters):
-        members, own, apart = [index], set(some), []
-        for group in groups:
-            if own.isdisjoint(group[1]):
-                apart.append(group)
-            else:
-                members, own = group[0] + members, own | group[1]
-        groups = [*apart, (members, own)]
-    return [members for members, _ in groups]
+    groups: dict[int, list[int]] = {}
+    """By the last index in them."""
+    group_with: dict[nn.Parameter, list[int]] = {}
+    for index, own in enumerate(parameters):
+        members = [index]
+        for last in sorted({group_with[p][-1] for p in own if p in group_with}):
+            members = groups.pop(last) + members
+        groups[index] = members
+        group_with.update((p, members) for layer in members for p in parameters[layer])
+    return list(groups.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from benchmarks.communication.messages import Counting, moved
 from examples.resnet import ResNet50
 from lightning_thor import Curvature, Thor, ThorDDPStrategy, configure_thor
+from lightning_thor.distributed import shared_directions
 from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
 from lightning_thor.distributed.shared_directions import SharedDirections
 from lightning_thor.trainer.start_report import curvature_report, curvature_table
@@ -288,6 +290,16 @@ def test_parameter_groups_of_both_modes_get_the_directions_of_each() -> None:
     (expected, *_), found = (on_ranks(2, n_workers, work) for n_workers in (None, 1))
     for trained in found:
         torch.testing.assert_close(trained.weights(), expected.weights(), rtol=1e-10, atol=1e-12)
+
+
+def test_layers_with_a_parameter_in_common_are_found_among_many() -> None:
+    """In a time that grows with them: each compared with each, so many would take minutes."""
+    a, b, c, d, *others = (nn.Parameter(torch.zeros(())) for _ in range(30_000))
+    start = time.monotonic()
+    found = shared_directions._tied([[a, b], [c], [b, d], *([p] for p in others), [c], [d]])
+    assert time.monotonic() - start < 10
+    assert sorted(map(sorted, found))[:3] == [[0, 2, len(others) + 4], [1, len(others) + 3], [3]]
+    assert len(found) == len(others) + 2
 
 
 def test_the_work_of_a_step_is_shared_out_evenly() -> None:
