@@ -52,11 +52,11 @@ class ThorCLI(LightningCLI):
     ) -> Any:
         """As of LightningCLI, with the interval at which ``lr_scheduler`` asks to be stepped.
 
-        LightningCLI gives an optimizer the model's parameters, in one group, before ``configure_model``, in which
-        ``fully_shard`` puts others in their places.
+        LightningCLI gives an optimizer the model's parameters, in one group, before ``configure_model``, which may make
+        more, and in which ``fully_shard`` puts others in their places.
         """
         params = list(lightning_module.parameters())
-        if len(optimizer.param_groups) == 1 and not {*optimizer.param_groups[0]["params"]} <= {*params}:
+        if len(optimizer.param_groups) == 1 and {*optimizer.param_groups[0]["params"]} != {*params}:
             optimizer.param_groups[0]["params"] = params
         interval = getattr(lr_scheduler, "interval", None)
         if interval is None:

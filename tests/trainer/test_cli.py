@@ -106,6 +106,22 @@ def test_a_sharded_model_is_trained_by_the_optimizer_of_the_yaml(
     torch.testing.assert_close(found, [*whole.parameters()], rtol=1e-4, atol=1e-5)
 
 
+class LaterClassifier(ImageClassifier):
+    """Makes its output layer when training begins."""
+
+    def configure_model(self) -> None:
+        self.network = torch.nn.Sequential(self.network, torch.nn.Linear(10, 10))
+
+
+def test_layers_that_are_made_when_training_begins_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = "--model=tests.trainer.test_cli.LaterClassifier"
+    options = (*TINY_DIGITS, "--trainer.max_epochs=1", "--trainer.overfit_batches=1", model)
+    ran = run(monkeypatch, tmp_path, "fit", *options)
+    (group,) = ran.trainer.optimizers[0].param_groups
+    assert {*group["params"]} == {*ran.model.parameters()}
+    assert callback_of(ran.trainer).curvatures[0].layers.keys() >= {"network.1"}
+
+
 @pytest.mark.slow
 def test_the_scheduler_of_the_yaml_steps_once_per_epoch(fitted: tuple[Path, str]) -> None:
     checkpoint = torch.load(checkpoint_in(fitted[0]), weights_only=True)
