@@ -14,7 +14,7 @@ from lightning_thor.linalg.dtypes import message_dtype, wide
 from lightning_thor.preconditioning.grouping import Directions
 
 STEPS_PER_REFRESH = 10.0
-"""Steps that an inverse serves: the default interval. With another one only the balance suffers."""
+"""Steps that an inverse serves: the default interval up to step 1,000. With another one only the balance suffers."""
 
 
 class SharedDirections:
