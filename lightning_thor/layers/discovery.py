@@ -138,7 +138,11 @@ def discover_layers(
                 layer = replace(layer, tied_to=kinds[kind.ties_to][0].name)
             layers[layer.name] = layer
     # They may train later, or belong to another optimizer.
-    idle = [use for use in uses if left_out.get(use.name, "").startswith(NOT_TRAINED) and use.attention is None]
+    idle = [
+        use
+        for use in uses
+        if left_out.get(use.name, "").startswith(NOT_TRAINED) and not isinstance(use.caller, nn.MultiheadAttention)
+    ]
     known = [(use.name, find_kind(type(use.module))) for use in idle]
     _check_fused(fused, layers, [name for name, found_kind in known if found_kind and found_kind[0].is_linear])
     order = {use.name: index for index, use in enumerate(uses)}
