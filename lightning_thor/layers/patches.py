@@ -13,6 +13,9 @@ from lightning_thor.layers.base import subsample
 SMALL_INDEX_NUMEL = 2**16
 """Numbers in a small index: those of 1,024 rows and a kernel of 64."""
 
+LARGE_INDEX_NUMEL = 2**21
+"""Numbers in the largest index that is kept, 16 MiB: a large ``max_rows`` may have one of gigabytes for each layer."""
+
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -41,8 +44,9 @@ def patches_and_values(
     # Cached, since it takes some dozens of operations; few of the larger ones, since each size of inputs has its own.
     find = _find_patches
     if max_lines is not None:
-        n = torch.Size(module.kernel_size).numel() * max_lines * per_line
-        find = _find_patches_cached if n <= SMALL_INDEX_NUMEL else _find_large_patches_cached
+        n = torch.Size(module.kernel_size).numel() * min(max_lines, len(valued) * positions[0]) * per_line
+        if n <= LARGE_INDEX_NUMEL:
+            find = _find_patches_cached if n <= SMALL_INDEX_NUMEL else _find_large_patches_cached
     seen = find(valued.shape[0], axes, max_lines, module.padding_mode, valued.device)
     values, planes = _lines(valued, seen.taken), _lines(patched, seen.read)
     windows = planes.to(dtype) if seen.positions is None else _with_zero(planes, dtype).index_select(1, seen.positions)

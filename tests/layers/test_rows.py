@@ -372,6 +372,13 @@ def test_large_kernels_on_inputs_of_ever_new_sizes_do_not_fill_the_memory() -> N
     assert len({x.data_ptr() for x in held}) <= 16
 
 
+def test_an_index_of_millions_is_not_kept() -> None:
+    conv, a = nn.Conv2d(1, 1, 3, padding=1), torch.zeros(16, 1, 128, 128)
+    CONVOLUTION.rows(conv, a, conv(a).detach(), torch.float32, 10**6)
+    n = 9 * a.numel()
+    assert not [x for x in gc.get_objects() if type(x) is Tensor and x.dtype == torch.int64 and x.numel() == n]
+
+
 @pytest.mark.parametrize(
     ("module", "shape"),
     [(nn.Conv3d(1, 2, 3, padding=1), (2, 1, 6, 32, 32)), (nn.Conv2d(1, 2, 3, padding=1), (2, 1, 6, 1024))],
