@@ -20,7 +20,7 @@ from lightning_thor.layers.linear import ProjectionKind
 from lightning_thor.layers.weight_product import accumulates, backward_pass, before_node, products_between
 
 Recurrent = nn.RNNBase | nn.RNNCellBase
-LIBRARIES: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
+LIBRARIES = ("cudnn", "mkldnn")
 
 
 class RecurrentKind(ProjectionKind):
@@ -48,13 +48,16 @@ class WithoutLibraries:
     """A context in which torch's recurrent layers take torch's own operations."""
 
     def __enter__(self) -> None:
-        self._before = [library.enabled for library in LIBRARIES]
-        for library in LIBRARIES:
-            library.enabled = False
+        # Not torch.backends: its flags may be frozen, and its contexts change other flags too.
+        self._before = {name: getattr(torch._C, f"_get_{name}_enabled")() for name in LIBRARIES}
+        self._enable(dict.fromkeys(LIBRARIES, False))
 
     def __exit__(self, *_: object) -> None:
-        for library, enabled in zip(LIBRARIES, self._before, strict=True):
-            library.enabled = enabled
+        self._enable(self._before)
+
+    def _enable(self, enabled: Mapping[str, bool]) -> None:
+        for name, is_enabled in enabled.items():
+            getattr(torch._C, f"_set_{name}_enabled")(is_enabled)
 
 
 class Steps(NamedTuple):

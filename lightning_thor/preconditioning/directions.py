@@ -101,7 +101,7 @@ def polar(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
     for members in by_shape.values():
         signs = _msign_in_chunks(torch.cat([parts for *_, parts in members])).split([len(p) for *_, p in members])
         for (group, whole, shape, _), sign in zip(members, signs, strict=True):
-            direction = group.product(_put_together(sign, shape).view(whole), whiten_again)
+            direction = group.product(_put_together(sign, shape).reshape(whole), whiten_again)
             group.put(directions, _divide_within_range_(direction, stored.unit), tensors)
     yield directions
 

@@ -303,6 +303,14 @@ def test_gradient_passes_that_are_no_training_leave_no_trace() -> None:
         torch.testing.assert_close(found[name]["G"], factors["G"])
 
 
+def test_flags_of_libraries_that_are_frozen_matter_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = "__allow_nonbracketed_mutation_flag"  # of torch.backends.disable_global_flags
+    monkeypatch.setitem(torch.backends.flags_frozen.__globals__, flag, False)
+    with pytest.raises(RuntimeError, match="not allowed to set"):
+        torch.backends.cudnn.enabled = False
+    assert observed(module := nn.LSTM(WIDTH, HIDDEN), lambda: module(torch.randn(7, 4, WIDTH))[0].sum())
+
+
 def test_libraries_are_on_again_and_nothing_stays_behind() -> None:
     before = torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled
     module = nn.LSTM(WIDTH, HIDDEN)
