@@ -39,7 +39,8 @@ def exact_factors(
     Raises:
         ValueError: there is no batch, or an option is out of its range.
     """
-    curvature = Curvature(model, **({"block_size": None, "max_rows": None} | options | {"averaging": 0.0}))
+    with torch.inference_mode(False):
+        curvature = Curvature(model, **({"block_size": None, "max_rows": None} | options | {"averaging": 0.0}))
     curvature.is_listening = lambda: True
     modes = {module: module.training for module in model.modules()}
     gradients = {p: p.grad for p in model.parameters()}
@@ -47,7 +48,7 @@ def exact_factors(
     try:
         model.eval()
         model.zero_grad()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             for n_batches, batch in enumerate(batches, start=1):  # noqa: B007 - its last value is asked for
                 model.zero_grad(set_to_none=False)  # None would mean that what was observed is to be forgotten
                 loss(model, batch).backward()

@@ -65,6 +65,16 @@ def test_with_drawn_targets_it_estimates_the_references_gauss_newton_matrix() ->
         assert (ours - theirs).norm() < 0.05 * theirs.norm()  # 6,400 drawn targets
 
 
+def test_it_is_the_same_where_no_gradients_are_wanted() -> None:
+    """As in a validation or a test of Lightning's."""
+    model, batches = net(), data(8, 3)
+    plain = kroneckers(exact_factors(model, batches, given))
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            found = exact_factors(model, batches, given)
+        torch.testing.assert_close(kroneckers(found), plain)
+
+
 def test_the_model_and_its_gradients_are_left_as_they_were() -> None:
     model = net().train()
     model[1].eval()
