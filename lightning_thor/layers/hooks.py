@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_thor.layers.attention import RecordProducts
+from lightning_thor.layers.attention import Note, RecordProducts
 from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
 from lightning_thor.layers.pairs import Arrange, Pair, PairChecks, as_plain_tensor, is_readable
 from lightning_thor.layers.recurrent import StepGradients, Steps, WithoutLibraries, products_in, saves_tensors_elsewhere
@@ -140,8 +140,7 @@ class Hooks:
             for name, module in modules.items()
         ]
         for caller, names in (callers or {}).items():
-            make = self._attention_hooks if isinstance(caller, nn.MultiheadAttention) else self._recurrent_hooks
-            before, after = make(names, caller)
+            before, after = self._caller_hooks(names, caller)
             self._handles.append(caller.register_forward_pre_hook(MethodType(before, owner)))
             # Always called: a forward pass that fails must not leave its recording open.
             self._handles.append(
@@ -229,11 +228,10 @@ class Hooks:
 
         return not_alone(on_forward)
 
-    def _attention_hooks(
-        self, names: Mapping[str, str], owner: nn.Module
-    ) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _note_product(self, names: Mapping[str, str]) -> Note:
+        """What records the products of an attention, whose weights have these ``names`` by role."""
         numbers = {name: number_of(self._receiver(name)) for name in names.values()}
-        own, graphs = ref(self), self.graphs
+        own = ref(self)
 
         def note(role: str, a: Tensor, output: Tensor, arrange: Arrange) -> Tensor:
             name = names.get(role)
@@ -247,23 +245,36 @@ class Hooks:
                 return pass_on(arrange(output), arrange(a), numbers[name]).transpose(0, 1).reshape(output.shape)
             return output
 
-        record, entered = RecordProducts(note), list[ExitStack]()
+        return note
+
+    def _caller_hooks(
+        self, names: Mapping[str, str], owner: nn.Module
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Hooks before and after a call: an attention's products are recorded in it, those of a recurrent layer are
+        found in its graph afterwards."""
+        record = RecordProducts(self._note_product(names)) if isinstance(owner, nn.MultiheadAttention) else None
+        own, graphs, is_due = ref(self), self.graphs, self._is_due
+        entered = list[tuple[ExitStack, list[str]]]()
 
         def enter() -> None:
             hooks = None if torch._C._is_tracing() else own()
-            if hooks is not None and any(map(hooks._is_open, names.values())):
-                entered.append(ExitStack())
-                entered[-1].enter_context(record)
+            opened = [] if hooks is None else [name for name in names.values() if hooks._is_open(name)]
+            if opened:
+                entered.append((ExitStack(), opened))
+                entered[-1][0].enter_context(WithoutLibraries() if record is None else record)
 
-        def leave() -> None:
-            entered.pop().close()
+        def leave(inputs: Any, output: Any) -> None:
+            stack, opened = entered.pop()
+            stack.close()
+            hooks = own()
+            if record is None and hooks is not None:
+                hooks._pair_steps(opened, inputs, output)
 
-        is_due = self._is_due
         enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
 
         def before(_: _Unpickled, module: nn.Module, args: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
-                if graphs.hand_over and torch.is_grad_enabled() and module is owner:
+                if record is not None and graphs.hand_over and torch.is_grad_enabled() and module is owner:
                     record.__enter__()  # type: ignore[no-untyped-call]
                 return
             for name in names.values():
@@ -273,43 +284,9 @@ class Hooks:
 
         def after(_: _Unpickled, module: nn.Module, *others: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
-                if graphs.hand_over and torch.is_grad_enabled() and module is owner:
+                if record is not None and graphs.hand_over and torch.is_grad_enabled() and module is owner:
                     record.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             elif entered and module is owner:
-                leave_unseen()
-
-        return not_alone(before), not_alone(after)
-
-    def _recurrent_hooks(
-        self, names: Mapping[str, str], owner: nn.Module
-    ) -> tuple[Callable[..., None], Callable[..., None]]:
-        own, is_due, recording = ref(self), self._is_due, list[tuple[WithoutLibraries, list[str]]]()
-
-        def enter() -> None:
-            hooks = None if torch._C._is_tracing() else own()
-            if hooks is not None and (opened := [name for name in names.values() if hooks._is_open(name)]):
-                recording.append((WithoutLibraries(), opened))
-                recording[-1][0].__enter__()
-
-        def leave(inputs: Any, outputs: Any) -> None:
-            without_libraries, opened = recording.pop()
-            without_libraries.__exit__()
-            hooks = own()
-            if hooks is not None:
-                hooks._pair_steps(opened, inputs, outputs)
-
-        enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
-
-        def before(_: _Unpickled, module: nn.Module, args: Any) -> None:
-            if torch.compiler.is_dynamo_compiling():
-                return
-            for name in names.values():
-                if is_due(name) and torch.is_grad_enabled() and module is owner:
-                    enter_unseen()
-                    return
-
-        def after(_: _Unpickled, module: nn.Module, *others: Any) -> None:
-            if recording and not torch.compiler.is_dynamo_compiling() and module is owner:
                 *inputs, output = others
                 leave_unseen(inputs, output)
 

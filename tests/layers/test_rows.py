@@ -288,6 +288,12 @@ def test_max_rows_of_a_convolution_takes_lines_of_all_samples(name: str) -> None
 
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+SOME_CONVOLUTIONS: list[dict[str, Any]] = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "padding": 2, "stride": 2, "dilation": 2, "groups": 2},
+    {"kernel_size": 4, "padding": "same"},
+    {"kernel_size": (4, 3, 2), "padding": (2, 0, 1), "stride": (1, 3, 2), "dilation": (2, 1, 3)},
+]
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
@@ -295,15 +301,12 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 @pytest.mark.parametrize(
     "options",
     [
-        {"kernel_size": 3, "padding": 1},
-        {"kernel_size": 3, "padding": 2, "stride": 2, "dilation": 2, "groups": 2},
-        {"kernel_size": 4, "padding": "same"},
+        *SOME_CONVOLUTIONS,
         {"kernel_size": 2, "padding": "same", "dilation": 3, "groups": 4},
         {"kernel_size": 3, "padding": "valid", "stride": 2},
         {"kernel_size": 1, "padding": 0},
         {"kernel_size": 1, "padding": 0, "stride": (2, 1, 1)},
         {"kernel_size": 1, "padding": 1, "stride": 2},
-        {"kernel_size": (4, 3, 2), "padding": (2, 0, 1), "stride": (1, 3, 2), "dilation": (2, 1, 3)},
     ],
     ids=str,
 )
@@ -332,12 +335,7 @@ def test_lines_that_are_taken_are_those_of_the_whole_to_the_bit(
 @pytest.mark.parametrize("dims", CONVOLUTIONS)
 @pytest.mark.parametrize(
     "options",
-    [
-        {"kernel_size": 3, "padding": 1},
-        {"kernel_size": 3, "padding": 2, "stride": 2, "dilation": 2, "groups": 2},
-        {"kernel_size": 4, "padding": "same"},
-        {"kernel_size": (4, 3, 2), "padding": (2, 0, 1), "stride": (1, 3, 2), "dilation": (2, 1, 3)},
-    ],
+    SOME_CONVOLUTIONS,
     ids=str,
 )
 def test_a_reduced_row_of_an_image_is_the_mean_of_its_patches_and_the_sum_of_its_gradients(
