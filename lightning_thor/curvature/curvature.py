@@ -53,6 +53,7 @@ from lightning_thor.layers.discovery import (
     warn_of_low_coverage,
     weights_of,
 )
+from lightning_thor.layers.experts import EXPERTS, EXPERTS_TRANSPOSED
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.pairs import PairChecks
 from lightning_thor.layers.recurrent import RECURRENT
@@ -693,7 +694,8 @@ class Curvature:
         """Go on from what `state_dict` returned; a following step is bitwise the one that would have followed there.
 
         Layers of the state that are frozen here, or not among the parameters of this curvature, become layers of it
-        again: they were unfrozen there. Recurrent layers, of which former versions kept no curvature, begin theirs.
+        again: they were unfrozen there. Recurrent layers and experts, of which former versions kept no curvature, begin
+        theirs.
 
         Inverses that the state lacks, since another process stored them, are computed again from the averages and the
         last damping: equal on all processes, and to the lost ones to rounding, which depends on the batch that a block
@@ -713,8 +715,8 @@ class Curvature:
         if further:
             self.include(set().union(*parameters_of(self.model, further).values()))
         lacking = self.layers.keys() - state["layers"].keys()
-        if lacking and all(self.layers[name].kind is RECURRENT for name in lacking):
-            # Of former versions, in which recurrent layers had no curvature.
+        if lacking and all(self.layers[name].kind in (RECURRENT, EXPERTS, EXPERTS_TRANSPOSED) for name in lacking):
+            # Of former versions, in which these had no curvature.
             extended, new = extended_state(state, self.state_dict(), spreads=False)
             state = extended if lacking == {*new} else state
         load_curvature_state(state, list(self.layers), self.factors, self._schedule, mode=self.mode)

@@ -242,8 +242,8 @@ def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
     """Assign all blocks to ranks; the same on all ranks.
 
     A block goes to the rank that holds most of it, or to the worker of that rank, and of several such ranks to the one
-    with the least load so far. Layers of one block come last and go, the most expensive first, to the rank with the
-    least load among all, or among the workers.
+    with the least load so far. Layers of one block that one rank holds (an expert) stay there; the others come last and
+    go, the most expensive first, to the rank with the least load among all, or among the workers.
 
     Args:
         layers: all whose directions are computed, with parameters that are sharded over the same ranks.
@@ -273,11 +273,12 @@ def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
 
     found: list[tuple[LayerBlocks, Box]] = []
     candidates: list[list[int]] = []
+    indices = {p: ShardIndex(boxes[p]) for p in {one.layer.parameters[0] for one in layers}}
     for layer_blocks in layers:
         if layer_blocks.side is None:
             continue
         weight = layer_blocks.layer.parameters[0]
-        shards = ShardIndex(boxes[weight])
+        shards = indices[weight]
         for box in layer_blocks.boxes(boxes[weight]):
             own = layer_blocks.in_parameter(box, weight)
             areas = {rank: common.area for rank, _, common in shards.overlaps(own)}
@@ -287,7 +288,9 @@ def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
     whole = [layer_blocks for layer_blocks in layers if layer_blocks.side is None]
     for layer_blocks in sorted(whole, key=lambda one: -one.cost(one.whole)):
         found.append((layer_blocks, layer_blocks.whole))
-        candidates.append(places_of(layer_blocks, ranks))
+        weight = layer_blocks.layer.parameters[0]
+        holders = [rank for rank, *_ in indices[weight].overlaps(layer_blocks.in_parameter(layer_blocks.whole, weight))]
+        candidates.append(places_of(layer_blocks, holders if len(holders) == 1 else ranks))
     costs = [layer_blocks.cost(box) for layer_blocks, box in found]
     owners = assign_greedily(costs, len(ranks), allowed=candidates)
     joined: list[tuple[LayerBlocks, Box, int]] = []

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 ROLES = ("q_proj", "k_proj", "v_proj", "out_proj")
 """The weights of an attention."""
 
-Note = Callable[[str, Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
-"""Called with the role of a weight, its input, its output, and a function that brings either of them to ``[batch,
-positions, width]``; returns the output to go on with."""
+Note = Callable[[str, Tensor, Tensor, Callable[[Tensor], Tensor] | None], Tensor]
+"""Called with the role of a weight, its input, its output, and a function that brings the output's gradient to the
+input's dimensions (None: it has them); returns the output to go on with."""
 
 _CODE: CodeType = F.multi_head_attention_forward.__code__
 
@@ -54,6 +54,9 @@ class RecordProducts(TorchFunctionMode):
             return self._forward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
+    def _noted(self, role: str, a: Tensor, output: Tensor) -> Tensor:
+        return self.note(role, self._batch_first(a), output, self._batch_first)
+
     def _batch_first(self, x: Tensor) -> Tensor:
         # x is [positions, batch, width], or has the first two as one.
         return (x if x.dim() == 3 else x.unflatten(0, (self._positions, self._batch))).transpose(0, 1)
@@ -65,12 +68,12 @@ class RecordProducts(TorchFunctionMode):
             def record(q: Tensor, k: Tensor, v: Tensor, *weights: Any) -> tuple[Tensor, ...]:
                 outputs = projections(q, k, v, *weights)
                 noted = zip(ROLES, (q, k, v), outputs, strict=False)
-                return tuple([self.note(role, a, output, self._batch_first) for role, a, output in noted])
+                return tuple([self._noted(role, a, output) for role, a, output in noted])
 
             return record
 
         def linear(a: Tensor, *weights: Any) -> Tensor:
-            return self.note("out_proj", a, F.linear(a, *weights), self._batch_first)
+            return self._noted("out_proj", a, F.linear(a, *weights))
 
         own = vars(F)
         names = {

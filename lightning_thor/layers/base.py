@@ -184,9 +184,10 @@ class ModuleUse:
     param_slice: slice | None = None
     """The rows of the parameter that are this weight, where one parameter packs several."""
     caller: nn.Module | None = None
-    """The attention or recurrent layer that multiplies by the weight without calling a module."""
+    """The attention, recurrent layer or experts that multiply by the weight without calling a module."""
     role: str = ""
-    """The weight's part in ``caller``: one of `lightning_thor.layers.attention.ROLES`, or the parameter's name."""
+    """The weight's part in ``caller``: one of `lightning_thor.layers.attention.ROLES`, the parameter's name, or see
+    `lightning_thor.layers.experts.role_of`."""
 
     @property
     def trains(self) -> bool:
@@ -201,7 +202,7 @@ class ModuleUse:
 
 
 def uses_by_caller(uses: Iterable[ModuleUse]) -> dict[nn.Module, dict[str, str]]:
-    """Names of the uses inside attentions and recurrent layers, by these and by role."""
+    """Names of the uses inside attentions, recurrent layers and experts, by these and by role."""
     callers: dict[nn.Module, dict[str, str]] = {}
     for use in uses:
         if use.caller is not None:

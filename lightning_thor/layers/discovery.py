@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers import attention
 from lightning_thor.layers.base import Layer, LayerKind, ModuleUse
+from lightning_thor.layers.experts import ExpertsKind, role_of, stacks_of
 from lightning_thor.layers.recurrent import Recurrent, weight_names
 from lightning_thor.layers.registry import EXPAND, KfacApprox, find_kind, unsupported_reason
 from lightning_thor.linalg import block_diagonal
@@ -45,7 +46,7 @@ def name_some(names: list[str], n: int = 5) -> str:
 
 def matrix_layers(model: nn.Module, without: Container[nn.Parameter] = ()) -> list[str]:
     """Names of the linear layers, projections and convolutions that train; the last is taken as the output layer. The
-    weights of recurrent layers come first: they make states.
+    weights of recurrent layers and of experts come first: they make states.
 
     Those whose weight is among ``without`` are left out.
 
@@ -57,7 +58,7 @@ def matrix_layers(model: nn.Module, without: Container[nn.Parameter] = ()) -> li
     """
     kinds = ((use, find_kind(type(use.module))) for use in _uses(model))
     matrices = [use for use, found in kinds if found is not None and found[0].is_matrix]
-    matrices.sort(key=lambda use: not isinstance(use.module, Recurrent))
+    matrices.sort(key=lambda use: use.caller is not use.module)
     weights = [(use.name, getattr(use.module, use.weight_name)) for use in matrices]
     return [name for name, w in weights if isinstance(w, Tensor) and w.requires_grad and w not in without]
 
@@ -167,9 +168,12 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
             for weight in weight_names(module):
                 yield ModuleUse(f"{name}.{weight}" if name else weight, module, weight, None, module, weight)
             continue
-        own = dict(module.named_parameters(recurse=False))
+        own, found = dict(module.named_parameters(recurse=False)), find_kind(type(module))
+        if found is not None and isinstance(found[0], ExpertsKind):
+            yield from _experts(name, module, found[0])
+            continue
         if own or is_parametrized(module, "weight"):
-            found, outer = find_kind(type(module)), inside.get(module)
+            outer = inside.get(module)
             weight_name = "weight" if found is None else found[0].weight_name
             role = "" if outer is None else "out_proj" if module is outer.out_proj else "?"
             yield ModuleUse(name, module, weight_name, None, outer, role)
@@ -193,6 +197,14 @@ def _projections(name: str, module: nn.MultiheadAttention) -> Iterator[ModuleUse
         param_slice = slice(index * width, (index + 1) * width) if is_packed else None
         weight_name = "in_proj_weight" if is_packed else f"{role}_weight"
         yield ModuleUse(f"{name}.{role}" if name else role, module, weight_name, param_slice, module, role)
+
+
+def _experts(name: str, module: nn.Module, kind: ExpertsKind) -> Iterator[ModuleUse]:
+    for weight, stack in stacks_of(module).items():
+        for number in range(len(stack)):
+            one, role = f"{weight}.{number}", role_of(weight, number, kind.is_transposed(module))
+            part = slice(number, number + 1)
+            yield ModuleUse(f"{name}.{one}" if name else one, module, weight, part, module, role)
 
 
 def _check(
@@ -320,9 +332,8 @@ def trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 LOW_COVERAGE = 0.5
 """Share of the trained weights below which too few have curvature."""
 LOW_COVERAGE_ADVICE = (
-    "Give modules of your own curvature with lightning_thor.register_layer; write experts that lie in one stacked "
-    "parameter as a list of nn.Linear, one for each expert; name layers that can have none in skip_layers: they train "
-    "with plain momentum."
+    "Give modules of your own curvature with lightning_thor.register_layer, those with experts that lie in one "
+    "parameter too; name layers that can have none in skip_layers: they train with plain momentum."
 )
 
 

@@ -15,8 +15,16 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import Note, RecordProducts
 from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
+from lightning_thor.layers.experts import RecordExperts
 from lightning_thor.layers.pairs import Arrange, Pair, PairChecks, as_plain_tensor, is_readable
-from lightning_thor.layers.recurrent import StepGradients, Steps, WithoutLibraries, products_in, saves_tensors_elsewhere
+from lightning_thor.layers.recurrent import (
+    Recurrent,
+    StepGradients,
+    Steps,
+    WithoutLibraries,
+    products_in,
+    saves_tensors_elsewhere,
+)
 from lightning_thor.layers.weight_product import (
     accumulates,
     accumulator_of,
@@ -70,9 +78,9 @@ class Hooks:
         modules: the modules to observe, by name.
         is_open: whether the named module is to be observed in the present forward pass.
         listener: called in backward, without autograd, with the name, the input and the output's gradient.
-        callers: names of the weights inside attentions and recurrent layers, by role (see `ModuleUse.role`). Pairs of
-            an attention are batch first, ``[batch, positions, width]``; those of a recurrent layer are of one step,
-            ``[batch, width]``, or of all steps.
+        callers: names of the weights inside attentions, recurrent layers and experts, by role (see `ModuleUse.role`).
+            Pairs of an attention are batch first, ``[batch, positions, width]``; those of a recurrent layer are of one
+            step, ``[batch, width]``, or of all steps.
         expect: called in forward with the name, for each pair that backward is to hand over; what it returns is held
             until then, or until the pair's graph is freed: such a pair never comes.
         subsample_input: returns the rows of the named module's input that must be kept; called under autocast, where
@@ -229,11 +237,11 @@ class Hooks:
         return not_alone(on_forward)
 
     def _note_product(self, names: Mapping[str, str]) -> Note:
-        """What records the products of an attention, whose weights have these ``names`` by role."""
+        """What records the products of an attention or of experts, whose weights have these ``names`` by role."""
         numbers = {name: number_of(self._receiver(name)) for name in names.values()}
         own = ref(self)
 
-        def note(role: str, a: Tensor, output: Tensor, arrange: Arrange) -> Tensor:
+        def note(role: str, a: Tensor, output: Tensor, arrange: Arrange | None) -> Tensor:
             name = names.get(role)
             if name is None:
                 return output
@@ -241,8 +249,8 @@ class Hooks:
                 hooks = own()
                 if hooks is not None and hooks._is_open(name):
                     hooks._pair(name, a, output, arrange)
-            elif can_pass_on(a, output) and output.requires_grad:
-                return pass_on(arrange(output), arrange(a), numbers[name]).transpose(0, 1).reshape(output.shape)
+            elif arrange is not None and can_pass_on(a, output) and output.requires_grad:
+                return pass_on(arrange(output), a, numbers[name]).transpose(0, 1).reshape(output.shape)
             return output
 
         return note
@@ -250,9 +258,11 @@ class Hooks:
     def _caller_hooks(
         self, names: Mapping[str, str], owner: nn.Module
     ) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Hooks before and after a call: an attention's products are recorded in it, those of a recurrent layer are
-        found in its graph afterwards."""
-        record = RecordProducts(self._note_product(names)) if isinstance(owner, nn.MultiheadAttention) else None
+        """Hooks before and after a call: products of an attention and of experts are recorded in it, those of a
+        recurrent layer are found in its graph afterwards."""
+        note = self._note_product(names)
+        attention = RecordProducts(note) if isinstance(owner, nn.MultiheadAttention) else None
+        record = attention or (None if isinstance(owner, Recurrent) else RecordExperts(note, owner))
         own, graphs, is_due = ref(self), self.graphs, self._is_due
         entered = list[tuple[ExitStack, list[str]]]()
 
@@ -274,8 +284,8 @@ class Hooks:
 
         def before(_: _Unpickled, module: nn.Module, args: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
-                if record is not None and graphs.hand_over and torch.is_grad_enabled() and module is owner:
-                    record.__enter__()  # type: ignore[no-untyped-call]
+                if attention is not None and graphs.hand_over and torch.is_grad_enabled() and module is owner:
+                    attention.__enter__()  # type: ignore[no-untyped-call]
                 return
             for name in names.values():
                 if is_due(name) and torch.is_grad_enabled() and module is owner:
@@ -284,8 +294,8 @@ class Hooks:
 
         def after(_: _Unpickled, module: nn.Module, *others: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
-                if record is not None and graphs.hand_over and torch.is_grad_enabled() and module is owner:
-                    record.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                if attention is not None and graphs.hand_over and torch.is_grad_enabled() and module is owner:
+                    attention.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             elif entered and module is owner:
                 *inputs, output = others
                 leave_unseen(inputs, output)
@@ -320,7 +330,8 @@ class Hooks:
         StepGradients(steps, on_gradients)
 
     def _pair(self, name: str, a: Any, output: Any, arrange: Arrange | None = None) -> None:
-        """Hand ``(name, a, g)`` over when the gradient of ``output`` arrives, both by ``arrange``."""
+        """Hand ``(name, a, g)`` over when the gradient of ``output`` arrives, which ``arrange`` brings to the rows of
+        ``a``."""
         if not is_readable(a):
             self._note_unreadable(name)
             return
@@ -330,8 +341,6 @@ class Hooks:
             if use is None and not (isinstance(output, Tensor) and output.requires_grad):
                 return
             given, a = a, as_plain_tensor(a)
-            # Before rows are taken of the input, or other rows would be taken of the arranged gradient.
-            a = a if arrange is None else arrange(a.detach())
             rows, device = a.shape[:-1], a.device.type
             accumulator = None if use is None else use.accumulator
             projected = self._projected(name, a, accumulator)

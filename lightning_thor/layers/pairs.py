@@ -16,7 +16,7 @@ from lightning_thor.layers.base import Layer, ModuleUse
 from lightning_thor.layers.weight_product import WeightProduct, backward_pass, is_used_again
 
 Arrange = Callable[[Tensor], Tensor]
-"""Brings a tensor to the shape in which it is handed over."""
+"""Brings the gradient of an output to the dimensions of the input."""
 
 EXACT_TOLERANCE, ROUNDED_TOLERANCE = 0.01, 0.05
 """The largest relative difference between gradient and product: in float32, and in lower precision."""
@@ -36,7 +36,7 @@ class Pair:
         a: the input; released when the pair is handed over, since autograd frees saved tensors after backward, but no
             hooks.
         projected: the part of the input that a check needs, if not all.
-        arrange: brings the gradient to the shape in which it is handed over.
+        arrange: see `Arrange`; None: the gradient has these dimensions.
     """
 
     def __init__(self, name: str, a: Tensor, projected: Tensor | None, arrange: Arrange | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, RowsFn, subsample
 from lightning_thor.layers.conv import CONVOLUTION, CONVOLUTION_TRANSPOSED
 from lightning_thor.layers.embedding import EMBEDDING, ascend_embedding_rows
+from lightning_thor.layers.experts import EXPERTS, EXPERTS_TRANSPOSED, ExpertsKind, is_experts
 from lightning_thor.layers.linear import ATTENTION, LINEAR, LINEAR_TRANSPOSED
 from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM
 from lightning_thor.layers.recurrent import RECURRENT
@@ -22,7 +23,7 @@ BUILT_IN: Mapping[type[nn.Module] | str, LayerKind] = {
     module_type: kind
     for kind in (
         *(LINEAR, LINEAR_TRANSPOSED, ATTENTION, CONVOLUTION, CONVOLUTION_TRANSPOSED, EMBEDDING),
-        *(LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM, RECURRENT),
+        *(LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM, RECURRENT, EXPERTS, EXPERTS_TRANSPOSED),
     )
     for module_type in kind.types
 }
@@ -41,7 +42,7 @@ def find_kind(module_type: type[nn.Module]) -> tuple[LayerKind, type[nn.Module]]
             kind = table.get(base) or table.get(f"{base.__module__}.{base.__qualname__}")
             if kind is not None:
                 return kind, base
-    return None
+    return (EXPERTS, module_type) if is_experts(module_type) else None
 
 
 def unsupported_reason(module: nn.Module) -> str:
@@ -98,16 +99,18 @@ def register_layer(
     rows_of: UserRows | None = None,
     *,
     like: type[nn.Module] | None = None,
+    experts: Literal["out_in", "in_out"] | None = None,
     matrix: Callable[[Any, Tensor], Tensor] = _rows_along_out,
     weight: str = "weight",
 ) -> None:
     """Give modules of a type of your own curvature, in every `Curvature` and `ThorCallback` made afterwards.
 
-    Either the module multiplies by its ``weight`` as a supported type does (``like``), or two functions say how
-    (``rows_of`` and ``matrix``), which are to keep one law: ``g.mT @ a`` of the rows is the weight's gradient as a
-    matrix. The loss is then taken to be a mean over all dimensions of the output but the last, as for `nn.Linear` (for
-    a subclass of another supported type: as for that type). With ``statistics="reduce"`` the rows of one sample must be
-    adjacent; they are averaged (a) and summed (g). Subclasses with another ``forward`` are left out.
+    Either the module multiplies by its ``weight`` as a supported type does (``like``), or it has a matrix for each of
+    several experts in one parameter (``experts``), or two functions say how it multiplies (``rows_of`` and ``matrix``),
+    which are to keep one law: ``g.mT @ a`` of the rows is the weight's gradient as a matrix. The loss is then taken to
+    be a mean over all dimensions of the output but the last, as for `nn.Linear` (for a subclass of another supported
+    type: as for that type). With ``statistics="reduce"`` the rows of one sample must be adjacent; they are averaged (a)
+    and summed (g). Subclasses with another ``forward`` are left out.
 
     Args:
         module_type: your type, with its subclasses. A subclass of a supported type overrules it.
@@ -116,13 +119,17 @@ def register_layer(
         like: a supported type, such as `nn.Linear` or `nn.Conv2d`. The module's parameter ``weight`` and all other
             attributes that describe such a layer (``stride``, ``groups``, ...) mean the same as in that type; whatever
             the module does to the product afterwards, its ``forward`` multiplies its first argument by the weight.
+        experts: the order of the dimensions of the module's own three-dimensional parameters after the first, along
+            which the experts lie. Each expert's matrix is then a layer, with the rows that its products have in
+            ``forward``: of the parameter or of views of it, by `F.linear`, ``@``, `torch.bmm`, `torch.einsum` or
+            `F.grouped_mm`. (Those of transformers are known.)
         matrix: called with the module and a tensor in the shape of its weight; returns a view as a matrix ``[out, in]``
-            or ``[groups, out, in]``. By default all dimensions after the first are inputs. Not with ``like``.
-        weight: name of the parameter; all other parameters of the module take plain momentum. Not with ``like``.
+            or ``[groups, out, in]``. By default all dimensions after the first are inputs. With ``rows_of`` alone.
+        weight: name of the parameter; all other parameters of the module take plain momentum. With ``rows_of`` alone.
 
     Raises:
-        TypeError: an argument of another type; both or neither of ``rows_of`` and ``like``.
-        ValueError: the type has curvature already, or ``like`` has none.
+        TypeError: an argument of another type; none or several of ``rows_of``, ``like`` and ``experts``.
+        ValueError: the type has curvature already, or ``like`` has none; ``experts`` is no such order.
 
     >>> class Mixer(nn.Module):  # multiplies [batch, tokens, channels] over its tokens; weight: [tokens in, tokens out]
     ...     def __init__(self):
@@ -142,14 +149,19 @@ def register_layer(
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"register_layer takes a class of modules, got {module_type!r}.")
-    if (rows_of is None) == (like is None):
+    given = [name for name, one in (("rows_of", rows_of), ("like", like), ("experts", experts)) if one is not None]
+    if len(given) != 1:
         raise TypeError(
-            "register_layer takes either rows_of, a function, or like, a type of layer such as nn.Linear; got "
-            f"{'neither' if like is None else 'both'}."
+            "register_layer takes one of rows_of, a function, like, a type of layer such as nn.Linear, and experts, "
+            f"'out_in' or 'in_out'; got {' and '.join(given) or 'none'}."
         )
-    if like is not None:
-        if matrix is not _rows_along_out or weight != "weight":
-            raise TypeError("register_layer takes matrix and weight with rows_of only: like stands for both.")
+    if rows_of is None and (matrix is not _rows_along_out or weight != "weight"):
+        raise TypeError(f"register_layer takes matrix and weight with rows_of only: {given[0]} stands for both.")
+    if experts is not None:
+        if experts not in ("out_in", "in_out"):
+            raise ValueError(f"register_layer's experts must be 'out_in' or 'in_out', got {experts!r}.")
+        kind: LayerKind = ExpertsKind(module_type, is_transposed=experts == "in_out")
+    elif like is not None:
         found = find_kind(like) if isinstance(like, type) else None
         if found is None or found[0] is ATTENTION:
             raise ValueError(f"register_layer's like must be a type with curvature, such as nn.Linear; got {like!r}.")

@@ -15,11 +15,12 @@ UNMERGED_DEVICES = {"cpu"}
 finds more in the processor's cache."""
 
 
-def adjacent_runs(tensors: Sequence[Tensor]) -> list[list[int]]:
+def adjacent_runs(tensors: Sequence[Tensor], *, everywhere: bool = False) -> list[list[int]]:
     """Groups tensors that are adjacent in memory into runs, as long as possible.
 
     Args:
         tensors: in any order; those of a run are contiguous, of one shape and dtype and in one storage.
+        everywhere: on `UNMERGED_DEVICES` too.
 
     Returns:
         For each run the indices of its tensors, in the order of memory; runs in the order of their first index, so that
@@ -28,7 +29,7 @@ def adjacent_runs(tensors: Sequence[Tensor]) -> list[list[int]]:
     >>> adjacent_runs(torch.zeros(2, 3).unbind())  # on a GPU: [[0, 1]]
     [[0], [1]]
     """
-    if tensors and tensors[0].device.type in UNMERGED_DEVICES:
+    if tensors and not everywhere and tensors[0].device.type in UNMERGED_DEVICES:
         return [[index] for index in range(len(tensors))]
     addresses = [tensor.data_ptr() for tensor in tensors]
     runs: list[list[int]] = []

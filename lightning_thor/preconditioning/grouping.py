@@ -7,7 +7,8 @@ the number of multiplications.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -236,6 +237,34 @@ class SingleLayer(LayerGroup):
             layer.slice_of(directions[p]).copy_(direction)
 
 
+class StackedLayers(LayerGroup):
+    """The experts of one three-dimensional parameter, each of them a layer: one product from each side for all."""
+
+    def __init__(self, layers: Sequence[Layer], pairs: Sequence[FactorPair]) -> None:
+        super().__init__(layers, pairs)
+        first, n = layers[0], len(layers)
+        assert first.A is not None
+        use = replace(first.uses[0], param_slice=None)
+        A, G = (as_stacked_view(list(side)).flatten(0, 1) for side in _sides(pairs))
+        A_of_all, G_of_all = (one._replace(groups=n * one.groups) for one in (first.A, first.G))
+        together = replace(first, uses=(use,), A=A_of_all, G=G_of_all)
+        self._together = SingleLayer([together], [(A, G)])
+
+    def to_matrices(self, tensors: Tensors) -> Matrices:
+        return self._together.to_matrices(tensors)
+
+    def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
+        return self._together.product(matrices, transposed)
+
+    def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
+        self._together.put(directions, matrices, tensors)
+
+
+def _sides(pairs: Iterable[FactorPair]) -> tuple[list[Tensor], list[Tensor]]:
+    """What is stored of all A, and of all G, of layers that have both."""
+    return [A for A, _ in pairs if A is not None], [G for _, G in pairs]
+
+
 class GroupedLayers(NamedTuple):
     """All layers with curvature in groups, and what their directions depend on beside them."""
 
@@ -266,9 +295,15 @@ def group_layers(
         is_alone = group_type in (SingleLayer, RowChunkedLayer)
         alike.setdefault(index if is_alone else (key, layer.name in polar_layers), (group_type, []))[1].append(index)
     for group_type, members in alike.values():
-        for run in adjacent_runs([pairs[index][1] for index in members]):
-            chosen = [members[place] for place in run]
-            yield group_type([layers[index] for index in chosen], [pairs[index] for index in chosen])
+        members_pairs = [pairs[index] for index in members]
+        runs = adjacent_runs([G for _, G in members_pairs])
+        if group_type is StackedLayers:
+            whole = range(len(layers[members[0]].parameters[0]))
+            is_whole = all(adjacent_runs(side, everywhere=True) == [[*whole]] for side in _sides(members_pairs))
+            runs = [[*whole]] if is_whole else [[n] for n in range(len(members))]
+            group_type = StackedLayers if is_whole else SingleLayer
+        for run in runs:
+            yield group_type([layers[members[n]] for n in run], [members_pairs[n] for n in run])
 
 
 def group_type_of(layer: Layer, pair: FactorPair) -> tuple[type[LayerGroup], Hashable]:
@@ -278,6 +313,8 @@ def group_type_of(layer: Layer, pair: FactorPair) -> tuple[type[LayerGroup], Has
     if layer.param_slice is None and A is None and stored_G.is_contiguous():
         same = all(one.shape == p.shape for one in layer.parameters)
         return (NormGroup if same else SingleLayer), key
+    if layer.param_slice is not None and p.dim() == 3:
+        return StackedLayers, (*key, p)
     is_whole = layer.param_slice is None and len(layer.parameters) == 1
     if not is_whole or A is None or stored_A is None or not (stored_A.is_contiguous() and stored_G.is_contiguous()):
         return SingleLayer, key

@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from lightning_thor import Curvature, ShardedCurvature, Thor
+from lightning_thor import Curvature, ShardedCurvature, Thor, register_layer
 from lightning_thor.distributed.dtensor import local_parts
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator, new_worker_grid
 from tests.helpers.distributed_workers import listed_collectives, whole
@@ -61,6 +61,23 @@ class Text(nn.Module):
         return logits
 
 
+class Experts(nn.Module):
+    """As a linear layer, with a weight for every third position: three experts in one parameter."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(linear.weight.detach() * torch.tensor([0.5, 1.0, 1.5])[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = x.new_zeros(*x.shape[:-1], self.stack.shape[1])
+        for number, one in enumerate(self.stack):
+            output[:, number::3] = nn.functional.linear(x[:, number::3], one)
+        return output
+
+
+register_layer(Experts, experts="out_in")
+
+
 class Adapted(nn.Module):
     """A frozen layer and a low-rank one beside it (LoRA)."""
 
@@ -75,12 +92,14 @@ class Adapted(nn.Module):
 
 
 def changed(model: Text, policy: str) -> Text:
-    """The model of one process, with frozen, adapted, tied, checkpointed or compiled layers."""
+    """The model of one process, with frozen, adapted, tied, stacked, checkpointed or compiled layers."""
     if policy == "frozen":
         model.up.requires_grad_(False)
         model.norm.requires_grad_(False)
     elif policy == "lora":
         model.up = Adapted(model.up)  # type: ignore[assignment]
+    elif policy == "experts":
+        model.up, model.down = Experts(model.up), Experts(model.down)  # type: ignore[assignment]
     elif policy == "tied":
         model.head.weight = model.table.weight
     elif policy == "activation_checkpointing":
@@ -239,6 +258,12 @@ TRAININGS: dict[str, Case] = {
         for mesh in ("fsdp", "hsdp", "tp", "tp_fsdp")
         for mode in ("natural", "polar", "adam")
     },
+    **{
+        f"{mesh}_experts_{mode}": Case(mode, MESHES[mesh], policy="experts")
+        for mesh in ("fsdp", "hsdp")
+        for mode in ("natural", "polar", "adam")
+    },
+    "fsdp_experts_workers": Case(shape=MESHES["fsdp"], policy="experts", inverse_workers=2),
     "tp_compiled": Case(shape=MESHES["tp"], policy="compiled"),
     "tp_reduce": Case(shape=MESHES["tp"], options=(("statistics", "reduce"),)),
     **{

@@ -142,9 +142,13 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_out_and_its_base_is_not() 
     [
         ((3, grouped_rows), TypeError, "takes a class of modules, got 3"),
         ((int, grouped_rows), TypeError, "takes a class of modules"),
-        ((Grouped, None), TypeError, "either rows_of, a function, or like, .* got neither"),
+        ((Grouped, None), TypeError, "one of rows_of, a function, like, .* got none"),
         ((nn.Linear, grouped_rows), ValueError, "Linear has curvature already"),
-        ((Grouped, grouped_rows, {"like": nn.Linear}), TypeError, "either rows_of, a function, or like, .* got both"),
+        (
+            (Grouped, grouped_rows, {"like": nn.Linear}),
+            TypeError,
+            "one of rows_of, a function, like, .* got rows_of and like",
+        ),
         ((Grouped, None, {"like": nn.Linear, "weight": "kernel"}), TypeError, "matrix and weight with rows_of only"),
         ((Grouped, None, {"like": nn.Bilinear}), ValueError, "like must be a type with curvature, such as nn.Linear"),
         ((Grouped, None, {"like": nn.MultiheadAttention}), ValueError, "like must be a type with curvature"),

@@ -1,0 +1,305 @@
+"""Experts that lie in one parameter, ``[experts, out, in]``: each one's matrix is a layer, with the rows routed to it.
+
+Their module calls no other for its products with them. While a pass is recorded, each product of torch with the
+parameter, or with views of it, is noted with its input, expert by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_thor.layers.attention import Note
+from lightning_thor.layers.base import FactorWidths, Layer
+from lightning_thor.layers.linear import ProjectionKind
+from lightning_thor.layers.pairs import Arrange, is_readable
+
+
+class ExpertsKind(ProjectionKind):
+    """The three-dimensional parameters of a module, ``[experts, out, in]``: stacks of matrices, one for each expert.
+
+    Args:
+        *types: of modules, see `LayerKind`.
+        is_transposed: whether they are ``[experts, in, out]``, if the module has no attribute ``is_transposed``.
+    """
+
+    takes_bias = False
+    row_factor = None
+    is_flat = False
+    is_linear = True
+
+    def __init__(self, *types: type[nn.Module] | str, is_transposed: bool = False) -> None:
+        super().__init__(*types)
+        self._is_transposed = is_transposed
+
+    def is_transposed(self, module: Any) -> bool:
+        """Whether the module's stacks are ``[experts, in, out]``."""
+        return bool(getattr(module, "is_transposed", self._is_transposed))
+
+    def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
+        out, width = reversed(shape[1:]) if self.is_transposed(module) else shape[1:]
+        return shape[0], width, out
+
+    def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
+        stack = grads[0].mT if self.is_transposed(layer.module) else grads[0]
+        return stack.reshape(layer.G.groups, layer.G.width, -1)
+
+    def from_matrix(self, layer: Layer, matrix: Tensor) -> Sequence[Tensor]:
+        return [matrix.mT if self.is_transposed(layer.module) else matrix]
+
+
+EXPERTS = ExpertsKind()
+"""Also those of transformers that are not named here, see `is_experts`."""
+EXPERTS_TRANSPOSED = ExpertsKind(
+    "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts",
+    "transformers.models.llama4.modeling_llama4.Llama4TextExperts",
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextExperts",
+    is_transposed=True,
+)
+
+
+def is_experts(module_type: type[nn.Module]) -> bool:
+    """Whether a type is one of transformers' for experts, whose stacks are parameters of its own."""
+    return module_type.__module__.startswith("transformers.") and module_type.__name__.endswith("Experts")
+
+
+def stacks_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own stacks of matrices, by name."""
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
+
+
+def role_of(weight_name: str, expert: int, is_transposed: bool) -> str:
+    """The role (see `ModuleUse.role`) of one expert's matrix, ``[out, in]`` or, transposed, ``[in, out]``.
+
+    >>> role_of("down_proj", 3, False), role_of("down_proj", 3, True)
+    ('down_proj.3', 'down_proj.3, transposed')
+    """
+    return f"{weight_name}.{expert}{', transposed' if is_transposed else ''}"
+
+
+class _View(NamedTuple):
+    """Some matrices of a stack."""
+
+    name: str
+    first: int
+    """The expert of the first."""
+    is_transposed: bool
+    """Whether an expert's matrix in the stack is ``[in, out]``."""
+
+    def role(self, number: int = 0) -> str:
+        """Of the matrix of this number."""
+        return role_of(self.name, self.first + number, self.is_transposed)
+
+
+class RecordExperts(TorchFunctionMode):
+    """A context that notes the products with a module's stacks; it changes none.
+
+    Seen are products with a stack, with some consecutive matrices of it or with one expert's, as views: `F.linear`,
+    ``@``, `torch.bmm`, `torch.einsum` with one letter for the experts, `F.grouped_mm` with offsets, and `torch.bmm`
+    with the matrices of chosen experts, ``stack[indices]``.
+
+    Args:
+        note: called in forward for each expert that has rows, before the output is used.
+        module: has the stacks.
+    """
+
+    def __init__(self, note: Note, module: nn.Module) -> None:
+        super().__init__()
+        self._note, self._module = note, module
+        self._selected: list[tuple[Tensor, _View, Tensor]] = []
+        """Copies of chosen matrices, ``[n, ...]``, of which, and their numbers among these, ``[n]``."""
+
+    def __exit__(self, *args: Any) -> None:
+        self._selected.clear()
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        find = FUNCTIONS.get(str(func) if isinstance(func, torch._ops.OpOverloadPacket) else func)
+        if find is not None and isinstance(output, Tensor) and output.requires_grad:
+            for role, a, arrange in find(self, output, *args, **kwargs):
+                if a.numel():
+                    self._note(role, a.detach(), output, arrange)
+        return output
+
+    def find(self, matrix: Any) -> _View | None:
+        """The matrices that a product took a view of, as ``[in, out]`` or ``[n, in, out]``."""
+        if not _is_plain(matrix) or matrix.dim() not in (2, 3):
+            return None
+        storage = matrix.untyped_storage().data_ptr()
+        # Read at each call: a sharded parameter (FSDP2) is another one in a forward pass.
+        for name, stack in stacks_of(self._module).items():
+            if not stack.numel() or not _is_plain(stack) or storage != stack.untyped_storage().data_ptr():
+                continue
+            size = stack.stride(0)
+            first, within = divmod(int(matrix.storage_offset()) - int(stack.storage_offset()), size)
+            is_one = matrix.dim() == 2
+            n = 1 if is_one else len(matrix)
+            is_part = not within and first >= 0 and first + n <= len(stack)
+            if is_part and (is_one or n == 1 or matrix.stride(0) == size):
+                for is_transposed in (False, True):
+                    if _place(matrix) == _place(stack if is_transposed else stack.mT):
+                        return _View(name, first, is_transposed)
+        return None
+
+    def select(self, selected: Tensor, stack: Any, index: Any) -> None:
+        """Note that ``selected`` is ``stack[index]``."""
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
+            return
+        view = self.find(stack)
+        if view is not None and stack.dim() == 3:
+            self._selected.append((selected, view, index.detach() % len(stack)))
+
+    def find_selected(self, matrix: Any) -> Iterator[tuple[str, Tensor]]:
+        """The roles of the matrices that ``matrix [n, in, out]`` has, if they were selected, and where each is."""
+        for selected, view, numbers in self._selected:
+            is_view = _is_plain(matrix) and matrix.dim() == 3 and matrix.data_ptr() == selected.data_ptr()
+            if not is_view or len(matrix) != len(selected):
+                continue
+            is_mirrored = _place(matrix) != _place(selected)
+            order, counts = numbers.argsort(), numbers.bincount()
+            for number, places in enumerate(_cut(counts.cumsum(0))):
+                yield view._replace(is_transposed=view.is_transposed != is_mirrored).role(number), order[places]
+
+
+Found = Iterator[tuple[str, Tensor, Arrange | None]]
+"""Role, input, and what brings the output's gradient to its rows, of each expert."""
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether it is a tensor that has its own memory."""
+    return is_readable(x) and not hasattr(x, "device_mesh") and x.device.type != "meta"
+
+
+def _place(matrix: Tensor) -> tuple[Any, ...]:
+    """Shape and strides of the last two dimensions; without the strides of dimensions of size 1."""
+    return tuple((n, step if n > 1 else 0) for n, step in zip(matrix.shape[-2:], matrix.stride()[-2:], strict=True))
+
+
+def _pick(index: int | slice | Tensor, g: Tensor) -> Tensor:
+    return g[index]
+
+
+def _pick_matrix(number: int, g: Tensor) -> Tensor:
+    return g[..., number, :, :]
+
+
+def _pick_transposed(arrange: Arrange | None, g: Tensor) -> Tensor:
+    return g.mT if arrange is None else arrange(g.mT)
+
+
+def _of_product(record: RecordExperts, output: Tensor, x: Any, matrix: Any) -> Found:
+    """Of ``output = x @ matrix``."""
+    view = record.find(matrix)
+    if view is not None and matrix.dim() == 2:
+        yield view.role(), x, None
+    elif view is not None:
+        inputs = x.expand(*output.shape[:-1], x.shape[-1])
+        for number in range(len(matrix)):
+            yield view.role(number), inputs[..., number, :, :], partial(_pick_matrix, number)
+    for role, index in record.find_selected(matrix):
+        yield role, x[index], partial(_pick, index)
+
+
+def _of_matmul(record: RecordExperts, output: Tensor, left: Any, right: Any, **_: Any) -> Found:
+    yield from _of_product(record, output, left, right)
+    if left.dim() > 1 and right.dim() == 1:
+        yield from _of_product(record, output, right, left.mT)
+    elif left.dim() > 1:  # (left @ right).mT = right.mT @ left.mT
+        for role, a, arrange in _of_product(record, output.mT, right.mT, left.mT):
+            yield role, a, partial(_pick_transposed, arrange)
+
+
+def _of_linear(record: RecordExperts, output: Tensor, input: Any, weight: Any, bias: Any = None) -> Found:
+    return _of_product(record, output, input, weight.mT if weight.dim() > 1 else weight)
+
+
+def _of_added_product(record: RecordExperts, output: Tensor, input: Any, left: Any, right: Any, **_: Any) -> Found:
+    return _of_matmul(record, output, left, right)
+
+
+def _of_grouped(
+    record: RecordExperts, output: Tensor, input: Tensor, mat2: Any, offs: Tensor | None = None, *_: Any, **__: Any
+) -> Found:
+    view = record.find(mat2)
+    if offs is None:
+        yield from _of_product(record, output, input, mat2)
+    elif view is not None and input.dim() == 2:
+        for number, rows in enumerate(_cut(offs)):
+            yield view.role(number), input[rows], partial(_pick, rows)
+
+
+def _cut(offsets: Tensor) -> Iterator[slice]:
+    """The rows of each expert, which end at these ``offsets``."""
+    for start, stop in pairwise([0, *offsets.tolist()]):
+        yield slice(start, stop)
+
+
+def _of_einsum(record: RecordExperts, output: Tensor, equation: Any, *operands: Any) -> Found:
+    operands = tuple(operands[0]) if len(operands) == 1 else operands
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "." in equation:
+        return
+    letters, out = equation.replace(" ", "").split("->")
+    for of_x, of_matrix, x, matrix in zip(*_both_ways(letters.split(",")), *_both_ways(operands), strict=True):
+        if len(of_matrix) != 3:
+            continue
+        expert, *sides = of_matrix
+        summed = [letter for letter in sides if letter in of_x and letter not in out]
+        own = [letter for letter in sides if letter in out and letter not in of_x]
+        rest = [letter for letter in of_x if letter not in of_matrix]
+        if len(summed) != 1 or len(own) != 1 or len({*out}) != len(out) or {*out} != {expert, *rest, *own}:
+            continue
+        view = record.find(matrix if sides[0] in summed else matrix.mT)
+        if view is not None:
+            a = _in_order(of_x, [expert, *rest, *summed], x)
+            in_order = partial(_in_order, out, [expert, *rest, *own])
+            for number in range(len(matrix)):
+                yield view.role(number), a[number if expert in of_x else 0], partial(_pick_first, in_order, number)
+
+
+def _both_ways(two: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    return two, two[::-1]
+
+
+def _in_order(letters: str, order: Sequence[str], x: Tensor) -> Tensor:
+    """``x`` with its dimensions in another order; the first has size 1 where ``x`` lacks it."""
+    x = x.permute([letters.index(letter) for letter in order if letter in letters])
+    return x if order[0] in letters else x[None]
+
+
+def _pick_first(in_order: Arrange, number: int, g: Tensor) -> Tensor:
+    return in_order(g)[number]
+
+
+def _of_item(record: RecordExperts, output: Tensor, stack: Any, index: Any) -> Found:
+    record.select(output, stack, index)
+    return iter(())
+
+
+def _of_index_select(record: RecordExperts, output: Tensor, stack: Any, dim: int, index: Any) -> Found:
+    return _of_item(record, output, stack, index if dim == 0 else None)
+
+
+FUNCTIONS: Mapping[Any, Callable[..., Found]] = {
+    **dict.fromkeys(
+        (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm), _of_matmul
+    ),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm), _of_added_product),
+    **dict.fromkeys((torch.index_select, Tensor.index_select), _of_index_select),
+    # Before torch 2.8 there is none; where it has no kernel, transformers takes an operator of its own.
+    **dict.fromkeys((getattr(torch, "_grouped_mm", None), "transformers.grouped_mm_fallback"), _of_grouped),
+    F.linear: _of_linear,
+    torch.einsum: _of_einsum,
+    Tensor.__getitem__: _of_item,
+}
+"""What finds the products in a call of a function of torch."""

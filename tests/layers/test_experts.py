@@ -1,0 +1,418 @@
+"""Laws of experts that lie in one parameter: they have the curvature of the same experts written as linear layers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_thor import Curvature, Thor, register_layer
+from lightning_thor.factors.layout import SIDES
+from lightning_thor.layers.discovery import discover_layers, matrix_layers
+from lightning_thor.layers.registry import REGISTERED
+from lightning_thor.preconditioning.grouping import StackedLayers
+
+N, IN, OUT, ROWS = 4, 8, 12, 32  # grouped products take multiples of four
+MODES = ["natural", "polar", "adam"]
+
+Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Rows ``[n, in]``, a stack ``[experts, out, in]`` and the expert of each row, in order, ``[n]``, to ``[n, out]``."""
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    before = dict(REGISTERED)
+    yield
+    REGISTERED.clear()
+    REGISTERED.update(before)
+
+
+def one_by_one(product: Callable[[Tensor, Tensor], Tensor]) -> Multiply:
+    def multiply(x: Tensor, stack: Tensor, experts: Tensor) -> Tensor:
+        parts = [product(x[experts == number], stack[number]) for number in experts.unique_consecutive().tolist()]
+        return torch.cat(parts)
+
+    return multiply
+
+
+def of_views(views: Callable[[Tensor], Any]) -> Multiply:
+    def multiply(x: Tensor, stack: Tensor, experts: Tensor) -> Tensor:
+        return torch.cat([F.linear(x[experts == number], one) for number, one in enumerate(views(stack))])
+
+    return multiply
+
+
+def grouped(x: Tensor, stack: Tensor, experts: Tensor) -> Tensor:
+    offsets = experts.bincount(minlength=N).cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(x, stack.transpose(-2, -1), offs=offsets)
+
+
+def of_equal_shares(product: Callable[[Tensor, Tensor], Tensor]) -> Multiply:
+    """Each expert has as many rows: ``[experts, n, in]``."""
+    return lambda x, stack, experts: product(x.unflatten(0, (N, -1)), stack).flatten(0, 1)
+
+
+def of_all(product: Callable[[Tensor, Tensor], Tensor]) -> Multiply:
+    """All rows go to all experts, and each keeps its own: ``[experts, n, out]``."""
+
+    def multiply(x: Tensor, stack: Tensor, experts: Tensor) -> Tensor:
+        mine = experts == torch.arange(N)[:, None]
+        return (product(x, stack) * mine[..., None]).sum(0)
+
+    return multiply
+
+
+ROUTED: dict[str, Multiply] = {
+    "F.linear": one_by_one(F.linear),
+    "@": one_by_one(lambda x, w: x @ w.T),
+    "mm from the left": one_by_one(lambda x, w: torch.mm(w, x.T).T),
+    "addmm": one_by_one(lambda x, w: torch.addmm(x.new_zeros(()), x, w.t())),
+    "vectors": one_by_one(lambda x, w: torch.stack([F.linear(row, w) for row in x])),
+    "vectors from the right": one_by_one(lambda x, w: torch.stack([w @ row for row in x])),
+    "more dimensions": one_by_one(lambda x, w: F.linear(x[None], w)[0]),
+    "in place afterwards": one_by_one(lambda x, w: F.linear(x, w).mul_(1)),
+    "index": lambda x, stack, experts: torch.bmm(stack[experts], x.unsqueeze(-1)).squeeze(-1),
+    "index_select": lambda x, stack, experts: torch.bmm(x[:, None], stack.index_select(0, experts).mT)[:, 0],
+}
+HALVES = slice(2), slice(2, N)
+EQUAL: dict[str, Multiply] = {
+    "unbind": of_views(lambda stack: stack.unbind(0)),
+    "split": of_views(lambda stack: [one[0] for one in stack.split(1)]),
+    "squeeze": of_views(lambda stack: [stack[number : number + 1].squeeze(0) for number in range(N)]),
+    "bmm": of_equal_shares(lambda x, stack: torch.bmm(x, stack.mT)),
+    "matmul": of_equal_shares(lambda x, stack: x @ stack.mT),
+    "bmm from the left": of_equal_shares(lambda x, stack: torch.bmm(stack, x.mT).mT),
+    "baddbmm": of_equal_shares(lambda x, stack: torch.baddbmm(x.new_zeros(()), x, stack.mT)),
+    "matmul of batches": of_equal_shares(
+        lambda x, stack: (x.unflatten(1, (2, -1)).transpose(0, 1) @ stack.mT).transpose(0, 1).flatten(1, 2)
+    ),
+    "in halves": of_equal_shares(lambda x, stack: torch.cat([x[half] @ stack[half].mT for half in HALVES])),
+    "einsum": of_equal_shares(lambda x, stack: torch.einsum("end,eod->eno", x, stack)),
+    "einsum from the left": of_equal_shares(
+        lambda x, stack: torch.einsum("e o d, d n e -> o n e", stack, x.permute(2, 1, 0)).permute(2, 1, 0)
+    ),
+}
+ALL: dict[str, Multiply] = {
+    "matmul of all": of_all(lambda x, stack: x @ stack.mT),
+    "einsum of all": of_all(lambda x, stack: torch.einsum("nd,eod->eno", x, stack)),
+}
+WAYS = ROUTED | EQUAL | ALL
+
+
+class Experts(nn.Module):
+    """Two layers of experts, each in one parameter: ``[experts, out, in]``, or ``[experts, in, out]``."""
+
+    def __init__(self, multiply: Multiply, is_transposed: bool, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.multiply, self.in_out = multiply, is_transposed
+        generator = torch.Generator().manual_seed(1)
+        for name, shape in (("up", (N, OUT, IN)), ("down", (N, IN, OUT))):
+            stack = torch.randn(shape, generator=generator).to(dtype)
+            self.register_parameter(name, nn.Parameter(stack.mT.contiguous() if is_transposed else stack))
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        up, down = (one.mT if self.in_out else one for one in (self.up, self.down))
+        return self.multiply(self.multiply(x, up, experts).tanh(), down, experts)
+
+
+class ListedExperts(nn.Module):
+    """The same experts as linear layers."""
+
+    def __init__(self, experts: Experts, *, name: str) -> None:
+        super().__init__()
+        self.is_of_all, self.is_by_row = name in ALL, name.startswith("vectors")
+        for name in ("up", "down"):
+            stack = getattr(experts, name).detach()
+            layers = [nn.Linear(*one.shape[::-1], bias=False) for one in (stack.mT if experts.in_out else stack)]
+            for layer, one in zip(layers, stack.mT if experts.in_out else stack, strict=True):
+                layer.weight = nn.Parameter(one.clone())
+            self.register_module(name, nn.ModuleList(layers))
+
+    def _multiply(self, x: Tensor, layers: Any, experts: Tensor) -> Tensor:
+        if self.is_of_all:
+            return of_all(lambda x, layers: torch.stack([layer(x) for layer in layers]))(x, layers, experts)
+        routed = [(layers[n], x[experts == n]) for n in experts.unique_consecutive().tolist()]
+        if self.is_by_row:
+            return torch.stack([layer(row) for layer, rows in routed for row in rows])
+        return torch.cat([layer(rows) for layer, rows in routed])
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        return self._multiply(self._multiply(x, self.up, experts).tanh(), self.down, experts)
+
+
+class Model(nn.Module):
+    def __init__(self, experts: nn.Module, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.experts, self.head = experts, nn.Linear(IN, 3, dtype=dtype)
+        generator = torch.Generator().manual_seed(2)
+        for p in self.head.parameters():
+            p.data.copy_(torch.randn(p.shape, generator=generator))
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.experts(x, experts))
+        return logits
+
+
+def train(
+    model: nn.Module, n_steps: int = 5, routes: str = "some", call: Any = None, dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> Curvature:  # fmt: skip
+    """Train on random rows, which go to experts 0, 2 and 3 (``"some"``) or in equal shares to all; returns the
+    curvature."""
+    curvature = Curvature(model, **{"update_every_n_steps": 2, "max_rows": None, "block_size": 5, **options})
+    optimizer = Thor(model.parameters(), lr=0.02, mode=curvature.mode, preconditioner=curvature)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(n_steps):
+        x = torch.randn(ROWS, IN, dtype=dtype, generator=generator)
+        experts = (
+            torch.tensor([0] * 12 + [2] * 8 + [3] * 12) if routes == "some" else torch.arange(N).repeat_interleave(8)
+        )
+        labels = torch.randint(3, (ROWS,), generator=generator)
+        F.cross_entropy((model if call is None else call)(x, experts), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return curvature
+
+
+def factors_of(curvature: Curvature) -> dict[tuple[str, str], Tensor]:
+    return {
+        (name, side): curvature.factors.blocks(number, side, "average")
+        for number, name in enumerate(curvature.layers)
+        for side in SIDES
+    }
+
+
+def both(
+    name: str, is_transposed: bool, n_steps: int = 1, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[Curvature, Curvature]:
+    """The curvature of a model with stacked experts and of one with linear layers, after some steps."""
+    multiply = WAYS.get(name, grouped)
+    register_layer(Experts, experts="in_out" if is_transposed else "out_in")
+    stacked = Model(Experts(multiply, is_transposed, dtype), dtype)
+    listed = Model(ListedExperts(stacked.experts, name=name), dtype)
+    return tuple(  # type: ignore[return-value]
+        train(model, n_steps, "equal" if name in EQUAL else "some", dtype=dtype, **options)
+        for model in (stacked, listed)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("name", WAYS)
+def test_each_expert_has_the_factors_of_its_own_linear_layer(name: str, is_transposed: bool) -> None:
+    ours, theirs = map(factors_of, both(name, is_transposed))
+    assert list(ours) == list(theirs)
+    for one, found in ours.items():
+        torch.testing.assert_close(found, theirs[one], msg=lambda message, one=one: f"{one}: {message}")
+    assert all(theirs[f"experts.up.{number}", "A"].any() for number in (0, 2, 3))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["F.linear", "bmm", "grouped"])
+def test_the_directions_are_those_of_linear_layers(name: str, mode: str, is_transposed: bool) -> None:
+    """After refreshes in which an expert had no rows, and with blocks that divide no width."""
+    dtype = torch.float32 if name == "grouped" else torch.float64  # for which torch has a grouped product
+    ours, theirs = both(name, is_transposed, dtype=dtype, mode=mode)
+    generator = torch.Generator().manual_seed(4)
+    stacks, matrices = {}, {}
+    for weight in ("up", "down"):
+        stack = torch.randn(getattr(theirs.model.experts, weight)[0].weight.shape, generator=generator, dtype=dtype)
+        stack = torch.stack([stack * (number + 1) for number in range(N)])
+        stacks[getattr(ours.model.experts, weight)] = stack.mT.contiguous() if is_transposed else stack
+        matrices |= {layer.weight: one for layer, one in zip(getattr(theirs.model.experts, weight), stack, strict=True)}
+    found, expected = (
+        one.change_basis(gradients) if mode == "adam" else one.precondition(gradients, mode)
+        for one, gradients in ((ours, stacks), (theirs, matrices))
+    )
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype is torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    for weight in ("up", "down"):
+        direction = found[getattr(ours.model.experts, weight)]
+        direction = direction.mT if is_transposed else direction
+        for number, layer in enumerate(getattr(theirs.model.experts, weight)):
+            if mode == "adam" and dtype is torch.float32:
+                torch.testing.assert_close(direction[number].norm(), expected[layer.weight].norm())
+            else:
+                torch.testing.assert_close(direction[number], expected[layer.weight], **tolerance)
+
+
+def test_all_experts_of_a_parameter_are_multiplied_at_once_and_each_alone_where_one_is_left_out() -> None:
+    curvature, _ = both("F.linear", False)
+    assert [len(group.layers) for group in curvature._groups if isinstance(group, StackedLayers)] == [N, N]
+    model = Model(Experts(WAYS["F.linear"], False))
+    alone = train(model, 1, skip_layers=["experts.up.3"])
+    assert [len(group.layers) for group in alone._groups if isinstance(group, StackedLayers)] == [N]
+    gradients = {p: torch.ones_like(p) for p in model.parameters()}
+    whole = {p: torch.ones_like(p) for p in curvature.model.parameters()}
+    found, expected = alone.precondition(gradients)[model.experts.up], curvature.precondition(whole)
+    torch.testing.assert_close(found[:3], expected[curvature.model.experts.up][:3])
+    assert torch.equal(found[3], torch.ones_like(found[3]))
+
+
+def test_a_product_that_is_not_seen_is_told_with_what_to_do() -> None:
+    register_layer(Experts, experts="out_in")
+    model = Model(Experts(lambda x, stack, experts: one_by_one(F.linear)(x, 1.0 * stack, experts), False))
+    with pytest.warns(UserWarning, match=r"experts.up.0, .*no product with it was seen .*register_layer"):
+        train(model, 1)
+
+
+def test_in_a_compiled_model_they_are_told_and_have_curvature_where_they_are_kept_out() -> None:
+    register_layer(Experts, experts="out_in")
+    model = Model(Experts(WAYS["bmm"], False))
+    expected = factors_of(train(copy.deepcopy(model), 2, "equal"))
+    with pytest.warns(UserWarning, match=r"experts.up.0, .*not compiled"):
+        train(other := copy.deepcopy(model), 1, "equal", call=torch.compile(other, backend="eager"))
+    model.experts.forward = torch.compiler.disable(model.experts.forward)
+    found = factors_of(train(model, 2, "equal", call=torch.compile(model, backend="eager")))
+    for one, factor in found.items():
+        torch.testing.assert_close(factor, expected[one])
+
+
+def test_dimensions_in_another_order_than_was_told_are_not_taken_for_rows() -> None:
+    """Also where both are equal, so that shapes do not tell."""
+
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(N, IN, IN, dtype=torch.float64))
+
+        def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+            return one_by_one(lambda rows, one: rows @ one)(x, self.stack, experts)
+
+    register_layer(Square, experts="out_in")
+    with pytest.warns(UserWarning, match="no product with it was seen"):
+        train(Model(Square()), 1)
+
+
+@pytest.mark.parametrize("name", ["F.linear", "bmm", "index"])
+def test_an_expert_without_rows_is_silent_and_keeps_what_it_has(name: str) -> None:
+    register_layer(Experts, experts="out_in")
+    model = Model(Experts(WAYS[name], False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curvature = train(model, 3, "equal")
+        before = {one: factor.clone() for one, factor in factors_of(curvature).items()}
+        if name == "bmm":
+            return
+        x, experts = torch.randn(ROWS, IN, dtype=torch.float64), torch.zeros(ROWS, dtype=torch.int64)
+        for _ in range(2):
+            model.zero_grad()
+            F.cross_entropy(model(x, experts), torch.randint(3, (ROWS,))).backward()
+            curvature.update()
+    for (layer, side), factor in factors_of(curvature).items():
+        is_same = torch.equal(factor, before[layer, side])
+        assert is_same == (layer.endswith((".1", ".2", ".3"))), layer
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["F.linear", "grouped", "index"])
+def test_under_activation_checkpointing_its_factors_are_the_same(name: str, use_reentrant: bool) -> None:
+    register_layer(Experts, experts="out_in")
+    model = Model(Experts(WAYS.get(name, grouped), False, torch.float32), torch.float32)
+    other = copy.deepcopy(model)
+
+    def call(x: Tensor, experts: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        logits: Tensor = other.head(checkpoint(other.experts, x, experts, use_reentrant=use_reentrant))
+        return logits
+
+    expected = factors_of(train(model, 2, dtype=torch.float32))
+    found = factors_of(train(other, 2, call=call, dtype=torch.float32))
+    for one, factor in found.items():
+        torch.testing.assert_close(factor, expected[one])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["F.linear", "bmm", "einsum"])
+def test_under_autocast_its_factors_are_near_those_of_float32(name: str, dtype: torch.dtype) -> None:
+    register_layer(Experts, experts="out_in")
+    model = Model(Experts(WAYS[name], False, torch.float32), torch.float32)
+    other = copy.deepcopy(model)
+
+    def call(x: Tensor, experts: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            logits: Tensor = other(x, experts)
+        return logits.float()
+
+    routes = "equal" if name in EQUAL else "some"
+    expected = factors_of(train(model, 1, routes, dtype=torch.float32))
+    found = factors_of(train(other, 1, routes, call=call, dtype=torch.float32))
+    for one, factor in found.items():
+        torch.testing.assert_close(factor, expected[one], rtol=0.1, atol=0.05 * float(expected[one].abs().max()))
+
+
+def test_experts_are_hidden_layers_each_with_a_name() -> None:
+    register_layer(Experts, experts="out_in")
+    model = nn.Sequential(nn.Linear(2, 2), Experts(WAYS["bmm"], False))
+    layers, left_out = discover_layers(model, block_size=None, precondition_bias=True)
+    assert list(layers) == ["0", *(f"1.{name}.{number}" for name in ("up", "down") for number in range(N))]
+    assert not left_out
+    shapes = {(one.G.groups, one.G.width, one.A.width) for name, one in layers.items() if one.A and "up" in name}
+    assert shapes == {(1, OUT, IN)}
+    # The last is taken as the output layer.
+    assert matrix_layers(model)[-1] == "0"
+    assert not discover_layers(model, block_size=None, precondition_bias=True, skip_layers=["1"])[0].keys() - {"0"}
+
+
+def test_a_state_of_a_version_without_curvature_of_experts_goes_on() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (the dev extra has it)")
+    model = mixture(transformers, "eager")
+    curvature = Curvature(model, update_every_n_steps=2)
+    state = curvature.state_dict()
+    for name in list(state["layers"]):
+        if ".experts." in name:
+            del state["layers"][name]
+    curvature.load_state_dict(state)
+    del state["layers"]["lm_head"]
+    with pytest.raises(ValueError, match="lm_head"):
+        curvature.load_state_dict(state)
+
+
+def mixture(transformers: Any, implementation: str, kind: str = "Mixtral") -> nn.Module:
+    """A small language model with experts in one parameter, in float32."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 20, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "num_local_experts": N,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2, "head_dim": 8,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes))
+    model.config._experts_implementation = implementation
+    return model
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_the_experts_of_transformers_have_the_same_factors_however_they_are_computed(kind: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (the dev extra has it)")
+    tokens = torch.randint(20, (3, 7), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        model = mixture(transformers, implementation, kind)
+        curvature = Curvature(model, max_rows=None, averaging=0.0)
+        assert curvature.coverage > 0.9
+        model(tokens, labels=tokens).loss.backward()
+        curvature.update()
+        found[implementation] = factors_of(curvature)
+        curvature.close()
+    for one, factor in found["eager"].items():
+        for implementation in ("grouped_mm", "batched_mm"):
+            torch.testing.assert_close(found[implementation][one], factor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "got none"),
+        ({"experts": "out_in", "like": nn.Linear}, "got like and experts"),
+        ({"experts": "out_in", "weight": "up"}, "experts stands for both"),
+        ({"experts": "out"}, "must be 'out_in' or 'in_out', got 'out'"),
+    ],
+)
+def test_a_wrong_registration_is_an_error(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=expected):
+        register_layer(Experts, **options)
