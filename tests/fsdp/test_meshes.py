@@ -70,6 +70,13 @@ def test_a_step_sends_what_a_block_on_two_ranks_needs_and_nothing_else() -> None
 
 
 @pytest.mark.slow
+def test_experts_stay_on_the_rank_that_holds_them() -> None:
+    """Nothing else of this model has one block."""
+    for result in trained("fsdp_experts_polar"):
+        assert not any(op == "all_to_all" for calls in result["sent"] for op, _ in calls)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
