@@ -177,8 +177,12 @@ class LlamaBlock(nn.Module):
         q, k, v = (part(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        normed = self.norm_mlp(x)
-        out: Tensor = x + self.down(F.silu(self.gate(normed)) * self.up(normed))
+        out: Tensor = x + self.mlp(self.norm_mlp(x))
+        return out
+
+    def mlp(self, normed: Tensor) -> Tensor:
+        """The gated perceptron, ``[N, T, width]`` to the same."""
+        out: Tensor = self.down(F.silu(self.gate(normed)) * self.up(normed))
         return out
 
 

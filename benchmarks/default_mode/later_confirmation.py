@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common.models import mlp
-from benchmarks.default_mode.confirmation import CPU, problem, shuffled
+from benchmarks.default_mode.confirmation import CPU, LlamaBlock, problem, shuffled
 from benchmarks.default_mode.problem import Problem, ScoreFn, StudyTask
-from benchmarks.time_to_target.tasks import Data, cifar10, cross_entropy, draws
+from benchmarks.time_to_target.tasks import Data, cifar10, cross_entropy, draws, shakespeare
+from examples.char_gpt import initialise_
+from lightning_thor import register_layer
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -140,6 +142,70 @@ def deep(folder: Path | None) -> Problem:
     return problem(Data(draws(pixels, labels, 64), part(0), part(800)), lambda: mlp((64,) * 13 + (10,)), cross_entropy)
 
 
+# ── experts ──
+
+
+class Experts(nn.Module):
+    """Gated perceptrons, of which each row of ``[n, width]`` takes two; their matrices are three parameters."""
+
+    def __init__(self, n_experts: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, n_experts, bias=False)
+        self.gate, self.up = (nn.Parameter(torch.empty(n_experts, inner, width)) for _ in range(2))
+        self.down = nn.Parameter(torch.empty(n_experts, width, inner))
+        for stack in (self.gate, self.up, self.down):
+            nn.init.normal_(stack, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares, chosen = self.router(x).softmax(-1).topk(2, dim=-1)
+        shares = shares / shares.sum(-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for expert, (gate, up, down) in enumerate(zip(self.gate, self.up, self.down, strict=True)):
+            rows, places = (chosen == expert).nonzero(as_tuple=True)
+            own = x[rows]
+            mixed = F.linear(F.silu(F.linear(own, gate)) * F.linear(own, up), down)
+            out = out.index_add(0, rows, mixed * shares[rows, places, None])
+        return out
+
+
+register_layer(Experts, experts="out_in")
+
+
+class MixtureBlock(LlamaBlock):
+    """As Llama's, with experts in place of the perceptron."""
+
+    def __init__(self, width: int, heads: int, n_experts: int, inner: int) -> None:
+        super().__init__(width, heads, inner)
+        del self.gate, self.up, self.down
+        self.experts = Experts(n_experts, width, inner)
+
+    def mlp(self, normed: Tensor) -> Tensor:
+        out: Tensor = self.experts(normed.flatten(0, 1)).view_as(normed)
+        return out
+
+
+class Mixture(nn.Module):
+    """A language model of characters, built as Mixtral is (Jiang et al. 2024, arXiv:2401.04088), without a loss that
+    balances the experts: ``[N, T]`` to logits ``[N, T, 65]``."""
+
+    def __init__(self, layers: int = 2, width: int = 64, heads: int = 2, n_experts: int = 8, inner: int = 96) -> None:
+        super().__init__()
+        self.token = nn.Embedding(65, width)
+        self.blocks = nn.Sequential(*(MixtureBlock(width, heads, n_experts, inner) for _ in range(layers)))
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, 65, bias=False)
+        self.apply(initialise_)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(self.blocks(self.token(characters))))
+        return logits
+
+
+def mixture(folder: Path | None) -> Problem:
+    """The next character of tiny Shakespeare, in windows of 64."""
+    return problem(shakespeare(64, 128)(folder, 16, CPU), Mixture, cross_entropy)
+
+
 LATER_CONFIRMATION: Mapping[str, StudyTask] = {
     "mixer": StudyTask(
         "10,000 images of CIFAR-10, MLP-Mixer, 2 layers, width 64, batch 32", "cross-entropy", 300, mixed_images,
@@ -150,4 +216,8 @@ LATER_CONFIRMATION: Mapping[str, StudyTask] = {
     ),
     "contrast": StudyTask("halves of digits, two ReLU towers, InfoNCE among 128", "cross-entropy", 200, contrast),
     "deep": StudyTask("digits, 12 ReLU layers of 64 without norms, batch 64", "training loss", 1500, deep),
+    "experts": StudyTask(
+        "tiny Shakespeare, 2 layers, width 64, two of 8 experts, 16 windows of 64", "cross-entropy", 500, mixture,
+        decay=1e-4, per_position=True,
+    ),
 }  # fmt: skip
