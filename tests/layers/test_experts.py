@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor, register_layer
 from lightning_thor.factors.layout import SIDES
+from lightning_thor.layers import registry
 from lightning_thor.layers.discovery import discover_layers, matrix_layers
-from lightning_thor.layers.registry import REGISTERED
 from lightning_thor.preconditioning.grouping import StackedLayers
 
 N, IN, OUT, ROWS = 4, 8, 12, 32  # grouped products take multiples of four
@@ -27,11 +27,8 @@ Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    before = dict(REGISTERED)
-    yield
-    REGISTERED.clear()
-    REGISTERED.update(before)
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "REGISTERED", {})
 
 
 def one_by_one(product: Callable[[Tensor, Tensor], Tensor]) -> Multiply:

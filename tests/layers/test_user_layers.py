@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,17 +11,14 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature, Thor, register_layer
 from lightning_thor.factors.layout import SIDES
+from lightning_thor.layers import registry
 from lightning_thor.layers.discovery import discover_layers
-from lightning_thor.layers.registry import REGISTERED
 from tests.helpers.formulas import preconditioned
 
 
 @pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    before = dict(REGISTERED)
-    yield
-    REGISTERED.clear()
-    REGISTERED.update(before)
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "REGISTERED", {})
 
 
 class Grouped(nn.Module):
