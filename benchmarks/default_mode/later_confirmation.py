@@ -168,7 +168,7 @@ class Experts(nn.Module):
         return out
 
 
-register_layer(Experts, experts="out_in")
+register_layer(Experts, matrices="out_in")
 
 
 class MixtureBlock(LlamaBlock):

@@ -53,8 +53,8 @@ from lightning_thor.layers.discovery import (
     warn_of_low_coverage,
     weights_of,
 )
-from lightning_thor.layers.experts import EXPERTS, EXPERTS_TRANSPOSED
 from lightning_thor.layers.hooks import Hooks
+from lightning_thor.layers.matrices import EXPERTS, EXPERTS_TRANSPOSED
 from lightning_thor.layers.pairs import PairChecks
 from lightning_thor.layers.recurrent import RECURRENT
 from lightning_thor.layers.registry import STATISTICS, KfacApprox

@@ -7,7 +7,7 @@ from enum import Enum
 
 from lightning_thor.layers.base import Layer
 from lightning_thor.layers.discovery import name_some
-from lightning_thor.layers.experts import ExpertsKind
+from lightning_thor.layers.matrices import MatricesKind
 from lightning_thor.layers.recurrent import RECURRENT
 
 
@@ -38,7 +38,7 @@ def why_silent(layer: Layer, call: Call | None) -> str:
         return "what autograd saves of it goes elsewhere (checkpointed or offloaded activations): keep it out of that"
     if call is Call.UNREADABLE:
         return "its first argument is not its input as a plain tensor (of torch.Tensor, dense), which has the rows"
-    if has_gradient and isinstance(layer.kind, ExpertsKind):
+    if has_gradient and isinstance(layer.kind, MatricesKind):
         return (
             "no product with it was seen (its module must be called, not compiled, and multiply by the parameter, or a "
             "view of it, in the order of dimensions that register_layer was told)"

@@ -131,6 +131,10 @@ class LayerKind:
         """The widths of the factors of a module whose weight has this shape."""
         return 1, shape[1:].numel(), shape[0]
 
+    def of_weight(self, module: Any, weight: Tensor) -> LayerKind:
+        """The kind of one of the weights of a module of this kind, where they are of several."""
+        return self
+
     def n_parts(self, module: Any, shape: torch.Size) -> int:
         """How many equal parts the outputs of a weight of this shape are a concatenation of."""
         return 1
@@ -184,10 +188,10 @@ class ModuleUse:
     param_slice: slice | None = None
     """The rows of the parameter that are this weight, where one parameter packs several."""
     caller: nn.Module | None = None
-    """The attention, recurrent layer or experts that multiply by the weight without calling a module."""
+    """The attention, recurrent layer or other module that multiplies by the weight without calling a module."""
     role: str = ""
     """The weight's part in ``caller``: one of `lightning_thor.layers.attention.ROLES`, the parameter's name, or see
-    `lightning_thor.layers.experts.role_of`."""
+    `lightning_thor.layers.matrices.role_of`."""
 
     @property
     def trains(self) -> bool:
@@ -202,7 +206,7 @@ class ModuleUse:
 
 
 def uses_by_caller(uses: Iterable[ModuleUse]) -> dict[nn.Module, dict[str, str]]:
-    """Names of the uses inside attentions, recurrent layers and experts, by these and by role."""
+    """Names of the uses inside modules that multiply by weights without calling a module, by these and by role."""
     callers: dict[nn.Module, dict[str, str]] = {}
     for use in uses:
         if use.caller is not None:

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers import attention
 from lightning_thor.layers.base import Layer, LayerKind, ModuleUse
-from lightning_thor.layers.experts import ExpertsKind, role_of, stacks_of
+from lightning_thor.layers.matrices import MatricesKind, matrices_of, role_of
 from lightning_thor.layers.recurrent import Recurrent, weight_names
 from lightning_thor.layers.registry import EXPAND, KfacApprox, find_kind, unsupported_reason
 from lightning_thor.linalg import block_diagonal
@@ -46,7 +46,7 @@ def name_some(names: list[str], n: int = 5) -> str:
 
 def matrix_layers(model: nn.Module, without: Container[nn.Parameter] = ()) -> list[str]:
     """Names of the linear layers, projections and convolutions that train; the last is taken as the output layer. The
-    weights of recurrent layers and of experts come first: they make states.
+    weights of recurrent layers, and those that a module multiplies by itself (experts), come first: they make states.
 
     Those whose weight is among ``without`` are left out.
 
@@ -169,8 +169,8 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
                 yield ModuleUse(f"{name}.{weight}" if name else weight, module, weight, None, module, weight)
             continue
         own, found = dict(module.named_parameters(recurse=False)), find_kind(type(module))
-        if found is not None and isinstance(found[0], ExpertsKind):
-            yield from _experts(name, module, found[0])
+        if found is not None and isinstance(found[0], MatricesKind):
+            yield from _matrices(name, module, found[0])
             continue
         if own or is_parametrized(module, "weight"):
             outer = inside.get(module)
@@ -199,12 +199,15 @@ def _projections(name: str, module: nn.MultiheadAttention) -> Iterator[ModuleUse
         yield ModuleUse(f"{name}.{role}" if name else role, module, weight_name, param_slice, module, role)
 
 
-def _experts(name: str, module: nn.Module, kind: ExpertsKind) -> Iterator[ModuleUse]:
-    for weight, stack in stacks_of(module).items():
-        for number in range(len(stack)):
-            one, role = f"{weight}.{number}", role_of(weight, number, kind.is_transposed(module))
-            part = slice(number, number + 1)
-            yield ModuleUse(f"{name}.{one}" if name else one, module, weight, part, module, role)
+def _matrices(name: str, module: nn.Module, kind: MatricesKind) -> Iterator[ModuleUse]:
+    is_transposed, prefix = kind.is_transposed(module), f"{name}." if name else ""
+    for weight, p in matrices_of(module).items():
+        if p.dim() == 2:
+            yield ModuleUse(prefix + weight, module, weight, None, module, role_of(weight, None, is_transposed))
+            continue
+        for number in range(len(p)):
+            part, role = slice(number, number + 1), role_of(weight, number, is_transposed)
+            yield ModuleUse(f"{prefix}{weight}.{number}", module, weight, part, module, role)
 
 
 def _check(
@@ -238,6 +241,7 @@ def _check(
     if only is not None and weight not in only:
         return "not in the optimizer"
     bias = _bias_of(use)
+    kind = kind.of_weight(module, weight)
     if kind.owns_all_parameters and bias is None and getattr(module, "bias", None) is not None:
         return "its bias is not a plain parameter (parametrized, or a buffer)"
     if kind.owns_all_parameters and bias in shared and weight not in shared:
@@ -332,8 +336,9 @@ def trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 LOW_COVERAGE = 0.5
 """Share of the trained weights below which too few have curvature."""
 LOW_COVERAGE_ADVICE = (
-    "Give modules of your own curvature with lightning_thor.register_layer, those with experts that lie in one "
-    "parameter too; name layers that can have none in skip_layers: they train with plain momentum."
+    "Give modules of your own curvature with lightning_thor.register_layer, those too that multiply by parameters of "
+    "their own, or have all experts in one; name layers that can have none in skip_layers: they train with plain "
+    "momentum."
 )
 
 

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import Note, RecordProducts
 from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
-from lightning_thor.layers.experts import RecordExperts
+from lightning_thor.layers.matrices import RecordMatrices
 from lightning_thor.layers.pairs import Arrange, Pair, PairChecks, as_plain_tensor, is_readable
 from lightning_thor.layers.recurrent import (
     Recurrent,
@@ -78,7 +78,8 @@ class Hooks:
         modules: the modules to observe, by name.
         is_open: whether the named module is to be observed in the present forward pass.
         listener: called in backward, without autograd, with the name, the input and the output's gradient.
-        callers: names of the weights inside attentions, recurrent layers and experts, by role (see `ModuleUse.role`).
+        callers: names of the weights inside modules that multiply by them without calling a module, by role (see
+            `ModuleUse.role`): attentions, recurrent layers, others.
             Pairs of an attention are batch first, ``[batch, positions, width]``; those of a recurrent layer are of one
             step, ``[batch, width]``, or of all steps.
         expect: called in forward with the name, for each pair that backward is to hand over; what it returns is held
@@ -237,7 +238,7 @@ class Hooks:
         return not_alone(on_forward)
 
     def _note_product(self, names: Mapping[str, str]) -> Note:
-        """What records the products of an attention or of experts, whose weights have these ``names`` by role."""
+        """What records the products of such a module, whose weights have these ``names`` by role."""
         numbers = {name: number_of(self._receiver(name)) for name in names.values()}
         own = ref(self)
 
@@ -258,11 +259,11 @@ class Hooks:
     def _caller_hooks(
         self, names: Mapping[str, str], owner: nn.Module
     ) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Hooks before and after a call: products of an attention and of experts are recorded in it, those of a
-        recurrent layer are found in its graph afterwards."""
+        """Hooks before and after a call: products are recorded in it, but those of a recurrent layer are found in its
+        graph afterwards."""
         note = self._note_product(names)
         attention = RecordProducts(note) if isinstance(owner, nn.MultiheadAttention) else None
-        record = attention or (None if isinstance(owner, Recurrent) else RecordExperts(note, owner))
+        record = attention or (None if isinstance(owner, Recurrent) else RecordMatrices(note, owner))
         own, graphs, is_due = ref(self), self.graphs, self._is_due
         entered = list[tuple[ExitStack, list[str]]]()
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, RowsFn, subsample
 from lightning_thor.layers.conv import CONVOLUTION, CONVOLUTION_TRANSPOSED
 from lightning_thor.layers.embedding import EMBEDDING, ascend_embedding_rows
-from lightning_thor.layers.experts import EXPERTS, EXPERTS_TRANSPOSED, ExpertsKind, is_experts
 from lightning_thor.layers.linear import ATTENTION, LINEAR, LINEAR_TRANSPOSED
+from lightning_thor.layers.matrices import EXPERTS, EXPERTS_TRANSPOSED, MatricesKind, is_experts
 from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM
 from lightning_thor.layers.recurrent import RECURRENT
 from lightning_thor.linalg import block_diagonal
@@ -99,18 +99,18 @@ def register_layer(
     rows_of: UserRows | None = None,
     *,
     like: type[nn.Module] | None = None,
-    experts: Literal["out_in", "in_out"] | None = None,
+    matrices: Literal["out_in", "in_out"] | None = None,
     matrix: Callable[[Any, Tensor], Tensor] = _rows_along_out,
     weight: str = "weight",
 ) -> None:
     """Give modules of a type of your own curvature, in every `Curvature` and `ThorCallback` made afterwards.
 
-    Either the module multiplies by its ``weight`` as a supported type does (``like``), or it has a matrix for each of
-    several experts in one parameter (``experts``), or two functions say how it multiplies (``rows_of`` and ``matrix``),
-    which are to keep one law: ``g.mT @ a`` of the rows is the weight's gradient as a matrix. The loss is then taken to
-    be a mean over all dimensions of the output but the last, as for `nn.Linear` (for a subclass of another supported
-    type: as for that type). With ``statistics="reduce"`` the rows of one sample must be adjacent; they are averaged (a)
-    and summed (g). Subclasses with another ``forward`` are left out.
+    Either the module multiplies by its ``weight`` as a supported type does (``like``), or by several parameters that
+    are matrices (``matrices``), or two functions say how it multiplies (``rows_of`` and ``matrix``), which are to keep
+    one law: ``g.mT @ a`` of the rows is the weight's gradient as a matrix. The loss is then taken to be a mean over all
+    dimensions of the output but the last, as for `nn.Linear` (for a subclass of another supported type: as for that
+    type). With ``statistics="reduce"`` the rows of one sample must be adjacent; they are averaged (a) and summed (g).
+    Subclasses with another ``forward`` are left out, but for ``matrices``.
 
     Args:
         module_type: your type, with its subclasses. A subclass of a supported type overrules it.
@@ -119,17 +119,18 @@ def register_layer(
         like: a supported type, such as `nn.Linear` or `nn.Conv2d`. The module's parameter ``weight`` and all other
             attributes that describe such a layer (``stride``, ``groups``, ...) mean the same as in that type; whatever
             the module does to the product afterwards, its ``forward`` multiplies its first argument by the weight.
-        experts: the order of the dimensions of the module's own three-dimensional parameters after the first, along
-            which the experts lie. Each expert's matrix is then a layer, with the rows that its products have in
-            ``forward``: of the parameter or of views of it, by `F.linear`, ``@``, `torch.bmm`, `torch.einsum` or
-            `F.grouped_mm`. (Those of transformers are known.)
+        matrices: the order of the last two dimensions of the module's own parameters, of which each is a matrix or,
+            with three dimensions, a stack with a matrix for each expert. (Where there are stacks, parameters of two
+            dimensions take plain momentum.) Each matrix is a layer, with the rows of its products in ``forward``: of
+            the parameter, or of one expert's matrix as a view, by `F.linear`, ``@``, `torch.bmm`, `torch.einsum` or
+            `F.grouped_mm`. Experts of transformers are known.
         matrix: called with the module and a tensor in the shape of its weight; returns a view as a matrix ``[out, in]``
             or ``[groups, out, in]``. By default all dimensions after the first are inputs. With ``rows_of`` alone.
         weight: name of the parameter; all other parameters of the module take plain momentum. With ``rows_of`` alone.
 
     Raises:
-        TypeError: an argument of another type; none or several of ``rows_of``, ``like`` and ``experts``.
-        ValueError: the type has curvature already, or ``like`` has none; ``experts`` is no such order.
+        TypeError: an argument of another type; none or several of ``rows_of``, ``like`` and ``matrices``.
+        ValueError: the type has curvature already, or ``like`` has none; ``matrices`` is no such order.
 
     >>> class Mixer(nn.Module):  # multiplies [batch, tokens, channels] over its tokens; weight: [tokens in, tokens out]
     ...     def __init__(self):
@@ -149,18 +150,18 @@ def register_layer(
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"register_layer takes a class of modules, got {module_type!r}.")
-    given = [name for name, one in (("rows_of", rows_of), ("like", like), ("experts", experts)) if one is not None]
+    given = [name for name, one in (("rows_of", rows_of), ("like", like), ("matrices", matrices)) if one is not None]
     if len(given) != 1:
         raise TypeError(
-            "register_layer takes one of rows_of, a function, like, a type of layer such as nn.Linear, and experts, "
+            "register_layer takes one of rows_of, a function, like, a type of layer such as nn.Linear, and matrices, "
             f"'out_in' or 'in_out'; got {' and '.join(given) or 'none'}."
         )
     if rows_of is None and (matrix is not _rows_along_out or weight != "weight"):
         raise TypeError(f"register_layer takes matrix and weight with rows_of only: {given[0]} stands for both.")
-    if experts is not None:
-        if experts not in ("out_in", "in_out"):
-            raise ValueError(f"register_layer's experts must be 'out_in' or 'in_out', got {experts!r}.")
-        kind: LayerKind = ExpertsKind(module_type, is_transposed=experts == "in_out")
+    if matrices is not None:
+        if matrices not in ("out_in", "in_out"):
+            raise ValueError(f"register_layer's matrices must be 'out_in' or 'in_out', got {matrices!r}.")
+        kind: LayerKind = MatricesKind(module_type, is_transposed=matrices == "in_out")
     elif like is not None:
         found = find_kind(like) if isinstance(like, type) else None
         if found is None or found[0] is ATTENTION:

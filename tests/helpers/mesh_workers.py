@@ -75,7 +75,7 @@ class Experts(nn.Module):
         return output
 
 
-register_layer(Experts, experts="out_in")
+register_layer(Experts, matrices="out_in")
 
 
 class Adapted(nn.Module):

@@ -1,7 +1,7 @@
-"""Experts that lie in one parameter, ``[experts, out, in]``: each one's matrix is a layer, with the rows routed to it.
+"""Matrices that a module multiplies by itself, calling no other: parameters of its own, of one matrix each, or of one
+for each expert, ``[experts, out, in]``. An expert's matrix is a layer, with the rows routed to it.
 
-Their module calls no other for its products with them. While a pass is recorded, each product of torch with the
-parameter, or with views of it, is noted with its input, expert by expert.
+While a pass is recorded, each product of torch with such a parameter, or with views of it, is noted with its input.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +17,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_thor.layers.attention import Note
-from lightning_thor.layers.base import FactorWidths, Layer
+from lightning_thor.layers.base import FactorWidths, Layer, LayerKind
 from lightning_thor.layers.linear import ProjectionKind
 from lightning_thor.layers.pairs import Arrange, is_readable
 
 
-class ExpertsKind(ProjectionKind):
-    """The three-dimensional parameters of a module, ``[experts, out, in]``: stacks of matrices, one for each expert.
+class MatricesKind(ProjectionKind):
+    """A module's own parameters that are matrices, ``[out, in]``, or stacks of matrices, ``[experts, out, in]``.
 
     Args:
         *types: of modules, see `LayerKind`.
-        is_transposed: whether they are ``[experts, in, out]``, if the module has no attribute ``is_transposed``.
+        is_transposed: whether they are ``[in, out]`` and ``[experts, in, out]``, if the module has no attribute
+            ``is_transposed``.
     """
 
     takes_bias = False
-    row_factor = None
+    row_factor: Literal["A", "G"] | None = None
     is_flat = False
     is_linear = True
 
@@ -40,12 +41,15 @@ class ExpertsKind(ProjectionKind):
         self._is_transposed = is_transposed
 
     def is_transposed(self, module: Any) -> bool:
-        """Whether the module's stacks are ``[experts, in, out]``."""
+        """Whether the module's matrices are ``[in, out]``."""
         return bool(getattr(module, "is_transposed", self._is_transposed))
 
+    def of_weight(self, module: Any, weight: Tensor) -> LayerKind:
+        return self if weight.dim() == 3 else _ONE[self.is_transposed(module)]
+
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
-        out, width = reversed(shape[1:]) if self.is_transposed(module) else shape[1:]
-        return shape[0], width, out
+        out, width = reversed(shape[-2:]) if self.is_transposed(module) else shape[-2:]
+        return shape[:-2].numel(), width, out
 
     def to_matrix(self, layer: Layer, grads: Sequence[Tensor]) -> Tensor:
         stack = grads[0].mT if self.is_transposed(layer.module) else grads[0]
@@ -55,9 +59,18 @@ class ExpertsKind(ProjectionKind):
         return [matrix.mT if self.is_transposed(layer.module) else matrix]
 
 
-EXPERTS = ExpertsKind()
-"""Also those of transformers that are not named here, see `is_experts`."""
-EXPERTS_TRANSPOSED = ExpertsKind(
+class _OneMatrixKind(MatricesKind):
+    """A parameter that is one matrix."""
+
+    def __init__(self, *, is_transposed: bool) -> None:
+        super().__init__(is_transposed=is_transposed)
+        self.row_factor, self.is_flat = "A" if is_transposed else "G", not is_transposed
+
+
+_ONE = {is_transposed: _OneMatrixKind(is_transposed=is_transposed) for is_transposed in (False, True)}
+EXPERTS = MatricesKind()
+"""Those of transformers that are not named here, see `is_experts`."""
+EXPERTS_TRANSPOSED = MatricesKind(
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts",
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts",
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextExperts",
@@ -70,44 +83,48 @@ def is_experts(module_type: type[nn.Module]) -> bool:
     return module_type.__module__.startswith("transformers.") and module_type.__name__.endswith("Experts")
 
 
-def stacks_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The module's own stacks of matrices, by name."""
-    return {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
+def matrices_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own stacks of matrices by name; where it has none, its own matrices: beside stacks, parameters of
+    two dimensions are the experts' biases."""
+    own = dict(module.named_parameters(recurse=False))
+    stacks = {name: p for name, p in own.items() if p.dim() == 3}
+    return stacks or {name: p for name, p in own.items() if p.dim() == 2}
 
 
-def role_of(weight_name: str, expert: int, is_transposed: bool) -> str:
-    """The role (see `ModuleUse.role`) of one expert's matrix, ``[out, in]`` or, transposed, ``[in, out]``.
+def role_of(weight_name: str, expert: int | None, is_transposed: bool) -> str:
+    """The role (see `ModuleUse.role`) of a matrix, ``[out, in]`` or, transposed, ``[in, out]``.
 
-    >>> role_of("down_proj", 3, False), role_of("down_proj", 3, True)
-    ('down_proj.3', 'down_proj.3, transposed')
+    >>> role_of("down_proj", 3, False), role_of("weight", None, True)
+    ('down_proj.3', 'weight, transposed')
     """
-    return f"{weight_name}.{expert}{', transposed' if is_transposed else ''}"
+    name = weight_name if expert is None else f"{weight_name}.{expert}"
+    return f"{name}{', transposed' if is_transposed else ''}"
 
 
 class _View(NamedTuple):
-    """Some matrices of a stack."""
+    """A parameter that is a matrix, or some matrices of a stack."""
 
     name: str
-    first: int
-    """The expert of the first."""
+    first: int | None
+    """The expert of the first; None: there are no experts."""
     is_transposed: bool
-    """Whether an expert's matrix in the stack is ``[in, out]``."""
+    """Whether a matrix is ``[in, out]``."""
 
     def role(self, number: int = 0) -> str:
         """Of the matrix of this number."""
-        return role_of(self.name, self.first + number, self.is_transposed)
+        return role_of(self.name, None if self.first is None else self.first + number, self.is_transposed)
 
 
-class RecordExperts(TorchFunctionMode):
-    """A context that notes the products with a module's stacks; it changes none.
+class RecordMatrices(TorchFunctionMode):
+    """A context that notes the products with a module's own matrices; it changes none.
 
-    Seen are products with a stack, with some consecutive matrices of it or with one expert's, as views: `F.linear`,
-    ``@``, `torch.bmm`, `torch.einsum` with one letter for the experts, `F.grouped_mm` with offsets, and `torch.bmm`
-    with the matrices of chosen experts, ``stack[indices]``.
+    Seen are products with a matrix, with a stack, with some consecutive matrices of it or with one expert's, as views:
+    `F.linear`, ``@``, `torch.bmm`, `torch.einsum` with a letter for each dimension, `F.grouped_mm` with offsets, and
+    `torch.bmm` with the matrices of chosen experts, ``stack[indices]``.
 
     Args:
-        note: called in forward for each expert that has rows, before the output is used.
-        module: has the stacks.
+        note: called in forward for each matrix that has rows, before the output is used.
+        module: has the matrices.
     """
 
     def __init__(self, note: Note, module: nn.Module) -> None:
@@ -138,9 +155,10 @@ class RecordExperts(TorchFunctionMode):
             return None
         storage = matrix.untyped_storage().data_ptr()
         # Read at each call: a sharded parameter (FSDP2) is another one in a forward pass.
-        for name, stack in stacks_of(self._module).items():
-            if not stack.numel() or not _is_plain(stack) or storage != stack.untyped_storage().data_ptr():
+        for name, p in matrices_of(self._module).items():
+            if not p.numel() or not _is_plain(p) or storage != p.untyped_storage().data_ptr():
                 continue
+            stack = p if p.dim() == 3 else p[None]
             size = stack.stride(0)
             first, within = divmod(int(matrix.storage_offset()) - int(stack.storage_offset()), size)
             is_one = matrix.dim() == 2
@@ -149,7 +167,7 @@ class RecordExperts(TorchFunctionMode):
             if is_part and (is_one or n == 1 or matrix.stride(0) == size):
                 for is_transposed in (False, True):
                     if _place(matrix) == _place(stack if is_transposed else stack.mT):
-                        return _View(name, first, is_transposed)
+                        return _View(name, first if p.dim() == 3 else None, is_transposed)
         return None
 
     def select(self, selected: Tensor, stack: Any, index: Any) -> None:
@@ -173,7 +191,7 @@ class RecordExperts(TorchFunctionMode):
 
 
 Found = Iterator[tuple[str, Tensor, Arrange | None]]
-"""Role, input, and what brings the output's gradient to its rows, of each expert."""
+"""Role, input, and what brings the output's gradient to its rows, of each matrix."""
 
 
 def _is_plain(x: Any) -> bool:
@@ -198,7 +216,7 @@ def _pick_transposed(arrange: Arrange | None, g: Tensor) -> Tensor:
     return g.mT if arrange is None else arrange(g.mT)
 
 
-def _of_product(record: RecordExperts, output: Tensor, x: Any, matrix: Any) -> Found:
+def _of_product(record: RecordMatrices, output: Tensor, x: Any, matrix: Any) -> Found:
     """Of ``output = x @ matrix``."""
     view = record.find(matrix)
     if view is not None and matrix.dim() == 2:
@@ -211,7 +229,7 @@ def _of_product(record: RecordExperts, output: Tensor, x: Any, matrix: Any) -> F
         yield role, x[index], partial(_pick, index)
 
 
-def _of_matmul(record: RecordExperts, output: Tensor, left: Any, right: Any, **_: Any) -> Found:
+def _of_matmul(record: RecordMatrices, output: Tensor, left: Any, right: Any, **_: Any) -> Found:
     yield from _of_product(record, output, left, right)
     if left.dim() > 1 and right.dim() == 1:
         yield from _of_product(record, output, right, left.mT)
@@ -220,16 +238,16 @@ def _of_matmul(record: RecordExperts, output: Tensor, left: Any, right: Any, **_
             yield role, a, partial(_pick_transposed, arrange)
 
 
-def _of_linear(record: RecordExperts, output: Tensor, input: Any, weight: Any, bias: Any = None) -> Found:
+def _of_linear(record: RecordMatrices, output: Tensor, input: Any, weight: Any, bias: Any = None) -> Found:
     return _of_product(record, output, input, weight.mT if weight.dim() > 1 else weight)
 
 
-def _of_added_product(record: RecordExperts, output: Tensor, input: Any, left: Any, right: Any, **_: Any) -> Found:
+def _of_added_product(record: RecordMatrices, output: Tensor, input: Any, left: Any, right: Any, **_: Any) -> Found:
     return _of_matmul(record, output, left, right)
 
 
 def _of_grouped(
-    record: RecordExperts, output: Tensor, input: Tensor, mat2: Any, offs: Tensor | None = None, *_: Any, **__: Any
+    record: RecordMatrices, output: Tensor, input: Tensor, mat2: Any, offs: Tensor | None = None, *_: Any, **__: Any
 ) -> Found:
     view = record.find(mat2)
     if offs is None:
@@ -245,26 +263,32 @@ def _cut(offsets: Tensor) -> Iterator[slice]:
         yield slice(start, stop)
 
 
-def _of_einsum(record: RecordExperts, output: Tensor, equation: Any, *operands: Any) -> Found:
+def _of_einsum(record: RecordMatrices, output: Tensor, equation: Any, *operands: Any) -> Found:
     operands = tuple(operands[0]) if len(operands) == 1 else operands
-    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation or "." in equation:
+    if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
         return
     letters, out = equation.replace(" ", "").split("->")
     for of_x, of_matrix, x, matrix in zip(*_both_ways(letters.split(",")), *_both_ways(operands), strict=True):
-        if len(of_matrix) != 3:
-            continue
-        expert, *sides = of_matrix
-        summed = [letter for letter in sides if letter in of_x and letter not in out]
-        own = [letter for letter in sides if letter in out and letter not in of_x]
+        # A letter for each dimension behind an ellipsis.
+        further = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: x.dim() - len(of_x.replace("...", ""))]
+        of_x, of_out = of_x.replace("...", further), out.replace("...", further)
+        experts, sides = of_matrix[:-2], of_matrix[-2:]
+        summed = [letter for letter in sides if letter in of_x and letter not in of_out]
+        own = [letter for letter in sides if letter in of_out and letter not in of_x]
         rest = [letter for letter in of_x if letter not in of_matrix]
-        if len(summed) != 1 or len(own) != 1 or len({*out}) != len(out) or {*out} != {expert, *rest, *own}:
+        known = sorted([*experts, *rest, *own]) == sorted(of_out) and len({*of_x}) == len(of_x)
+        if "." in of_matrix or len(experts) > 1 or len(summed) != 1 or len(own) != 1 or not known:
             continue
         view = record.find(matrix if sides[0] in summed else matrix.mT)
-        if view is not None:
-            a = _in_order(of_x, [expert, *rest, *summed], x)
-            in_order = partial(_in_order, out, [expert, *rest, *own])
-            for number in range(len(matrix)):
-                yield view.role(number), a[number if expert in of_x else 0], partial(_pick_first, in_order, number)
+        if view is None:
+            continue
+        a = _in_order(of_x, [*experts, *rest, *summed], x)
+        in_order = partial(_in_order, of_out, [*experts, *rest, *own])
+        if not experts:
+            yield view.role(), a, in_order
+            continue
+        for number in range(len(matrix)):
+            yield view.role(number), a[number if experts in of_x else 0], partial(_pick_first, in_order, number)
 
 
 def _both_ways(two: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -281,12 +305,12 @@ def _pick_first(in_order: Arrange, number: int, g: Tensor) -> Tensor:
     return in_order(g)[number]
 
 
-def _of_item(record: RecordExperts, output: Tensor, stack: Any, index: Any) -> Found:
+def _of_item(record: RecordMatrices, output: Tensor, stack: Any, index: Any) -> Found:
     record.select(output, stack, index)
     return iter(())
 
 
-def _of_index_select(record: RecordExperts, output: Tensor, stack: Any, dim: int, index: Any) -> Found:
+def _of_index_select(record: RecordMatrices, output: Tensor, stack: Any, dim: int, index: Any) -> Found:
     return _of_item(record, output, stack, index if dim == 0 else None)
 
 

@@ -1,4 +1,5 @@
-"""Laws of experts that lie in one parameter: they have the curvature of the same experts written as linear layers."""
+"""Laws of matrices that a module multiplies by itself, those of all experts in one parameter among them: they have the
+curvature of the same network written with linear layers."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from lightning_thor.layers.discovery import discover_layers, matrix_layers
 from lightning_thor.preconditioning.grouping import StackedLayers
 
 N, IN, OUT, ROWS = 4, 8, 12, 32  # grouped products take multiples of four
+CLASSES = 10  # more than IN: no eigenvalue of a factor is 0
 MODES = ["natural", "polar", "adam"]
 
 Multiply = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -92,6 +94,7 @@ EQUAL: dict[str, Multiply] = {
     ),
     "in halves": of_equal_shares(lambda x, stack: torch.cat([x[half] @ stack[half].mT for half in HALVES])),
     "einsum": of_equal_shares(lambda x, stack: torch.einsum("end,eod->eno", x, stack)),
+    "einsum with an ellipsis": of_equal_shares(lambda x, stack: torch.einsum("...end,eod->...eno", x, stack)),
     "einsum from the left": of_equal_shares(
         lambda x, stack: torch.einsum("e o d, d n e -> o n e", stack, x.permute(2, 1, 0)).permute(2, 1, 0)
     ),
@@ -147,7 +150,7 @@ class ListedExperts(nn.Module):
 class Model(nn.Module):
     def __init__(self, experts: nn.Module, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        self.experts, self.head = experts, nn.Linear(IN, 3, dtype=dtype)
+        self.experts, self.head = experts, nn.Linear(IN, CLASSES, dtype=dtype)
         generator = torch.Generator().manual_seed(2)
         for p in self.head.parameters():
             p.data.copy_(torch.randn(p.shape, generator=generator))
@@ -171,7 +174,7 @@ def train(
         experts = (
             torch.tensor([0] * 12 + [2] * 8 + [3] * 12) if routes == "some" else torch.arange(N).repeat_interleave(8)
         )
-        labels = torch.randint(3, (ROWS,), generator=generator)
+        labels = torch.randint(CLASSES, (ROWS,), generator=generator)
         F.cross_entropy((model if call is None else call)(x, experts), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -191,7 +194,7 @@ def both(
 ) -> tuple[Curvature, Curvature]:
     """The curvature of a model with stacked experts and of one with linear layers, after some steps."""
     multiply = WAYS.get(name, grouped)
-    register_layer(Experts, experts="in_out" if is_transposed else "out_in")
+    register_layer(Experts, matrices="in_out" if is_transposed else "out_in")
     stacked = Model(Experts(multiply, is_transposed, dtype), dtype)
     listed = Model(ListedExperts(stacked.experts, name=name), dtype)
     return tuple(  # type: ignore[return-value]
@@ -253,14 +256,14 @@ def test_all_experts_of_a_parameter_are_multiplied_at_once_and_each_alone_where_
 
 
 def test_a_product_that_is_not_seen_is_told_with_what_to_do() -> None:
-    register_layer(Experts, experts="out_in")
+    register_layer(Experts, matrices="out_in")
     model = Model(Experts(lambda x, stack, experts: one_by_one(F.linear)(x, 1.0 * stack, experts), False))
     with pytest.warns(UserWarning, match=r"experts.up.0, .*no product with it was seen .*register_layer"):
         train(model, 1)
 
 
 def test_in_a_compiled_model_they_are_told_and_have_curvature_where_they_are_kept_out() -> None:
-    register_layer(Experts, experts="out_in")
+    register_layer(Experts, matrices="out_in")
     model = Model(Experts(WAYS["bmm"], False))
     expected = factors_of(train(copy.deepcopy(model), 2, "equal"))
     with pytest.warns(UserWarning, match=r"experts.up.0, .*not compiled"):
@@ -282,14 +285,14 @@ def test_dimensions_in_another_order_than_was_told_are_not_taken_for_rows() -> N
         def forward(self, x: Tensor, experts: Tensor) -> Tensor:
             return one_by_one(lambda rows, one: rows @ one)(x, self.stack, experts)
 
-    register_layer(Square, experts="out_in")
+    register_layer(Square, matrices="out_in")
     with pytest.warns(UserWarning, match="no product with it was seen"):
         train(Model(Square()), 1)
 
 
 @pytest.mark.parametrize("name", ["F.linear", "index"])
 def test_an_expert_without_rows_is_silent_and_keeps_what_it_has(name: str) -> None:
-    register_layer(Experts, experts="out_in")
+    register_layer(Experts, matrices="out_in")
     model = Model(Experts(WAYS[name], False))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -298,7 +301,7 @@ def test_an_expert_without_rows_is_silent_and_keeps_what_it_has(name: str) -> No
         x, experts = torch.randn(ROWS, IN, dtype=torch.float64), torch.zeros(ROWS, dtype=torch.int64)
         for _ in range(2):
             model.zero_grad()
-            F.cross_entropy(model(x, experts), torch.randint(3, (ROWS,))).backward()
+            F.cross_entropy(model(x, experts), torch.randint(CLASSES, (ROWS,))).backward()
             curvature.update()
     for (layer, side), factor in factors_of(curvature).items():
         is_same = torch.equal(factor, before[layer, side])
@@ -308,7 +311,7 @@ def test_an_expert_without_rows_is_silent_and_keeps_what_it_has(name: str) -> No
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["F.linear", "grouped", "index"])
 def test_under_activation_checkpointing_its_factors_are_the_same(name: str, use_reentrant: bool) -> None:
-    register_layer(Experts, experts="out_in")
+    register_layer(Experts, matrices="out_in")
     model = Model(Experts(WAYS.get(name, grouped), False, torch.float32), torch.float32)
     other = copy.deepcopy(model)
 
@@ -326,7 +329,7 @@ def test_under_activation_checkpointing_its_factors_are_the_same(name: str, use_
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["F.linear", "bmm", "einsum"])
 def test_under_autocast_its_factors_are_near_those_of_float32(name: str, dtype: torch.dtype) -> None:
-    register_layer(Experts, experts="out_in")
+    register_layer(Experts, matrices="out_in")
     model = Model(Experts(WAYS[name], False, torch.float32), torch.float32)
     other = copy.deepcopy(model)
 
@@ -343,7 +346,7 @@ def test_under_autocast_its_factors_are_near_those_of_float32(name: str, dtype: 
 
 
 def test_experts_are_hidden_layers_each_with_a_name() -> None:
-    register_layer(Experts, experts="out_in")
+    register_layer(Experts, matrices="out_in")
     model = nn.Sequential(nn.Linear(2, 2), Experts(WAYS["bmm"], False))
     layers, left_out = discover_layers(model, block_size=None, precondition_bias=True)
     assert list(layers) == ["0", *(f"1.{name}.{number}" for name in ("up", "down") for number in range(N))]
@@ -403,11 +406,76 @@ def test_the_experts_of_transformers_have_the_same_factors_however_they_are_comp
     ("options", "expected"),
     [
         ({}, "got none"),
-        ({"experts": "out_in", "like": nn.Linear}, "got like and experts"),
-        ({"experts": "out_in", "weight": "up"}, "experts stands for both"),
-        ({"experts": "out"}, "must be 'out_in' or 'in_out', got 'out'"),
+        ({"matrices": "out_in", "like": nn.Linear}, "got like and matrices"),
+        ({"matrices": "out_in", "weight": "up"}, "matrices stands for both"),
+        ({"matrices": "out"}, "must be 'out_in' or 'in_out', got 'out'"),
     ],
 )
 def test_a_wrong_registration_is_an_error(options: dict[str, Any], expected: str) -> None:
     with pytest.raises((TypeError, ValueError), match=expected):
         register_layer(Experts, **options)
+
+
+# ── matrices without experts ──
+
+OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "F.linear": F.linear,
+    "@": lambda x, w: x @ w.T,
+    "@ of batches": lambda x, w: (x.unflatten(0, (4, -1)) @ w.T).flatten(0, 1),
+    "from the left": lambda x, w: (w @ x.T).T,
+    "from the left, of batches": lambda x, w: (w @ x.unflatten(0, (4, -1)).mT).mT.flatten(0, 1),
+    "einsum": lambda x, w: torch.einsum("nd,od->no", x, w),
+    "einsum of batches": lambda x, w: torch.einsum("bnd,od->bno", x.unflatten(0, (4, -1)), w).flatten(0, 1),
+    "einsum with an ellipsis": lambda x, w: torch.einsum("od,...d->...o", w, x),
+}
+
+
+class OwnMatrices(nn.Module):
+    """Two layers by parameters of its own, ``[out, in]`` or ``[in, out]``, and a bias."""
+
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor], is_transposed: bool) -> None:
+        super().__init__()
+        self.multiply, self.in_out = multiply, is_transposed
+        generator = torch.Generator().manual_seed(1)
+        for name, shape in (("up", (OUT, IN)), ("down", (IN, OUT))):
+            matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.register_parameter(name, nn.Parameter(matrix.T.contiguous() if is_transposed else matrix))
+        self.bias = nn.Parameter(torch.zeros(OUT, dtype=torch.float64))
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        up, down = (one.T if self.in_out else one for one in (self.up, self.down))
+        return self.multiply((self.multiply(x, up) + self.bias).tanh(), down)
+
+
+class OwnLinears(nn.Module):
+    """The same by linear layers."""
+
+    def __init__(self, own: OwnMatrices) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(IN, OUT, bias=False), nn.Linear(OUT, IN, bias=False)
+        for name in ("up", "down"):
+            matrix = getattr(own, name).detach()
+            getattr(self, name).weight = nn.Parameter((matrix.T if own.in_out else matrix).clone())
+        self.bias = nn.Parameter(own.bias.detach().clone())
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        hidden: Tensor = self.down((self.up(x) + self.bias).tanh())
+        return hidden
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("name", OWN)
+def test_own_matrices_train_as_linear_layers(name: str, is_transposed: bool, mode: str) -> None:
+    register_layer(OwnMatrices, matrices="in_out" if is_transposed else "out_in")
+    ours = Model(OwnMatrices(OWN[name], is_transposed))
+    theirs = Model(OwnLinears(ours.experts))
+    curvature = train(ours, 4, mode=mode)
+    assert list(curvature.layers) == ["experts.up", "experts.down", "head"]
+    train(theirs, 4, mode=mode)
+    for found, expected in (
+        (ours.experts.up, theirs.experts.up.weight),
+        (ours.experts.down, theirs.experts.down.weight),
+    ):
+        torch.testing.assert_close(found.T if is_transposed else found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours.experts.bias, theirs.experts.bias)
