@@ -61,7 +61,7 @@ def save_picture(summary: Mapping[str, Mapping[str, Any]], path: Path, *, confir
     tasks = {name: task for name, task in summary.items() if task["is_confirmation"] == confirmation}
     if not tasks:
         return
-    n_columns = min(4, len(tasks))
+    n_columns = min(5, len(tasks))
     n_rows = math.ceil(len(tasks) / n_columns)
     figure, axes = subplots(n_rows, n_columns, figsize=(3.4 * n_columns, 2.9 * n_rows))
     for place, (name, task) in zip(axes.flat, tasks.items(), strict=False):
