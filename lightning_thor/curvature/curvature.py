@@ -54,7 +54,7 @@ from lightning_thor.layers.discovery import (
     weights_of,
 )
 from lightning_thor.layers.hooks import Hooks
-from lightning_thor.layers.matrices import EXPERTS, EXPERTS_TRANSPOSED
+from lightning_thor.layers.matrices import EXPERTS, STACKS_IN_OUT
 from lightning_thor.layers.pairs import PairChecks
 from lightning_thor.layers.recurrent import RECURRENT
 from lightning_thor.layers.registry import STATISTICS, KfacApprox
@@ -715,7 +715,7 @@ class Curvature:
         if further:
             self.include(set().union(*parameters_of(self.model, further).values()))
         lacking = self.layers.keys() - state["layers"].keys()
-        if lacking and all(self.layers[name].kind in (RECURRENT, EXPERTS, EXPERTS_TRANSPOSED) for name in lacking):
+        if lacking and all(self.layers[name].kind in (RECURRENT, EXPERTS, STACKS_IN_OUT) for name in lacking):
             # Of former versions, in which these had no curvature.
             extended, new = extended_state(state, self.state_dict(), spreads=False)
             state = extended if lacking == {*new} else state

@@ -70,12 +70,15 @@ class _OneMatrixKind(MatricesKind):
 _ONE = {is_transposed: _OneMatrixKind(is_transposed=is_transposed) for is_transposed in (False, True)}
 EXPERTS = MatricesKind()
 """Those of transformers that are not named here, see `is_experts`."""
-EXPERTS_TRANSPOSED = MatricesKind(
+STACKS_IN_OUT = MatricesKind(
+    "transformers.models.convbert.modeling_convbert.GroupedLinearLayer",
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts",
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts",
     "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextExperts",
+    "transformers.models.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRglru",
     is_transposed=True,
 )
+"""Those of transformers for experts, groups and heads, ``[n, in, out]``, that have no attribute that says so."""
 
 
 def is_experts(module_type: type[nn.Module]) -> bool:

@@ -13,7 +13,7 @@ from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, Row
 from lightning_thor.layers.conv import CONVOLUTION, CONVOLUTION_TRANSPOSED
 from lightning_thor.layers.embedding import EMBEDDING, ascend_embedding_rows
 from lightning_thor.layers.linear import ATTENTION, LINEAR, LINEAR_TRANSPOSED
-from lightning_thor.layers.matrices import EXPERTS, EXPERTS_TRANSPOSED, MatricesKind, is_experts
+from lightning_thor.layers.matrices import EXPERTS, STACKS_IN_OUT, MatricesKind, is_experts
 from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM
 from lightning_thor.layers.recurrent import RECURRENT
 from lightning_thor.linalg import block_diagonal
@@ -23,7 +23,7 @@ BUILT_IN: Mapping[type[nn.Module] | str, LayerKind] = {
     module_type: kind
     for kind in (
         *(LINEAR, LINEAR_TRANSPOSED, ATTENTION, CONVOLUTION, CONVOLUTION_TRANSPOSED, EMBEDDING),
-        *(LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM, RECURRENT, EXPERTS, EXPERTS_TRANSPOSED),
+        *(LAYER_NORM, RMS_NORM, GROUP_NORM, BATCH_NORM, RECURRENT, EXPERTS, STACKS_IN_OUT),
     )
     for module_type in kind.types
 }

@@ -18,6 +18,7 @@ from lightning_thor import Curvature, Thor, register_layer
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers import registry
 from lightning_thor.layers.discovery import discover_layers, matrix_layers
+from lightning_thor.layers.matrices import MatricesKind
 from lightning_thor.preconditioning.grouping import StackedLayers
 
 N, IN, OUT, ROWS = 4, 8, 12, 32  # grouped products take multiples of four
@@ -479,3 +480,48 @@ def test_own_matrices_train_as_linear_layers(name: str, is_transposed: bool, mod
     ):
         torch.testing.assert_close(found.T if is_transposed else found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours.experts.bias, theirs.experts.bias)
+
+
+KNOWN: dict[str, dict[str, Any]] = {
+    "MixtralForCausalLM": {"num_local_experts": 3},
+    "GptOssForCausalLM": {"num_local_experts": 3},
+    "DeepseekV3ForCausalLM": {
+        "n_routed_experts": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
+        "head_dim": 64,
+    },
+    "RecurrentGemmaForCausalLM": {"lru_width": 16, "block_types": ("recurrent", "attention"), "num_hidden_layers": 2},
+    "ConvBertForMaskedLM": {"num_groups": 2, "embedding_size": 16},
+}  # fmt: skip
+"""Models of transformers with stacks of square matrices, in the shapes of which no order shows."""
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_rows_of_transformers_own_stacks_give_their_gradients(name: str) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (the dev extra has it)")
+    sizes: dict[str, Any] = {
+        "vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "num_experts_per_tok": 2, "head_dim": 8,
+    }  # fmt: skip
+    config = getattr(transformers, name.partition("For")[0] + "Config")(**{**sizes, **KNOWN[name]})
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config)
+    model.config._experts_implementation = "grouped_mm"
+    curvature = Curvature(model, update_every_n_steps=1, max_rows=None)
+    own = {one: layer for one, layer in curvature.layers.items() if isinstance(layer.kind, MatricesKind)}
+    found: dict[str, Tensor] = {}
+
+    def observe(layer: str, a: Tensor, g: Tensor) -> None:
+        if layer not in own:
+            return
+        product = g.reshape(-1, g.shape[-1]).T @ a.reshape(-1, a.shape[-1])
+        found[layer] = found.get(layer, torch.zeros_like(product)) + product
+
+    curvature._accumulator.observe = observe  # type: ignore[method-assign]
+    tokens = torch.randint(20, (3, 7))
+    model(tokens, labels=tokens).loss.backward()
+    assert found
+    for one, layer in own.items():
+        gradient = layer.slice_of(layer.parameters[0].grad)
+        gradient = (gradient.mT if layer.kind.is_transposed(layer.module) else gradient)[0]  # type: ignore[attr-defined]
+        torch.testing.assert_close(found.get(one, torch.zeros_like(gradient)), gradient, rtol=1e-3, atol=1e-6)
+    curvature.close()
