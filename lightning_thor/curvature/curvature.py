@@ -54,9 +54,7 @@ from lightning_thor.layers.discovery import (
     weights_of,
 )
 from lightning_thor.layers.hooks import Hooks
-from lightning_thor.layers.matrices import EXPERTS, STACKS_IN_OUT
 from lightning_thor.layers.pairs import PairChecks
-from lightning_thor.layers.recurrent import RECURRENT
 from lightning_thor.layers.registry import STATISTICS, KfacApprox
 from lightning_thor.linalg.memory import HostCopy
 from lightning_thor.preconditioning.grouping import (
@@ -694,8 +692,8 @@ class Curvature:
         """Go on from what `state_dict` returned; a following step is bitwise the one that would have followed there.
 
         Layers of the state that are frozen here, or not among the parameters of this curvature, become layers of it
-        again: they were unfrozen there. Recurrent layers and experts, of which former versions kept no curvature, begin
-        theirs.
+        again: they were unfrozen there. Layers of which former versions kept no curvature (recurrent ones, experts,
+        embeddings with a forward of their own) begin theirs.
 
         Inverses that the state lacks, since another process stored them, are computed again from the averages and the
         last damping: equal on all processes, and to the lost ones to rounding, which depends on the batch that a block
@@ -715,7 +713,7 @@ class Curvature:
         if further:
             self.include(set().union(*parameters_of(self.model, further).values()))
         lacking = self.layers.keys() - state["layers"].keys()
-        if lacking and all(self.layers[name].kind in (RECURRENT, EXPERTS, STACKS_IN_OUT) for name in lacking):
+        if lacking and all(self.layers[name].is_within_its_module for name in lacking):
             # Of former versions, in which these had no curvature.
             extended, new = extended_state(state, self.state_dict(), spreads=False)
             state = extended if lacking == {*new} else state

@@ -253,6 +253,11 @@ class Layer:
         return self.uses[0].module
 
     @property
+    def is_within_its_module(self) -> bool:
+        """True if its module's own code uses the weight as no call of a module shows, but for attentions."""
+        return self.uses[0].caller is self.module and not isinstance(self.module, nn.MultiheadAttention)
+
+    @property
     def param_slice(self) -> slice | None:
         """The rows of the parameters that are this layer's, where several layers are packed into one; None: all."""
         return self.uses[0].param_slice

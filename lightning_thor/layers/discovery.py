@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers import attention
 from lightning_thor.layers.base import Layer, LayerKind, ModuleUse
+from lightning_thor.layers.embedding import EMBEDDING, looks_up_within
 from lightning_thor.layers.matrices import MatricesKind, matrices_of, role_of
 from lightning_thor.layers.recurrent import Recurrent, weight_names
 from lightning_thor.layers.registry import EXPAND, KfacApprox, find_kind, unsupported_reason
@@ -171,6 +172,9 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
         own, found = dict(module.named_parameters(recurse=False)), find_kind(type(module))
         if found is not None and isinstance(found[0], MatricesKind):
             yield from _matrices(name, module, found[0])
+            continue
+        if found is not None and found[0] is EMBEDDING and looks_up_within(module):
+            yield ModuleUse(name, module, caller=module, role="weight")
             continue
         if own or is_parametrized(module, "weight"):
             outer = inside.get(module)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from lightning_thor.layers.attention import Note
 from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows
 from lightning_thor.layers.linear import LINEAR
 
@@ -45,8 +49,39 @@ class EmbeddingKind(LayerKind):
 
     def unsupported_reason(self, module: Any, base: type[nn.Module]) -> str | None:
         """Also refuses gradients that are sparse or scaled by frequency."""
-        is_plain = not (module.sparse or module.scale_grad_by_freq)
-        return super().unsupported_reason(module, base) or (None if is_plain else "sparse or frequency-scaled gradient")
+        if module.sparse or module.scale_grad_by_freq:
+            return "sparse or frequency-scaled gradient"
+        return None if looks_up_within(module) else super().unsupported_reason(module, base)
+
+
+def looks_up_within(module: nn.Module) -> bool:
+    """Whether the module's ``forward`` is its own, and calls that of its base by ``super()``: it may change the tokens
+    before (an offset of positions), and what they are turned to afterwards (a scale)."""
+    forward = type(module).forward
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    is_own = isinstance(module, nn.Embedding) and forward is not nn.Embedding.forward and "forward" not in vars(module)
+    return is_own and code is not None and {"super", "forward"} <= {*code.co_names}
+
+
+class RecordLookups(TorchFunctionMode):
+    """A context that records what a module looks up in its weight.
+
+    Args:
+        note: called in forward with the role ``"weight"``, before the output is used.
+        module: an embedding.
+    """
+
+    def __init__(self, note: Note, module: nn.Module) -> None:
+        super().__init__()
+        self.note, self.module = note, module
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is F.embedding and args[1] is self.module.weight:
+            return self.note("weight", args[0], output, None)
+        return output
 
 
 EMBEDDING = EmbeddingKind(nn.Embedding)

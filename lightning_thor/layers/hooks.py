@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import Note, RecordProducts
 from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
+from lightning_thor.layers.embedding import RecordLookups
 from lightning_thor.layers.matrices import RecordMatrices
 from lightning_thor.layers.pairs import Arrange, Pair, PairChecks, as_plain_tensor, is_readable
 from lightning_thor.layers.recurrent import (
@@ -250,7 +251,9 @@ class Hooks:
                 hooks = own()
                 if hooks is not None and hooks._is_open(name):
                     hooks._pair(name, a, output, arrange)
-            elif arrange is not None and can_pass_on(a, output) and output.requires_grad:
+            elif can_pass_on(a, output) and output.requires_grad:
+                if arrange is None:
+                    return pass_on(output, a, numbers[name])
                 return pass_on(arrange(output), a, numbers[name]).transpose(0, 1).reshape(output.shape)
             return output
 
@@ -262,8 +265,11 @@ class Hooks:
         """Hooks before and after a call: products are recorded in it, but those of a recurrent layer are found in its
         graph afterwards."""
         note = self._note_product(names)
-        attention = RecordProducts(note) if isinstance(owner, nn.MultiheadAttention) else None
-        record = attention or (None if isinstance(owner, Recurrent) else RecordMatrices(note, owner))
+        traced: RecordProducts | RecordLookups | None = None  # these are part of compiled graphs
+        if isinstance(owner, nn.MultiheadAttention | nn.Embedding):
+            is_attention = isinstance(owner, nn.MultiheadAttention)
+            traced = RecordProducts(note) if is_attention else RecordLookups(note, owner)
+        record = traced or (None if isinstance(owner, Recurrent) else RecordMatrices(note, owner))
         own, graphs, is_due = ref(self), self.graphs, self._is_due
         entered = list[tuple[ExitStack, list[str]]]()
 
@@ -285,8 +291,8 @@ class Hooks:
 
         def before(_: _Unpickled, module: nn.Module, args: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
-                if attention is not None and graphs.hand_over and torch.is_grad_enabled() and module is owner:
-                    attention.__enter__()  # type: ignore[no-untyped-call]
+                if traced is not None and graphs.hand_over and torch.is_grad_enabled() and module is owner:
+                    traced.__enter__()  # type: ignore[no-untyped-call]
                 return
             for name in names.values():
                 if is_due(name) and torch.is_grad_enabled() and module is owner:
@@ -295,8 +301,8 @@ class Hooks:
 
         def after(_: _Unpickled, module: nn.Module, *others: Any) -> None:
             if torch.compiler.is_dynamo_compiling():
-                if attention is not None and graphs.hand_over and torch.is_grad_enabled() and module is owner:
-                    attention.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                if traced is not None and graphs.hand_over and torch.is_grad_enabled() and module is owner:
+                    traced.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             elif entered and module is owner:
                 *inputs, output = others
                 leave_unseen(inputs, output)
