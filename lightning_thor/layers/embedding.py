@@ -55,12 +55,13 @@ class EmbeddingKind(LayerKind):
 
 
 def looks_up_within(module: nn.Module) -> bool:
-    """Whether the module's ``forward`` is its own, and calls that of its base by ``super()``: it may change the tokens
-    before (an offset of positions), and what they are turned to afterwards (a scale)."""
+    """Whether the module's ``forward`` is its own, and calls that of its base by ``super()``, or `F.embedding`: it may
+    change the tokens before (an offset of positions), and what they are turned to afterwards (a scale)."""
     forward = type(module).forward
     code = getattr(inspect.unwrap(forward), "__code__", None)
     is_own = isinstance(module, nn.Embedding) and forward is not nn.Embedding.forward and "forward" not in vars(module)
-    return is_own and code is not None and {"super", "forward"} <= {*code.co_names}
+    names = set() if code is None else {*code.co_names}
+    return is_own and ({"super", "forward"} <= names or "embedding" in names)
 
 
 class RecordLookups(TorchFunctionMode):

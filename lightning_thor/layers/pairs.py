@@ -97,8 +97,8 @@ class PairChecks:
     all of the gradient.
 
     Kinds whose modules run torch's own forward (convolutions, embeddings, norms) are not checked, nor are weights that
-    a module without curvature shares (a table with a forward of its own, tied to an output layer): there the gradient is
-    known to be more.
+    a module without curvature shares (a table with a forward of its own, tied to an output layer): there the gradient
+    is known to be more.
 
     Args:
         model: the model of the layers.

@@ -31,6 +31,13 @@ class Shifted(nn.Embedding):
         return super().forward(torch.arange(tokens.shape[1]).expand(tokens.shape) + offset)
 
 
+class ScaledByFunction(nn.Embedding):
+    """Calls no base."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight) * SCALE
+
+
 class Sliced(nn.Embedding):
     """As Whisper's table of positions."""
 
@@ -41,11 +48,11 @@ class Sliced(nn.Embedding):
 class Text(nn.Module):
     """A language model: its tables do what they do themselves (``inside``), or the model does it."""
 
-    def __init__(self, *, inside: bool, is_tied: bool) -> None:
+    def __init__(self, *, inside: bool, is_tied: bool, scaled: type[nn.Embedding] = Scaled) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.inside = inside
-        self.table = (Scaled if inside else nn.Embedding)(VOCABULARY, WIDTH)
+        self.table = (scaled if inside else nn.Embedding)(VOCABULARY, WIDTH)
         self.positions = (Shifted if inside else nn.Embedding)(LENGTH + OFFSET, WIDTH)
         self.hidden, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
         if is_tied:
@@ -88,6 +95,14 @@ def test_it_trains_as_a_plain_one(is_tied: bool, mode: str) -> None:
     curvature = train(model, mode=mode)
     assert list(curvature.layers) == ["table", "positions", "hidden", "head"]
     train(other, mode=mode)
+    assert_alike(model, other)
+
+
+def test_it_may_call_the_function_itself() -> None:
+    model = Text(inside=True, is_tied=True, scaled=ScaledByFunction).double()
+    other = Text(inside=False, is_tied=True).double()
+    assert list(train(model).layers) == ["table", "positions", "hidden", "head"]
+    train(other)
     assert_alike(model, other)
 
 

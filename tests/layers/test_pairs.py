@@ -345,7 +345,7 @@ class Scaled(nn.Embedding):
     """A table whose forward is its own and calls no other, tied to the output layer."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return 3.0 * F.embedding(tokens, self.weight)
+        return 3.0 * self.weight[tokens]
 
 
 def test_a_weight_that_a_module_without_curvature_shares_keeps_that_of_its_layer() -> None:
