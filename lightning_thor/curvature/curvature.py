@@ -715,7 +715,7 @@ class Curvature:
         lacking = self.layers.keys() - state["layers"].keys()
         if lacking and all(self.layers[name].is_within_its_module for name in lacking):
             # Of former versions, in which these had no curvature.
-            extended, new = extended_state(state, self.state_dict(), spreads=False)
+            extended, new = extended_state(state, self.state_dict(), spreads=self._schedule.stagger)
             state = extended if lacking == {*new} else state
         load_curvature_state(state, list(self.layers), self.factors, self._schedule, mode=self.mode)
         self._agreement.go_on(self._communicator)

@@ -277,11 +277,11 @@ def extended_state(
         layers = {name: {**own, **due} if own["next_turn"] < NEVER else own for name, own in layers.items()}
     names, numbers = list(old), {name: number for number, name in enumerate(layers) if name in same}
     pending = []
-    for step, decided_layers, decisions in state["pending"]:
+    for step, decided_layers, decisions in _pending(state):
         decided = [(names[layer], decision) for layer, decision in zip(decided_layers, decisions, strict=True)]
         kept = [(numbers[name], decision) for name, decision in decided if name in numbers]
         pending.append([step, [layer for layer, _ in kept], [decision for _, decision in kept]])
-    costs = [] if spreads else state["refresh_costs"]
+    costs = [] if new else state.get("refresh_costs", [])
     return {**state, "layers": layers, "pending": pending, "refresh_costs": costs}, new
 
 

@@ -184,8 +184,17 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
 
 
 def parameters_of(model: nn.Module, names: Container[str]) -> dict[str, set[nn.Parameter]]:
-    """The parameters of the modules that use weights by these names, see `discover_layers`; by name."""
-    return {use.name: {*use.module.parameters(recurse=False)} for use in _uses(model) if use.name in names}
+    """The parameters of the modules that use weights by these names, see `discover_layers`; by name. Of a recurrent
+    layer, whose weights are layers of their own, the weight alone."""
+    return {
+        use.name: {
+            p
+            for name, p in use.module.named_parameters(recurse=False)
+            if name == use.weight_name or not isinstance(use.module, Recurrent)
+        }
+        for use in _uses(model)
+        if use.name in names
+    }
 
 
 def weights_of(model: nn.Module, names: Container[str]) -> dict[str, Tensor]:

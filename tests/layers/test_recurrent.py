@@ -404,3 +404,38 @@ def test_under_autocast_its_statistics_are_near_those_of_float32(kind: Any, dtyp
             torch.testing.assert_close(
                 rounded[name][side], factors[side], rtol=0.1, atol=0.03 * float(factors[side].max())
             )
+@pytest.mark.parametrize("is_staggered", [False, True])
+def test_so_does_the_state_of_a_version_that_kept_less_of_its_schedule(is_staggered: bool) -> None:
+    torch.manual_seed(0)
+    model = Classifier(nn.LSTM(WIDTH, HIDDEN, batch_first=True), HIDDEN).double()
+    model.recurrent.requires_grad_(False)
+    state = train(model, n_steps=3, stagger=is_staggered).state_dict()
+    assert len(state["refresh_costs"]) == is_staggered
+    model.recurrent.requires_grad_(True)
+    oldest = {key: value for key, value in state.items() if key not in ("pending", "refresh_costs")}
+    for saved in (state, oldest):
+        other = Classifier(nn.LSTM(WIDTH, HIDDEN, batch_first=True), HIDDEN).double()
+        curvature = Curvature(other, update_every_n_steps=9, stagger=is_staggered, max_rows=None)
+        curvature.load_state_dict(saved)
+        assert (curvature.step, curvature.is_due()) == (3, True)
+        other(torch.randn(4, 7, WIDTH, dtype=torch.float64)).square().mean().backward()
+        curvature.update()
+        assert all(factors["n_windows"] for factors in curvature.export().values())
+
+
+def test_of_a_state_only_the_weights_come_back_that_were_unfrozen_there() -> None:
+    def half_frozen() -> Classifier:
+        model = Classifier(nn.LSTM(WIDTH, HIDDEN, batch_first=True), HIDDEN).double()
+        model.recurrent.requires_grad_(False)
+        return model
+
+    model = half_frozen()
+    curvature = Curvature(model)
+    model.recurrent.weight_ih_l0.requires_grad_(True)
+    assert curvature.include() == ["recurrent.weight_ih_l0"]
+    other = Curvature(half_frozen())
+    other.load_state_dict(curvature.state_dict())
+    assert list(other.layers) == ["recurrent.weight_ih_l0", "head"]
+    assert other.left_out == {"recurrent.weight_hh_l0": "frozen"}
+
+
