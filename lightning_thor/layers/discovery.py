@@ -25,6 +25,9 @@ from lightning_thor.linalg import block_diagonal
 NOT_TRAINED = ("frozen", "not in the optimizer")
 """How the reasons begin for which a layer has no curvature as long as its parameters are not trained."""
 
+SKIPPED = "in skip_layers"
+"""The reason for which a layer has none that was named so."""
+
 
 def uncompiled_name(name: str) -> str:
     """A module's name without the parts that `torch.compile` adds.
@@ -115,7 +118,7 @@ def discover_layers(
     found: dict[tuple[nn.Parameter, int], dict[LayerKind, list[ModuleUse]]] = {}
     for use in uses:
         is_skipped = any(_is_in(use.name, pattern) for pattern in skip_layers)
-        kind = "in skip_layers" if is_skipped else _check(use, only, statistics, shared)
+        kind = SKIPPED if is_skipped else _check(use, only, statistics, shared)
         if isinstance(kind, str):
             left_out[use.name] = kind
             continue
@@ -371,6 +374,10 @@ def warn_of_low_coverage(
     whether it did. Weights that were skipped on purpose do not count."""
     of_training, own = _trained_and_own(model, layers, only)
     modules = [(_owner(uncompiled_name(name)), module) for name, module in model.named_modules()]
+    # Those of an attention or a recurrent layer have names of their own.
+    of_training = of_training - {
+        *weights_of(model, {name for name, why in left_out.items() if why == SKIPPED}).values()
+    }
     for name, module in modules:
         if any(_is_in(name, pattern) for pattern in skip_layers):
             of_training = of_training - set(module.parameters())

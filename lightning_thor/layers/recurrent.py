@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers.base import LayerKind
 from lightning_thor.layers.linear import ProjectionKind
@@ -40,8 +41,12 @@ RECURRENT = RecurrentKind(nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.G
 
 
 def weight_names(module: Recurrent) -> list[str]:
-    """The names of the weights of all layers and directions."""
-    return [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_")]
+    """The names of the weights of all layers and directions, once each; also of those that are computed from other
+    parameters (parametrized, pruned)."""
+    names = ("weight_ih", "weight_hh") if isinstance(module, nn.RNNCellBase) else module._flat_weights_names
+    # Without asking for them, which would compute them.
+    known = {*dict(module.named_parameters(recurse=False)), *vars(module)}
+    return [name for name in names if name.startswith("weight_") and (name in known or is_parametrized(module, name))]
 
 
 class WithoutLibraries:

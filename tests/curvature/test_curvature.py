@@ -673,6 +673,9 @@ def test_layers_that_are_skipped_on_purpose_are_no_lack_of_curvature() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         skipping = Curvature(nn.Sequential(model[0], nn.Linear(6, 20)), skip_layers=["1"])
+        # Weights that are layers of their own, of modules that are none.
+        Curvature(nn.ModuleList([nn.Linear(6, 20), nn.LSTM(6, 6, bias=False)]), skip_layers=["1.weight_*"])
+        Curvature(nn.ModuleList([nn.Linear(6, 12), nn.MultiheadAttention(6, 2)]), skip_layers=["1.[kqv]_proj"])
     assert (skipping.has_low_coverage, round(skipping.coverage, 2)) == (False, 0.2)
     with pytest.warns(UserWarning, match=r"preconditions 6% of the weights .* those of 1\.0, 3 \("):
         assert Curvature(model, skip_layers=["2"]).has_low_coverage

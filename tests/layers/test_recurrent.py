@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor
@@ -187,6 +188,41 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_out() -> None:
 
 
 def observed(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, tuple[int, Tensor]]:
+def with_a_half_as_long_weight(module: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(module, "weight_hh_l0", Half())
+
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: nn.utils.weight_norm(module, "weight_hh_l0"),
+        lambda module: nn.utils.spectral_norm(module, "weight_hh_l0"),
+        lambda module: nn.utils.prune.l1_unstructured(module, "weight_hh_l0", 0.5),  # type: ignore[attr-defined]
+        with_a_half_as_long_weight,
+    ],
+    ids=["weight_norm", "spectral_norm", "pruned", "parametrized"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_that_is_computed_from_others_is_left_out_with_its_reason(change: Callable[[Any], Any]) -> None:
+    change(module := nn.LSTM(WIDTH, HIDDEN))
+    module.register_parameter("weight_of_its_own", nn.Parameter(torch.ones(7)))
+    layers, left_out = discover_layers(module, block_size=None, precondition_bias=False)
+    assert list(layers) == ["weight_ih_l0"]
+    assert left_out == {"weight_hh_l0": "its weight is not a plain parameter (parametrized, or not affine)"}
+
+
+def test_weights_that_two_layers_of_a_module_share_are_one() -> None:
+    module = nn.LSTM(HIDDEN, HIDDEN, num_layers=2)
+    module.weight_hh_l1 = module.weight_hh_l0
+    layers, left_out = discover_layers(module, block_size=None, precondition_bias=False)
+    assert (list(layers), left_out) == (["weight_ih_l0", "weight_hh_l0", "weight_ih_l1"], {})
+
+
     """By weight: the number of rows, and the product of their gradients and inputs."""
     seen: dict[str, tuple[int, Tensor]] = {}
     curvature = Curvature(model, update_every_n_steps=1)
