@@ -38,6 +38,10 @@ from lightning_thor.layers.weight_product import (
 
 NamePredicate = Callable[[str], bool]
 
+_Entered = tuple[ExitStack, list[str]]
+"""A call of an attention or a recurrent layer that is recorded: the contexts that it is in, and the names of its open
+weights."""
+
 
 class CompiledGraphs:
     """Which graphs a compiled model takes.
@@ -141,6 +145,8 @@ class Hooks:
         """Pairs that have a gradient, of a graph that is kept."""
         self._handed_over: Pair | None = None
         """The pair that the listener is called with."""
+        self._entered: list[list[_Entered]] = []
+        """Of each caller, the calls under way."""
         owner = _Unpickled()
         # Before a user's hooks, which may change the output: a compiled graph does not show what it was.
         self._handles: list[RemovableHandle] = [
@@ -157,7 +163,7 @@ class Hooks:
                 caller.register_forward_hook(MethodType(after, owner), with_kwargs=True, prepend=True, always_call=True)
             )
         # Not `__del__`: the handles find their modules by weak references, which a garbage collection clears before.
-        finalize(self, _remove_all, self._handles).atexit = False
+        finalize(self, _remove_all, self._handles, self._entered).atexit = False
 
     @property
     def backward_pass(self) -> int:
@@ -189,7 +195,7 @@ class Hooks:
 
     def remove(self) -> None:
         """Remove all hooks of modules; hooks of graphs go with their graph."""
-        _remove_all(self._handles)
+        _remove_all(self._handles, self._entered)
         self._receivers.clear()
         self.are_removed = True
 
@@ -271,7 +277,8 @@ class Hooks:
             traced = RecordProducts(note) if is_attention else RecordLookups(note, owner)
         record = traced or (None if isinstance(owner, Recurrent) else RecordMatrices(note, owner))
         own, graphs, is_due = ref(self), self.graphs, self._is_due
-        entered = list[tuple[ExitStack, list[str]]]()
+        entered = list[_Entered]()
+        self._entered.append(entered)
 
         def enter() -> None:
             hooks = None if torch._C._is_tracing() else own()
@@ -322,7 +329,7 @@ class Hooks:
 
     def _pair_together(self, name: str, steps: Steps) -> None:
         """Hand over the products of all steps as one pair."""
-        accumulator, inputs, forward_in = steps.accumulator, steps.inputs, backward_pass()
+        accumulator, inputs, forward_in = steps.accumulator, dict(enumerate(steps.inputs)), backward_pass()
         promises = [self._expect(name)]
         pairs: dict[tuple[int, ...], Pair] = {}
         """By the steps whose outputs were used: their gradients of several passes through a kept graph add up."""
@@ -333,6 +340,9 @@ class Hooks:
                 pairs[used].forward_in = forward_in
                 pairs[used].promise = promises.pop() if promises else None
             self._on_gradient(pairs[used], accumulator)(g)
+            if not graph_is_kept():
+                for step in used:  # autograd frees them now, but no hooks
+                    inputs.pop(step, None)
 
         StepGradients(steps, on_gradients)
 
@@ -467,7 +477,11 @@ class Hooks:
         )
 
 
-def _remove_all(handles: list[RemovableHandle]) -> None:
+def _remove_all(handles: list[RemovableHandle], entered: list[list[_Entered]]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
+    # Calls that are never left: torch calls no hook after a KeyboardInterrupt, nor one that was removed in the call.
+    for calls in entered:
+        while calls:
+            calls.pop()[0].close()

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.base import LayerKind
 from lightning_thor.layers.linear import ProjectionKind
@@ -50,15 +51,29 @@ def weight_names(module: Recurrent) -> list[str]:
 
 
 class WithoutLibraries:
-    """A context in which torch's recurrent layers take torch's own operations."""
+    """A context in which torch's recurrent layers take torch's own operations, in all threads."""
+
+    _lock = Lock()
+    _n_open = 0
+    """Contexts that are open, in any thread: the flags are the process's."""
+    _before: Mapping[str, bool] = {}
+    """Which libraries were on before the first of them."""
 
     def __enter__(self) -> None:
-        # Not torch.backends: its flags may be frozen, and its contexts change other flags too.
-        self._before = {name: getattr(torch._C, f"_get_{name}_enabled")() for name in LIBRARIES}
-        self._enable(dict.fromkeys(LIBRARIES, False))
+        shared = WithoutLibraries
+        with self._lock:
+            if not shared._n_open:
+                # Not torch.backends: its flags may be frozen, and its contexts change other flags too.
+                shared._before = {name: getattr(torch._C, f"_get_{name}_enabled")() for name in LIBRARIES}
+            shared._n_open += 1
+            self._enable(dict.fromkeys(LIBRARIES, False))
 
     def __exit__(self, *_: object) -> None:
-        self._enable(self._before)
+        shared = WithoutLibraries
+        with self._lock:
+            shared._n_open -= 1
+            if not shared._n_open:
+                self._enable(shared._before)
 
     def _enable(self, enabled: Mapping[str, bool]) -> None:
         for name, is_enabled in enabled.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -285,6 +286,20 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
     curvature.close()
     assert not attention._forward_hooks
     assert not attention._forward_pre_hooks
+
+
+def test_a_pass_that_the_user_interrupts_leaves_nothing_behind_when_the_fit_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Torch calls no hooks then."""
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", Mock(side_effect=KeyboardInterrupt))
+    attention = nn.MultiheadAttention(E, 2)
+    curvature = Curvature(attention)
+    x = torch.randn(L, N, E)
+    with pytest.raises(KeyboardInterrupt):
+        attention(x, x, x, need_weights=False)
+    curvature.close()
+    assert not _get_current_function_mode_stack()
 
 
 def test_only_the_projection_that_is_due_is_observed() -> None:

@@ -7,17 +7,18 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor
 from lightning_thor.layers.discovery import discover_layers
-from lightning_thor.layers.recurrent import StepGradients
+from lightning_thor.layers.recurrent import StepGradients, WithoutLibraries
 
 WIDTH, HIDDEN = 5, 6
 GATES: dict[type[nn.Module], int] = {nn.RNN: 1, nn.LSTM: 4, nn.GRU: 3}
@@ -187,7 +188,6 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_out() -> None:
         Curvature(nn.Sequential(nn.Linear(2, 3), OfItsOwn(3, 4)))
 
 
-def observed(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, tuple[int, Tensor]]:
 def with_a_half_as_long_weight(module: nn.Module) -> nn.Module:
     return parametrize.register_parametrization(module, "weight_hh_l0", Half())
 
@@ -223,6 +223,7 @@ def test_weights_that_two_layers_of_a_module_share_are_one() -> None:
     assert (list(layers), left_out) == (["weight_ih_l0", "weight_hh_l0", "weight_ih_l1"], {})
 
 
+def observed(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, tuple[int, Tensor]]:
     """By weight: the number of rows, and the product of their gradients and inputs."""
     seen: dict[str, tuple[int, Tensor]] = {}
     curvature = Curvature(model, update_every_n_steps=1)
@@ -368,6 +369,45 @@ def test_libraries_are_on_again_and_nothing_stays_behind() -> None:
     assert not module._forward_pre_hooks
 
 
+def libraries() -> tuple[bool, bool]:
+    return torch._C._get_cudnn_enabled(), torch._C._get_mkldnn_enabled()
+
+
+def test_a_pass_that_the_user_interrupts_leaves_libraries_on_when_the_fit_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch calls no hooks then."""
+    before, module = libraries(), nn.LSTM(WIDTH, HIDDEN)
+    curvature = Curvature(module, update_every_n_steps=1)
+    monkeypatch.setattr("torch._VF.lstm", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        module(torch.randn(7, 4, WIDTH))
+    curvature.close()
+    assert libraries() == before == (True, True)
+
+
+def test_libraries_are_on_when_the_last_of_several_threads_has_ended() -> None:
+    first, second = WithoutLibraries(), WithoutLibraries()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert libraries() == (False, False)
+    second.__exit__()
+    assert libraries() == (True, True)
+
+
+def test_a_loss_that_is_kept_holds_no_inputs() -> None:
+    module = nn.LSTM(WIDTH, HIDDEN)
+    curvature = Curvature(module, update_every_n_steps=1)
+    loss = module(torch.randn(7, 4, WIDTH))[0].sum()
+    held = [one._on_gradients.__closure__ for one in step_gradients()]
+    inputs = [cell.cell_contents for cells in held for cell in cells or () if isinstance(cell.cell_contents, dict)]
+    n_before = sum(isinstance(x, Tensor) for some in inputs for x in some.values())
+    loss.backward(retain_graph=True)
+    assert n_before == sum(isinstance(x, Tensor) for some in inputs for x in some.values()) == 8
+    loss.backward()
+    assert not any(isinstance(x, Tensor) for some in inputs for x in some.values())
+    curvature.close()
+
+
 def test_a_copy_of_the_module_is_silent() -> None:
     module = nn.GRU(WIDTH, HIDDEN)
     curvature = Curvature(module, update_every_n_steps=1)
@@ -419,27 +459,6 @@ def test_a_state_of_a_version_without_recurrent_curvature_goes_on() -> None:
         curvature.load_state_dict(state)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_under_autocast_its_statistics_are_near_those_of_float32(kind: Any, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    model = Classifier(kind(WIDTH, HIDDEN, batch_first=True), HIDDEN)
-    x = torch.randn(4, 7, WIDTH)
-
-    def loss() -> Tensor:
-        return model(x).float().sin().sum()
-
-    def autocast_loss() -> Tensor:
-        with torch.autocast("cpu", dtype=dtype):
-            return loss()
-
-    whole, rounded = exported(model, loss), exported(model, autocast_loss)
-    assert whole.keys() == rounded.keys() == {"recurrent.weight_ih_l0", "recurrent.weight_hh_l0", "head"}
-    for name, factors in whole.items():
-        for side in ("A", "G"):
-            torch.testing.assert_close(
-                rounded[name][side], factors[side], rtol=0.1, atol=0.03 * float(factors[side].max())
-            )
 @pytest.mark.parametrize("is_staggered", [False, True])
 def test_so_does_the_state_of_a_version_that_kept_less_of_its_schedule(is_staggered: bool) -> None:
     torch.manual_seed(0)
@@ -475,3 +494,24 @@ def test_of_a_state_only_the_weights_come_back_that_were_unfrozen_there() -> Non
     assert other.left_out == {"recurrent.weight_hh_l0": "frozen"}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_under_autocast_its_statistics_are_near_those_of_float32(kind: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Classifier(kind(WIDTH, HIDDEN, batch_first=True), HIDDEN)
+    x = torch.randn(4, 7, WIDTH)
+
+    def loss() -> Tensor:
+        return model(x).float().sin().sum()
+
+    def autocast_loss() -> Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            return loss()
+
+    whole, rounded = exported(model, loss), exported(model, autocast_loss)
+    assert whole.keys() == rounded.keys() == {"recurrent.weight_ih_l0", "recurrent.weight_hh_l0", "head"}
+    for name, factors in whole.items():
+        for side in ("A", "G"):
+            torch.testing.assert_close(
+                rounded[name][side], factors[side], rtol=0.1, atol=0.03 * float(factors[side].max())
+            )
