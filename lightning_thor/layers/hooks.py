@@ -23,6 +23,7 @@ from lightning_thor.layers.recurrent import (
     StepGradients,
     Steps,
     WithoutLibraries,
+    is_transformed,
     products_in,
     saves_tensors_elsewhere,
 )
@@ -281,9 +282,14 @@ class Hooks:
         self._entered.append(entered)
 
         def enter() -> None:
-            hooks = None if torch._C._is_tracing() else own()
-            opened = [] if hooks is None else [name for name in names.values() if hooks._is_open(name)]
-            if opened:
+            hooks = own()
+            if hooks is None or torch._C._is_tracing():
+                return
+            opened = [name for name in names.values() if hooks._is_open(name)]
+            if record is None and saves_tensors_elsewhere():
+                for name in opened:
+                    hooks._note_unreadable(name)
+            elif opened and (record is not None or not is_transformed()):
                 entered.append((ExitStack(), opened))
                 entered[-1][0].enter_context(WithoutLibraries() if record is None else record)
 
@@ -318,10 +324,6 @@ class Hooks:
 
     def _pair_steps(self, names: Iterable[str], inputs: Any, outputs: Any) -> None:
         """Hand over each product of a recurrent layer's forward pass with one of the named weights."""
-        if saves_tensors_elsewhere():
-            for name in names:
-                self._note_unreadable(name)
-            return
         weights = {name: weight for name in names if (weight := self._weight_of(name)) is not None}
         with torch._C.DisableTorchFunctionSubclass():
             for name, steps in products_in(outputs, inputs, weights).items():

@@ -147,5 +147,12 @@ class StepGradients:
 
 
 def saves_tensors_elsewhere() -> bool:
-    """Whether what autograd saves goes through hooks (checkpointed activations, offloading), and cannot be read."""
+    """Whether what autograd saves goes through hooks (checkpointed activations, offloading), and cannot be read; a pass
+    that is made again in backward must find the operations that it had."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_transformed() -> bool:
+    """Whether a forward pass is one of `torch.func` or `torch.export`: no graph shows its products, and torch's own
+    operations are not made for all of it."""
+    return torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()

@@ -427,6 +427,34 @@ def test_checkpointed_activations_are_told_and_left_out() -> None:
         curvature.update()
 
 
+def test_a_checkpointed_pass_that_is_paused_is_made_again_as_it_was() -> None:
+    model = Classifier(nn.LSTM(WIDTH, HIDDEN, batch_first=True), HIDDEN)
+    curvature = Curvature(model, update_every_n_steps=1)
+    with curvature.paused():
+        loss = checkpoint(model, torch.randn(4, 7, WIDTH), use_reentrant=False).sum()  # type: ignore[union-attr]
+    loss.backward()
+    assert model.recurrent.weight_hh_l0.grad is not None
+
+
+def test_functions_of_the_module_are_transformed_and_exported_as_without_curvature() -> None:
+    """Such as gradients of each sample, which torch makes of its libraries' recurrent layers alone."""
+    module = nn.LSTM(WIDTH, HIDDEN, batch_first=True)
+    curvature = Curvature(module, update_every_n_steps=1)
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        outputs, _ = torch.func.functional_call(module, weights, (x[None],))
+        return outputs.sin().sum()
+
+    x = torch.randn(4, 7, WIDTH)
+    of_each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    assert torch.export.export(module, (x,))
+    module(x)[0].sin().sum().backward()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(of_each[name].sum(0), p.grad)
+    curvature.close()
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_in_a_compiled_model_it_runs_as_it_is(backend: str) -> None:
     torch.manual_seed(0)
