@@ -15,7 +15,7 @@ from lightning_thor.layers.embedding import EMBEDDING, ascend_embedding_rows
 from lightning_thor.layers.linear import ATTENTION, LINEAR, LINEAR_TRANSPOSED
 from lightning_thor.layers.matrices import EXPERTS, STACKS_IN_OUT, MatricesKind, is_experts
 from lightning_thor.layers.norm import BATCH_NORM, GROUP_NORM, LAYER_NORM, RMS_NORM
-from lightning_thor.layers.recurrent import RECURRENT
+from lightning_thor.layers.recurrent import RECURRENT, Recurrent
 from lightning_thor.linalg import block_diagonal
 from lightning_thor.linalg.block_diagonal import BlockPartition
 
@@ -164,8 +164,12 @@ def register_layer(
         kind: LayerKind = MatricesKind(module_type, is_transposed=matrices == "in_out")
     elif like is not None:
         found = find_kind(like) if isinstance(like, type) else None
-        if found is None or found[0] is ATTENTION:
-            raise ValueError(f"register_layer's like must be a type with curvature, such as nn.Linear; got {like!r}.")
+        is_other = found is not None and found[0] is RECURRENT and not issubclass(module_type, Recurrent)
+        if found is None or found[0] is ATTENTION or is_other:
+            also = " (a recurrent one for its subclasses alone)" if is_other else ""
+            raise ValueError(
+                f"register_layer's like must be a type with curvature, such as nn.Linear{also}; got {like!r}."
+            )
         kind = found[0]
     else:
         for name, function in (("rows_of", rows_of), ("matrix", matrix)):

@@ -149,6 +149,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_out_and_its_base_is_not() 
         ((Grouped, None, {"like": nn.Bilinear}), ValueError, "like must be a type with curvature, such as nn.Linear"),
         ((Grouped, None, {"like": nn.MultiheadAttention}), ValueError, "like must be a type with curvature"),
         ((Grouped, None, {"like": nn.Linear(2, 2)}), ValueError, "like must be a type with curvature"),
+        ((Grouped, None, {"like": nn.LSTM}), ValueError, "a recurrent one for its subclasses alone"),
         ((nn.Conv2d, None, {"like": nn.Linear}), ValueError, "Conv2d has curvature already"),
         ((Grouped, grouped_rows, {"matrix": "w"}), TypeError, "matrix must be a function, got 'w'"),
         ((Grouped, grouped_rows, {"weight": 3}), TypeError, "weight must be the name of a parameter, got 3"),
