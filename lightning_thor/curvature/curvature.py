@@ -55,6 +55,7 @@ from lightning_thor.layers.discovery import (
 )
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.pairs import PairChecks
+from lightning_thor.layers.recurrent import together_in_time
 from lightning_thor.layers.registry import STATISTICS, KfacApprox
 from lightning_thor.linalg.memory import HostCopy
 from lightning_thor.preconditioning.grouping import (
@@ -96,7 +97,7 @@ class Curvature:
         precondition_bias: take biases of linear layers and convolutions into A, as its last coordinate; otherwise they
             take plain momentum.
         stagger: refresh each layer at a step of its own within the interval (all of them at the first steps), balanced
-            by cost, so that no step takes much longer than another.
+            by cost, so that no step takes much longer than another. The weights of one recurrent layer have one step.
         trace_rule: refresh a layer only if the trace of its curvature moved: ``"THOR"``, ``"THOR_stop"``,
             ``"THOR_NT"`` (the paper's thresholds) or ``(update_above, stop_below)``, see
             `lightning_thor.factors.trace_rule`. At its turn a layer is observed; its average takes the statistics only
@@ -233,7 +234,8 @@ class Curvature:
         self.factors = factor_state_of(self.layers, chosen.decomposition)
         self._trace_rule = trace_rule_of(trace_rule)
         has_rule = self._trace_rule is not None
-        self._schedule = RefreshSchedule(update_every_n_steps, len(self.layers), stagger, has_rule)
+        together = together_in_time(self.layers)
+        self._schedule = RefreshSchedule(update_every_n_steps, len(self.layers), stagger, has_rule, together)
         own = ref(self)  # hooks of the model hold the accumulator, and are to end with this
         self._accumulator = FactorAccumulator(
             self.layers,

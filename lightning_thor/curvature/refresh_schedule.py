@@ -67,6 +67,7 @@ class RefreshSchedule:
         n_layers: how many there are.
         stagger: spread the layers over the interval, so that each step refreshes about its share of them.
         has_trace_rule: whether traces decide, at all turns but the first.
+        together: of each layer a name; layers of one name are not spread. None: each has its own.
 
     >>> schedule = RefreshSchedule(10, n_layers=2)
     >>> schedule.due(), schedule.due_inversions()
@@ -77,10 +78,16 @@ class RefreshSchedule:
     """
 
     def __init__(
-        self, every_n_steps: Interval | None, n_layers: int, stagger: bool = False, has_trace_rule: bool = False
+        self,
+        every_n_steps: Interval | None,
+        n_layers: int,
+        stagger: bool = False,
+        has_trace_rule: bool = False,
+        together: Sequence[str] | None = None,
     ) -> None:
         self.every_n_steps: Interval = frequent_at_first if every_n_steps is None else every_n_steps
         self.stagger, self.has_trace_rule = stagger, has_trace_rule
+        self._together: Sequence[Any] = range(n_layers) if together is None else together
         self.costs: list[float] = []
         """Of refreshing each layer, to spread them evenly if `stagger`; empty until the first refresh."""
         self.step = 0
@@ -249,11 +256,15 @@ class RefreshSchedule:
         both = zip(self.next_steps, self.has_stopped, strict=True)
         taken = {step for layer, (step, stopped) in enumerate(both) if layer not in due and not stopped}
         steps = range(self.step + 1, last + 1)
-        # Where others have turns, the whole interval first; one for each layer, since an interval may be any number.
+        costs: dict[Any, float] = {}
+        for layer in due:
+            one = self._together[layer]
+            costs[one] = costs.get(one, 0.0) + (self.costs[layer] if self.costs else 1.0)
+        # Where others have turns, the whole interval first; one for each cost, since an interval may be any number.
         free = (step for step in (reversed(steps) if taken else steps) if step not in taken or step == last)
-        chosen = list(islice(free, len(due)))
-        costs = [self.costs[layer] if self.costs else 1.0 for layer in due]
-        return [chosen[place] for place in assign_greedily(costs, len(chosen))]
+        chosen = list(islice(free, len(costs)))
+        places = dict(zip(costs, assign_greedily(list(costs.values()), len(chosen)), strict=True))
+        return [chosen[places[self._together[layer]]] for layer in due]
 
     def _find_turns(self) -> None:
         both = zip(self.next_steps, self.has_stopped, strict=True)

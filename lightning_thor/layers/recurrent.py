@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from lightning_thor.layers.base import LayerKind
+from lightning_thor.layers.base import Layer, LayerKind
 from lightning_thor.layers.linear import ProjectionKind
 from lightning_thor.layers.weight_product import accumulates, backward_pass, before_node, products_between
 
@@ -48,6 +48,13 @@ def weight_names(module: Recurrent) -> list[str]:
     # Without asking for them, which would compute them.
     known = {*dict(module.named_parameters(recurse=False)), *vars(module)}
     return [name for name in names if name.startswith("weight_") and (name in known or is_parametrized(module, name))]
+
+
+def together_in_time(layers: Mapping[str, Layer]) -> list[str]:
+    """Of each layer the name of the first one that is to be refreshed at the same steps: without the libraries all
+    weights of a recurrent module can be seen at the price of one."""
+    first: dict[Any, str] = {}
+    return [first.setdefault(layer.module if layer.kind is RECURRENT else name, name) for name, layer in layers.items()]
 
 
 class WithoutLibraries:

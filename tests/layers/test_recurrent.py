@@ -373,6 +373,24 @@ def libraries() -> tuple[bool, bool]:
     return torch._C._get_cudnn_enabled(), torch._C._get_mkldnn_enabled()
 
 
+def test_staggered_its_weights_have_their_turn_together() -> None:
+    """Or torch would be without its libraries in as many steps as there are weights."""
+    model = Classifier(nn.LSTM(WIDTH, HIDDEN, batch_first=True, bidirectional=True), 2 * HIDDEN).double()
+    curvature = Curvature(model, update_every_n_steps=5, stagger=True)
+    optimizer = Thor(model.parameters(), preconditioner=curvature)
+    turns = []
+    for _ in range(11):
+        turns.append({name for number, name in enumerate(curvature.layers) if curvature._schedule.is_due(number)})
+        model(torch.randn(4, 7, WIDTH, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    of_the_head, of_the_others = {"head"}, curvature.layers.keys() - {"head"}
+    assert turns[0] == set(curvature.layers)
+    assert (
+        sorted(turns[1:6], key=len) == sorted(turns[6:], key=len) == [set(), set(), set(), of_the_head, of_the_others]
+    )
+
+
 def test_a_pass_that_the_user_interrupts_leaves_libraries_on_when_the_fit_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch calls no hooks then."""
     before, module = libraries(), nn.LSTM(WIDTH, HIDDEN)
