@@ -285,7 +285,8 @@ class Layer:
             seen = seen._replace(g=seen.g.reshape(shape))
         inputs = seen.a
         if inputs is None:
-            return seen
+            is_masked_table = self.masks_rows and seen.token_counts is not None
+            return self._without_masked_tokens(seen, a) if is_masked_table else seen
         if self.with_bias:
             inputs = torch.cat([inputs, inputs.new_ones(inputs.shape[0], 1, inputs.shape[2])], dim=1)
         if self.masks_rows:
@@ -293,6 +294,13 @@ class Layer:
             mask = seen.g.any(1, keepdim=True)
             inputs = inputs.where(mask if len(mask) == len(inputs) else mask.any(0), 0.0)
         return seen._replace(a=inputs)
+
+    def _without_masked_tokens(self, seen: Rows, tokens: Tensor) -> Rows:
+        """The rows of a table, in which tokens without a gradient count as none, and are counted among the rows."""
+        assert seen.token_counts is not None
+        has_gradient = seen.g.any(1).flatten().to(seen.g.dtype)
+        counts = torch.zeros_like(seen.token_counts).index_add_(0, tokens.detach().reshape(-1), has_gradient)
+        return seen._replace(token_counts=counts, n_rows=seen.g.shape[-1])
 
     def subsample_input(self, a: Tensor, max_rows: int | None) -> Tensor:
         """The part of an input ``a`` that `observe` needs: the rows that it will take, or all."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,21 +53,23 @@ def test_rows_without_a_gradient_count_as_zeros(name: str, precondition_bias: bo
 class Tagger(nn.Module):
     """A label for each token, by an attention to all tokens that are no padding."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_tied: bool = False, padding_idx: int | None = 0) -> None:
         super().__init__()
-        self.table = nn.Embedding(9, 8, padding_idx=0)
+        self.table = nn.Embedding(9, 8, padding_idx=padding_idx)
         self.block = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
-        self.head = nn.Linear(8, 3)
+        self.head = nn.Linear(8, 9 if is_tied else 3)
+        if is_tied:
+            self.head.weight = self.table.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.head(self.block(self.table(tokens), src_key_padding_mask=tokens == 0))
         return logits
 
 
-def trained(length: int, statistics: str) -> list[Tensor]:
+def trained(length: int, statistics: str, **options: Any) -> list[Tensor]:
     """Weights after ten steps on sentences of six tokens, padded to ``length``."""
     torch.manual_seed(1)
-    model = Tagger().double()
+    model = Tagger(**options).double()
     optimizer = Thor(
         model.parameters(), lr=0.02, preconditioner=Curvature(model, statistics=statistics, update_every_n_steps=1)
     )
@@ -77,11 +81,14 @@ def trained(length: int, statistics: str) -> list[Tensor]:
         nn.functional.cross_entropy(model(padded)[:, :6].flatten(0, 1), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [p.detach() for name, p in model.named_parameters() if "table" not in name]
+    return [p.detach() for p in model.parameters()]
 
 
-def test_a_padded_batch_trains_as_one_without_its_padding() -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"is_tied": True}, {"padding_idx": None}, {"is_tied": True, "padding_idx": None}]
+)
+def test_a_padded_batch_trains_as_one_without_its_padding(options: dict[str, Any]) -> None:
     """Factors differ by the share of padding alone, which relative damping and matched steps do not see."""
-    for padded, plain in zip(trained(9, "masked"), trained(6, "expand"), strict=True):
+    for padded, plain in zip(trained(9, "masked", **options), trained(6, "expand", **options), strict=True):
         torch.testing.assert_close(padded, plain, rtol=1e-6, atol=1e-9)
-    assert not torch.allclose(trained(9, "expand")[0], trained(6, "expand")[0], rtol=1e-3)
+    assert not torch.allclose(trained(9, "expand", **options)[1], trained(6, "expand", **options)[1], rtol=1e-3)
