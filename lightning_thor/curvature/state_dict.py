@@ -307,9 +307,9 @@ def _check_that_layers_are_the_same(
         raise ValueError(
             "The checkpoint's curvature is of another architecture or of other block sizes. "
             f"Not in the checkpoint: {name_some(missing)}. Only in the checkpoint: {name_some(unknown)}. "
-            f"Other shapes: {name_some(differing)}. Use the model, block_size and precondition_bias of the run that "
-            "was saved, with the same layers frozen or skipped; or start without its curvature by deleting "
-            "checkpoint['callbacks']['ThorCallback']."
+            f"Other shapes: {name_some(differing)}. Use the model, block_size, precondition_bias, statistics and "
+            "fused of the run that was saved, with the same layers frozen or skipped; or start without its curvature "
+            "by deleting checkpoint['callbacks']['ThorCallback']."
         )
 
 

@@ -80,12 +80,12 @@ class FitLog:
         if not counts["n_steps"]:
             return
         curvatures = self._served.curvatures
-        updates = {
-            name: n for one in curvatures for name, n in zip(one.layers, one.factors.updates.tolist(), strict=True)
-        }
-        idle = tuple(name for name, n in updates.items() if not n)
+        layers = [layer for one in curvatures for layer in one.layers.values()]
+        updates = [n for one in curvatures for n in one.factors.updates.tolist()]
+        # One that was left out was observed, and told of.
+        idle = tuple(layer.name for layer, n in zip(layers, updates, strict=True) if not n and not layer.is_left_out)
         figures = FitFigures(**counts, **self._figures.of_fit(curvatures), idle=idle)
-        Console().print(fit_report(figures, len(updates)))
+        Console().print(fit_report(figures, len(layers)))
 
     def _troubles(self) -> tuple[int, int]:
         """Blocks that could not be inverted, and layers' windows that were not finite, so far. Waits for the device."""

@@ -108,7 +108,7 @@ def advice_on(figures: FitFigures, per_layer: float) -> list[str]:
     if figures.few_rows:
         advice.append(
             f"Too few rows for their blocks: {name_some(fold_names(figures.few_rows), 3)}. Lower block_size, or raise "
-            "the batch size or averaging."
+            "the batch size, max_rows or averaging."
         )
     if figures.update_ratio is not None and figures.update_ratio > FAST:
         advice.append("The weights moved fast: if the loss is not steady, lower lr.")

@@ -144,10 +144,12 @@ def test_old_trouble_is_not_told_again(tmp_path: Path) -> None:
         trainer(tmp_path).fit(Boring(nesterov=True, weight_decay=0.1), ckpt_path=path)
 
 
-def test_a_checkpoint_of_other_blocks_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", [{"block_size": 8}, {"statistics": "thor"}, {"fused": {"net.4": 4}}])
+def test_a_checkpoint_of_other_blocks_is_told(tmp_path: Path, option: dict[str, Any]) -> None:
     _, path = saved(tmp_path)
-    found = trainer(tmp_path, ThorCallback(block_size=8, summary=False))
-    with pytest.raises(ValueError, match="another architecture or of other block sizes"):
+    found = trainer(tmp_path, ThorCallback(**option, summary=False))
+    (name,) = option
+    with pytest.raises(ValueError, match=f"another architecture or of other block sizes.*Use the model.*{name}"):
         found.fit(Boring(nesterov=True, weight_decay=0.1), ckpt_path=path)
 
 

@@ -148,6 +148,27 @@ def test_the_end_of_a_fit_is_reported_where_progress_is(
     assert bool(re.search(r"Of [\d.]+ s in its steps: [\d.]+ % directions, [\d.]+ % statistics", printed)) == speaks
 
 
+class ChangesItsInput(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
+
+
+@pytest.mark.parametrize("is_called", [True, False])
+def test_only_a_layer_that_was_not_called_is_told_to_be_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_called: bool
+) -> None:
+    """One whose pairs did not fit was, and a warning has said what to do."""
+    module = Boring()
+    if is_called:
+        module.net[4] = ChangesItsInput(36, 16)
+    else:
+        module.unused = nn.Linear(36, 16)
+    options = {"enable_progress_bar": True, "enable_model_summary": True, "max_epochs": 1}
+    with pytest.warns(UserWarning, match="without curvature from now on" if is_called else "was not called"):
+        trainer(tmp_path, ThorCallback(update_every_n_steps=2), **options).fit(module)
+    assert ("Never observed" in capsys.readouterr().out) != is_called
+
+
 def test_a_run_that_was_finished_has_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All steps of its checkpoint were of another fit."""
     options = {"enable_progress_bar": True, "enable_model_summary": True, "max_epochs": 1}
