@@ -79,7 +79,8 @@ class FactorAccumulator:
         """By layer: the last backward pass that used it; of its first use there, the samples taken, and all samples;
         and the most samples of any use there."""
         self._terms: tuple[int, int, float] = -1, -1, 0
-        """A backward pass, the layer whose output goes into its loss, and the number of terms in the mean loss."""
+        """A backward pass, the layer whose output goes into its loss (-1 if that is not due), and the number of terms
+        in the mean loss."""
         self._noted_terms: float | None = None
         """The number of terms for the coming backward pass, from the output of `loss_layer` where it is not due."""
         self._warned_of_late_pair = False
@@ -195,9 +196,11 @@ class FactorAccumulator:
         if backward < 0 or not n_seen:
             return n_seen
         if self._terms[0] != backward:
-            self._terms = backward, number, n_seen if self._noted_terms is None else self._noted_terms
+            # What was noted of the layer itself may be of a pass in which it was frozen.
+            noted = None if name == self.loss_layer else self._noted_terms
+            self._terms = (backward, number, n_seen) if noted is None else (backward, -1, noted)
             self.loss_layer = self.loss_layer or name
-        return n_seen if number == self._terms[1] and self._noted_terms is None else self._terms[2]
+        return n_seen if number == self._terms[1] else self._terms[2]
 
     def _in_its_unit(self, g: Tensor, scale: float | Tensor) -> Tensor:
         """``g`` over the unit of gradients, which the first pair decides; no device sync."""

@@ -262,6 +262,11 @@ class Curvature:
             is_of_loss = name == accumulator.loss_layer
             return schedule.step >= (schedule.earliest if is_of_loss else schedule.turns_at[numbers[name]])
 
+        def note_output(name: str, output: Any) -> None:
+            # A pass that is not observed has terms of its own.
+            if not self._paused and self.is_listening():
+                accumulator.note_output(name, output)
+
         return Hooks(
             {use.name: use.module for use in uses if use.caller is None},
             self._is_open,
@@ -274,7 +279,7 @@ class Curvature:
             needs_returned={
                 use.name for layer in self.layers.values() if layer.kind.needs_returned for use in layer.uses
             }.__contains__,
-            note_output=accumulator.note_output,
+            note_output=note_output,
             note_unreadable=lambda name: self._calls.update({numbers[name]: Call.UNREADABLE}),
             checks=self._checks,
             has_no_gradient=accumulator.has_no_gradient,

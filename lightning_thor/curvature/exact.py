@@ -24,7 +24,9 @@ def exact_factors(
             logits = model(batch[0])
             return F.cross_entropy(logits, torch.distributions.Categorical(logits=logits.detach()).sample())
 
-    The model and its gradients are left as they were. Where several processes train together all must call this.
+    The model and its gradients are left as they were. Where several processes train together all must call this. In
+    training, between the micro-batches of a step, call it ``with curvature.paused()`` (under a Trainer of
+    ``callback.curvature``): otherwise that curvature observes these passes too.
 
     Args:
         model: its parameters must be on their device already.

@@ -382,6 +382,29 @@ def test_what_a_pass_within_paused_adds_to_a_gradient_is_no_statistic_and_no_mis
     assert_bitwise(found[1], found[0])
 
 
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("unseen", ["paused", "in eval mode", "frozen"])
+def test_a_pass_that_is_not_observed_does_not_tell_the_terms_of_the_loss(unseen: str, stagger: bool) -> None:
+    """Such as one for an attack, a validation with gradients or another optimizer's loss, of more samples."""
+    found = []
+    for has_other in (False, True):
+        model = net()
+        curvature = Curvature(model, stagger=stagger, update_every_n_steps=3)
+        for step in range(6):
+            if has_other and unseen == "paused":
+                with curvature.paused():
+                    observe(model, batch(20, seed=9))
+            elif has_other:
+                model.train(unseen != "in eval mode").requires_grad_(unseen != "frozen")
+                observe(model, batch(20, seed=9).requires_grad_())
+                model.train().requires_grad_()
+            model.zero_grad()
+            observe(model, batch(8, seed=step))
+            curvature.update()
+        found.append(averages(curvature))
+    assert_bitwise(found[1], found[0])
+
+
 def test_layers_that_are_not_optimized_are_left_out() -> None:
     model = net()
     curvature = Curvature(model, parameters=model[4].parameters())

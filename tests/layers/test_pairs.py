@@ -899,6 +899,27 @@ def test_staggered_refreshes_know_the_terms_of_the_loss_too() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
+def test_staggered_refreshes_weigh_the_uses_of_a_layer_as_others_do() -> None:
+    """Which see different rows, where the layer that the loss is a mean over is not due itself."""
+    model = body_and_head()
+    staggered = Curvature(model, averaging=0.0, stagger=True, update_every_n_steps=2)
+    others = Curvature(model, averaging=0.0, update_every_n_steps=1)
+    for step in range(4):
+        x, y, masked = tokens(24 + step)
+        h, before = x, staggered.figures()
+        for where in (masked.nonzero()[:, 0], (~masked).nonzero()[:, 0]):
+            h = h.index_add(0, where, model["body"](h[where]).tanh())
+        clean(model)
+        F.cross_entropy(model["head"](h), y).backward()
+        staggered.update()
+        others.update()
+        due = [name for name, now in staggered.figures().items() if now["inverted_at"] > before[name]["inverted_at"]]
+        assert len(due) == (1 if step else 2)
+        for name in due:
+            found, expected = (one.export()[name]["G"] for one in (staggered, others))
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 # ── the unit of gradients ──
 
 
