@@ -122,6 +122,8 @@ class ThorCallback(Callback):
         super().__init__()
         if others:
             names = unknown_options(others, inspect.signature(ThorCallback).parameters)
+            if own := sorted(others.keys() & {"loss_multiplier", "parameters", "output_layer"}):
+                raise TypeError(f"ThorCallback takes no {', '.join(own)}, which it finds by itself: leave it out.")
             raise TypeError(
                 f"ThorCallback does not know {names}. lr, mode, weight_decay and what else concerns steps are options "
                 "of the optimizer: configure_thor(self, lr=...), or Thor. A strategy is an option of the Trainer: "

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.optim.thor import Thor
 from lightning_thor.preconditioning.modes import common_mode
-from lightning_thor.trainer.strategies import check_strategy
+from lightning_thor.trainer.packages import is_lightnings
 from lightning_thor.trainer.thors import loss_scale, parameters_of
 
 
@@ -41,7 +41,14 @@ def setup_fabric(
         TypeError: the optimizer is no `Thor`, or an option is one that is known.
         ValueError: the strategy is not supported, the optimizer has a preconditioner, or an option is out of its range.
     """
-    check_strategy(fabric.strategy)
+    if not is_lightnings(fabric.strategy, "SingleDeviceStrategy", "DDPStrategy"):
+        raise ValueError(
+            f"setup_fabric does not support {type(fabric.strategy).__name__}: it knows where layers and gradients are "
+            'on a single device and with Fabric(strategy="ddp"). A model that fully_shard shards trains under a '
+            'Trainer, strategy="thor_fsdp2", or in a plain loop, preconditioner=ShardedCurvature(Curvature(model)).'
+        )
+    if type(accumulate_grad_batches) is not int or accumulate_grad_batches < 1:
+        raise ValueError(f"accumulate_grad_batches must be an int of at least 1, got {accumulate_grad_batches!r}.")
     if not isinstance(optimizer, Thor):
         raise TypeError(
             f"setup_fabric takes a Thor, got a {type(optimizer).__name__}: build it by configure_thor(module, lr=...). "

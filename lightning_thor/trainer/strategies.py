@@ -189,7 +189,7 @@ class ThorStrategyMixin(_Base):
 
 
 def check_strategy(strategy: object) -> None:
-    """Check that curvature is supported with a strategy of a Trainer, of either package, or of Fabric.
+    """Check that curvature is supported with a strategy of a Trainer, of either package.
 
     Raises:
         ValueError: it is not; says what to use instead.

@@ -72,6 +72,7 @@ WRONG_CALLS: list[tuple[Any, str]] = [
     (lambda model: Thor(model.parameters(), preconditioner=model), r"must be a Curvature\(model\), got a Linear"),
     (lambda model: Curvature(model.parameters()), r"takes the model, Curvature\(model, ...\), got a generator"),
     (lambda model: ShardedCurvature(model), r"ShardedCurvature\(Curvature\(model\)\), got a Linear"),
+    (lambda model: ThorCallback(output_layer="0"), r"takes no output_layer, which it finds by itself"),
     (lambda model: ThorCallback(lr=0.1), r"does not know lr\. .*options of the optimizer: configure_thor\(self"),
     (
         lambda model: ThorCallback(strategy="thor_ddp"),

@@ -142,6 +142,8 @@ def test_what_cannot_be_is_told() -> None:
         setup_fabric(fabric, module, torch.optim.AdamW(module.parameters()))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes no loss_multiplier, mode: the mode is the optimizer's"):
         setup_fabric(fabric, module, configure_thor(module), mode="polar", loss_multiplier=lambda: 2.0)
+    with pytest.raises(ValueError, match="accumulate_grad_batches must be an int of at least 1, got 0"):
+        setup_fabric(fabric, module, configure_thor(module), accumulate_grad_batches=0)
     fabric._strategy = object.__new__(FSDPStrategy)
-    with pytest.raises(ValueError, match="does not support FSDPStrategy"):
+    with pytest.raises(ValueError, match=r'setup_fabric does not support FSDPStrategy.*Fabric\(strategy="ddp"\)'):
         setup_fabric(fabric, module, configure_thor(module))
