@@ -131,7 +131,7 @@ class Curvature:
             block mixes parts; None takes every linear layer as one. (Those of `nn.MultiheadAttention` are always
             three.)
         skip_layers: leave out the modules with these names, or of these patterns of names, and all that is inside of
-            them (``["head", "blocks.*.mlp"]``): they take plain momentum.
+            them (``["head", "blocks.*.mlp"]``): they take plain momentum. So does a weight that another module shares.
         parameters: leave out layers whose weight is not among these, and norms of which any parameter is not, and take
             no other biases into A; None for all.
         output_layer: name of the output layer, which ``mode="polar"`` and ``"adam"`` treat apart; None takes the
@@ -219,10 +219,11 @@ class Curvature:
             diagonal_G=output_layers if chosen.has_diagonal_head else [],
         )
         owners = {use.name: name for name, layer in self.layers.items() for use in layer.uses}
-        if output_layer is not None and output_layer not in {**owners, **self.left_out}:
+        matrices_here = [use.name for layer in self.layers.values() if layer.kind.is_matrix for use in layer.uses]
+        if output_layer is not None and output_layer not in {*matrices_here, *self.left_out}:
             raise ValueError(
-                f"output_layer must be the name of a layer of the model ({name_some(list(self.layers))}), got "
-                f"{output_layer!r}."
+                "output_layer must be the name of a linear layer or convolution of the model "
+                f"({name_some(matrices_here)}), got {output_layer!r}."
             )
         self.has_low_coverage = warn_of_low_coverage(model, self.layers, self.left_out, parameters, skip_layers)
         frozen = {name for name, why in self.left_out.items() if why == "frozen" and parameters is None}

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Se
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,8 @@ def discover_layers(
         statistics: K-FAC-expand, K-FAC-reduce, or nn.thor's.
         fused: number of parts that a linear layer's outputs are a concatenation of, by pattern of its name: G is
             partitioned at the borders of the parts.
-        skip_layers: leave out layers with these names, or of these patterns of names, and all that is inside of them.
+        skip_layers: leave out layers with these names, or of these patterns of names, all that is inside of them, and
+            what shares their weights.
         diagonal_G: names of modules that use a weight whose G is its diagonal alone.
 
     Returns:
@@ -114,16 +116,18 @@ def discover_layers(
     modules = {use.module for use in uses if find_kind(type(use.module)) is not None}
     n_modules = Counter(p for module in modules for p in module.parameters(recurse=False))
     shared = {p for p, n in n_modules.items() if n > 1}
+    skipped = {_place(use) for use in uses if any(_is_in(use.name, pattern) for pattern in skip_layers)}
     # By weight, and by first row in it.
     found: dict[tuple[nn.Parameter, int], dict[LayerKind, list[ModuleUse]]] = {}
     for use in uses:
         is_skipped = any(_is_in(use.name, pattern) for pattern in skip_layers)
         kind = SKIPPED if is_skipped else _check(use, only, statistics, shared)
+        if not isinstance(kind, str) and _place(use) in skipped:
+            kind = "shares its weight with a layer in skip_layers"
         if isinstance(kind, str):
             left_out[use.name] = kind
             continue
-        weight = getattr(use.module, use.weight_name)
-        kinds = found.setdefault((weight, 0 if use.param_slice is None else use.param_slice.start), {})
+        kinds = found.setdefault(_place(use), {})
         refused = next((others for other, others in kinds.items() if not _can_be_tied(kind, other, statistics)), None)
         if refused is not None:
             left_out[use.name] = f"shares its weight with {refused[0].name!r}, which is preconditioned"
@@ -155,6 +159,12 @@ def discover_layers(
         if not any(_is_in(name, pattern) for name in order):
             raise ValueError(f"skip_layers: {pattern!r} is the name of no layer. There are: {name_some(list(order))}.")
     return dict(sorted(layers.items(), key=lambda item: order[item[0]])), left_out
+
+
+def _place(use: ModuleUse) -> tuple[Any, int]:
+    """The weight, None if it is no plain parameter, and the first row in it."""
+    weight = dict(use.module.named_parameters(recurse=False)).get(use.weight_name)
+    return weight, 0 if use.param_slice is None else use.param_slice.start
 
 
 def _uses(model: nn.Module) -> Iterator[ModuleUse]:

@@ -618,6 +618,18 @@ def test_skipped_layers_take_plain_momentum_and_change_nothing_of_the_others(mod
     torch.testing.assert_close(found[model[2].weight], expected[model[2].weight])
 
 
+@pytest.mark.parametrize("skipped", ["table", "head"])
+def test_a_weight_that_a_skipped_layer_shares_takes_plain_momentum(skipped: str) -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(7, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["table"].weight
+    curvature = Curvature(model, skip_layers=[skipped])
+    other = "head" if skipped == "table" else "table"
+    assert (list(curvature.layers), curvature.left_out[skipped]) == (["body"], "in skip_layers")
+    assert curvature.left_out[other] == "shares its weight with a layer in skip_layers"
+    packed = Curvature(nn.MultiheadAttention(4, 2), skip_layers=["q_proj"])
+    assert list(packed.layers) == ["k_proj", "v_proj", "out_proj"]
+
+
 def test_a_skipped_layer_that_does_not_exist_is_an_error_with_the_names() -> None:
     with pytest.raises(ValueError, match=r"skip_layers: 'haed' is the name of no layer. There are: body, head."):
         Curvature(nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)}), skip_layers=["haed"])

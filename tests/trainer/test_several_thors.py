@@ -133,10 +133,13 @@ def test_a_hidden_layers_thor_does_not_take_the_last_of_them_for_the_output_laye
 
 
 def test_an_output_layer_that_is_none_of_the_models_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"output_layer must be the name of a layer of the model .generator.0, .*'head'"
-    ):
+    words = r"output_layer must be the name of a linear layer or convolution of the model "
+    with pytest.raises(ValueError, match=rf"{words}\(generator.0, .*'head'"):
         Curvature(Gan(), mode="polar", output_layer="head")
+    tied = nn.ModuleDict({"table": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    tied["head"].weight = tied["table"].weight
+    with pytest.raises(ValueError, match=rf"{words}\(head\), got 'table'"):
+        Curvature(tied, mode="adam", output_layer="table")
 
 
 def test_what_zero_grad_throws_away_is_no_statistics(tmp_path: Path) -> None:
