@@ -282,6 +282,7 @@ class Curvature:
             }.__contains__,
             note_output=note_output,
             note_unreadable=lambda name: self._calls.update({numbers[name]: Call.UNREADABLE}),
+            note_changed=lambda name: self._calls.update({numbers[name]: Call.CHANGED}),
             checks=self._checks,
             has_no_gradient=accumulator.has_no_gradient,
         )

@@ -16,6 +16,7 @@ class Call(Enum):
 
     OBSERVED = "its input waited for a gradient"
     UNREADABLE = "its first argument was no tensor of rows, or its steps in time could not be seen"
+    CHANGED = "its input was changed in place before its gradient came"
     PAUSED = "within `Curvature.paused`"
     NOT_TRAINING = "in eval mode, or outside of the Trainer's training"
 
@@ -34,6 +35,8 @@ def why_silent(layer: Layer, call: Call | None) -> str:
         return "called within curvature.paused() alone"
     if call is Call.NOT_TRAINING:
         return "called in eval mode alone (call model.train() before)"
+    if call is Call.CHANGED:
+        return "its input was changed in place after it (write x = x + layer(x) instead of x += layer(x))"
     if call is Call.UNREADABLE and layer.kind is RECURRENT:
         return "what autograd saves of it goes elsewhere (checkpointed or offloaded activations): keep it out of that"
     if call is Call.UNREADABLE:

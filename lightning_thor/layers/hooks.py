@@ -100,6 +100,7 @@ class Hooks:
         note_output: called in forward with the name and the output of a module for which ``is_due`` is true and
             ``is_open`` is not; of a compiled one in backward, with the output's gradient.
         note_unreadable: called in forward with the name of a module that is open, whose input is no tensor of rows.
+        note_changed: called in backward with the name of a module whose input was changed in place since.
         checks: compares pairs with the weight's gradient.
         has_no_gradient: whether the gradient of the named module's weight was set to None since the last backward pass
             that added to it, or there was none; asked where pairs wait.
@@ -124,6 +125,7 @@ class Hooks:
         needs_returned: NamePredicate = lambda name: False,
         note_output: Callable[[str, Any], None] = lambda name, output: None,
         note_unreadable: Callable[[str], None] = lambda name: None,
+        note_changed: Callable[[str], None] = lambda name: None,
         checks: PairChecks | None = None,
         has_no_gradient: NamePredicate = lambda name: False,
     ) -> None:
@@ -139,7 +141,7 @@ class Hooks:
         self._receivers: list[Receiver] = []
         self._listener, self._expect, self._subsample_input = listener, expect, subsample_input
         self._is_open, self._is_due = is_open, skip(is_due)
-        self._note_output, self._note_unreadable = note_output, note_unreadable
+        self._note_output, self._note_unreadable, self._note_changed = note_output, note_unreadable, note_changed
         self._weight_of = weight_of or (lambda name: getattr(modules.get(name), "weight", None))
         self._needs_returned, self._checks, self._has_no_gradient = needs_returned, checks, has_no_gradient
         self._waiting: dict[Pair, None] = {}
@@ -471,6 +473,7 @@ class Hooks:
 
     def _warn_of_change(self, pair: Pair) -> None:
         pair.a = pair.g = pair.promise = None
+        self._note_changed(pair.name)
         # Autograd notices the change itself, unless autocast let it save a copy in lower precision.
         warnings.warn(
             f"The input of layer {pair.name!r} was changed in place after the layer used it; its statistics are "

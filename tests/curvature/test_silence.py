@@ -82,9 +82,23 @@ def with_other_first_arguments(model: nn.Sequential, curvature: Curvature) -> No
     model[2](2.0, model[0](1.0, X).tanh()).square().mean().backward()
 
 
+def with_inputs_changed_in_place(model: nn.Sequential, curvature: Curvature) -> None:
+    """Autograd does not notice: autocast let it save copies in lower precision."""
+    x = X.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model[0](x)
+        x += 1.0
+        h = 2.0 * y.float()
+        z = model[2](h)
+        h += 1.0
+    with pytest.warns(UserWarning, match="was changed in place after the layer used it"):
+        z.square().mean().backward()
+
+
 @pytest.mark.parametrize(
     ("passes", "cause"),
     [
+        (with_inputs_changed_in_place, "its input was changed in place after it"),
         (with_wrapped_inputs, "its first argument is not its input as a plain tensor"),
         (with_other_first_arguments, "its first argument is not its input as a plain tensor"),
         (in_eval_mode, "called in eval mode alone"),
