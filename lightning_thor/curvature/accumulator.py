@@ -81,8 +81,9 @@ class FactorAccumulator:
         self._terms: tuple[int, int, float] = -1, -1, 0
         """A backward pass, the layer whose output goes into its loss (-1 if that is not due), and the number of terms
         in the mean loss."""
-        self._noted_terms: float | None = None
-        """The number of terms for the coming backward pass, from the output of `loss_layer` where it is not due."""
+        self._noted_terms: dict[int, float] = {}
+        """By backward pass of the open window: the number of terms of its loss, from the output of `loss_layer`, where
+        that is not due."""
         self._warned_of_late_pair = False
         self._warned_of_silence: set[int] = set()
         self._checked = False
@@ -154,16 +155,16 @@ class FactorAccumulator:
         """
         return not self._may_be_sharded and self.uses[name][1].weight.grad is None
 
-    def note_output(self, name: str, output: Any) -> None:
-        """Note how many terms the loss has, where `loss_layer` is not due and others are.
+    def note_gradient(self, name: str, g: Tensor, backward: int) -> None:
+        """Note how many terms the loss has, where `loss_layer` is not due and others are; the first output counts.
 
         Args:
-            name: of the module.
-            output: what it returned.
+            name: `loss_layer`.
+            g: the gradient of its output.
+            backward: the number of the backward pass.
         """
-        if name == self.loss_layer and isinstance(output, Tensor):
-            number, use = self.uses[name]
-            self._noted_terms = self._layers[number].loss_terms(use.module, output)
+        number, use = self.uses[name]
+        self._noted_terms.setdefault(backward, self._layers[number].loss_terms(use.module, g))
 
     def _scale(self, number: int, name: str, n_seen: float) -> float | Tensor:
         """Factor from the gradient of the loss as it was differentiated to that of the per-sample loss."""
@@ -196,8 +197,7 @@ class FactorAccumulator:
         if backward < 0 or not n_seen:
             return n_seen
         if self._terms[0] != backward:
-            # What was noted of the layer itself may be of a pass in which it was frozen.
-            noted = None if name == self.loss_layer else self._noted_terms
+            noted = self._noted_terms.get(backward)
             self._terms = (backward, number, n_seen) if noted is None else (backward, -1, noted)
             self.loss_layer = self.loss_layer or name
         return n_seen if number == self._terms[1] else self._terms[2]
@@ -281,7 +281,7 @@ class FactorAccumulator:
             other: of a copied model.
         """
         self._observed, self._backward = set(other._observed), dict(other._backward)
-        self._terms, self._noted_terms, self.loss_layer = other._terms, other._noted_terms, other.loss_layer
+        self._terms, self._noted_terms, self.loss_layer = other._terms, {**other._noted_terms}, other.loss_layer
         self._warned_of_late_pair, self._checked = other._warned_of_late_pair, other._checked
         self._warned_of_silence = set(other._warned_of_silence)
         self.misfits |= other.misfits
@@ -299,7 +299,7 @@ class FactorAccumulator:
     def next_window(self) -> None:
         """Start the next window: the sums of the open one were taken."""
         self._observed.clear()
-        self._noted_terms = None
+        self._noted_terms.clear()
 
     def reset(self) -> None:
         """Empty the open window."""

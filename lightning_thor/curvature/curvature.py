@@ -260,13 +260,12 @@ class Curvature:
 
         def is_due(name: str) -> bool:
             # The module that shows how many terms the loss has is asked whenever any layer is due.
-            is_of_loss = name == accumulator.loss_layer
-            return schedule.step >= (schedule.earliest if is_of_loss else schedule.turns_at[numbers[name]])
+            first = schedule.earliest if name == accumulator.loss_layer else schedule.turns_at[numbers[name]]
+            return schedule.step >= first
 
-        def note_output(name: str, output: Any) -> None:
+        def is_of_loss(name: str) -> bool:
             # A pass that is not observed has terms of its own.
-            if not self._paused and self.is_listening():
-                accumulator.note_output(name, output)
+            return name == accumulator.loss_layer and not self._paused and self.is_listening()
 
         return Hooks(
             {use.name: use.module for use in uses if use.caller is None},
@@ -280,7 +279,8 @@ class Curvature:
             needs_returned={
                 use.name for layer in self.layers.values() if layer.kind.needs_returned for use in layer.uses
             }.__contains__,
-            note_output=note_output,
+            is_of_loss=is_of_loss,
+            note_gradient=accumulator.note_gradient,
             note_unreadable=lambda name: self._calls.update({numbers[name]: Call.UNREADABLE}),
             note_changed=lambda name: self._calls.update({numbers[name]: Call.CHANGED}),
             checks=self._checks,

@@ -97,8 +97,9 @@ class Hooks:
         weight_of: the weight that the named module multiplies by; by default its ``weight``.
         needs_returned: whether the gradient is wanted of the named module's output, whatever it did after its product
             with the weight.
-        note_output: called in forward with the name and the output of a module for which ``is_due`` is true and
-            ``is_open`` is not; of a compiled one in backward, with the output's gradient.
+        is_of_loss: whether the gradient of the named module's output is to be noted in this forward pass (of a compiled
+            one asked in backward), where ``is_due`` is true and ``is_open`` is not.
+        note_gradient: called in backward with the name of such a module, this gradient and the number of the pass.
         note_unreadable: called in forward with the name of a module that is open, whose input is no tensor of rows.
         note_changed: called in backward with the name of a module whose input was changed in place since.
         checks: compares pairs with the weight's gradient.
@@ -123,7 +124,8 @@ class Hooks:
         is_due: NamePredicate = lambda name: True,
         weight_of: Callable[[str], Tensor | None] | None = None,
         needs_returned: NamePredicate = lambda name: False,
-        note_output: Callable[[str, Any], None] = lambda name, output: None,
+        is_of_loss: NamePredicate = lambda name: False,
+        note_gradient: Callable[[str, Tensor, int], None] = lambda name, g, backward: None,
         note_unreadable: Callable[[str], None] = lambda name: None,
         note_changed: Callable[[str], None] = lambda name: None,
         checks: PairChecks | None = None,
@@ -141,7 +143,8 @@ class Hooks:
         self._receivers: list[Receiver] = []
         self._listener, self._expect, self._subsample_input = listener, expect, subsample_input
         self._is_open, self._is_due = is_open, skip(is_due)
-        self._note_output, self._note_unreadable, self._note_changed = note_output, note_unreadable, note_changed
+        self._is_of_loss, self._note_gradient = is_of_loss, note_gradient
+        self._note_unreadable, self._note_changed = note_unreadable, note_changed
         self._weight_of = weight_of or (lambda name: getattr(modules.get(name), "weight", None))
         self._needs_returned, self._checks, self._has_no_gradient = needs_returned, checks, has_no_gradient
         self._waiting: dict[Pair, None] = {}
@@ -225,8 +228,9 @@ class Hooks:
                 return  # what is asked of tensors here would be in the graph
             if hooks._is_open(name):
                 hooks._pair(name, args[0] if args else next(iter(kwargs.values()), None), output)
-            else:
-                hooks._note_output(name, output)
+            elif isinstance(output, Tensor) and output.requires_grad and hooks._is_of_loss(name):
+                note, forward_in = hooks._note_gradient, backward_pass()
+                before_backward_of(output, lambda g: note(name, g, forward_in if forward_in >= 0 else backward_pass()))
 
         number, graphs = number_of(self._receiver(name)), self.graphs
         is_due, pair_unseen = self._is_due, torch.compiler.disable(pair)
@@ -391,7 +395,8 @@ class Hooks:
 
     def _receive(self, name: str, a: Tensor, g: Tensor) -> None:
         if not self._is_open(name):
-            self._note_output(name, g)
+            if self._is_of_loss(name):
+                self._note_gradient(name, g, backward_pass())
             return
         weight = self._weight_of(name)
         accumulator = None if weight is None else accumulator_of(weight)

@@ -920,6 +920,33 @@ def test_staggered_refreshes_weigh_the_uses_of_a_layer_as_others_do() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("losses", ["one after the other", "forward before backward", "of one graph"])
+def test_staggered_refreshes_know_the_terms_of_each_of_several_losses(losses: str) -> None:
+    """Of heads of their own, in backward passes of their own."""
+    model = nn.ModuleDict({"body": nn.Linear(WIDTH, 6), "first": nn.Linear(6, 3), "second": nn.Linear(6, 2)}).double()
+    staggered = Curvature(model, averaging=0.0, stagger=True, update_every_n_steps=3)
+    others = Curvature(model, averaging=0.0, update_every_n_steps=1)
+    for step in range(7):
+        x, y, masked = tokens(24 + step)
+        before = staggered.figures()
+        clean(model)
+        h = model["body"](x).tanh()
+        loss = F.cross_entropy(model["first"](h), y)
+        if losses == "one after the other":
+            loss.backward()
+        part = h[masked] if losses == "of one graph" else model["body"](x[masked]).tanh()
+        other = model["second"](part).sin().mean()
+        if losses != "one after the other":
+            loss.backward(retain_graph=losses == "of one graph")
+        other.backward()
+        staggered.update()
+        others.update()
+        due = [name for name, now in staggered.figures().items() if now["inverted_at"] > before[name]["inverted_at"]]
+        for name in due:
+            found, expected = (one.export()[name]["G"] for one in (staggered, others))
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 # ── the unit of gradients ──
 
 
