@@ -227,6 +227,8 @@ def _projections(name: str, module: nn.MultiheadAttention) -> Iterator[ModuleUse
 
 def _matrices(name: str, module: nn.Module, kind: MatricesKind) -> Iterator[ModuleUse]:
     is_transposed, prefix = kind.is_transposed(module), f"{name}." if name else ""
+    if is_parametrized(module):
+        yield from (ModuleUse(prefix + weight, module, weight, None, module) for weight in module.parametrizations)  # type: ignore[union-attr]
     for weight, p in matrices_of(module).items():
         if p.dim() == 2:
             yield ModuleUse(prefix + weight, module, weight, None, module, role_of(weight, None, is_transposed))

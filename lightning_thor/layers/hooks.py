@@ -441,7 +441,7 @@ class Hooks:
             assert a is not None
             with torch.autocast(g.device.type, enabled=False):
                 self._checks.add(pair.name, a, g, None if pair.is_watched else accumulator)
-        pair.add(g)
+        pair.add(g if pair.arrange is None else pair.arrange(g))
         if graph_is_kept():
             self._waiting[pair] = None
         else:
@@ -465,7 +465,6 @@ class Hooks:
         pair.a = pair.g = pair.promise = None
         assert a is not None
         assert g is not None
-        g = g if pair.arrange is None else pair.arrange(g)
         self._handed_over = pair
         try:
             if not torch.is_autocast_enabled(g.device.type):

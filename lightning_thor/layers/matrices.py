@@ -27,8 +27,7 @@ class MatricesKind(ProjectionKind):
 
     Args:
         *types: of modules, see `LayerKind`.
-        is_transposed: whether they are ``[in, out]`` and ``[experts, in, out]``, if the module has no attribute
-            ``is_transposed``.
+        is_transposed: whether they are ``[in, out]`` and ``[experts, in, out]``.
     """
 
     takes_bias = False
@@ -42,7 +41,7 @@ class MatricesKind(ProjectionKind):
 
     def is_transposed(self, module: Any) -> bool:
         """Whether the module's matrices are ``[in, out]``."""
-        return bool(getattr(module, "is_transposed", self._is_transposed))
+        return self._is_transposed
 
     def of_weight(self, module: Any, weight: Tensor) -> LayerKind:
         return self if weight.dim() == 3 else _ONE[self.is_transposed(module)]
@@ -67,10 +66,17 @@ class _OneMatrixKind(MatricesKind):
         self.row_factor, self.is_flat = "A" if is_transposed else "G", not is_transposed
 
 
+class _KnownKind(MatricesKind):
+    """Of transformers, most of whose experts have an attribute that says the order of their dimensions."""
+
+    def is_transposed(self, module: Any) -> bool:
+        return bool(getattr(module, "is_transposed", super().is_transposed(module)))
+
+
 _ONE = {is_transposed: _OneMatrixKind(is_transposed=is_transposed) for is_transposed in (False, True)}
-EXPERTS = MatricesKind()
+EXPERTS = _KnownKind()
 """Those of transformers that are not named here, see `is_experts`."""
-STACKS_IN_OUT = MatricesKind(
+STACKS_IN_OUT = _KnownKind(
     "transformers.models.convbert.modeling_convbert.GroupedLinearLayer",
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts",
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts",
@@ -146,8 +152,10 @@ class RecordMatrices(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         find = FUNCTIONS.get(str(func) if isinstance(func, torch._ops.OpOverloadPacket) else func)
-        if find is not None and isinstance(output, Tensor) and output.requires_grad:
-            for role, a, arrange in find(self, output, *args, **kwargs):
+        is_scaled = kwargs.get("alpha", 1) != 1
+        if find is not None and isinstance(output, Tensor) and output.requires_grad and not is_scaled:
+            operands = *args, *(kwargs[name] for name in OPERANDS if name in kwargs)
+            for role, a, arrange in find(self, output, *operands):
                 if a.numel():
                     self._note(role, a.detach(), output, arrange)
         return output
@@ -181,17 +189,30 @@ class RecordMatrices(TorchFunctionMode):
         if view is not None and stack.dim() == 3:
             self._selected.append((selected, view, index.detach() % len(stack)))
 
-    def find_selected(self, matrix: Any) -> Iterator[tuple[str, Tensor]]:
-        """The roles of the matrices that ``matrix [n, in, out]`` has, if they were selected, and where each is."""
+    def find_each(self, matrix: Tensor, n: int) -> Iterator[tuple[str, Place]]:
+        """The roles of the experts whose matrices ``matrix [n, in, out]`` has, and where the rows of each are among
+        ``n``; all of them where one matrix stands for ``n``."""
+        view = self.find(matrix)
+        if view is not None:
+            is_one_of_all = len(matrix) == n
+            yield from ((view.role(number), number if is_one_of_all else slice(None)) for number in range(len(matrix)))
+            return
         for selected, view, numbers in self._selected:
             is_view = _is_plain(matrix) and matrix.dim() == 3 and matrix.data_ptr() == selected.data_ptr()
             if not is_view or len(matrix) != len(selected):
                 continue
             is_mirrored = _place(matrix) != _place(selected)
-            order, counts = numbers.argsort(), numbers.bincount()
+            order, counts = numbers.argsort(stable=True), numbers.bincount()
             for number, places in enumerate(_cut(counts.cumsum(0))):
-                yield view._replace(is_transposed=view.is_transposed != is_mirrored).role(number), order[places]
+                role = view._replace(is_transposed=view.is_transposed != is_mirrored).role(number)
+                if len(matrix) == n:
+                    yield role, order[places]
+                elif order[places].numel():
+                    yield role, slice(None)
 
+
+Place = int | slice | Tensor
+"""Some of the first dimension, as an index."""
 
 Found = Iterator[tuple[str, Tensor, Arrange | None]]
 """Role, input, and what brings the output's gradient to its rows, of each matrix."""
@@ -199,7 +220,8 @@ Found = Iterator[tuple[str, Tensor, Arrange | None]]
 
 def _is_plain(x: Any) -> bool:
     """Whether it is a tensor that has its own memory."""
-    return is_readable(x) and not hasattr(x, "device_mesh") and x.device.type != "meta"
+    has_none = hasattr(x, "device_mesh") or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return is_readable(x) and not has_none and x.device.type != "meta"
 
 
 def _place(matrix: Tensor) -> tuple[Any, ...]:
@@ -207,12 +229,16 @@ def _place(matrix: Tensor) -> tuple[Any, ...]:
     return tuple((n, step if n > 1 else 0) for n, step in zip(matrix.shape[-2:], matrix.stride()[-2:], strict=True))
 
 
-def _pick(index: int | slice | Tensor, g: Tensor) -> Tensor:
+def _pick(index: Place, g: Tensor) -> Tensor:
     return g[index]
 
 
-def _pick_matrix(number: int, g: Tensor) -> Tensor:
-    return g[..., number, :, :]
+def _pick_matrix(place: Place, g: Tensor) -> Tensor:
+    return g[..., place, :, :]
+
+
+def _pick_vector(place: Place, g: Tensor) -> Tensor:
+    return g[..., place, :]
 
 
 def _pick_transposed(arrange: Arrange | None, g: Tensor) -> Tensor:
@@ -221,18 +247,18 @@ def _pick_transposed(arrange: Arrange | None, g: Tensor) -> Tensor:
 
 def _of_product(record: RecordMatrices, output: Tensor, x: Any, matrix: Any) -> Found:
     """Of ``output = x @ matrix``."""
-    view = record.find(matrix)
-    if view is not None and matrix.dim() == 2:
-        yield view.role(), x, None
-    elif view is not None:
+    if matrix.dim() == 2:
+        view = record.find(matrix)
+        if view is not None:
+            yield view.role(), x, None
+    elif matrix.dim() == 3:
+        pick = _pick_vector if x.dim() == 1 else _pick_matrix
         inputs = x.expand(*output.shape[:-1], x.shape[-1])
-        for number in range(len(matrix)):
-            yield view.role(number), inputs[..., number, :, :], partial(_pick_matrix, number)
-    for role, index in record.find_selected(matrix):
-        yield role, x[index], partial(_pick, index)
+        for role, place in record.find_each(matrix, output.shape[-2 if x.dim() == 1 else -3]):
+            yield role, pick(place, inputs), partial(pick, place)
 
 
-def _of_matmul(record: RecordMatrices, output: Tensor, left: Any, right: Any, **_: Any) -> Found:
+def _of_matmul(record: RecordMatrices, output: Tensor, left: Any, right: Any, *_: Any) -> Found:
     yield from _of_product(record, output, left, right)
     if left.dim() > 1 and right.dim() == 1:
         yield from _of_product(record, output, right, left.mT)
@@ -245,12 +271,12 @@ def _of_linear(record: RecordMatrices, output: Tensor, input: Any, weight: Any, 
     return _of_product(record, output, input, weight.mT if weight.dim() > 1 else weight)
 
 
-def _of_added_product(record: RecordMatrices, output: Tensor, input: Any, left: Any, right: Any, **_: Any) -> Found:
+def _of_added_product(record: RecordMatrices, output: Tensor, input: Any, left: Any, right: Any, *_: Any) -> Found:
     return _of_matmul(record, output, left, right)
 
 
 def _of_grouped(
-    record: RecordMatrices, output: Tensor, input: Tensor, mat2: Any, offs: Tensor | None = None, *_: Any, **__: Any
+    record: RecordMatrices, output: Tensor, input: Tensor, mat2: Any, offs: Tensor | None = None, *_: Any
 ) -> Found:
     view = record.find(mat2)
     if offs is None:
@@ -282,16 +308,20 @@ def _of_einsum(record: RecordMatrices, output: Tensor, equation: Any, *operands:
         known = sorted([*experts, *rest, *own]) == sorted(of_out) and len({*of_x}) == len(of_x)
         if "." in of_matrix or len(experts) > 1 or len(summed) != 1 or len(own) != 1 or not known:
             continue
-        view = record.find(matrix if sides[0] in summed else matrix.mT)
-        if view is None:
-            continue
+        matrix = matrix if sides[0] in summed else matrix.mT
         a = _in_order(of_x, [*experts, *rest, *summed], x)
+        if a.shape[-1] not in (1, matrix.shape[-2]):
+            continue
         in_order = partial(_in_order, of_out, [*experts, *rest, *own])
         if not experts:
-            yield view.role(), a, in_order
+            view = record.find(matrix)
+            if view is not None:
+                yield view.role(), a.expand(*a.shape[:-1], matrix.shape[-2]), in_order
             continue
-        for number in range(len(matrix)):
-            yield view.role(number), a[number if experts in of_x else 0], partial(_pick_first, in_order, number)
+        n = output.shape[of_out.index(experts)]
+        a = a.expand(n, *a.shape[1:-1], matrix.shape[-2])
+        for role, place in record.find_each(matrix, n):
+            yield role, a[place], partial(_pick_first, in_order, place)
 
 
 def _both_ways(two: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -304,8 +334,8 @@ def _in_order(letters: str, order: Sequence[str], x: Tensor) -> Tensor:
     return x if order[0] in letters else x[None]
 
 
-def _pick_first(in_order: Arrange, number: int, g: Tensor) -> Tensor:
-    return in_order(g)[number]
+def _pick_first(in_order: Arrange, place: Place, g: Tensor) -> Tensor:
+    return in_order(g)[place]
 
 
 def _of_item(record: RecordMatrices, output: Tensor, stack: Any, index: Any) -> Found:
@@ -313,7 +343,7 @@ def _of_item(record: RecordMatrices, output: Tensor, stack: Any, index: Any) -> 
     return iter(())
 
 
-def _of_index_select(record: RecordMatrices, output: Tensor, stack: Any, dim: int, index: Any) -> Found:
+def _of_index_select(record: RecordMatrices, output: Tensor, stack: Any, dim: Any, index: Any) -> Found:
     return _of_item(record, output, stack, index if dim == 0 else None)
 
 
@@ -330,3 +360,9 @@ FUNCTIONS: Mapping[Any, Callable[..., Found]] = {
     Tensor.__getitem__: _of_item,
 }
 """What finds the products in a call of a function of torch."""
+
+OPERANDS = (
+    *("self", "input", "mat_a", "mat1", "batch1", "mat2", "mat_b", "batch2", "other", "weight"),
+    *("dim", "index", "offs"),
+)
+"""Names that operands of these functions may be given by, in the order in which each function takes them."""

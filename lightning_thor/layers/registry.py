@@ -42,7 +42,8 @@ def find_kind(module_type: type[nn.Module]) -> tuple[LayerKind, type[nn.Module]]
             kind = table.get(base) or table.get(f"{base.__module__}.{base.__qualname__}")
             if kind is not None:
                 return kind, base
-    return (EXPERTS, module_type) if is_experts(module_type) else None
+    experts = next(filter(is_experts, module_type.__mro__), None)
+    return None if experts is None else (EXPERTS, experts)
 
 
 def unsupported_reason(module: nn.Module) -> str:

@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from lightning_thor import Curvature, Thor, register_layer
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers import registry
+from lightning_thor.layers.base import uses_by_caller
 from lightning_thor.layers.discovery import discover_layers, matrix_layers
+from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.matrices import MatricesKind
 from lightning_thor.preconditioning.grouping import StackedLayers
 
@@ -256,6 +258,59 @@ def test_all_experts_of_a_parameter_are_multiplied_at_once_and_each_alone_where_
     assert torch.equal(found[3], torch.ones_like(found[3]))
 
 
+ODD_WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bmm by keyword": lambda x, stack: torch.bmm(x, mat2=stack.mT),
+    "bmm by keywords": lambda x, stack: torch.bmm(mat2=stack.mT, input=x),
+    "matmul by keyword": lambda x, stack: x.matmul(other=stack.mT),
+    "baddbmm by keyword": lambda x, stack: torch.baddbmm(x.new_zeros(()), batch1=x, batch2=stack.mT),
+    "addmm by keyword": lambda x, stack: torch.addmm(x.new_zeros(()), mat1=x[0], mat2=stack[1].T),
+    "index_select by keyword": lambda x, stack: x @ torch.index_select(input=stack, dim=0, index=torch.arange(N)).mT,
+    "one input for all in einsum": lambda x, stack: torch.einsum("end,eod->eno", x[:1], stack),
+    "one number for all in einsum": lambda x, stack: torch.einsum("end,eod->eno", x[..., :1], stack),
+    "one matrix for all inputs": lambda x, stack: x @ stack[1:2].mT,
+    "one matrix for all inputs of einsum": lambda x, stack: torch.einsum("end,eod->eno", x, stack[1:2]),
+    "one chosen matrix for all inputs": lambda x, stack: x @ stack[torch.tensor([1])].mT,
+    "one input for chosen matrices": lambda x, stack: x[0] @ stack[torch.tensor([1, 3, 1])].mT,
+    "batches for chosen matrices": lambda x, stack: x[:, None] @ stack[torch.tensor([1, 3, 1, 0])].mT,
+    "einsum with chosen matrices": lambda x, stack: torch.einsum("bnd,bod->bno", x, stack[torch.tensor([1, 3, 1, 0])]),
+    "a vector for all": lambda x, stack: x[0, 0] @ stack.mT,
+    "all for a vector": lambda x, stack: stack @ x[0, 0],
+    "a vector for chosen matrices": lambda x, stack: x[0, 0] @ stack[torch.tensor([1, 3, 1])].mT,
+}
+
+
+@pytest.mark.parametrize("name", ODD_WAYS)
+def test_the_pairs_of_an_expert_make_its_gradient(name: str) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(N, OUT, IN, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ODD_WAYS[name](x, self.stack)
+
+    register_layer(Odd, matrices="out_in")
+    model, found = Odd(), torch.zeros(N, OUT, IN, dtype=torch.float64)
+
+    def add(name: str, a: Tensor, g: Tensor) -> None:
+        found[layers[name].param_slice] += g.reshape(-1, OUT).T @ a.reshape(-1, IN)
+
+    layers, _ = discover_layers(model, block_size=None, precondition_bias=True)
+    hooks = Hooks({}, lambda name: True, add, uses_by_caller(layer.uses[0] for layer in layers.values()))
+    model(torch.randn(N, 5, IN, dtype=torch.float64)).square().sum().backward()
+    torch.testing.assert_close(found, model.stack.grad)
+    hooks.remove()
+
+
+def test_within_torch_func_they_are_not_seen() -> None:
+    register_layer(Experts, matrices="out_in")
+    model = Experts(WAYS["bmm"], False)
+    experts, x = torch.arange(N).repeat_interleave(8), torch.randn(ROWS, IN, dtype=torch.float64)
+    curvature = Curvature(model)
+    torch.func.grad(lambda x: model(x, experts).sum())(x)
+    assert not curvature._accumulator.has_pairs
+
+
 def test_a_product_that_is_not_seen_is_told_with_what_to_do() -> None:
     register_layer(Experts, matrices="out_in")
     model = Model(Experts(lambda x, stack, experts: one_by_one(F.linear)(x, 1.0 * stack, experts), False))
@@ -371,6 +426,15 @@ def test_a_state_of_a_version_without_curvature_of_experts_goes_on() -> None:
     del state["layers"]["lm_head"]
     with pytest.raises(ValueError, match="lm_head"):
         curvature.load_state_dict(state)
+
+
+def test_subclasses_of_the_experts_of_transformers_are_known() -> None:
+    """fully_shard makes one too."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (the dev extra has it)")
+    model: Any = mixture(transformers, "eager")
+    layers, experts = list(Curvature(model).layers), model.model.layers[0].mlp.experts
+    experts.__class__ = type("FSDPExperts", (type(experts),), {})
+    assert list(Curvature(model).layers) == layers
 
 
 def mixture(transformers: Any, implementation: str, kind: str = "Mixtral") -> nn.Module:
