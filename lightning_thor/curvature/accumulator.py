@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_thor.curvature.silence import silent_layers
 from lightning_thor.distributed.dtensor import is_sharded
@@ -86,6 +86,8 @@ class FactorAccumulator:
         that is not due."""
         self._warned_of_late_pair = False
         self._warned_of_silence: set[int] = set()
+        self._known_stacks: set[nn.Parameter] = set()
+        """Parameters with a layer for each expert, of which one was observed."""
         self._checked = False
 
     def connect(self, reducer: FactorReducer) -> None:
@@ -321,9 +323,13 @@ class FactorAccumulator:
             RuntimeError: at the first refresh no layer had one, on any process, and no weight has a gradient.
         """
         known = self._observed | self._warned_of_silence
+        silent = [number for number in due if number not in known]
+        if self._stacks_of(silent) - self._known_stacks:
+            # In this run or before it; this waits for the device.
+            observed = {*self._observed, *self._factors.updates.nonzero().flatten().tolist()}
+            self._known_stacks |= self._stacks_of(observed)
         # An expert to which nothing was routed is silent by intent.
-        stacks = {self._layers[number].parameters[0] for number in self._observed if self._layers[number].param_slice}
-        silent = [number for number in due if number not in known and self._layers[number].parameters[0] not in stacks]
+        silent = [number for number in silent if self._layers[number].parameters[0] not in self._known_stacks]
         if self._checked:
             self._check_that_layers_still_fire(silent, cause_of)
             return
@@ -331,6 +337,10 @@ class FactorAccumulator:
             self._check_that_layers_fire_at_first(silent, len(due), cause_of)
         self._warned_of_silence.update(silent)
         self._checked = True
+
+    def _stacks_of(self, numbers: Iterable[int]) -> set[nn.Parameter]:
+        layers = [self._layers[number] for number in numbers]
+        return {layer.parameters[0] for layer in layers if layer.param_slice and layer.is_within_its_module}
 
     def _check_that_layers_fire_at_first(self, silent: list[int], n_due: int, cause_of: Callable[[int], str]) -> None:
         names = [layer.name for layer in self._layers]

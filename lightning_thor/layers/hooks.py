@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from threading import get_ident
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import finalize, ref
 
 import torch
@@ -39,10 +40,6 @@ from lightning_thor.layers.weight_product import (
 
 NamePredicate = Callable[[str], bool]
 
-_Entered = tuple[ExitStack, list[str]]
-"""A call of an attention or a recurrent layer that is recorded: the contexts that it is in, and the names of its open
-weights."""
-
 
 class CompiledGraphs:
     """Which graphs a compiled model takes.
@@ -62,6 +59,16 @@ class _Unpickled:
         """Do nothing."""
 
     before = after = on_forward
+
+
+class _Entered(NamedTuple):
+    """A call under way of a module that multiplies by weights itself."""
+
+    stack: ExitStack
+    """The contexts that it is in."""
+    opened: list[str]
+    """Names of the weights that are observed."""
+    thread: int
 
 
 class Hooks:
@@ -288,6 +295,7 @@ class Hooks:
         self._entered.append(entered)
 
         def enter() -> None:
+            _leave_all(entered, get_ident())  # what an earlier KeyboardInterrupt has left, without hooks
             hooks = own()
             if hooks is None or torch._C._is_tracing():
                 return
@@ -296,11 +304,11 @@ class Hooks:
                 for name in opened:
                     hooks._note_unreadable(name)
             elif opened and (record is not None or not is_transformed()):
-                entered.append((ExitStack(), opened))
-                entered[-1][0].enter_context(WithoutLibraries() if record is None else record)
+                entered.append(_Entered(ExitStack(), opened, get_ident()))
+                entered[-1].stack.enter_context(WithoutLibraries() if record is None else record)
 
         def leave(inputs: Any, output: Any) -> None:
-            stack, opened = entered.pop()
+            stack, opened, _ = entered.pop()
             stack.close()
             hooks = own()
             if record is None and hooks is not None:
@@ -492,5 +500,11 @@ def _remove_all(handles: list[RemovableHandle], entered: list[list[_Entered]]) -
     handles.clear()
     # Calls that are never left: torch calls no hook after a KeyboardInterrupt, nor one that was removed in the call.
     for calls in entered:
-        while calls:
-            calls.pop()[0].close()
+        _leave_all(calls)
+
+
+def _leave_all(entered: list[_Entered], thread: int | None = None) -> None:
+    """End the calls of a thread, or of all, that did not end."""
+    for call in [call for call in reversed(entered) if thread in (None, call.thread)]:
+        entered.remove(call)
+        call.stack.close()

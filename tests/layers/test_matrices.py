@@ -311,6 +311,36 @@ def test_within_torch_func_they_are_not_seen() -> None:
     assert not curvature._accumulator.has_pairs
 
 
+def test_a_forward_pass_that_was_interrupted_is_not_recorded_for_good() -> None:
+    """As in a notebook: an exception that is no `Exception` leaves out torch's hooks after it."""
+    register_layer(Experts, matrices="out_in")
+    model, expected = (Model(Experts(WAYS["bmm"], False)) for _ in range(2))
+    x, experts = torch.randn(ROWS, IN, dtype=torch.float64), torch.arange(N).repeat_interleave(8)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    found = []
+    for one in (expected, model):
+        curvature = Curvature(one, max_rows=None)
+        if one is model:
+            one.experts.multiply, multiply = interrupt, one.experts.multiply
+            with pytest.raises(KeyboardInterrupt):
+                one(x, experts)
+            one.experts.multiply = multiply
+        one(x, experts).square().mean().backward()
+        assert not torch.overrides._len_torch_function_stack()
+        curvature.update()
+        found.append(factors_of(curvature))
+    for key, factor in found[0].items():
+        torch.testing.assert_close(found[1][key], factor)
+    model.experts.multiply = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        model(x, experts)
+    curvature.close()
+    assert not torch.overrides._len_torch_function_stack()
+
+
 def test_a_product_that_is_not_seen_is_told_with_what_to_do() -> None:
     register_layer(Experts, matrices="out_in")
     model = Model(Experts(lambda x, stack, experts: one_by_one(F.linear)(x, 1.0 * stack, experts), False))
@@ -362,6 +392,22 @@ def test_an_expert_without_rows_is_silent_and_keeps_what_it_has(name: str) -> No
     for (layer, side), factor in factors_of(curvature).items():
         is_same = torch.equal(factor, before[layer, side])
         assert is_same == (layer.endswith((".1", ".2", ".3"))), layer
+
+
+def test_an_expert_without_rows_is_silent_where_no_other_is_due() -> None:
+    """With a step of its own for each, in a run that goes on and in a copy too."""
+    register_layer(Experts, matrices="out_in")
+    model = Model(Experts(WAYS["F.linear"], False))
+    curvature = train(model, 4, "equal", stagger=True, update_every_n_steps=8)
+    resumed = Curvature(model, stagger=True, update_every_n_steps=8, block_size=5, max_rows=None)
+    resumed.load_state_dict(curvature.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one in (copy.deepcopy(curvature), curvature, resumed):
+            for _ in range(16):
+                x, experts = torch.randn(ROWS, IN, dtype=torch.float64), torch.zeros(ROWS, dtype=torch.int64)
+                one.model(x, experts).square().mean().backward()
+                one.update()
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
