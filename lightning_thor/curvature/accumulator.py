@@ -324,12 +324,8 @@ class FactorAccumulator:
         """
         known = self._observed | self._warned_of_silence
         silent = [number for number in due if number not in known]
-        if self._stacks_of(silent) - self._known_stacks:
-            # In this run or before it; this waits for the device.
-            observed = {*self._observed, *self._factors.updates.nonzero().flatten().tolist()}
-            self._known_stacks |= self._stacks_of(observed)
-        # An expert to which nothing was routed is silent by intent.
-        silent = [number for number in silent if self._layers[number].parameters[0] not in self._known_stacks]
+        if silent:
+            silent = self._without_idle_experts(silent)
         if self._checked:
             self._check_that_layers_still_fire(silent, cause_of)
             return
@@ -337,6 +333,14 @@ class FactorAccumulator:
             self._check_that_layers_fire_at_first(silent, len(due), cause_of)
         self._warned_of_silence.update(silent)
         self._checked = True
+
+    def _without_idle_experts(self, silent: list[int]) -> list[int]:
+        """Leave out experts to which nothing was routed: others of their parameter were observed, now or before."""
+        if self._stacks_of(silent) - self._known_stacks:
+            # This waits for the device.
+            observed = {*self._observed, *self._factors.updates.nonzero().flatten().tolist()}
+            self._known_stacks |= self._stacks_of(observed)
+        return [number for number in silent if self._layers[number].parameters[0] not in self._known_stacks]
 
     def _stacks_of(self, numbers: Iterable[int]) -> set[nn.Parameter]:
         layers = [self._layers[number] for number in numbers]
