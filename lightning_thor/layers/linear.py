@@ -80,5 +80,5 @@ class TransposedLinearKind(LinearKind):
         return [weight.flatten(0, 1).T, *bias]
 
 
-LINEAR = LinearKind(nn.Linear)
+LINEAR = LinearKind(nn.Linear, "torch_geometric.nn.dense.linear.Linear")
 LINEAR_TRANSPOSED = TransposedLinearKind("transformers.pytorch_utils.Conv1D")

@@ -77,6 +77,7 @@ _ONE = {is_transposed: _OneMatrixKind(is_transposed=is_transposed) for is_transp
 EXPERTS = _KnownKind()
 """Those of transformers that are not named here, see `is_experts`."""
 STACKS_IN_OUT = _KnownKind(
+    "torch_geometric.nn.dense.linear.HeteroLinear",
     "transformers.models.convbert.modeling_convbert.GroupedLinearLayer",
     "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts",
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts",
@@ -84,7 +85,7 @@ STACKS_IN_OUT = _KnownKind(
     "transformers.models.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRglru",
     is_transposed=True,
 )
-"""Those of transformers for experts, groups and heads, ``[n, in, out]``, that have no attribute that says so."""
+"""Of libraries, for experts, groups, heads and types, ``[n, in, out]``, without an attribute that says so."""
 
 
 def is_experts(module_type: type[nn.Module]) -> bool:

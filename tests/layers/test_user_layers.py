@@ -21,6 +21,30 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "REGISTERED", {})
 
 
+class OfALibrary(nn.Module):
+    """As PyTorch Geometric's linear layer, which is no subclass of torch's."""
+
+    def __init__(self, width: int, n_out: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(n_out, width)), nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+OfALibrary.__module__, OfALibrary.__qualname__ = "torch_geometric.nn.dense.linear", "Linear"
+
+
+def test_a_linear_layer_of_a_library_is_torchs() -> None:
+    model = nn.Sequential(OfALibrary(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    other = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(6, 3, dtype=torch.float64)
+    for name in ("0", "2"):
+        found, expected = (statistics_of(one, x, name, precondition_bias=True)[1] for one in (model, other))
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 class Grouped(nn.Module):
     """A linear layer in two groups; weight ``[in / 2, 2, out / 2]``."""
 
