@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_thor.layers import attention
 from lightning_thor.layers.base import Layer, LayerKind, ModuleUse
 from lightning_thor.layers.embedding import EMBEDDING, looks_up_within
+from lightning_thor.layers.functional import children_used_by
 from lightning_thor.layers.matrices import MatricesKind, matrices_of, role_of
 from lightning_thor.layers.recurrent import Recurrent, weight_names
 from lightning_thor.layers.registry import EXPAND, KfacApprox, find_kind, unsupported_reason
@@ -170,6 +171,8 @@ def _place(use: ModuleUse) -> tuple[Any, int]:
 def _uses(model: nn.Module) -> Iterator[ModuleUse]:
     """Each place where a weight might be, in the order of the model."""
     inside: dict[nn.Module, nn.MultiheadAttention] = {}
+    parents: dict[nn.Module, tuple[nn.Module, str]] = {}
+    """Of linear layers that are not called, with their roles."""
     for full_name, module in model.named_modules():
         name = uncompiled_name(full_name)
         if _owner(name) != name:
@@ -188,6 +191,10 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
             continue
         if found is not None and found[0] is EMBEDDING and looks_up_within(module):
             yield ModuleUse(name, module, caller=module, role="weight")
+            continue
+        parents.update((child, (module, role)) for role, child in children_used_by(module).items())
+        if module in parents:
+            yield ModuleUse(name, module, "weight", None, *parents[module])
             continue
         if own or is_parametrized(module, "weight"):
             outer = inside.get(module)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from lightning_thor.layers.attention import Note
 from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows
 from lightning_thor.layers.linear import LINEAR
 
@@ -62,27 +59,6 @@ def looks_up_within(module: nn.Module) -> bool:
     is_own = isinstance(module, nn.Embedding) and forward is not nn.Embedding.forward and "forward" not in vars(module)
     names = set() if code is None else {*code.co_names}
     return is_own and ({"super", "forward"} <= names or "embedding" in names)
-
-
-class RecordLookups(TorchFunctionMode):
-    """A context that records what a module looks up in its weight.
-
-    Args:
-        note: called in forward with the role ``"weight"``, before the output is used.
-        module: an embedding.
-    """
-
-    def __init__(self, note: Note, module: nn.Module) -> None:
-        super().__init__()
-        self.note, self.module = note, module
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is F.embedding and args[1] is self.module.weight:
-            return self.note("weight", args[0], output, None)
-        return output
 
 
 EMBEDDING = EmbeddingKind(nn.Embedding)

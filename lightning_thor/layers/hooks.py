@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import Note, RecordProducts
 from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
-from lightning_thor.layers.embedding import RecordLookups
+from lightning_thor.layers.functional import RecordFunctions
 from lightning_thor.layers.matrices import RecordMatrices
 from lightning_thor.layers.pairs import Arrange, Pair, PairChecks, as_plain_tensor, is_readable
 from lightning_thor.layers.recurrent import (
@@ -285,10 +285,12 @@ class Hooks:
         """Hooks before and after a call: products are recorded in it, but those of a recurrent layer are found in its
         graph afterwards."""
         note = self._note_product(names)
-        traced: RecordProducts | RecordLookups | None = None  # these are part of compiled graphs
-        if isinstance(owner, nn.MultiheadAttention | nn.Embedding):
-            is_attention = isinstance(owner, nn.MultiheadAttention)
-            traced = RecordProducts(note) if is_attention else RecordLookups(note, owner)
+        traced: RecordProducts | RecordFunctions | None = None  # these are part of compiled graphs
+        children = {role: child for role, child in owner.named_children() if role in names}
+        if isinstance(owner, nn.MultiheadAttention):
+            traced = RecordProducts(note)
+        elif children or isinstance(owner, nn.Embedding):
+            traced = RecordFunctions(note, children or {"weight": owner})
         record = traced or (None if isinstance(owner, Recurrent) else RecordMatrices(note, owner))
         own, graphs, is_due = ref(self), self.graphs, self._is_due
         entered = list[_Entered]()

@@ -1,0 +1,73 @@
+"""Laws of linear layers whose parent hands their weights to `F.linear`: they train as if they were called."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_thor import Curvature, Thor
+
+WIDTH = 6
+
+
+class Called(nn.Module):
+    """An attention over positions, ``[batch, positions, width]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def project(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.qkv(x)
+        return projected
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).chunk(3, -1)
+        mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v))
+        return mixed
+
+
+class OfTimm(Called):
+    def project(self, x: Tensor) -> Tensor:
+        return F.linear(x, weight=self.qkv.weight, bias=self.qkv.bias)
+
+
+class OfTorchvision(OfTimm):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).chunk(3, -1)
+        return F.linear(F.scaled_dot_product_attention(q, k, v), self.proj.weight, self.proj.bias)
+
+
+OfTimm.__module__, OfTimm.__qualname__ = "timm.models.beit", "Attention"
+OfTorchvision.__module__, OfTorchvision.__qualname__ = "torchvision.models.swin_transformer", "ShiftedWindowAttention"
+
+
+def train(attention: type[Called], compiled: bool = False, **options: Any) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), attention(), nn.Linear(WIDTH, 3)).double()
+    curvature = Curvature(model, update_every_n_steps=2, **options)
+    assert list(curvature.layers) == ["0", "1.qkv", "1.proj", "2"]
+    optimizer = Thor(model.parameters(), lr=0.02, mode=curvature.mode, preconditioner=curvature)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    for _ in range(4):
+        x, labels = torch.randn(3, 5, WIDTH, dtype=torch.float64), torch.randint(3, (15,))
+        F.cross_entropy(call(x).flatten(0, 1), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return list(model.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("attention", [OfTimm, OfTorchvision])
+@pytest.mark.parametrize("precondition_bias", [False, True])
+def test_they_train_as_if_they_were_called(attention: type[Called], compiled: bool, precondition_bias: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = train(attention, compiled, precondition_bias=precondition_bias)
+    for p, expected in zip(found, train(Called, precondition_bias=precondition_bias), strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-9, atol=1e-9)
