@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, pick, subsample
+from lightning_thor.layers.functional import calls_function_within
 from lightning_thor.layers.patches import Convolution, TransposedConvolution, mean_patches, patches_and_values
 
 
@@ -52,6 +53,9 @@ class ConvolutionKind(LayerKind):
 
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
         return module.groups, shape[1:].numel(), shape[0] // module.groups
+
+    def unsupported_reason(self, module: Any, base: type[nn.Module]) -> str | None:
+        return None if calls_function_within(module) else super().unsupported_reason(module, base)
 
 
 class TransposedConvolutionKind(ConvolutionKind):

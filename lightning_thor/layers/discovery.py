@@ -17,8 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers import attention
 from lightning_thor.layers.base import Layer, LayerKind, ModuleUse
-from lightning_thor.layers.embedding import EMBEDDING, looks_up_within
-from lightning_thor.layers.functional import children_used_by
+from lightning_thor.layers.functional import calls_function_within, children_used_by
 from lightning_thor.layers.matrices import MatricesKind, matrices_of, role_of
 from lightning_thor.layers.recurrent import Recurrent, weight_names
 from lightning_thor.layers.registry import EXPAND, KfacApprox, find_kind, unsupported_reason
@@ -189,7 +188,7 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
         if found is not None and isinstance(found[0], MatricesKind):
             yield from _matrices(name, module, found[0])
             continue
-        if found is not None and found[0] is EMBEDDING and looks_up_within(module):
+        if found is not None and not found[0].is_linear and calls_function_within(module):
             yield ModuleUse(name, module, caller=module, role="weight")
             continue
         parents.update((child, (module, role)) for role, child in children_used_by(module).items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows
+from lightning_thor.layers.functional import calls_function_within
 from lightning_thor.layers.linear import LINEAR
 
 
@@ -48,17 +48,7 @@ class EmbeddingKind(LayerKind):
         """Also refuses gradients that are sparse or scaled by frequency."""
         if module.sparse or module.scale_grad_by_freq:
             return "sparse or frequency-scaled gradient"
-        return None if looks_up_within(module) else super().unsupported_reason(module, base)
-
-
-def looks_up_within(module: nn.Module) -> bool:
-    """Whether the module's ``forward`` is its own, and calls that of its base by ``super()``, or `F.embedding`: it may
-    change the tokens before (an offset of positions), and what they are turned to afterwards (a scale)."""
-    forward = type(module).forward
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    is_own = isinstance(module, nn.Embedding) and forward is not nn.Embedding.forward and "forward" not in vars(module)
-    names = set() if code is None else {*code.co_names}
-    return is_own and ({"super", "forward"} <= names or "embedding" in names)
+        return None if calls_function_within(module) else super().unsupported_reason(module, base)
 
 
 EMBEDDING = EmbeddingKind(nn.Embedding)

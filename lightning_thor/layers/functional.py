@@ -1,8 +1,9 @@
-"""Weights of linear layers and embeddings that are used by torch's functions, where the module is not called, or its
-own code does something before and after."""
+"""Weights that torch's functions use where their module is not called, or does something before and after in a forward
+of its own."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,17 +21,44 @@ CHILDREN: Mapping[str, tuple[str, ...]] = {
 }
 """By type of module, the linear layers within it whose weights it hands to `F.linear`."""
 
+CONVOLUTIONS = {"detectron2.layers.wrappers.Conv2d", "timm.layers.conv2d_same.Conv2dSame"}
+"""Types that hand their weight to `F.conv2d`; others may standardise it first."""
+
+GEOMETRY = ("stride", "padding", "dilation", "groups")
+"""Of a convolution, in the order of the function's arguments after the bias."""
+
+
+def type_names(module: nn.Module) -> list[str]:
+    """The names of a module's type and of its base types."""
+    return [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
+
 
 def children_used_by(module: nn.Module) -> dict[str, nn.Module]:
     """The linear layers whose weights this module, their parent, multiplies by; by name."""
-    names = [
-        name for base in type(module).__mro__ for name in CHILDREN.get(f"{base.__module__}.{base.__qualname__}", ())
-    ]
+    names = [name for base in type_names(module) for name in CHILDREN.get(base, ())]
     return {name: child for name, child in module.named_children() if name in names}
 
 
+def calls_function_within(module: nn.Module) -> bool:
+    """Whether an embedding's or a convolution's ``forward`` is its own, and calls that of its base by ``super()`` (an
+    embedding's also `F.embedding`): it may change the input before (an offset of positions, padding), and the output
+    afterwards (a scale, an activation)."""
+    base = next((one for one in (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, one)), None)
+    forward = type(module).forward
+    if base is None or forward is base.forward or "forward" in vars(module):
+        return False
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    names = set() if code is None else {*code.co_names}
+    calls_base = {"super", "forward"} <= names
+    if isinstance(module, nn.Embedding):
+        return calls_base or "embedding" in names
+    is_plain = module.padding_mode == "zeros" and type(module)._conv_forward is base._conv_forward  # type: ignore[attr-defined, union-attr]
+    return is_plain and (calls_base or not CONVOLUTIONS.isdisjoint(type_names(module)))
+
+
 class RecordFunctions(TorchFunctionMode):
-    """A context that records what `F.linear` and `F.embedding` make of some weights, also within calls of modules.
+    """A context that records what `F.linear`, `F.embedding` and convolutions make of some weights, also within calls of
+    modules.
 
     Args:
         note: called in forward with the weight's role, before the output is used.
@@ -46,9 +74,28 @@ class RecordFunctions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func is F.linear or func is F.embedding:
+        is_convolution = func is F.conv1d or func is F.conv2d or func is F.conv3d
+        if func is F.linear or func is F.embedding or is_convolution:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             for role, module in self.modules.items():
-                if weight is module.weight:
+                if weight is module.weight and not (is_convolution and not _is_as_configured(module, args, kwargs)):
                     return self.note(role, args[0] if args else kwargs["input"], output, None)
         return output
+
+
+def _is_as_configured(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a convolution has the module's own stride, padding, dilation and groups."""
+    given = {
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 1,
+        **dict(zip(GEOMETRY, args[3:], strict=False)),
+        **kwargs,
+    }
+    n = len(module.kernel_size)
+    for name in GEOMETRY[:3]:
+        one, own = given[name], getattr(module, name)
+        if (one if isinstance(one, str) else (one,) * n if isinstance(one, int) else tuple(one)) != own:
+            return False
+    return bool(given["groups"] == module.groups)

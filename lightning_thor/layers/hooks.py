@@ -289,7 +289,7 @@ class Hooks:
         children = {role: child for role, child in owner.named_children() if role in names}
         if isinstance(owner, nn.MultiheadAttention):
             traced = RecordProducts(note)
-        elif children or isinstance(owner, nn.Embedding):
+        elif children or isinstance(owner, nn.Embedding | nn.modules.conv._ConvNd):
             traced = RecordFunctions(note, children or {"weight": owner})
         record = traced or (None if isinstance(owner, Recurrent) else RecordMatrices(note, owner))
         own, graphs, is_due = ref(self), self.graphs, self._is_due

@@ -53,6 +53,7 @@ def train(attention: type[Called], compiled: bool = False, **options: Any) -> li
     curvature = Curvature(model, update_every_n_steps=2, **options)
     assert list(curvature.layers) == ["0", "1.qkv", "1.proj", "2"]
     optimizer = Thor(model.parameters(), lr=0.02, mode=curvature.mode, preconditioner=curvature)
+    torch._dynamo.reset()
     call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     for _ in range(4):
         x, labels = torch.randn(3, 5, WIDTH, dtype=torch.float64), torch.randint(3, (15,))
@@ -71,3 +72,75 @@ def test_they_train_as_if_they_were_called(attention: type[Called], compiled: bo
         found = train(attention, compiled, precondition_bias=precondition_bias)
     for p, expected in zip(found, train(Called, precondition_bias=precondition_bias), strict=True):
         torch.testing.assert_close(p, expected, rtol=1e-9, atol=1e-9)
+
+
+class PaddedConvolution(nn.Conv2d):
+    """Pads on one side, and activates; as wrappers of convolutions do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1))).relu()
+
+
+class SameConvolution(nn.Conv2d):
+    """As timm's: hands its weight to a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 1, 0, 1))
+        return F.conv2d(padded, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups).relu()
+
+
+class StandardisedConvolution(nn.Conv2d):
+    """Has no product with its own weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight - self.weight.mean(), self.bias, self.stride)
+
+
+SameConvolution.__module__, SameConvolution.__qualname__ = "timm.layers.conv2d_same", "Conv2dSame"
+
+
+class Outside(nn.Module):
+    """The same with a plain convolution."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(*args, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(F.pad(x, (0, 1, 0, 1))).relu()
+        return result
+
+
+def convolved(kind: Any, compiled: bool = False, **options: Any) -> tuple[list[str], list[nn.Parameter]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(2, 4, 3, stride=2), kind(4, 4, 2, groups=2), nn.Flatten(), nn.Linear(36, 3)).double()
+    curvature = Curvature(model, update_every_n_steps=2, **options)
+    optimizer = Thor(model.parameters(), lr=0.02, mode=curvature.mode, preconditioner=curvature)
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    for _ in range(4):
+        F.cross_entropy(call(torch.randn(5, 2, 6, 6, dtype=torch.float64)), torch.randint(3, (5,))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return list(curvature.layers), list(model.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("statistics", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", [PaddedConvolution, SameConvolution])
+def test_convolutions_with_a_forward_of_their_own_train_as_plain_ones(
+    kind: Any, statistics: Any, compiled: bool
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names, found = convolved(kind, compiled, statistics=statistics)
+    assert names == ["0", "1", "3"]
+    for p, expected in zip(found, convolved(Outside, statistics=statistics)[1], strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_convolution_that_changes_its_weight_is_left_out() -> None:
+    model = nn.Sequential(StandardisedConvolution(2, 4, 3), nn.Flatten(), nn.Linear(4, 90))
+    curvature = Curvature(model)
+    assert list(curvature.layers) == ["2"]
+    assert "forward of its own" in curvature.left_out["0"]
