@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from threading import get_ident
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any, NamedTuple
 from weakref import finalize, ref
 
@@ -69,6 +70,8 @@ class _Entered(NamedTuple):
     opened: list[str]
     """Names of the weights that are observed."""
     thread: int
+    frame: FrameType
+    """Of torch's code that calls the module."""
 
 
 class Hooks:
@@ -296,25 +299,34 @@ class Hooks:
         entered = list[_Entered]()
         self._entered.append(entered)
 
-        def enter() -> None:
-            _leave_all(entered, get_ident())  # what an earlier KeyboardInterrupt has left, without hooks
+        def enter(frame: FrameType) -> None:
+            thread = get_ident()
+            _leave_all(entered, thread)  # what an earlier KeyboardInterrupt has left, without hooks
+            if any(call.thread == thread for call in entered):
+                # The module within its own forward, whose call records this one too.
+                entered.append(_Entered(ExitStack(), [], thread, frame))
+                return
             hooks = own()
-            if hooks is None or torch._C._is_tracing():
+            if hooks is None or torch._C._is_tracing() or not torch.is_grad_enabled():
                 return
             opened = [name for name in names.values() if hooks._is_open(name)]
             if record is None and saves_tensors_elsewhere():
                 for name in opened:
                     hooks._note_unreadable(name)
             elif opened and (record is not None or not is_transformed()):
-                entered.append(_Entered(ExitStack(), opened, get_ident()))
-                entered[-1].stack.enter_context(WithoutLibraries() if record is None else record)
+                call = _Entered(ExitStack(), opened, thread, frame)
+                entered.append(call)
+                call.stack.enter_context(WithoutLibraries() if record is None else record)
 
         def leave(inputs: Any, output: Any) -> None:
-            stack, opened, _ = entered.pop()
-            stack.close()
+            call = next((call for call in reversed(entered) if call.thread == get_ident()), None)
+            if call is None:
+                return
+            entered.remove(call)
+            call.stack.close()
             hooks = own()
             if record is None and hooks is not None:
-                hooks._pair_steps(opened, inputs, output)
+                hooks._pair_steps(call.opened, inputs, output)
 
         enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
 
@@ -324,8 +336,8 @@ class Hooks:
                     traced.__enter__()  # type: ignore[no-untyped-call]
                 return
             for name in names.values():
-                if is_due(name) and torch.is_grad_enabled() and module is owner:
-                    enter_unseen()
+                if (entered or (is_due(name) and torch.is_grad_enabled())) and module is owner:
+                    enter_unseen(sys._getframe(1))
                     return
 
         def after(_: _Unpickled, module: nn.Module, *others: Any) -> None:
@@ -506,7 +518,17 @@ def _remove_all(handles: list[RemovableHandle], entered: list[list[_Entered]]) -
 
 
 def _leave_all(entered: list[_Entered], thread: int | None = None) -> None:
-    """End the calls of a thread, or of all, that did not end."""
-    for call in [call for call in reversed(entered) if thread in (None, call.thread)]:
-        entered.remove(call)
-        call.stack.close()
+    """End the calls of a thread that did not end, but were interrupted; without a thread all calls."""
+    for call in entered[::-1]:
+        if thread is None or (thread == call.thread and not _is_under_way(call.frame)):
+            entered.remove(call)
+            call.stack.close()
+
+
+def _is_under_way(frame: FrameType) -> bool:
+    """Whether code is still run; where it is not, what it left is freed."""
+    try:
+        frame.clear()
+    except RuntimeError:
+        return True
+    return False

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -339,6 +340,71 @@ def test_a_forward_pass_that_was_interrupted_is_not_recorded_for_good() -> None:
         model(x, experts)
     curvature.close()
     assert not torch.overrides._len_torch_function_stack()
+
+
+class Tree(nn.Module):
+    """Of each node the children's results, by the same module."""
+
+    def __init__(self, *, of_matrices: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        for name, width in (("own", IN), ("below", OUT)):
+            matrix = torch.randn(OUT, width, generator=generator, dtype=torch.float64)
+            layer = nn.Linear(width, OUT, bias=False)
+            layer.weight = nn.Parameter(matrix)
+            setattr(self, name, nn.Parameter(matrix.clone()) if of_matrices else layer)
+
+    def multiply(self, x: Tensor, by: Any) -> Tensor:
+        product: Tensor = x @ by.T if isinstance(by, Tensor) else by(x)
+        return product
+
+    def forward(self, x: Tensor, depth: int) -> Tensor:
+        with torch.no_grad():
+            if depth:
+                self(x, depth - 1)
+        y = self(x, depth - 1) if depth else None
+        own = self.multiply(x, self.own)
+        return (own if y is None else own + self.multiply(y, self.below)).tanh()
+
+
+class TreeOfMatrices(Tree):
+    pass
+
+
+def test_a_module_may_call_itself() -> None:
+    register_layer(TreeOfMatrices, matrices="out_in")
+    x, found = torch.randn(ROWS, IN, dtype=torch.float64), []
+    for one in (Tree(of_matrices=False), TreeOfMatrices(of_matrices=True)):
+        curvature = Curvature(one, max_rows=None)
+        one(x, 2).square().mean().backward()
+        assert not torch.overrides._len_torch_function_stack()
+        curvature.update()
+        found.append(factors_of(curvature))
+    for key, factor in found[0].items():
+        torch.testing.assert_close(found[1][key], factor)
+
+
+def test_another_thread_may_call_it_meanwhile() -> None:
+    register_layer(Experts, matrices="out_in")
+    model = Experts(WAYS["bmm"], False)
+    x, experts = torch.randn(ROWS, IN, dtype=torch.float64), torch.arange(N).repeat_interleave(8)
+    curvature, multiply = Curvature(model), model.multiply
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            model(x, experts)
+
+    def call_meanwhile(*operands: Any) -> Tensor:
+        model.multiply = multiply
+        with ThreadPoolExecutor(1) as other:
+            other.submit(evaluate).result()
+        return multiply(*operands)
+
+    model.multiply = call_meanwhile
+    model(x, experts).sum().backward()
+    assert not torch.overrides._len_torch_function_stack()
+    curvature.update()
+    assert curvature.factors.updates.all()
 
 
 def test_a_product_that_is_not_seen_is_told_with_what_to_do() -> None:
