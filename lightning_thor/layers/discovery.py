@@ -51,7 +51,7 @@ def name_some(names: list[str], n: int = 5) -> str:
 
 def matrix_layers(model: nn.Module, without: Container[nn.Parameter] = ()) -> list[str]:
     """Names of the linear layers, projections and convolutions that train; the last is taken as the output layer. The
-    weights of recurrent layers, and those that a module multiplies by itself (experts), come first: they make states.
+    weights of recurrent layers, and experts that lie in one parameter, come first: they make states.
 
     Those whose weight is among ``without`` are left out.
 
@@ -61,11 +61,16 @@ def matrix_layers(model: nn.Module, without: Container[nn.Parameter] = ()) -> li
     >>> matrix_layers(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8), nn.Linear(8, 9), nn.RNN(9, 9)))
     ['3.weight_ih_l0', '3.weight_hh_l0', '0', '2']
     """
-    kinds = ((use, find_kind(type(use.module))) for use in _uses(model))
-    matrices = [use for use, found in kinds if found is not None and found[0].is_matrix]
-    matrices.sort(key=lambda use: use.caller is not use.module)
-    weights = [(use.name, getattr(use.module, use.weight_name)) for use in matrices]
+    found = ((use, find_kind(type(use.module))) for use in _uses(model))
+    matrices = [(use, kind[0]) for use, kind in found if kind is not None and kind[0].is_matrix]
+    matrices.sort(key=lambda one: one[0].caller is not one[0].module or _is_one_matrix(*one))
+    weights = [(use.name, getattr(use.module, use.weight_name)) for use, _ in matrices]
     return [name for name, w in weights if isinstance(w, Tensor) and w.requires_grad and w not in without]
+
+
+def _is_one_matrix(use: ModuleUse, kind: LayerKind) -> bool:
+    """Whether a module's own parameter is one matrix, as that of a linear layer."""
+    return isinstance(kind, MatricesKind) and use.param_slice is None
 
 
 def discover_layers(

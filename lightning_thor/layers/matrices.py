@@ -193,6 +193,8 @@ class RecordMatrices(TorchFunctionMode):
     def find_each(self, matrix: Tensor, n: int) -> Iterator[tuple[str, Place]]:
         """The roles of the experts whose matrices ``matrix [n, in, out]`` has, and where the rows of each are among
         ``n``; all of them where one matrix stands for ``n``."""
+        if _is_plain(matrix) and not matrix.stride(0):  # expanded
+            matrix = matrix[:1]
         view = self.find(matrix)
         if view is not None:
             is_one_of_all = len(matrix) == n

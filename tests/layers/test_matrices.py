@@ -604,6 +604,7 @@ OWN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum": lambda x, w: torch.einsum("nd,od->no", x, w),
     "einsum of batches": lambda x, w: torch.einsum("bnd,od->bno", x.unflatten(0, (4, -1)), w).flatten(0, 1),
     "einsum with an ellipsis": lambda x, w: torch.einsum("od,...d->...o", w, x),
+    "bmm of an expanded one": lambda x, w: torch.bmm(x.unflatten(0, (4, -1)), w.T.expand(4, -1, -1)).flatten(0, 1),
 }
 
 
@@ -638,6 +639,13 @@ class OwnLinears(nn.Module):
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
         hidden: Tensor = self.down((self.up(x) + self.bias).tanh())
         return hidden
+
+
+def test_a_matrix_may_be_the_output_layer() -> None:
+    register_layer(OwnMatrices, matrices="out_in")
+    own = OwnMatrices(F.linear, False)
+    assert matrix_layers(nn.Sequential(nn.Linear(2, 2), own))[-1] == "1.down"
+    assert matrix_layers(nn.Sequential(own, nn.Linear(2, 2)))[-1] == "1"
 
 
 @pytest.mark.parametrize("mode", MODES)
