@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -75,11 +76,15 @@ class RecordFunctions(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         is_convolution = func is F.conv1d or func is F.conv2d or func is F.conv3d
+        weight: Any = None
         if func is F.linear or func is F.embedding or is_convolution:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            a, weight = args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["weight"]
+        elif func is torch.embedding and len(args) > 1:
+            weight, a = args[:2]
+        if weight is not None:
             for role, module in self.modules.items():
                 if weight is module.weight and not (is_convolution and not _is_as_configured(module, args, kwargs)):
-                    return self.note(role, args[0] if args else kwargs["input"], output, None)
+                    return self.note(role, a, output, None)
         return output
 
 

@@ -38,6 +38,13 @@ class ScaledByFunction(nn.Embedding):
         return F.embedding(tokens, self.weight) * SCALE
 
 
+class ScaledByOperator(nn.Embedding):
+    """Calls what `F.embedding` calls."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.embedding(self.weight, tokens) * SCALE
+
+
 class Sliced(nn.Embedding):
     """As Whisper's table of positions."""
 
@@ -98,10 +105,13 @@ def test_it_trains_as_a_plain_one(is_tied: bool, mode: str) -> None:
     assert_alike(model, other)
 
 
-def test_it_may_call_the_function_itself() -> None:
-    model = Text(inside=True, is_tied=True, scaled=ScaledByFunction).double()
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("scaled", [ScaledByFunction, ScaledByOperator])
+def test_it_may_call_the_function_itself(scaled: type[nn.Embedding], compiles: bool) -> None:
+    model = Text(inside=True, is_tied=True, scaled=scaled).double()
     other = Text(inside=False, is_tied=True).double()
-    assert list(train(model).layers) == ["table", "positions", "hidden", "head"]
+    call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiles else model
+    assert list(train(model, call).layers) == ["table", "positions", "hidden", "head"]
     train(other)
     assert_alike(model, other)
 
