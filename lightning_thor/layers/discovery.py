@@ -17,6 +17,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers import attention
 from lightning_thor.layers.base import Layer, LayerKind, ModuleUse
+from lightning_thor.layers.conv import CONVOLUTION
+from lightning_thor.layers.embedding import EMBEDDING
 from lightning_thor.layers.functional import calls_function_within, children_used_by
 from lightning_thor.layers.matrices import MatricesKind, matrices_of, role_of
 from lightning_thor.layers.recurrent import Recurrent, weight_names
@@ -121,13 +123,13 @@ def discover_layers(
     modules = {use.module for use in uses if find_kind(type(use.module)) is not None}
     n_modules = Counter(p for module in modules for p in module.parameters(recurse=False))
     shared = {p for p, n in n_modules.items() if n > 1}
-    skipped = {_place(use) for use in uses if any(_is_in(use.name, pattern) for pattern in skip_layers)}
+    skipped = {use.name: _place(use) for use in uses if any(_is_in(use.name, pattern) for pattern in skip_layers)}
+    skipped_places = set(skipped.values())
     # By weight, and by first row in it.
     found: dict[tuple[nn.Parameter, int], dict[LayerKind, list[ModuleUse]]] = {}
     for use in uses:
-        is_skipped = any(_is_in(use.name, pattern) for pattern in skip_layers)
-        kind = SKIPPED if is_skipped else _check(use, only, statistics, shared)
-        if not isinstance(kind, str) and _place(use) in skipped:
+        kind = SKIPPED if use.name in skipped else _check(use, only, statistics, shared)
+        if not isinstance(kind, str) and _place(use) in skipped_places:
             kind = "shares its weight with a layer in skip_layers"
         if isinstance(kind, str):
             left_out[use.name] = kind
@@ -193,7 +195,8 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
         if found is not None and isinstance(found[0], MatricesKind):
             yield from _matrices(name, module, found[0])
             continue
-        if found is not None and not found[0].is_linear and calls_function_within(module):
+        # A user's kind is told the module's own input and output.
+        if found is not None and found[0] in (CONVOLUTION, EMBEDDING) and calls_function_within(module):
             yield ModuleUse(name, module, caller=module, role="weight")
             continue
         parents.update((child, (module, role)) for role, child in children_used_by(module).items())

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_thor import Curvature, Thor
+from lightning_thor import Curvature, Thor, register_layer
+from lightning_thor.layers import registry
 
 WIDTH = 6
 
@@ -79,6 +80,28 @@ class PaddedConvolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, (0, 1, 0, 1))).relu()
+
+
+class ByItsRows(PaddedConvolution):
+    """Registered with rows of the module's own input and output."""
+
+
+def test_a_registered_kind_is_given_what_the_module_is_called_with_and_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "REGISTERED", {})
+    seen: list[tuple[torch.Size, torch.Size]] = []
+
+    def rows_of(module: Any, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((a.shape, g.shape))
+        patches = F.unfold(F.pad(a, (0, 1, 0, 1)), 3).mT
+        return patches.flatten(0, 1), (g * (module(a) > 0)).flatten(2).mT.flatten(0, 1)
+
+    register_layer(ByItsRows, rows_of)
+    model = nn.Sequential(ByItsRows(2, 4, 3, bias=False), nn.Flatten(), nn.Linear(64, 3))
+    curvature = Curvature(model, max_rows=None)
+    model(torch.randn(5, 2, 5, 5)).square().mean().backward()
+    curvature.update()
+    assert {*seen} == {(torch.Size((5, 2, 5, 5)), torch.Size((5, 4, 4, 4)))}
+    assert not curvature.left_out
 
 
 class SameConvolution(nn.Conv2d):
