@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from threading import get_ident
 from types import FrameType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import finalize, ref
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import Note, RecordProducts
+from lightning_thor.layers.calls import Calls
 from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
 from lightning_thor.layers.functional import RecordFunctions
 from lightning_thor.layers.matrices import RecordMatrices
@@ -60,18 +59,6 @@ class _Unpickled:
         """Do nothing."""
 
     before = after = on_forward
-
-
-class _Entered(NamedTuple):
-    """A call under way of a module that multiplies by weights itself."""
-
-    stack: ExitStack
-    """The contexts that it is in."""
-    opened: list[str]
-    """Names of the weights that are observed."""
-    thread: int
-    frame: FrameType
-    """Of torch's code that calls the module."""
 
 
 class Hooks:
@@ -161,8 +148,8 @@ class Hooks:
         """Pairs that have a gradient, of a graph that is kept."""
         self._handed_over: Pair | None = None
         """The pair that the listener is called with."""
-        self._entered: list[list[_Entered]] = []
-        """Of each caller, the calls under way."""
+        self._calls: list[Calls] = []
+        """Of each caller."""
         owner = _Unpickled()
         # Before a user's hooks, which may change the output: a compiled graph does not show what it was.
         self._handles: list[RemovableHandle] = [
@@ -179,7 +166,7 @@ class Hooks:
                 caller.register_forward_hook(MethodType(after, owner), with_kwargs=True, prepend=True, always_call=True)
             )
         # Not `__del__`: the handles find their modules by weak references, which a garbage collection clears before.
-        finalize(self, _remove_all, self._handles, self._entered).atexit = False
+        finalize(self, _remove_all, self._handles, self._calls).atexit = False
 
     @property
     def backward_pass(self) -> int:
@@ -211,7 +198,7 @@ class Hooks:
 
     def remove(self) -> None:
         """Remove all hooks of modules; hooks of graphs go with their graph."""
-        _remove_all(self._handles, self._entered)
+        _remove_all(self._handles, self._calls)
         self._receivers.clear()
         self.are_removed = True
 
@@ -296,15 +283,13 @@ class Hooks:
             traced = RecordFunctions(note, children or {"weight": owner})
         record = traced or (None if isinstance(owner, Recurrent) else RecordMatrices(note, owner))
         own, graphs, is_due = ref(self), self.graphs, self._is_due
-        entered = list[_Entered]()
-        self._entered.append(entered)
+        calls = Calls()
+        self._calls.append(calls)
+        under_way = calls.under_way
 
         def enter(frame: FrameType) -> None:
-            thread = get_ident()
-            _leave_all(entered, thread)  # what an earlier KeyboardInterrupt has left, without hooks
-            if any(call.thread == thread for call in entered):
-                # The module within its own forward, whose call records this one too.
-                entered.append(_Entered(ExitStack(), [], thread, frame))
+            if calls.is_within_another():
+                calls.begin(frame, [])  # the outer call records this one too
                 return
             hooks = own()
             if hooks is None or torch._C._is_tracing() or not torch.is_grad_enabled():
@@ -314,19 +299,12 @@ class Hooks:
                 for name in opened:
                     hooks._note_unreadable(name)
             elif opened and (record is not None or not is_transformed()):
-                call = _Entered(ExitStack(), opened, thread, frame)
-                entered.append(call)
-                call.stack.enter_context(WithoutLibraries() if record is None else record)
+                calls.begin(frame, opened).enter_context(WithoutLibraries() if record is None else record)
 
         def leave(inputs: Any, output: Any) -> None:
-            call = next((call for call in reversed(entered) if call.thread == get_ident()), None)
-            if call is None:
-                return
-            entered.remove(call)
-            call.stack.close()
-            hooks = own()
-            if record is None and hooks is not None:
-                hooks._pair_steps(call.opened, inputs, output)
+            opened, hooks = calls.end(), own()
+            if record is None and opened and hooks is not None:
+                hooks._pair_steps(opened, inputs, output)
 
         enter_unseen, leave_unseen = torch.compiler.disable(enter), torch.compiler.disable(leave)
 
@@ -336,7 +314,7 @@ class Hooks:
                     traced.__enter__()  # type: ignore[no-untyped-call]
                 return
             for name in names.values():
-                if (entered or (is_due(name) and torch.is_grad_enabled())) and module is owner:
+                if (under_way or (is_due(name) and torch.is_grad_enabled())) and module is owner:
                     enter_unseen(sys._getframe(1))
                     return
 
@@ -344,7 +322,7 @@ class Hooks:
             if torch.compiler.is_dynamo_compiling():
                 if traced is not None and graphs.hand_over and torch.is_grad_enabled() and module is owner:
                     traced.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            elif entered and module is owner:
+            elif under_way and module is owner:
                 *inputs, output = others
                 leave_unseen(inputs, output)
 
@@ -508,27 +486,9 @@ class Hooks:
         )
 
 
-def _remove_all(handles: list[RemovableHandle], entered: list[list[_Entered]]) -> None:
+def _remove_all(handles: list[RemovableHandle], calls: list[Calls]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
-    # Calls that are never left: torch calls no hook after a KeyboardInterrupt, nor one that was removed in the call.
-    for calls in entered:
-        _leave_all(calls)
-
-
-def _leave_all(entered: list[_Entered], thread: int | None = None) -> None:
-    """End the calls of a thread that did not end, but were interrupted; without a thread all calls."""
-    for call in entered[::-1]:
-        if thread is None or (thread == call.thread and not _is_under_way(call.frame)):
-            entered.remove(call)
-            call.stack.close()
-
-
-def _is_under_way(frame: FrameType) -> bool:
-    """Whether code is still run; where it is not, what it left is freed."""
-    try:
-        frame.clear()
-    except RuntimeError:
-        return True
-    return False
+    for each in calls:
+        each.end_all()
