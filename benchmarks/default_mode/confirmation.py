@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy
@@ -204,12 +204,14 @@ def rotation(length: int, width: int) -> tuple[Tensor, Tensor]:
 class Llama(nn.Module):
     """A language model of bytes, built as Llama is (Touvron et al. 2023, arXiv:2302.13971): ``[N, T]`` to logits."""
 
-    def __init__(self, layers: int = 2, width: int = 64, heads: int = 2, inner: int = 128) -> None:
+    def __init__(
+        self, vocabulary: int = 256, layers: int = 2, width: int = 64, block: Callable[[], nn.Module] | None = None
+    ) -> None:
         super().__init__()
-        self.token = nn.Embedding(256, width)
-        self.blocks = nn.Sequential(*(LlamaBlock(width, heads, inner) for _ in range(layers)))
+        self.token = nn.Embedding(vocabulary, width)
+        self.blocks = nn.Sequential(*((block or partial(LlamaBlock, width, 2, 128))() for _ in range(layers)))
         self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, 256, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         self.apply(initialise_)
 
     def forward(self, text: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Confirmation tasks named after the first confirmation and before the second, see README.md: nothing was tried on them
-but AdamW."""
+"""Confirmation tasks named after the first confirmation, see README.md: before their own, nothing was tried on them but
+AdamW, and on the experts nothing at all."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common.models import mlp
-from benchmarks.default_mode.confirmation import CPU, LlamaBlock, problem, shuffled
+from benchmarks.default_mode.confirmation import CPU, Llama, LlamaBlock, problem, shuffled
 from benchmarks.default_mode.problem import Problem, ScoreFn, StudyTask
 from benchmarks.time_to_target.tasks import Data, cifar10, cross_entropy, draws, shakespeare
-from examples.char_gpt import initialise_
 from lightning_thor import register_layer
 
 
@@ -184,26 +184,11 @@ class MixtureBlock(LlamaBlock):
         return out
 
 
-class Mixture(nn.Module):
-    """A language model of characters, built as Mixtral is (Jiang et al. 2024, arXiv:2401.04088), without a loss that
-    balances the experts: ``[N, T]`` to logits ``[N, T, 65]``."""
-
-    def __init__(self, layers: int = 2, width: int = 64, heads: int = 2, n_experts: int = 8, inner: int = 96) -> None:
-        super().__init__()
-        self.token = nn.Embedding(65, width)
-        self.blocks = nn.Sequential(*(MixtureBlock(width, heads, n_experts, inner) for _ in range(layers)))
-        self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, 65, bias=False)
-        self.apply(initialise_)
-
-    def forward(self, characters: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.norm(self.blocks(self.token(characters))))
-        return logits
-
-
 def mixture(folder: Path | None) -> Problem:
-    """The next character of tiny Shakespeare, in windows of 64."""
-    return problem(shakespeare(64, 128)(folder, 16, CPU), Mixture, cross_entropy)
+    """The next character of tiny Shakespeare, in windows of 64, by a language model built as Mixtral is (Jiang et al.
+    2024, arXiv:2401.04088), without a loss that balances the experts."""
+    model = partial(Llama, 65, block=lambda: MixtureBlock(64, 2, 8, 96))
+    return problem(shakespeare(64, 128)(folder, 16, CPU), model, cross_entropy)
 
 
 LATER_CONFIRMATION: Mapping[str, StudyTask] = {
