@@ -132,7 +132,7 @@ class LayerKind:
         return 1, shape[1:].numel(), shape[0]
 
     def of_weight(self, module: Any, weight: Tensor) -> LayerKind:
-        """The kind of one of the weights of a module of this kind, where they are of several."""
+        """The kind of one weight of a module; this one, unless the module's weights are of several kinds."""
         return self
 
     def n_parts(self, module: Any, shape: torch.Size) -> int:
@@ -254,7 +254,8 @@ class Layer:
 
     @property
     def is_within_its_module(self) -> bool:
-        """True if its module's own code uses the weight as no call of a module shows, but for attentions."""
+        """True if the module's own forward shows the products with the weight (recurrent layers, own matrices,
+        lookups), attentions aside."""
         return self.uses[0].caller is self.module and not isinstance(self.module, nn.MultiheadAttention)
 
     @property
