@@ -16,6 +16,7 @@ from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.optim.thor import Preconditioner
 from lightning_thor.trainer.checkpoints import folder_advice, is_folder_of_shards, weights_advice, whole
 from lightning_thor.trainer.packages import is_lightnings
+from lightning_thor.trainer.signals import JointSignals
 
 SHARD = (
     'Use Trainer(strategy="thor_fsdp2") of `import lightning`, and shard the model in configure_model by '
@@ -165,6 +166,10 @@ class ThorStrategyMixin(_Base):
         if self._factor_group is None:
             self._factor_group = process_group.new_factor_group(getattr(self, "_timeout", None))
             self._worker_grid = self.new_worker_grid()
+        assert self.lightning_module is not None
+        trainer: Any = self.lightning_module.trainer
+        others = [callback for callback in trainer.callbacks if not isinstance(callback, JointSignals)]
+        trainer.callbacks = [*others, JointSignals(trainer)]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """As Lightning's strategy does, but the file or folder is written whole or not at all, and all ranks raise."""

@@ -575,12 +575,12 @@ def state(result: Result, *without: str) -> Result:
 def all_trainings() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """By name: those of two ranks, those of four, and those that run only when they are named."""
     # These are made of what is in this file.
-    from tests.helpers import endings, option_trainings, text_trainings
+    from tests.helpers import endings, option_trainings, signalled, text_trainings
 
     return (
         TRAININGS | option_trainings.TRAININGS | text_trainings.TRAININGS,
         FOUR | option_trainings.FOUR | text_trainings.FOUR,
-        NAMED_ONLY | option_trainings.NAMED_ONLY | endings.NAMED_ONLY,
+        NAMED_ONLY | endings.NAMED_ONLY | signalled.NAMED_ONLY,
     )
 
 

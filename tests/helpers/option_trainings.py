@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,6 @@ from tests.helpers.distributed_workers import (
     Net,
     Result,
     Unfreezing,
-    fit,
     in_buckets,
     training,
 )
@@ -65,14 +62,6 @@ class PowerSGD(ThorDDPStrategy):
     def _register_ddp_hooks(self) -> None:
         # Lightning itself registers hooks on a GPU only.
         self.model.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
-
-
-class Requeued(Module):
-    """At the end of the first epoch the cluster says that the job's time is over."""
-
-    def on_train_epoch_end(self) -> None:
-        if self.trainer.current_epoch == 0:
-            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 class Counted(L.Callback):
@@ -113,12 +102,6 @@ def counted(folder: Path, module: Module, strategy: Any, *callbacks: L.Callback)
 ALL_AT_ONCE = {"mode": "polar", "max_epochs": 4, "stagger": True, "trace_rule": (0.2, 0.02)}
 
 
-def fit_requeued(folder: Path) -> Result:
-    """Lightning saves at the signal, and finds by itself what it saved when the job starts again."""
-    fit(folder / "requeued", Requeued(HALVES), max_epochs=1)
-    return fit(folder / "requeued", Module(HALVES), max_epochs=3)
-
-
 VIEW: Any = {"gradient_as_bucket_view": True}
 TRAININGS: dict[str, Callable[[Path], Result]] = {
     "my_ddp": training(max_epochs=3, strategy=outside_strategy.NAME),
@@ -149,4 +132,3 @@ TRAININGS: dict[str, Callable[[Path], Result]] = {
 FOUR: dict[str, Callable[[Path], Result]] = {
     "four_all_at_once_resumed": training(QUARTERS, resume="all_at_once", strategy=in_buckets, **ALL_AT_ONCE),
 }
-NAMED_ONLY: dict[str, Callable[[Path], Result]] = {"requeued": fit_requeued}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 
 from tests.helpers.kills import CHAINS, N_KILLS, killed
@@ -13,14 +11,10 @@ pytestmark = pytest.mark.soak
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_training_that_is_killed_ends_as_the_unbroken_one(name: str) -> None:
-    """Bitwise, from ``ckpt_path="last"`` each time; no complete checkpoint is lost, and no rank stays behind.
-
-    Except after SIGTERM: Lightning 2.6 broadcasts within its handler of that signal, and a rank that is in another
-    collective just then waits for ever, with any strategy.
-    """
+    """Bitwise, from ``ckpt_path="last"`` each time; no complete checkpoint is lost, and no rank stays behind."""
     found = killed(name)
     print(name, found)
     assert found["kills"] == N_KILLS
     assert (found["lost"], found["differ"]) == (0, 0)
-    assert not found["hung"] or signal.SIGTERM in CHAINS[name].signals
+    assert not found["hung"]
     assert found["seconds"] < 60

@@ -28,6 +28,7 @@ from tests.helpers.fakes import FakeCommunicator
 from tests.helpers.lone_ranks import lone_ranks
 from tests.helpers.option_trainings import ALL_AT_ONCE
 from tests.helpers.sharded_workers import Sharded
+from tests.helpers.signalled import STEPS
 from tests.helpers.two_nodes import two_nodes
 
 
@@ -68,15 +69,20 @@ def test_two_ranks_under_slurm_are_those_of_lightnings_launcher_also_when_the_jo
     scontrol.parent.mkdir()
     scontrol.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/told\n")
     scontrol.chmod(0o755)
-    ended = lone_ranks(tmp_path, "slurm", "halves", "requeued", PATH=f"{scontrol.parent}:{os.environ['PATH']}")
-    for name, first_step in (("halves", 1), ("requeued", 5)):
-        printed = "".join(one.printed for one in ended[name])
-        assert [one.status for one in ended[name]] == [0, 0], printed[-6000:]
-        for result, launched in zip(results(tmp_path, name, 2, printed), two_ranks("halves"), strict=True):
-            assert (result["environment"], result["world_size"]) == ("SLURMEnvironment", 2)
-            assert result["steps"][0] == first_step
-            assert_bitwise(state(result), state(launched))
-    assert (tmp_path / "told").read_text() == "requeue 4321\n"
+    requeued = ("saved_for_slurm", "sharded_saved_for_slurm")
+    path = f"{scontrol.parent}:{os.environ['PATH']}"
+    ended = lone_ranks(tmp_path, "slurm", "halves", *requeued, PATH=path)
+    printed = {name: "".join(one.printed for one in ranks) for name, ranks in ended.items()}
+    assert [one.status for ranks in ended.values() for one in ranks] == [0] * 6, printed
+    for result, launched in zip(results(tmp_path, "halves", 2, printed["halves"]), two_ranks("halves"), strict=True):
+        assert (result["environment"], result["world_size"]) == ("SLURMEnvironment", 2)
+        assert_bitwise(state(result), state(launched))
+    for name in requeued:
+        for result in results(tmp_path, name, 2, printed[name]):
+            assert [result[fit]["step"] for fit in ("unbroken", "broken", "resumed")] == [STEPS] * 3
+            assert 3 <= result["resumed"]["from"] <= 6
+            assert_bitwise(result["resumed"]["weights"], result["unbroken"]["weights"])
+    assert (tmp_path / "told").read_text() == "requeue 4321\n" * len(requeued)
 
 
 @pytest.mark.slow

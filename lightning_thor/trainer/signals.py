@@ -1,0 +1,84 @@
+"""SIGTERM, and the signal by which SLURM requeues a job, on several ranks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_thor.distributed.joint_step import SECONDS_ALONE, JointStep
+
+
+class JointSignals(pl.Callback):
+    """Lets all ranks of a fit follow a signal at the end of one and the same training batch.
+
+    Lightning's own handlers broadcast, or save a checkpoint, wherever a signal happens to interrupt a rank; another
+    rank is in another collective then, and each waits for the other. Here a handler only takes note. The ranks agree on
+    one of the next batches, and follow the signal when the optimizer has stepped in it: after SIGTERM all end, and
+    ``ModelCheckpoint(save_on_exception=True)`` saves; after SLURM's signal all save, and rank 0 requeues the job. In
+    validations, tests and predictions SIGTERM ends a rank after the batch at hand.
+
+    Args:
+        trainer: has not registered its handlers yet.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        connector: Any = trainer._signal_connector
+        self._trainer, self._connector, self._type = trainer, connector, type(connector)
+        self._end, self._requeue = JointStep(), JointStep()
+        self._has_warned = False
+        self._step = 0
+        # By these names Lightning finds its handlers when it registers them.
+        connector._sigterm_notifier_fn, connector._slurm_sigusr_handler_fn = self._note_sigterm, self._note_requeue
+
+    def _note_sigterm(self, signum: Any, frame: Any) -> None:
+        launcher = self._trainer.strategy.launcher
+        if launcher is not None and not self._end.is_told:
+            launcher.kill(signum)
+        self._end.tell()
+        if self._trainer.evaluating or self._trainer.predicting:
+            self._connector.received_sigterm = True
+
+    def _note_requeue(self, signum: Any, frame: Any) -> None:
+        if self._trainer.state.fn == "fit":
+            self._requeue.tell()
+        else:
+            self._type._slurm_sigusr_handler_fn(self._connector, signum, frame)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End after the first batch of a validation, if SIGTERM came before it."""
+        if self._end.is_told:
+            self._connector.received_sigterm = True
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Agree on the batch, if a signal came."""
+        self._step = trainer.global_step
+        for signal in (self._end, self._requeue):
+            signal.begins(trainer.accumulate_grad_batches)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Follow signals in the batch that was agreed on, or in the first one after it in which the optimizer steps."""
+        if trainer.global_step == self._step:
+            return
+        if self._requeue.is_due:
+            self._requeue = JointStep()
+            self._type._slurm_sigusr_handler_fn(self._connector, None, None)
+        elif self._requeue.is_alone and not self._has_warned:
+            self._has_warned = True
+            _warn_of_one_alone("SLURM's signal", "Until it has, nothing is saved and requeued")
+        if self._end.is_due:
+            rank_zero_info(f"Received SIGTERM: all ranks end after step {trainer.global_step}.")
+            self._connector.received_sigterm = True
+        elif self._end.is_alone:
+            _warn_of_one_alone("SIGTERM", "It ends now, and the others with errors")
+            self._connector.received_sigterm = True
+
+
+def _warn_of_one_alone(signal: str, what: str) -> None:
+    warnings.warn(
+        f"This rank received {signal}, and {SECONDS_ALONE:.0f} seconds later some other rank had not. {what}. Send it "
+        "to all ranks, as srun, torchrun and Lightning's own launcher do.",
+        stacklevel=3,
+    )
