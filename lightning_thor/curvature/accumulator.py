@@ -114,11 +114,11 @@ class FactorAccumulator:
         was_observed = number in self._observed
         self._observed.add(number)
         layer, factors = self._layers[number], self._factors
-        if g.device.type != factors.device.type:
+        is_elsewhere = g.device.type != factors.device.type
+        if is_elsewhere and not self._may_be_sharded:
             raise RuntimeError(
                 f"Layer {layer.name!r} was used on {g.device}, but Curvature found its weight on {factors.device}. "
-                "Build it when the model is on its device. Weights that fully_shard keeps on the host "
-                "(CPUOffloadPolicy) cannot have curvature: shard them over more ranks instead."
+                "Build it when the model is on its device."
             )
         if number in self.misfits or self._is_misfit(number, use, a, g):
             return
@@ -140,6 +140,8 @@ class FactorAccumulator:
         weight, n_samples = self._use_weight(number, rows.n_samples, n_seen)
         if weight != 1.0:
             scale = scale * weight
+        if is_elsewhere:  # The weight is kept on the host (CPUOffloadPolicy).
+            rows, scale = rows.to(factors.device), scale.to(factors.device) if isinstance(scale, Tensor) else scale
         factors.add(number, rows, scale, n_samples, a.numel() + g.numel() if self._counts_elements else 0.0, part)
         self.reducer.mark_ready(number)
 
@@ -211,7 +213,7 @@ class FactorAccumulator:
             largest = torch.log2(g.detach().abs().amax().double() * scale)
             steps = (largest / EXPONENT_STEP).nan_to_num(0.0, 0.0, 0.0).round()
             exponent = (EXPONENT_STEP * steps).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
-            factors.gradient_unit = torch.exp2(exponent).to(factors.dtype)
+            factors.gradient_unit = torch.exp2(exponent).to(factors.device, factors.dtype)
         unit = factors.gradient_unit
         return g if unit is None or (not isinstance(unit, Tensor) and unit == 1.0) else g.to(factors.dtype) / unit
 

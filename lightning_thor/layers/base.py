@@ -50,6 +50,11 @@ class Rows(NamedTuple):
     token_counts: Tensor | None = None
     """Embeddings: how often each token occurs in the input, ``[vocabulary]``; the diagonal of A, summed."""
 
+    def to(self, device: torch.device) -> Rows:
+        """Copy tensors to a device."""
+        moved: dict[str, Any] = {k: one.to(device) for k, one in self._asdict().items() if isinstance(one, Tensor)}
+        return self._replace(**moved)
+
 
 def pick(x: Tensor, index: Tensor | None) -> Tensor:
     """Rows ``x[index]`` of ``x [n, ...]``, or all of them."""
