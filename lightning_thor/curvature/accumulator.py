@@ -213,7 +213,7 @@ class FactorAccumulator:
             largest = torch.log2(g.detach().abs().amax().double() * scale)
             steps = (largest / EXPONENT_STEP).nan_to_num(0.0, 0.0, 0.0).round()
             exponent = (EXPONENT_STEP * steps).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
-            factors.gradient_unit = torch.exp2(exponent).to(factors.device, factors.dtype)
+            factors.gradient_unit = torch.exp2(exponent).to(factors.dtype)
         unit = factors.gradient_unit
         return g if unit is None or (not isinstance(unit, Tensor) and unit == 1.0) else g.to(factors.dtype) / unit
 
