@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -234,9 +234,14 @@ def python_source() -> tuple[Tensor, Tensor, Tensor]:
     return train, validation, test
 
 
-def source_code(folder: Path | None) -> Problem:
-    """The next byte of Python's standard library, in windows of 64."""
-    train, *right = python_source()
+def windows_of_64(parts: Sequence[Tensor], n_held_out: int) -> Data:
+    """Tokens and those after them, in batches of eight windows.
+
+    Args:
+        parts: to train on, to validate and to test with.
+        n_held_out: windows of each of the latter two.
+    """
+    train, *right = parts
     reach = torch.arange(65)
 
     def windows(text: Tensor, starts: Tensor) -> Batch:
@@ -246,8 +251,13 @@ def source_code(folder: Path | None) -> Problem:
     def draw(generator: torch.Generator) -> Batch:
         return windows(train, torch.randint(len(train) - 64, (8,), generator=generator))
 
-    validation, test = (windows(text, torch.linspace(0, len(text) - 65, 128).long()) for text in right)
-    return problem(Data(draw, validation, test), Llama, cross_entropy)
+    validation, test = (windows(text, torch.linspace(0, len(text) - 65, n_held_out).long()) for text in right)
+    return Data(draw, validation, test)
+
+
+def source_code(folder: Path | None) -> Problem:
+    """The next byte of Python's standard library, in windows of 64."""
+    return problem(windows_of_64(python_source(), 128), Llama, cross_entropy)
 
 
 # ── lstm ──

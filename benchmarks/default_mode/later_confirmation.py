@@ -4,8 +4,10 @@ AdamW, and on the experts nothing at all."""
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -13,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.common.models import mlp
-from benchmarks.default_mode.confirmation import CPU, Llama, LlamaBlock, problem, shuffled
+from benchmarks.common.workloads import Batch
+from benchmarks.default_mode.confirmation import (
+    CPU,
+    Llama,
+    LlamaBlock,
+    problem,
+    python_source,
+    shuffled,
+    windows_of_64,
+)
 from benchmarks.default_mode.problem import Problem, ScoreFn, StudyTask
 from benchmarks.time_to_target.tasks import Data, cifar10, cross_entropy, draws, shakespeare
 from lightning_thor import register_layer
@@ -191,6 +202,78 @@ def mixture(folder: Path | None) -> Problem:
     return problem(shakespeare(64, 128)(folder, 16, CPU), model, cross_entropy)
 
 
+# ── words, vectors ──
+
+N_WORDS = 4096
+
+
+@cache
+def python_words() -> tuple[Tensor, Tensor, Tensor]:
+    """Names, numbers, signs and line breaks of Python's standard library: what to train on, to validate and to test
+    with. The most frequent ones have numbers of their own, all others share 0."""
+    parts = [
+        re.findall(r"\w+|[^\w\s]|\n", bytes(part.to(torch.uint8).numpy()).decode(errors="ignore"))
+        for part in python_source()
+    ]
+    number = {word: 1 + place for place, (word, _) in enumerate(Counter(parts[0]).most_common(N_WORDS - 1))}
+    train, validation, test = (torch.tensor([number.get(word, 0) for word in part]) for part in parts)
+    return train, validation, test
+
+
+class TiedLlama(Llama):
+    """Its output layer is its table of words."""
+
+    def __init__(self) -> None:
+        super().__init__(N_WORDS)
+        self.head.weight = self.token.weight
+
+
+def words(folder: Path | None) -> Problem:
+    """The next word of Python's standard library, in windows of 64."""
+    return problem(windows_of_64(python_words(), 64), TiedLlama, cross_entropy)
+
+
+class WordVectors(nn.Module):
+    """Two tables: words ``[N]`` and others ``[N, k]`` to logits ``[N, k]`` that these are near those."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.word, self.other = nn.Embedding(N_WORDS, width), nn.Embedding(N_WORDS, width)
+        nn.init.uniform_(self.word.weight, -0.5 / width, 0.5 / width)
+        nn.init.zeros_(self.other.weight)
+
+    def forward(self, words: Tensor, others: Tensor) -> Tensor:
+        out: Tensor = (self.other(others) @ self.word(words)[:, :, None])[..., 0]
+        return out
+
+
+def vectors(folder: Path | None) -> Problem:
+    """Which of six words comes next: skip-grams with negative samples (Mikolov et al. 2013, arXiv:1310.4546), here from
+    the words as often as they are. The score is of fixed negative samples."""
+    train, validation, test = python_words()
+
+    def draw(text: Tensor, starts: Tensor, generator: torch.Generator) -> Batch:
+        drawn = train[torch.randint(len(train), (len(starts), 5), generator=generator)]
+        return text[starts], torch.cat([text[starts + 1, None], drawn], dim=1)
+
+    def measure(logits: Tensor) -> Tensor:
+        return -(F.logsigmoid(logits[:, 0]) + F.logsigmoid(-logits[:, 1:]).sum(1)).mean()
+
+    def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
+        return measure(model(*draw(train, torch.randint(len(train) - 1, (256,), generator=generator), generator)))
+
+    def held_out(text: Tensor) -> ScoreFn:
+        batch = draw(text, torch.arange(0, len(text) - 1, len(text) // 8192), torch.Generator().manual_seed(0))
+
+        @torch.no_grad()
+        def score(model: nn.Module) -> float:
+            return float(measure(model(*batch)))
+
+        return score
+
+    return Problem(WordVectors, loss, held_out(validation), held_out(test))
+
+
 LATER_CONFIRMATION: Mapping[str, StudyTask] = {
     "mixer": StudyTask(
         "10,000 images of CIFAR-10, MLP-Mixer, 2 layers, width 64, batch 32", "cross-entropy", 300, mixed_images,
@@ -204,5 +287,12 @@ LATER_CONFIRMATION: Mapping[str, StudyTask] = {
     "experts": StudyTask(
         "tiny Shakespeare, 2 layers, width 64, two of 8 experts, 16 windows of 64", "cross-entropy", 500, mixture,
         decay=1e-4, per_position=True,
+    ),
+    "words": StudyTask(
+        "words of Python's library, Llama, 2 layers, width 64, a tied table of 4,096 words, 8 windows of 64",
+        "cross-entropy", 600, words, decay=1e-4, per_position=True,
+    ),
+    "vectors": StudyTask(
+        "skip-grams of Python's library, two tables of 4,096 words, width 32, batch 256", "logistic loss", 2000, vectors
     ),
 }  # fmt: skip
