@@ -28,10 +28,11 @@ ALONE = [name for name, training in TRAININGS.items() if training.n_ranks == 1]
 TOGETHER = [name for name, training in TRAININGS.items() if training.n_ranks == 2]
 SINCE_THEN = re.compile(
     r"\.turn_is_probe is missing$|\.curvature\.(pending|refresh_costs) is new$"
-    r"|\]\.(max_relative_step|rms_averaging) is new$"
+    r"|\]\.(max_relative_step|rms_averaging) is new$|\.layers\..*\.rarest is new$"
 )
 """Keys that came and went: a layer's turn under a trace rule is one like any other, decisions may be pending, and the
-costs of staggered refreshes are kept. Steps had no limit, and all one size."""
+costs of staggered refreshes are kept. Steps had no limit, and all one size. Tables did not note how many rows a window
+had."""
 COMPARED = ("state_dict", "optimizer_states", "callbacks", "global_step")
 """Of a checkpoint, what is the package's; the rest is Lightning's, and torch's schedulers'."""
 

@@ -411,7 +411,7 @@ CONFIRMATION: Mapping[str, StudyTask] = {
     ),
     "llama_bytes": StudyTask(
         "bytes of Python's library, Llama, 2 layers, width 64, 8 windows of 64", "cross-entropy", 2500, source_code,
-        decay=1e-4, per_position=True,
+        decay=1e-4, per_position=True, facts={"damping_of_rare_tokens": 1},
     ),
     "tabular": StudyTask(
         "Friedman's regression, ReLU network of 4 layers of 128 with batch norms, batch 64", "squared error", 2000,

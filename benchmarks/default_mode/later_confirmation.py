@@ -290,9 +290,10 @@ LATER_CONFIRMATION: Mapping[str, StudyTask] = {
     ),
     "words": StudyTask(
         "words of Python's library, Llama, 2 layers, width 64, a tied table of 4,096 words, 8 windows of 64",
-        "cross-entropy", 600, words, decay=1e-4, per_position=True,
+        "cross-entropy", 600, words, decay=1e-4, per_position=True, facts={"damping_of_rare_tokens": 1},
     ),
     "vectors": StudyTask(
-        "skip-grams of Python's library, two tables of 4,096 words, width 32, batch 256", "logistic loss", 2000, vectors
+        "skip-grams of Python's library, two tables of 4,096 words, width 32, batch 256", "logistic loss", 2000, vectors,
+        facts={"damping_of_rare_tokens": 1},
     ),
 }  # fmt: skip

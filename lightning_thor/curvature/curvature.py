@@ -85,7 +85,9 @@ class Curvature:
             prediction errors; inverting their covariance removes the component that they share, which is the signal.
             Under a Trainer `ThorCallback` chooses the mode.
         damping: greater than 0, or a function of the step. For ``damping_rule="trace"`` relative to the factors' mean
-            eigenvalue, else in the units of the Fisher matrix.
+            eigenvalue, else in the units of the Fisher matrix. Where a factor has a row for each token (embeddings, and
+            output layers that are tied to one), the mean is of at most a fifth as many as a batch has, so that with 0.2
+            each token counts as if it had come once more.
         damping_rule: ``"trace"``, ``"pi"`` or ``"sqrt"``, see `lightning_thor.factors.damping.split_damping`.
         block_size: size of the largest diagonal block of a factor; None keeps factors whole. A measured choice:
             `lightning_thor.choose_block_size`.

@@ -20,7 +20,7 @@ from lightning_thor.preconditioning.modes import MODES
 COUNTS = ("step", "refreshes", "turns", "failed_inversions", "rejected_windows")
 """What a state counts, each at least 0."""
 
-LAYER_COUNTS = ("updates", "positions", "next_turn", "_added")
+LAYER_COUNTS = ("updates", "positions", "next_turn", "_added", "rarest")
 """How the names of those tensors of a layer end that are at least 0 too."""
 
 
@@ -160,6 +160,8 @@ def curvature_state(
             if number in factors.has_inverse:
                 layers[name][f"{side}_{factors.decomposition.name}"] = factors.blocks(number, side, "inverse")
                 layers[name][f"{side}_inverted"] = factors.inverted(number, side)
+        if number in factors.tables:
+            layers[name]["rarest"] = factors.rarest[number]
         if number in factors.tied_averages:
             layers[name]["table_A"], layers[name]["table_G"] = factors.tied_averages[number]
     return {
@@ -220,8 +222,10 @@ def load_curvature_state(
             f"tensors, and so does the momentum. Resume with Thor(mode={its_mode!r}), or start a new fit from the "
             "checkpoint's weights alone."
         )
-    layers = state["layers"]
     own = curvature_state(names, factors, schedule, mode=mode)["layers"]
+    # States of before lack it.
+    unknown = {name: {"rarest": torch.zeros(())} for name in own if "rarest" in own[name]}
+    layers = {name: {**unknown.get(name, {}), **tensors} for name, tensors in state["layers"].items()}
     _check_that_layers_are_the_same(layers, own)
     check_layer_tensors(layers, own)
     for name, tensors in own.items():

@@ -26,6 +26,10 @@ from lightning_thor.linalg.packing import pack, packed_numel, unpack
 Solve = Callable[[Problems], Solutions]
 SMALLEST_POWER = 0.8
 """A factor counts if its mean damped eigenvalue is at least this power of the smallest normal number (10⁻³⁰)."""
+ROWS_PER_TOKEN = 5
+"""Where a factor has a row for each token, damping is relative to the mean of at most a 5th as many as a window has
+rows. With 0.2 it adds 1 / rows to frequencies, as if each token had come once more (Laplace's rule). Otherwise a rarer
+one's gradient would outweigh those of all others whenever it comes."""
 ROWS, SAMPLES, ELEMENTS, BACKWARD_POSITION = range(4)
 """Columns of `FactorState.counts`."""
 N_COUNTS = 4
@@ -103,6 +107,7 @@ class FactorState:
         device: of everything here.
         tied: ``(table, output)``: an embedding and a linear layer with the same weight ``[vocabulary, width]``; the
             table's factors are added to the output layer's when these are inverted.
+        tables: the layers whose A is the diagonal of the frequencies of tokens.
         decomposition: what is stored of each block wherever an inverse is spoken of here.
     """
 
@@ -113,6 +118,7 @@ class FactorState:
         device: torch.device,
         tied: Sequence[tuple[int, int]] = (),
         *,
+        tables: Sequence[int] = (),
         decomposition: Decomposition = INVERSE,
     ) -> None:
         n_layers = len(shapes)
@@ -157,6 +163,16 @@ class FactorState:
             for output, table in self._tables.items()
         }
         """By output layer: the averages of its table, A and G, when it was last inverted."""
+        self.rarest = torch.zeros(n_layers, dtype=dtype, device=device)
+        """1 / rows of each layer's last window, ``[layers]``: the frequency of a token that came once; 0 before."""
+        self.tables = frozenset(tables)
+        counted_by, per_row = ([[0, 0] for _ in shapes] for _ in range(2))
+        for layer, side, table in [*((table, 0, table) for table in tables), *((output, 1, of) for of, output in tied)]:
+            counted_by[layer][side], per_row[layer][side] = table, ROWS_PER_TOKEN * widths[layer][side]
+        self._counted_by = torch.tensor(counted_by, dtype=torch.int64, device=device).view(n_layers, 2)
+        self._per_row = torch.tensor(per_row, dtype=dtype, device=device).view(n_layers, 2)
+        """Of factors with a row for each token: the table that counts them, and how many means are their trace times
+        `ROWS_PER_TOKEN`; of others 0."""
         self.gradient_unit: float | Tensor | None = None
         """A power of two that output gradients are divided by, so that their squares stay in the range of the dtype;
         1, unless the first gradients were below 10⁻⁵ or above 10⁵. None until these were seen; a 0-dimensional tensor
@@ -386,6 +402,8 @@ class FactorState:
         self.updates += taken
         weight = _weight(averaging, self.updates.clamp_min(1.0))
         torch.where(taken, counts[:, 0] / counts[:, 1].clamp_min(tiny), self.positions, out=self.positions)
+        if self.tables:
+            torch.where(taken, counts[:, 0].reciprocal(), self.rarest, out=self.rarest)
         weight, taken = weight.repeat_interleave(2), taken.repeat_interleave(2)
         squares = weight.new_zeros(2, len(weight)) if measures_change else None
         """Of the norms of window - average and of the average, by factor."""
@@ -493,6 +511,8 @@ class FactorState:
 
     def _dampings(self, means: Tensor, layers: Index, rule: DampingRule, damping: float) -> Tensor:
         """What is added to the eigenvalues of A and of G, ``[n, 2]``, from their means, ``[n, 2]``."""
+        if rule == "trace" and self.tables:
+            means = torch.maximum(means, means * self._per_row[layers] * self.rarest[self._counted_by[layers]])
         # That of "trace" has no unit; that of the others is in the units of the Fisher matrix, which has G's.
         unit = 1.0 if rule == "trace" or self.gradient_unit is None else self.gradient_unit
         is_one = not isinstance(unit, Tensor) and unit == 1.0
@@ -562,6 +582,7 @@ def factor_state_of(layers: Mapping[str, Layer], decomposition: Decomposition) -
         dtype,
         devices.pop() if devices else torch.device("cpu"),
         [(number[name], number[layer.tied_to]) for name, layer in layers.items() if layer.tied_to],
+        tables=[number[name] for name, layer in layers.items() if layer.kind.diagonal == "A"],
         decomposition=decomposition,
     )
 
