@@ -293,7 +293,7 @@ LATER_CONFIRMATION: Mapping[str, StudyTask] = {
         "cross-entropy", 600, words, decay=1e-4, per_position=True, facts={"damping_of_rare_tokens": 1},
     ),
     "vectors": StudyTask(
-        "skip-grams of Python's library, two tables of 4,096 words, width 32, batch 256", "logistic loss", 2000, vectors,
-        facts={"damping_of_rare_tokens": 1},
+        "skip-grams of Python's library, two tables of 4,096 words, width 32, batch 256", "logistic loss", 2000,
+        vectors, facts={"damping_of_rare_tokens": 1},
     ),
 }  # fmt: skip

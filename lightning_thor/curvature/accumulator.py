@@ -135,6 +135,7 @@ class FactorAccumulator:
         scale, part, max_rows = self._scale(number, name, n_seen), None, self.max_rows
         if self._may_be_sharded and (is_sharded(a) or is_sharded(g)):
             a, g, layer, part, n_same = local_pair(layer, a, g)
+            factors.note_copies(number, n_same)
             max_rows = None if max_rows is None else max_rows * n_same
         rows = layer.observe(a, self._in_its_unit(g, scale), factors.dtype, max_rows, use.module)
         weight, n_samples = self._use_weight(number, rows.n_samples, n_seen)

@@ -163,6 +163,9 @@ class FactorState:
             for output, table in self._tables.items()
         }
         """By output layer: the averages of its table, A and G, when it was last inverted."""
+        self._copies = torch.ones(n_layers, dtype=dtype, device=device)
+        self._has_copies: dict[int, int] = {}
+        """How often each row is counted, where processes see the same; see `note_copies`."""
         self.rarest = torch.zeros(n_layers, dtype=dtype, device=device)
         """1 / rows of each layer's last window, ``[layers]``: the frequency of a token that came once; 0 before."""
         self.tables = frozenset(tables)
@@ -279,6 +282,12 @@ class FactorState:
             sums["A"].add_(rows.token_counts)
         add_covariance_(sums["G"], rows.g, G, scale)
         self.count(layer, rows.n_rows, samples, elements)
+
+    def note_copies(self, layer: int, n: int) -> None:
+        """Note that n processes see, and count, the same rows of a layer (tensor parallelism)."""
+        if self._has_copies.get(layer, 1) != n:
+            self._has_copies[layer] = n
+            self._copies[layer] = n
 
     def _put_counts(self, layers: Iterable[int]) -> None:
         """Bring the host's counts of ``layers`` to the device; no device sync."""
@@ -403,7 +412,7 @@ class FactorState:
         weight = _weight(averaging, self.updates.clamp_min(1.0))
         torch.where(taken, counts[:, 0] / counts[:, 1].clamp_min(tiny), self.positions, out=self.positions)
         if self.tables:
-            torch.where(taken, counts[:, 0].reciprocal(), self.rarest, out=self.rarest)
+            torch.where(taken, self._copies / counts[:, 0], self.rarest, out=self.rarest)
         weight, taken = weight.repeat_interleave(2), taken.repeat_interleave(2)
         squares = weight.new_zeros(2, len(weight)) if measures_change else None
         """Of the norms of window - average and of the average, by factor."""
