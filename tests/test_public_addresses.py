@@ -188,6 +188,8 @@ def of_thor(
     weight_decay=0.0,
     decoupled_weight_decay=True,
     match_rms=0.2,
+    rms_averaging=0.9,
+    max_relative_step=0.01,
     kl_clip=None,
     clip_norm=None,
     preconditioner=None,
@@ -208,7 +210,9 @@ def of_callback(
     statistics="expand",
     loss_reduction="mean",
     fused=None,
+    skip_layers=(),
     loss_terms=None,
+    waits_for_thor=False,
     summary=None,
 ): ...
 
@@ -231,7 +235,9 @@ def of_curvature(
     loss_multiplier=None,
     loss_terms=None,
     fused=None,
+    skip_layers=(),
     parameters=None,
+    output_layer=None,
 ): ...
 
 
@@ -245,14 +251,16 @@ def of_model_parallel(
     data_parallel_size="auto",
     tensor_parallel_size=1,
     *,
+    replicas=1,
     factor_bucket_mb=None,
     split_indices=None,
     bf16_factors=False,
+    inverse_workers=None,
     **kwargs,
 ): ...
 
 
-def of_register_layer(module_type, rows_of=None, *, like=None, matrix=a_function, weight="weight"): ...
+def of_register_layer(module_type, rows_of=None, *, like=None, matrices=None, matrix=a_function, weight="weight"): ...
 
 
 def of_mindspores_thor(
@@ -281,7 +289,38 @@ def of_choose_block_size(
     max_rows=1024,
     statistics="expand",
     fused=None,
+    skip_layers=(),
     parameters=None,
+): ...
+
+
+def of_recipe(
+    learning_rate,
+    damping,
+    update_every_n_steps,
+    weight_decay,
+    batch_size,
+    max_epochs=None,
+    max_steps=-1,
+    momentum=0.9,
+    clip_norm=None,
+    label_smoothing=0.0,
+    loss_scale=1.0,
+    split_indices=(),
+): ...
+
+
+def of_mode(
+    name,
+    decomposition,
+    directions=None,
+    change_basis=None,
+    momentum_first=False,
+    uses_matrix_sign=False,
+    has_diagonal_head=False,
+    matches_rms=True,
+    fallback="plain momentum",
+    serves=(),
 ): ...
 
 
@@ -303,9 +342,48 @@ SIGNATURES: dict[str, Callable[..., None]] = {
     "lightning_thor.choose_block_size": of_choose_block_size,
     "lightning_thor.setup_fabric": of_setup_fabric,
     "lightning_thor.exact_factors": of_exact_factors,
+    "lightning_thor.ShardedCurvature": lambda curvature, communicator=None, boxes_of=a_function: None,
+    "lightning_thor.ThorMonitor": lambda *, every_n_refreshes=10, progress_bar=False: None,
+    "lightning_thor.ThorStrategyMixin": of_ddp,
+    "lightning_thor.preconditioning.modes.Mode": of_mode,
+    "lightning_thor.preconditioning.modes.register_mode": lambda mode: None,
+    "lightning_thor.recipes.Recipe": of_recipe,
+    "lightning_thor.recipes.ResNet50Damping": lambda steps_per_epoch, variant="gpu": None,
+    "lightning_thor.recipes.ResNet50LearningRate": lambda steps_per_epoch, variant="gpu": None,
+    "lightning_thor.recipes.bert_large": lambda n_steps=30000: None,
+    "lightning_thor.recipes.resnet50_imagenet": lambda steps_per_epoch, variant="gpu": None,
+    "lightning_thor.schedules.Exponential": lambda start, factor, every_n_steps: None,
+    "lightning_thor.schedules.GrowingInterval": lambda start, end, growth=0.1: None,
+    "lightning_thor.schedules.PerStepLR": lambda optimizer, schedule, last_epoch=-1: None,
+    "lightning_thor.schedules.Polynomial": lambda start, end, n_steps, power=1.0: None,
 }
-"""What programs are written for. New options with a default may come; what is here changes only with a line in
-CHANGELOG.md."""
+"""What programs are written for, with all arguments. New options with a default may come, with a line here; what is
+here changes only with a line in CHANGELOG.md."""
+
+METHODS: dict[str, dict[str, Callable[..., None]]] = {
+    "lightning_thor.Curvature": {
+        "close": lambda self: None,
+        "connect": lambda self, communicator, *, bucket_fn=a_function, is_sync_step=None, worker_grid=None: None,
+        "discard": lambda self: None,
+        "export": lambda self: None,
+        "figures": lambda self: None,
+        "include": lambda self, parameters=(): None,
+        "is_due": lambda self: None,
+        "load_state_dict": lambda self, state: None,
+        "paused": lambda self: None,
+        "precondition": lambda self, grads, mode="natural": None,
+        "state_dict": lambda self: None,
+        "update": lambda self: None,
+        "without_hooks": lambda self: None,
+    },
+    "lightning_thor.ThorStrategyMixin": {
+        "check_parameters": lambda self, parameters: None,
+        "connect_curvature": lambda self, curvature, parameters: None,
+        "is_sync_step": lambda self: None,
+        "new_worker_grid": lambda self: None,
+    },
+}
+"""Likewise of methods: those that the API reference describes."""
 
 
 def default_of(parameter: Parameter) -> str:
@@ -333,10 +411,31 @@ def broken_calls(found: Callable[..., Any], promised: Callable[..., Any]) -> Ite
         yield f"the first arguments are {', '.join(places[: len(before)])}, were {', '.join(before)}"
 
 
+def not_promised(found: Callable[..., Any], promised: Callable[..., Any]) -> list[str]:
+    """Arguments that came since ``promised`` was written, so that nothing would tell of a later change of them."""
+    own = inspect.signature(found).parameters.values()
+    known = inspect.signature(promised).parameters
+    return [one.name for one in own if one.name not in known and "VAR" not in one.kind.name]
+
+
 @pytest.mark.parametrize("address", SIGNATURES)
 def test_calls_that_were_written_for_these_options_still_mean_the_same(address: str) -> None:
-    wrong = "\n".join(broken_calls(import_object(address), SIGNATURES[address]))
-    assert not wrong, f"{address}:\n{wrong}"
+    found = import_object(address)
+    pairs = {address: (found, SIGNATURES[address])}
+    pairs |= {f"{address}.{name}": (getattr(found, name), one) for name, one in METHODS.get(address, {}).items()}
+    for name, (own, promised) in pairs.items():
+        wrong = "\n".join(broken_calls(own, promised))
+        assert not wrong, f"{name}:\n{wrong}"
+        assert not_promised(own, promised) == [], f"{name}: write them into SIGNATURES, or METHODS"
+
+
+def test_all_that_the_api_reference_describes_is_promised() -> None:
+    text = text_of(ROOT / "docs" / "reference.md")
+    assert sorted(re.findall(r"^::: (\S+)$", text, re.MULTILINE)) == sorted(SIGNATURES)
+    members = re.findall(r"^::: (\S+)\n +options:\n +members: \[(.*)\]$", text, re.MULTILINE)
+    assert {address: set(names.split(", ")) for address, names in members} == {
+        address: set(methods) for address, methods in METHODS.items()
+    }
 
 
 def test_changed_options_are_told_and_new_ones_are_not() -> None:
@@ -347,6 +446,7 @@ def test_changed_options_are_told_and_new_ones_are_not() -> None:
     def broken(lr, params, mode=None, *, new): ...
 
     assert list(broken_calls(grown, promised)) == []
+    assert not_promised(grown, promised) == ["new", "newer"]
     assert list(broken_calls(broken, promised)) == [
         "lr has the default none, had 0.1",
         "mode is positional or keyword, was keyword-only",
