@@ -61,7 +61,7 @@ class CIFAR10Data(L.LightningDataModule):
             held_out = number_of_rows(path) - self.val_rows
             self.train: Batch = read_images(path, 0, rows_to_take("subset", self.subset, held_out))
             self.val: Batch = read_images(path, held_out, rows_to_take("val_subset", self.val_subset, self.val_rows))
-        if stage in ("test", None) and not hasattr(self, "test"):
+        if stage in ("test", "predict", None) and not hasattr(self, "test"):
             path = self.root / "test.parquet"
             rows = number_of_rows(path)
             self.test: Batch = read_images(path, 0, rows_to_take("test_subset", self.test_subset, rows))
@@ -74,6 +74,9 @@ class CIFAR10Data(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Batch]:
         return batch_loader(*self.test, batch_size=500, shuffle=False)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self.test_dataloader()
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augment and normalise where the batch already is: on the accelerator, if there is one."""

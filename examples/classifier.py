@@ -63,6 +63,11 @@ class ImageClassifier(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.evaluate("test", self.test_acc, batch)
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The probabilities of the classes, ``[N, num_classes]``."""
+        probabilities: Tensor = self(batch[0]).softmax(dim=1)
+        return probabilities
+
     def evaluate(self, split: str, accuracy: MulticlassAccuracy, batch: Batch) -> None:
         """Log the loss and ``accuracy`` of one batch as ``<split>_loss`` and ``<split>_acc``."""
         images, labels = batch

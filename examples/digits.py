@@ -54,6 +54,9 @@ class DigitsData(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Batch]:
         return batch_loader(*self.test, batch_size=360, shuffle=False)
 
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self.test_dataloader()
+
 
 class DigitsNet(nn.Module):
     """Three 3x3 convolutions with batch norm, and a linear head: ``[N, 1, 8, 8]`` to logits ``[N, num_classes]``.

@@ -93,7 +93,7 @@ def main() -> None:
     """The ``lightning-thor`` command."""
     if sys.argv[1:2] == ["plot"]:
         # No command of LightningCLI, whose commands all make a Trainer and a model.
-        parser = argparse.ArgumentParser("lightning-thor plot", description=plot.__doc__)
-        parser.add_argument("run_dir")
+        parser = argparse.ArgumentParser("lightning-thor plot", description=(plot.__doc__ or "").partition("\n\n")[0])
+        parser.add_argument("run_dir", help="folder of the logger's files, such as lightning_logs/version_0")
         return plot(parser.parse_args(sys.argv[2:]).run_dir)
     run()  # its value is no exit status

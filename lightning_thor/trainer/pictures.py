@@ -79,17 +79,17 @@ def pictures_of(folder: Path) -> dict[str, Figure]:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: there is nothing to draw in its files, or one is damaged.
     """
-    if find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("Pictures need matplotlib: pip install matplotlib.")
     pictures: dict[str, Figure] = {}
     has_split = (folder / SPLIT).is_file()
     looks = read_looks(folder) if not has_split or (folder / FILE).is_file() else []
+    if not looks and not has_split:
+        raise ValueError(f"There are no looks in {folder / FILE}: its run ended before ThorMonitor's first one.")
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("Pictures need matplotlib: pip install matplotlib.")
     if looks:
         pictures = {"layers": layers_figure(looks), "spectra": spectra_figure(looks)}
         if looks[-1]["seconds"] is not None:
             pictures["step"] = step_figure(looks)
-    elif not has_split:
-        raise ValueError(f"There are no looks in {folder / FILE}: its run ended before ThorMonitor's first one.")
     if has_split:
         try:
             split = json.loads((folder / SPLIT).read_text(encoding="utf-8"))

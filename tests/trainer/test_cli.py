@@ -347,6 +347,20 @@ def test_test_takes_a_checkpoint(made_up: Path, tmp_path: Path, monkeypatch: pyt
     assert_bitwise(ran.model.network.head.weight.detach(), saved)
 
 
+@pytest.mark.parametrize("config", ["digits", "cifar10_resnet18"])
+def test_predict_gives_each_test_images_probabilities(
+    config: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = list(TINY_DIGITS)
+    if config != "digits":
+        folder = request.getfixturevalue("made_up") / "cifar10"
+        options = [*small(config), f"--data.init_args.root={folder}"]
+    ran = run(monkeypatch, tmp_path, "predict", *options)
+    (probabilities,) = ran.trainer.predict_loop.predictions
+    assert len(probabilities) == len(ran.datamodule.test[0])
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(len(probabilities)))
+
+
 def test_short_option_names_of_the_comments_work(
     made_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers.logger import Logger
 from rich import get_console
 
 from lightning_thor import ThorCallback, ThorMonitor, configure_thor
-from lightning_thor.trainer import cli
+from lightning_thor.trainer import cli, pictures
 from lightning_thor.trainer.pictures import log_pictures, pictures_of, read_looks, spectra_figure, takes_pictures
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, quiet, trainer
 from tests.helpers.launching import fork, run_forked
@@ -202,6 +202,27 @@ def test_the_command_says_that_there_is_nothing_to_draw(
     monkeypatch.setattr(sys, "argv", ["lightning-thor", "plot", str(tmp_path)])
     with pytest.raises(SystemExit, match=words):
         cli.main()
+
+
+def test_a_folder_without_a_run_is_told_before_a_missing_matplotlib(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"thor_monitor\.jsonl does not exist"):
+        pictures_of(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        pictures_of(run_dir)
+
+
+def test_the_command_describes_the_folder_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-thor", "plot", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "run_dir folder of the logger's files, such as lightning_logs/version_0" in printed
+    assert "Args:" not in printed
 
 
 def test_a_chosen_block_size_is_drawn_without_a_monitor_too(tmp_path: Path) -> None:
