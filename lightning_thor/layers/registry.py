@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, RowsFn, subsample
 from lightning_thor.layers.conv import CONVOLUTION, CONVOLUTION_TRANSPOSED
@@ -47,8 +48,13 @@ def find_kind(module_type: type[nn.Module]) -> tuple[LayerKind, type[nn.Module]]
 
 
 def unsupported_reason(module: nn.Module) -> str:
-    """Why a module without a kind has none."""
+    """Why a module without a kind has none. Of one with others inside, which may have curvature, it names the
+    parameters that are meant."""
     reason = next((f": {why}" for types, why in NO_KIND if isinstance(module, types)), "")
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    has_others = next(module.children(), None) is not None and not is_parametrized(module)
+    if has_others and own and not reason:
+        reason = f"'s own {', '.join(own[:3])}" + (f" and {len(own) - 3} more" if len(own) > 3 else "")
     return f"no curvature for {type(module).__name__}{reason}"
 
 

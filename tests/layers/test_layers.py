@@ -46,6 +46,16 @@ class Standardized(nn.Conv2d):
         return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
 
 
+class Pooled(nn.Module):
+    """Has parameters of these names beside another module, as a model has its positions or a token of its own."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.activation = nn.ReLU()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.randn(2)))
+
+
 def with_a_forward_of_its_own(module: nn.Module) -> nn.Module:
     before = module.forward
     module.forward = lambda x: before(2.0 * x)  # type: ignore[method-assign]
@@ -57,6 +67,8 @@ def with_a_forward_of_its_own(module: nn.Module) -> nn.Module:
     [
         (nn.Bilinear(2, 2, 2), "no curvature for Bilinear: its weight has two inputs"),
         (nn.InstanceNorm2d(2, affine=True), "no curvature for InstanceNorm2d"),
+        (Pooled("query"), "no curvature for Pooled's own query"),
+        (Pooled("a", "b", "c", "d"), "no curvature for Pooled's own a, b, c and 1 more"),
         (nn.Embedding(3, 2, sparse=True), "sparse or frequency-scaled gradient"),
         (nn.Embedding(3, 2, scale_grad_by_freq=True), "sparse or frequency-scaled gradient"),
         (nn.LazyLinear(3), "lazy and not initialised: run one forward pass before fit"),
