@@ -69,12 +69,12 @@ def fit_report(figures: FitFigures, n_layers: int) -> Group:
 
 def _time(seconds: Mapping[str, float]) -> str:
     """>>> _time({"rest": 6.0, "directions": 0.0, "statistics": 1.0, "inversion": 1.0, "communication": 0.0})
-    'Of 8.0 s in its steps: 12.5 % statistics, 12.5 % inversion; 75.0 % forward, backward and all else.'
+    'Of 8.0 s in its steps: 12.5% statistics, 12.5% inversion; 75.0% forward, backward and all else.'
     """
     total = max(sum(seconds.values()), 1e-9)
-    own = [f"{time / total:.1%}".replace("%", f" % {part}") for part, time in seconds.items() if part != REST and time]
-    rest = f"{seconds[REST] / total:.1%}".replace("%", " % forward, backward and all else.")
-    return f"Of {total:.1f} s in its steps: {', '.join(own)}; {rest}"
+    own = [f"{time / total:.1%} {part}" for part, time in seconds.items() if part != REST and time]
+    rest = f"{seconds[REST] / total:.1%} forward, backward and all else"
+    return f"Of {total:.1f} s in its steps: {', '.join(own)}; {rest}."
 
 
 def advice_on(figures: FitFigures, per_layer: float) -> list[str]:

@@ -145,7 +145,7 @@ def test_the_end_of_a_fit_is_reported_where_progress_is(
     trainer(tmp_path, ThorCallback(update_every_n_steps=2), **options).fit(Boring())
     printed = " ".join(capsys.readouterr().out.split())
     assert ("THOR after 4 steps: each layer was refreshed 2 times; 0 inversions failed" in printed) == speaks
-    assert bool(re.search(r"Of [\d.]+ s in its steps: [\d.]+ % directions, [\d.]+ % statistics", printed)) == speaks
+    assert bool(re.search(r"Of [\d.]+ s in its steps: [\d.]+% directions, [\d.]+% statistics", printed)) == speaks
 
 
 class ChangesItsInput(nn.Linear):
