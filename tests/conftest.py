@@ -34,6 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how to run what ``make test`` leaves out, which pytest does not mention where several processes run tests."""
+    left_out = {"long": "tests that take minutes: make long", "soak": "those that take hours: make soak"}
+    if words := [told for mark, told in left_out.items() if f"not {mark}" in config.option.markexpr]:
+        terminalreporter.write_line(f"Left out: {'; '.join(words)}.")
+
+
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from looking through all that was imported, again and again."""
     gc.collect()

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_thor import Curvature, Thor, ThorCallback
+from tests.conftest import pytest_terminal_summary
 from tests.helpers.boring import Boring
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +101,17 @@ def test_the_recipes_lines_make_a_trainer() -> None:
     )
     assert names["trainer"].max_epochs == 40
     assert any(isinstance(one, ThorCallback) for one in names["trainer"].callbacks)
+
+
+def test_make_test_says_how_to_run_what_it_leaves_out() -> None:
+    makefile, told = text_of(ROOT / "Makefile"), list[str]()
+    (left_out,) = re.findall(r"^unit:.*\n.* -m '([^']+)'", makefile, re.MULTILINE)
+    config: Any = SimpleNamespace(option=SimpleNamespace(markexpr=left_out))
+    reporter: Any = SimpleNamespace(write_line=told.append)
+    pytest_terminal_summary(reporter, config)
+    commands = re.findall(r"make (\w+)", " ".join(told))
+    assert [f"not {command}" for command in commands] == left_out.split(" and ")
+    assert all(f"\n{command}: " in makefile for command in commands)
 
 
 def without_code(text: str) -> str:
