@@ -92,12 +92,16 @@ class Adapted(nn.Module):
 
 
 def changed(model: Text, policy: str) -> Text:
-    """The model of one process, with frozen, adapted, tied, stacked, checkpointed or compiled layers."""
+    """The model of one process, with frozen, adapted, tied, stacked, checkpointed or compiled layers, or with the first
+    half of its hidden features without a gradient at first."""
     if policy == "frozen":
         model.up.requires_grad_(False)
         model.norm.requires_grad_(False)
     elif policy == "lora":
         model.up = Adapted(model.up)  # type: ignore[assignment]
+    elif policy == "half":
+        with torch.no_grad():
+            model.down.weight[:, : model.up.out_features // 2] = 0.0
     elif policy == "experts":
         model.up, model.down = Experts(model.up), Experts(model.down)  # type: ignore[assignment]
     elif policy == "tied":
@@ -266,6 +270,7 @@ TRAININGS: dict[str, Case] = {
     "fsdp_experts_workers": Case(shape=MESHES["fsdp"], policy="experts", inverse_workers=2),
     "tp_compiled": Case(shape=MESHES["tp"], policy="compiled"),
     "tp_reduce": Case(shape=MESHES["tp"], options=(("statistics", "reduce"),)),
+    "tp_masked": Case(shape=MESHES["tp"], policy="half", options=(("statistics", "masked"),)),
     **{
         f"{mesh}_workers_{mode}": Case(mode, MESHES[mesh], inverse_workers=n)
         for mesh, n in (("fsdp", 1), ("hsdp", 2), ("tp_fsdp", 2))
