@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from lightning_thor.distributed.dtensor import is_sharded, local_gradients, local_parts
+from lightning_thor.distributed.dtensor import local_gradients, local_parts
 from lightning_thor.linalg.dtypes import wide
 from lightning_thor.linalg.memory import select, sent
 from lightning_thor.optim.adam import FIRST, SECOND, make_moments, steps_in_other_coordinates
@@ -249,8 +249,7 @@ class Thor(Optimizer):
             return loss
         if not self.state and not self.param_groups[0]["lr"] and _is_asked_by(MAKING_STATE):
             self.make_state()
-            if self.state or MODES[self.param_groups[0]["mode"]].change_basis is None:
-                return loss
+            return loss
         if self.preconditioner is None:
             raise RuntimeError(
                 "Thor has no curvature to precondition with. Add ThorCallback() to Trainer(callbacks=[...]), or, "
@@ -283,16 +282,15 @@ class Thor(Optimizer):
 
     @torch.no_grad()
     def make_state(self) -> None:
-        """Set momentum and running means, or the moments of sharded parameters in adam mode, to zeros where there were
-        none.
+        """Set momentum and running means, or the moments in adam mode, to zeros where there were none.
 
         An optimizer without state makes it so in the step that `torch.distributed.checkpoint` takes to save or restore
-        it; but in adam mode, of whole parameters, that is a step, and the curvature counts it.
+        it.
         """
         for group in self.param_groups:
             mode = MODES[group["mode"]]
             if mode.change_basis is not None:
-                for p in filter(is_sharded, group["params"]):
+                for p in group["params"]:
                     make_moments(self.state[p], p, wide(p.dtype))
                 continue
             if group["momentum"]:

@@ -94,6 +94,8 @@ LEGS: dict[str, list[Leg]] = {
     "folders": [one._replace(in_one_file=False) for one in (FSDP, TP_FSDP, HSDP, TP)],
     "adam_files": [TP_FSDP, ALONE, HSDP, TP],
     "polar_folders": [HSDP._replace(in_one_file=False), TP_FSDP],
+    # Norms are whole under tensor parallelism alone.
+    "adam_folders": [FSDP._replace(in_one_file=False), TP],
     "natural_few": [ALONE, FEW_HSDP, Leg(2), FEW_FSDP, ALONE],
     "polar_few": [FEW_FSDP._replace(in_one_file=False), FEW_TP_FSDP, FSDP],
     "adam_few": [FEW_TP_FSDP._replace(in_one_file=False), FEW_HSDP, FSDP._replace(inverse_workers=1), ALONE],

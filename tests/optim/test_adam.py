@@ -324,10 +324,24 @@ def test_a_moment_is_carried_to_a_new_basis_in_a_step_in_which_its_parameter_has
     torch.testing.assert_close(moments[0], moments[1])
 
 
-def test_its_state_begins_with_its_first_step() -> None:
-    optimizer = Thor(two_layers().parameters(), mode="adam")
-    optimizer.make_state()
-    assert not optimizer.state
+def test_state_that_is_made_beforehand_is_that_of_all_parameters_and_changes_no_step() -> None:
+    """Whole ones too, such as norms beside layers that tensor parallelism shares out."""
+    weights = []
+    for is_made in (False, True):
+        model = two_layers()
+        optimizer = Thor(
+            model.parameters(), mode="adam", preconditioner=Curvature(model, mode="adam", update_every_n_steps=2)
+        )
+        if is_made:
+            optimizer.make_state()
+            assert optimizer.state.keys() == {*model.parameters()}
+        for step in range(3):
+            x = torch.randn(16, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(list(model.parameters()))
+    assert_bitwise(weights[1], weights[0])
 
 
 # ── what cannot be ──
