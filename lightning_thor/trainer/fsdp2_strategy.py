@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,7 +21,7 @@ from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.layers.discovery import name_some, trained
 from lightning_thor.optim.thor import STATE_OPTIONS, Preconditioner, Thor
 from lightning_thor.trainer.strategies import ThorStrategyMixin
-from lightning_thor.trainer.thors import parameters_of
+from lightning_thor.trainer.thors import clips_norm, parameters_of
 from lightning_thor.trainer.unfreezing import restore_groups
 
 
@@ -141,6 +142,7 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         # Otherwise torch's distributed checkpoints would make the state by a step with gradients of zero.
         for optimizer in self.optimizers:
             if isinstance(optimizer, Thor):
+                _check_clipping(trainer, optimizer)
                 optimizer.make_state()
 
     def is_sync_step(self) -> bool:
@@ -255,6 +257,18 @@ class ThorModelParallelStrategy(ThorStrategyMixin, ModelParallelStrategy):
         """Register ``"thor_fsdp2"``."""
         strategy_registry.register(
             cls.strategy_name, cls, description="FSDP2 with THOR's shared inversions and directions"
+        )
+
+
+def _check_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:
+    """Check that torch can clip the gradients: norms of one mesh, or values of all sharded or all whole tensors."""
+    meshes = {getattr(p, "device_mesh", None) for p in parameters_of(optimizer) if p.requires_grad}
+    is_lightnings = not is_overridden("configure_gradient_clipping", trainer.lightning_module)
+    if trainer.gradient_clip_val and is_lightnings and len(meshes) > 1 and (clips_norm(trainer) or None in meshes):
+        raise ValueError(
+            f"gradient_clip_val={trainer.gradient_clip_val} cannot clip gradients of which tensor parallelism shares "
+            "out some: torch takes those of one mesh alone, with any optimizer. Give Thor or configure_thor "
+            "clip_norm=... instead."
         )
 
 

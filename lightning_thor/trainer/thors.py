@@ -78,14 +78,18 @@ def scaler_of(trainer: pl.Trainer) -> Any | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def clips_norm(trainer: pl.Trainer) -> bool:
+    """Whether the trainer clips gradients by their norm."""
+    return bool(trainer.gradient_clip_val) and str(trainer.gradient_clip_algorithm or "norm").endswith("norm")
+
+
 def warn_of_clipping(trainer: pl.Trainer, optimizer: Thor) -> None:
     """Warn where the trainer's clipping of gradients makes steps no smaller."""
-    by_norm = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("norm")
     matched = (
         group["match_rms"] is not None and MODES[group["mode"]].matches_rms and not MODES[group["mode"]].momentum_first
         for group in optimizer.param_groups
     )
-    if by_norm and all(matched):
+    if clips_norm(trainer) and all(matched):
         rank_zero_warn(
             "gradient_clip_val clips the gradient's norm before it is preconditioned, and match_rms sets the scale "
             "afterwards: the clipping at most evens out the steps, as rms_averaging=0 does. Lower lr, or set "

@@ -27,6 +27,7 @@ from lightning_thor import Curvature, Thor, ThorCallback, ThorModelParallelStrat
 from lightning_thor.distributed import dtensor
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.trainer import callback
+from lightning_thor.trainer.fsdp2_strategy import _check_clipping
 from lightning_thor.trainer.start_report import curvature_table
 from tests.helpers.boring import Boring, assert_bitwise, quiet, without_words
 from tests.helpers.distributed_workers import ROWS, Result, batch, fit, one_rank, only, state, whole
@@ -535,6 +536,36 @@ def test_frozen_weights_need_no_shards_until_they_train(four_processes: None) ->
     ThorModelParallelStrategy().check_parameters({"weight": weight})
     with pytest.raises(ValueError, match="'weight' is not sharded"):
         ThorModelParallelStrategy().check_parameters({"weight": weight.requires_grad_(True)})
+
+
+@pytest.mark.parametrize(
+    ("others", "algorithm", "is_refused"),
+    [
+        ("none", None, True),
+        ("none", "value", True),
+        ("data", None, True),
+        ("data", "value", False),
+        ("same", None, False),
+    ],
+)
+def test_clipping_that_torch_cannot_do_is_refused_with_the_option_that_can(
+    four_processes: None, others: str, algorithm: str | None, is_refused: bool
+) -> None:
+    """Of a weight that tensor parallelism shares out, beside one that is whole, sharded over the data or like it."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    weights = [distribute_tensor(torch.randn(4, 4), mesh, [Shard(0), Shard(1)]), torch.randn(4, 4)]
+    if others != "none":
+        own = mesh if others == "same" else mesh["data"]
+        weights[1] = distribute_tensor(weights[1], own, [Shard(0)] * own.ndim)
+    optimizer = Thor([nn.Parameter(weight) for weight in weights])
+    trainer: Any = SimpleNamespace(
+        gradient_clip_val=0.5, gradient_clip_algorithm=algorithm, lightning_module=L.LightningModule()
+    )
+    if is_refused:
+        with pytest.raises(ValueError, match=r"gradient_clip_val=0.5 cannot clip.*Give Thor or .* clip_norm"):
+            _check_clipping(trainer, optimizer)
+    else:
+        _check_clipping(trainer, optimizer)
 
 
 @pytest.mark.parametrize("replicas", [0, 1.5, None])
