@@ -30,7 +30,7 @@ from tests.helpers.mesh_workers import IN_BFLOAT16, LONG, PLAIN, TRAININGS, Case
 @functools.lru_cache
 def alone(case: Case) -> dict[str, Any]:
     """On one process, with the batches of all."""
-    return train(case._replace(shape=(1, 1, 1), sequence=False))
+    return train(case._replace(shape=(1, 1, 1), sequence=False, begins_over=None))
 
 
 MARKS = dict.fromkeys(PLAIN, ()) | dict.fromkeys(LONG, (pytest.mark.slow, pytest.mark.long))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 import tempfile
 import warnings
@@ -19,6 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import Replicate, Shard
@@ -78,6 +82,22 @@ class Experts(nn.Module):
 register_layer(Experts, matrices="out_in")
 
 
+class OfEachKind(nn.Module):
+    """In the place of a linear layer: an attention, a convolution with groups, a norm of groups and a GRU."""
+
+    def __init__(self, n_outputs: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, bias=False, batch_first=True)
+        self.convolution = nn.Conv1d(WIDTH, 6, 3, groups=2, padding=1)
+        self.norm = nn.GroupNorm(2, 6)
+        self.recurrent = nn.GRU(6, n_outputs, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        output: Tensor = self.recurrent(self.norm(self.convolution(x.mT)).mT)[0]
+        return output
+
+
 class Adapted(nn.Module):
     """A frozen layer and a low-rank one beside it (LoRA)."""
 
@@ -92,8 +112,10 @@ class Adapted(nn.Module):
 
 
 def changed(model: Text, policy: str) -> Text:
-    """The model of one process, with frozen, adapted, tied, stacked, checkpointed or compiled layers, or with the first
-    half of its hidden features without a gradient at first."""
+    """The model of one process, with frozen, adapted, tied, stacked, checkpointed, compiled or other layers.
+
+    The policy ``"half"`` leaves the first half of the hidden features without a gradient at first.
+    """
     if policy == "frozen":
         model.up.requires_grad_(False)
         model.norm.requires_grad_(False)
@@ -102,6 +124,8 @@ def changed(model: Text, policy: str) -> Text:
     elif policy == "half":
         with torch.no_grad():
             model.down.weight[:, : model.up.out_features // 2] = 0.0
+    elif policy == "of_each_kind":
+        model.up = OfEachKind(model.up.out_features)  # type: ignore[assignment]
     elif policy == "experts":
         model.up, model.down = Experts(model.up), Experts(model.down)  # type: ignore[assignment]
     elif policy == "tied":
@@ -116,6 +140,7 @@ def changed(model: Text, policy: str) -> Text:
 
 SHARDED_BY: dict[str, dict[str, Any]] = {
     "no_reshard": {"reshard_after_forward": False},
+    "reshard_to_two": {"reshard_after_forward": 2},
     "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     "mixed": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
 }
@@ -145,10 +170,16 @@ class Case(NamedTuple):
     """How the model is sharded or changed: see `changed`, `SHARDED_BY` and `train`."""
     inverse_workers: int | None = None
     """Ranks that store a layer's inverses; None: all."""
+    begins_over: tuple[int, int, int] | None = None
+    """Another ``shape``, over which it is trained until a checkpoint in its middle."""
 
     @property
     def n_ranks(self) -> int:
         return torch.Size(self.shape).numel()
+
+    @property
+    def n_micro(self) -> int:
+        return 2 if self.policy == "accumulation" else 1
 
 
 def parallelized(model: Text, tensor: Any, shards: Any, *, sequence: bool = False, **options: Any) -> Text:
@@ -174,36 +205,71 @@ def parallelized(model: Text, tensor: Any, shards: Any, *, sequence: bool = Fals
     return model
 
 
-def train(case: Case) -> dict[str, Any]:
-    """Everything that the laws compare, whole."""
+def made(case: Case) -> tuple[nn.Module, Curvature, Thor]:
+    """A model over the mesh of ``case``, its curvature and its optimizer."""
     model = changed(Text(case.hidden), case.policy).to(torch.float32 if case.policy in IN_BFLOAT16 else torch.float64)
-    rank, n_data = 0, 1
     if case.n_ranks > 1:
         replicas, n_shards, width = case.shape
         mesh = init_device_mesh("cpu", case.shape, mesh_dim_names=("replicate", "shard", "tensor"))
         shards = mesh["replicate", "shard"] if replicas > 1 else mesh["shard"] if n_shards > 1 else None
         tensor = mesh["tensor"] if width > 1 else None
         parallelized(model, tensor, shards, sequence=case.sequence, **SHARDED_BY.get(case.policy, {}))
-        rank, n_data = dist.get_rank() // width, replicas * n_shards
-    n_micro = 2 if case.policy == "accumulation" else 1
-    options = {"block_size": 4, "update_every_n_steps": 2, "loss_multiplier": lambda: 1 / n_micro, **dict(case.options)}
+    options = {
+        "block_size": 4,
+        "update_every_n_steps": 2,
+        "loss_multiplier": lambda: 1 / case.n_micro,
+        **dict(case.options),
+    }
     curvature = Curvature(model, mode=case.mode, **options)
     if case.inverse_workers is not None and case.n_ranks > 1:
         grid = new_worker_grid(case.inverse_workers, tensor_parallel_size=case.shape[2])
         curvature.connect(ProcessGroupCommunicator(), worker_grid=grid)
     preconditioner: Any = ShardedCurvature(curvature) if case.n_ranks > 1 else curvature
     optimizer = Thor(model.parameters(), lr=0.02, mode=case.mode, weight_decay=0.1, preconditioner=preconditioner)
+    return model, curvature, optimizer
+
+
+def state_of(model: nn.Module, curvature: Curvature, optimizer: Thor) -> dict[str, Any]:
+    """What `torch.distributed.checkpoint` saves, and loads in place."""
+    weights, moments = get_state_dict(model, optimizer)
+    of_curvature = curvature.state_dict()
+    curvature.gather_inverses(of_curvature)
+    return {"weights": weights, "moments": moments, "curvature": of_curvature}
+
+
+def move(begun: tuple[nn.Module, Curvature, Thor], case: Case) -> tuple[nn.Module, Curvature, Thor]:
+    """Go on over the mesh of ``case`` from a checkpoint."""
+    folder = [tempfile.mkdtemp(prefix="lightning_thor_moves_")]
+    dist.broadcast_object_list(folder)
+    save(state_of(*begun), checkpoint_id=folder[0])
+    model, curvature, optimizer = made(case)
+    load(state := state_of(model, curvature, optimizer), checkpoint_id=folder[0])
+    set_state_dict(model, optimizer, model_state_dict=state["weights"], optim_state_dict=state["moments"])
+    curvature.load_state_dict(state["curvature"])
+    dist.barrier()
+    shutil.rmtree(folder[0], ignore_errors=True)
+    return model, curvature, optimizer
+
+
+def train(case: Case) -> dict[str, Any]:
+    """Everything that the laws compare, whole."""
+    over = case._replace(shape=case.begins_over or case.shape)
+    model, curvature, optimizer = made(over)
     sent, n_of_model = [], []
     for number in range(N_STEPS):
-        tokens = batch(number).chunk(n_data)[rank]
+        if number == N_STEPS // 2 and over != case:
+            over = case
+            model, curvature, optimizer = move((model, curvature, optimizer), case)
+        replicas, n_shards, width = over.shape
+        tokens = batch(number).chunk(replicas * n_shards)[dist.get_rank() // width if over.n_ranks > 1 else 0]
         n_of_model.append(0)
-        for place, some in enumerate(tokens.chunk(n_micro)):
-            if n_micro > 1 and case.n_ranks > 1:
-                model.set_requires_gradient_sync(place == n_micro - 1)  # type: ignore[operator]
+        for place, some in enumerate(tokens.chunk(case.n_micro)):
+            if case.n_micro > 1 and case.n_ranks > 1:
+                model.set_requires_gradient_sync(place == case.n_micro - 1)  # type: ignore[operator]
             with CommDebugMode() as communication, loss_parallel():
                 with torch.autocast("cpu", torch.bfloat16, enabled=case.policy == "autocast"):
                     logits = model(some[:, :-1]).flatten(0, 1)
-                    loss = nn.functional.cross_entropy(logits, some[:, 1:].flatten()) / n_micro
+                    loss = nn.functional.cross_entropy(logits, some[:, 1:].flatten()) / case.n_micro
                 loss.backward()
             n_of_model[-1] += communication.get_total_counts()
         with listed_collectives() as calls:
@@ -236,6 +302,7 @@ MESHES = {
     "tp_of_four": (1, 1, 4),
     "tp_hsdp": (2, 1, 2),
 }
+MODES = ("natural", "polar", "adam")
 TRAININGS: dict[str, Case] = {
     **{f"{mesh}_{mode}": Case(mode, shape) for mesh, shape in MESHES.items() for mode in ("natural", "polar", "adam")},
     **{
@@ -248,7 +315,9 @@ TRAININGS: dict[str, Case] = {
     **{
         policy: Case(shape=(1, 2, 1), policy=policy)
         for policy in (
-            *SHARDED_BY,
+            "no_reshard",
+            "offload",
+            "mixed",
             "accumulation",
             "frozen",
             "lora",
@@ -267,6 +336,11 @@ TRAININGS: dict[str, Case] = {
         for mesh in ("fsdp", "hsdp")
         for mode in ("natural", "polar", "adam")
     },
+    "fsdp_reshard_to_two": Case(shape=MESHES["fsdp"], policy="reshard_to_two"),
+    **{f"hsdp_of_each_kind_{mode}": Case(mode, MESHES["hsdp"], policy="of_each_kind") for mode in MODES},
+    "fsdp_of_each_kind": Case(shape=MESHES["fsdp"], policy="of_each_kind", options=(("precondition_bias", True),)),
+    **{f"tp_fsdp_to_hsdp_{mode}": Case(mode, MESHES["hsdp"], begins_over=MESHES["tp_fsdp"]) for mode in MODES},
+    "fsdp_to_tp_fsdp_workers": Case("adam", MESHES["tp_fsdp"], inverse_workers=2, begins_over=MESHES["fsdp"]),
     "fsdp_experts_workers": Case(shape=MESHES["fsdp"], policy="experts", inverse_workers=2),
     "tp_compiled": Case(shape=MESHES["tp"], policy="compiled"),
     "tp_reduce": Case(shape=MESHES["tp"], options=(("statistics", "reduce"),)),
@@ -292,6 +366,10 @@ LONG = (
     "tp_fsdp_sequence_polar",
     "tp_fsdp_sequence_adam",
     "tp_fsdp_whole",
+    "hsdp_of_each_kind_polar",
+    "tp_fsdp_to_hsdp_natural",
+    "tp_fsdp_to_hsdp_polar",
+    "fsdp_of_each_kind",
 )
 """Of the tests that are marked long: other combinations of what the other tests hold on four ranks."""
 
