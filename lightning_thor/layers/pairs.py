@@ -81,8 +81,8 @@ class _Sums(NamedTuple):
     is_rounded: bool
     found: Tensor | None = None
     """The weight's gradient times v, as ``product``."""
-    rounding: float = 0.0
-    """Norm of the rounding errors of that gradient's entries below the least normal number."""
+    rounding: Tensor | float = 0.0
+    """A bound of the norm of the rounding errors in ``found``."""
     handle: RemovableHandle | None = None
 
 
@@ -269,9 +269,13 @@ class PairChecks:
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             limits = torch.finfo(gradient.dtype)
             matrix = _matrix(self._layers[number], gradient.detach().to(sums.product.dtype))
-            found = (matrix @ _vector(len(matrix), matrix.shape[-1], matrix)[..., None]).flatten()
+            vector = _vector(len(matrix), matrix.shape[-1], matrix)
+            found = (matrix @ vector[..., None]).flatten()
+            # Each entry is rounded, and their sum may be small beside them, as that of features with a mean.
+            eps = torch.finfo(torch.bfloat16).eps if sums.is_rounded else limits.eps
+            terms = torch.linalg.vector_norm(matrix, dim=-2) * vector
             # Below the least normal number entries are rounded by so much, however small they are.
-            rounding = limits.smallest_normal * limits.eps * math.sqrt(matrix.numel())
+            rounding = eps * terms.norm() + limits.smallest_normal * limits.eps * math.sqrt(matrix.numel())
         self._sums[number] = sums._replace(
             found=found if sums.found is None else sums.found + found, rounding=sums.rounding + rounding
         )

@@ -478,6 +478,23 @@ def test_what_fits_is_never_left_out(precision: str) -> None:
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast"])
+def test_nor_are_layers_of_one_row_or_of_features_with_a_mean(precision: str, spread: float) -> None:
+    """Whose rounded gradient may be large beside its product with the vector of the check."""
+    torch.manual_seed(0)
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
+    inputs = [1 + spread * torch.randn(32, width) for width in range(2, 200, 3)]
+    inputs += [torch.randn(1, 16) for _ in range(200)]
+    model = nn.ModuleList(nn.Linear(x.shape[1], 5) for x in inputs).to(dtype)
+    curvature = Curvature(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        outputs = [layer(x.to(dtype)) for layer, x in zip(model, inputs, strict=True)]
+    sum(y.float().square().mean() for y in outputs).backward()
+    assert told_by(curvature) == []
+    assert curvature.left_out == {}
+
+
 # ── which backward pass ──
 
 
