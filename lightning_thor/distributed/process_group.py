@@ -6,11 +6,16 @@ import ctypes
 import re
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_thor.distributed.communicator import Communicator, SingleProcess, Work, WorkerGrid
+
+_GROUPS: WeakKeyDictionary[Any, dict[Any, dist.ProcessGroup]] = WeakKeyDictionary()
+"""Those that were made beside the group of all ranks, and go with it: fits of one process have the same."""
 
 
 def is_distributed() -> bool:
@@ -18,14 +23,25 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def _group(ranks: Sequence[int] | None, timeout: timedelta | None) -> dist.ProcessGroup:
+    """The group of these ranks (None: of all), made at the first call: it has threads and connections of its own, which
+    would stay until the process ends. Every rank must call it, at the same place."""
+    made = _GROUPS.setdefault(dist.group.WORLD, {})
+    key = (None if ranks is None else tuple(ranks), timeout)
+    if key not in made:
+        made[key] = dist.new_group(ranks, timeout=timeout)
+    return made[key]
+
+
 def new_factor_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
     """Make a process group of all ranks for factors alone, whose all-reduce never queues behind a gradient's; None
-    where there is only one process. Every rank must call it, at the same place.
+    where there is only one process. The next fit of this process has the same one, unless this one fails. Every rank
+    must call it, at the same place.
 
     Args:
         timeout: longest duration of a collective of the group; None for the backend's own.
     """
-    return dist.new_group(timeout=timeout) if is_distributed() else None
+    return _group(None, timeout) if is_distributed() else None
 
 
 def new_worker_grid(
@@ -33,8 +49,9 @@ def new_worker_grid(
 ) -> WorkerGrid:
     """Make the process groups of a grid of all ranks, each row of which stores the inverses of some layers.
 
-    Every rank must call it, at the same place. A column exchanges a message at every step, so its ranks are neighbours
-    (on one node, if they fit there); a row exchanges messages at refreshes.
+    The next fit has the same ones, as with `new_factor_group`. Every rank must call it, at the same place. A column
+    exchanges a message at every step, so its ranks are neighbours (on one node, if they fit there); a row exchanges
+    messages at refreshes.
 
     Args:
         n_inverse_workers: ranks in a row, a divisor of the number of ranks.
@@ -55,7 +72,7 @@ def new_worker_grid(
         if len(groups[0]) == 1:
             return SingleProcess()
         # Every rank makes every group, and is in one of them.
-        made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]
+        made = [_group(ranks, timeout) for ranks in groups]
         return next(ProcessGroupCommunicator(group) for ranks, group in zip(groups, made, strict=True) if rank in ranks)
 
     return WorkerGrid(own_of(rows), own_of(columns), None if tensor_parallel_size is None else columns)
@@ -74,6 +91,7 @@ def abort_process_groups(exception: BaseException, group: dist.ProcessGroup | No
     """
     if not is_distributed():
         return
+    _GROUPS.pop(dist.group.WORLD, None)  # a fit that comes after all has new ones
     for alive in (group, dist.group.WORLD):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(alive))
     # The last is gloo's word for a collective whose connection another one's timeout has closed.

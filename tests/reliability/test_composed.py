@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor, ThorDDPStrategy
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, quiet, trainer
+from tests.helpers.launching import fork, run_forked
 from tests.helpers.open_files import open_files
 
 
@@ -212,6 +215,25 @@ def test_fits_leave_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("clean_process")
 def test_two_hundred_fits_leave_nothing_behind(tmp_path: Path) -> None:
     leaves_nothing_behind(tmp_path, 200)
+
+
+def fit_on_two_ranks_again_and_again() -> None:
+    """With and without workers; the first fit makes process groups, which the others have too."""
+    with tempfile.TemporaryDirectory() as folder:
+        for options in ({}, {"inverse_workers": 1}):
+            files = []
+            for _ in range(3):
+                fit(Path(folder), strategy=ThorDDPStrategy(**options), devices=2, max_epochs=1)
+                gc.collect()
+                files.append(open_files())
+            assert files[1:] == files[:1] * 2, files
+            assert torch.distributed.get_world_size() == 2
+
+
+@pytest.mark.slow
+def test_fits_on_two_ranks_open_no_more_connections() -> None:
+    status, printed = run_forked(partial(fork, 2, fit_on_two_ranks_again_and_again))
+    assert status == 0, printed[-3000:]
 
 
 def test_what_is_left_behind_is_seen() -> None:
