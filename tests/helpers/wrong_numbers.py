@@ -1,7 +1,7 @@
 """Trainings in which numbers go wrong, by THOR beside torch's momentum SGD.
 
-``python -m tests.helpers.wrong_numbers FILE PRECISION`` trains those of one precision on two ranks and writes what
-broke the laws, a line each.
+``python -m tests.helpers.wrong_numbers FILE NUMBER ...`` trains the cases of these numbers in `CASES` on two ranks and
+writes what broke the laws, a line each.
 """
 
 from __future__ import annotations
@@ -180,6 +180,8 @@ def broken_laws(fault_name: str, precision: str, mode: Any) -> Iterator[str]:
                 yield f"step {step}: an inverse of size {size} is not finite"
             if fault.place != "factor" and not bool(batch.average.isfinite().all()):
                 yield f"step {step}: a factor of size {size} is not finite"
+    if curvature.left_out:
+        yield f"curvature was taken away: {curvature.left_out}"
     lost = [name for name, p in ours.model.named_parameters() if not bool(p.isfinite().all())]
     if lost and all(bool(p.isfinite().all()) for p in rival.model.parameters()):
         yield f"{', '.join(lost)} not finite, all of SGD's own run are"
@@ -200,14 +202,15 @@ def laws_broken_in(case: tuple[str, str, str]) -> list[str]:
         return [f"{type(error).__name__}: {error}"]
 
 
-def main(file: Path, precision: str) -> None:
+def main(file: Path, numbers: list[int]) -> None:
     """On one of two ranks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    lines = [f"{' / '.join(case)}: {law}" for case in CASES if case[1] == precision for law in laws_broken_in(case)]
+    cases = [CASES[number] for number in numbers]
+    lines = [f"{' / '.join(case)}: {law}" for case in cases for law in laws_broken_in(case)]
     file.with_suffix(f".{dist.get_rank()}").write_text("\n".join(lines), encoding="utf-8")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    fork(2, lambda: main(Path(sys.argv[1]), sys.argv[2]))
+    fork(2, lambda: main(Path(sys.argv[1]), [*map(int, sys.argv[2:])]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launching import run
-from tests.helpers.wrong_numbers import CASES, FAULTS, MODES, PRECISIONS, laws_broken_in
+from tests.helpers.wrong_numbers import CASES, FAULTS, MODES, PRECISIONS, STEPS, laws_broken_in
 
 ALL = os.environ.get("LIGHTNING_THOR_FUZZ") == "1"
 
@@ -28,10 +28,22 @@ def test_no_weight_is_lost_that_sgd_keeps(case: tuple[str, str, str]) -> None:
     assert laws_broken_in(case) == []
 
 
+ON_TWO_RANKS = {
+    "some": [("batch of one", "bf16-true", "natural")]
+    + [
+        (fault, [*PRECISIONS][place % 6], MODES[place % 3])
+        for place, fault in enumerate(FAULTS)
+        if FAULTS[fault].steps != range(STEPS)
+    ]
+} | ({precision: [case for case in CASES if case[1] == precision] for precision in PRECISIONS} if ALL else {})
+"""Each fault that comes and goes, with one precision and one mode, and one that was mended."""
+
+
+@pytest.mark.slow
 @pytest.mark.fuzz
-@pytest.mark.skipif(not ALL, reason="LIGHTNING_THOR_FUZZ=1: minutes")
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_nor_on_two_ranks_of_which_one_goes_wrong(precision: str, tmp_path: Path) -> None:
-    status, printed = run(["-m", "tests.helpers.wrong_numbers", str(tmp_path / "laws"), precision])
+@pytest.mark.parametrize("name", ON_TWO_RANKS)
+def test_nor_on_two_ranks_of_which_one_goes_wrong(name: str, tmp_path: Path) -> None:
+    numbers = [str(CASES.index(case)) for case in ON_TWO_RANKS[name]]
+    status, printed = run(["-m", "tests.helpers.wrong_numbers", str(tmp_path / "laws"), *numbers])
     assert status == 0, printed
     assert [(tmp_path / f"laws.{rank}").read_text(encoding="utf-8") for rank in range(2)] == ["", ""]
