@@ -118,6 +118,20 @@ def test_no_version_of_the_workflow_is_a_redirection_to_its_shell() -> None:
         assert not {"<", ">", "<=", ">="} & set(words), one["versions"]
 
 
+def test_the_workflows_install_by_hash_and_audit_every_week() -> None:
+    if not (ROOT / ".github").exists():
+        pytest.skip("the sdist has no workflows")
+    test, audit = (yaml.safe_load(text_of(f".github/workflows/{name}.yml")) for name in ("test", "audit"))
+    installs = [step["run"] for step in test["jobs"]["hashes"]["steps"] if "pip install" in step.get("run", "")]
+    assert "--require-hashes --no-deps --requirement requirements.lock" in installs[1]
+    for other in (installs[0], *installs[2:]):  # torch, and this package
+        assert "--constraint constraints.txt" in other or "--no-deps --no-build-isolation ." in other
+    (schedule,) = audit[True]["schedule"]  # YAML reads the key "on" so
+    assert re.fullmatch(r"\d+ \d+ \* \* \d", schedule["cron"])
+    steps = [step.get("run", "") for step in audit["jobs"]["dependencies"]["steps"]]
+    assert any(one.startswith("pip-audit --requirement constraints.txt") for one in steps)
+
+
 def test_the_hashes_are_of_the_versions_that_are_tested() -> None:
     tested, locked = (
         {
