@@ -167,7 +167,7 @@ class FactorState:
         self._has_copies: dict[int, int] = {}
         """How often each row is counted, where processes see the same; see `note_copies`."""
         self.rarest = torch.zeros(n_layers, dtype=dtype, device=device)
-        """1 / rows of each layer's last window, ``[layers]``: the frequency of a token that came once; 0 before."""
+        """Of tables: 1 / tokens of the last window, ``[layers]``: the frequency of one that came once; 0 before."""
         self.tables = frozenset(tables)
         counted_by, per_row = ([[0, 0] for _ in shapes] for _ in range(2))
         for layer, side, table in [*((table, 0, table) for table in tables), *((output, 1, of) for of, output in tied)]:
@@ -403,7 +403,8 @@ class FactorState:
         # E over rows for A, E over samples of the sum over positions for G: then A ⊗ G has the Fisher matrix's scale.
         divisors = counts.flatten().clamp_min(tiny)
         # A covariance has a number that is not finite only if its diagonal has one, so its trace tells.
-        finite = is_finite(torch.cat([self._factor_traces("sums", index), self.counts], dim=1)).all(1)
+        sums = self._factor_traces("sums", index)
+        finite = is_finite(torch.cat([sums, self.counts], dim=1)).all(1)
         taken = finite & (counts[:, 0] > 0)
         taken = taken if wanted is None else taken & wanted
         self.is_rejected = ~finite
@@ -412,7 +413,8 @@ class FactorState:
         weight = _weight(averaging, self.updates.clamp_min(1.0))
         torch.where(taken, counts[:, 0] / counts[:, 1].clamp_min(tiny), self.positions, out=self.positions)
         if self.tables:
-            torch.where(taken, self._copies / counts[:, 0], self.rarest, out=self.rarest)
+            # The trace of a table's sum is the number of its tokens, without those that are masked.
+            torch.where(taken, self._copies / sums[:, 0].clamp_min(1.0), self.rarest, out=self.rarest)
         weight, taken = weight.repeat_interleave(2), taken.repeat_interleave(2)
         squares = weight.new_zeros(2, len(weight)) if measures_change else None
         """Of the norms of window - average and of the average, by factor."""
