@@ -23,7 +23,7 @@ from benchmarks.communication.memory import held
 from lightning_thor import Curvature
 from lightning_thor.distributed.dtensor import boxes_of
 from tests.helpers.boring import assert_bitwise
-from tests.helpers.mesh_strategies import LEGS, legs, unbroken
+from tests.helpers.mesh_strategies import LEGS, TRIALS, legs, unbroken
 from tests.helpers.mesh_workers import IN_BFLOAT16, LONG, PLAIN, TRAININGS, Case, Text, train, trained
 
 
@@ -103,6 +103,17 @@ def test_ranks_hold_the_bytes_that_the_benchmark_counts(name: str) -> None:
 
 
 # ── under a Trainer, from checkpoint to checkpoint ──
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRIALS)
+def test_a_trial_of_block_sizes_leaves_no_trace_over_any_mesh(tmp_path: Path, name: str) -> None:
+    (found,) = legs(name)
+    (size,) = {result["block_size"] for result in found}
+    expected = unbroken(tmp_path, name, size)
+    for result in found:
+        for part in ("weights", "moments", "curvature"):
+            torch.testing.assert_close(result[part], expected[part], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow

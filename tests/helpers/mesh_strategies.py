@@ -10,7 +10,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -73,6 +73,7 @@ class Leg(NamedTuple):
     """None: no sharded strategy."""
     in_one_file: bool = True
     inverse_workers: int | None = None
+    block_size: int | Literal["auto"] = 4
 
     def strategy(self) -> Any:
         if self.replicas is None:
@@ -101,17 +102,26 @@ LEGS: dict[str, list[Leg]] = {
     "adam_few": [FEW_TP_FSDP._replace(in_one_file=False), FEW_HSDP, FSDP._replace(inverse_workers=1), ALONE],
 }
 
+TRIALS = {f"auto_{name}": [leg._replace(block_size="auto")] for name, leg in (("tp", TP), ("hsdp", HSDP))}
+"""One leg each, whose block size is measured."""
+
 
 def go(folder: Path, name: str, number: int, leg: Leg) -> None:
     torch.set_num_threads(1)
-    module = Meshed(leg.n_ranks // leg.width, leg.width, name.split("_")[0] if "_" in name else "natural")
+    module = Meshed(leg.n_ranks // leg.width, leg.width, mode_of(name))
     resume = None if number == 0 else folder / f"{name}{number - 1}" / f"epoch={number - 1}.ckpt"
     options = {"precision": "32-true"} if leg.replicas is not None else {}
     result = fit(
-        folder, module, devices=leg.n_ranks, strategy=leg.strategy(), max_epochs=number + 1, block_size=4,
+        folder, module, devices=leg.n_ranks, strategy=leg.strategy(), max_epochs=number + 1, block_size=leg.block_size,
         checkpoints=f"{name}{number}", resume=resume, **options,
     )  # fmt: skip
     torch.save(summary(module, result), folder / f"{name}{number}-{module.trainer.global_rank}.pt")
+
+
+def mode_of(name: str) -> Any:
+    """The mode that the name of some legs begins with, or the default."""
+    first = name.split("_")[0]
+    return first if first in ("polar", "adam") else "natural"
 
 
 def summary(module: Meshed, result: Result) -> Result:
@@ -124,12 +134,14 @@ def summary(module: Meshed, result: Result) -> Result:
         "moments": whole({names[p]: {k: v for k, v in one.items() if k in kept} for p, one in states.items()}),
         "curvature": {key: value for key, value in result["curvature"].items() if not isinstance(value, str)},
         "steps": result["steps"],
+        "block_size": result["block_size"],
     }
 
 
-def unbroken(folder: Path, name: str) -> Result:
-    module = Meshed(1, 1, name.split("_")[0] if "_" in name else "natural")
-    return summary(module, fit(folder, module, devices=1, max_epochs=len(LEGS[name]), block_size=4))
+def unbroken(folder: Path, name: str, block_size: int = 4) -> Result:
+    module = Meshed(1, 1, mode_of(name))
+    n_epochs = len((LEGS | TRIALS)[name])
+    return summary(module, fit(folder, module, devices=1, max_epochs=n_epochs, block_size=block_size))
 
 
 @functools.lru_cache(maxsize=1)
@@ -144,13 +156,13 @@ def legs(name: str) -> list[list[Result]]:
     folder, printed = launched()
     files = [
         [Path(folder.name) / f"{name}{number}-{rank}.pt" for rank in range(leg.n_ranks)]
-        for number, leg in enumerate(LEGS[name])
+        for number, leg in enumerate((LEGS | TRIALS)[name])
     ]
     assert all(file.is_file() for some in files for file in some), f"{name!r} did not end: ...{printed[-6000:]}"
     return [[torch.load(file, weights_only=True) for file in some] for some in files]
 
 
 if __name__ == "__main__":
-    for one, some in LEGS.items():
+    for one, some in (LEGS | TRIALS).items():
         for place, leg in enumerate(some):
             fork(leg.n_ranks, partial(go, Path(sys.argv[1]), one, place, leg))
