@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import sys
 from functools import partial
@@ -25,6 +26,7 @@ from lightning_thor.trainer import cli, pictures
 from lightning_thor.trainer.pictures import log_pictures, pictures_of, read_looks, spectra_figure, takes_pictures
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, quiet, trainer
 from tests.helpers.launching import fork, run_forked
+from tests.helpers.sharded_workers import fully_shard
 
 NAMES = ["net.0", "net.2", "net.4", "net.5", "net.7"]
 
@@ -120,14 +122,27 @@ def test_a_line_that_was_cut_off_is_left_out_and_the_next_one_is_whole(tmp_path:
     assert [look["step"] for look in read_looks(tmp_path)] == [1, 5, 9, 12]
 
 
-def rank(folder: Path) -> None:
-    monitored(folder, devices=2, strategy="thor_ddp", max_epochs=2).fit(Boring())
+class Sharded(Boring):
+    def configure_model(self) -> None:
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
-def test_two_ranks_have_one_file(tmp_path: Path) -> None:
-    assert run_forked(partial(fork, 2, partial(rank, tmp_path)))[0] == 0
-    assert [look["step"] for look in looks_of(tmp_path)] == [1, 4]
-    assert looks_of(tmp_path)[-1]["seconds"]["communication"] > 0
+def rank(folder: Path, strategy: str) -> None:
+    module = Sharded() if strategy == "thor_fsdp2" else Boring()
+    fit = monitored(folder, devices=2, strategy=strategy, max_epochs=2)
+    fit.fit(module)
+    (metrics,) = fit.validate(module, module.data(), verbose=False)
+    assert math.isfinite(metrics["val_loss"])
+
+
+@pytest.mark.parametrize("strategy", ["thor_ddp", "thor_fsdp2"])
+def test_two_ranks_have_one_file(strategy: str, tmp_path: Path) -> None:
+    status, printed = run_forked(partial(fork, 2, partial(rank, tmp_path, strategy)))
+    assert status == 0, printed[-6000:]
+    looks = looks_of(tmp_path)
+    assert [look["step"] for look in looks] == [1, 4]
+    assert looks[-1]["seconds"]["communication"] > 0
+    assert list(looks[-1]["layers"]) == NAMES
 
 
 def test_it_needs_a_curvature_and_says_so(tmp_path: Path) -> None:
