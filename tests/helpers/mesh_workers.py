@@ -336,6 +336,7 @@ TRAININGS: dict[str, Case] = {
         for mesh in ("fsdp", "hsdp")
         for mode in ("natural", "polar", "adam")
     },
+    **{f"mixed_{mode}": Case(mode, (1, 2, 1), policy="mixed") for mode in ("polar", "adam")},
     "fsdp_reshard_to_two": Case(shape=MESHES["fsdp"], policy="reshard_to_two"),
     **{f"hsdp_of_each_kind_{mode}": Case(mode, MESHES["hsdp"], policy="of_each_kind") for mode in MODES},
     "fsdp_of_each_kind": Case(shape=MESHES["fsdp"], policy="of_each_kind", options=(("precondition_bias", True),)),
