@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_thor.distributed.process_group import is_distributed
 
 SECONDS_ALONE = 10.0
-"""How long a process that was told waits for the others to be told."""
+"""How long a process that was told waits for the others to be told, from its next step on, and three more steps."""
 _numbers = itertools.count()
 """Every process makes the same `JointStep` in the same order."""
 
@@ -25,45 +26,46 @@ class JointStep:
 
     Attributes:
         is_due: whether this step is the one that was agreed on, or a later one.
+        is_told: whether this process was told.
         is_alone: whether this process was told, and the others were not within `SECONDS_ALONE`.
     """
 
     def __init__(self) -> None:
         self._name = f"lightning_thor/joint_step/{next(_numbers)}"
-        self._step = 0
-        self._told_at: float | None = None
-        self._is_counted = False
-        self.is_due = self.is_alone = False
-
-    @property
-    def is_told(self) -> bool:
-        """Whether this process was told."""
-        return self._told_at is not None
+        self._step = self._n_late = 0
+        self._counted_at: float | None = None
+        self.is_told = self.is_due = self.is_alone = False
 
     def tell(self) -> None:
         """Ask for a step; a handler of a signal may call it at any moment."""
-        if self._told_at is None:
-            self._told_at = time.monotonic()
+        self.is_told = True
 
-    def begins(self, n_ahead: int = 1) -> None:
+    def begins(self, n_ahead: int = 1, device: torch.device | None = None) -> None:
         """Say that a step begins, and find out whether it is due; each process calls it at the start of each step.
 
         Args:
             n_ahead: how many steps another process may begin before this one has ended its own: 1 where each step waits
                 for all processes, the number of micro-batches where only the last one of them does.
+            device: of the model; it is waited for, since a host may send it many steps before it waits for the others.
         """
         self._step += 1
-        if self._told_at is None:
+        if not self.is_told:
             return
         if not is_distributed():
             self.is_due = True
             return
+        if device is not None and device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
         store = _get_default_store()
-        if not self._is_counted:
+        if self._counted_at is None:
             store.add(f"{self._name}/told", 1)
-            self._is_counted = True
+            self._counted_at = time.monotonic()
         step = store.add(f"{self._name}/step", 0)
         if not step and dist.get_rank() == 0 and store.add(f"{self._name}/told", 0) == dist.get_world_size():
             step = store.add(f"{self._name}/step", self._step + n_ahead)
         self.is_due = 0 < step <= self._step
-        self.is_alone = not step and time.monotonic() - self._told_at > SECONDS_ALONE
+        if not step and time.monotonic() - self._counted_at > SECONDS_ALONE:
+            self._n_late += 1
+        # In a step that takes longer another process may not have come to where it says that it was told, and two
+        # steps later rank 0 not to where it sees that all have.
+        self.is_alone = not step and self._n_late > 3 * n_ahead

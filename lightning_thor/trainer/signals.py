@@ -56,7 +56,7 @@ class JointSignals(pl.Callback):
         """Agree on the batch, if a signal came."""
         self._step = trainer.global_step
         for signal in (self._end, self._requeue):
-            signal.begins(trainer.accumulate_grad_batches)
+            signal.begins(trainer.accumulate_grad_batches, trainer.strategy.root_device)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Follow signals in the batch that was agreed on, or in the first one after it in which the optimizer steps."""
@@ -78,7 +78,7 @@ class JointSignals(pl.Callback):
 
 def _warn_of_one_alone(signal: str, what: str) -> None:
     warnings.warn(
-        f"This rank received {signal}, and {SECONDS_ALONE:.0f} seconds later some other rank had not. {what}. Send it "
+        f"This rank received {signal}, and {SECONDS_ALONE:.0f} seconds and some steps later some other rank had not. {what}. Send it "
         "to all ranks, as srun, torchrun and Lightning's own launcher do.",
         stacklevel=3,
     )
