@@ -78,7 +78,7 @@ class JointSignals(pl.Callback):
 
 def _warn_of_one_alone(signal: str, what: str) -> None:
     warnings.warn(
-        f"This rank received {signal}, and {SECONDS_ALONE:.0f} seconds and some steps later some other rank had not. {what}. Send it "
-        "to all ranks, as srun, torchrun and Lightning's own launcher do.",
+        f"This rank received {signal}, and {SECONDS_ALONE:.0f} seconds and some steps later some other rank had not. "
+        f"{what}. Send it to all ranks, as srun, torchrun and Lightning's own launcher do.",
         stacklevel=3,
     )

@@ -24,7 +24,7 @@ class Ranks:
         monkeypatch.setattr(joint_step, "time", SimpleNamespace(monotonic=lambda: self.clock))
         monkeypatch.setattr(dist, "get_rank", lambda: self.rank)
         monkeypatch.setattr(dist, "get_world_size", lambda: n)
-        self.steps = []
+        self.steps: list[JointStep] = []
         for _ in range(n):
             monkeypatch.setattr(joint_step, "_numbers", itertools.count())
             self.steps.append(JointStep())
@@ -74,12 +74,13 @@ def test_a_process_that_alone_is_told_finds_out_after_some_seconds(monkeypatch: 
 
 def test_a_device_is_waited_for_before_others_hear_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     # Its host may have begun many steps that the others' devices have not.
-    ranks, device, waits = Ranks(monkeypatch, 2), torch.device("cuda"), []
+    ranks, device, waits = Ranks(monkeypatch, 2), torch.device("cuda"), list[torch.device]()
     monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(synchronize=waits.append))
     ranks.begins(1, device=device)
     assert not waits
     ranks.steps[0].tell()
     ranks.steps[1].tell()
-    assert not ranks.begins(1, device=device).is_due and waits == [device]
+    assert not ranks.begins(1, device=device).is_due
+    assert waits == [device]
     assert not ranks.begins(0, device=device).is_due
     assert ranks.begins(0, device=device).is_due
