@@ -13,6 +13,8 @@ from lightning_thor.distributed.process_group import is_distributed
 
 SECONDS_ALONE = 10.0
 """How long a process that was told waits for the others to be told, from its next step on, and three more steps."""
+NONE = -1
+"""The number of a step where there is none any more."""
 _numbers = itertools.count()
 """Every process makes the same `JointStep` in the same order."""
 
@@ -62,10 +64,20 @@ class JointStep:
             self._counted_at = time.monotonic()
         step = store.add(f"{self._name}/step", 0)
         if not step and dist.get_rank() == 0 and store.add(f"{self._name}/told", 0) == dist.get_world_size():
-            step = store.add(f"{self._name}/step", self._step + n_ahead)
+            store.compare_set(f"{self._name}/step", "0", str(self._step + n_ahead))
+            step = store.add(f"{self._name}/step", 0)
         self.is_due = 0 < step <= self._step
         if not step and time.monotonic() - self._counted_at > SECONDS_ALONE:
             self._n_late += 1
         # In a step that takes longer another process may not have come to where it says that it was told, and two
         # steps later rank 0 not to where it sees that all have.
         self.is_alone = not step and self._n_late > 3 * n_ahead
+
+    def ends(self) -> None:
+        """Say that there are no more steps, where it should be one of these: either all processes agreed on one before
+        the first of them has no more, or none is due."""
+        if self.is_told and is_distributed():
+            store = _get_default_store()
+            store.add(f"{self._name}/step", 0)
+            store.compare_set(f"{self._name}/step", "0", str(NONE))
+            self.is_due = store.add(f"{self._name}/step", 0) != NONE

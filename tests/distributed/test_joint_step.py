@@ -84,3 +84,25 @@ def test_a_device_is_waited_for_before_others_hear_of_it(monkeypatch: pytest.Mon
     assert waits == [device]
     assert not ranks.begins(0, device=device).is_due
     assert ranks.begins(0, device=device).is_due
+
+
+@pytest.mark.parametrize("n_steps", range(1, 6))
+def test_none_is_due_after_the_first_process_has_no_more_steps(n_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(50):
+        draw = random.Random(seed)
+        ranks = Ranks(monkeypatch, 2)
+        told_at, begun, is_over = [draw.randrange(6) for _ in range(2)], [0, 0], [False, False]
+        while not all(is_over):
+            rank = draw.choice([i for i in range(2) if not is_over[i]])  # none waits for another one
+            step = ranks.steps[rank]
+            if begun[rank] >= told_at[rank]:
+                step.tell()
+            if begun[rank] < n_steps:
+                begun[rank] += 1
+                ranks.begins(rank)
+            else:
+                step.ends()
+            is_over[rank] = step.is_due or (begun[rank] == n_steps and draw.random() < 0.5)
+            if is_over[rank] and not step.is_due:
+                step.ends()
+        assert ranks.steps[0].is_due == ranks.steps[1].is_due

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_thor import ThorCallback
@@ -53,12 +54,16 @@ class Signalled(Broken):
             self.send(1, 2)
 
     def val_dataloader(self) -> Any:
-        return list(range(3)) if self.in_validation else []
+        return list(range(8)) if self.in_validation else []
 
     def validation_step(self, batch: Any, index: int) -> None:
+        # Rank 1 is in the second batch, where it waits for rank 0, which is at the end of the first.
+        if index == 1:
+            self.send(1, 4)
+        dist.barrier()
         if index == 0:
-            self.send(self.global_rank, 4)
-        assert index < 2 or self.trainer.global_step != 4
+            self.send(0, 4)
+        assert index < 5 or self.trainer.global_step != 4
 
 
 def trained(
@@ -115,6 +120,7 @@ NAMED_ONLY: dict[str, Callable[[Path], Result]] = {
     "sharded_ended": partial(ended_and_resumed, strategy=FOLDER),
     "accumulating_ended": partial(ended_and_resumed, strategy=THOR_DDP, micro_batches=2),
     "validating_ended": partial(ended_and_resumed, strategy=THOR_DDP, in_validation=True),
+    "sharded_validating_ended": partial(ended_and_resumed, strategy=FOLDER, in_validation=True),
     "ended_alone": alone,
     "saved_for_slurm": partial(requeued, strategy=THOR_DDP),
     "sharded_saved_for_slurm": partial(requeued, strategy=FOLDER),
