@@ -34,7 +34,7 @@ def local_pair(layer: Layer, a: Tensor, g: Tensor) -> LocalPair:
     Of a column-parallel layer A is whole on each rank and G is its own features', of a row-parallel layer the other way
     round: if the borders of blocks are borders of the shards, a rank takes the blocks of its own features, and nothing
     travels. Where sequence parallelism has shared out the rows, each rank takes its own. All else is gathered, and
-    each rank takes the whole; so is the gradient where rows without one are masked.
+    each rank takes the whole. The gradient is gathered too where rows without one are masked.
 
     What all n ranks take, rows and samples included, counts n times in the sum over ranks, numerators and denominators
     alike; so the blocks that one rank alone takes are multiplied by n.
@@ -50,7 +50,7 @@ def local_pair(layer: Layer, a: Tensor, g: Tensor) -> LocalPair:
         a, g = local_parts((a, g))
         return LocalPair(a, g, layer)
     shares: list[_Share | None] = []
-    # Whether a row is masked all features of its gradient say.
+    # All features of a gradient say whether its row is masked.
     blocks_of_g = None if layer.masks_rows else layer.G
     for x, dim, blocks in zip((a, g), dims, (layer.A, blocks_of_g), strict=True):
         is_last = mesh.ndim == 1 and dim == x.dim() - 1

@@ -164,8 +164,9 @@ class FactorState:
         }
         """By output layer: the averages of its table, A and G, when it was last inverted."""
         self._copies = torch.ones(n_layers, dtype=dtype, device=device)
+        """How often each row of a layer is counted, ``[layers]``; see `note_copies`."""
         self._has_copies: dict[int, int] = {}
-        """How often each row is counted, where processes see the same; see `note_copies`."""
+        """The same on the host, of layers for which it was noted."""
         self.rarest = torch.zeros(n_layers, dtype=dtype, device=device)
         """Of tables: 1 / tokens of the last window, ``[layers]``: the frequency of one that came once; 0 before."""
         self.tables = frozenset(tables)
@@ -173,9 +174,9 @@ class FactorState:
         for layer, side, table in [*((table, 0, table) for table in tables), *((output, 1, of) for of, output in tied)]:
             counted_by[layer][side], per_row[layer][side] = table, ROWS_PER_TOKEN * widths[layer][side]
         self._counted_by = torch.tensor(counted_by, dtype=torch.int64, device=device).view(n_layers, 2)
+        """The table whose tokens a factor's rows are, ``[layers, 2]``; 0 where they are none."""
         self._per_row = torch.tensor(per_row, dtype=dtype, device=device).view(n_layers, 2)
-        """Of factors with a row for each token: the table that counts them, and how many means are their trace times
-        `ROWS_PER_TOKEN`; of others 0."""
+        """`ROWS_PER_TOKEN` times the number of tokens that a factor has a row for, ``[layers, 2]``; 0 of others."""
         self.gradient_unit: float | Tensor | None = None
         """A power of two that output gradients are divided by, so that their squares stay in the range of the dtype;
         1, unless the first gradients were below 10⁻⁵ or above 10⁵. None until these were seen; a 0-dimensional tensor

@@ -284,8 +284,7 @@ class Thor(Optimizer):
     def make_state(self) -> None:
         """Set momentum and running means, or the moments in adam mode, to zeros where there were none.
 
-        An optimizer without state makes it so in the step that `torch.distributed.checkpoint` takes to save or restore
-        it.
+        `torch.distributed.checkpoint` takes a step to save or restore an optimizer without state; that step calls this.
         """
         for group in self.param_groups:
             mode = MODES[group["mode"]]
