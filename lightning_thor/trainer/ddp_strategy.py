@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
+from lightning_thor.trainer.registry import register
 from lightning_thor.trainer.strategies import ThorStrategyMixin
 
 
@@ -63,5 +64,4 @@ class ThorDDPStrategy(ThorDDPMixin, DDPStrategy):
     """
 
 
-if ThorDDPStrategy.strategy_name not in StrategyRegistry:
-    ThorDDPStrategy.register_strategies(StrategyRegistry)
+register(ThorDDPStrategy, StrategyRegistry)

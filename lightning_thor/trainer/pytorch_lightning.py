@@ -11,6 +11,7 @@ from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 
 from lightning_thor.trainer import callback
 from lightning_thor.trainer.ddp_strategy import ThorDDPMixin
+from lightning_thor.trainer.registry import register
 
 
 class ThorCallback(callback.ThorCallback, pl.Callback):  # type: ignore[misc]
@@ -21,5 +22,4 @@ class ThorDDPStrategy(ThorDDPMixin, DDPStrategy):  # type: ignore[misc]
     """As `lightning_thor.ThorDDPStrategy`."""
 
 
-if ThorDDPStrategy.strategy_name not in StrategyRegistry:
-    ThorDDPStrategy.register_strategies(StrategyRegistry)
+register(ThorDDPStrategy, StrategyRegistry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import pickle
 import time
@@ -50,6 +51,35 @@ def test_every_form_of_ddp_that_lightning_registers_is_there_for_thor_ddp() -> N
     assert isinstance(trainer.strategy, ThorDDPStrategy)
     assert trainer.world_size == 2
     assert trainer.strategy._ddp_kwargs == {"find_unused_parameters": True}
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("thor_dpp", "thor_ddp"),
+        ("Thor-DDP", "thor_ddp"),
+        ("thorddp", "thor_ddp"),
+        ("tor_ddp", "thor_ddp"),
+        ("thor_ddp_notebok", "thor_ddp_notebook"),
+        ("thor_ddp_find_unused_parameter_true", "thor_ddp_find_unused_parameters_true"),
+        ("thor", None),
+    ],
+)
+def test_a_misspelt_strategy_is_told_which_was_meant(package: str, wrong: str, meant: str | None) -> None:
+    pl = pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[dev]'")
+    importlib.import_module("lightning_thor.trainer" + (".pytorch_lightning" if "_" in package else ""))
+    with pytest.raises(ValueError, match="There is no strategy") as raised:
+        pl.Trainer(accelerator="cpu", strategy=wrong, logger=False)
+    assert (f"Did you mean {meant!r}?" if meant else "The names are 'thor_ddp', ") in str(raised.value)
+
+
+def test_names_of_others_are_answered_by_lightning() -> None:
+    assert "ddp" in StrategyRegistry.available_strategies()
+    for name in ("dpp", "author_ddp", "fsdp2", None):
+        assert name not in StrategyRegistry.available_strategies()
+    with pytest.raises(ValueError, match="invalid strategy name"):
+        L.Trainer(strategy="dpp")
 
 
 def forked(folder: Path, module: Module, strategy: Any) -> None:
