@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_thor import ThorDDPStrategy, ThorModelParallelStrategy
+from lightning_thor.trainer.checkpoints import METADATA
 from tests.helpers.boring import trainer
 from tests.helpers.distributed_workers import ROWS
 from tests.helpers.launching import ROOT
@@ -77,8 +78,9 @@ def classes_in(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(STORED.rglob("*.ckpt")), ids=lambda path: path.stem)
 def test_stored_checkpoints_hold_tensors_and_plain_types(path: Path) -> None:
-    assert classes_in(path) <= HARMLESS
-    torch.load(path, weights_only=True)
+    file = path / METADATA if path.is_dir() else path
+    assert classes_in(file) <= HARMLESS
+    torch.load(file, weights_only=True)
 
 
 @pytest.mark.usefixtures("clean_process")
@@ -94,7 +96,7 @@ def test_checkpoints_of_each_strategy_hold_tensors_and_plain_types(name: str, tm
     found = trainer(tmp_path, strategy=strategies[name](), max_epochs=1)
     found.fit(Sharded((ROWS,), dtype=torch.float32))
     found.save_checkpoint(path := tmp_path / "some.ckpt")
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / METADATA if path.is_dir() else path
     assert path.is_dir() == (name == "fsdp2 folder")
     assert classes_in(file) <= HARMLESS
     assert "ThorCallback" in torch.load(file, weights_only=True)["callbacks"]

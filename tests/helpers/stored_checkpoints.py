@@ -1,9 +1,9 @@
 """Trainings whose checkpoints, as earlier versions wrote them, lie in ``tests/data/checkpoints``; the present version
 has to go on from them as those did.
 
-``NAME.ckpt`` is the Trainer's checkpoint of `SAVED_AT` steps; ``NAME.after.pt`` holds the losses of the steps that
-followed, until `LAST_STEP`, and the weights they led to. `tests.helpers.make_checkpoints` wrote them, and only it does.
-``python stored_checkpoints.py FOLDER`` goes on on two ranks, see `go_on_on_two_ranks`.
+``NAME.ckpt`` is the Trainer's checkpoint of `SAVED_AT` steps, a file or a folder of shards; ``NAME.after.pt`` holds the
+losses of the steps that followed, until `LAST_STEP`, and the weights they led to. `tests.helpers.make_checkpoints`
+wrote them, and only it does. ``python stored_checkpoints.py FOLDER`` goes on on two ranks, see `go_on_on_two_ranks`.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Training(NamedTuple):
         tied: the output layer's weight is the table's.
         loss_scale: what the loss is multiplied by, which changes nothing but the unit that gradients are noted in.
         of_optimizer: options of `Thor` that have other defaults now.
+        recurrent: an LSTM stands in the place of the convolution.
     """
 
     mode: str = "natural"
@@ -62,10 +63,15 @@ class Training(NamedTuple):
     tied: bool = False
     loss_scale: float = 1.0
     of_optimizer: dict[str, Any] = {"max_relative_step": None, "rms_averaging": 0.0}  # noqa: RUF012
+    recurrent: bool = False
 
 
 def kept_by_one() -> ThorDDPStrategy:
     return ThorDDPStrategy(inverse_workers=1)
+
+
+def in_a_folder() -> ThorModelParallelStrategy:
+    return ThorModelParallelStrategy()
 
 
 def in_one_file() -> ThorModelParallelStrategy:
@@ -81,6 +87,8 @@ TRAININGS = {
     "ddp_natural": Training("natural", {}, 2, lambda: "thor_ddp"),
     "ddp_polar_kept_by_one": Training("polar", {}, 2, kept_by_one),
     "fsdp2_natural": Training("natural", {}, 2, in_one_file),
+    "fsdp2_polar_in_a_folder": Training("polar", {}, 2, in_a_folder, of_optimizer={}),
+    "recurrent": Training(of_optimizer={}, recurrent=True),
 }
 OF_FORMER_CODE = {
     # Of commit 9e34d9c: no unit of gradients, no largest gradient so far, no limit of a step.
@@ -89,8 +97,8 @@ OF_FORMER_CODE = {
     "2026-11-28_trace_rule": Training("natural", {"trace_rule": (0.5, 0.1), "stagger": True}),
 }
 """In `FORMER`, written by code of that day, whose checkpoints had other keys. Those of `TRAININGS` are of commit
-941db66, but that with running means is of 2026-11-30; ``2026-11-23_natural.ckpt`` is of 6078932, version 0.1.0, which
-is refused."""
+941db66, but those with running means (empty ``of_optimizer``) are of 2026-11-30; ``2026-11-23_natural.ckpt`` is of
+6078932, version 0.1.0, which is refused."""
 ON_OTHER_RANKS = {"natural_on_two_ranks": ("natural", Training("natural", {}, 2, lambda: "thor_ddp"))}
 """Of which stored checkpoint each goes on, and how."""
 
@@ -105,21 +113,26 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 class Net(nn.Module):
     """Something of each kind of layer, as small as can be; in float64, so that processors differ in the last digits."""
 
-    def __init__(self, tied: bool) -> None:
+    def __init__(self, *, tied: bool, recurrent: bool) -> None:
         super().__init__()
         torch.manual_seed(7)
         # From the beginning: normal numbers drawn as float32 differ in the last digits of those.
         double: dict[str, Any] = {"dtype": torch.float64}
         self.table = nn.Embedding(SYMBOLS, 6, **double)
         self.norm = nn.LayerNorm(6, **double)
-        self.conv = nn.Conv1d(6, 8, 2, **double)
+        self.recurrent = recurrent
+        if recurrent:
+            self.lstm = nn.LSTM(6, 8, batch_first=True, **double)
+        else:
+            self.conv = nn.Conv1d(6, 8, 2, **double)
         self.hidden = nn.Linear(8, 6, **double)
         self.head = nn.Linear(6, SYMBOLS, **double)
         if tied:
             self.head.weight = self.table.weight
 
     def forward(self, words: Tensor) -> Tensor:
-        positions = self.conv(self.norm(self.table(words)).mT).tanh()
+        inputs = self.norm(self.table(words))
+        positions = self.lstm(inputs)[0].mT if self.recurrent else self.conv(inputs.mT).tanh()
         logits: Tensor = self.head(self.hidden(positions.mean(-1)).tanh())
         return logits
 
@@ -129,7 +142,7 @@ class Module(L.LightningModule):
 
     def __init__(self, training: Training) -> None:
         super().__init__()
-        self.net = Net(training.tied)
+        self.net = Net(tied=training.tied, recurrent=training.recurrent)
         self.options = training
         self.losses: list[Tensor] = []
         """Means over the ranks, by step."""
