@@ -37,7 +37,7 @@ lint: $(INSTALLED)  ## Style and layout
 	$(BIN)/ruff format --check .
 
 types: $(INSTALLED)  ## Static types
-	$(BIN)/mypy --num-workers 2
+	$(BIN)/mypy
 
 unit: $(INSTALLED)  ## Tests and doctests in two processes; PYTEST_ARGS="-m 'not slow'" for the quick ones
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long and not soak' --doctest-modules lightning_thor examples benchmarks tests hatch_build.py $(PYTEST_ARGS)
