@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_thor import ThorCallback
+from lightning_thor import ThorCallback, ThorModelParallelStrategy
 from tests.helpers.boring import Boring, quiet, trainer
+from tests.helpers.distributed_workers import ROWS
+from tests.helpers.sharded_workers import Sharded
 
 
 class AdamW(Boring):
@@ -114,6 +117,63 @@ def test_it_is_refused_or_goes_on_as_the_pages_say(
         assert found.global_step <= saved["global_step"]
     told = [str(one.message) for one in recwarn if "THOR" in str(one.message) or "checkpoint" in str(one.message)]
     assert not case.warning or any(case.warning.split(".*")[0] in one for one in told), told
+
+
+# ── a sharded model ──
+
+
+class ShardedWider(Sharded):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.net.head = nn.Linear(12, 7)
+
+
+class ShardedWithoutNorm(Sharded):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.net.norm = nn.Identity()  # type: ignore[assignment]
+
+
+class ShardedAdamW(Sharded):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters())
+
+
+SHARDED = {
+    "without the callback": (RuntimeError, r"no curvature.*Add ThorCallback\(\)", Sharded, quiet, {}),
+    "AdamW, with the callback": (ValueError, "found no Thor optimizer.*AdamW", ShardedAdamW, trainer, {}),
+    "a layer less": (ValueError, r"another architecture.*net\.norm", ShardedWithoutNorm, trainer, {}),
+    "another mode": (ValueError, "of mode='natural', this one of mode='polar'", Sharded, trainer, {"mode": "polar"}),
+    # Torch's own errors: of a folder it names the weight, of a file Lightning loads one at a time, and it does not.
+    "another width": (Exception, r"(?i)size.*(7, 12.*net\.head\.weight|tensor a \(7\))", ShardedWider, trainer, {}),
+}
+"""What the fit ends with, and in which words; what goes on from the checkpoint of a `Sharded`, with which options."""
+
+
+def fit_sharded(folder: Path, module: Sharded, made: Callable[..., L.Trainer], epochs: int, **fit: Any) -> L.Trainer:
+    """In this process alone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    in_a_folder = fit.pop("in_a_folder")
+    strategy = ThorModelParallelStrategy(save_distributed_checkpoint=in_a_folder)
+    found = made(folder, strategy=strategy, max_epochs=epochs)
+    found.fit(module, **fit)
+    return found
+
+
+@pytest.mark.usefixtures("clean_process")
+@pytest.mark.parametrize("in_a_folder", [True, False])
+def test_a_checkpoint_of_another_sharded_model_is_refused_too(tmp_path: Path, in_a_folder: bool) -> None:
+    float32: dict[str, Any] = {"dtype": torch.float32}
+    found = fit_sharded(tmp_path, Sharded((ROWS,), **float32), trainer, 1, in_a_folder=in_a_folder)
+    found.save_checkpoint(path := tmp_path / "some.ckpt")
+    for name, (error, words, module, made, options) in SHARDED.items():
+        other = module((ROWS,), **float32, **options)
+        with pytest.raises(
+            BaseException, match=f"(?s){words}"
+        ) as raised:  # torch's CheckpointException is no Exception
+            fit_sharded(tmp_path, other, made, 2, in_a_folder=in_a_folder, ckpt_path=path)
+        assert isinstance(raised.value, error) or error is Exception, name
 
 
 def test_save_weights_only_writes_what_these_cases_take_it_to(saved: dict[str, Any], tmp_path: Path) -> None:
