@@ -158,6 +158,9 @@ class RowChunkedLayer(LayerGroup):
                 own = blocks[start // size :, :height, :height][: (stop - start) // height]
                 self._lengths.append(stop - start)
                 self._factors.append((own, height == 1))
+        n_blocks = [len(self._across), *(len(own) for own, is_diagonal in self._factors if not is_diagonal)]
+        self._is_small = n_blocks == [1, 1] and len(self._factors) == 1
+        """Whether A and G are one block each."""
 
     def to_matrices(self, tensors: Tensors) -> Matrices:
         own, dtype = tensors[self._parameter].flatten(1), self._across.dtype
@@ -168,6 +171,9 @@ class RowChunkedLayer(LayerGroup):
         # A table's parameter is the transpose of X: (G X A)ᵀ = Aᵀ Xᵀ Gᵀ.
         transpose_across, transpose_along = (not transposed[1], not transposed[0]) if self._is_table else transposed
         across = across.mT if transpose_across else across
+        if self._is_small:
+            along = self._factors[0][0].mT if transpose_along else self._factors[0][0]
+            return torch.mm(torch.mm(along[0], matrix), across[0])[None]
         product = across.new_empty(n_rows, *across.shape[:2])
         inputs: Sequence[Tensor] = [matrix]
         outputs: Sequence[Tensor] = [product]
