@@ -19,6 +19,7 @@ CHILDREN: Mapping[str, tuple[str, ...]] = {
     "timm.models.eva.EvaAttention": ("qkv",),
     "timm.models.swin_transformer_v2.WindowAttention": ("qkv",),
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
+    "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": ("qkv", "proj"),
 }
 """By type of module, the linear layers within it whose weights it hands to `F.linear`."""
 

@@ -44,8 +44,19 @@ class OfTorchvision(OfTimm):
         return F.linear(F.scaled_dot_product_attention(q, k, v), self.proj.weight, self.proj.bias)
 
 
-OfTimm.__module__, OfTimm.__qualname__ = "timm.models.beit", "Attention"
-OfTorchvision.__module__, OfTorchvision.__qualname__ = "torchvision.models.swin_transformer", "ShiftedWindowAttention"
+class OfVideos(Called):
+    """Torchvision's for videos, no subclass of that for images."""
+
+    project = OfTimm.project
+    forward = OfTorchvision.forward
+
+
+for attention, name in (
+    (OfTimm, "timm.models.beit.Attention"),
+    (OfTorchvision, "torchvision.models.swin_transformer.ShiftedWindowAttention"),
+    (OfVideos, "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d"),
+):
+    attention.__module__, _, attention.__qualname__ = name.rpartition(".")
 
 
 def train(attention: type[Called], compiled: bool = False, **options: Any) -> list[nn.Parameter]:
@@ -65,7 +76,7 @@ def train(attention: type[Called], compiled: bool = False, **options: Any) -> li
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("attention", [OfTimm, OfTorchvision])
+@pytest.mark.parametrize("attention", [OfTimm, OfTorchvision, OfVideos])
 @pytest.mark.parametrize("precondition_bias", [False, True])
 def test_they_train_as_if_they_were_called(attention: type[Called], compiled: bool, precondition_bias: bool) -> None:
     with warnings.catch_warnings():
