@@ -435,7 +435,7 @@ class Hooks:
             self._warn_of_change(pair)
             return
         if self._waiting and accumulator is not None and self._has_no_gradient(pair.name):
-            self._forget_dropped(pair.name)
+            self._forget_dropped(pair)
         if self._checks is not None and accumulator is not None and self._checks.wants(pair.name):
             a = pair.a if pair.projected is None else pair.projected
             assert a is not None
@@ -447,11 +447,11 @@ class Hooks:
         else:
             self._hand_over(pair)
 
-    def _forget_dropped(self, name: str) -> None:
-        """Forget the gradients of earlier backward passes that pairs of the named module's weight wait with: the
-        weight's own was set to None since."""
-        weight = self._weight_of(name)
-        for pair in [pair for pair in self._waiting if pair.backward_pass != backward_pass()]:
+    def _forget_dropped(self, new: Pair) -> None:
+        """Forget the gradients of earlier backward passes that pairs of the weight of ``new`` wait with: the weight's
+        own was set to None since."""
+        weight, under_way = self._weight_of(new.name), new.pass_under_way
+        for pair in [pair for pair in self._waiting if pair.backward_pass != under_way]:
             if self._weight_of(pair.name) is weight:
                 self._waiting.pop(pair)
                 pair.g, pair.backward_pass = None, -1

@@ -63,10 +63,15 @@ class Pair:
         """Whether this is the pair of the named module's input ``a``."""
         return self.name == name and self.a is not None and self.a.data_ptr() == a.data_ptr()
 
+    @property
+    def pass_under_way(self) -> int:
+        """The number of the backward pass under way; of a forward pass that was run again within one, that one."""
+        return self.forward_in if self.forward_in >= 0 else backward_pass()
+
     def add(self, g: Tensor) -> None:
         """Add the gradient of a backward pass."""
         if self.backward_pass < 0:
-            self.backward_pass = self.forward_in if self.forward_in >= 0 else backward_pass()
+            self.backward_pass = self.pass_under_way
         self.g = g if self.g is None else self.g + g
         self.was_added = True
 

@@ -641,6 +641,30 @@ def test_the_pairs_are_those_of_the_weights_gradients(train: Callable[[nn.Module
     assert_same(found, observing(net(), lambda model: loss_of(model).backward()))
 
 
+class RecomputedInParts(Recomputed):
+    """As adjoint methods for differential equations do: a pass for each part, whose graph is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        found = []
+        for x, g in zip(ctx.x.split(4), gradients[0].split(4), strict=True):
+            part = x.detach().requires_grad_()
+            with torch.enable_grad():
+                y = ctx.run(part.view_as(part))
+            found.append(torch.autograd.grad(y, [part, *ctx.parameters], g, retain_graph=True))
+        of_x, *of_parameters = zip(*found, strict=True)
+        return None, torch.cat(of_x), *map(sum, of_parameters)
+
+
+def test_all_passes_that_a_backward_pass_runs_again_have_their_part() -> None:
+    def train(model: nn.Module) -> None:
+        x = X.clone().requires_grad_()
+        RecomputedInParts.apply(model, x, *model.parameters()).sin().mean().backward()  # type: ignore[attr-defined]
+
+    found = observing(net(), train)
+    assert_same(found, observing(net(), lambda model: torch.cat([*map(model, X.split(4))]).sin().mean().backward()))
+
+
 def test_a_backward_pass_of_some_leaves_observes_these_alone() -> None:
     model = net()
     curvature = Curvature(model)
