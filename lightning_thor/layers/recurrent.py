@@ -136,8 +136,11 @@ class StepGradients:
             return  # no training: the accumulator will not run, and what is held here would hold the graph
         if self._handle is None or self._pass != now:
             self._clear()
-            # A weight has its gradient when all its products have theirs.
-            self._handle, self._pass = self._accumulator.register_prehook(self._finish), now
+            # A weight has its gradient when all its products have theirs. A hook of the weight also runs where
+            # `torch.autograd.grad` takes the gradient, but a weight that was frozen since has none.
+            weight = self._accumulator.variable
+            register = weight.register_hook if weight.requires_grad else self._accumulator.register_prehook
+            self._handle, self._pass = register(self._finish), now
         self._found[number] = g.detach()
 
     def _finish(self, _: Any) -> None:

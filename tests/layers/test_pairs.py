@@ -656,13 +656,19 @@ class RecomputedInParts(Recomputed):
         return None, torch.cat(of_x), *map(sum, of_parameters)
 
 
-def test_all_passes_that_a_backward_pass_runs_again_have_their_part() -> None:
+def recurrent_net() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.GRUCell(5, 8), nn.Linear(8, 3)).double()
+
+
+@pytest.mark.parametrize("make", [net, recurrent_net])
+def test_all_passes_that_a_backward_pass_runs_again_have_their_part(make: Callable[[], nn.Module]) -> None:
     def train(model: nn.Module) -> None:
         x = X.clone().requires_grad_()
         RecomputedInParts.apply(model, x, *model.parameters()).sin().mean().backward()  # type: ignore[attr-defined]
 
-    found = observing(net(), train)
-    assert_same(found, observing(net(), lambda model: torch.cat([*map(model, X.split(4))]).sin().mean().backward()))
+    found = observing(make(), train)
+    assert_same(found, observing(make(), lambda model: torch.cat([*map(model, X.split(4))]).sin().mean().backward()))
 
 
 def test_a_backward_pass_of_some_leaves_observes_these_alone() -> None:
