@@ -407,8 +407,7 @@ def warn_of_low_coverage(
     for name, module in modules:
         if any(_is_in(name, pattern) for pattern in skip_layers):
             of_training = of_training - set(module.parameters())
-    is_told = not layers and only is not None  # by `ThorCallback`, which knows what they take
-    if is_told or all(map(is_lazy, of_training)) or _share(of_training, own) >= LOW_COVERAGE:
+    if all(map(is_lazy, of_training)) or _share(of_training, own) >= LOW_COVERAGE:
         return False
     sizes: dict[str, int] = {}
     for name, module in modules:

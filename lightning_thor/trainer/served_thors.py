@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -18,7 +18,7 @@ from lightning_thor.distributed.dtensor import reshard
 from lightning_thor.layers.base import Layer
 from lightning_thor.layers.discovery import matrix_layers, name_some
 from lightning_thor.optim.thor import Thor
-from lightning_thor.preconditioning.modes import MODES, common_mode
+from lightning_thor.preconditioning.modes import common_mode
 from lightning_thor.trainer.monitor import ThorMonitor
 from lightning_thor.trainer.strategies import ThorStrategyMixin
 from lightning_thor.trainer.thors import (
@@ -143,11 +143,6 @@ class ServedThors:
         """Warn of what has no effect."""
         curvature = self.by_optimizer[optimizer]
         warn_of_clipping(self._trainer, optimizer)
-        if not curvature.layers and not any(map(is_lazy, parameters_of(optimizer))):
-            rank_zero_warn(
-                "ThorCallback found no layer to precondition: all parameters take "
-                f"{MODES[curvature.mode].fallback}. What it prints when fit starts says why (summary=True)."
-            )
         for other in self.curvatures:
             # The layers of another Thor are not left out.
             if other is not curvature:
