@@ -235,7 +235,8 @@ def test_a_search_asks_for_the_terms_of_its_own_batches(tmp_path: Path, finder: 
 
     callback = ThorCallback(loss_terms=loss_terms, summary=False)
     found = fit(tmp_path, Boring(batch_size=2), callback, finder, max_epochs=1, limit_val_batches=0)
-    assert set(asked) == sizes
+    # Lightning 2.5 goes on with twice the size that it found.
+    assert set(asked) - {8} == sizes
     assert "training_step" not in vars(found.strategy)
 
 
@@ -452,7 +453,7 @@ def test_a_strategy_that_is_not_supported_is_told(tmp_path: Path, name: str, adv
         callback_of(found).setup(found, Boring(), "fit")
 
 
-def test_a_model_without_layers_is_warned_about(tmp_path: Path) -> None:
+def test_a_model_without_layers_is_told_why_and_what_to_do(tmp_path: Path) -> None:
     class Bare(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -467,7 +468,7 @@ def test_a_model_without_layers_is_warned_about(tmp_path: Path) -> None:
         def train_dataloader(self) -> Any:
             return Boring().data()
 
-    with pytest.warns(UserWarning, match="all parameters take plain momentum"):
+    with pytest.warns(UserWarning, match=r"0% of the weights .*\(no curvature for Bare\)\. .*register_layer"):
         trainer(tmp_path, max_steps=1).fit(Bare())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.common.models import gpt2, resnet50
 from lightning_thor import Curvature, ThorCallback
@@ -124,27 +124,6 @@ def test_a_parametrized_layer_is_named_once_and_little_curvature_says_what_to_do
     ("summary", "model_summary", "speaks"),
     [(None, True, True), (None, False, False), (True, False, True), ("full", False, True), (False, True, False)],
 )
-class Mixing(nn.Module):
-    """No layer's product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 64) / 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.weight.T
-
-
-@pytest.mark.usefixtures("clean_process")
-def test_a_fit_without_any_curvature_says_why_once_and_what_to_do(tmp_path: Path) -> None:
-    module = Boring()
-    module.net = nn.Sequential(Mixing())
-    with pytest.warns(
-        UserWarning, match=r"0% of the weights .* those of net\.0 \(no curvature for Mixing\).*register_layer"
-    ):
-        trainer(tmp_path, max_epochs=1).fit(module)
-
-
 def test_it_is_silent_where_the_models_summary_is_unless_it_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], summary: Any, model_summary: bool, speaks: bool
 ) -> None:
