@@ -26,7 +26,7 @@ def test_the_step_cost_is_printed_and_merged_into_its_file(tmp_path: Path) -> No
     out = tmp_path / "step_cost.json"
     out.write_text(json.dumps({"gpt": step_cost()}), encoding="utf-8")
     options = ("--workload", "mlp", "--rounds", "4", "--threads", "1", "--peers", "--out", str(out))
-    printed = python_module("benchmarks.step_cost", *options, columns=220)
+    printed = python_module("benchmarks.step_cost", *options, columns=400)
     results = json.loads(out.read_text(encoding="utf-8"))
     assert list(results) == ["gpt", "mlp"]  # what was measured before stays
     measured, summary = results["mlp"], results["mlp"]["summary"]
