@@ -49,13 +49,20 @@ def calls_function_within(module: nn.Module) -> bool:
     forward = type(module).forward
     if base is None or forward is base.forward or "forward" in vars(module):
         return False
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    names = set() if code is None else {*code.co_names}
-    calls_base = {"super", "forward"} <= names
     if isinstance(module, nn.Embedding):
-        return calls_base or "embedding" in names
+        return calls_base(module) or "embedding" in _names_in(forward)
     is_plain = module.padding_mode == "zeros" and type(module)._conv_forward is base._conv_forward  # type: ignore[attr-defined, union-attr]
-    return is_plain and (calls_base or not CONVOLUTIONS.isdisjoint(type_names(module)))
+    return is_plain and (calls_base(module) or not CONVOLUTIONS.isdisjoint(type_names(module)))
+
+
+def calls_base(module: nn.Module) -> bool:
+    """Whether the ``forward`` of a module's type calls another by ``super()``."""
+    return "forward" not in vars(module) and {"super", "forward"} <= _names_in(type(module).forward)
+
+
+def _names_in(function: Callable[..., Any]) -> set[str]:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return set() if code is None else {*code.co_names}
 
 
 class RecordFunctions(TorchFunctionMode):

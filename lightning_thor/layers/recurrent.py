@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.base import Layer, LayerKind
+from lightning_thor.layers.functional import calls_base
 from lightning_thor.layers.linear import ProjectionKind
 from lightning_thor.layers.weight_product import accumulates, backward_pass, before_node, products_between
 
@@ -31,7 +32,11 @@ class RecurrentKind(ProjectionKind):
 
     takes_bias = False
     is_linear = True
-    unsupported_reason = LayerKind.unsupported_reason
+
+    def unsupported_reason(self, module: Any, base: type[nn.Module]) -> str | None:
+        """A subclass may change what it hands to the base's ``forward``, and what comes back: its products are found in
+        autograd's graph."""
+        return None if calls_base(module) else LayerKind.unsupported_reason(self, module, base)
 
     def n_parts(self, module: Any, shape: torch.Size) -> int:
         """The number of gates; 1 for the projection of an LSTM's output."""

@@ -174,9 +174,39 @@ def assert_same_factors(found: dict[str, dict[str, Any]], expected: dict[str, di
         torch.testing.assert_close(G / G.norm(), expected_G / expected_G.norm())
 
 
+class ByItsBase(nn.GRU):
+    """As pytorch-forecasting's, which packs sequences that have lengths."""
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Any:  # type: ignore[override]
+        if lengths is None:
+            return super().forward(2.0 * x)
+        packed = nn.utils.rnn.pack_padded_sequence(2.0 * x, lengths, batch_first=True, enforce_sorted=False)
+        output, state = super().forward(packed)
+        return nn.utils.rnn.pad_packed_sequence(output, batch_first=True)[0], state
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([2, 5, 3])], ids=["whole", "lengths"])
+def test_a_subclass_that_calls_its_base_has_the_factors_of_the_base(lengths: Tensor | None) -> None:
+    torch.manual_seed(0)
+    module, plain = ByItsBase(3, 4, batch_first=True), nn.GRU(3, 4, batch_first=True)
+    plain.load_state_dict(module.state_dict())
+    x, weights = torch.randn(3, 5, 3), torch.randn(3, 5, 4)
+    whole = 2.0 * x
+    if lengths is not None:
+        whole = nn.utils.rnn.pack_padded_sequence(whole, lengths, batch_first=True, enforce_sorted=False)  # type: ignore[assignment]
+
+    def output_of_plain() -> Tensor:
+        output = plain(whole)[0]
+        return output if lengths is None else nn.utils.rnn.pad_packed_sequence(output, batch_first=True)[0]
+
+    found = exported(module, lambda: (module(x, lengths)[0] * weights).mean())
+    expected = exported(plain, lambda: (output_of_plain() * weights).mean())
+    assert_same_factors(found, expected, {name: name for name in ("weight_ih_l0", "weight_hh_l0")})
+
+
 class OfItsOwn(nn.GRU):
     def forward(self, *args: Any) -> Any:  # type: ignore[override]
-        return super().forward(*(2.0 * x for x in args))
+        return nn.GRU.forward(self, *(2.0 * x for x in args))
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_left_out() -> None:
