@@ -8,6 +8,7 @@ and outputs. So torch computes what it always does, in every variant, and no cod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -55,11 +56,9 @@ class RecordProducts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _noted(self, role: str, a: Tensor, output: Tensor) -> Tensor:
-        return self.note(role, self._batch_first(a), output, self._batch_first)
-
-    def _batch_first(self, x: Tensor) -> Tensor:
-        # x is [positions, batch, width], or has the first two as one.
-        return (x if x.dim() == 3 else x.unflatten(0, (self._positions, self._batch))).transpose(0, 1)
+        # Of this call: the gradient may come after others, of other sizes.
+        arrange = partial(_batch_first, self._positions, self._batch)
+        return self.note(role, arrange(a), output, arrange)
 
     def _recording_forward(self) -> Callable[..., Any]:
         """`F.multi_head_attention_forward` that records."""
@@ -91,6 +90,11 @@ class RecordProducts(TorchFunctionMode):
         function = FunctionType(_CODE, names, original.__name__, original.__defaults__, original.__closure__)
         function.__kwdefaults__ = original.__kwdefaults__
         return function
+
+
+def _batch_first(positions: int, batch: int, x: Tensor) -> Tensor:
+    """``x [positions, batch, width]``, whose first two dimensions may be one, as ``[batch, positions, width]``."""
+    return (x if x.dim() == 3 else x.unflatten(0, (positions, batch))).transpose(0, 1)
 
 
 def _has_torchs_functions(cls: type[Tensor]) -> bool:

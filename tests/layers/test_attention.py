@@ -141,6 +141,18 @@ def test_g_times_a_is_the_gradient_of_each_projection(name: str) -> None:
         torch.testing.assert_close(found, weight_grad(attention, role), rtol=1e-10, atol=1e-12)
 
 
+def test_calls_of_other_sizes_before_one_backward_pass_keep_their_samples_and_positions() -> None:
+    attention, found = make("self, batch first")[0], {}
+    for sizes in ([(3, 4), (2, 6), (5, 1)], [(2, 6)], [(3, 4)], [(5, 1)]):
+        inputs = [torch.randn(n, length, E, dtype=torch.float64, generator=torch.manual_seed(n)) for n, length in sizes]
+        seen = pairs_of(attention, lambda module: sum(module(x, x, x)[0].sin().sum() for x in inputs))  # noqa: B023
+        found[len(sizes) > 1] = [*found.get(len(sizes) > 1, ()), *seen["out_proj"]]
+    expected = {a.shape: (a, g) for a, g in found[False]}
+    assert len(found[True]) == len(expected) == 3
+    for a, g in found[True]:
+        torch.testing.assert_close((a, g), expected[a.shape])
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_numbers_of_the_model_do_not_change(name: str) -> None:
     attention, loss = make(name)
