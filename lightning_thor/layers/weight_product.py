@@ -58,6 +58,9 @@ def find_product(output: Any, weight: Tensor) -> WeightProduct | None:
         output: of the layer: a tensor, or tensors in tuples, lists and dicts.
         weight: the layer's parameter. A sharded one (FSDP2) was used through another parameter of the same shape.
     """
+    if weight.grad_fn is not None and not _is_of_one_parameter(weight.grad_fn):
+        # A step of meta-learning made it by gradients, whose graph has products with the parameter too.
+        return None
     for tensor in _tensors_in(output):
         found = None if tensor.grad_fn is None else _find_use(tensor, weight)
         if found is not None:
@@ -232,6 +235,12 @@ def _edge_to_parameter(node: Any, number: int, *, any_operation: bool) -> _Edge 
         node, number = child, behind[0]
         edge = edge if _operation(node.name()) == "ToCopy" else (node, number)
     return None
+
+
+def _is_of_one_parameter(node: Any) -> bool:
+    """Whether there is one parameter behind a node."""
+    behind = [place for place, (one, _) in enumerate(node.next_functions) if one is not None]
+    return len(behind) == 1 and _edge_to_parameter(node, behind[0], any_operation=True) is not None
 
 
 def is_used_again(output: Tensor, use: WeightProduct, a: Tensor) -> bool:

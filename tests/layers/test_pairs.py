@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -669,6 +670,27 @@ def test_all_passes_that_a_backward_pass_runs_again_have_their_part(make: Callab
 
     found = observing(make(), train)
     assert_same(found, observing(make(), lambda model: torch.cat([*map(model, X.split(4))]).sin().mean().backward()))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(6, 6), nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.Conv1d(6, 6, 3, padding=1), nn.BatchNorm1d(6)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_step_by_gradients_before_the_forward_pass_hides_no_product(layer: nn.Module) -> None:
+    """Second-order meta-learning: the graph of such weights has products of its own with the parameters."""
+    model = copy.deepcopy(layer).double()
+    parameters, x = dict(model.named_parameters()), torch.randn(6, 6, 6, dtype=torch.float64)
+    seen: list[tuple[Tensor, Tensor]] = []
+    curvature = Curvature(model, block_size=None, max_rows=None)
+    curvature._accumulator.observe = lambda name, a, g: seen.append((a, g))  # type: ignore[method-assign]
+    gradients = torch.autograd.grad(model(x).sin().mean(), list(parameters.values()), create_graph=True)
+    steps = {name: p - g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
+    y = torch.func.functional_call(model, steps, (x.cos(),))
+    y.retain_grad()
+    y.sin().mean().backward()
+    ((_, g),) = [pair for pair in seen if torch.equal(pair[0], x.cos())]
+    torch.testing.assert_close(g, y.grad)
 
 
 def test_a_backward_pass_of_some_leaves_observes_these_alone() -> None:
