@@ -37,8 +37,8 @@ class StrategyNames(list[str]):
             return super().__contains__(name)
         ours = [each for each in self if each.startswith("thor_")]
         close = get_close_matches(name, ours, n=1, cutoff=0.85)
-        is_anothers = any(each in name for each in ours)  # my_thor_ddp
-        if name.startswith("thor") or (close and not is_anothers):
+        # Not of "my_thor_ddp": someone may ask before registering it.
+        if name.startswith("thor") or (close and not any(each in name for each in ours)):
             meant = f"Did you mean {close[0]!r}? " if close else ""
             forms = [each for each in ours if not each.endswith(("_true", "_false"))]
             raise ValueError(
