@@ -75,15 +75,12 @@ class FactorAccumulator:
         self.misfits: dict[int, str] = {}
         self._observed: set[int] = set()
         """The layers that had a pair in the open window."""
-        self._backward: dict[int, tuple[int, float, float, float]] = {}
-        """By layer: the last backward pass that used it; of its first use there, the samples taken, and all samples;
+        self._samples: dict[int, dict[int, tuple[float, float, float]]] = {}
+        """By layer and backward pass of the open window: of its first use there, the samples taken, and all samples;
         and the most samples of any use there."""
-        self._terms: tuple[int, int, float] = -1, -1, 0
-        """A backward pass, the layer whose output goes into its loss (-1 if that is not due), and the number of terms
-        in the mean loss."""
-        self._noted_terms: dict[int, float] = {}
-        """By backward pass of the open window: the number of terms of its loss, from the output of `loss_layer`, where
-        that is not due."""
+        self._terms: dict[int, tuple[int, float]] = {}
+        """By backward pass of the open window: the layer whose output goes into its loss (-1 if that is not due), and
+        the number of terms in the mean loss."""
         self._warned_of_late_pair = False
         self._warned_of_silence: set[int] = set()
         self._known_stacks: set[nn.Parameter] = set()
@@ -127,6 +124,7 @@ class FactorAccumulator:
             return
         if was_observed and self._gradient_was_dropped(number, use):
             factors.clear_layer(number)
+            del self._samples[number]
         if not a.numel():
             # Nothing to add. Torch's batch norm of an empty batch has a product of another shape than its output.
             self.reducer.mark_ready(number)
@@ -148,9 +146,8 @@ class FactorAccumulator:
 
     def _gradient_was_dropped(self, number: int, use: ModuleUse) -> bool:
         """Whether the gradients of earlier backward passes were set to None since, other than by `Thor.zero_grad`."""
-        backward, last = self._backward_pass(), self._backward.get(number)
-        is_new = last is not None and -1 < last[0] != backward > -1
-        return is_new and self.has_no_gradient(use.name)
+        backward, earlier = self._backward_pass(), self._samples.get(number, {})
+        return bool(earlier) and -1 < backward not in earlier and self.has_no_gradient(use.name)
 
     def has_no_gradient(self, name: str) -> bool:
         """Whether the weight's gradient is None; False of sharded weights, whose gradient is elsewhere between passes.
@@ -169,7 +166,8 @@ class FactorAccumulator:
             backward: the number of the backward pass.
         """
         number, use = self.uses[name]
-        self._noted_terms.setdefault(backward, self._layers[number].loss_terms(use.module, g))
+        if backward not in self._terms:
+            self._terms[backward] = -1, self._layers[number].loss_terms(use.module, g)
 
     def _scale(self, number: int, name: str, n_seen: float) -> float | Tensor:
         """Factor from the gradient of the loss as it was differentiated to that of the per-sample loss."""
@@ -201,11 +199,9 @@ class FactorAccumulator:
         backward = self._backward_pass()
         if backward < 0 or not n_seen:
             return n_seen
-        if self._terms[0] != backward:
-            noted = self._noted_terms.get(backward)
-            self._terms = (backward, number, n_seen) if noted is None else (backward, -1, noted)
-            self.loss_layer = self.loss_layer or name
-        return n_seen if number == self._terms[1] else self._terms[2]
+        loss_layer, n_terms = self._terms.setdefault(backward, (number, n_seen))
+        self.loss_layer = self.loss_layer or name
+        return n_seen if number == loss_layer else n_terms
 
     def _in_its_unit(self, g: Tensor, scale: float | Tensor) -> Tensor:
         """``g`` over the unit of gradients, which the first pair decides; no device sync."""
@@ -260,15 +256,18 @@ class FactorAccumulator:
         Returns:
             ``(weight, samples)``.
         """
-        backward, first = self._backward_pass(), self._backward.get(number)
-        if backward < 0 or first is None or first[0] != backward or not first[1]:
-            self._backward[number] = backward, n_taken, n_seen, n_seen
+        backward = self._backward_pass()
+        if backward < 0:
             return 1.0, n_taken
-        _, first_taken, first_seen, most_seen = first
+        samples = self._samples.setdefault(number, {})
+        first_taken, first_seen, most_seen = samples.get(backward, (0.0, 0.0, 0.0))
+        if not first_taken:
+            samples[backward] = n_taken, n_seen, n_seen
+            return 1.0, n_taken
         share, more = 1.0, 0.0
-        if self._terms[:2] != (backward, number):
+        if self._terms.get(backward, (-1, 0))[0] != number:
             share, more = n_seen / first_seen, max(n_seen - most_seen, 0.0) * first_taken / first_seen
-            self._backward[number] = backward, first_taken, first_seen, max(n_seen, most_seen)
+            samples[backward] = first_taken, first_seen, max(n_seen, most_seen)
         # Of a convolution of which few rows are taken they may be fewer than one; none: no rows, whatever their weight.
         return math.sqrt(first_taken / n_taken * share) if n_taken else 1.0, more
 
@@ -285,8 +284,8 @@ class FactorAccumulator:
         Args:
             other: of a copied model.
         """
-        self._observed, self._backward = set(other._observed), dict(other._backward)
-        self._terms, self._noted_terms, self.loss_layer = other._terms, {**other._noted_terms}, other.loss_layer
+        self._observed, self._terms, self.loss_layer = set(other._observed), dict(other._terms), other.loss_layer
+        self._samples = {number: dict(samples) for number, samples in other._samples.items()}
         self._warned_of_late_pair, self._checked = other._warned_of_late_pair, other._checked
         self._warned_of_silence = set(other._warned_of_silence)
         self.misfits |= other.misfits
@@ -304,7 +303,8 @@ class FactorAccumulator:
     def next_window(self) -> None:
         """Start the next window: the sums of the open one were taken."""
         self._observed.clear()
-        self._noted_terms.clear()
+        self._terms.clear()
+        self._samples.clear()
 
     def reset(self) -> None:
         """Empty the open window."""

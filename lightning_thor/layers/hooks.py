@@ -36,6 +36,7 @@ from lightning_thor.layers.weight_product import (
     before_product,
     find_product,
     graph_is_kept,
+    outermost_pass,
 )
 
 NamePredicate = Callable[[str], bool]
@@ -171,8 +172,8 @@ class Hooks:
     @property
     def backward_pass(self) -> int:
         """The number of the backward pass that the pair at hand came in; below 0 outside of one. A segment that
-        reentrant checkpointing runs backward belongs to the pass around it."""
-        return backward_pass() if self._handed_over is None else self._handed_over.backward_pass
+        reentrant checkpointing runs backward belongs to the outermost pass around it."""
+        return outermost_pass() if self._handed_over is None else self._handed_over.backward_pass
 
     def flush(self) -> None:
         """Hand over the pairs that wait for more backward passes through a kept graph: no more will come."""
@@ -226,8 +227,8 @@ class Hooks:
             if hooks._is_open(name):
                 hooks._pair(name, args[0] if args else next(iter(kwargs.values()), None), output)
             elif isinstance(output, Tensor) and output.requires_grad and hooks._is_of_loss(name):
-                note, forward_in = hooks._note_gradient, backward_pass()
-                before_backward_of(output, lambda g: note(name, g, forward_in if forward_in >= 0 else backward_pass()))
+                note, within = hooks._note_gradient, outermost_pass()
+                before_backward_of(output, lambda g: note(name, g, within if within >= 0 else outermost_pass()))
 
         number, graphs = number_of(self._receiver(name)), self.graphs
         is_due, pair_unseen = self._is_due, torch.compiler.disable(pair)
@@ -237,8 +238,11 @@ class Hooks:
                 return None  # without kwargs: the hooks were removed while the module is calling them
             kwargs, output = others
             if not torch.compiler.is_dynamo_compiling():
-                if is_due(name) and torch.is_grad_enabled() and module is owner:
-                    pair_unseen(args, kwargs, output)
+                if is_due(name) and module is owner:
+                    if torch.is_grad_enabled():
+                        pair_unseen(args, kwargs, output)
+                    else:
+                        outermost_pass()  # one in which a checkpoint is run again may run others within it
             elif graphs.hand_over and torch.is_grad_enabled() and module is owner:
                 a: Any = args[0] if args else next(iter(kwargs.values()), None)
                 if can_pass_on(a, output):
@@ -337,7 +341,8 @@ class Hooks:
 
     def _pair_together(self, name: str, steps: Steps) -> None:
         """Hand over the products of all steps as one pair."""
-        accumulator, inputs, forward_in = steps.accumulator, dict(enumerate(steps.inputs)), backward_pass()
+        accumulator, inputs = steps.accumulator, dict(enumerate(steps.inputs))
+        forward_in, forward_within = backward_pass(), outermost_pass()
         promises = [self._expect(name)]
         pairs: dict[tuple[int, ...], Pair] = {}
         """By the steps whose outputs were used: their gradients of several passes through a kept graph add up."""
@@ -345,7 +350,7 @@ class Hooks:
         def on_gradients(used: tuple[int, ...], g: Tensor) -> None:
             if used not in pairs:
                 pairs[used] = Pair(name, torch.cat([inputs[step] for step in used]), None, None)
-                pairs[used].forward_in = forward_in
+                pairs[used].forward_in, pairs[used].forward_within = forward_in, forward_within
                 pairs[used].promise = promises.pop() if promises else None
             self._on_gradient(pairs[used], accumulator)(g)
             if not graph_is_kept():
@@ -396,7 +401,7 @@ class Hooks:
     def _receive(self, name: str, a: Tensor, g: Tensor) -> None:
         if not self._is_open(name):
             if self._is_of_loss(name):
-                self._note_gradient(name, g, backward_pass())
+                self._note_gradient(name, g, outermost_pass())
             return
         weight = self._weight_of(name)
         accumulator = None if weight is None else accumulator_of(weight)
@@ -416,19 +421,28 @@ class Hooks:
             if pair.a is None or not self._is_due(pair.name):
                 pair.a = None
                 return
-            if accumulator is None:
-                # A create_graph pass is taken for one that is no training, such as a gradient penalty's.
-                if torch.is_grad_enabled():
-                    return
-            elif not accumulates(accumulator, is_recomputed=-1 < pair.forward_in != backward_pass()):
-                if self._checks is not None and torch.is_grad_enabled():
-                    # The loss may depend on this gradient, and the weight's gradient then on more than the pair.
-                    self._checks.skip(pair.name)
+            if not self._adds(pair, accumulator):
                 return
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 self._add(pair, as_plain_tensor(g.detach()), accumulator)
 
         return on_gradient
+
+    def _adds(self, pair: Pair, accumulator: Any) -> bool:
+        """Whether the backward pass under way adds to the gradient of the weight of ``pair``."""
+        if accumulator is None:
+            # A create_graph pass is taken for one that is no training, such as a gradient penalty's.
+            return not torch.is_grad_enabled()
+        is_recomputed = -1 < pair.forward_in != backward_pass()
+        if not accumulates(accumulator, is_recomputed=is_recomputed):
+            if self._checks is not None and torch.is_grad_enabled():
+                # The loss may depend on this gradient, and the weight's gradient then on more than the pair.
+                self._checks.skip(pair.name)
+            return False
+        if is_recomputed and torch.is_grad_enabled() and not accumulates(accumulator):
+            pair.a = None  # torch.autograd.grad, whose derivatives come next (Hessian-vector products)
+            return False
+        return True
 
     def _add(self, pair: Pair, g: Tensor, accumulator: Any) -> None:
         if pair.input_was_changed:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.base import Layer, ModuleUse
-from lightning_thor.layers.weight_product import WeightProduct, backward_pass, is_used_again
+from lightning_thor.layers.weight_product import WeightProduct, backward_pass, is_used_again, outermost_pass
 
 Arrange = Callable[[Tensor], Tensor]
 """Brings the gradient of an output to the dimensions of the input."""
@@ -49,6 +49,8 @@ class Pair:
         """What ``expect`` returned, until the pair is handed over; it goes with the graph that holds this pair."""
         self.forward_in = backward_pass()
         """The backward pass in which a reentrant checkpoint ran this forward again; below 0: none."""
+        self.forward_within = outermost_pass()
+        """The outermost pass that this is part of."""
         self.backward_pass: int = -1
         self.is_watched = False
         """Whether a check compares what its product sends to the weight."""
@@ -65,8 +67,8 @@ class Pair:
 
     @property
     def pass_under_way(self) -> int:
-        """The number of the backward pass under way; of a forward pass that was run again within one, that one."""
-        return self.forward_in if self.forward_in >= 0 else backward_pass()
+        """The number of the outermost backward pass under way, or that this forward pass was run again within."""
+        return self.forward_within if self.forward_within >= 0 else outermost_pass()
 
     def add(self, g: Tensor) -> None:
         """Add the gradient of a backward pass."""

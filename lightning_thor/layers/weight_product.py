@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import lru_cache
+from threading import local
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -122,6 +124,40 @@ def accumulates(accumulator: Any, *, is_recomputed: bool = False) -> bool:
 def backward_pass() -> int:
     """The number of the backward pass under way in this thread; below 0 outside of one."""
     return torch._C._current_graph_task_id()
+
+
+def outermost_pass() -> int:
+    """The number of the outermost backward pass that the one under way in this thread is part of; below 0 outside of
+    one. One in which this was never called is not known."""
+    number = backward_pass()
+    if number < 0:
+        return number
+    if number not in _under_way.marks:
+        _under_way.marks[number] = mark = _Mark()
+        # The pass holds on to it until it ends, or fails.
+        torch.autograd.Variable._execution_engine.queue_callback(mark)
+    return min(_under_way.marks)
+
+
+class _Mark:
+    """What a backward pass calls at its end."""
+
+    def __call__(self) -> None:
+        """Do nothing."""
+
+
+class _UnderWay(local):
+    """Backward passes that are under way in this thread.
+
+    Attributes:
+        marks: by the number of the pass.
+    """
+
+    def __init__(self) -> None:
+        self.marks: WeakValueDictionary[int, _Mark] = WeakValueDictionary()
+
+
+_under_way = _UnderWay()
 
 
 def graph_is_kept() -> bool:

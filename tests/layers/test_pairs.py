@@ -26,6 +26,7 @@ from lightning_thor import Curvature, Thor
 from lightning_thor.distributed.factor_reducer import by_size
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.factors.layout import SIDES
+from lightning_thor.factors.state import SAMPLES
 from tests.helpers.launching import fork, run_forked
 from tests.helpers.observing import assert_same, directions_of, factors, observing, told_by
 
@@ -642,13 +643,17 @@ def test_the_pairs_are_those_of_the_weights_gradients(train: Callable[[nn.Module
     assert_same(found, observing(net(), lambda model: loss_of(model).backward()))
 
 
+def in_parts(x: Tensor) -> tuple[Tensor, ...]:
+    return x.split(len(x) // 3)
+
+
 class RecomputedInParts(Recomputed):
     """As adjoint methods for differential equations do: a pass for each part, whose graph is kept."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         found = []
-        for x, g in zip(ctx.x.split(4), gradients[0].split(4), strict=True):
+        for x, g in zip(*map(in_parts, (ctx.x, gradients[0])), strict=True):
             part = x.detach().requires_grad_()
             with torch.enable_grad():
                 y = ctx.run(part.view_as(part))
@@ -691,6 +696,90 @@ def test_a_step_by_gradients_before_the_forward_pass_hides_no_product(layer: nn.
     y.sin().mean().backward()
     ((_, g),) = [pair for pair in seen if torch.equal(pair[0], x.cos())]
     torch.testing.assert_close(g, y.grad)
+
+
+Run = Callable[[Callable[[Tensor], Tensor], Tensor, nn.Module], Tensor]
+"""Runs a function of some parameters of a module in parts."""
+
+
+def run_again(run: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
+    return RecomputedInParts.apply(run, x, *module.parameters())  # type: ignore[attr-defined, no-any-return]
+
+
+def run_once(run: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module) -> Tensor:
+    return torch.cat([*map(run, in_parts(x))])
+
+
+@pytest.mark.parametrize("make", [net, recurrent_net])
+@pytest.mark.parametrize("n_inner", [-1, None])
+def test_passes_within_others_within_a_backward_pass_have_their_part(make: Any, n_inner: int | None) -> None:
+    """Whether the outermost pass reached a layer before the others, or not."""
+
+    def train(model: nn.Sequential, run: Run) -> None:
+        inner = model[:n_inner]
+        y = run(lambda x: run(inner, x, inner), X.clone().requires_grad_(), inner)
+        model[len(inner) :](y).sin().mean().backward()
+
+    assert_same(observing(make(), partial(train, run=run_again)), observing(make(), partial(train, run=run_once)))
+
+
+@pytest.mark.parametrize("is_used_before", [False, True])
+def test_micro_batches_that_backward_passes_run_again_are_those_that_they_do_not(is_used_before: bool) -> None:
+    """Their pairs wait until the step, after all passes: each has the terms of its own loss, and its own samples."""
+
+    def train(model: nn.Sequential, run: Run) -> None:
+        for x in (X, X.cos(), X.sin()):
+            y = x.clone().requires_grad_()
+            y = run(model[0], model[0](y) if is_used_before else y, model[0])
+            model[1](y).sin().mean().backward()
+
+    def make() -> nn.Sequential:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3)).double()
+
+    assert_same(observing(make(), partial(train, run=run_again)), observing(make(), partial(train, run=run_once)))
+
+
+class CurvatureWithin(Recomputed):
+    """Takes a Hessian-vector product first, as of conjugate gradients, of a forward pass of its own."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        with torch.enable_grad():
+            loss = 1000 * ctx.run(ctx.x.detach()).square().sum()
+            first = torch.autograd.grad(loss, ctx.parameters, create_graph=True)
+        torch.autograd.grad(first, ctx.parameters, [torch.ones_like(g) for g in first])
+        return Recomputed.backward(ctx, *gradients)
+
+
+@pytest.mark.parametrize("make", [net, recurrent_net])
+def test_second_derivatives_within_a_backward_pass_leave_no_trace(make: Callable[[], nn.Module]) -> None:
+    def train(model: nn.Module) -> None:
+        x = X.clone().requires_grad_()
+        CurvatureWithin.apply(model, x, *model.parameters()).sin().mean().backward()  # type: ignore[attr-defined]
+
+    assert_same(observing(make(), train), observing(make(), lambda model: model(X).sin().mean().backward()))
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise ArithmeticError
+
+
+def test_a_backward_pass_that_fails_is_not_taken_for_one_around_those_after_it() -> None:
+    model = net()
+    curvature = Curvature(model)
+    with pytest.raises(ArithmeticError):
+        model(Failing.apply(X.clone().requires_grad_())).mean().backward()
+    curvature.discard()
+    for x in (X, X.cos()):
+        model(x).sin().mean().backward()
+    assert curvature.factors.counts[:, SAMPLES].tolist() == [24.0] * 4
 
 
 def test_a_backward_pass_of_some_leaves_observes_these_alone() -> None:
