@@ -209,7 +209,7 @@ def _observe(
         observe,
         uses_by_caller(use for _, use in uses.values()),
         weight_of=lambda name: uses[name][1].weight,
-        needs_returned=lambda name: uses[name][0].kind.needs_returned,
+        needs_returned=lambda name: uses[name][0].needs_returned(uses[name][1]),
     )
     try:
         with torch.enable_grad():

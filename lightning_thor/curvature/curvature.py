@@ -279,7 +279,7 @@ class Curvature:
             is_due=is_due,
             weight_of=lambda name: accumulator.uses[name][1].weight,
             needs_returned={
-                use.name for layer in self.layers.values() if layer.kind.needs_returned for use in layer.uses
+                use.name for layer in self.layers.values() for use in layer.uses if layer.needs_returned(use)
             }.__contains__,
             is_of_loss=is_of_loss,
             note_gradient=accumulator.note_gradient,
@@ -704,7 +704,7 @@ class Curvature:
 
         Layers of the state that are frozen here, or not among the parameters of this curvature, become layers of it
         again: they were unfrozen there. Layers of which former versions kept no curvature (recurrent ones, experts,
-        embeddings with a forward of their own) begin theirs.
+        embeddings with a forward of their own, normed and pruned weights) begin theirs.
 
         Inverses that the state lacks, since another process stored them, are computed again from the averages and the
         last damping: equal on all processes, and to the lost ones to rounding, which depends on the batch that a block
@@ -724,8 +724,7 @@ class Curvature:
         if further:
             self.include(set().union(*parameters_of(self.model, further).values()))
         lacking = self.layers.keys() - state["layers"].keys()
-        if lacking and all(self.layers[name].is_within_its_module for name in lacking):
-            # Of former versions, in which these had no curvature.
+        if lacking and all(self.layers[name].had_none_before for name in lacking):
             extended, new = extended_state(state, self.state_dict(), spreads=self._schedule.stagger)
             state = extended if lacking == {*new} else state
         load_curvature_state(state, list(self.layers), self.factors, self._schedule, mode=self.mode)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -136,6 +137,11 @@ class LayerKind:
         """The widths of the factors of a module whose weight has this shape."""
         return 1, shape[1:].numel(), shape[0]
 
+    def computed_shape(self, module: nn.Module) -> torch.Size | None:
+        """The shape of a weight that the module computes at each call, without computing it, from a parameter of this
+        shape (``weight_norm``, ``spectral_norm``, pruning); None: such a weight has no curvature."""
+        return None
+
     def of_weight(self, module: Any, weight: Tensor) -> LayerKind:
         """The kind of one weight of a module; this one, unless the module's weights are of several kinds."""
         return self
@@ -197,6 +203,8 @@ class ModuleUse:
     role: str = ""
     """The weight's part in ``caller``: one of `lightning_thor.layers.attention.ROLES`, the parameter's name, or see
     `lightning_thor.layers.matrices.role_of`."""
+    is_computed: bool = False
+    """The module computes its weight at each call, from this parameter of the same shape."""
 
     @property
     def trains(self) -> bool:
@@ -206,7 +214,10 @@ class ModuleUse:
     @property
     def weight(self) -> Tensor:
         """The parameter as it is now: whole, or sharded outside of a forward pass."""
-        weight: Tensor = getattr(self.module, self.weight_name)
+        try:
+            weight: Tensor = attrgetter(self.weight_name)(self.module)
+        except AttributeError:  # what computed the weight was removed
+            weight = self.module.weight  # type: ignore[assignment]
         return weight
 
 
@@ -264,6 +275,11 @@ class Layer:
         return self.uses[0].caller is self.module and not isinstance(self.module, nn.MultiheadAttention)
 
     @property
+    def had_none_before(self) -> bool:
+        """True if it had no curvature in former versions: their checkpoints lack it."""
+        return self.is_within_its_module or self.uses[0].is_computed
+
+    @property
     def param_slice(self) -> slice | None:
         """The rows of the parameters that are this layer's, where several layers are packed into one; None: all."""
         return self.uses[0].param_slice
@@ -272,6 +288,10 @@ class Layer:
     def with_bias(self) -> bool:
         """True if the bias is the last column of the matrix: the homogeneous coordinate of A."""
         return self.kind.takes_bias and len(self.parameters) == 2
+
+    def needs_returned(self, use: ModuleUse) -> bool:
+        """Whether g is the gradient of the module's output: its product is unknown, or not with the parameter."""
+        return self.kind.needs_returned or use.is_computed
 
     def observe(
         self, a: Tensor, g: Tensor, dtype: torch.dtype, max_rows: int | None, module: nn.Module | None = None

@@ -54,6 +54,11 @@ class ConvolutionKind(LayerKind):
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
         return module.groups, shape[1:].numel(), shape[0] // module.groups
 
+    def computed_shape(self, module: Any) -> torch.Size | None:
+        channels = [module.in_channels, module.out_channels]
+        first, second = channels if module.transposed else reversed(channels)
+        return torch.Size((first, second // module.groups, *module.kernel_size))
+
     def unsupported_reason(self, module: Any, base: type[nn.Module]) -> str | None:
         return None if calls_function_within(module) else super().unsupported_reason(module, base)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers import attention
@@ -66,7 +67,7 @@ def matrix_layers(model: nn.Module, without: Container[nn.Parameter] = ()) -> li
     found = ((use, find_kind(type(use.module))) for use in _uses(model))
     matrices = [(use, kind[0]) for use, kind in found if kind is not None and kind[0].is_matrix]
     matrices.sort(key=lambda one: one[0].caller is not one[0].module or _is_one_matrix(*one))
-    weights = [(use.name, getattr(use.module, use.weight_name)) for use, _ in matrices]
+    weights = [(use.name, use.weight) for use, _ in matrices]
     return [name for name, w in weights if isinstance(w, Tensor) and w.requires_grad and w not in without]
 
 
@@ -170,7 +171,7 @@ def discover_layers(
 
 def _place(use: ModuleUse) -> tuple[Any, int]:
     """The weight, None if it is no plain parameter, and the first row in it."""
-    weight = dict(use.module.named_parameters(recurse=False)).get(use.weight_name)
+    weight = dict(use.module.named_parameters(recurse=use.is_computed)).get(use.weight_name)
     return weight, 0 if use.param_slice is None else use.param_slice.start
 
 
@@ -207,7 +208,31 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
             outer = inside.get(module)
             weight_name = "weight" if found is None else found[0].weight_name
             role = "" if outer is None else "out_proj" if module is outer.out_proj else "?"
-            yield ModuleUse(name, module, weight_name, None, outer, role)
+            source = None if found is None or outer is not None else _source_of_weight(module, found[0])
+            yield ModuleUse(name, module, source or weight_name, None, outer, role, is_computed=source is not None)
+
+
+NORMED = (_WeightNorm, _SpectralNorm)
+"""Parametrizations under which a parameter's gradient is about that of the weight. (With curvature, networks of
+orthogonal weights trained worse than without.)"""
+
+
+def _source_of_weight(module: nn.Module, kind: LayerKind) -> str | None:
+    """The name of the parameter that a module computes its weight from at each call, where it is of the weight's shape
+    and its gradient the weight's but for a scale: by ``weight_norm``, ``spectral_norm`` or pruning; else None.
+
+    >>> from torch.nn.utils.parametrizations import weight_norm
+    >>> _source_of_weight(weight_norm(nn.Conv1d(2, 3, 1)), CONVOLUTION)
+    'parametrizations.weight.original1'
+    """
+    name = kind.weight_name
+    shape = None if name in module._parameters else kind.computed_shape(module)
+    if is_parametrized(module, name) and not all(isinstance(one, NORMED) for one in module.parametrizations[name]):  # type: ignore[index]
+        return None
+    endings = (f"parametrizations.{name}.original{n}" for n in ("", 0, 1)), (f"{name}_v", f"{name}_orig")
+    places = {place for some in endings for place in some}
+    found = [other for other, p in module.named_parameters() if other in places and p.shape == shape]
+    return found[0] if len(found) == 1 else None
 
 
 def parameters_of(model: nn.Module, names: Container[str]) -> dict[str, set[nn.Parameter]]:
@@ -216,7 +241,7 @@ def parameters_of(model: nn.Module, names: Container[str]) -> dict[str, set[nn.P
     return {
         use.name: {
             p
-            for name, p in use.module.named_parameters(recurse=False)
+            for name, p in use.module.named_parameters(recurse=use.is_computed)
             if name == use.weight_name or not isinstance(use.module, Recurrent)
         }
         for use in _uses(model)
@@ -272,7 +297,7 @@ def _check(
         kind = kind.in_attention
         if statistics.rows_of(kind) is None:
             return unsupported_reason(module)
-    own = dict(module.named_parameters(recurse=False))
+    own = dict(module.named_parameters(recurse=use.is_computed))
     weight = own.get(use.weight_name)
     if weight is None:
         return "its weight is not a plain parameter (parametrized, or not affine)"
@@ -294,7 +319,9 @@ def _check(
         return "not in the optimizer in part"
     if weight.numel() == 0:
         return "empty weight"
-    reason = kind.unsupported_reason(module, base)
+    # Of a forward of one's own nothing is known, nor can it be compared with this parameter's gradient.
+    check = LayerKind.unsupported_reason if use.is_computed else type(kind).unsupported_reason
+    reason = check(kind, module, base)
     return reason or (kind if weight.is_floating_point() else f"weight of dtype {weight.dtype}")
 
 
@@ -320,7 +347,7 @@ def _layer(
         # A softmax cancels what all keys have in common: their gradients add up to 0, and such a G would be rounding.
         rows_of = kind.rows
     assert rows_of is not None
-    weight: nn.Parameter = getattr(use.module, use.weight_name)
+    weight: nn.Parameter = use.weight  # type: ignore[assignment]
     shape = weight.shape
     if use.param_slice is not None:
         shape = torch.Size((use.param_slice.stop - use.param_slice.start, *shape[1:]))

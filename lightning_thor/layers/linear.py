@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, pick, subsample
 
@@ -52,10 +53,14 @@ class LinearKind(ProjectionKind):
     checks_pairs = True
     in_attention: LayerKind | None = ATTENTION
 
+    def computed_shape(self, module: nn.Module) -> torch.Size | None:
+        return torch.Size((module.out_features, module.in_features)) if isinstance(module, nn.Linear) else None
+
     def fits(self, module: Any, a: Tensor, g: Tensor, *, is_whole: bool = True) -> bool:
         """True if ``a [..., in]`` and ``g [..., out]`` have the widths of the weight, and as many rows if ``a`` is
         whole."""
-        rows, columns = module.weight.shape[:2]
+        computed = self.computed_shape(module) if is_parametrized(module) else None
+        rows, columns = (computed or module.weight.shape)[:2]
         out, width = (rows, columns) if self.row_factor == "G" else (columns, rows)
         shapes_fit = a.dim() > 0 and g.dim() > 0 and a.shape[-1] == width and g.shape[-1] == out
         return shapes_fit and a.is_floating_point() and not (is_whole and a.numel() * out != g.numel() * width)

@@ -103,7 +103,8 @@ class PairChecks:
     graph does not show the product (compiled regions, kinds of users), or a hook changes the weight's gradient, it is
     all of the gradient.
 
-    Kinds whose modules run torch's own forward (convolutions, embeddings, norms) are not checked, nor are weights that
+    Modules that run torch's own forward (convolutions, embeddings, norms, all that compute their weight from a
+    parameter, whose gradient is another than the weight's) are not checked, nor are weights that
     a module without curvature shares (a table with a forward of its own, tied to an output layer): there the gradient
     is known to be more.
 
@@ -121,7 +122,9 @@ class PairChecks:
         self._numbers = {
             name: number
             for name, (number, use) in uses.items()
-            if (layer := self._layers[number]).kind.checks_pairs and owners[layer.parameters[0]] == len(layer.uses)
+            if (layer := self._layers[number]).kind.checks_pairs
+            and owners[layer.parameters[0]] == len(layer.uses)
+            and not use.is_computed
         }
         self._modules: dict[str, Any] = {name: uses[name][1].module for name in self._numbers}
         self._unchecked = self.numbers

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 from lightning_thor import Curvature, Thor
@@ -72,7 +72,7 @@ def with_a_forward_of_its_own(module: nn.Module) -> nn.Module:
         (nn.Embedding(3, 2, sparse=True), "sparse or frequency-scaled gradient"),
         (nn.Embedding(3, 2, scale_grad_by_freq=True), "sparse or frequency-scaled gradient"),
         (nn.LazyLinear(3), "lazy and not initialised: run one forward pass before fit"),
-        (weight_norm(nn.Linear(2, 2)), "its weight is not a plain parameter (parametrized, or not affine)"),
+        (orthogonal(nn.Linear(2, 2)), "its weight is not a plain parameter (parametrized, or not affine)"),
         (nn.Linear(2, 2).requires_grad_(False), "frozen"),
         (frozen_scale(), "frozen in part"),
         (pruned(nn.LayerNorm(3)), "its bias is not a plain parameter (parametrized, or a buffer)"),

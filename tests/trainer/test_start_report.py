@@ -109,7 +109,7 @@ def test_folded_names_stand_for_exactly_the_names_they_fold() -> None:
 
 
 def test_a_parametrized_layer_is_named_once_and_little_curvature_says_what_to_do() -> None:
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(9, 9)), nn.Linear(9, 2))
+    model = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(9, 9)), nn.Linear(9, 2))
     with pytest.warns(UserWarning, match="those of 0 .its weight is not a plain parameter"):
         curvature = Curvature(model)
     assert list(curvature.left_out) == ["0"]
