@@ -36,6 +36,7 @@ from tests.helpers.sharded_workers import (
     BF16,
     KL,
     MODULES,
+    Normed,
     Searching,
     Sharded,
     UnfreezingSharded,
@@ -91,6 +92,14 @@ def test_two_ranks_with_shards_are_one_device(
 def test_layers_that_are_unfrozen_have_curvature_as_on_one_device(tmp_path: Path) -> None:
     alone = one_rank(tmp_path, kind=UnfreezingSharded, max_epochs=3)
     for result in ranks("unfrozen"):
+        torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_layers_that_compute_their_weights_have_curvature_as_on_one_device(tmp_path: Path) -> None:
+    alone = one_rank(tmp_path, kind=Normed)
+    assert {"net.conv", "net.hidden"} < set(alone["curvature"]["layers"])
+    for result in ranks("normed"):
         torch.testing.assert_close(state(result), state(alone), rtol=1e-9, atol=1e-9)
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lightning_thor import Thor, ThorCallback, ThorDDPStrategy, ThorModelParallelStrategy
 from tests.helpers.boring import quiet
@@ -94,6 +95,15 @@ class CompiledSharded(Sharded):
     def configure_model(self) -> None:
         super().configure_model()
         self.net.compile(backend="aot_eager")
+
+
+class Normed(Sharded):
+    """Two of its layers compute their weights."""
+
+    def __init__(self, parts: tuple[int, ...], **others: Any) -> None:
+        super().__init__(parts, **others)
+        weight_norm(self.net.conv)
+        spectral_norm(self.net.hidden)
 
 
 class Grouped(Sharded):
@@ -246,6 +256,7 @@ TWO: dict[str, Callable[[Path], Result]] = {
     "searching": sharded(kind=Searching, max_epochs=3),
     "searching_in_one_file": sharded(kind=Searching, max_epochs=3, strategy=consolidated),
     "micro_batches": sharded(micro_batches=2),
+    "normed": sharded(kind=Normed),
     "kl_clip": sharded(thor=KL, gradient_clip_val=0.05),
     "no_momentum": sharded(max_epochs=1, checkpoints="no_momentum", **UNMOVED),
     "unused": sharded(extra=never, checkpoints="unused"),
