@@ -49,11 +49,21 @@ class RecordProducts(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is F.multi_head_attention_forward and all(map(_has_torchs_functions, types)):
-            query = args[0]
-            self._positions, self._batch = query.shape[0], query.shape[1] if query.dim() == 3 else 1
-            return self._forward(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is not F.multi_head_attention_forward:
+            return func(*args, **kwargs)
+        # A subclass comes back with the plain tensors that it computes with, if it does not compute in its own way.
+        # (Without types there is none. Dynamo does as tensors without a subclass do.)
+        for cls in () if torch.compiler.is_dynamo_compiling() else types:
+            with self:
+                output = cls.__torch_function__(func, types, args, kwargs)
+            if output is not NotImplemented:
+                return output
+        if not all(map(_has_torchs_functions, types)):
+            return func(*args, **kwargs)
+        query = args[0]
+        self._positions, self._batch = query.shape[0], query.shape[1] if query.dim() == 3 else 1
+        return self._forward(*args, **kwargs)
 
     def _noted(self, role: str, a: Tensor, output: Tensor) -> Tensor:
         # Of this call: the gradient may come after others, of other sizes.

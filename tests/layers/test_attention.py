@@ -117,17 +117,66 @@ class Labelled(Tensor):
     """Takes torch's own functions."""
 
 
+class Overriding(Tensor):
+    """Has a function that takes torch's own, as the tensors of several libraries do."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+class WithUnit(Tensor):
+    """Its methods need an attribute that results of torch's functions lack."""
+
+    unit: str
+
+    def transpose(self, *dimensions: Any) -> Any:
+        result = super().transpose(*dimensions).as_subclass(WithUnit)
+        result.unit = self.unit
+        return result
+
+    def contiguous(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().contiguous(*args, **kwargs).as_subclass(WithUnit)
+        result.unit = self.unit
+        return result
+
+
+def with_unit(x: Tensor) -> Any:
+    labelled = x.as_subclass(WithUnit)
+    labelled.unit = "metre"
+    return labelled
+
+
+SUBCLASSES = {
+    "labelled": lambda x: x.as_subclass(Labelled),
+    "overriding": lambda x: x.as_subclass(Overriding),
+    "with a unit": with_unit,
+}
+
+
+@pytest.mark.parametrize("of_subclass", SUBCLASSES.values(), ids=SUBCLASSES)
 @pytest.mark.parametrize("name", ["self", "three inputs", "kdim and vdim"])
-def test_inputs_of_a_tensor_subclass_are_plain_ones(name: str) -> None:
+def test_inputs_of_a_tensor_subclass_are_plain_ones(name: str, of_subclass: Callable[[Tensor], Tensor]) -> None:
     attention, kind = make(name)[0], VARIANTS[name][1]
     qkv = inputs(kind, batch_first=False)
-    labelled = {id(x): x.as_subclass(Labelled) for x in qkv}
-    seen = pairs_of(
-        attention, lambda module: module(*(labelled[id(x)] for x in qkv))[0].as_subclass(Tensor).sin().mean()
-    )
+    others = {id(x): of_subclass(x) for x in qkv}
+    seen = pairs_of(attention, lambda module: module(*(others[id(x)] for x in qkv))[0].as_subclass(Tensor).sin().mean())
     plain = pairs_of(make(name)[0], lambda module: module(*qkv)[0].sin().mean())
     assert_bitwise(seen, plain)
     assert {type(x) for ((a, g),) in seen.values() for x in (a, g)} == {Tensor}
+
+
+def test_an_attention_of_a_subclass_is_its_own() -> None:
+    class Own(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is nn.functional.multi_head_attention_forward:
+                return torch.full((L, N, E), 7.0).double(), None
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+    x, attention = inputs("self", batch_first=False)[0].as_subclass(Own), make("self")[0]
+    seen = pairs_of(attention, lambda module: module(x, x, x)[0].sum().requires_grad_())
+    assert seen == {}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
