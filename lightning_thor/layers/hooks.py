@@ -11,6 +11,7 @@ from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import Note, RecordProducts
@@ -373,6 +374,9 @@ class Hooks:
             given, a = a, as_plain_tensor(a)
             rows, device = a.shape[:-1], a.device.type
             accumulator = None if use is None else use.accumulator
+            if self._checks is not None and forward_ad._current_level >= 0 and _has_tangent(output):
+                # The loss may depend on the tangent (forward-mode derivatives), and the weight's gradient on both.
+                self._checks.skip(name)
             projected = self._projected(name, a, accumulator)
             if torch.is_autocast_enabled(device) and a.dtype != torch.get_autocast_dtype(device):
                 a = self._subsample_input(name, a)
@@ -498,6 +502,10 @@ class Hooks:
             "left out. Write x = x + layer(x) instead of x += layer(x).",
             stacklevel=2,
         )
+
+
+def _has_tangent(output: Any) -> bool:
+    return isinstance(output, Tensor) and forward_ad.unpack_dual(output).tangent is not None
 
 
 def _remove_all(handles: list[RemovableHandle], calls: list[Calls]) -> None:

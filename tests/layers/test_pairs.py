@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -418,6 +419,15 @@ def with_a_derivative_in_its_loss(model: Any) -> Tensor:
     return torch.autograd.grad(u.sum(), x, create_graph=True)[0] + u  # type: ignore[no-any-return]
 
 
+def with_a_derivative_by_forward_mode(model: Any) -> Tensor:
+    x = input_of((8, WIDTH), "")
+    with forward_ad.dual_level():
+        dual = model[1](model[0](forward_ad.make_dual(x, torch.ones_like(x))).tanh())
+        u, along = forward_ad.unpack_dual(dual)
+    assert along is not None
+    return along + u
+
+
 def plainly(model: Any) -> Tensor:
     return model[1](model[0](input_of((8, WIDTH), "")).tanh())  # type: ignore[no-any-return]
 
@@ -427,6 +437,7 @@ def plainly(model: Any) -> Tensor:
     [
         (plainly, set()),
         (with_a_derivative_in_its_loss, set()),
+        (with_a_derivative_by_forward_mode, set()),
         (used_without_its_module, set()),
         (penalized_by(lambda p: p.square().sum()), set()),
         (penalized_by(lambda p: 1e-4 * p.abs().sum()), set()),
@@ -450,6 +461,22 @@ def test_a_layer_is_left_out_if_its_pairs_are_not_its_products_part_of_the_gradi
     use(model).square().mean().backward()
     assert bool(told_by(curvature)) == bool(left_out)
     assert curvature.left_out.keys() == left_out
+
+
+def test_a_derivative_in_the_loss_gives_the_same_factors_by_forward_and_by_reverse_mode() -> None:
+    def by_reverse_mode(model: Any) -> Tensor:
+        x = input_of((8, WIDTH), "").requires_grad_()
+        u = model[1](model[0](x).tanh())
+        each = [torch.autograd.grad(one.sum(), x, create_graph=True)[0].sum(-1) for one in u.unbind(-1)]
+        return torch.stack(each, -1) + u
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)).double()
+    one, other = (
+        observing(copy.deepcopy(model), lambda model: run(model).square().mean().backward())  # noqa: B023
+        for run in (with_a_derivative_by_forward_mode, by_reverse_mode)
+    )
+    assert_same(one, other)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "autocast", "medium"])
