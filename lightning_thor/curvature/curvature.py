@@ -50,6 +50,7 @@ from lightning_thor.layers.discovery import (
     name_some,
     parameters_of,
     trained,
+    unwrapped_name,
     warn_of_low_coverage,
     weights_of,
 )
@@ -720,6 +721,8 @@ class Curvature:
                 was changed.
         """
         check_state(state)
+        # Former versions took the name that checkpoint_wrapper gives to what it wraps.
+        state = {**state, "layers": {unwrapped_name(name): own for name, own in state["layers"].items()}}
         further = {name for name in state["layers"] if self.left_out.get(name, "").startswith(NOT_TRAINED)}
         if further:
             self.include(set().union(*parameters_of(self.model, further).values()))
@@ -729,7 +732,8 @@ class Curvature:
             state = extended if lacking == {*new} else state
         load_curvature_state(state, list(self.layers), self.factors, self._schedule, mode=self.mode)
         self._agreement.go_on(self._communicator)
-        self._accumulator.loss_layer = state.get("loss_layer")
+        loss_layer = state.get("loss_layer")
+        self._accumulator.loss_layer = None if loss_layer is None else unwrapped_name(loss_layer)
         for index in self._schedule.dismissed():
             self._leave_out(index, "found not to fit its weight's gradient in the run that was saved")
         self._reset()

@@ -29,17 +29,20 @@ from lightning_thor.linalg import block_diagonal
 NOT_TRAINED = ("frozen", "not in the optimizer")
 """How the reasons begin for which a layer has no curvature as long as its parameters are not trained."""
 
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""What wrappers call the module that they wrap."""
+
 SKIPPED = "in skip_layers"
 """The reason for which a layer has none that was named so."""
 
 
-def uncompiled_name(name: str) -> str:
-    """A module's name without the parts that `torch.compile` adds.
+def unwrapped_name(name: str) -> str:
+    """A module's name without the parts that `torch.compile` and torch's ``checkpoint_wrapper`` add.
 
-    >>> uncompiled_name("net._orig_mod.0"), uncompiled_name("net._orig_mod")
+    >>> unwrapped_name("net._orig_mod.0"), unwrapped_name("net._checkpoint_wrapped_module")
     ('net.0', 'net')
     """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def name_some(names: list[str], n: int = 5) -> str:
@@ -90,7 +93,7 @@ def discover_layers(
     """The weights of ``model`` that have curvature, and why the others have none.
 
     A weight has the name of the module that owns it (of the first of them, if it is tied), as in
-    ``model.named_modules()`` without the ``_orig_mod.`` that `torch.compile` adds. The three that an attention packs
+    ``model.named_modules()`` without what wrappers add (see `unwrapped_name`). The three that an attention packs
     into one have names of their own: ``q_proj``, ``k_proj`` and ``v_proj`` in it.
 
     Tied weights: where modules of one kind share a weight, each is a use of one layer, and their rows are added up.
@@ -181,7 +184,7 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
     parents: dict[nn.Module, tuple[nn.Module, str]] = {}
     """Of linear layers that are not called, with their roles."""
     for full_name, module in model.named_modules():
-        name = uncompiled_name(full_name)
+        name = unwrapped_name(full_name)
         if _owner(name) != name:
             continue  # the parts of a parametrized weight
         if isinstance(module, nn.MultiheadAttention):
@@ -426,7 +429,7 @@ def warn_of_low_coverage(
     """Warn where less than half of the trained weights have curvature, and name the largest that have none; returns
     whether it did. Weights that were skipped on purpose do not count."""
     of_training, own = _trained_and_own(model, layers, only)
-    modules = [(_owner(uncompiled_name(name)), module) for name, module in model.named_modules()]
+    modules = [(_owner(unwrapped_name(name)), module) for name, module in model.named_modules()]
     # Those of an attention or a recurrent layer have names of their own.
     of_training = of_training - {
         *weights_of(model, {name for name, why in left_out.items() if why == SKIPPED}).values()

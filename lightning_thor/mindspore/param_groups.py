@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_thor.layers.discovery import uncompiled_name
+from lightning_thor.layers.discovery import unwrapped_name
 from lightning_thor.mindspore.arguments import StepFunction, check_bool, check_number
 
 Params = Sequence[nn.Parameter] | Sequence[Mapping[str, Any]]
@@ -46,7 +46,7 @@ def groups_of(
         ValueError: an unknown key, a parameter twice or of another network, ``grad_centralization`` of something that
             is not a convolution's, or ``order_params`` that are not all parameters.
     """
-    names = {p: uncompiled_name(name) for name, p in net.named_parameters()}
+    names = {p: unwrapped_name(name) for name, p in net.named_parameters()}
     entries, order = _entries_of(names, params)
     place = {p: i for i, p in enumerate(order)}
     groups: list[Group] = []

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.layers.base import Layer
-from lightning_thor.layers.discovery import LOW_COVERAGE_ADVICE, name_some, uncompiled_name
+from lightning_thor.layers.discovery import LOW_COVERAGE_ADVICE, name_some, unwrapped_name
 from lightning_thor.linalg.block_diagonal import BlockPartition
 from lightning_thor.preconditioning.modes import MODES
 
@@ -169,7 +169,7 @@ def _rows_of(curvature: Curvature, name: str, layer: Layer) -> Iterable[_Row]:
 
 def _folded(rows: Iterable[_Row], curvature: Curvature) -> list[_Row]:
     """Equal layers as one row each; norms and others without A by type alone."""
-    types = {uncompiled_name(name): type(module).__name__ for name, module in curvature.model.named_modules()}
+    types = {unwrapped_name(name): type(module).__name__ for name, module in curvature.model.named_modules()}
     groups: dict[tuple[str, ...], list[_Row]] = {}
     for row in rows:
         layer = curvature.layers.get("" if row.name == "(root)" else row.name)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -65,3 +67,40 @@ def test_pending_decisions_of_former_versions_are_taken() -> None:
     former = {"step": step, "layers": layers, "decisions": decisions}
     curvature.load_state_dict(state | {"pending": [former]})
     assert_bitwise(without_words(curvature.state_dict()), without_words(state))
+
+
+def wrapping(wraps: bool, state: Any = None) -> tuple[Any, list[torch.Tensor]]:
+    """A short training of a model, of which a part may be in torch's ``checkpoint_wrapper``: state and weights."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.Tanh()), nn.Linear(8, 3))
+    if wraps:
+        model[0] = checkpoint_wrapper(model[0])  # type: ignore[no-untyped-call]
+    curvature = Curvature(model, update_every_n_steps=2)
+    optimizer = Thor(model.parameters(), preconditioner=curvature)
+    parts = model, optimizer, curvature
+    for part, saved in zip(parts, copy.deepcopy(state) or (), strict=False):
+        part.load_state_dict(saved)  # type: ignore[attr-defined]
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(2))
+    for _ in range(N_STEPS):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return copy.deepcopy([part.state_dict() for part in parts]), list(model.parameters())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("wraps", [True, False])
+def test_a_state_goes_on_where_activations_are_checkpointed_by_a_wrapper_and_where_they_are_not(wraps: bool) -> None:
+    """The weights have the same names in both."""
+    state, _ = wrapping(not wraps)
+    assert_bitwise(wrapping(wraps, state)[1], wrapping(not wraps, state)[1])
+    assert list(state[2]["layers"]) == ["0.0", "1"]
+
+
+def test_a_state_of_a_version_that_took_a_wrappers_names_goes_on() -> None:
+    state, _ = wrapping(True)
+    own = state[2]
+    former = {**own, "loss_layer": "0._checkpoint_wrapped_module.0"}
+    former["layers"] = {
+        name.replace("0.0", "0._checkpoint_wrapped_module.0"): one for name, one in own["layers"].items()
+    }
+    assert_bitwise(wrapping(True, [*state[:2], former])[1], wrapping(True, state)[1])
