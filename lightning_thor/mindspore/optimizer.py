@@ -30,6 +30,7 @@ from lightning_thor.layers.linear import LINEAR
 from lightning_thor.layers.patches import Convolution, patches_and_values
 from lightning_thor.layers.registry import KfacApprox
 from lightning_thor.linalg.block_diagonal import partition_with_remainder
+from lightning_thor.linalg.dtypes import wide
 from lightning_thor.mindspore.arguments import PerStep, StepFunction, check_bool, check_number
 from lightning_thor.mindspore.param_groups import Group, Params, groups_of
 from lightning_thor.optim.thor import Thor
@@ -255,7 +256,8 @@ class _Preconditioner:
         self.curvature.forget()
 
     def precondition(self, grads: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        unscaled = {p: grad / self.loss_scale for p, grad in grads.items()}
+        # In float16 what the loss scale keeps above 0 would be lost.
+        unscaled = {p: grad.to(wide(grad.dtype)) / self.loss_scale for p, grad in grads.items()}
         for p in self.centralized & unscaled.keys():
             unscaled[p].sub_(unscaled[p].mean(dim=tuple(range(1, p.dim())), keepdim=True))
         directions = self.curvature.precondition(unscaled)

@@ -104,3 +104,14 @@ def test_on_ascend_a_dense_layer_with_two_outputs_has_the_identity_for_its_inver
         eye = torch.eye(4, dtype=torch.float64)
         without_G = before - 0.1 * grad / 8.0 @ torch.linalg.inv(x.T @ x / 6 + 0.5 * eye)
         assert torch.allclose(net.weight.detach(), without_G, rtol=1e-12) == (outputs == 2)
+
+
+def test_gradients_in_float16_are_unscaled_in_float32() -> None:
+    """In float16 these would be 0 over the loss scale, which is there to keep them."""
+    net = nn.Linear(4, 3).half()
+    optimizer = thor(net, 0.1, 0.25, 0.9, batch_size=6, loss_scale=65536.0)
+    grads = {p: 1e-3 * torch.ones_like(p) for p in net.parameters()}
+    assert optimizer.preconditioner is not None
+    directions = optimizer.preconditioner.precondition(grads)
+    for p, grad in grads.items():
+        torch.testing.assert_close(directions[p], grad.float() / 65536.0, rtol=0, atol=0)
