@@ -441,9 +441,11 @@ def warn_of_low_coverage(
         return False
     sizes: dict[str, int] = {}
     for name, module in modules:
-        lacking = [p for p in module.parameters(recurse=False) if p in of_training - own and not is_lazy(p)]
+        parameters = list(module.parameters(recurse=False))
+        # Not the biases of layers that have curvature.
+        has_own = not own.isdisjoint(parameters)
+        lacking = [p for p in parameters if p in of_training - own and not is_lazy(p) and not (has_own and p.dim() < 2)]
         sizes[name] = sizes.get(name, 0) + sum(p.numel() for p in lacking)
-    # Not the biases of layers that have curvature.
     least = 0.05 * sum(sizes.values())
     largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > least]
     # The weights of an attention or a recurrent layer have names of their own.

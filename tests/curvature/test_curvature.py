@@ -657,6 +657,11 @@ def test_a_model_of_which_little_has_curvature_is_told_with_its_share_and_what_t
         Curvature(nn.Sequential(*(nn.Linear(20, 20) for _ in range(5)), StackedExperts()))
 
 
+def test_a_layer_with_curvature_is_not_named_for_its_bias_among_those_without() -> None:
+    with pytest.warns(UserWarning, match=r"preconditions 24% of the weights .* those of 0 \(no curvature for Embed"):
+        Curvature(nn.Sequential(nn.EmbeddingBag(9, 5), nn.Linear(5, 3)))
+
+
 def test_a_curvature_that_nobody_holds_listens_no_more() -> None:
     """As in a notebook's cell that runs again: an old one would observe beside the new one, for ever."""
     model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 2))
