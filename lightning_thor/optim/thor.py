@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -260,6 +261,8 @@ class Thor(Optimizer):
             raise RuntimeError("Thor got a sparse gradient; build embeddings with sparse=False.")
         # A part of a layer may be frozen, or not part of this loss: the weight goes on with its curvature.
         weight_of: Mapping[nn.Parameter, nn.Parameter] = getattr(self.preconditioner, "weight_of", {})
+        if weight_of and not self.state:
+            self._warn_of_parts([p for p, weight in weight_of.items() if weight in grads])
         still = [p for p, weight in weight_of.items() if p.grad is None and weight in grads] if weight_of else []
         zeros = self._zeros(still) if still else {}
         parts, targets = self._update_parts(self.preconditioner, grads, zeros)
@@ -461,6 +464,18 @@ class Thor(Optimizer):
             # Cast last: see `Preconditioner.precondition`.
             own = [u if u.dtype == w.dtype else u.to(w.dtype) for u, w in zip(own, weights, strict=True)]
             sgd_step(weights, own, self._momentum_buffers(params) if group["momentum"] else [], group)
+
+    def _warn_of_parts(self, params: list[nn.Parameter]) -> None:
+        """Warn if some of these parameters, whose weights this optimizer has, are not in it."""
+        own = {p for group in self.param_groups for p in group["params"]}
+        n_others = len(params) - len(own.intersection(params))
+        if n_others:
+            warnings.warn(
+                f"{n_others} biases or shifts that the curvature takes together with their weights are not in Thor, "
+                "which has the weights: these take their plain gradient. Give the curvature Thor's parameters alone, "
+                "Curvature(model, parameters=[...]), or Thor those too.",
+                stacklevel=3,
+            )
 
     def _zeros(self, params: list[nn.Parameter]) -> Tensors:
         """Zeros like this rank's part of those of ``params`` that this optimizer has, by parameter."""

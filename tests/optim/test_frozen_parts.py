@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -81,5 +82,30 @@ def test_a_bias_that_the_optimizer_does_not_have_leaves_no_state() -> None:
     optimizer = Thor([model.weight], mode="adam", preconditioner=curvature)
     model(torch.randn(8, 4)).square().mean().backward()
     model.bias.grad = None
-    optimizer.step()
+    with pytest.warns(UserWarning, match="1 biases or shifts .* not in Thor"):
+        optimizer.step()
     assert list(optimizer.state) == [model.weight]
+
+
+@pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
+def test_biases_and_shifts_that_another_optimizer_has_are_told_once_with_what_to_do(mode: Any) -> None:
+    """Their weights take plain gradients, which nothing else says."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
+
+    def train(**options: Any) -> list[str]:
+        curvature = Curvature(model, mode=mode, precondition_bias=True, **options)
+        optimizer = Thor(weights, mode=mode, preconditioner=curvature)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                model.zero_grad()
+                model(torch.randn(8, 4)).square().mean().backward()
+                optimizer.step()
+        curvature.close()
+        return [str(warning.message) for warning in caught]
+
+    assert train(parameters=weights) == []
+    (told,) = train()
+    assert "3 biases or shifts" in told
+    assert "Curvature(model, parameters=[...])" in told
