@@ -69,6 +69,13 @@ FactorWidths = tuple[int, int | None, int]
 """Number of groups (independent factors on each side), width of A without a bias (None: no A), width of G."""
 
 
+def type_name(module: nn.Module) -> str:
+    """The name of a module's type for a message, with where it comes from if torch.nn has another of that name."""
+    found = type(module)
+    is_another = getattr(nn, found.__name__, found) is not found
+    return f"{found.__module__}.{found.__name__}" if is_another else found.__name__
+
+
 class LayerKind:
     """Everything that is known of one kind of layer. `lightning_thor.layers.registry` lists the instances.
 
@@ -185,7 +192,7 @@ class LayerKind:
         """
         for method in self.methods:
             if getattr(type(module), method, None) is not getattr(base, method, None) or method in vars(module):
-                return f"{type(module).__name__} has a {method} of its own, which may not be {base.__name__}'s"
+                return f"{type_name(module)} has a {method} of its own, which may not be {base.__name__}'s"
         return None
 
 

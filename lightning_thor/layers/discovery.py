@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_thor.layers import attention
-from lightning_thor.layers.base import Layer, LayerKind, ModuleUse
+from lightning_thor.layers.base import Layer, LayerKind, ModuleUse, type_name
 from lightning_thor.layers.conv import CONVOLUTION
 from lightning_thor.layers.embedding import EMBEDDING
 from lightning_thor.layers.functional import calls_function_within, children_used_by
@@ -296,7 +296,7 @@ def _check(
         if use.role not in attention.ROLES or kind.in_attention is None:
             return "inside nn.MultiheadAttention, which uses its parameters without calling it"
         if not attention.IS_SUPPORTED or type(use.caller).forward is not nn.MultiheadAttention.forward:
-            return f"{type(use.caller).__name__} has a forward that is not torch's, as it is known here"
+            return f"{type_name(use.caller)} has a forward that is not torch's, as it is known here"
         kind = kind.in_attention
         if statistics.rows_of(kind) is None:
             return unsupported_reason(module)

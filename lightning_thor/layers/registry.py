@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, RowsFn, subsample
+from lightning_thor.layers.base import FactorWidths, Layer, LayerKind, Rows, RowsFn, subsample, type_name
 from lightning_thor.layers.conv import CONVOLUTION, CONVOLUTION_TRANSPOSED
 from lightning_thor.layers.embedding import EMBEDDING, ascend_embedding_rows
 from lightning_thor.layers.linear import ATTENTION, LINEAR, LINEAR_TRANSPOSED
@@ -55,7 +55,7 @@ def unsupported_reason(module: nn.Module) -> str:
     has_others = next(module.children(), None) is not None and not is_parametrized(module)
     if has_others and own and not reason:
         reason = f"'s own {', '.join(own[:3])}" + (f" and {len(own) - 3} more" if len(own) > 3 else "")
-    return f"no curvature for {type(module).__name__}{reason}"
+    return f"no curvature for {type_name(module)}{reason}"
 
 
 class KfacApprox(NamedTuple):

@@ -39,6 +39,21 @@ class ChannelsFirst(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+class LayerNorm(nn.Module):
+    """Has the name of a type of torch's, as many libraries have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Likewise, as a subclass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(2.0 * x)
+
+
 class Standardized(nn.Conv2d):
     """Overrides what torch's own forward calls."""
 
@@ -67,6 +82,8 @@ def with_a_forward_of_its_own(module: nn.Module) -> nn.Module:
     [
         (nn.Bilinear(2, 2, 2), "no curvature for Bilinear: its weight has two inputs"),
         (nn.InstanceNorm2d(2, affine=True), "no curvature for InstanceNorm2d"),
+        (LayerNorm(), f"no curvature for {__name__}.LayerNorm"),
+        (GroupNorm(1, 2), f"{__name__}.GroupNorm has a forward of its own, which may not be GroupNorm's"),
         (Pooled("query"), "no curvature for Pooled's own query"),
         (Pooled("a", "b", "c", "d"), "no curvature for Pooled's own a, b, c and 1 more"),
         (nn.Embedding(3, 2, sparse=True), "sparse or frequency-scaled gradient"),
