@@ -440,12 +440,12 @@ def warn_of_low_coverage(
     if all(map(is_lazy, of_training)) or _share(of_training, own) >= LOW_COVERAGE:
         return False
     sizes: dict[str, int] = {}
+    preconditioned = {name for name, module in modules if not own.isdisjoint(module.parameters(recurse=False))}
     for name, module in modules:
-        parameters = list(module.parameters(recurse=False))
+        lacking = [p for p in module.parameters(recurse=False) if p in of_training - own and not is_lazy(p)]
         # Not the biases of layers that have curvature.
-        has_own = not own.isdisjoint(parameters)
-        lacking = [p for p in parameters if p in of_training - own and not is_lazy(p) and not (has_own and p.dim() < 2)]
-        sizes[name] = sizes.get(name, 0) + sum(p.numel() for p in lacking)
+        counted = [p for p in lacking if p.dim() > 1 or name not in preconditioned]
+        sizes[name] = sizes.get(name, 0) + sum(p.numel() for p in counted)
     least = 0.05 * sum(sizes.values())
     largest = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] > least]
     # The weights of an attention or a recurrent layer have names of their own.
