@@ -229,7 +229,7 @@ class Hooks:
                 hooks._pair(name, args[0] if args else next(iter(kwargs.values()), None), output)
             elif isinstance(output, Tensor) and output.requires_grad and hooks._is_of_loss(name):
                 note, within = hooks._note_gradient, outermost_pass()
-                before_backward_of(output, lambda g: note(name, g, within if within >= 0 else outermost_pass()))
+                before_backward_of(output, lambda g: note(name, g, outermost_pass(within)))
 
         number, graphs = number_of(self._receiver(name)), self.graphs
         is_due, pair_unseen = self._is_due, torch.compiler.disable(pair)
@@ -468,7 +468,7 @@ class Hooks:
     def _forget_dropped(self, new: Pair) -> None:
         """Forget the gradients of earlier backward passes that pairs of the weight of ``new`` wait with: the weight's
         own was set to None since."""
-        weight, under_way = self._weight_of(new.name), new.pass_under_way
+        weight, under_way = self._weight_of(new.name), outermost_pass(new.forward_within)
         for pair in [pair for pair in self._waiting if pair.backward_pass != under_way]:
             if self._weight_of(pair.name) is weight:
                 self._waiting.pop(pair)

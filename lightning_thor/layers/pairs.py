@@ -50,7 +50,7 @@ class Pair:
         self.forward_in = backward_pass()
         """The backward pass in which a reentrant checkpoint ran this forward again; below 0: none."""
         self.forward_within = outermost_pass()
-        """The outermost pass that this is part of."""
+        """The outermost pass around that one."""
         self.backward_pass: int = -1
         self.is_watched = False
         """Whether a check compares what its product sends to the weight."""
@@ -65,15 +65,10 @@ class Pair:
         """Whether this is the pair of the named module's input ``a``."""
         return self.name == name and self.a is not None and self.a.data_ptr() == a.data_ptr()
 
-    @property
-    def pass_under_way(self) -> int:
-        """The number of the outermost backward pass under way, or that this forward pass was run again within."""
-        return self.forward_within if self.forward_within >= 0 else outermost_pass()
-
     def add(self, g: Tensor) -> None:
         """Add the gradient of a backward pass."""
         if self.backward_pass < 0:
-            self.backward_pass = self.pass_under_way
+            self.backward_pass = outermost_pass(self.forward_within)
         self.g = g if self.g is None else self.g + g
         self.was_added = True
 

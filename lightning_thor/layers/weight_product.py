@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
+from functools import lru_cache, partial
 from threading import local
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -126,38 +126,30 @@ def backward_pass() -> int:
     return torch._C._current_graph_task_id()
 
 
-def outermost_pass() -> int:
+def outermost_pass(made_within: int = -1) -> int:
     """The number of the outermost backward pass that the one under way in this thread is part of; below 0 outside of
-    one. One in which this was never called is not known."""
+    one. One in which this was never called is not known.
+
+    Args:
+        made_within: the outermost pass when the graph at hand was made, if it was made within one; below 0: it was not.
+    """
+    if made_within >= 0:
+        return made_within
     number = backward_pass()
     if number < 0:
         return number
-    if number not in _under_way.marks:
-        _under_way.marks[number] = mark = _Mark()
-        # The pass holds on to it until it ends, or fails.
+    under_way: MutableMapping[int, Callable[[], Any]] | None = getattr(_passes, "under_way", None)
+    if under_way is None:
+        under_way = _passes.under_way = WeakValueDictionary()
+    if number not in under_way:
+        # The pass holds on to this mark until it ends, where it calls it, or fails.
+        under_way[number] = mark = partial[Any](int)
         torch.autograd.Variable._execution_engine.queue_callback(mark)
-    return min(_under_way.marks)
+    return min(under_way)
 
 
-class _Mark:
-    """What a backward pass calls at its end."""
-
-    def __call__(self) -> None:
-        """Do nothing."""
-
-
-class _UnderWay(local):
-    """Backward passes that are under way in this thread.
-
-    Attributes:
-        marks: by the number of the pass.
-    """
-
-    def __init__(self) -> None:
-        self.marks: WeakValueDictionary[int, _Mark] = WeakValueDictionary()
-
-
-_under_way = _UnderWay()
+_passes = local()
+"""Holds marks of the backward passes that are under way in each thread, by number."""
 
 
 def graph_is_kept() -> bool:
