@@ -54,7 +54,9 @@ class ConvolutionKind(LayerKind):
     def factor_widths(self, module: Any, shape: torch.Size) -> FactorWidths:
         return module.groups, shape[1:].numel(), shape[0] // module.groups
 
-    def computed_shape(self, module: Any) -> torch.Size | None:
+    def computed_shape(self, module: nn.Module) -> torch.Size | None:
+        if not isinstance(module, Convolution | TransposedConvolution):  # of a user's registered type
+            return None
         channels = [module.in_channels, module.out_channels]
         first, second = channels if module.transposed else reversed(channels)
         return torch.Size((first, second // module.groups, *module.kernel_size))

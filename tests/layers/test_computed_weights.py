@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
-from lightning_thor import Curvature, Thor
+from lightning_thor import Curvature, Thor, register_layer
 from lightning_thor.layers.discovery import discover_layers
 from tests.helpers.observing import assert_same, factors, observing
 
@@ -140,6 +140,20 @@ def test_others_have_none(layer: nn.Module, reason: str) -> None:
         nn.ModuleDict({"it": layer, "other": nn.Linear(2, 2)}), block_size=64, precondition_bias=True
     )
     assert (list(layers), left_out) == (["other"], {"it": reason})
+
+
+@pytest.mark.parametrize("like", [nn.Linear, nn.Conv2d])
+def test_nothing_is_known_of_a_type_of_a_user_that_has_no_weight(
+    monkeypatch: pytest.MonkeyPatch, like: type[nn.Module]
+) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight_v = nn.Parameter(torch.ones(2, 2))
+
+    monkeypatch.setattr("lightning_thor.layers.registry.REGISTERED", {})
+    register_layer(Own, like=like)
+    assert list(Curvature(nn.Sequential(Own(), *(nn.Linear(2, 2) for _ in range(2)))).left_out) == ["0"]
 
 
 @pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
