@@ -232,8 +232,7 @@ def _source_of_weight(module: nn.Module, kind: LayerKind) -> str | None:
     shape = None if name in module._parameters else kind.computed_shape(module)
     if is_parametrized(module, name) and not all(isinstance(one, NORMED) for one in module.parametrizations[name]):  # type: ignore[index]
         return None
-    endings = (f"parametrizations.{name}.original{n}" for n in ("", 0, 1)), (f"{name}_v", f"{name}_orig")
-    places = {place for some in endings for place in some}
+    places = {f"parametrizations.{name}.original{n}" for n in ("", 0, 1)} | {f"{name}_v", f"{name}_orig"}
     found = [other for other, p in module.named_parameters() if other in places and p.shape == shape]
     return found[0] if len(found) == 1 else None
 
@@ -322,9 +321,9 @@ def _check(
         return "not in the optimizer in part"
     if weight.numel() == 0:
         return "empty weight"
-    # Of a forward of one's own nothing is known, nor can it be compared with this parameter's gradient.
-    check = LayerKind.unsupported_reason if use.is_computed else type(kind).unsupported_reason
-    reason = check(kind, module, base)
+    # What a forward of one's own does cannot be compared with the gradient of a parameter that it computes from.
+    check = LayerKind if use.is_computed else type(kind)
+    reason = check.unsupported_reason(kind, module, base)
     return reason or (kind if weight.is_floating_point() else f"weight of dtype {weight.dtype}")
 
 
