@@ -8,6 +8,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt --no-co
 # An independent K-FAC that tests compare with.
 REFERENCE := backpack-for-pytorch curvlinops-for-pytorch einconv linear_operator unfoldNd
 
+# Byte code is written where it is first needed, whatever the environment says: without it each new process takes half a
+# minute to import everything, and tests start many.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pip runs in one environment break it, two benchmarks at once measure each other
