@@ -21,7 +21,7 @@ def run_loops(loops: list[tuple[int, list[str]]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["natural", "adam"])
+@pytest.mark.parametrize("mode", ["natural", pytest.param("adam", marks=pytest.mark.long)])
 def test_the_loop_over_meshes_learns_as_one_process(tmp_path: Path, mode: str) -> None:
     """Shards and tensor parallelism on 4 ranks, then tensor parallelism alone, then shards and replicas; float32 over
     other sums rounds otherwise."""

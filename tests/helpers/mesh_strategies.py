@@ -1,6 +1,6 @@
 """Trainings under a Trainer over meshes of one, two and four ranks, each going on from a checkpoint of another one.
 
-``python mesh_strategies.py FOLDER`` runs them all, one after the other: see `LEGS`.
+``python mesh_strategies.py FOLDER NAME ...`` runs these, one after the other: see `LEGS`.
 """
 
 from __future__ import annotations
@@ -102,6 +102,9 @@ LEGS: dict[str, list[Leg]] = {
     "adam_few": [FEW_TP_FSDP._replace(in_one_file=False), FEW_HSDP, FSDP._replace(inverse_workers=1), ALONE],
 }
 
+LONG = ("adam_files", "polar_folders", "adam_few")
+"""Of the tests that are marked long: the ways of others in another mode."""
+
 TRIALS = {f"auto_{name}": [leg._replace(block_size="auto")] for name, leg in (("tp", TP), ("hsdp", HSDP))}
 """One leg each, whose block size is measured."""
 
@@ -144,16 +147,17 @@ def unbroken(folder: Path, name: str, block_size: int = 4) -> Result:
     return summary(module, fit(folder, module, devices=1, max_epochs=n_epochs, block_size=block_size))
 
 
-@functools.lru_cache(maxsize=1)
-def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
-    """The folder with the results of all legs (it goes with the cache), and what the processes printed."""
+@functools.lru_cache
+def launched(names: tuple[str, ...]) -> tuple[tempfile.TemporaryDirectory[str], str]:
+    """The folder with the results of these legs (it goes with the cache), and what the processes printed."""
     folder = tempfile.TemporaryDirectory(prefix="lightning_thor_legs_")
-    return folder, run_forked(__file__, folder.name)[1]
+    return folder, run_forked(__file__, folder.name, *names)[1]
 
 
 def legs(name: str) -> list[list[Result]]:
     """What each rank had at the end of each leg."""
-    folder, printed = launched()
+    ordinary = tuple(one for one in LEGS | TRIALS if one not in LONG)
+    folder, printed = launched(LONG if name in LONG else ordinary)
     files = [
         [Path(folder.name) / f"{name}{number}-{rank}.pt" for rank in range(leg.n_ranks)]
         for number, leg in enumerate((LEGS | TRIALS)[name])
@@ -163,6 +167,6 @@ def legs(name: str) -> list[list[Result]]:
 
 
 if __name__ == "__main__":
-    for one, some in (LEGS | TRIALS).items():
-        for place, leg in enumerate(some):
+    for one in sys.argv[2:]:
+        for place, leg in enumerate((LEGS | TRIALS)[one]):
             fork(leg.n_ranks, partial(go, Path(sys.argv[1]), one, place, leg))

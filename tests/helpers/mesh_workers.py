@@ -371,8 +371,18 @@ LONG = (
     "tp_fsdp_to_hsdp_natural",
     "tp_fsdp_to_hsdp_polar",
     "fsdp_of_each_kind",
+    *(f"fsdp_autocast_{mode}" for mode in ("polar", "adam")),
+    *(f"hsdp_autocast_{mode}" for mode in ("natural", "adam")),
+    *(f"tp_autocast_{mode}" for mode in ("natural", "adam")),
+    *(f"tp_fsdp_autocast_{mode}" for mode in ("natural", "polar")),
+    "fsdp_experts_adam",
+    *(f"hsdp_experts_{mode}" for mode in ("natural", "polar")),
+    "fsdp_workers_polar",
+    *(f"hsdp_workers_{mode}" for mode in ("natural", "adam")),
+    "tp_fsdp_workers_polar",
+    "mixed_polar",
 )
-"""Of the tests that are marked long: other combinations of what the other tests hold on four ranks."""
+"""Of the tests that are marked long: other combinations of what the other tests hold on as many ranks."""
 
 
 def work(folder: Path, names: Sequence[str]) -> None:
