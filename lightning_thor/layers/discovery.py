@@ -407,9 +407,9 @@ def trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 LOW_COVERAGE = 0.5
 """Share of the trained weights below which too few have curvature."""
 LOW_COVERAGE_ADVICE = (
-    "Give modules of your own curvature with lightning_thor.register_layer, those too that multiply by parameters of "
-    "their own, or have all experts in one; name layers that can have none in skip_layers: they train, with all that "
-    "is inside of them, with plain momentum."
+    "Give modules of your own curvature with lightning_thor.register_layer, also those that multiply by parameters of "
+    "their own, or keep all experts in one. Name layers that can have none in skip_layers: these, and all inside of "
+    "them, train with plain momentum."
 )
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.layers.base import Layer
-from lightning_thor.layers.discovery import LOW_COVERAGE_ADVICE, name_some, unwrapped_name
+from lightning_thor.layers.discovery import LOW_COVERAGE_ADVICE, NOT_TRAINED, name_some, unwrapped_name
 from lightning_thor.linalg.block_diagonal import BlockPartition
 from lightning_thor.preconditioning.modes import MODES
 
@@ -75,14 +75,21 @@ def _headline(curvature: Curvature) -> str:
     total = sum(curvature.n_bytes(name) for name in curvature.layers)
     n_elsewhere = len(curvature.layers) - len(curvature.factors.has_inverse)
     where = f" on this rank (others store the inverses of {n_elsewhere})" if n_elsewhere else ""
-    plain = [name for name, reason in curvature.left_out.items() if reason != "frozen"]
-    n_frozen = len(curvature.left_out) - len(plain)
+    frozen, not_here, plain = _left_out(curvature)
+    whose = " in this optimizer" if not_here else ""
     return (
         f"THOR curvature: {_count(len(curvature.layers))} preconditioned, {_percent(curvature.coverage)} of the "
-        f"weights, {_size(total)}{where}"
-        + (f"; {len(plain)} left plain: {name_some(fold_names(plain), N_NAMES)}" if plain else "")
-        + (f"; {n_frozen} frozen" if n_frozen else "")
+        f"weights{whose}, {_size(total)}{where}"
+        + (f"; {len(plain)} left plain: {name_some(fold_names(list(plain)), N_NAMES)}" if plain else "")
+        + (f"; {len(not_here)} not in this optimizer" if not_here else "")
+        + (f"; {len(frozen)} frozen" if frozen else "")
     )
+
+
+def _left_out(curvature: Curvature) -> tuple[list[str], list[str], dict[str, str]]:
+    """Layers that are frozen; that this optimizer does not have; and the reasons of those that it trains plainly."""
+    frozen, not_here = ([name for name, why in curvature.left_out.items() if why == one] for one in NOT_TRAINED)
+    return frozen, not_here, {name: why for name, why in curvature.left_out.items() if why not in NOT_TRAINED}
 
 
 def _legend(curvature: Curvature) -> str:
@@ -90,18 +97,20 @@ def _legend(curvature: Curvature) -> str:
     return (
         "N × n²: N diagonal blocks of n × n"
         + ("; diagonal: one number per row" if any(map(_is_diagonal, sides)) else "")
-        + f". Memory: factors and inverses. Biases and plain layers take {MODES[curvature.mode].fallback}."
+        + f". Memory: sums, factors and inverses. Biases and plain layers take {MODES[curvature.mode].fallback}."
     )
 
 
 def _plain_lines(curvature: Curvature, *, full: bool) -> list[str]:
-    """One line for each reason for which layers have no curvature; frozen ones last."""
+    """One line for each reason for which layers have no curvature; those that this optimizer does not train last."""
+    frozen, not_here, plain = _left_out(curvature)
     by_reason: dict[str, list[str]] = {}
-    for name, reason in curvature.left_out.items():
+    for name, reason in plain.items():
         by_reason.setdefault(reason, []).append(name)
-    frozen = by_reason.pop("frozen", [])
     lines = [f"Plain: {_names(names, full)}: {reason}." for reason, names in by_reason.items()]
-    return lines + ([f"Frozen, {_count(len(frozen))}: {_names(frozen, full)}."] if frozen else [])
+    for words, names in (("Not in this optimizer", not_here), ("Frozen", frozen)):
+        lines += [f"{words}, {_count(len(names))}: {_names(names, full)}."] if names else []
+    return lines
 
 
 def _names(names: list[str], full: bool) -> str:

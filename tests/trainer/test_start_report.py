@@ -120,6 +120,17 @@ def test_a_parametrized_layer_is_named_once_and_little_curvature_says_what_to_do
     assert "register_layer" not in printed(curvature)
 
 
+def test_layers_of_another_optimizer_are_not_said_to_be_plain_ones_of_this() -> None:
+    model = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 2), nn.Linear(2, 2).requires_grad_(False), nn.Bilinear(2, 2, 2))
+    found = printed(Curvature(model, parameters=[*model[0].parameters(), *model[3].parameters()]), width=200)
+    (headline, *_), lines = found.splitlines(), [line.rstrip() for line in found.splitlines()]
+    assert "of the weights in this optimizer, " in headline
+    assert "; 1 left plain: 3; 1 not in this optimizer; 1 frozen" in headline
+    assert "Not in this optimizer, 1 layer: 1." in lines
+    assert "Frozen, 1 layer: 2." in lines
+    assert "in this optimizer" not in printed(Curvature(nn.Linear(3, 2)))
+
+
 @pytest.mark.parametrize(
     ("summary", "model_summary", "speaks"),
     [(None, True, True), (None, False, False), (True, False, True), ("full", False, True), (False, True, False)],
