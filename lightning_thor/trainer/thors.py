@@ -132,9 +132,11 @@ def is_training(trainer: pl.Trainer, optimizer: Thor) -> bool:
 
 def no_thor(trainer: pl.Trainer) -> str:
     """The error where ``configure_optimizers`` returned no `Thor`."""
-    names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
+    # Lightning has a stand-in where it returned None.
+    names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+    returned = ", ".join(name for name in names if name != "_MockOptimizer") or "none"
     return (
-        f"ThorCallback found no Thor optimizer (configure_optimizers returned: {names}). Return configure_thor(self, "
-        "lr=...) there (with LightningCLI: optimizer.class_path: lightning_thor.Thor), or remove the callback. If the "
-        "trainer gets a Thor later, say so: ThorCallback(waits_for_thor=True)."
+        f"ThorCallback found no Thor optimizer (configure_optimizers returned: {returned}). Return configure_thor("
+        "self, lr=...) there (with LightningCLI: optimizer.class_path: lightning_thor.Thor), or remove the callback. "
+        "If the trainer gets a Thor later, say so: ThorCallback(waits_for_thor=True)."
     )

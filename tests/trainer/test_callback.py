@@ -410,6 +410,11 @@ class WithOptimizers(Boring):
 def test_the_callback_without_thor_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"found no Thor optimizer \(configure_optimizers returned: SGD\)"):
         fit(tmp_path, WithOptimizers(lambda m: torch.optim.SGD(m.parameters(), 0.1)))
+    with (
+        pytest.warns(UserWarning, match="returned `None`"),
+        pytest.raises(ValueError, match=r"\(configure_optimizers returned: none\)"),
+    ):
+        fit(tmp_path, WithOptimizers(lambda m: None))
 
 
 def test_thor_without_the_callback_is_told(tmp_path: Path) -> None:
