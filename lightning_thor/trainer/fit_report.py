@@ -55,7 +55,7 @@ def fit_report(figures: FitFigures, n_layers: int) -> Group:
     per_layer = figures.n_refreshes / max(n_layers, 1)
     saved = figures.n_possible - figures.n_refreshes
     line = (
-        f"THOR after {figures.n_steps} steps: each layer was refreshed {per_layer:.3g} times"
+        f"THOR after {_counted(figures.n_steps, 'step')}: each layer was refreshed {_counted(per_layer, 'time')}"
         + (f" ({saved} of {figures.n_possible} refreshes were not needed)" if saved else "")
         + f"; {figures.n_failed} inversions failed, {figures.n_rejected} statistics were not finite"
         + ("" if figures.update_ratio is None else f"; a step moved the weights by {figures.update_ratio:.1%}")
@@ -65,6 +65,14 @@ def fit_report(figures: FitFigures, n_layers: int) -> Group:
     lines = [Text(line, style="bold"), *([Text(_time(figures.seconds))] if figures.seconds else [])]
     advice = [Text(f"→ {one}", style="yellow") for one in advice_on(figures, per_layer)]
     return Group(*lines, *advice)
+
+
+def _counted(n: float, what: str) -> str:
+    """>>> _counted(1, "step"), _counted(2.25, "time")
+    ('1 step', '2.25 times')
+    """
+    number = f"{n:.3g}" if isinstance(n, float) else f"{n}"
+    return f"{number} {what}" + ("" if number == "1" else "s")
 
 
 def _time(seconds: Mapping[str, float]) -> str:
