@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
 
 from lightning_thor.optim.thor import Thor
+from lightning_thor.trainer.console import show
 from lightning_thor.trainer.figures import Sample, StepFigures, sample_weights, update_ratio
 from lightning_thor.trainer.fit_report import FitFigures, fit_report
 from lightning_thor.trainer.monitor import ON_BAR
@@ -85,7 +85,7 @@ class FitLog:
         # One that was left out was observed, and told of.
         idle = tuple(layer.name for layer, n in zip(layers, updates, strict=True) if not n and not layer.is_left_out)
         figures = FitFigures(**counts, **self._figures.of_fit(curvatures), idle=idle)
-        Console().print(fit_report(figures, len(layers)))
+        show(fit_report(figures, len(layers)))
 
     def _troubles(self) -> tuple[int, int]:
         """Blocks that could not be inverted, and layers' windows that were not finite, so far. Waits for the device."""

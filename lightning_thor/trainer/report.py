@@ -7,36 +7,38 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
 from rich.table import Table
 
 from lightning_thor.block_size.choose import BlockSplit
 from lightning_thor.layers.discovery import name_some
+from lightning_thor.trainer.console import show
 from lightning_thor.trainer.pictures import SPLIT, split_figure
 
 
 def report_split(split: BlockSplit, folder: str | Path | None, *, quiet: bool = False) -> None:
     """Print `split_table` of ``split`` unless ``quiet``; save ``thor_split.json`` in ``folder`` and, where matplotlib
     is installed, ``thor_split.png``, unless it is None. What cannot be saved is a warning."""
-    console = Console(quiet=quiet)
-    console.print(split_table(split))
+    if not quiet:
+        show(split_table(split))
     if folder is None:
         return
     try:
-        _save(split, Path(folder), console)
+        saved = _save(split, Path(folder))
     except Exception as error:  # of the disk, or of matplotlib
         rank_zero_warn(f"How the block size was chosen was not saved in {folder} ({type(error).__name__}: {error}).")
+        return
+    if not quiet:
+        show(saved, soft_wrap=True)
 
 
-def _save(split: BlockSplit, path: Path, console: Console) -> None:
+def _save(split: BlockSplit, path: Path) -> str:
+    """Returns what to say of it."""
     path.mkdir(parents=True, exist_ok=True)
     (path / SPLIT).write_text(json.dumps(split.as_dict(), indent=1) + "\n", encoding="utf-8")
     if find_spec("matplotlib") is None:
-        line = f"{path / SPLIT} holds the figures; with matplotlib there would be a picture too."
-        console.print(line, soft_wrap=True)
-        return
+        return f"{path / SPLIT} holds the figures; with matplotlib there would be a picture too."
     split_figure(split).savefig(path / "thor_split.png")
-    console.print(f"The two curves: {path / 'thor_split.png'}, {SPLIT}", soft_wrap=True)
+    return f"The two curves: {path / 'thor_split.png'}, {SPLIT}"
 
 
 def split_table(split: BlockSplit) -> Table:

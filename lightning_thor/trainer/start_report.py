@@ -18,6 +18,7 @@ from lightning_thor.layers.base import Layer
 from lightning_thor.layers.discovery import LOW_COVERAGE_ADVICE, NOT_TRAINED, name_some, unwrapped_name
 from lightning_thor.linalg.block_diagonal import BlockPartition
 from lightning_thor.preconditioning.modes import MODES
+from lightning_thor.trainer.console import show
 
 N_ROWS = 14
 """Rows of the folded table, at most."""
@@ -47,8 +48,7 @@ class _Row:
 
 def print_curvature(curvature: Curvature, *, full: bool = False) -> None:
     """Print `curvature_report` of ``curvature`` to standard output."""
-    console = Console()
-    console.print(curvature_report(curvature, full=full, width=console.width))
+    show(curvature_report(curvature, full=full, width=Console().width))
 
 
 def curvature_report(curvature: Curvature, *, full: bool = False, width: int = 80) -> Group:

@@ -16,6 +16,7 @@ from torch import nn
 
 from benchmarks.common.models import gpt2, resnet50
 from lightning_thor import Curvature, ThorCallback
+from lightning_thor.trainer.console import show
 from lightning_thor.trainer.start_report import _patterns, curvature_report
 from tests.helpers.boring import Boring, trainer
 
@@ -146,3 +147,17 @@ def test_it_is_silent_where_the_models_summary_is_unless_it_is_told(
 def test_summary_takes_no_other_word() -> None:
     with pytest.raises(ValueError, match="got 'all'"):
         ThorCallback(summary="all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_character_that_the_output_cannot_hold_does_not_end_a_fit(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """As in a file on Windows, to which the output goes."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", stdout)
+    show("→ 64², raise")
+    monkeypatch.undo()
+    stdout.seek(0)
+    said = stdout.read()
+    assert said.rstrip() == ("? 64?, raise" if encoding == "ascii" else "? 64², raise")
