@@ -54,7 +54,7 @@ def why_silent(layer: Layer, call: Call | None) -> str:
             else "called, but the loss does not depend on its output"
         )
     if not has_gradient:
-        return "its module was not called"
+        return "its module was not called, or under torch.no_grad alone"
     return (
         "its weight has a gradient, but its module was not called (call the module, not F.linear or functional_call "
         "with its weight)"
