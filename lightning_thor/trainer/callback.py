@@ -364,8 +364,8 @@ class ThorCallback(Callback):
         # What is no dict at all is refused in load_state_dict.
         if self._fitting and (own is None or (isinstance(own, Mapping) and own.get("curvature", own) is None)):
             rank_zero_warn(
-                "This checkpoint was saved without ThorCallback's curvature: the weights go on, the curvature starts "
-                "anew with a refresh in the first step."
+                "This checkpoint was saved without ThorCallback's curvature: the curvature starts anew, with a refresh "
+                "in the first step."
             )
         # A strategy that loads checkpoints after on_fit_start has chosen a block size by then.
         chose = self._served is not None and self._options["block_size"] == "auto"
