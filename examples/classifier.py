@@ -14,7 +14,7 @@ class ImageClassifier(L.LightningModule):
     """Cross-entropy training of ``network``; logs ``train_loss``, and loss and accuracy as ``val_…`` and ``test_…``.
 
     It has no ``configure_optimizers``. On the command line LightningCLI adds one, from the keys ``optimizer`` and
-    ``lr_scheduler``. In Python, say it in a subclass::
+    ``lr_scheduler``. In Python, add it in a subclass::
 
         class Classifier(ImageClassifier):
             def configure_optimizers(self):
