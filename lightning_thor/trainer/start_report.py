@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.layers.base import Layer
-from lightning_thor.layers.discovery import LOW_COVERAGE_ADVICE, NOT_TRAINED, name_some, unwrapped_name
+from lightning_thor.layers.discovery import NOT_TRAINED, name_some, unwrapped_name
 from lightning_thor.linalg.block_diagonal import BlockPartition
 from lightning_thor.preconditioning.modes import MODES
 from lightning_thor.trainer.console import show
@@ -64,7 +64,7 @@ def curvature_report(curvature: Curvature, *, full: bool = False, width: int = 8
     """
     parts: list[Text | Table] = [Text(_headline(curvature), style="bold")]
     if curvature.has_low_coverage:
-        parts.append(Text(f"Less than half of the weights. {LOW_COVERAGE_ADVICE}", style="yellow"))
+        parts.append(Text("Less than half of the weights: a warning says what to do.", style="yellow"))
     if curvature.layers:
         parts += [curvature_table(curvature, full=full, width=width), Text(_legend(curvature), style="dim")]
     parts += [Text(line, style="dim") for line in _plain_lines(curvature, full=full)]
