@@ -46,6 +46,11 @@ def why_silent(layer: Layer, call: Call | None) -> str:
             "no product with it was seen (its module must be called, not compiled, and multiply by the parameter, or a "
             "view of it, in the order of dimensions that register_layer was told)"
         )
+    if call is Call.OBSERVED and has_gradient and layer.is_within_its_module and layer.kind is not RECURRENT:
+        return (
+            "no product with it was seen (its forward must hand the weight itself to torch's function, not another "
+            "that it computes from it, and be called outside of torch.func and vmap)"
+        )
     if call is Call.OBSERVED:
         return (
             "its gradient did not come through its output by loss.backward() (call the module outside of torch.func "

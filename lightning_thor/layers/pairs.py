@@ -156,7 +156,7 @@ class PairChecks:
         """
         number = self._numbers[name]
         module, is_linear = self._modules[name], self._layers[number].kind.is_linear
-        if not is_linear or use.accumulator.variable._backward_hooks:
+        if not is_linear or use.sender is None or use.accumulator.variable._backward_hooks:
             return False
         is_torchs_own = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
         if not is_torchs_own and is_used_again(output, use, a):

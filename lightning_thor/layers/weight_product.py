@@ -46,7 +46,7 @@ class WeightProduct(NamedTuple):
     """The number, among the operation's outputs, of the one that led to the layer's output."""
     sender: Any
     """The last node on the way from the operation to the weight: what it sends there is this operation's part of the
-    weight's gradient, without that of other uses and of penalties on the weight."""
+    weight's gradient, without that of other uses and of penalties on the weight. None where there are several ways."""
     sent_number: int
     """The number of this part among the gradients that the sender makes."""
     accumulator: Any
@@ -219,13 +219,20 @@ def _nodes_behind(output: Tensor, *without: Any) -> Iterator[tuple[Any, int]]:
 
 def _find_use(output: Tensor, weight: Tensor) -> WeightProduct | None:
     """The nearest use of the weight; a product with a parameter of the weight's shape, if none uses the weight."""
-    of_its_shape = None
+    of_its_shape, products = None, list[tuple[Any, int]]()
     for node, output_number in _nodes_behind(output):
         is_product = _is_product(node.name())
+        if is_product:
+            products.append((node, output_number))
         # From the last: the weight comes after the input, behind which there may be many operations.
         for place in reversed(range(len(node.next_functions))):
             edge = _edge_to_parameter(node, place, any_operation=is_product)
             if edge is not None and edge.accumulator.variable is weight:
+                # Or the beginning of what a product nearer to the output multiplies by: a quantised weight.
+                nearer = () if is_product else (one for one in products if _comes_from(one[0], edge.accumulator))
+                product = next(iter(nearer), None)
+                if product is not None:
+                    return WeightProduct(*product, None, 0, edge.accumulator)
                 return WeightProduct(node, output_number, *edge)
             # Of a norm's scale and shift the first.
             is_nearest = of_its_shape is None or of_its_shape.node is node
@@ -263,6 +270,19 @@ def _edge_to_parameter(node: Any, number: int, *, any_operation: bool) -> _Edge 
         node, number = child, behind[0]
         edge = edge if _operation(node.name()) == "ToCopy" else (node, number)
     return None
+
+
+def _comes_from(product: Any, accumulator: Any) -> bool:
+    """Whether a product multiplies by what other operations made of the parameter of ``accumulator``, in any way."""
+    waiting, seen = [product], {product}
+    while waiting and len(seen) <= MOST_NODES:
+        for child, _ in waiting.pop(0).next_functions:
+            if child is accumulator:
+                return True
+            if child is not None and child not in seen and not hasattr(child, "variable"):
+                seen.add(child)
+                waiting += [] if _is_product(child.name()) else [child]
+    return False
 
 
 def _is_of_one_parameter(node: Any) -> bool:

@@ -157,3 +157,19 @@ def test_one_that_looks_up_nothing_by_its_base_is_left_out() -> None:
     layers, left_out = discover_layers(model, block_size=None, precondition_bias=True)
     assert list(layers) == ["head"]
     assert left_out == {"positions": "Sliced has a forward of its own, which may not be Embedding's"}
+
+
+def test_one_that_looks_up_another_table_than_its_own_takes_its_plain_gradient_and_the_reason_is_told() -> None:
+    """As quantisation-aware training does."""
+
+    class Rounded(nn.Embedding):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return F.embedding(tokens, self.weight + (self.weight.round(decimals=1) - self.weight).detach())
+
+    model = nn.ModuleDict({"table": Rounded(VOCABULARY, WIDTH), "head": nn.Linear(WIDTH, 2)})
+    curvature = Curvature(model)
+    model["head"](model["table"](torch.arange(VOCABULARY))).sin().mean().backward()
+    with pytest.warns(UserWarning, match="table: no product with it was seen .*the weight itself .*not another"):
+        curvature.update()
+    table = model["table"].weight
+    torch.testing.assert_close(curvature.precondition({table: table.grad})[table], table.grad, rtol=0, atol=0)

@@ -231,6 +231,21 @@ class Einsum(nn.Linear):
         return torch.einsum("...i,oi->...o", x, self.weight) + self.bias
 
 
+class Quantised(nn.Linear):
+    """By a step that is learned, with a straight-through gradient: several ways lead from the product to its weight."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.step = nn.Parameter(torch.tensor(0.05))
+
+    def quantised(self) -> Tensor:
+        steps = self.weight / self.step
+        return (steps + (steps.round() - steps).detach()) * self.step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.quantised(), self.bias)
+
+
 @pytest.mark.parametrize("kind", [Heads, Chunks, Gelu, Reordered, GeluInPlace, Einsum])
 @pytest.mark.parametrize("shape", [(7, WIDTH), (3, 4, WIDTH)], ids=str)
 def test_what_a_subclass_does_to_its_output_is_as_if_it_were_done_outside(kind: Any, shape: tuple[int, ...]) -> None:
@@ -259,6 +274,25 @@ class Masked(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         mask = torch.arange(self.weight.numel()).view_as(self.weight) % 3 > 0
         return F.linear(x, self.weight * mask, self.bias)
+
+
+class ScaledBySize(nn.Linear):
+    """As of binary networks: the weight is used twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.tanh() * self.weight.abs().mean(1, keepdim=True), self.bias)
+
+
+class Clipped(nn.Linear):
+    """Several operations after its weight, which it uses twice, and before the product."""
+
+    def quantised(self) -> Tensor:
+        steps = self.weight.unflatten(1, (-1, 1)) / (self.weight.abs().amax() / 4)
+        steps = steps + (steps.round() - steps).detach()
+        return (((steps + 1.0).clamp(-1, 3) - 1.0) * 0.25).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.quantised(), self.bias)
 
 
 class Dropped(nn.Linear):
@@ -304,8 +338,22 @@ class OfSomeRows(nn.Linear):
         return F.pad(part, (0, OUT - 2)) + 0.1 * super().forward(x)
 
 
+def test_a_quantised_weight_whose_gradient_goes_straight_through_has_the_factors_of_its_product() -> None:
+    def train(model: nn.Module) -> None:
+        model(input_of((8, WIDTH), "")).sin().mean().backward()
+
+    torch.manual_seed(0)
+    quantised, plain = Quantised(WIDTH, OUT).double(), nn.Linear(WIDTH, OUT).double()
+    plain.load_state_dict({"weight": quantised.quantised().detach(), "bias": quantised.bias})
+    found = observing(nn.Sequential(quantised), train)
+    assert not found.left_out
+    torch.testing.assert_close(factors(found), factors(observing(nn.Sequential(plain), train)))
+
+
 @pytest.mark.parametrize("mode", ["natural", "polar", "adam"])
-@pytest.mark.parametrize("kind", [Masked, Dropped, Normed, OtherFirst, Twice, Square, InParts, OfSomeRows])
+@pytest.mark.parametrize(
+    "kind", [Masked, ScaledBySize, Clipped, Dropped, Normed, OtherFirst, Twice, Square, InParts, OfSomeRows]
+)
 def test_what_does_not_fit_is_left_out_with_its_reason_and_takes_its_plain_gradient(kind: Any, mode: Any) -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"odd": kind(WIDTH, OUT), "head": nn.Linear(OUT, 3)}).double()
@@ -322,6 +370,8 @@ def test_what_does_not_fit_is_left_out_with_its_reason_and_takes_its_plain_gradi
     assert len(told) == 1
     assert "odd: without curvature from now on" in told[0]
     assert curvature.left_out["odd"] in told[0]
+    if kind in (Masked, ScaledBySize, Clipped, Square):
+        assert "it changes its input or its weight before it multiplies them" in curvature.left_out["odd"]
     grads = {p: p.grad for p in model.parameters()}
     directions = directions_of(curvature, mode, grads)
     torch.testing.assert_close(directions[weight], weight.grad, rtol=0, atol=0)
