@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.base import Layer, ModuleUse
+from lightning_thor.layers.functional import type_names
 from lightning_thor.layers.weight_product import WeightProduct, backward_pass, is_used_again, outermost_pass
 
 Arrange = Callable[[Tensor], Tensor]
@@ -26,6 +27,15 @@ NOT_A_PAIR = (
     "weight before it multiplies them, multiplies by its weight twice, or a hook changes the weight's gradient. Call a "
     "plain nn.Linear inside of it, or use register_layer"
 )
+
+
+QUANTISED = {
+    "torch.ao.nn.qat.modules.linear.Linear",
+    "torchao.float8.float8_linear.Float8Linear",
+    "torchao.quantization.qat.linear.FakeQuantizedLinear",
+}
+"""Types that round their input and weight to few bits before they multiply them: their weight's gradient is the product
+but for the rounding, and for the few entries that are clipped."""
 
 
 class Pair:
@@ -99,7 +109,8 @@ class PairChecks:
     all of the gradient.
 
     Modules that run torch's own forward (convolutions, embeddings, norms, all that compute their weight from a
-    parameter, whose gradient is another than the weight's) are not checked, nor are weights that
+    parameter, whose gradient is another than the weight's) are not checked, nor are `QUANTISED`
+    ones, nor weights that
     a module without curvature shares (a table with a forward of its own, tied to an output layer): there the gradient
     is known to be more.
 
@@ -120,6 +131,7 @@ class PairChecks:
             if (layer := self._layers[number]).kind.checks_pairs
             and owners[layer.parameters[0]] == len(layer.uses)
             and not use.is_computed
+            and QUANTISED.isdisjoint(type_names(use.module))
         }
         self._modules: dict[str, Any] = {name: uses[name][1].module for name in self._numbers}
         self._unchecked = self.numbers

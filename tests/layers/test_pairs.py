@@ -28,6 +28,7 @@ from lightning_thor.distributed.factor_reducer import by_size
 from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.factors.state import SAMPLES
+from lightning_thor.layers.pairs import QUANTISED
 from tests.helpers.launching import fork, run_forked
 from tests.helpers.observing import assert_same, directions_of, factors, observing, told_by
 
@@ -338,12 +339,17 @@ class OfSomeRows(nn.Linear):
         return F.pad(part, (0, OUT - 2)) + 0.1 * super().forward(x)
 
 
-def test_a_quantised_weight_whose_gradient_goes_straight_through_has_the_factors_of_its_product() -> None:
+@pytest.mark.parametrize("name", ["", *sorted(QUANTISED)])
+def test_a_quantised_weight_has_the_factors_of_its_product(name: str) -> None:
+    """One whose gradient goes straight through, and of known types some of whose entries have none."""
+    module, _, qualname = name.rpartition(".")
+    kind: Any = type(qualname, (Clipped,), {"__module__": module}) if name else Quantised
+
     def train(model: nn.Module) -> None:
         model(input_of((8, WIDTH), "")).sin().mean().backward()
 
     torch.manual_seed(0)
-    quantised, plain = Quantised(WIDTH, OUT).double(), nn.Linear(WIDTH, OUT).double()
+    quantised, plain = kind(WIDTH, OUT).double(), nn.Linear(WIDTH, OUT).double()
     plain.load_state_dict({"weight": quantised.quantised().detach(), "bias": quantised.bias})
     found = observing(nn.Sequential(quantised), train)
     assert not found.left_out
