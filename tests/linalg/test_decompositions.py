@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -85,6 +86,54 @@ def test_inverses_are_of_full_precision_where_the_program_allows_less(invert: An
     finally:
         torch.set_float32_matmul_precision("highest")
     assert seen == {False}
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["set_float32_matmul_precision", "fp32_precision"])
+def test_the_precision_stays_full_until_the_last_of_several_threads_has_inverted(newer: bool) -> None:
+    """Two fits in one process; the setting is the process's."""
+    matmul = torch.backends.cuda.matmul
+    if newer and not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch 2.9 or newer")
+
+    def precision() -> str:
+        return matmul.fp32_precision if newer else torch.get_float32_matmul_precision()
+
+    seen, first_is_within, first_may_go = [], Event(), Event()
+
+    class WaitWithin(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "bmm" in func.overloadpacket.__name__:
+                first_is_within.set()
+                first_may_go.wait(60)
+            return func(*args, **(kwargs or {}))
+
+    class LetFirstGo(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "bmm" in func.overloadpacket.__name__:
+                first_may_go.set()
+                first.join()
+                seen.append(precision())
+            return func(*args, **(kwargs or {}))
+
+    def invert_within(mode: TorchDispatchMode) -> None:
+        with mode:
+            damped_inverses(torch.eye(64).repeat(2, 1, 1), torch.ones(2))
+
+    first = Thread(target=lambda: invert_within(WaitWithin()))
+    try:
+        if newer:
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        chosen = precision()
+        first.start()
+        assert first_is_within.wait(60)
+        invert_within(LetFirstGo())
+        assert precision() == chosen
+    finally:
+        first_may_go.set()
+        torch.set_float32_matmul_precision("highest")
+    assert {*seen} == {"ieee" if newer else "highest"}
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
