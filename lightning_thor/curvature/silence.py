@@ -53,16 +53,17 @@ def why_silent(layer: Layer, call: Call | None) -> str:
         )
     if call is Call.OBSERVED:
         return (
-            "its gradient did not come through its output by loss.backward() (call the module outside of torch.func "
-            "and vmap, and no torch.autograd.grad in place of loss.backward())"
+            "its gradient did not come through its output by loss.backward() (a loss of its output's derivatives "
+            "alone, such as forces, gives none; else call the module outside of torch.func and vmap, and no "
+            "torch.autograd.grad in place of loss.backward())"
             if has_gradient
             else "called, but the loss does not depend on its output"
         )
     if not has_gradient:
         return "its module was not called, or under torch.no_grad alone"
     return (
-        "its weight has a gradient, but its module was not called (call the module, not F.linear or functional_call "
-        "with its weight)"
+        "its weight has a gradient, but its module was not called (call the module, not its forward, nor F.linear or "
+        "functional_call with its weight)"
     )
 
 

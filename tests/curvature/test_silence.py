@@ -37,6 +37,11 @@ def by_functions(model: nn.Sequential, curvature: Curvature) -> None:
     F.linear(h, model[2].weight, model[2].bias).square().mean().backward()
 
 
+def by_forward(model: nn.Sequential, curvature: Curvature) -> None:
+    """As the Chebyshev convolution of PyTorch Geometric calls its third matrix and those after it."""
+    model[2].forward(model[0].forward(X).tanh()).square().mean().backward()
+
+
 def by_vmap_in_the_loss(model: nn.Module, curvature: Curvature) -> None:
     parameters = dict(model.named_parameters())
     torch.vmap(lambda x: torch.func.functional_call(model, parameters, (x,)))(X).square().mean().backward()
@@ -104,6 +109,7 @@ def with_inputs_changed_in_place(model: nn.Sequential, curvature: Curvature) -> 
         (in_eval_mode, "called in eval mode alone"),
         (paused, r"called within curvature.paused\(\) alone"),
         (by_functions, "has a gradient, but its module was not called"),
+        (by_forward, r"has a gradient, but its module was not called \(call the module, not its forward"),
         (by_gradients_of_vmap, "did not come through its output by loss.backward"),
         (by_vmap_in_the_loss, "did not come through its output by loss.backward.*outside of torch.func and vmap"),
     ],
@@ -122,6 +128,15 @@ def test_one_cause_is_named_and_the_step_is_one_of_plain_momentum(
         p.grad = q.grad
     sgd.step()
     assert_bitwise(list(model.parameters()), list(plain.parameters()))
+
+
+def test_a_loss_of_forces_alone_is_named_where_it_gives_the_last_layer_no_gradient_at_its_output() -> None:
+    model, x = net(), X.clone().requires_grad_()
+    optimizer = configure_thor(model, preconditioner=Curvature(model))
+    (forces,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    forces.square().mean().backward()
+    with pytest.warns(UserWarning, match=r"1 of 2 layers.* 2: its gradient.*\(a loss of its output's derivatives"):
+        optimizer.step()
 
 
 def test_the_curvature_of_another_model_is_refused() -> None:
