@@ -31,6 +31,7 @@ PAGES = {
 }
 ELSEWHERE = {
     "docs/mindspore.md": "tests/mindspore/test_mindspore_docs.py",
+    "docs/other_libraries.md": "tests/trainer/test_other_libraries.py",
     "docs/tutorials/fsdp2.md": "tests/fsdp/test_model_parallel.py",
 }
 """Pages whose Python blocks another file of tests runs."""

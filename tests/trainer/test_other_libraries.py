@@ -4,15 +4,47 @@ so no extra of this package has them (``pip install --no-deps`` each, with what 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_thor import Thor, ThorCallback
+from lightning_thor import Curvature, Thor, ThorCallback, configure_thor
 
 WHY = "is not installed: pip install --no-deps "
+PAGE = Path(__file__).parents[2] / "docs" / "other_libraries.md"
+
+
+def program(words: str, **names: Any) -> dict[str, Any]:
+    """The names that the page's program with these words in it leaves."""
+    programs = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    names |= {"Curvature": Curvature, "Thor": Thor, "configure_thor": configure_thor, "__name__": __name__}
+    exec(next(one for one in programs if words in one), names)
+    return names
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def batches() -> DataLoader[tuple[torch.Tensor, ...]]:
+    torch.manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(32, 4), torch.randint(3, (32,))), batch_size=8)
+
+
+def steps_of(optimizer: Any) -> int:
+    """The steps that an optimizer made with curvature in all layers."""
+    curvature = optimizer.preconditioner
+    assert len(curvature.layers) > 1
+    assert int(curvature.factors.updates.min()) > 0
+    steps: int = curvature.step
+    return steps
 
 
 def fitted(callback: ThorCallback) -> int:
@@ -96,3 +128,74 @@ def test_pina(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.train()
     assert fitted(callback) == 3
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate", reason=f"accelerate {WHY}accelerate")
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, cpu=True)
+    names = program("accelerator.prepare", accelerator=accelerator, model=network(), data=batches())
+    model, optimizer = names["model"], names["optimizer"]
+
+    def epoch() -> list[float]:
+        losses = []
+        for x, y in names["data"]:
+            with accelerator.accumulate(model):
+                losses.append(F.cross_entropy(model(x), y))
+                accelerator.backward(losses[-1])
+                optimizer.step()
+                optimizer.zero_grad()
+        return [loss.item() for loss in losses]
+
+    epoch()
+    accelerator.save_state(tmp_path)
+    unbroken = epoch()
+    assert steps_of(optimizer.optimizer) == 4
+    accelerator.load_state(tmp_path)
+    assert epoch() == unbroken
+
+
+def test_transformers_trainer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason=f"transformers {WHY}transformers accelerate")
+    pytest.importorskip("accelerate", reason=f"accelerate {WHY}accelerate")
+    sizes = {"vocab_size": 16, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    tokens = torch.randint(16, (32, 8))
+    options = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4, report_to=[],
+        use_cpu=True, save_strategy="no", disable_tqdm=True, learning_rate=3e-3,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    trainer = program("import Trainer")["ThorTrainer"](model, options, train_dataset=data)
+    trainer.train()
+    assert steps_of(getattr(trainer.optimizer, "optimizer", trainer.optimizer)) == 4
+
+
+def test_skorch() -> None:
+    pytest.importorskip("skorch", reason=f"skorch {WHY}skorch tabulate")
+    names = program("from skorch")
+    options = {"criterion": nn.CrossEntropyLoss, "train_split": None, "verbose": 0}
+    net = names["ThorNet"](network(), lr=3e-3, max_epochs=2, batch_size=8, **options)
+    x, y = batches().dataset[:]
+    net.fit(x.numpy(), y.numpy())
+    assert steps_of(net.optimizer_) == 8
+
+
+def test_stable_baselines3(tmp_path: Path) -> None:
+    reason = f"stable-baselines3 {WHY}stable-baselines3 gymnasium farama-notifications"
+    baselines = pytest.importorskip("stable_baselines3", reason=reason)
+    policy, options = program("from stable_baselines3")["ThorPolicy"], {"learning_rate": 3e-3, "device": "cpu"}
+    model = baselines.PPO(policy, "CartPole-v1", n_steps=16, batch_size=8, n_epochs=2, **options)
+    model.learn(16)
+    assert steps_of(model.policy.optimizer) == 4
+
+
+def test_fastai() -> None:
+    reason = f"fastai {WHY}fastai fastcore fastprogress fasttransform plum-dispatch pandas"
+    pytest.importorskip("fastai.callback.schedule", reason=reason)
+    from fastai.basics import DataLoaders, Learner
+
+    model = network()
+    thor = program("from fastai", model=model)["thor"]
+    learner = Learner(DataLoaders(batches(), batches()), model, loss_func=F.cross_entropy, opt_func=thor)
+    learner.fit_one_cycle(2, 3e-3)
+    assert steps_of(learner.opt.opt) == 8
