@@ -109,8 +109,7 @@ class PairChecks:
     all of the gradient.
 
     Modules that run torch's own forward (convolutions, embeddings, norms, all that compute their weight from a
-    parameter, whose gradient is another than the weight's) are not checked, nor are `QUANTISED`
-    ones, nor weights that
+    parameter, whose gradient is another than the weight's) are not checked, nor are `QUANTISED` ones, nor weights that
     a module without curvature shares (a table with a forward of its own, tied to an output layer): there the gradient
     is known to be more.
 

@@ -38,7 +38,7 @@ def by_functions(model: nn.Sequential, curvature: Curvature) -> None:
 
 
 def by_forward(model: nn.Sequential, curvature: Curvature) -> None:
-    """As the Chebyshev convolution of PyTorch Geometric calls its third matrix and those after it."""
+    """A module's forward is called in the place of the module."""
     model[2].forward(model[0].forward(X).tanh()).square().mean().backward()
 
 
