@@ -6,8 +6,9 @@ A block that cannot be decomposed is reported in a mask; no error of the linear 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from threading import Lock
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ def damped_inverses(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     if blocks.shape[-1] == 1:
         return _positive(damped.reciprocal())
     roots = torch.zeros_like(damped)
-    with _IeeeProducts():
+    with _ieee_products():
         failed = _inverse_cholesky_(roots, damped)
         inverses = _gram(roots)
     return inverses, (failed == 0) & is_finite(traces(inverses))
@@ -76,7 +77,7 @@ def damped_inverse_roots(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tenso
     if blocks.shape[-1] == 1:
         return _positive(damped.rsqrt())
     roots = torch.zeros_like(damped)
-    with _IeeeProducts():
+    with _ieee_products():
         failed = _inverse_cholesky_(roots, damped)
     return roots, (failed == 0) & is_finite(roots.sum((-2, -1)))
 
@@ -147,49 +148,34 @@ def _symmetrize_(product: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.add(product, product.mT, out=out)
 
 
-class _IeeeProducts:
-    """A context in which float32 is multiplied in float32, in all threads, also if the program allows TF32 or bfloat16:
+_LOCK = Lock()
+_OPEN: list[list[Callable[[], object]]] = []
+"""For each context of `_ieee_products` that is open, in any thread, what restores the program's own choice."""
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    """Multiply float32 in float32 within this context, in all threads, also if the program allows TF32 or bfloat16:
     rounded to them, a Schur complement may be indefinite."""
-
-    _lock = Lock()
-    _n_open = 0
-    """Contexts that are open, in any thread: the setting is the process's."""
-    _choose_again: Callable[[], None]
-    """Restores what was chosen before the first of them."""
-
-    def __enter__(self) -> None:
-        shared = _IeeeProducts
-        with self._lock:
-            if not shared._n_open:
-                shared._choose_again = _choose_ieee_products()
-            shared._n_open += 1
-
-    def __exit__(self, *_: object) -> None:
-        shared = _IeeeProducts
-        with self._lock:
-            shared._n_open -= 1
-            if not shared._n_open:
-                shared._choose_again()
-
-
-def _choose_ieee_products() -> Callable[[], None]:
-    """Returns what restores the choice of before."""
+    with _LOCK:
+        restores = _OPEN[0] if _OPEN else []
+        try:
+            chosen = "highest" if _OPEN else torch.get_float32_matmul_precision()
+            if chosen != "highest":
+                restores.append(partial(torch.set_float32_matmul_precision, chosen))
+                torch.set_float32_matmul_precision("highest")
+        except RuntimeError:  # the program set `fp32_precision` (torch 2.9 or newer), which excludes this older setting
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+                restores.append(partial(setattr, backend, "fp32_precision", backend.fp32_precision))
+                backend.fp32_precision = "ieee"
+        _OPEN.append(restores)
     try:
-        chosen = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the program set `fp32_precision` (torch 2.9 or newer), which excludes this older setting
-        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        each = [backend.fp32_precision for backend in backends]
-
-        def choose(precisions: Iterable[str]) -> None:
-            for backend, precision in zip(backends, precisions, strict=True):
-                backend.fp32_precision = precision
-
-        choose("ieee" for _ in backends)
-        return lambda: choose(each)
-    if chosen == "highest":
-        return lambda: None
-    torch.set_float32_matmul_precision("highest")
-    return lambda: torch.set_float32_matmul_precision(chosen)
+        yield
+    finally:
+        with _LOCK:
+            _OPEN.pop()
+            for restore in () if _OPEN else restores:
+                restore()
 
 
 def eigenvectors(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
