@@ -229,10 +229,9 @@ def _find_use(output: Tensor, weight: Tensor) -> WeightProduct | None:
             edge = _edge_to_parameter(node, place, any_operation=is_product)
             if edge is not None and edge.accumulator.variable is weight:
                 # Or the beginning of what a product nearer to the output multiplies by: a quantised weight.
-                nearer = () if is_product else (one for one in products if _comes_from(one[0], edge.accumulator))
-                product = next(iter(nearer), None)
-                if product is not None:
-                    return WeightProduct(*product, None, 0, edge.accumulator)
+                for product in () if is_product else products:
+                    if _comes_from(product[0], edge.accumulator):
+                        return WeightProduct(*product, None, 0, edge.accumulator)
                 return WeightProduct(node, output_number, *edge)
             # Of a norm's scale and shift the first.
             is_nearest = of_its_shape is None or of_its_shape.node is node

@@ -18,8 +18,9 @@ def show(renderable: RenderableType, **options: Any) -> None:
     with console.capture() as captured:
         console.print(renderable, **options)
     text, encoding = captured.get(), console.encoding
+    printable = text.encode(encoding, "replace").decode(encoding)
     # Not by trying: what a console could not write stays in its buffer, and a progress bar's is used again.
-    if text.encode(encoding, "replace").decode(encoding) == text:
+    if printable == text:
         console.print(renderable, **options)
     else:
-        console.file.write(text.encode(encoding, "replace").decode(encoding))
+        console.file.write(printable)
