@@ -189,6 +189,34 @@ def test_stable_baselines3(tmp_path: Path) -> None:
     assert steps_of(model.policy.optimizer) == 4
 
 
+def test_torchrl() -> None:
+    pytest.importorskip("torchrl", reason=f"torchrl {WHY}torchrl tensordict pyvers orjson cloudpickle gymnasium")
+    from tensordict import TensorDict
+    from tensordict.nn import NormalParamExtractor, TensorDictModule
+    from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
+
+    rows = torch.randn(16, 4)
+    head = TensorDictModule(
+        nn.Sequential(network(), nn.Linear(3, 4), NormalParamExtractor()), in_keys=["observation"],
+        out_keys=["loc", "scale"],
+    )  # fmt: skip
+    actor = ProbabilisticActor(head, in_keys=["loc", "scale"], distribution_class=TanhNormal, return_log_prob=True)
+    critic = ValueOperator(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), in_keys=["observation"])
+    names = program("from torchrl", actor=actor, critic=critic, nn=nn)
+    loss, curvature, optimizer = (names[key] for key in ("loss", "curvature", "optimizer"))
+    with torch.no_grad():
+        batch = actor(TensorDict({"observation": rows}, [16]))
+    batch["advantage"], batch["value_target"] = torch.randn(2, 16, 1).unbind()
+    for _ in range(2):
+        terms = loss(batch)
+        optimizer.zero_grad()
+        (terms["loss_objective"] + terms["loss_critic"] + terms["loss_entropy"]).backward()
+        optimizer.step()
+    assert steps_of(optimizer) == 2
+    assert len(curvature.layers) == 5
+    torch.testing.assert_close(curvature.factors.blocks(0, "A", "average")[0, 0], rows.T @ rows / 16)
+
+
 def test_fastai() -> None:
     reason = f"fastai {WHY}fastai fastcore fastprogress fasttransform plum-dispatch pandas"
     pytest.importorskip("fastai.callback.schedule", reason=reason)
