@@ -1,6 +1,6 @@
 """Trainings under a Trainer over meshes of one, two and four ranks, each going on from a checkpoint of another one.
 
-``python mesh_strategies.py FOLDER NAME ...`` runs these, one after the other: see `LEGS`.
+``python mesh_strategies.py FOLDER NAME ...`` runs these, all first legs, then all second ones: see `LEGS`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import functools
 import sys
 import tempfile
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -109,8 +110,14 @@ TRIALS = {f"auto_{name}": [leg._replace(block_size="auto")] for name, leg in (("
 """One leg each, whose block size is measured."""
 
 
-def go(folder: Path, name: str, number: int, leg: Leg) -> None:
+def work(folder: Path, number: int, names: list[str]) -> None:
+    """Go the legs of this number, one training after the other: the first one takes longest."""
     torch.set_num_threads(1)
+    for name in names:
+        go(folder, name, number, (LEGS | TRIALS)[name][number])
+
+
+def go(folder: Path, name: str, number: int, leg: Leg) -> None:
     module = Meshed(leg.n_ranks // leg.width, leg.width, mode_of(name))
     resume = None if number == 0 else folder / f"{name}{number - 1}" / f"epoch={number - 1}.ckpt"
     options = {"precision": "32-true"} if leg.replicas is not None else {}
@@ -167,6 +174,7 @@ def legs(name: str) -> list[list[Result]]:
 
 
 if __name__ == "__main__":
-    for one in sys.argv[2:]:
-        for place, leg in enumerate((LEGS | TRIALS)[one]):
-            fork(leg.n_ranks, partial(go, Path(sys.argv[1]), one, place, leg))
+    for place, row in enumerate(zip_longest(*((LEGS | TRIALS)[one] for one in sys.argv[2:]))):
+        for n in (1, 2, 4):
+            if together := [one for one, leg in zip(sys.argv[2:], row, strict=True) if leg and leg.n_ranks == n]:
+                fork(n, partial(work, Path(sys.argv[1]), place, together))
