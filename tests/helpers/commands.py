@@ -39,9 +39,12 @@ def python_module(name: str, *arguments: str, columns: int = 160) -> str:
 
 
 def command(*arguments: str, folder: Path) -> str:
-    """Run the installed command in the repository's root; everything that it printed."""
+    """Run the installed command in the repository's root, in a fork; everything that it printed.
+
+    What Lightning starts for further ranks is a new process.
+    """
     assert COMMAND.is_file(), f"{COMMAND} is missing: pip install -e . puts it there."
-    status, printed = launching.run([str(COMMAND), *arguments, *paths(folder)], COLUMNS="160")
+    status, printed = launching.run_forked(str(COMMAND), *arguments, *paths(folder), COLUMNS="160")
     assert status == 0, f"exit status {status}:\n{printed[-4000:]}"
     return printed
 

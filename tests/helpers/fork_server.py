@@ -32,6 +32,8 @@ class Request(NamedTuple):
     """The file that its output goes to."""
     seconds: float
     """After which it is killed, with all processes that it started."""
+    torn_down: bool = False
+    """Whether it and its forks end as other programs do, which takes a second, and not at once."""
 
 
 def serve() -> None:
@@ -85,7 +87,10 @@ def be(request: Request) -> NoReturn:
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else int(status is not None))
+    number = status if isinstance(status, int) else int(status is not None)
+    if request.torn_down:
+        sys.exit(number)
+    os._exit(number)
 
 
 if __name__ == "__main__":

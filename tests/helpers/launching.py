@@ -55,19 +55,22 @@ def fork_server() -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-def run_forked(program: str | Callable[[], object], *arguments: str, **env: str) -> tuple[int, str]:
+def run_forked(
+    program: str | Callable[[], object], *arguments: str, torn_down: bool = False, **env: str
+) -> tuple[int, str]:
     """As `run`, of a program that starts as a fork: importing everything takes longer than most programs run.
 
     Args:
         program: a file, or a function that can be pickled.
         arguments: of its command line.
+        torn_down: whether it and its forks end as other programs do, which takes a second, and not at once.
         env: variables of its environment.
     """
     server = fork_server()
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as printed:
-        pickle.dump(Request(program, arguments, environment() | env, printed.name, SECONDS), server.stdin)
+        pickle.dump(Request(program, arguments, environment() | env, printed.name, SECONDS, torn_down), server.stdin)
         server.stdin.flush()
         status = int(server.stdout.readline())
         words = f"Ended after {SECONDS} seconds. " if status == -signal.SIGKILL else ""

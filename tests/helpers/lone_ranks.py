@@ -8,7 +8,6 @@ their training; they leave as any program does, by the end of this file.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import socket
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.helpers.distributed_workers import train
-from tests.helpers.launching import ends_of, run
+from tests.helpers.launching import ends_of, run_forked
 
 N_RANKS = 2
 LIMIT = 60  # seconds, until what hangs is killed
@@ -61,7 +60,7 @@ CLUSTERS: dict[str, Callable[[int, int], dict[str, str]]] = {"by_hand": by_hand,
 
 def lone_ranks(folder: Path, cluster: str, *names: str, **env: str) -> dict[str, list[Ended]]:
     """How each rank of each training ended."""
-    _, printed = run([__file__, str(folder), cluster, *names], **env)
+    _, printed = run_forked(__file__, str(folder), cluster, *names, torn_down=True, **env)
     file = folder / "ended.json"
     assert file.is_file(), printed[-6000:]
     return {name: [Ended(*one) for one in ranks] for name, ranks in json.loads(file.read_text()).items()}
@@ -84,8 +83,6 @@ def watched(processes: Sequence[int], logs: Sequence[Path]) -> list[Ended]:
 def main() -> None:
     folder, variables = Path(sys.argv[1]), CLUSTERS[sys.argv[2]]
     ended = {}
-    # What was imported is no garbage: a rank that leaves would look through all of it.
-    gc.freeze()
     for name in sys.argv[3:]:
         port = free_port()
         logs = [folder / f"{name}-{rank}.txt" for rank in range(N_RANKS)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.launching import run
+from tests.helpers.commands import python_module
 from tests.helpers.wrong_numbers import CASES, FAULTS, MODES, PRECISIONS, STEPS, laws_broken_in
 
 ALL = os.environ.get("LIGHTNING_THOR_FUZZ") == "1"
@@ -44,6 +44,5 @@ ON_TWO_RANKS = {
 @pytest.mark.parametrize("name", ON_TWO_RANKS)
 def test_nor_on_two_ranks_of_which_one_goes_wrong(name: str, tmp_path: Path) -> None:
     numbers = [str(CASES.index(case)) for case in ON_TWO_RANKS[name]]
-    status, printed = run(["-m", "tests.helpers.wrong_numbers", str(tmp_path / "laws"), *numbers])
-    assert status == 0, printed
+    python_module("tests.helpers.wrong_numbers", str(tmp_path / "laws"), *numbers)
     assert [(tmp_path / f"laws.{rank}").read_text(encoding="utf-8") for rank in range(2)] == ["", ""]
