@@ -86,6 +86,7 @@ def test_two_ranks_under_slurm_are_those_of_lightnings_launcher_also_when_the_jo
 
 
 @pytest.mark.slow
+@pytest.mark.long  # all forked ranks have torchrun's variables
 def test_two_ranks_under_torchrun_are_those_of_lightnings_launcher_and_one_that_dies_ends_the_other(
     tmp_path: Path,
 ) -> None:
