@@ -34,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-deps $(REFERENCE)
 	touch $@
 
-test: lint types unit portable  ## Lint, types, tests and doctests: what CI runs
+test: lint unit portable  ## Lint, types (one of the tests), tests and doctests: what CI runs
 
 lint: $(INSTALLED)  ## Style and layout
 	$(BIN)/ruff check .
