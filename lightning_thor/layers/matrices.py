@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -232,18 +233,6 @@ def _place(matrix: Tensor) -> tuple[Any, ...]:
     return tuple((n, step if n > 1 else 0) for n, step in zip(matrix.shape[-2:], matrix.stride()[-2:], strict=True))
 
 
-def _pick(index: Place, g: Tensor) -> Tensor:
-    return g[index]
-
-
-def _pick_matrix(place: Place, g: Tensor) -> Tensor:
-    return g[..., place, :, :]
-
-
-def _pick_vector(place: Place, g: Tensor) -> Tensor:
-    return g[..., place, :]
-
-
 def _pick_transposed(arrange: Arrange | None, g: Tensor) -> Tensor:
     return g.mT if arrange is None else arrange(g.mT)
 
@@ -255,10 +244,11 @@ def _of_product(record: RecordMatrices, output: Tensor, x: Any, matrix: Any) -> 
         if view is not None:
             yield view.role(), x, None
     elif matrix.dim() == 3:
-        pick = _pick_vector if x.dim() == 1 else _pick_matrix
+        rest = (slice(None),) * min(x.dim(), 2)
         inputs = x.expand(*output.shape[:-1], x.shape[-1])
-        for role, place in record.find_each(matrix, output.shape[-2 if x.dim() == 1 else -3]):
-            yield role, pick(place, inputs), partial(pick, place)
+        for role, place in record.find_each(matrix, output.shape[-1 - len(rest)]):
+            pick = itemgetter((..., place, *rest))
+            yield role, pick(inputs), pick
 
 
 def _of_matmul(record: RecordMatrices, output: Tensor, left: Any, right: Any, *_: Any) -> Found:
@@ -286,7 +276,7 @@ def _of_grouped(
         yield from _of_product(record, output, input, mat2)
     elif view is not None and input.dim() == 2:
         for number, rows in enumerate(_cut(offs)):
-            yield view.role(number), input[rows], partial(_pick, rows)
+            yield view.role(number), input[rows], itemgetter(rows)
 
 
 def _cut(offsets: Tensor) -> Iterator[slice]:
@@ -300,7 +290,8 @@ def _of_einsum(record: RecordMatrices, output: Tensor, equation: Any, *operands:
     if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
         return
     letters, out = equation.replace(" ", "").split("->")
-    for of_x, of_matrix, x, matrix in zip(*_both_ways(letters.split(",")), *_both_ways(operands), strict=True):
+    names = letters.split(",")
+    for of_x, of_matrix, x, matrix in zip(names, names[::-1], operands, operands[::-1], strict=True):
         # A letter for each dimension behind an ellipsis.
         further = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: x.dim() - len(of_x.replace("...", ""))]
         of_x, of_out = of_x.replace("...", further), out.replace("...", further)
@@ -325,10 +316,6 @@ def _of_einsum(record: RecordMatrices, output: Tensor, equation: Any, *operands:
         a = a.expand(n, *a.shape[1:-1], matrix.shape[-2])
         for role, place in record.find_each(matrix, n):
             yield role, a[place], partial(_pick_first, in_order, place)
-
-
-def _both_ways(two: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    return two, two[::-1]
 
 
 def _in_order(letters: str, order: Sequence[str], x: Tensor) -> Tensor:
