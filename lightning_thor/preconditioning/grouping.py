@@ -221,18 +221,22 @@ class NormGroup(LayerGroup):
 class SingleLayer(LayerGroup):
     """One layer of any kind and shape."""
 
+    def __init__(self, layers: Sequence[Layer], pairs: Sequence[FactorPair]) -> None:
+        super().__init__(layers, pairs)
+        self._layer, self._pair = layers[0], pairs[0]
+
     def to_matrices(self, tensors: Tensors) -> Matrices:
-        (layer,), ((_, G),) = self.layers, self.pairs
+        layer = self._layer
         own = [layer.slice_of(tensors[p]) for p in layer.parameters]
-        return layer.to_matrix(own, G.dtype)[None]
+        return layer.to_matrix(own, self._pair[1].dtype)[None]
 
     def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
-        (layer,), ((A, G),) = self.layers, self.pairs
+        A, G = self._pair
         A = None if A is None else A.mT if transposed[0] else A
-        return layer.product(G.mT if transposed[1] else G, matrices[0], A)[None]
+        return self._layer.product(G.mT if transposed[1] else G, matrices[0], A)[None]
 
     def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
-        (layer,) = self.layers
+        layer = self._layer
         found = layer.from_matrix(matrices[0], [layer.slice_of(tensors[p]) for p in layer.parameters])
         for p, direction in zip(layer.parameters, found, strict=True):
             if layer.param_slice is None:
@@ -243,8 +247,8 @@ class SingleLayer(LayerGroup):
             layer.slice_of(directions[p]).copy_(direction)
 
 
-class StackedLayers(LayerGroup):
-    """The experts of one three-dimensional parameter, each of them a layer: one product from each side for all."""
+class StackedLayers(SingleLayer):
+    """The experts of one three-dimensional parameter, each of them a layer, multiplied as one layer with groups."""
 
     def __init__(self, layers: Sequence[Layer], pairs: Sequence[FactorPair]) -> None:
         super().__init__(layers, pairs)
@@ -253,17 +257,7 @@ class StackedLayers(LayerGroup):
         use = replace(first.uses[0], param_slice=None)
         A, G = (as_stacked_view(list(side)).flatten(0, 1) for side in _sides(pairs))
         A_of_all, G_of_all = (one._replace(groups=n * one.groups) for one in (first.A, first.G))
-        together = replace(first, uses=(use,), A=A_of_all, G=G_of_all)
-        self._together = SingleLayer([together], [(A, G)])
-
-    def to_matrices(self, tensors: Tensors) -> Matrices:
-        return self._together.to_matrices(tensors)
-
-    def product(self, matrices: Matrices, transposed: Transposed = (False, False)) -> Tensor:
-        return self._together.product(matrices, transposed)
-
-    def put(self, directions: Directions, matrices: Tensor, tensors: Tensors) -> None:
-        self._together.put(directions, matrices, tensors)
+        self._layer, self._pair = replace(first, uses=(use,), A=A_of_all, G=G_of_all), (A, G)
 
 
 def _sides(pairs: Iterable[FactorPair]) -> tuple[list[Tensor], list[Tensor]]:
