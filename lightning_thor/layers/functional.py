@@ -26,8 +26,8 @@ CHILDREN: Mapping[str, tuple[str, ...]] = {
 CONVOLUTIONS = {"detectron2.layers.wrappers.Conv2d", "timm.layers.conv2d_same.Conv2dSame"}
 """Types that hand their weight to `F.conv2d`; others may standardise it first."""
 
-GEOMETRY = ("stride", "padding", "dilation", "groups")
-"""Of a convolution, in the order of the function's arguments after the bias."""
+GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+"""Of a convolution, in the order of the function's arguments after the bias, with their defaults."""
 
 
 def type_names(module: nn.Module) -> list[str]:
@@ -98,16 +98,9 @@ class RecordFunctions(TorchFunctionMode):
 
 def _is_as_configured(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of a convolution has the module's own stride, padding, dilation and groups."""
-    given = {
-        "stride": 1,
-        "padding": 0,
-        "dilation": 1,
-        "groups": 1,
-        **dict(zip(GEOMETRY, args[3:], strict=False)),
-        **kwargs,
-    }
+    given = {**GEOMETRY, **dict(zip(GEOMETRY, args[3:], strict=False)), **kwargs}
     n = len(module.kernel_size)
-    for name in GEOMETRY[:3]:
+    for name in ("stride", "padding", "dilation"):
         one, own = given[name], getattr(module, name)
         if (one if isinstance(one, str) else (one,) * n if isinstance(one, int) else tuple(one)) != own:
             return False

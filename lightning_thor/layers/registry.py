@@ -31,9 +31,6 @@ BUILT_IN: Mapping[type[nn.Module] | str, LayerKind] = {
 REGISTERED: dict[type[nn.Module] | str, LayerKind] = {}
 """Users' types, which go before the built-in ones."""
 
-NO_KIND: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (((nn.Bilinear,), "its weight has two inputs"),)
-"""Types that have no kind, and why."""
-
 
 def find_kind(module_type: type[nn.Module]) -> tuple[LayerKind, type[nn.Module]] | None:
     """The kind of modules of a type, and the registered type that they have it from; None if there is none."""
@@ -50,7 +47,7 @@ def find_kind(module_type: type[nn.Module]) -> tuple[LayerKind, type[nn.Module]]
 def unsupported_reason(module: nn.Module) -> str:
     """Why a module without a kind has none. Of one with others inside, which may have curvature, it names the
     parameters that are meant."""
-    reason = next((f": {why}" for types, why in NO_KIND if isinstance(module, types)), "")
+    reason = ": its weight has two inputs" if isinstance(module, nn.Bilinear) else ""
     own = [name for name, _ in module.named_parameters(recurse=False)]
     has_others = next(module.children(), None) is not None and not is_parametrized(module)
     if has_others and own and not reason:

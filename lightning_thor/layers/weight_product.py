@@ -20,19 +20,10 @@ DEEPEST_WEIGHT = 8
 PRODUCTS = ("Addmm", "Mm", "Linear", "Bmm", "Baddbmm", "Addmv", "Mv", "Convolution", "Embedding", "Norm")
 """Beginnings (or ends) of the names of nodes that multiply by a weight."""
 
-VIEWS = [
-    "T",
-    "ToCopy",
-    "View",
-    "UnsafeView",
-    "Transpose",
-    "Permute",
-    "Expand",
-    "Clone",
-    "Alias",
-    "Unsqueeze",
-    "Squeeze",
-]
+VIEWS = (
+    *("T", "ToCopy", "View", "UnsafeView", "Transpose", "Permute"),
+    *("Expand", "Clone", "Alias", "Unsqueeze", "Squeeze"),
+)
 """Names of nodes that pass a weight on as it is."""
 
 
