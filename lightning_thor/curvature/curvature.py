@@ -805,7 +805,7 @@ class Curvature:
               ``"is_partitioned"``: False if it is whole or diagonal; ``"trace"``; ``"damping"``, as was last added to
               the eigenvalues; ``"change"``, see `factor_change`; of the diagonal blocks together: ``"eigenvalues"``,
               falling, at some ``"ranks"`` from 1 on; ``"condition"`` number, damped; ``"effective_rank"``, see
-              `lightning_thor.factors.spectra.effective_rank`; and of a whole factor ``"outside"``: the share of ‖F‖²
+              `lightning_thor.curvature.export.effective_rank`; and of a whole factor ``"outside"``: the share of ‖F‖²
               (Frobenius) that diagonal blocks of each size would lose. None stands for what is not known, or not
               finite.
         """

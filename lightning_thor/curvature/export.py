@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_thor.block_size.spectral_loss import diagonal_blocks
 from lightning_thor.curvature.refresh_schedule import RefreshSchedule
-from lightning_thor.factors.layout import SIDES
-from lightning_thor.factors.spectra import effective_rank, energy_outside, factor_eigenvalues
+from lightning_thor.factors.layout import SIDES, Side
 from lightning_thor.factors.state import FactorState
 from lightning_thor.layers.base import Layer
+from lightning_thor.linalg.block_diagonal import partition
 
 N_EIGENVALUES = 32
 """Eigenvalues of a factor that are given, evenly spread over the logarithm of their rank."""
+
+WIDEST = 2048
+"""Of larger blocks no eigenvalues are computed: it would take minutes."""
 
 
 def export_factors(layers: Mapping[str, Layer], factors: FactorState) -> dict[str, dict[str, Any]]:
@@ -31,13 +35,13 @@ def export_factors(layers: Mapping[str, Layer], factors: FactorState) -> dict[st
             "with_bias": layer.with_bias,
             "tied_to": layer.tied_to,
         }
-        for side, partition in factors.layout.factors(number):
+        for side, own in factors.layout.factors(number):
             blocks = factors.blocks(number, side, "average").double()
             if side == "G":
                 blocks = blocks * unit**2
             one[side] = blocks.clone()
             one[f"{side}_eigenvalues"], one[f"{side}_eigenvectors"] = torch.linalg.eigh(blocks)
-            one[f"{side}_width"] = partition.width
+            one[f"{side}_width"] = own.width
         exported[name] = one
     return exported
 
@@ -47,7 +51,7 @@ def layer_figures(
 ) -> dict[str, dict[str, Any]]:
     """See `lightning_thor.Curvature.figures`; ``factors`` and ``schedule`` are of these layers, in this order."""
     unit = 1.0 if factors.gradient_unit is None else float(factors.gradient_unit)
-    spectra = factor_eigenvalues(factors)
+    spectra = factor_eigenvalues(factors, unit)
     changes, dampings, rows = factors.changes.tolist(), factors.last_damping.tolist(), factors.rows.tolist()
     found: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(layers):
@@ -91,3 +95,57 @@ def _of_spectrum(values: Tensor | None, damping: float) -> dict[str, Any]:
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
+
+
+def factor_eigenvalues(factors: FactorState, unit: float) -> dict[tuple[int, Side], Tensor]:
+    """Eigenvalues of the diagonal blocks of each average together, by layer and side; waits for the device.
+
+    They are falling, at least 0, ``[groups * width]``, in float64 on the CPU, and in units of the gradients: those of G
+    times ``unit²``. Factors with blocks wider than `WIDEST` are left out.
+    """
+    found: dict[int, Tensor] = {}
+    for size, batch in factors.batches.items():
+        if size == 1:
+            found[size] = batch.average.flatten(1)
+        elif size <= WIDEST:
+            try:
+                found[size] = torch.linalg.eigvalsh(batch.average)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch does not declare it
+                continue
+    found = {size: values.double().cpu().clamp_min(0.0) for size, values in found.items()}
+    by_factor: dict[tuple[int, Side], Tensor] = {}
+    for layer in range(len(factors.updates)):
+        for side, blocks in factors.layout.factors(layer):
+            size, place = factors.layout.offset(layer, side)
+            if size in found:
+                values = found[size][place].flatten().sort(descending=True).values
+                # Padding adds zeros, the smallest ones.
+                own = values[: blocks.groups * blocks.width]
+                by_factor[layer, side] = own * unit**2 if side == "G" else own
+    return by_factor
+
+
+def effective_rank(eigenvalues: Tensor) -> float:
+    """``exp(-Σ p log p)`` with ``p = λ / Σ λ`` (Roy & Vetterli 2007, "The effective rank", EUSIPCO) of eigenvalues of
+    at least 0, ``[n]``: from 1 to their number, at which all are equal; 0 if all are 0.
+
+    >>> effective_rank(torch.ones(8, dtype=torch.float64)), effective_rank(torch.tensor([3.0, 0.0, 0.0]))
+    (8.0, 1.0)
+    """
+    p = eigenvalues / eigenvalues.sum().clamp_min(torch.finfo(eigenvalues.dtype).tiny)
+    return float(torch.special.entr(p).sum().exp()) if bool(p.any()) else 0.0
+
+
+def energy_outside(factors: FactorState, layer: int, side: Side) -> dict[int, float]:
+    """The share of its squared Frobenius norm that a whole factor would lose in diagonal blocks, by their size: powers
+    of two from 16 to below the width; none for a factor that is partitioned already."""
+    whole = factors.layout.partition(layer, side)
+    if whole.n_blocks > 1 or whole.size <= 16:
+        return {}
+    blocks = factors.blocks(layer, side, "average")[:, 0].double()
+    total = blocks.square().sum()
+    kept = {
+        size: diagonal_blocks(blocks, partition(whole.width, size, whole.groups)).square().sum() / total
+        for size in (2**n for n in range(4, 64) if 2**n < whole.width)
+    }
+    return {size: 1.0 - float(share) for size, share in kept.items()} if total else {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor import Curvature
-from lightning_thor.factors.spectra import effective_rank
+from lightning_thor.curvature.export import effective_rank
 from tests.helpers.watch import Watch
 
 
