@@ -44,14 +44,11 @@ NamePredicate = Callable[[str], bool]
 
 
 class CompiledGraphs:
-    """Which graphs a compiled model takes.
-
-    Attributes:
-        hand_over: whether they hand pairs over; must be true whenever a module is open.
-    """
+    """Which graphs a compiled model takes."""
 
     def __init__(self) -> None:
         self.hand_over = True
+        """Whether they hand pairs over; must be true whenever a module is open."""
 
 
 class _Unpickled:

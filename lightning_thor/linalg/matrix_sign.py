@@ -89,8 +89,8 @@ def part_length(width: int, n_blocks: int, size: int) -> int:
     """Length of the parts of a matrix's smaller side that each have a sign of their own: as many whole blocks of the
     factor on that side as divide it evenly into parts of at most `LARGEST_PART`, but at least one block.
 
-    The sign of a part of 64 rows costs a fraction of the whole matrix's where this has hundreds, and leads as far: a
-    GPT of width 96 ends 200 steps at 2.13 (whole: 2.11), an autoencoder 400 at 5.21 (5.20).
+    The sign of a part of 64 rows costs a fraction of the whole matrix's where this has hundreds, and leads as far
+    (figures: benchmarks/default_mode/README.md).
 
     Args:
         width: of the side.

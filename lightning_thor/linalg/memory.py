@@ -105,11 +105,8 @@ HOST = {"cpu"}
 
 
 class HostCopy:
-    """A tensor on its way to the host, so that reading it a step later waits for nothing.
-
-    Attributes:
-        source: the tensor, on its device.
-    """
+    """A tensor on its way to the host, so that reading it a step later waits for nothing; ``source`` is the tensor on
+    its device."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.source = tensor

@@ -31,9 +31,7 @@ processor's cache, and whose memory the next part takes. On other devices one pa
 def natural(stored: GroupedLayers, tensors: Tensors) -> Iterator[Directions]:
     """Yield ``G⁻¹ grad A⁻¹`` of each layer and copies of other parameters' gradients, in parts.
 
-    A part has about `DIRECTION_CHUNK_NUMEL` entries; each parameter is in one part. Against one part for all, a step of
-    a GPT-2 small of 163M untied parameters takes 2.66 GB of memory instead of 3.19 and as much time to within 2 %
-    (2026-11-28, one core of an Intel Xeon, float32, three runs of each in turns).
+    A part has about `DIRECTION_CHUNK_NUMEL` entries; each parameter is in one part.
 
     Args:
         stored: all layers with curvature; their inverses or roots.
