@@ -19,7 +19,6 @@ from lightning_thor.distributed.tensor_parallel import local_pair
 from lightning_thor.factors.state import ROWS, FactorState
 from lightning_thor.layers.base import Layer, ModuleUse
 from lightning_thor.layers.discovery import name_some
-from lightning_thor.layers.weight_product import backward_pass
 
 EXPONENT_STEP, LARGEST_EXPONENT = 32, 96
 """The unit of gradients is 2 to a multiple of the former, up to the latter: 1, but for very small or large losses."""
@@ -58,12 +57,12 @@ class FactorAccumulator:
         layers: Mapping[str, Layer],
         factors: FactorState,
         *,
-        loss_reduction: str = "mean",
-        loss_multiplier: NumberOrTensor | None = None,
-        loss_terms: NumberOrTensor | None = None,
-        max_rows: int | None = None,
-        counts_elements: bool = False,
-        backward_pass: Callable[[], int] = backward_pass,
+        loss_reduction: str,
+        loss_multiplier: NumberOrTensor | None,
+        loss_terms: NumberOrTensor | None,
+        max_rows: int | None,
+        counts_elements: bool,
+        backward_pass: Callable[[], int],
     ) -> None:
         self._layers, self._factors = list(layers.values()), factors
         self._loss_reduction, self._loss_multiplier, self._loss_terms = loss_reduction, loss_multiplier, loss_terms

@@ -423,7 +423,7 @@ def warn_of_low_coverage(
     layers: Mapping[str, Layer],
     left_out: Mapping[str, str],
     only: Set[nn.Parameter] | None,
-    skip_layers: Sequence[str] = (),
+    skip_layers: Sequence[str],
 ) -> bool:
     """Warn where less than half of the trained weights have curvature, and name the largest that have none; returns
     whether it did. Weights that were skipped on purpose do not count."""
