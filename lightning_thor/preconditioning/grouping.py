@@ -290,12 +290,13 @@ def group_layers(
         alike.setdefault(index if is_alone else (key, layer.name in polar_layers), (group_type, []))[1].append(index)
     for group_type, members in alike.values():
         members_pairs = [pairs[index] for index in members]
-        runs = adjacent_runs([G for _, G in members_pairs])
         if group_type is StackedLayers:
-            whole = range(len(layers[members[0]].parameters[0]))
-            is_whole = all(adjacent_runs(side, everywhere=True) == [[*whole]] for side in _sides(members_pairs))
-            runs = [[*whole]] if is_whole else [[n] for n in range(len(members))]
+            whole = [[*range(len(layers[members[0]].parameters[0]))]]
+            is_whole = all(adjacent_runs(side, everywhere=True) == whole for side in _sides(members_pairs))
+            runs = whole if is_whole else [[n] for n in range(len(members))]
             group_type = StackedLayers if is_whole else SingleLayer
+        else:
+            runs = adjacent_runs([G for _, G in members_pairs])
         for run in runs:
             yield group_type([layers[members[n]] for n in run], [members_pairs[n] for n in run])
 
