@@ -20,11 +20,10 @@ from lightning_thor.distributed.dtensor import reshard
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.optim.options import unknown_options
 from lightning_thor.optim.thor import Thor
-from lightning_thor.trainer.block_size_trial import try_block_sizes
+from lightning_thor.trainer.block_size_trial import report_split, try_block_sizes
 from lightning_thor.trainer.checkpoints import folder_advice, is_folder_of_shards, weights_advice
 from lightning_thor.trainer.fit_log import FitLog
 from lightning_thor.trainer.packages import is_lightnings
-from lightning_thor.trainer.report import report_split
 from lightning_thor.trainer.run_folder import run_folder
 from lightning_thor.trainer.served_thors import ServedThors
 from lightning_thor.trainer.start_report import print_curvature

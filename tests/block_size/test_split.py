@@ -26,7 +26,7 @@ from lightning_thor.block_size import choose
 from lightning_thor.block_size.choose import BlockSplit, candidates, choose_block_size, cross
 from lightning_thor.block_size.spectral_loss import spectral_losses
 from lightning_thor.linalg.block_diagonal import partition
-from lightning_thor.trainer import callback, report
+from lightning_thor.trainer import block_size_trial, callback
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
 
 # ── the loss of cutting ──
@@ -511,7 +511,7 @@ SPLIT = BlockSplit(32, 24.3, [1, 16, 32, 40], [0.0, 0.4, 0.7, 1.0], [1e-3, 1.5e-
 
 def printed(made: BlockSplit) -> str:
     console = Console(file=io.StringIO(), width=140)
-    console.print(report.split_table(made))
+    console.print(block_size_trial.split_table(made))
     text: str = console.file.getvalue()
     return text
 
@@ -528,7 +528,7 @@ def test_the_table_shows_both_curves_and_the_choice() -> None:
 
 def saved(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     monkeypatch.setenv("COLUMNS", "500")
-    report.report_split(SPLIT, folder)
+    block_size_trial.report_split(SPLIT, folder)
     assert json.loads((folder / "thor_split.json").read_text(encoding="utf-8")) == SPLIT.as_dict()
     assert SPLIT.as_dict()["speeds"] == pytest.approx([1, 2 / 3, 0.5, 0.25])
     return capsys.readouterr().out
@@ -548,7 +548,7 @@ def test_the_figures_and_a_picture_are_saved(
 def test_without_matplotlib_there_is_a_line_instead_of_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(block_size_trial, "find_spec", lambda name: None)
     assert "with matplotlib there would be a picture" in saved(tmp_path, monkeypatch, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["thor_split.json"]
 
