@@ -99,7 +99,7 @@ class StepFigures:
         return {f"{prefix}/{name}": figure for name, figure in figures.items()}
 
     def of_fit(self, curvatures: Sequence[Curvature]) -> dict[str, Any]:
-        """Those of the `lightning_thor.trainer.fit_report.FitFigures` that are measured here. Waits for the device."""
+        """Those of the `lightning_thor.trainer.fit_log.FitFigures` that are measured here. Waits for the device."""
         ratio, change = (
             float(one.compute()) if one.update_called else None for one in (self.update_ratio, self.factor_change)
         )

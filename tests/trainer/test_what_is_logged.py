@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_thor import Curvature, Thor, ThorCallback, ThorDDPStrategy, ThorMonitor
 from lightning_thor.curvature.part_timer import OWN_PARTS, PartTimer
 from lightning_thor.trainer.figures import StepFigures, sample_weights
-from lightning_thor.trainer.fit_report import FitFigures, fit_report
+from lightning_thor.trainer.fit_log import FitFigures, fit_report
 from tests.helpers.boring import Boring, callback_of, trainer
 from tests.helpers.launching import fork, run_forked
 from tests.helpers.watch import Watch
