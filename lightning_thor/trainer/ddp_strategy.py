@@ -6,8 +6,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from lightning_thor.trainer.registry import register
-from lightning_thor.trainer.strategies import ThorStrategyMixin
+from lightning_thor.trainer.strategies import ThorStrategyMixin, register
 
 
 class ThorDDPMixin(ThorStrategyMixin):

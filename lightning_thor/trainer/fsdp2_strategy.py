@@ -20,8 +20,7 @@ from lightning_thor.distributed.process_group import ProcessGroupCommunicator
 from lightning_thor.fsdp.sharded_curvature import ShardedCurvature
 from lightning_thor.layers.discovery import name_some, trained
 from lightning_thor.optim.thor import STATE_OPTIONS, Preconditioner, Thor
-from lightning_thor.trainer.registry import register
-from lightning_thor.trainer.strategies import ThorStrategyMixin
+from lightning_thor.trainer.strategies import ThorStrategyMixin, register
 from lightning_thor.trainer.thors import clips_norm, parameters_of
 from lightning_thor.trainer.unfreezing import restore_groups
 

@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 
 from lightning_thor.trainer import callback
 from lightning_thor.trainer.ddp_strategy import ThorDDPMixin
-from lightning_thor.trainer.registry import register
+from lightning_thor.trainer.strategies import register
 
 
 class ThorCallback(callback.ThorCallback, pl.Callback):  # type: ignore[misc]

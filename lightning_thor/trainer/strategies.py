@@ -1,9 +1,10 @@
-"""What THOR's strategies have in common, as a mixin; and which of Lightning's strategies `ThorCallback` supports."""
+"""What THOR's strategies have in common, as a mixin; their names; and which of Lightning's `ThorCallback` supports."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import ParallelStrategy
@@ -76,7 +77,13 @@ class ThorStrategyMixin(_Base):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        _check_inverse_workers(inverse_workers)
+        if not isinstance(inverse_workers, int | None) or isinstance(inverse_workers, bool):
+            raise TypeError(f"inverse_workers must be an int, or None for all processes, got {inverse_workers!r}.")
+        if inverse_workers is not None and inverse_workers < 1:
+            raise ValueError(
+                f"inverse_workers must be at least 1, got {inverse_workers}: give a divisor of the number of "
+                "processes, or None for all of them."
+            )
         self._inverse_workers = inverse_workers
         self._bucket_bytes = factor_reducer.bucket_bytes(factor_bucket_mb)
         factor_reducer.check_split_indices(split_indices)
@@ -212,13 +219,33 @@ def check_strategy(strategy: object) -> None:
         )
 
 
-def _check_inverse_workers(inverse_workers: Any) -> None:
-    if inverse_workers is None:
-        return
-    if isinstance(inverse_workers, bool) or not isinstance(inverse_workers, int):
-        raise TypeError(f"inverse_workers must be an int, or None for all processes, got {inverse_workers!r}.")
-    if inverse_workers < 1:
-        raise ValueError(
-            f"inverse_workers must be at least 1, got {inverse_workers}: give a divisor of the number of processes, or "
-            "None for all of them."
-        )
+def register(strategy: Any, registry: Any) -> None:
+    """Register a class of THOR's strategies, and let the registry say which of their names was meant.
+
+    Args:
+        strategy: a class that has ``strategy_name`` and ``register_strategies``. Registered once.
+        registry: ``StrategyRegistry`` of either of Lightning's packages.
+    """
+    if strategy.strategy_name not in registry:
+        strategy.register_strategies(registry)
+    registry.available_strategies = lambda: _StrategyNames(registry)
+
+
+class _StrategyNames(list[str]):
+    """All names in a registry. Lightning's Trainer asks whether they contain the one that it was given."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether this is a name; a ValueError if it is none, but nearly one of THOR's."""
+        if super().__contains__(name) or not isinstance(name, str):
+            return super().__contains__(name)
+        ours = [each for each in self if each.startswith("thor_")]
+        close = get_close_matches(name, ours, n=1, cutoff=0.85)
+        # Not of "my_thor_ddp": someone may ask before registering it.
+        if name.startswith("thor") or (close and not any(each in name for each in ours)):
+            meant = f"Did you mean {close[0]!r}? " if close else ""
+            forms = [each for each in ours if not each.endswith(("_true", "_false"))]
+            raise ValueError(
+                f"There is no strategy={name!r}. {meant}The names are {', '.join(map(repr, forms))}; those of DDP "
+                "may end in _find_unused_parameters_true or _false, as Lightning's."
+            )
+        return False
