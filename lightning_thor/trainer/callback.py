@@ -24,11 +24,18 @@ from lightning_thor.trainer.block_size_trial import report_split, try_block_size
 from lightning_thor.trainer.checkpoints import folder_advice, is_folder_of_shards, weights_advice
 from lightning_thor.trainer.fit_log import FitLog
 from lightning_thor.trainer.packages import is_lightnings
-from lightning_thor.trainer.run_folder import run_folder
 from lightning_thor.trainer.served_thors import ServedThors
 from lightning_thor.trainer.start_report import print_curvature
 from lightning_thor.trainer.strategies import check_strategy
-from lightning_thor.trainer.thors import callbacks_of, no_thor, parameters_of, scaler_of, thors_of, warn_of_intervals
+from lightning_thor.trainer.thors import (
+    callbacks_of,
+    no_thor,
+    parameters_of,
+    run_folder,
+    scaler_of,
+    thors_of,
+    warn_of_intervals,
+)
 
 
 class ThorCallback(Callback):

@@ -15,8 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_thor.curvature.curvature import Curvature
 from lightning_thor.trainer.figures import seconds_of
 from lightning_thor.trainer.pictures import FILE, Look, log_pictures, pictures_of, takes_pictures
-from lightning_thor.trainer.run_folder import run_folder
-from lightning_thor.trainer.thors import callbacks_of
+from lightning_thor.trainer.thors import callbacks_of, run_folder
 
 ON_BAR = {"update": "thor/update_to_weights", "age": "thor/inverse_age"}
 """The figures that the progress bar can show, by the names that it has room for."""

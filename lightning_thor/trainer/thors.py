@@ -1,8 +1,10 @@
-"""The `Thor` optimizers of a Trainer, and what of the Trainer's settings concerns them."""
+"""The `Thor` optimizers of a Trainer, and what of the Trainer concerns them: its settings, its steps, its folder."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -128,6 +130,29 @@ def trained_of(optimizer: Optimizer) -> set[nn.Parameter]:
 def is_training(trainer: pl.Trainer, optimizer: Thor) -> bool:
     """Whether the trainer is in a training step, and has this optimizer now."""
     return trainer.training and optimizer in trainer.optimizers
+
+
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """The folder of a run's files: the first logger's, as Lightning's ``ModelCheckpoint`` takes it; without a logger
+    ``default_root_dir``. None where nothing is to be written: with ``fast_dev_run``, and, with a warning, if the folder
+    is a remote one.
+
+    Ask on rank 0, whose loggers know it.
+    """
+    is_trial: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+    if is_trial:
+        return None
+    folder: Any = trainer.default_root_dir
+    if trainer.loggers:
+        logger: Any = trainer.loggers[0]
+        folder = getattr(logger, "log_dir", None)
+        if folder is None:
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            folder = os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    if "://" in str(folder):
+        rank_zero_warn(f"THOR writes its files into local folders alone, and {folder} is none: they are left out.")
+        return None
+    return Path(folder)
 
 
 def no_thor(trainer: pl.Trainer) -> str:
