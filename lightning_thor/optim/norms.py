@@ -42,17 +42,6 @@ def as_real(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
 
 
-def in_memory_order(x: Tensor) -> Tensor:
-    """Flatten ``x`` to ``[numel]`` in the order of its memory; copy only if there are gaps.
-
-    >>> in_memory_order(torch.arange(6).view(2, 3).T)
-    tensor([0, 1, 2, 3, 4, 5])
-    """
-    if x.is_contiguous():
-        return x if x.dim() == 1 else x.view(-1)
-    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
-
-
 # ── on the host ──
 
 
@@ -73,7 +62,11 @@ def scaled_sums_of_squares(tensors: Sequence[Tensor]) -> tuple[list[float], list
 def _sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
     sums: list[float] = []
     for x in tensors:
-        flat = x if x.dim() == 1 else x.view(-1) if x.is_contiguous() else in_memory_order(x)
+        flat = x
+        if x.dim() != 1 and x.is_contiguous():
+            flat = x.view(-1)
+        elif x.dim() != 1:  # in the order of its memory: only one with gaps is copied
+            flat = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
         numel, total = flat.numel(), 0.0
         if numel > LONG_NUMEL:
             numel %= ROW_NUMEL
