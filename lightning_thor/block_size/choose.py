@@ -117,8 +117,7 @@ def choose_block_size(
     sides = [(f"{name}.{side}", whole) for name, at in layers.items() for side, whole in (("A", at.A), ("G", at.G))]
     # No partition changes a diagonal factor or a single number.
     factors = {key: whole for key, whole in sides if whole and whole.n_blocks == 1 and whole.width > 1}
-    too_wide = (key for key, whole in factors.items() if whole.width > WIDEST)
-    left_out = {key: f"{factors[key].width} wide, more than {WIDEST}" for key in too_wide}
+    left_out = {key: f"{at.width} wide, more than {WIDEST}" for key, at in factors.items() if at.width > WIDEST}
     wanted = {key: whole for key, whole in factors.items() if key not in left_out}
     sizes = candidates(max((whole.width for whole in wanted.values()), default=1))
     weights = [layer.parameters[0] for layer in layers.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -160,9 +161,7 @@ def _layout(mesh: Any, placements: tuple[Any, ...]) -> tuple[int, int | None]:
     """The number of different shards; and the dimension of the mesh along which they all are, if one has them all, and
     there are no replicas, which would drift apart if each summed norms for itself, in an order of its own."""
     dims = [dim for dim, one in enumerate(placements) if not isinstance(one, Replicate) and mesh.size(dim) > 1]
-    n_shards = 1
-    for dim in dims:
-        n_shards *= mesh.size(dim)
+    n_shards = math.prod(mesh.size(dim) for dim in dims)
     return n_shards, dims[0] if len(dims) == 1 and n_shards == mesh.size() else None
 
 
