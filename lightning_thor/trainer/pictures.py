@@ -382,8 +382,8 @@ def _plain(axes: Axes) -> None:
     axes.grid(alpha=0.25)
 
 
-def _short(name: str, n: int = 26) -> str:
+def _short(name: str) -> str:
     """>>> _short("encoder.layers.11.attention.output.dense")
     '…s.11.attention.output.dense'
     """
-    return name if len(name) <= n + 2 else f"…{name[-n - 1 :]}"
+    return name if len(name) <= 28 else f"…{name[-27:]}"

@@ -58,8 +58,8 @@ class ServedThors:
         pl_module: pl.LightningModule,
         options: Mapping[str, Any],
         *,
-        restored: Mapping[str, Any] | None = None,
-        before_step: Callable[[], None] = lambda: None,
+        restored: Mapping[str, Any] | None,
+        before_step: Callable[[], None],
     ) -> None:
         self.curvatures: list[Curvature] = []
         self.by_optimizer: dict[Thor, Curvature] = {}
