@@ -130,7 +130,6 @@ def layers_figure(looks: Sequence[Look]) -> Figure:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
     names = list(looks[-1]["layers"])
     figure = Figure(figsize=(10, 10.5), dpi=130, layout="constrained")
@@ -167,8 +166,7 @@ def layers_figure(looks: Sequence[Look]) -> Figure:
             if key in ("trace", "condition"):
                 axes.set_yscale("log")
             else:
-                axes.set_ylim(bottom=0)
-                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+                _in_per_cent(axes)
             if column == 0:
                 axes.set_ylabel(word)
         refreshes = [refresh for look in looks for refresh in look["refreshes"]]
@@ -217,7 +215,6 @@ def spectra_figure(looks: Sequence[Look]) -> Figure:
     """Draw the eigenvalues of A and G of some layers at the first and the last of the looks, which may be the same; of
     whole factors also what blocks of each size would lose of them."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
     first, last = looks[0]["layers"], looks[-1]["layers"]
     known = [
@@ -246,8 +243,7 @@ def spectra_figure(looks: Sequence[Look]) -> Figure:
                 axes.plot(before["ranks"], shown, color=QUIET, linewidth=1.2, label=f"step {looks[0]['step']}")
             relative = [value / mean for value in own["eigenvalues"]]
             axes.plot(own["ranks"], relative, color="#c8553d", linewidth=1.8, label=f"step {looks[-1]['step']}")
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+            _log2_x(axes)
             axes.set_yscale("log")
             axes.set_ylim(max(min(relative) / 2, 1e-7), 2 * max(*relative, *shown, 1e-6))
             if own["damping"]:
@@ -261,33 +257,37 @@ def spectra_figure(looks: Sequence[Look]) -> Figure:
             if row == 1:
                 axes.set_xlabel("rank")
         if has_outside:
-            axes = grid[2][column]
-            _plain(axes)
-            for side, colour in (("A", "#59a14f"), ("G", "#b279a2")):
-                outside = last[name].get(side, {}).get("outside") or {}
-                if outside:
-                    sizes = list(map(int, outside))
-                    axes.plot(sizes, list(outside.values()), "o-", color=colour, markersize=3, label=side)
-            axes.set_xlabel("block size")
-            if column == 0:
-                axes.set_ylabel("lost by blocks, of ‖F‖²")
-            if axes.has_data():
-                axes.set_xscale("log", base=2)
-                axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-                axes.set_ylim(bottom=0)
-                axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-                axes.legend(frameon=False, fontsize=8)
-            else:
-                axes.set(xticks=[], yticks=[])
-                axes.text(0.5, 0.5, "fits into one block", transform=axes.transAxes, ha="center", fontsize=9)
+            _draw_losses(grid[2][column], last[name])
+    if has_outside:
+        grid[2][0].set_ylabel("lost by blocks, of ‖F‖²")
     handles, labels = grid[0][0].get_legend_handles_labels()
     if not handles:
         handles, labels = grid[1][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    what = "Spectra of the diagonal blocks (what lies outside of them is not stored: block_size=None shows it)"
-    what = "Spectra of whole factors, and what diagonal blocks would lose" if has_outside else what
+    if has_outside:
+        what = "Spectra of whole factors, and what diagonal blocks would lose"
+    else:
+        what = "Spectra of the diagonal blocks (what lies outside of them is not stored: block_size=None shows it)"
     figure.suptitle(what, x=0.02, ha="left", fontsize=11)
     return figure
+
+
+def _draw_losses(axes: Axes, layer: Mapping[str, Any]) -> None:
+    """Draw what blocks of each size would lose of a layer's A and G, where these are whole and wide enough."""
+    _plain(axes)
+    axes.set_xlabel("block size")
+    for side, colour in (("A", "#59a14f"), ("G", "#b279a2")):
+        outside = layer.get(side, {}).get("outside") or {}
+        if outside:
+            sizes = list(map(int, outside))
+            axes.plot(sizes, list(outside.values()), "o-", color=colour, markersize=3, label=side)
+    if axes.has_data():
+        _log2_x(axes)
+        _in_per_cent(axes)
+        axes.legend(frameon=False, fontsize=8)
+    else:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "fits into one block", transform=axes.transAxes, ha="center", fontsize=9)
 
 
 def step_figure(looks: Sequence[Look]) -> Figure:
@@ -380,6 +380,22 @@ def split_figure(split: BlockSplit) -> Figure:
 def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
+
+
+def _log2_x(axes: Axes) -> None:
+    """Let x be powers of two, written out."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+
+
+def _in_per_cent(axes: Axes) -> None:
+    """Let y be shares from 0 on."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 def _short(name: str) -> str:
