@@ -98,8 +98,7 @@ class LayerBlocks(NamedTuple):
         """
         first_row = 0 if self.layer.param_slice is None else self.layer.param_slice.start
         rows, columns = {0, self.n_rows}, {0, self.whole.columns.stop}
-        if self.side is not None:
-            rows |= _borders([box.rows.start - first_row for box in shards.values()], self.n_rows, self.rows_per_block)
+        rows |= _borders([box.rows.start - first_row for box in shards.values()], self.n_rows, self.rows_per_block)
         across = self.column_blocks
         if across is not None:
             columns |= _borders([box.columns.start for box in shards.values()], across.width, across.size)
@@ -246,7 +245,7 @@ def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
     go, the most expensive first, to the rank with the least load among all, or among the workers.
 
     Args:
-        layers: all whose directions are computed, with parameters that are sharded over the same ranks.
+        layers: one or more, all whose directions are computed, with parameters that are sharded over the same ranks.
         boxes: of each of their parameters.
 
     Returns:
@@ -255,8 +254,6 @@ def assign_parts(layers: Sequence[LayerBlocks], boxes: BoxesOf) -> list[Part]:
     Raises:
         ValueError: a layer's workers are not among the ranks that have its parameters.
     """
-    if not layers:
-        return []
     ranks = list(boxes[layers[0].layer.parameters[0]])
     places = {rank: place for place, rank in enumerate(ranks)}
 
