@@ -20,7 +20,7 @@ from lightning_thor.layers import attention
 from lightning_thor.layers.base import Layer, LayerKind, ModuleUse, type_name
 from lightning_thor.layers.conv import CONVOLUTION
 from lightning_thor.layers.embedding import EMBEDDING
-from lightning_thor.layers.functional import calls_function_within, children_used_by
+from lightning_thor.layers.functional import calls_function_within, children_used_by, may_compute_weight
 from lightning_thor.layers.matrices import MatricesKind, matrices_of, role_of
 from lightning_thor.layers.recurrent import Recurrent, weight_names
 from lightning_thor.layers.registry import EXPAND, KfacApprox, find_kind, unsupported_reason
@@ -201,7 +201,7 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
             continue
         # A user's kind is told the module's own input and output.
         if found is not None and found[0] in (CONVOLUTION, EMBEDDING) and calls_function_within(module):
-            yield ModuleUse(name, module, caller=module, role="weight")
+            yield ModuleUse(name, module, caller=module, role="weight", is_computed=may_compute_weight(module))
             continue
         parents.update((child, (module, role)) for role, child in children_used_by(module).items())
         if module in parents:
@@ -322,7 +322,7 @@ def _check(
     if weight.numel() == 0:
         return "empty weight"
     # What a forward of one's own does cannot be compared with the gradient of a parameter that it computes from.
-    check = LayerKind if use.is_computed else type(kind)
+    check = LayerKind if use.is_computed and use.caller is not module else type(kind)
     reason = check.unsupported_reason(kind, module, base)
     return reason or (kind if weight.is_floating_point() else f"weight of dtype {weight.dtype}")
 

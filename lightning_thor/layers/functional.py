@@ -23,8 +23,10 @@ CHILDREN: Mapping[str, tuple[str, ...]] = {
 }
 """By type of module, the linear layers within it whose weights it hands to `F.linear`."""
 
-CONVOLUTIONS = {"detectron2.layers.wrappers.Conv2d", "timm.layers.conv2d_same.Conv2dSame"}
-"""Types that hand their weight to `F.conv2d`; others may standardise it first."""
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+CONVOLUTION_NAMES = {"conv1d", "conv2d", "conv3d", "_conv_forward"}
+"""Names, in a forward, of what calls one of `CONVOLUTIONS`."""
 
 GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 """Of a convolution, in the order of the function's arguments after the bias, with their defaults."""
@@ -42,9 +44,9 @@ def children_used_by(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def calls_function_within(module: nn.Module) -> bool:
-    """Whether an embedding's or a convolution's ``forward`` is its own, and calls that of its base by ``super()`` (an
-    embedding's also `F.embedding`): it may change the input before (an offset of positions, padding), and the output
-    afterwards (a scale, an activation)."""
+    """Whether an embedding's or a convolution's ``forward`` is its own, and calls that of its base by ``super()``, or
+    torch's function: it may change the input before (an offset of positions, padding), and the output afterwards (a
+    scale, an activation)."""
     base = next((one for one in (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, one)), None)
     forward = type(module).forward
     if base is None or forward is base.forward or "forward" in vars(module):
@@ -52,7 +54,13 @@ def calls_function_within(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return calls_base(module) or "embedding" in _names_in(forward)
     is_plain = module.padding_mode == "zeros" and type(module)._conv_forward is base._conv_forward  # type: ignore[attr-defined, union-attr]
-    return is_plain and (calls_base(module) or not CONVOLUTIONS.isdisjoint(type_names(module)))
+    return is_plain and (calls_base(module) or not CONVOLUTION_NAMES.isdisjoint(_names_in(forward)))
+
+
+def may_compute_weight(module: nn.Module) -> bool:
+    """Whether a convolution that `calls_function_within` may multiply by what it makes of its weight at each call: a
+    standardised, rounded or scaled one."""
+    return isinstance(module, nn.modules.conv._ConvNd) and not calls_base(module)
 
 
 def calls_base(module: nn.Module) -> bool:
@@ -77,13 +85,14 @@ class RecordFunctions(TorchFunctionMode):
     def __init__(self, note: Note, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.note, self.modules = note, modules
+        self._computing = {module for module in modules.values() if may_compute_weight(module)}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        is_convolution = func is F.conv1d or func is F.conv2d or func is F.conv3d
+        is_convolution = func in CONVOLUTIONS
         weight: Any = None
         if func is F.linear or func is F.embedding or is_convolution:
             a, weight = args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["weight"]
@@ -91,7 +100,8 @@ class RecordFunctions(TorchFunctionMode):
             weight, a = args[:2]
         if weight is not None:
             for role, module in self.modules.items():
-                if weight is module.weight and not (is_convolution and not _is_as_configured(module, args, kwargs)):
+                is_own = weight is module.weight or (module in self._computing and weight.shape == module.weight.shape)
+                if is_own and not (is_convolution and not _is_as_configured(module, args, kwargs)):
                     return self.note(role, a, output, None)
         return output
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
@@ -19,6 +20,38 @@ from tests.helpers.observing import assert_same, factors, observing
 Wrap = Callable[[nn.Module], nn.Module]
 X = torch.randn(6, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 LAYERS = ["0", "2", "5", "7"]
+
+
+class Standardised(nn.Conv2d):
+    """As in BiT and NFNets."""
+
+    def computed(self) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        return F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.computed(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Rounded(nn.Conv2d):
+    """As in quantisation-aware training: the gradient goes straight through."""
+
+    def computed(self) -> Tensor:
+        return self.weight + (torch.round(8 * self.weight) / 8 - self.weight).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.computed(), self.bias)
+
+
+def as_type(kind: type[nn.Conv2d]) -> Wrap:
+    def wrap(layer: nn.Module) -> nn.Module:
+        if type(layer) is nn.Conv2d:
+            layer.__class__ = kind
+        return layer
+
+    return wrap
+
+
 WRAPS: dict[str, Wrap] = {
     "weight_norm": weight_norm,
     "spectral_norm": spectral_norm,
@@ -26,6 +59,8 @@ WRAPS: dict[str, Wrap] = {
     "weight_norm by a hook": nn.utils.weight_norm,
     "spectral_norm by a hook": nn.utils.spectral_norm,
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),  # type: ignore[no-untyped-call]
+    "standardised": as_type(Standardised),
+    "rounded": as_type(Rounded),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 
@@ -57,7 +92,8 @@ def with_the_weights_of(model: nn.Sequential) -> nn.Sequential:
     plain = net()
     for name in LAYERS:
         layer, own = model.get_submodule(name), plain.get_submodule(name)
-        own.weight.data.copy_(layer.eval().weight)  # type: ignore[operator, union-attr]
+        computed = layer.computed() if isinstance(layer, Standardised | Rounded) else layer.eval().weight
+        own.weight.data.copy_(computed)  # type: ignore[operator, union-attr]
         if own.bias is not None:
             own.bias.data.copy_(layer.bias)  # type: ignore[operator, union-attr]
     return plain
@@ -73,8 +109,9 @@ def test_factors_are_those_of_plain_layers_with_these_weights(name: str) -> None
     torch.testing.assert_close(factors(found), factors(expected), rtol=1e-9, atol=1e-12)
 
 
-def test_the_direction_is_of_the_parameters_own_gradient() -> None:
-    model = net(weight_norm)
+@pytest.mark.parametrize("name", ["weight_norm", "standardised"])
+def test_the_direction_is_of_the_parameters_own_gradient(name: str) -> None:
+    model = net(WRAPS[name])
     found = observing(model, train)
     plain = with_the_weights_of(model)
     expected = observing(plain, train)
@@ -100,9 +137,10 @@ def test_gradients_and_power_iterations_are_those_without_hooks(name: str) -> No
         torch.testing.assert_close(one.grad, other.grad, rtol=0.0, atol=0.0)
 
 
-def test_a_compiled_one_has_the_statistics_of_an_eager_one() -> None:
+@pytest.mark.parametrize("name", ["weight_norm", "standardised", "rounded"])
+def test_a_compiled_one_has_the_statistics_of_an_eager_one(name: str) -> None:
     torch.compiler.reset()
-    model = net(weight_norm)
+    model = net(WRAPS[name])
     compiled = observing(
         copy.deepcopy(model), lambda model: train(torch.compile(model, backend="aot_eager", fullgraph=True))
     )

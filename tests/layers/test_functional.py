@@ -123,16 +123,6 @@ class SameConvolution(nn.Conv2d):
         return F.conv2d(padded, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups).relu()
 
 
-class StandardisedConvolution(nn.Conv2d):
-    """Has no product with its own weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight - self.weight.mean(), self.bias, self.stride)
-
-
-SameConvolution.__module__, SameConvolution.__qualname__ = "timm.layers.conv2d_same", "Conv2dSame"
-
-
 class Outside(nn.Module):
     """The same with a plain convolution."""
 
@@ -171,10 +161,3 @@ def test_convolutions_with_a_forward_of_their_own_train_as_plain_ones(
     assert names == ["0", "1", "3"]
     for p, expected in zip(found, convolved(Outside, statistics=statistics)[1], strict=True):
         torch.testing.assert_close(p, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_a_convolution_that_changes_its_weight_is_left_out() -> None:
-    model = nn.Sequential(StandardisedConvolution(2, 4, 3), nn.Flatten(), nn.Linear(4, 90))
-    curvature = Curvature(model)
-    assert list(curvature.layers) == ["2"]
-    assert "forward of its own" in curvature.left_out["0"]
