@@ -144,13 +144,13 @@ class FactorAccumulator:
         return bool(earlier) and -1 < backward not in earlier and self.has_no_gradient(use.name)
 
     def has_no_gradient(self, name: str) -> bool:
-        """Whether the weight of the module ``name`` has no gradient; False of sharded weights, whose gradient is
+        """Whether the weight's gradient of the module ``name`` is None; False of sharded weights, whose gradient is
         elsewhere between passes."""
         return not self._may_be_sharded and self.uses[name][1].weight.grad is None
 
     def note_gradient(self, name: str, g: Tensor, backward: int) -> None:
-        """Note how many terms the loss of a backward pass, of this number, has: from the gradient ``g`` of an output of
-        `loss_layer`, the module ``name``, where this is not due and others are. The first output counts."""
+        """Note how many terms the loss has, where `loss_layer`, which is ``name``, is not due and others are; of the
+        pass ``backward`` the first output counts, whose gradient is ``g``."""
         number, use = self.uses[name]
         if backward not in self._terms:
             self._terms[backward] = -1, self._layers[number].loss_terms(use.module, g)
@@ -211,8 +211,8 @@ class FactorAccumulator:
         return a if self._may_be_sharded and is_sharded(a) else self._layers[number].subsample_input(a, self.max_rows)
 
     def _use_weight(self, number: int, n_taken: float, n_seen: float) -> tuple[float, float]:
-        """Weight of the gradients of one use of a layer, and the samples that it adds, of ``n_seen`` that it saw and
-        ``n_taken`` whose rows are taken.
+        """Weight of the gradients of one use of a layer, which saw ``n_seen`` samples, of which rows of ``n_taken`` are
+        taken; and the samples that it adds.
 
         G is an expectation over samples of a sum over uses, as it is of a sum over positions in a convolution: the
         uses of one backward pass share their samples, which count once, as those of the use that saw the most, whatever
