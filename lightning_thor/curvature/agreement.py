@@ -40,9 +40,16 @@ class Agreement:
     def reach(
         self, communicator: Communicator, due: Callable[[], Iterable[int]], dismissed: Iterable[int]
     ) -> dict[int, str]:
-        """Agree, if it is time: one small all-gather, and no device sync. ``due`` returns the layers of this refresh,
-        ``dismissed`` are those that are refreshed no more. Returns what `read` does if that waits for no device, else
-        nothing."""
+        """Agree, if it is time: one small all-gather, and no device sync.
+
+        Args:
+            communicator: of all processes.
+            due: returns the numbers of the layers of this refresh.
+            dismissed: numbers of the layers that are refreshed no more.
+
+        Returns:
+            As `read`, if that waits for no device; else nothing.
+        """
         factors, unit = self._factors, self._factors.gradient_unit
         is_first, self.is_reached = not self.is_reached, True
         is_alone = self._is_alone = communicator.world_size == 1

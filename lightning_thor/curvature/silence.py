@@ -22,8 +22,12 @@ class Call(Enum):
 
 
 def why_silent(layer: Layer, call: Call | None) -> str:
-    """Say why a layer that was due had no pair, and what to do; ``call`` is its last one since the step before, None if
-    its module was not called."""
+    """Say why a layer had no pair, and what to do.
+
+    Args:
+        layer: one that was due.
+        call: its last one since the step before; None if its module was not called.
+    """
     has_gradient = any(p.grad is not None for p in layer.parameters)
     if not any(use.trains for use in layer.uses):
         return "frozen since"

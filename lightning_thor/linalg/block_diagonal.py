@@ -49,9 +49,14 @@ class BlockPartition(NamedTuple):
 
 
 def partition(width: int, block_size: int | None, groups: int = 1) -> BlockPartition:
-    """Partition ``groups`` factors of a width into equal blocks of at most ``block_size``; None keeps them whole.
+    """Partition a width into equal blocks.
 
     A size that divides the width is preferred, if it is no smaller than ``block_size // 2``: it needs no padding.
+
+    Args:
+        width: of the factor.
+        block_size: largest size of a block; None keeps the factor whole.
+        groups: number of factors of this width.
 
     >>> partition(100, 128).shape, partition(576, 128).shape, partition(257, 128)
     ((1, 1, 100, 100), (1, 6, 96, 96), BlockPartition(groups=1, width=257, n_blocks=3, size=86))

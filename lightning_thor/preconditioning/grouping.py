@@ -279,9 +279,15 @@ class GroupedLayers(NamedTuple):
 def group_layers(
     layers: Sequence[Layer], pairs: Sequence[FactorPair], polar_layers: Container[str] = ()
 ) -> Iterator[LayerGroup]:
-    """Yield groups, as large as possible, of layers that are alike and whose G of ``pairs`` are adjacent in memory.
+    """Group layers that are alike and whose stored G are adjacent in memory.
 
-    Each layer is in one; those named in ``polar_layers`` share none with others.
+    Args:
+        layers: layers with curvature.
+        pairs: what is stored of each layer's factors.
+        polar_layers: names of the layers that share no group with others.
+
+    Yields:
+        Groups, as large as possible; each layer is in one.
     """
     alike: dict[Hashable, tuple[type[LayerGroup], list[int]]] = {}
     for index, layer in enumerate(layers):
