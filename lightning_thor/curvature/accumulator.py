@@ -99,8 +99,13 @@ class FactorAccumulator:
         return max(-(-self._max_rows // self.reducer.world_size), min(self._max_rows, MIN_ROWS_PER_RANK))
 
     def observe(self, name: str, a: Tensor, g: Tensor) -> None:
-        """Add one call of a layer to the open window, as `lightning_thor.Curvature.observe` does; leave a late pair
-        out, with a warning."""
+        """Add one call of a layer to the open window; leave a late pair out, with a warning.
+
+        Args:
+            name: of the layer, or of another module that is tied to it.
+            a: its input.
+            g: the gradient of the loss, as it was differentiated, with respect to its output.
+        """
         number, use = self.uses[name]
         was_observed = number in self._observed
         self._observed.add(number)

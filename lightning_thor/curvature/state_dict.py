@@ -91,8 +91,11 @@ def _are_costs(costs: Any, n_layers: int) -> bool:
 
 
 def check_layer_tensors(layers: Mapping[str, Mapping[str, Any]], own: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuse tensors of a state's ``layers`` that are of another kind than ``own``, which this curvature would save, of
-    the same layers and shapes; that are not finite; or negative where they count.
+    """Refuse tensors that are of another kind than this curvature's own, not finite, or negative where they count.
+
+    Args:
+        layers: of the state.
+        own: what this curvature would save; of the same layers and shapes.
 
     Raises:
         ValueError: which tensors of which layers, and what to do.
@@ -255,12 +258,15 @@ def load_curvature_state(
 def extended_state(
     state: Mapping[str, Any], fresh: Mapping[str, Any], *, spreads: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """A state with further layers, which are due at its step, and their names.
+    """A state with further layers, which are due at its step.
 
     Args:
         state: of some of the layers.
         fresh: of all of them; taken for those that ``state`` lacks, or has in other shapes.
         spreads: have all layers due, to be spread over the interval anew.
+
+    Returns:
+        The state, and the names of the further layers.
     """
     old, due = state["layers"], {"next_turn": torch.tensor(state["step"], device="cpu")}
     same = {

@@ -240,7 +240,14 @@ class FactorState:
         return self._counts
 
     def count(self, layer: int, rows: float | Tensor, samples: float | Tensor, elements: float) -> None:
-        """Add to a layer's `counts`. Numbers of the host wait there: one operation costs as much as all together."""
+        """Add to a layer's `counts`. Numbers of the host wait there: one operation costs as much as all together.
+
+        Args:
+            layer: its number.
+            rows: rows in A's sum.
+            samples: samples that they belong to.
+            elements: numbers in the layer's input and gradient.
+        """
         waiting = self._host_counts.setdefault(layer, [0.0] * N_COUNTS)
         for column, number in enumerate((rows, samples, elements)):
             if isinstance(number, Tensor):
@@ -346,7 +353,13 @@ class FactorState:
         """tr(F + λI) of some layers as it is, and as the open window would make it; no device sync.
 
         As in THOR's paper (AAAI 2021) tr(A ⊗ G) = tr A · tr G; λ is the product of what is added to A and to G, which
-        under the absolute rules is the damping itself. Arguments are as of `update_ema` and `split_damping`.
+        under the absolute rules is the damping itself.
+
+        Args:
+            index: of the layers.
+            averaging: see `update_ema`.
+            rule: see `split_damping`.
+            damping: see `split_damping`.
 
         Returns:
             Two tensors ``[n]``. The first is 0 for a layer that has no curvature yet; the second is not finite where
@@ -434,10 +447,15 @@ class FactorState:
     # ── inverses ──
 
     def invert(self, index: BlockIndex, rule: DampingRule, damping: float, solve: Solve) -> None:
-        """Invert the averages of some layers by ``solve``, with damping as of `split_damping`; no device sync.
+        """Invert the averages of some layers; no device sync.
 
-        Of layers whose inverses are stored elsewhere only the damping is noted. A block that fails is counted; `_solve`
-        says what it keeps.
+        A block that fails is counted; `_solve` says what it keeps.
+
+        Args:
+            index: of the layers; of those whose inverses are stored elsewhere only the damping is noted.
+            rule: how damping is shared between A and G, see `split_damping`.
+            damping: see `split_damping`.
+            solve: inverts, as `lightning_thor.distributed.shared_inversions.SharedInversions` does.
         """
         updates = self.updates
         for output, table in self._tables.items():

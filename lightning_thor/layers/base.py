@@ -169,8 +169,14 @@ class LayerKind:
         return [matrix[..., :-1], matrix[..., -1]] if layer.with_bias else [matrix]
 
     def fits(self, module: Any, a: Tensor, g: Tensor, *, is_whole: bool = True) -> bool:
-        """False if ``a`` and ``g`` cannot be an input and an output's gradient of the module's weight; ``a`` may be the
-        result of `subsample_input` unless it ``is_whole``."""
+        """False if ``a`` and ``g`` cannot be an input and an output's gradient of the weight.
+
+        Args:
+            module: the one that was called.
+            a: its input.
+            g: the gradient of its output.
+            is_whole: False if ``a`` may be the result of `subsample_input`.
+        """
         return True
 
     def subsample_input(self, a: Tensor, max_rows: int | None) -> Tensor:
@@ -178,7 +184,12 @@ class LayerKind:
         return a
 
     def unsupported_reason(self, module: Any, base: type[nn.Module]) -> str | None:
-        """Why a module has no curvature although this kind serves its type, by the registered ``base``; or None."""
+        """Why a module has no curvature although it is of this kind, or None.
+
+        Args:
+            module: of a type that this kind serves.
+            base: the registered type.
+        """
         for method in self.methods:
             if getattr(type(module), method, None) is not getattr(base, method, None) or method in vars(module):
                 return f"{type_name(module)} has a {method} of its own, which may not be {base.__name__}'s"
@@ -328,8 +339,13 @@ class Layer:
         return self.kind.to_matrix(self, [grad.to(dtype) for grad in grads])
 
     def product(self, left: Tensor, matrix: Tensor, right: Tensor | None) -> Tensor:
-        """``blockdiag(left) @ matrix @ blockdiag(right)`` of ``matrix [groups, out, in]``, a new tensor in its shape.
-        Blocks ``[groups, n_blocks, size, size]`` are in the partitions of G and of A; None stands for the identity."""
+        """``blockdiag(left) @ matrix @ blockdiag(right)``, a new tensor ``[groups, out, in]``.
+
+        Args:
+            left: blocks in the partition of G, ``[groups, n_blocks, size, size]``.
+            matrix: ``[groups, out, in]``.
+            right: blocks in the partition of A; None for the identity.
+        """
         matrix = block_diagonal.left_product(left, matrix, self.G)
         if self.A is None or right is None:
             return matrix

@@ -42,8 +42,16 @@ def can_pass_on(a: Any, output: Any) -> bool:
 
 
 def pass_on(output: Tensor, a: Tensor, number: Tensor) -> Tensor:
-    """A copy of a layer's ``output``, which requires a gradient: whenever that is computed, it goes to the receiver of
-    this number (see `number_of`), with the input ``a``. Inductor does without the copy."""
+    """A layer's output, whose gradient goes to a receiver, with the input, whenever it is computed.
+
+    Args:
+        output: of the layer; it requires a gradient.
+        a: its input.
+        number: see `number_of`.
+
+    Returns:
+        A copy of the output, which inductor does without.
+    """
     passed: Tensor = _PassOn.apply(output, a.detach(), number)  # type: ignore[no-untyped-call]
     return passed
 

@@ -14,8 +14,13 @@ from lightning_thor.layers.patches import Convolution, TransposedConvolution, me
 
 
 def batched(module: Convolution | TransposedConvolution, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """An input and its output's gradient, ``[channels, *space]`` or ``[batch, channels, *space]``, with a batch of one
-    where they have none; torch makes this batch too, so the gradient may have it already."""
+    """A single image as a batch of one; torch makes this batch too, so the gradient may have it already.
+
+    Args:
+        module: a convolution.
+        a: its input, ``[channels, *space]`` or ``[batch, channels, *space]``.
+        g: the gradient of its output, likewise.
+    """
     single = len(module.kernel_size) + 1
     return a[None] if a.dim() == single else a, g[None] if g.dim() == single else g
 

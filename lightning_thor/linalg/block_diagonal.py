@@ -126,8 +126,16 @@ def add_covariance_(into: Tensor, rows: Tensor, blocks: BlockPartition, scale: f
 
 
 def left_product(factor: Tensor, matrix: Tensor, blocks: BlockPartition) -> Tensor:
-    """``blockdiag(factor) @ matrix`` of ``matrix [groups, width, n]``, in its shape; ``factor`` is ``[groups, n_blocks,
-    size, size]``, contiguous, or transposed blocks of a contiguous tensor."""
+    """``blockdiag(factor) @ matrix``.
+
+    Args:
+        factor: ``[groups, n_blocks, size, size]``, contiguous, or transposed blocks of a contiguous tensor.
+        matrix: ``[groups, width, n]``.
+        blocks: the partition of the factor.
+
+    Returns:
+        ``[groups, width, n]``.
+    """
     groups, width, n = matrix.shape
     if blocks.size == 1:
         return factor.reshape(groups, blocks.n_blocks, 1) * matrix
@@ -139,7 +147,16 @@ def left_product(factor: Tensor, matrix: Tensor, blocks: BlockPartition) -> Tens
 
 
 def right_product(matrix: Tensor, factor: Tensor, blocks: BlockPartition) -> Tensor:
-    """``matrix @ blockdiag(factor)`` of ``matrix [groups, m, width]``, in its shape; see `left_product`."""
+    """``matrix @ blockdiag(factor)``.
+
+    Args:
+        matrix: ``[groups, m, width]``.
+        factor: ``[groups, n_blocks, size, size]``, contiguous, or transposed blocks of a contiguous tensor.
+        blocks: the partition of the factor.
+
+    Returns:
+        ``[groups, m, width]``.
+    """
     groups, m, width = matrix.shape
     if blocks.size == 1:
         return matrix * factor.reshape(groups, 1, blocks.n_blocks)

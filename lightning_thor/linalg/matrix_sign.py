@@ -86,12 +86,16 @@ def msign(matrices: Tensor, steps: int = STEPS) -> Tensor:
 
 
 def part_length(width: int, n_blocks: int, size: int) -> int:
-    """Length of the parts of a matrix's smaller side, of this ``width``, that each have a sign of their own: as many
-    whole blocks of the factor on that side, which has ``n_blocks`` of ``size``, as divide it evenly into parts of at
-    most `LARGEST_PART`, but at least one block.
+    """Length of the parts of a matrix's smaller side that each have a sign of their own: as many whole blocks of the
+    factor on that side as divide it evenly into parts of at most `LARGEST_PART`, but at least one block.
 
     The sign of a part of 64 rows costs a fraction of the whole matrix's where this has hundreds, and leads as far
     (figures: benchmarks/default_mode/README.md).
+
+    Args:
+        width: of the side.
+        n_blocks: of the factor.
+        size: of a block.
 
     >>> part_length(512, n_blocks=8, size=64), part_length(96, n_blocks=2, size=48), part_length(24, n_blocks=6, size=4)
     (64, 48, 24)
