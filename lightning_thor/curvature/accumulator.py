@@ -149,13 +149,21 @@ class FactorAccumulator:
         return bool(earlier) and -1 < backward not in earlier and self.has_no_gradient(use.name)
 
     def has_no_gradient(self, name: str) -> bool:
-        """Whether the weight's gradient of the module ``name`` is None; False of sharded weights, whose gradient is
-        elsewhere between passes."""
+        """Whether the weight's gradient is None; False of sharded weights, whose gradient is elsewhere between passes.
+
+        Args:
+            name: of the module.
+        """
         return not self._may_be_sharded and self.uses[name][1].weight.grad is None
 
     def note_gradient(self, name: str, g: Tensor, backward: int) -> None:
-        """Note how many terms the loss has, where `loss_layer`, which is ``name``, is not due and others are; of the
-        pass ``backward`` the first output counts, whose gradient is ``g``."""
+        """Note how many terms the loss has, where `loss_layer` is not due and others are; the first output counts.
+
+        Args:
+            name: `loss_layer`.
+            g: the gradient of its output.
+            backward: the number of the backward pass.
+        """
         number, use = self.uses[name]
         if backward not in self._terms:
             self._terms[backward] = -1, self._layers[number].loss_terms(use.module, g)
@@ -175,10 +183,18 @@ class FactorAccumulator:
         return per_sample / multiplier
 
     def _terms_of_the_loss(self, number: int, name: str, n_seen: float) -> float:
-        """The number of terms in the mean loss, which is ``n_seen`` if the module ``name`` saw all of them: the rows of
-        the output whose gradient comes first in a backward pass, for that output goes into the loss. A layer that saw
-        some of these rows (an expert, a region, masked tokens) is part of the same loss. Each output of the layer that
-        comes first is taken to go into a mean of its own."""
+        """The number of terms in the mean loss: the rows of the output whose gradient comes first in a backward pass,
+        for that output goes into the loss. A layer that saw some of these rows (an expert, a region, masked tokens) is
+        part of the same loss. Each output of the layer that comes first is taken to go into a mean of its own.
+
+        Args:
+            number: of the layer.
+            name: of the module that the pair came from.
+            n_seen: the number of terms, if this module saw all of them.
+
+        Returns:
+            The number of terms.
+        """
         backward = self._backward_pass()
         if backward < 0 or not n_seen:
             return n_seen
@@ -210,20 +226,34 @@ class FactorAccumulator:
         return True
 
     def subsample_input(self, name: str, a: Tensor) -> Tensor:
-        """What has to be stored of the input ``a`` of the module ``name`` until its gradient comes: the rows that are
-        taken, ``[n, in]``, if that is known; else all of it."""
+        """What has to be stored of an input until its gradient comes: only the rows that are taken, if that is known.
+
+        Args:
+            name: of the module.
+            a: its input.
+
+        Returns:
+            Some rows ``[n, in]``, or the input.
+        """
         number, _ = self.uses[name]
         return a if self._may_be_sharded and is_sharded(a) else self._layers[number].subsample_input(a, self.max_rows)
 
     def _use_weight(self, number: int, n_taken: float, n_seen: float) -> tuple[float, float]:
-        """Weight of the gradients of one use of a layer, which saw ``n_seen`` samples, of which rows of ``n_taken`` are
-        taken; and the samples that it adds.
+        """Weight of the gradients of one use of a layer, and the samples that it adds.
 
         G is an expectation over samples of a sum over uses, as it is of a sum over positions in a convolution: the
         uses of one backward pass share their samples, which count once, as those of the use that saw the most, whatever
         their order. So A ⊗ G has the scale of E[Σ_uses gᵤgᵤᵀ ⊗ aᵤaᵤᵀ], whatever the number of uses. A use is weighted
         by the samples that it saw, but for the layer whose outputs the loss is a mean over: there each has its own
         expectation.
+
+        Args:
+            number: of the layer.
+            n_taken: samples that the rows taken belong to.
+            n_seen: samples in all.
+
+        Returns:
+            ``(weight, samples)``.
         """
         backward = self._backward_pass()
         if backward < 0:
@@ -248,7 +278,11 @@ class FactorAccumulator:
         return bool(self._observed)
 
     def copy_window_(self, other: FactorAccumulator) -> None:
-        """Go on with what another accumulator of the same layers, of a copied model, has noted."""
+        """Go on with what another accumulator of the same layers has noted.
+
+        Args:
+            other: of a copied model.
+        """
         self._observed, self._terms, self.loss_layer = set(other._observed), dict(other._terms), other.loss_layer
         self._samples = {number: dict(samples) for number, samples in other._samples.items()}
         self._warned_of_late_pair, self._checked = other._warned_of_late_pair, other._checked
@@ -256,8 +290,11 @@ class FactorAccumulator:
         self.misfits |= other.misfits
 
     def go_on_from(self, other: FactorAccumulator) -> None:
-        """Keep what another accumulator has learnt of some of the layers, which have the same names there, but no
-        window."""
+        """Keep what another accumulator, of some of the layers, has learnt of them, but no window.
+
+        Args:
+            other: its layers have the names that they have here.
+        """
         self.loss_layer, self._warned_of_late_pair = other.loss_layer, other._warned_of_late_pair
         known = {other._layers[number].name for number in other._warned_of_silence}
         self._warned_of_silence = {number for number, layer in enumerate(self._layers) if layer.name in known}
@@ -358,7 +395,12 @@ class FactorAccumulator:
 
 
 def _number(given: Any, option: str, meaning: str) -> float | Tensor:
-    """What a user's function, the ``option`` of this ``meaning``, returned, as a number or a 0-dimensional tensor.
+    """What a user's function returned, as a number or a 0-dimensional tensor.
+
+    Args:
+        given: what it returned.
+        option: its name.
+        meaning: of the number.
 
     Raises:
         TypeError: it is no number.

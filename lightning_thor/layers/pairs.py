@@ -153,8 +153,18 @@ class PairChecks:
         self._drop(number)
 
     def watch(self, name: str, use: WeightProduct, output: Tensor, a: Tensor, pair: Pair) -> bool:
-        """Compare ``pair`` with what its product ``use``, in the graph of a forward pass of the module ``name`` from
-        ``a`` to ``output``, sends to the weight. False if this cannot be: then `add` needs the accumulator."""
+        """Compare with what a product sends to the weight.
+
+        Args:
+            name: of the module.
+            use: the product, in the graph of a forward pass.
+            output: of the module.
+            a: its input.
+            pair: of this product.
+
+        Returns:
+            False if this cannot be: then `add` needs the accumulator.
+        """
         number = self._numbers[name]
         module, is_linear = self._modules[name], self._layers[number].kind.is_linear
         if not is_linear or use.sender is None or use.accumulator.variable._backward_hooks:

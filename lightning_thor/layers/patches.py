@@ -61,8 +61,16 @@ def patches_and_values(
 
 
 def mean_patches(module: Convolution, patched: Tensor, positions: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The mean over all ``positions`` of the output of each sample's patches, without any patch: one pass over the
-    input ``patched [batch, channels, *space]``; ``[groups, channels / groups * kernel, batch]``.
+    """The mean over all positions of each sample's patches, without any patch: one pass over the input.
+
+    Args:
+        module: see `patches_and_values`.
+        patched: see `patches_and_values`.
+        positions: of the output.
+        dtype: of the result.
+
+    Returns:
+        ``[groups, channels / groups * kernel, batch]``.
 
     >>> conv = nn.Conv1d(1, 1, 3, padding=1)
     >>> mean_patches(conv, torch.tensor([[[1.0, 2.0, 6.0]]]), torch.Size([3]), torch.float32)
@@ -123,7 +131,8 @@ def _find_patches(
 
     Args:
         n_samples: samples in the batch.
-        axes: see `_axes_of`.
+        axes: for each axis of space the size of the input and of the output; the kernel's size, stride and dilation;
+            the padding before the input.
         max_lines: lines of the output (all behind one index of the first axis) to take at most; None: all.
         mode: the padding's values, as `nn.Conv2d` names it.
         device: of the indices.

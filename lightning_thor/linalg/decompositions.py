@@ -224,7 +224,10 @@ Solutions = Mapping[int, tuple[Tensor, Tensor]]
 
 
 class Decomposition(NamedTuple):
-    """What is stored per block. Names of other modules say "inverse" for any of the three."""
+    """What is stored per block: its inverse, a Cholesky root of the inverse, or its eigenvectors.
+
+    Names of other modules say "inverse" for any of the three.
+    """
 
     name: str
     """Suffix of the tensors' keys in a checkpoint."""
