@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_thor.block_size.spectral_loss import PartitionFn, spectral_losses
-from lightning_thor.layers.base import Layer
+from lightning_thor.layers.base import Layer, uses_by_caller
 from lightning_thor.layers.discovery import discover_layers, name_some
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.registry import STATISTICS, KfacApprox
@@ -202,7 +202,14 @@ def _observe(
                 into = sums.setdefault(key, rows.new_zeros(wanted[key].shape))
                 add_covariance_(into.view(wanted[key].sums_shape), rows, wanted[key])
 
-    hooks = Hooks([layers[name] for name in names], lambda name: True, observe)
+    hooks = Hooks(
+        {name: use.module for name, (_, use) in uses.items() if use.caller is None},
+        lambda name: True,
+        observe,
+        uses_by_caller(use for _, use in uses.values()),
+        weight_of=lambda name: uses[name][1].weight,
+        needs_returned=lambda name: uses[name][0].needs_returned(uses[name][1]),
+    )
     try:
         with torch.enable_grad():
             loss_of_a_batch().backward()

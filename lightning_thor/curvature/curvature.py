@@ -41,7 +41,7 @@ from lightning_thor.distributed.shared_inversions import SharedInversions
 from lightning_thor.factors.damping import DampingRule
 from lightning_thor.factors.state import ELEMENTS, ROWS, FactorState, Solve, factor_state_of
 from lightning_thor.factors.trace_rule import STOP, UPDATE, decide, trace_rule_of
-from lightning_thor.layers.base import fan_in, weight_of
+from lightning_thor.layers.base import fan_in, uses_by_caller, weight_of
 from lightning_thor.layers.discovery import (
     NOT_TRAINED,
     coverage,
@@ -258,6 +258,7 @@ class Curvature:
 
     def _listen(self) -> Hooks:
         accumulator, schedule = self._accumulator, self._schedule
+        uses = [use for layer in self.layers.values() for use in layer.uses]
         numbers = {name: number for name, (number, _) in accumulator.uses.items()}
 
         def is_due(name: str) -> bool:
@@ -270,12 +271,17 @@ class Curvature:
             return name == accumulator.loss_layer and not self._paused and self.is_listening()
 
         return Hooks(
-            self.layers.values(),
+            {use.name: use.module for use in uses if use.caller is None},
             self._is_open,
             self._observe_pair,
+            uses_by_caller(uses),
             lambda name: accumulator.reducer.expect(numbers[name]),
             subsample_input=accumulator.subsample_input,
             is_due=is_due,
+            weight_of=lambda name: accumulator.uses[name][1].weight,
+            needs_returned={
+                use.name for layer in self.layers.values() for use in layer.uses if layer.needs_returned(use)
+            }.__contains__,
             is_of_loss=is_of_loss,
             note_gradient=accumulator.note_gradient,
             note_unreadable=lambda name: self._calls.update({numbers[name]: Call.UNREADABLE}),

@@ -228,6 +228,15 @@ class ModuleUse:
         return weight
 
 
+def uses_by_caller(uses: Iterable[ModuleUse]) -> dict[nn.Module, dict[str, str]]:
+    """Names of the uses inside modules that multiply by weights without calling a module, by these and by role."""
+    callers: dict[nn.Module, dict[str, str]] = {}
+    for use in uses:
+        if use.caller is not None:
+            callers.setdefault(use.caller, {})[use.role] = use.name
+    return callers
+
+
 @dataclass(frozen=True)
 class Layer:
     """A weight whose gradient, as a matrix ``[groups, out, in]``, is preconditioned to ``G⁻¹ @ grad @ A⁻¹``.

@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import Note, RecordProducts
-from lightning_thor.layers.base import Layer
 from lightning_thor.layers.calls import Calls
 from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
 from lightning_thor.layers.functional import RecordFunctions
@@ -78,18 +77,22 @@ class Hooks:
     nothing unless ``is_open``.
 
     Args:
-        layers: whose pairs are wanted. Modules, and weights inside modules that multiply by them without calling a
-            module (`ModuleUse.caller`), go by the names of their uses. Pairs of an attention are batch first, ``[batch,
-            positions, width]``; those of a recurrent layer are of one step, ``[batch, width]``, or of all steps. Where
-            a layer `needs_returned`, the gradient is the module's output's, whatever it did after its product.
+        modules: the modules to observe, by name.
         is_open: whether the named module is to be observed in the present forward pass.
         listener: called in backward, without autograd, with the name, the input and the output's gradient.
+        callers: names of the weights inside modules that multiply by them without calling a module, by role (see
+            `ModuleUse.role`): attentions, recurrent layers, others.
+            Pairs of an attention are batch first, ``[batch, positions, width]``; those of a recurrent layer are of one
+            step, ``[batch, width]``, or of all steps.
         expect: called in forward with the name, for each pair that backward is to hand over; what it returns is held
             until then, or until the pair's graph is freed: such a pair never comes.
         subsample_input: returns the rows of the named module's input that must be kept; called under autocast, where
             autograd may save a copy in lower precision instead of the input.
         is_due: a cheap first test, run in every forward pass; True whenever ``is_open`` is. A plain function that calls
             no other.
+        weight_of: the weight that the named module multiplies by; by default its ``weight``.
+        needs_returned: whether the gradient is wanted of the named module's output, whatever it did after its product
+            with the weight.
         is_of_loss: whether the gradient of the named module's output is to be noted in this forward pass (of a compiled
             one asked in backward), where ``is_due`` is true and ``is_open`` is not.
         note_gradient: called in backward with the name of such a module, this gradient and the number of the pass.
@@ -108,12 +111,15 @@ class Hooks:
 
     def __init__(
         self,
-        layers: Iterable[Layer],
+        modules: Mapping[str, nn.Module],
         is_open: NamePredicate,
         listener: Callable[[str, Tensor, Tensor], None],
+        callers: Mapping[nn.Module, Mapping[str, str]] | None = None,
         expect: Callable[[str], object] = lambda name: None,
         subsample_input: Callable[[str, Tensor], Tensor] = lambda name, a: a,
         is_due: NamePredicate = lambda name: True,
+        weight_of: Callable[[str], Tensor | None] | None = None,
+        needs_returned: NamePredicate = lambda name: False,
         is_of_loss: NamePredicate = lambda name: False,
         note_gradient: Callable[[str, Tensor, int], None] = lambda name, g, backward: None,
         note_unreadable: Callable[[str], None] = lambda name: None,
@@ -135,15 +141,8 @@ class Hooks:
         self._is_open, self._is_due = is_open, skip(is_due)
         self._is_of_loss, self._note_gradient = is_of_loss, note_gradient
         self._note_unreadable, self._note_changed = note_unreadable, note_changed
-        self._checks, self._has_no_gradient = checks, has_no_gradient
-        uses = [(layer, use) for layer in layers for use in layer.uses]
-        self._uses = {use.name: use for _, use in uses}
-        self._needs_returned = {use.name for layer, use in uses if layer.needs_returned(use)}
-        callers: dict[nn.Module, dict[str, str]] = {}
-        """Names of the weights inside modules that multiply by them, by these and by role."""
-        for _, use in uses:
-            if use.caller is not None:
-                callers.setdefault(use.caller, {})[use.role] = use.name
+        self._weight_of = weight_of or (lambda name: getattr(modules.get(name), "weight", None))
+        self._needs_returned, self._checks, self._has_no_gradient = needs_returned, checks, has_no_gradient
         self._waiting: dict[Pair, None] = {}
         """Pairs that have a gradient, of a graph that is kept."""
         self._handed_over: Pair | None = None
@@ -153,13 +152,12 @@ class Hooks:
         owner = _Unpickled()
         # Before a user's hooks, which may change the output: a compiled graph does not show what it was.
         self._handles: list[RemovableHandle] = [
-            use.module.register_forward_hook(
-                MethodType(self._forward_hook(name, use.module), owner), with_kwargs=True, prepend=True
+            module.register_forward_hook(
+                MethodType(self._forward_hook(name, module), owner), with_kwargs=True, prepend=True
             )
-            for name, use in self._uses.items()
-            if use.caller is None
+            for name, module in modules.items()
         ]
-        for caller, names in callers.items():
+        for caller, names in (callers or {}).items():
             before, after = self._caller_hooks(names, caller)
             self._handles.append(caller.register_forward_pre_hook(MethodType(before, owner)))
             # Always called: a forward pass that fails must not leave its recording open.
@@ -334,7 +332,7 @@ class Hooks:
 
     def _pair_steps(self, names: Iterable[str], inputs: Any, outputs: Any) -> None:
         """Hand over each product of a recurrent layer's forward pass with one of the named weights."""
-        weights = {name: self._uses[name].weight for name in names}
+        weights = {name: weight for name in names if (weight := self._weight_of(name)) is not None}
         with torch._C.DisableTorchFunctionSubclass():
             for name, steps in products_in(outputs, inputs, weights).items():
                 self._pair_together(name, steps)
@@ -365,9 +363,9 @@ class Hooks:
         if not is_readable(a):
             self._note_unreadable(name)
             return
-        weight = self._uses[name].weight
+        weight = self._weight_of(name)
         with torch._C.DisableTorchFunctionSubclass():
-            use = find_product(output, weight)
+            use = None if weight is None else find_product(output, weight)
             if use is None and not (isinstance(output, Tensor) and output.requires_grad):
                 return
             given, a = a, as_plain_tensor(a)
@@ -386,7 +384,7 @@ class Hooks:
             pair.promise = self._expect(name)
             # Not with the node of the use, which would hold on to the graph that holds this.
             on_gradient = self._on_gradient(pair, accumulator)
-            if use is not None and arrange is None and name not in self._needs_returned:
+            if use is not None and arrange is None and not self._needs_returned(name):
                 before_product(use, rows, on_gradient)
             else:
                 before_backward_of(output, on_gradient)
@@ -406,7 +404,8 @@ class Hooks:
             if self._is_of_loss(name):
                 self._note_gradient(name, g, outermost_pass())
             return
-        accumulator = accumulator_of(self._uses[name].weight)
+        weight = self._weight_of(name)
+        accumulator = None if weight is None else accumulator_of(weight)
         waiting = (pair for pair in self._waiting if pair.is_of(name, a))
         pair = next(waiting, None) or Pair(name, a, self._projected(name, a, accumulator), None)
         self._on_gradient(pair, accumulator)(g)
@@ -466,9 +465,9 @@ class Hooks:
     def _forget_dropped(self, new: Pair) -> None:
         """Forget the gradients of earlier backward passes that pairs of the weight of ``new`` wait with: the weight's
         own was set to None since."""
-        weight, under_way = self._uses[new.name].weight, outermost_pass(new.forward_within)
+        weight, under_way = self._weight_of(new.name), outermost_pass(new.forward_within)
         for pair in [pair for pair in self._waiting if pair.backward_pass != under_way]:
-            if self._uses[pair.name].weight is weight:
+            if self._weight_of(pair.name) is weight:
                 self._waiting.pop(pair)
                 pair.g, pair.backward_pass = None, -1
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor
 from lightning_thor.factors.layout import SIDES
+from lightning_thor.layers.base import uses_by_caller
 from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.hooks import Hooks
 from tests.helpers.boring import assert_bitwise
@@ -91,9 +92,10 @@ def pairs_of(attention: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
     layers, _ = discover_layers(attention, block_size=None, precondition_bias=False)
     hooks = Hooks(
-        layers.values(),
+        {},
         lambda name: True,
         lambda name, a, g: seen.setdefault(name, []).append((a.detach().clone(), g.clone())),
+        uses_by_caller(use for layer in layers.values() for use in layer.uses),
     )
     loss(attention).backward()
     hooks.remove()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_thor import Curvature
 from lightning_thor.layers.base import subsample
-from lightning_thor.layers.discovery import discover_layers
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.weight_product import MOST_NODES
 from tests.helpers.observing import assert_same, observing
@@ -159,16 +158,15 @@ def test_statistics_are_float32_under_autocast(dtype: torch.dtype) -> None:
 def test_the_listener_is_called_without_autocast_and_without_gradients() -> None:
     """Backward inside the autocast context would otherwise compute statistics in bfloat16."""
     layer, seen = nn.Linear(5, 3), []
-    layers, _ = discover_layers(layer, block_size=None, precondition_bias=False)
     hooks = Hooks(
-        layers.values(),
+        {"layer": layer},
         lambda name: True,
         lambda name, a, g: seen.append((name, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled())),
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(X.float()).sum().backward()
     hooks.remove()
-    assert seen == [("", False, False)]
+    assert seen == [("layer", False, False)]
 
 
 def test_inputs_are_let_go_of_after_backward() -> None:

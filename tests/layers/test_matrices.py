@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_thor import Curvature, Thor, register_layer
 from lightning_thor.factors.layout import SIDES
 from lightning_thor.layers import registry
+from lightning_thor.layers.base import uses_by_caller
 from lightning_thor.layers.discovery import discover_layers, matrix_layers
 from lightning_thor.layers.hooks import Hooks
 from lightning_thor.layers.matrices import MatricesKind
@@ -298,7 +299,7 @@ def test_the_pairs_of_an_expert_make_its_gradient(name: str) -> None:
         found[layers[name].param_slice] += g.reshape(-1, OUT).T @ a.reshape(-1, IN)
 
     layers, _ = discover_layers(model, block_size=None, precondition_bias=True)
-    hooks = Hooks(layers.values(), lambda name: True, add)
+    hooks = Hooks({}, lambda name: True, add, uses_by_caller(layer.uses[0] for layer in layers.values()))
     model(torch.randn(N, 5, IN, dtype=torch.float64)).square().sum().backward()
     torch.testing.assert_close(found, model.stack.grad)
     hooks.remove()
