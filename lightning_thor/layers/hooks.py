@@ -16,7 +16,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_thor.layers.attention import Note, RecordProducts
 from lightning_thor.layers.calls import Calls
-from lightning_thor.layers.compiled import Receiver, can_pass_on, guard_hooks, not_alone, number_of, pass_on
+from lightning_thor.layers.compiled import (
+    TRACES_MODES,
+    Receiver,
+    can_pass_on,
+    guard_hooks,
+    not_alone,
+    number_of,
+    pass_on,
+)
 from lightning_thor.layers.functional import RecordFunctions
 from lightning_thor.layers.matrices import RecordMatrices
 from lightning_thor.layers.pairs import Arrange, Pair, PairChecks, as_plain_tensor, is_readable
@@ -284,6 +292,7 @@ class Hooks:
         elif children or isinstance(owner, nn.Embedding | nn.modules.conv._ConvNd):
             traced = RecordFunctions(note, children or {"weight": owner})
         record = traced or (None if isinstance(owner, Recurrent) else RecordMatrices(note, owner))
+        traced = traced if TRACES_MODES else None
         own, graphs, is_due = ref(self), self.graphs, self._is_due
         calls = Calls()
         self._calls.append(calls)

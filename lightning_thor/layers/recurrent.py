@@ -24,6 +24,8 @@ from lightning_thor.layers.weight_product import accumulates, backward_pass, bef
 
 Recurrent = nn.RNNBase | nn.RNNCellBase
 LIBRARIES = ("cudnn", "mkldnn")
+IS_SUPPORTED = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+"""Whether torch says if what autograd saves goes through hooks, as it does from 2.8 on."""
 
 
 class RecurrentKind(ProjectionKind):
@@ -36,6 +38,8 @@ class RecurrentKind(ProjectionKind):
     def unsupported_reason(self, module: Any, base: type[nn.Module]) -> str | None:
         """A subclass may change what it hands to the base's ``forward``, and what comes back: its products are found in
         autograd's graph."""
+        if not IS_SUPPORTED:
+            return f"curvature of recurrent layers needs torch 2.8 or newer, this is {torch.__version__}"
         return None if calls_base(module) else LayerKind.unsupported_reason(self, module, base)
 
     def n_parts(self, module: Any, shape: torch.Size) -> int:

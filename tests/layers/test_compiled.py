@@ -136,6 +136,20 @@ def test_a_whole_compiled_model_has_the_statistics_of_an_eager_one(name: str, ba
     assert found.left_out == {}
 
 
+def test_where_the_compiler_takes_no_modes_weights_that_are_not_called_are_not_observed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before torch 2.6, whose compiler ends with an error where a hook enters one."""
+    monkeypatch.setattr("lightning_thor.layers.hooks.TRACES_MODES", False)
+    model, x = model_of("attention")
+    curvature = Curvature(model, update_every_n_steps=1)
+    plain(whole(model), x)
+    with pytest.warns(UserWarning, match="8 of 12 layers with curvature were not observed"):
+        curvature.update()
+    observed = [name for name, n in zip(curvature.layers, curvature.factors.updates.tolist(), strict=True) if n]
+    assert observed == [name for name in curvature.layers if "proj" not in name]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("first", ["the model", "another of its class", "its curvature"])
 def test_whatever_was_compiled_before(first: str, backend: str) -> None:

@@ -591,3 +591,11 @@ def test_under_autocast_its_statistics_are_near_those_of_float32(kind: Any, dtyp
             torch.testing.assert_close(
                 rounded[name][side], factors[side], rtol=0.1, atol=0.03 * float(factors[side].max())
             )
+
+
+def test_it_has_none_where_torch_does_not_say_what_autograd_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.8."""
+    monkeypatch.setattr("lightning_thor.layers.recurrent.IS_SUPPORTED", False)
+    curvature = Curvature(Classifier(nn.LSTM(WIDTH, HIDDEN), HIDDEN))
+    assert list(curvature.layers) == ["head"]
+    assert "needs torch 2.8 or newer" in curvature.left_out["recurrent.weight_hh_l0"]
