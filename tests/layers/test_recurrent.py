@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_thor import Curvature, Thor
 from lightning_thor.layers.discovery import discover_layers
-from lightning_thor.layers.recurrent import StepGradients, WithoutLibraries
+from lightning_thor.layers.recurrent import IS_SUPPORTED, StepGradients, WithoutLibraries
 
+pytestmark = pytest.mark.skipif(not IS_SUPPORTED, reason="needs torch 2.8 or newer")
 WIDTH, HIDDEN = 5, 6
 GATES: dict[type[nn.Module], int] = {nn.RNN: 1, nn.LSTM: 4, nn.GRU: 3}
 
