@@ -76,7 +76,7 @@ class RecordProducts(TorchFunctionMode):
         def recording(projections: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
             def record(q: Tensor, k: Tensor, v: Tensor, *weights: Any) -> tuple[Tensor, ...]:
                 outputs = projections(q, k, v, *weights)
-                noted = zip(ROLES, (q, k, v), outputs, strict=False)
+                noted = zip(ROLES[:3], (q, k, v), outputs, strict=True)
                 return tuple([self._noted(role, a, output) for role, a, output in noted])
 
             return record

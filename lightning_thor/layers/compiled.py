@@ -21,9 +21,9 @@ Receiver = Callable[[Tensor, Tensor], None]
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
-TRACES_MODES = torch.__version__ >= "2.8"
-"""Whether the compiler takes a mode of torch's functions that a hook enters, and all that it does. Where it does not,
-weights that are used inside a module without a call are not observed in compiled graphs."""
+TRACES_MODES = torch.__version__ >= "2.6"
+"""Whether the compiler takes a mode of torch's functions that a hook enters. Where it does not, weights that are used
+inside a module without a call are not observed in compiled graphs."""
 
 _receivers: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
 _numbers = count()

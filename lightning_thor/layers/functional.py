@@ -85,7 +85,7 @@ class RecordFunctions(TorchFunctionMode):
     def __init__(self, note: Note, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.note, self.modules = note, modules
-        self._computing = {module for module in modules.values() if may_compute_weight(module)}
+        self._may_compute = {role: may_compute_weight(module) for role, module in modules.items()}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -100,7 +100,7 @@ class RecordFunctions(TorchFunctionMode):
             weight, a = args[:2]
         if weight is not None:
             for role, module in self.modules.items():
-                is_own = weight is module.weight or (module in self._computing and weight.shape == module.weight.shape)
+                is_own = weight is module.weight or (self._may_compute[role] and weight.shape == module.weight.shape)
                 if is_own and not (is_convolution and not _is_as_configured(module, args, kwargs)):
                     return self.note(role, a, output, None)
         return output

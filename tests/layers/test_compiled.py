@@ -139,7 +139,7 @@ def test_a_whole_compiled_model_has_the_statistics_of_an_eager_one(name: str, ba
 def test_where_the_compiler_takes_no_modes_weights_that_are_not_called_are_not_observed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before torch 2.8, whose compiler ends with an error where a hook enters one."""
+    """Before torch 2.6, whose compiler ends with an error where a hook enters one."""
     monkeypatch.setattr("lightning_thor.layers.hooks.TRACES_MODES", False)
     model, x = model_of("attention")
     curvature = Curvature(model, update_every_n_steps=1)
