@@ -48,8 +48,9 @@ def why_silent(layer: Layer, call: Call | None) -> str:
         )
     if call is Call.OBSERVED and has_gradient and layer.is_within_its_module and layer.kind is not RECURRENT:
         return (
-            "no product with it was seen (its forward must hand the weight itself to torch's function, not another "
-            "that it computes from it, and be called outside of torch.func and vmap)"
+            "no product with it was seen (its forward must hand the weight itself to torch's function, not another, "
+            "unless it is a convolution and computes that from the weight, in its shape; and be called outside of "
+            "torch.func and vmap)"
         )
     if call is Call.OBSERVED:
         return (

@@ -211,7 +211,7 @@ class ModuleUse:
     """The weight's part in ``caller``: one of `lightning_thor.layers.attention.ROLES`, the parameter's name, or see
     `lightning_thor.layers.matrices.role_of`."""
     is_computed: bool = False
-    """The module computes its weight at each call, from this parameter of the same shape."""
+    """The module may compute its weight at each call, from this parameter of the same shape."""
 
     @property
     def trains(self) -> bool:

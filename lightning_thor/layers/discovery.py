@@ -321,7 +321,7 @@ def _check(
         return "not in the optimizer in part"
     if weight.numel() == 0:
         return "empty weight"
-    # What a forward of one's own does cannot be compared with the gradient of a parameter that it computes from.
+    # Where a weight is computed before the forward, one of its own is refused: no gradient tells what it does.
     check = LayerKind if use.is_computed and use.caller is not module else type(kind)
     reason = check.unsupported_reason(kind, module, base)
     return reason or (kind if weight.is_floating_point() else f"weight of dtype {weight.dtype}")

@@ -100,7 +100,11 @@ class RecordFunctions(TorchFunctionMode):
             weight, a = args[:2]
         if weight is not None:
             for role, module in self.modules.items():
-                is_own = weight is module.weight or (self._may_compute[role] and weight.shape == module.weight.shape)
+                # Not a fixed weight beside its own.
+                is_made_of_own = (
+                    self._may_compute[role] and weight.requires_grad and weight.shape == module.weight.shape
+                )
+                is_own = weight is module.weight or is_made_of_own
                 if is_own and not (is_convolution and not _is_as_configured(module, args, kwargs)):
                     return self.note(role, a, output, None)
         return output

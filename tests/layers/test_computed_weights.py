@@ -147,6 +147,25 @@ def test_a_compiled_one_has_the_statistics_of_an_eager_one(name: str) -> None:
     assert_same(compiled, observing(model, train))
 
 
+class Beside(nn.Conv2d):
+    """Multiplies by a fixed weight too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fixed = F.conv2d(0.5 * x, torch.ones_like(self.weight), None, self.stride, self.padding)
+        return fixed + F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+def test_a_fixed_weight_of_the_same_shape_is_not_taken_for_it() -> None:
+    averages = []
+    for kind in (Beside, nn.Conv2d):
+        torch.manual_seed(3)
+        # The first layer, so that the fixed product has a gradient too.
+        curvature = observing(nn.Sequential(nn.Conv2d(3, 3, 1), kind(3, 4, 3, padding=1)).double(), train)
+        averages.append(curvature.factors.blocks(1, "A", "average"))
+    assert averages[1].any()
+    torch.testing.assert_close(averages[0], averages[1], rtol=1e-9, atol=1e-12)
+
+
 class Doubled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2.0 * weight
