@@ -59,7 +59,7 @@ WITHOUT_NUMBERS := benchmarks block_size distributed examples fsdp trainer relia
 long: $(INSTALLED)  ## What takes minutes: resumes, torch's compiler, several processes, architectures of transformers
 	$(BIN)/python -m pytest -m long tests
 
-fuzz: $(INSTALLED)  ## Thousands of drawn cases where the tests draw a hundred (an hour)
+fuzz: $(INSTALLED)  ## Thousands of drawn cases where the tests draw some tens (an hour)
 	LIGHTNING_THOR_FUZZ=1 $(BIN)/python -m pytest -m fuzz tests
 
 soak: $(INSTALLED)  ## 20,000 steps in each mode, 200 fits, 360 kills at random moments (hours)

@@ -43,6 +43,7 @@ from tests.helpers.sharded_workers import (
     Words,
     consolidated,
     fully_shard,
+    marked,
     ranks,
     results_folder,
     train,
@@ -120,16 +121,19 @@ def test_layers_that_are_unfrozen_after_a_validation_have_curvature_beside_the_o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("training", "first_step"), [("four", 1), ("four_resumed", 5)])
 @pytest.mark.parametrize(
-    ("suffix", "options"),
-    [("", {"max_epochs": 3}), ("_polar", {"mode": "polar"}), ("_adam", {"mode": "adam", "max_epochs": 3})],
+    ("training", "first_step", "options"),
+    marked(
+        *((f"four{end}", step, {"max_epochs": 3}) for end, step in (("", 1), ("_resumed", 5))),
+        *((f"four_polar{end}", step, {"mode": "polar"}) for end, step in (("", 1), ("_resumed", 5))),
+        *((f"four_adam{end}", step, {"mode": "adam", "max_epochs": 3}) for end, step in (("", 1), ("_resumed", 5))),
+    ),
 )
 def test_four_ranks_with_uneven_and_empty_shards_are_one_device_and_go_on_from_checkpoints_of_two(
-    tmp_path: Path, training: str, first_step: int, suffix: str, options: dict[str, Any]
+    tmp_path: Path, training: str, first_step: int, options: dict[str, Any]
 ) -> None:
     alone = one_device(tmp_path, **options)
-    found = ranks(training.replace("four", f"four{suffix}"))
+    found = ranks(training)
     assert (0, 12) in found[3]["shards"]  # of a table with five rows
     for result in found:
         assert (result["world_size"], result["steps"][0]) == (4, first_step)
@@ -150,10 +154,11 @@ def test_a_trial_of_block_sizes_runs_the_shards_and_leaves_no_trace(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", ["natural", "adam_rule", "auto", "unfrozen", "adam_unfrozen"])
+@pytest.mark.parametrize("training", marked("few", "adam_rule_few", "auto_few", "unfrozen_few", "adam_unfrozen_few"))
 def test_ranks_that_store_half_of_the_inverses_train_as_ranks_that_store_all(training: str) -> None:
-    found = ranks("few" if training == "natural" else f"{training}_few")
-    (expected, _), layers = ranks(training), [result["curvature"]["layers"] for result in found]
+    found = ranks(training)
+    expected, _ = ranks("natural" if training == "few" else training.removesuffix("_few"))
+    layers = [result["curvature"]["layers"] for result in found]
     for result in found:
         torch.testing.assert_close(state(result, "curvature"), state(expected, "curvature"), rtol=1e-9, atol=1e-9)
         assert_bitwise(state(result, "curvature"), state(found[0], "curvature"))
@@ -202,11 +207,11 @@ def test_a_step_sends_rows_there_and_back_and_sums_all_norms_at_once(training: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", ["", "irregular_", "growing_"])
+@pytest.mark.parametrize("training", marked("in_buckets", "irregular_in_buckets", "growing_in_buckets"))
 def test_how_factors_travel_changes_no_number(training: str) -> None:
     """In a bucket for each layer from backward on, or at once in the step; layers that are used 0 to 2 times;
     windows of one micro-batch, and then of two, the first of which must not take the second for late."""
-    for result, plain in zip(ranks(f"{training}in_buckets"), ranks(f"{training}in_the_step"), strict=True):
+    for result, plain in zip(ranks(training), ranks(training.replace("buckets", "the_step")), strict=True):
         assert_bitwise(state(result), state(plain))
         assert not any(call["in_backward"] for call in only("all_reduce", plain["collectives"]))
 
@@ -278,7 +283,7 @@ def test_an_overflow_in_the_first_step_after_a_resume_is_forgotten_too() -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("resumed", "unbroken"),
-    [
+    marked(
         ("resumed", "natural"),
         ("unused_resumed", "unused"),
         ("one_file_resumed", "one_file"),
@@ -287,7 +292,7 @@ def test_an_overflow_in_the_first_step_after_a_resume_is_forgotten_too() -> None
         ("auto_resumed", "auto"),
         ("few_resumed", "few"),
         ("adam_rule_few_resumed", "adam_rule_few"),
-    ],
+    ),
 )
 def test_a_resumed_run_is_bitwise_the_unbroken_one(resumed: str, unbroken: str) -> None:
     """Of a folder, also where parameters never had a gradient, and of one file; all between refreshes."""
@@ -385,7 +390,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, clean_proces
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [*MODULES, "alone_grouped_of_old"])
+@pytest.mark.parametrize("training", marked(*MODULES, "alone_grouped_of_old"))
 def test_a_checkpoint_of_one_device_goes_on_with_two_ranks(training: str) -> None:
     """Whatever the groups of parameters, and with a layer that does not train or has had no gradient yet."""
     (unbroken,) = ranks(training.removesuffix("_of_old"))
@@ -417,7 +422,9 @@ def test_one_file_of_two_ranks_goes_on_on_one_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("searching", "plain"), [("searching", "natural"), ("searching_in_one_file", "one_file")])
+@pytest.mark.parametrize(
+    ("searching", "plain"), marked(("searching", "natural"), ("searching_in_one_file", "one_file"))
+)
 def test_a_fit_after_a_search_for_a_learning_rate_is_the_fit_without_it(searching: str, plain: str) -> None:
     for result, expected in zip(ranks(searching), ranks(plain), strict=True):
         assert len(result["collectives"]) > len(expected["collectives"])

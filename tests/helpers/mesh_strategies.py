@@ -103,7 +103,7 @@ LEGS: dict[str, list[Leg]] = {
     "adam_few": [FEW_TP_FSDP._replace(in_one_file=False), FEW_HSDP, FSDP._replace(inverse_workers=1), ALONE],
 }
 
-LONG = ("adam_files", "polar_folders", "adam_few")
+LONG = ("adam_files", "polar_folders", "polar_few", "adam_few")
 """Of the tests that are marked long: the ways of others in another mode."""
 
 TRIALS = {f"auto_{name}": [leg._replace(block_size="auto")] for name, leg in (("tp", TP), ("hsdp", HSDP))}

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -305,6 +306,20 @@ FOUR: dict[str, Callable[[Path], Result]] = {
     "four_resumed": sharded(QUARTERS, max_epochs=3, resume="natural"),
     "four_polar_resumed": sharded(QUARTERS, mode="polar", strategy=consolidated, resume="polar"),
 }
+LONG = (
+    *(f"alone_{name}{ends}" for name in ("adam", "grouped_polar", "unused") for ends in ("", "_goes_on")),
+    *(f"full_disk_of_{name}" for name in ("the_last_rank", "metadata", "ddp")),
+    *(f"four_{name}" for name in ("polar", "adam_resumed", "polar_resumed")),
+    *("adam_unfrozen", "adam_unfrozen_few", "auto_few", "unused_resumed", "searching_in_one_file"),
+    *("growing_in_buckets", "growing_in_the_step"),
+)
+"""Of the tests that are marked long: other combinations of what the other tests hold."""
+
+
+def marked(*cases: Any) -> list[Any]:
+    """Parameters of tests, of which the first or only one names a training; those of `LONG` trainings marked so."""
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*one, marks=[pytest.mark.long] if one[0] in LONG else []) for one in values]
 
 
 ONCE_MORE = "Once more from"
@@ -317,24 +332,25 @@ def work(folder: Path, names: Sequence[str]) -> None:
         torch.save(result, folder / f"{name}-{os.environ['RANK']}.pt")
 
 
-@functools.lru_cache(maxsize=1)
-def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
-    """The folder with the results of all trainings (it goes with the cache), and what the processes printed."""
+@functools.lru_cache
+def launched(without: tuple[str, ...]) -> tuple[tempfile.TemporaryDirectory[str], str]:
+    """The folder with the results of all trainings but some (it goes with the cache), and what was printed."""
     folder = tempfile.TemporaryDirectory(prefix="lightning_thor_sharded_")
-    printed = run_forked(__file__, folder.name)[1]
+    printed = run_forked(__file__, folder.name, *without)[1]
     if ONCE_MORE in printed:
         warnings.warn(f"A rank crashed: ...{printed.split(ONCE_MORE)[0][-6000:]}", stacklevel=1)
     return folder, printed
 
 
 def results_folder() -> Path:
-    return Path(launched()[0].name)
+    return Path(launched(LONG)[0].name)
 
 
 def ranks(name: str) -> list[Result]:
     """What the training ``name`` gave on each rank."""
-    files = [results_folder() / f"{name}-{rank}.pt" for rank in range(1 if name in ONE else 2 if name in TWO else 4)]
-    assert all(file.is_file() for file in files), f"{name!r} did not end. They printed: ...{launched()[1][-6000:]}"
+    folder, printed = launched(() if name in LONG else LONG)
+    files = [Path(folder.name) / f"{name}-{rank}.pt" for rank in range(1 if name in ONE else 2 if name in TWO else 4)]
+    assert all(file.is_file() for file in files), f"{name!r} did not end. They printed: ...{printed[-6000:]}"
     return [torch.load(file, weights_only=True) for file in files]
 
 
@@ -357,4 +373,4 @@ def work_through(folder: Path, n_ranks: int, names: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     for n, trainings in ((1, ONE), (2, TWO), (4, FOUR)):
-        work_through(Path(sys.argv[1]), n, list(trainings))
+        work_through(Path(sys.argv[1]), n, [name for name in trainings if name not in sys.argv[2:]])

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.fuzz, pytest.mark.filterwarnings("ignore")]
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 draws = settings(
-    max_examples=5000 if os.environ.get("LIGHTNING_THOR_FUZZ") == "1" else 100, suppress_health_check=list(HealthCheck)
+    max_examples=5000 if os.environ.get("LIGHTNING_THOR_FUZZ") == "1" else 50, suppress_health_check=list(HealthCheck)
 )
 
 
