@@ -23,9 +23,10 @@ from lightning_thor.distributed.communicator import SingleProcess, WorkerGrid
 from lightning_thor.distributed.shared_directions import SharedDirections
 from lightning_thor.trainer.start_report import curvature_report, curvature_table
 from tests.helpers.boring import assert_bitwise, without_words
-from tests.helpers.distributed_workers import ROWS, Module, fit, four_ranks, results_folder, two_ranks
+from tests.helpers.distributed_workers import LONG, ROWS, Module, fit, four_ranks, results_folder, two_ranks
 from tests.helpers.distributed_workers import state as strategy_state
 from tests.helpers.fakes import FakeCommunicator, Place, on_ranks
+from tests.helpers.marks import marked
 
 N, WIDTH, VOCABULARY = 12, 8, 7
 LAYOUTS = [(2, 1), (3, 1), (4, 2)]
@@ -473,20 +474,22 @@ def test_a_factor_that_became_zero_keeps_its_inverse_but_not_through_a_checkpoin
 # ── real processes ──
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "expected"),
-    [
-        ("one", "halves"),
-        ("one_resumed", "halves"),
-        ("one_from_all", "halves"),
-        ("all_from_one", "halves"),
-        ("one_polar", "polar"),
-        ("one_staggered", "staggered"),
-        ("one_trace_rule", "trace_rule"),
-        ("one_quarters", "quarters"),
-        ("one_nobody", "all_nobody"),
-    ],
+    marked(
+        [
+            ("one", "halves"),
+            ("one_resumed", "halves"),
+            ("one_from_all", "halves"),
+            ("all_from_one", "halves"),
+            ("one_polar", "polar"),
+            ("one_staggered", "staggered"),
+            ("one_trace_rule", "trace_rule"),
+            ("one_quarters", "quarters"),
+            ("one_nobody", "all_nobody"),
+        ],
+        LONG,
+    ),
 )
 def test_two_ranks_that_keep_half_of_the_inverses_each_train_as_two_that_keep_all(training: str, expected: str) -> None:
     """Resumed ones too, from checkpoints that lack half of them, or have all; with layers that no rank uses."""
@@ -532,8 +535,7 @@ def test_each_step_sends_one_message_in_a_group_of_its_own() -> None:
         assert all(call["own_group"] and not call["in_backward"] for call in directions)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("training", ["four_one", "four_two", "four_two_polar", "four_two_resumed"])
+@pytest.mark.parametrize("training", marked(["four_one", "four_two", "four_two_polar", "four_two_resumed"], LONG))
 def test_four_ranks_train_as_one_whoever_keeps_the_inverses(training: str, tmp_path: Path) -> None:
     mode = "polar" if training.endswith("polar") else "natural"
     epochs = 3 if training.endswith("resumed") else 2

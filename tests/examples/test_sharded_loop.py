@@ -25,12 +25,12 @@ def run_loops(loops: list[tuple[int, list[str]]]) -> None:
 def test_the_loop_over_meshes_learns_as_one_process(tmp_path: Path, mode: str) -> None:
     """Shards and tensor parallelism on 4 ranks, then tensor parallelism alone, then shards and replicas; float32 over
     other sums rounds otherwise."""
-    steps, folder = ["--mode", mode, "--steps", "4"], ["--checkpoint", str(tmp_path / "saved")]
+    steps, folder = ["--mode", mode, "--steps", "10"], ["--checkpoint", str(tmp_path / "saved")]
     loops = [
         (4, ["--shard", "2", "--tensor", "2", *steps, *folder]),
         (2, ["--tensor", "2", *steps, *folder]),
         (4, ["--replicate", "2", "--shard", "2", *steps, *folder]),
-        (1, ["--mode", mode, "--steps", "12"]),
+        (1, ["--mode", mode, "--steps", "30"]),
     ]
     _, printed = run_forked(partial(run_loops, loops))
     losses = [[float(loss) for loss in re.findall(r"loss ([\d.]+)", part)] for part in printed.split("run\n")[1:]]

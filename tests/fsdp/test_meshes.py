@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lightning_thor import Curvature
 from lightning_thor.distributed.dtensor import boxes_of
 from tests.helpers import mesh_strategies
 from tests.helpers.boring import assert_bitwise
+from tests.helpers.marks import marked
 from tests.helpers.mesh_strategies import LEGS, TRIALS, legs, unbroken
 from tests.helpers.mesh_workers import IN_BFLOAT16, LONG, PLAIN, TRAININGS, Case, Text, train, trained
 
@@ -34,13 +35,7 @@ def alone(case: Case) -> dict[str, Any]:
     return train(case._replace(shape=(1, 1, 1), sequence=False, begins_over=None))
 
 
-def marked(names: Iterable[str], plain: Sequence[str], long: Sequence[str]) -> list[Any]:
-    """Parameters of tests, all but the ``plain`` ones marked as slow or as long."""
-    marks = dict.fromkeys(plain, ()) | dict.fromkeys(long, (pytest.mark.slow, pytest.mark.long))
-    return [pytest.param(one, marks=marks.get(one, pytest.mark.slow)) for one in names]
-
-
-@pytest.mark.parametrize("name", marked(TRAININGS, PLAIN, LONG))
+@pytest.mark.parametrize("name", marked(TRAININGS, LONG, PLAIN))
 def test_a_training_over_a_mesh_is_that_of_one_process(name: str) -> None:
     """Weights, momentum or moments, factors and what is stored of them; replicas are equal bitwise."""
     found, expected = trained(name), alone(TRAININGS[name])
@@ -120,7 +115,7 @@ def test_a_trial_of_block_sizes_leaves_no_trace_over_any_mesh(tmp_path: Path, na
             torch.testing.assert_close(result[part], expected[part], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", marked(LEGS, (), mesh_strategies.LONG))
+@pytest.mark.parametrize("name", marked(LEGS, mesh_strategies.LONG))
 def test_a_training_that_moves_to_another_mesh_after_each_epoch_is_the_unbroken_one(tmp_path: Path, name: str) -> None:
     """One device, DDP, shards, replicas and tensor parallelism, with groups that are not in the model's order."""
     found, expected = legs(name), unbroken(tmp_path, name)

@@ -32,9 +32,11 @@ from lightning_thor.trainer.start_report import curvature_table
 from tests.helpers.boring import Boring, assert_bitwise, quiet, without_words
 from tests.helpers.distributed_workers import ROWS, Result, batch, fit, one_rank, only, state, whole
 from tests.helpers.launching import ROOT
+from tests.helpers.marks import marked
 from tests.helpers.sharded_workers import (
     BF16,
     KL,
+    LONG,
     MODULES,
     Normed,
     Searching,
@@ -43,7 +45,6 @@ from tests.helpers.sharded_workers import (
     Words,
     consolidated,
     fully_shard,
-    marked,
     ranks,
     results_folder,
     train,
@@ -120,13 +121,15 @@ def test_layers_that_are_unfrozen_after_a_validation_have_curvature_beside_the_o
     assert_bitwise(state(validated), state(plain))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "first_step", "options"),
     marked(
-        *((f"four{end}", step, {"max_epochs": 3}) for end, step in (("", 1), ("_resumed", 5))),
-        *((f"four_polar{end}", step, {"mode": "polar"}) for end, step in (("", 1), ("_resumed", 5))),
-        *((f"four_adam{end}", step, {"mode": "adam", "max_epochs": 3}) for end, step in (("", 1), ("_resumed", 5))),
+        [
+            *((f"four{end}", step, {"max_epochs": 3}) for end, step in (("", 1), ("_resumed", 5))),
+            *((f"four_polar{end}", step, {"mode": "polar"}) for end, step in (("", 1), ("_resumed", 5))),
+            *((f"four_adam{end}", step, {"mode": "adam", "max_epochs": 3}) for end, step in (("", 1), ("_resumed", 5))),
+        ],
+        LONG,
     ),
 )
 def test_four_ranks_with_uneven_and_empty_shards_are_one_device_and_go_on_from_checkpoints_of_two(
@@ -154,7 +157,9 @@ def test_a_trial_of_block_sizes_runs_the_shards_and_leaves_no_trace(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", marked("few", "adam_rule_few", "auto_few", "unfrozen_few", "adam_unfrozen_few"))
+@pytest.mark.parametrize(
+    "training", marked(["few", "adam_rule_few", "auto_few", "unfrozen_few", "adam_unfrozen_few"], LONG)
+)
 def test_ranks_that_store_half_of_the_inverses_train_as_ranks_that_store_all(training: str) -> None:
     found = ranks(training)
     expected, _ = ranks("natural" if training == "few" else training.removesuffix("_few"))
@@ -207,7 +212,7 @@ def test_a_step_sends_rows_there_and_back_and_sums_all_norms_at_once(training: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", marked("in_buckets", "irregular_in_buckets", "growing_in_buckets"))
+@pytest.mark.parametrize("training", marked(["in_buckets", "irregular_in_buckets", "growing_in_buckets"], LONG))
 def test_how_factors_travel_changes_no_number(training: str) -> None:
     """In a bucket for each layer from backward on, or at once in the step; layers that are used 0 to 2 times;
     windows of one micro-batch, and then of two, the first of which must not take the second for late."""
@@ -284,14 +289,17 @@ def test_an_overflow_in_the_first_step_after_a_resume_is_forgotten_too() -> None
 @pytest.mark.parametrize(
     ("resumed", "unbroken"),
     marked(
-        ("resumed", "natural"),
-        ("unused_resumed", "unused"),
-        ("one_file_resumed", "one_file"),
-        ("polar_resumed", "polar"),
-        ("adam_resumed", "adam"),
-        ("auto_resumed", "auto"),
-        ("few_resumed", "few"),
-        ("adam_rule_few_resumed", "adam_rule_few"),
+        [
+            ("resumed", "natural"),
+            ("unused_resumed", "unused"),
+            ("one_file_resumed", "one_file"),
+            ("polar_resumed", "polar"),
+            ("adam_resumed", "adam"),
+            ("auto_resumed", "auto"),
+            ("few_resumed", "few"),
+            ("adam_rule_few_resumed", "adam_rule_few"),
+        ],
+        LONG,
     ),
 )
 def test_a_resumed_run_is_bitwise_the_unbroken_one(resumed: str, unbroken: str) -> None:
@@ -390,7 +398,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, clean_proces
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", marked(*MODULES, "alone_grouped_of_old"))
+@pytest.mark.parametrize("training", marked([*MODULES, "alone_grouped_of_old"], LONG))
 def test_a_checkpoint_of_one_device_goes_on_with_two_ranks(training: str) -> None:
     """Whatever the groups of parameters, and with a layer that does not train or has had no gradient yet."""
     (unbroken,) = ranks(training.removesuffix("_of_old"))
@@ -423,7 +431,7 @@ def test_one_file_of_two_ranks_goes_on_on_one_device(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("searching", "plain"), marked(("searching", "natural"), ("searching_in_one_file", "one_file"))
+    ("searching", "plain"), marked([("searching", "natural"), ("searching_in_one_file", "one_file")], LONG)
 )
 def test_a_fit_after_a_search_for_a_learning_rate_is_the_fit_without_it(searching: str, plain: str) -> None:
     for result, expected in zip(ranks(searching), ranks(plain), strict=True):

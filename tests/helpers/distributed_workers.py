@@ -515,13 +515,20 @@ NAMED_ONLY: dict[str, Callable[[Path], Result]] = {
     "three_of_four": training(QUARTERS, strategy=keeping(3)),
     "dies": training(fail=dies, strategy=in_buckets),
 }
+LONG = (
+    *("one_from_all", "one_polar", "one_staggered", "one_quarters", "unfrozen_twice", "unfrozen_one"),
+    *("static", "polar_view", "polar_view_ddp", "unequal_text", "unequal_text_ddp"),
+    *("four_two_polar", "four_one"),
+)
+"""Of the tests that are marked long: other combinations of what the other tests hold."""
 
 
-@functools.lru_cache(maxsize=1)
-def launched() -> tuple[tempfile.TemporaryDirectory[str], str]:
-    """The folder with the results of all trainings (it goes with the cache), and what the two processes printed."""
+@functools.lru_cache
+def launched(without: tuple[str, ...]) -> tuple[tempfile.TemporaryDirectory[str], str]:
+    """The folder with the results of all trainings but some (it goes with the cache), and what two ranks printed."""
     folder = tempfile.TemporaryDirectory(prefix="lightning_thor_two_ranks_")
-    return folder, run_forked(__file__, folder.name)[1]
+    names = [name for name in all_trainings()[0] if name not in without]
+    return folder, run_forked(__file__, folder.name, *names)[1]
 
 
 def torchrun(n_ranks: int, folder: Path, *names: str) -> tuple[int, str]:
@@ -530,16 +537,17 @@ def torchrun(n_ranks: int, folder: Path, *names: str) -> tuple[int, str]:
     return run([*launcher, __file__, str(folder), *names], TWO_RANKS=str(results_folder()))
 
 
-@functools.lru_cache(maxsize=1)
-def launched_four() -> tuple[tempfile.TemporaryDirectory[str], int, str]:
+@functools.lru_cache
+def launched_four(without: tuple[str, ...]) -> tuple[tempfile.TemporaryDirectory[str], int, str]:
     """As `launched`, for those on four ranks, which are forked; with the exit status."""
     folder = tempfile.TemporaryDirectory(prefix="lightning_thor_four_ranks_")
-    return folder, *run_forked(__file__, folder.name, *all_trainings()[1], TWO_RANKS=str(results_folder()), FORKED="4")
+    names = [name for name in all_trainings()[1] if name not in without]
+    return folder, *run_forked(__file__, folder.name, *names, TWO_RANKS=str(results_folder()), FORKED="4")
 
 
 def four_ranks(name: str) -> list[Result]:
     """What the training ``name`` gave on each of four ranks."""
-    folder, _, printed = launched_four()
+    folder, _, printed = launched_four(() if name in LONG else LONG)
     return results(Path(folder.name), name, 4, printed)
 
 
@@ -553,12 +561,13 @@ def results(folder: Path, name: str, n_ranks: int, printed: str) -> list[Result]
 
 def results_folder() -> Path:
     """Where the two ranks put their results and checkpoints."""
-    return Path(launched()[0].name)
+    return Path(launched(LONG)[0].name)
 
 
 def two_ranks(name: str) -> list[Result]:
     """What the training ``name`` gave on rank 0 and on rank 1."""
-    return results(results_folder(), name, 2, launched()[1])
+    folder, printed = launched(() if name in LONG else LONG)
+    return results(Path(folder.name), name, 2, printed)
 
 
 def one_rank(folder: Path, **options: Any) -> Result:

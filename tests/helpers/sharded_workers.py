@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -314,13 +313,6 @@ LONG = (
     *("growing_in_buckets", "growing_in_the_step"),
 )
 """Of the tests that are marked long: other combinations of what the other tests hold."""
-
-
-def marked(*cases: Any) -> list[Any]:
-    """Parameters of tests, of which the first or only one names a training; those of `LONG` trainings marked so."""
-    values = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*one, marks=[pytest.mark.long] if one[0] in LONG else []) for one in values]
-
 
 ONCE_MORE = "Once more from"
 

@@ -14,6 +14,7 @@ from lightning_thor import Curvature
 from lightning_thor.distributed.factor_reducer import by_size
 from tests.helpers.boring import assert_bitwise, without_words
 from tests.helpers.distributed_workers import (
+    LONG,
     Module,
     four_ranks,
     launched_four,
@@ -34,7 +35,7 @@ from tests.helpers.two_nodes import two_nodes
 
 @pytest.mark.slow
 def test_four_ranks_are_one_and_go_on_from_a_checkpoint_of_two(tmp_path: Path) -> None:
-    _, status, printed = launched_four()
+    _, status, printed = launched_four(LONG)
     assert status == 0, printed[-6000:]
     alone = one_rank(tmp_path, max_epochs=3)
     for name, first_step in (("four", 1), ("four_resumed", 5)):

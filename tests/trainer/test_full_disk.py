@@ -14,7 +14,8 @@ from lightning_thor import ThorDDPStrategy, ThorModelParallelStrategy
 from tests.helpers.boring import trainer
 from tests.helpers.distributed_workers import ROWS
 from tests.helpers.full_disks import SavesOntoAFullDisk, full_disk
-from tests.helpers.sharded_workers import Sharded, marked, ranks
+from tests.helpers.marks import marked
+from tests.helpers.sharded_workers import LONG, Sharded, ranks
 
 pytestmark = pytest.mark.usefixtures("clean_process")
 
@@ -85,7 +86,9 @@ def test_a_file_takes_the_place_of_a_folder_of_shards_and_back_but_of_no_other_f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", marked("full_disk_of_shards", "full_disk_of_metadata", "full_disk_of_the_last_rank"))
+@pytest.mark.parametrize(
+    "name", marked(["full_disk_of_shards", "full_disk_of_metadata", "full_disk_of_the_last_rank"], LONG)
+)
 def test_all_ranks_raise_and_go_on_with_the_checkpoint_before(name: str) -> None:
     for result in ranks(name):
         assert result["error"] is not None
@@ -94,7 +97,7 @@ def test_all_ranks_raise_and_go_on_with_the_checkpoint_before(name: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", marked("full_disk_of_one_file", "full_disk_of_ddp"))
+@pytest.mark.parametrize("name", marked(["full_disk_of_one_file", "full_disk_of_ddp"], LONG))
 def test_a_rank_that_did_not_write_raises_too(name: str) -> None:
     first, second = ranks(name)
     assert "No space left on device" in first["error"]

@@ -20,6 +20,7 @@ from lightning_thor import Curvature, ThorCallback, ThorDDPStrategy, ThorModelPa
 from tests.helpers.boring import assert_bitwise, quiet, without_words
 from tests.helpers.distributed_workers import (
     HALVES,
+    LONG,
     ROWS,
     Module,
     Net,
@@ -32,6 +33,7 @@ from tests.helpers.distributed_workers import (
     state,
     two_ranks,
 )
+from tests.helpers.marks import marked
 from tests.helpers.text_trainings import T5, Text, train, with_gradients_times, without_running_means
 
 needs_transformers = pytest.mark.skipif(
@@ -234,22 +236,25 @@ def test_all_ranks_take_the_block_size_that_rank_0_chose() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "expected"),
-    [
-        ("halves", "halves_ddp"),
-        ("buckets", "halves_ddp"),
-        ("split", "halves_ddp"),
-        ("static", "halves_ddp"),
-        ("irregular", "irregular_ddp"),  # layers that are used 0 to 3 times, other on each rank
-        ("micro_batches_in_buckets", "quarters"),
-        # gradient_as_bucket_view; in ddp too, since products may round by where in memory a gradient lies.
-        ("view", "view_ddp"),
-        ("polar_view", "polar_view_ddp"),
-        ("compressed", "compressed_ddp"),
-        ("crossed", "crossed_ddp"),
-        ("all_at_once", "all_at_once_ddp"),
-        ("overflow", "overflow_ddp"),
-        ("unequal_text", "unequal_text_ddp"),
-    ],
+    marked(
+        [
+            ("halves", "halves_ddp"),
+            ("buckets", "halves_ddp"),
+            ("split", "halves_ddp"),
+            ("static", "halves_ddp"),
+            ("irregular", "irregular_ddp"),  # layers that are used 0 to 3 times, other on each rank
+            ("micro_batches_in_buckets", "quarters"),
+            # gradient_as_bucket_view; in ddp too, since products may round by where in memory a gradient lies.
+            ("view", "view_ddp"),
+            ("polar_view", "polar_view_ddp"),
+            ("compressed", "compressed_ddp"),
+            ("crossed", "crossed_ddp"),
+            ("all_at_once", "all_at_once_ddp"),
+            ("overflow", "overflow_ddp"),
+            ("unequal_text", "unequal_text_ddp"),
+        ],
+        LONG,
+    ),
 )
 def test_how_factors_travel_changes_no_number(training: str, expected: str) -> None:
     """In buckets or at once, from backward or from the step, with each option of DDP: thor_ddp is bitwise ddp."""

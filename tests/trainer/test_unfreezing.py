@@ -18,6 +18,7 @@ from lightning_thor.layers import discovery
 from lightning_thor.trainer.unfreezing import warn_of_layers_without_optimizer
 from tests.helpers.boring import Boring, assert_bitwise, callback_of, everything, trainer
 from tests.helpers.distributed_workers import (
+    LONG,
     Unfreezing,
     UnfreezingInABatch,
     UnfreezingTwice,
@@ -25,6 +26,7 @@ from tests.helpers.distributed_workers import (
     state,
     two_ranks,
 )
+from tests.helpers.marks import marked
 
 BACKBONE = ["net.0", "net.2"]
 ALL = [*BACKBONE, "net.4", "net.5", "net.7"]
@@ -176,8 +178,7 @@ def test_a_layer_that_comes_within_a_window_is_taken_at_the_next_one(tmp_path: P
     assert_bitwise(callback_of(found).curvature.factors.updates, torch.ones(5))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("training", ["unfrozen", "unfrozen_ddp", "unfrozen_twice", "unfrozen_one"])
+@pytest.mark.parametrize("training", marked(["unfrozen", "unfrozen_ddp", "unfrozen_twice", "unfrozen_one"], LONG))
 def test_two_ranks_are_one_rank(training: str, tmp_path: Path) -> None:
     """Gradients of layers that begin to train are averaged as all others, and all ranks have their curvature."""
     without = ["curvature"] if training == "unfrozen_one" else []  # of which each rank stores a part
