@@ -75,8 +75,8 @@ def matrix_layers(model: nn.Module, without: Container[nn.Parameter] = ()) -> li
 
 
 def _is_one_matrix(use: ModuleUse, kind: LayerKind) -> bool:
-    """Whether a module's own parameter is one matrix, as that of a linear layer."""
-    return isinstance(kind, MatricesKind) and use.param_slice is None
+    """Whether a module's own parameter is one matrix, as that of a linear layer, whatever its forward is."""
+    return kind is CONVOLUTION or (isinstance(kind, MatricesKind) and use.param_slice is None)
 
 
 def discover_layers(

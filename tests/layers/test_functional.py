@@ -93,6 +93,11 @@ class PaddedConvolution(nn.Conv2d):
         return super().forward(F.pad(x, (0, 1, 0, 1))).relu()
 
 
+def test_one_that_comes_last_is_the_output_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), PaddedConvolution(4, 4, 3), PaddedConvolution(4, 3, 3))
+    assert Curvature(model, mode="polar").polar_layers == {"0", "1"}
+
+
 class ByItsRows(PaddedConvolution):
     """Registered with rows of the module's own input and output."""
 
