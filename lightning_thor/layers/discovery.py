@@ -21,6 +21,7 @@ from lightning_thor.layers.base import Layer, LayerKind, ModuleUse, type_name
 from lightning_thor.layers.conv import CONVOLUTION
 from lightning_thor.layers.embedding import EMBEDDING
 from lightning_thor.layers.functional import calls_function_within, children_used_by, may_compute_weight
+from lightning_thor.layers.linear import LINEAR
 from lightning_thor.layers.matrices import MatricesKind, matrices_of, role_of
 from lightning_thor.layers.recurrent import Recurrent, weight_names
 from lightning_thor.layers.registry import EXPAND, KfacApprox, find_kind, unsupported_reason
@@ -76,7 +77,7 @@ def matrix_layers(model: nn.Module, without: Container[nn.Parameter] = ()) -> li
 
 def _is_one_matrix(use: ModuleUse, kind: LayerKind) -> bool:
     """Whether a module's own parameter is one matrix, as that of a linear layer, whatever its forward is."""
-    return kind is CONVOLUTION or (isinstance(kind, MatricesKind) and use.param_slice is None)
+    return kind in (LINEAR, CONVOLUTION) or (isinstance(kind, MatricesKind) and use.param_slice is None)
 
 
 def discover_layers(
@@ -200,7 +201,7 @@ def _uses(model: nn.Module) -> Iterator[ModuleUse]:
             yield from _matrices(name, module, found[0])
             continue
         # A user's kind is told the module's own input and output.
-        if found is not None and found[0] in (CONVOLUTION, EMBEDDING) and calls_function_within(module):
+        if found is not None and found[0] in (CONVOLUTION, EMBEDDING, LINEAR) and calls_function_within(module):
             yield ModuleUse(name, module, caller=module, role="weight", is_computed=may_compute_weight(module))
             continue
         parents.update((child, (module, role)) for role, child in children_used_by(module).items())

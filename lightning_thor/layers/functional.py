@@ -46,7 +46,9 @@ def children_used_by(module: nn.Module) -> dict[str, nn.Module]:
 def calls_function_within(module: nn.Module) -> bool:
     """Whether an embedding's or a convolution's ``forward`` is its own, and calls that of its base by ``super()``, or
     torch's function: it may change the input before (an offset of positions, padding), and the output afterwards (a
-    scale, an activation)."""
+    scale, an activation). Of linear layers those that `has_mask`."""
+    if has_mask(module):
+        return True
     base = next((one for one in (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, one)), None)
     forward = type(module).forward
     if base is None or forward is base.forward or "forward" in vars(module):
@@ -57,10 +59,20 @@ def calls_function_within(module: nn.Module) -> bool:
     return is_plain and (calls_base(module) or not CONVOLUTION_NAMES.isdisjoint(_names_in(forward)))
 
 
+def has_mask(module: nn.Module) -> bool:
+    """Whether a linear layer has a buffer of its weight's shape, and a ``forward`` of its own that calls `F.linear`: it
+    masks its weight, as those of autoregressive networks and flows do."""
+    forward = type(module).forward
+    if not isinstance(module, nn.Linear) or forward is nn.Linear.forward or "forward" in vars(module):
+        return False
+    shape = torch.Size((module.out_features, module.in_features))
+    return "linear" in _names_in(forward) and any(one.shape == shape for one in module.buffers(recurse=False))
+
+
 def may_compute_weight(module: nn.Module) -> bool:
-    """Whether a convolution that `calls_function_within` may multiply by what it makes of its weight at each call: a
+    """Whether a layer that `calls_function_within` may multiply by what it makes of its weight at each call: a masked,
     standardised, rounded or scaled one."""
-    return isinstance(module, nn.modules.conv._ConvNd) and not calls_base(module)
+    return has_mask(module) or (isinstance(module, nn.modules.conv._ConvNd) and not calls_base(module))
 
 
 def calls_base(module: nn.Module) -> bool:

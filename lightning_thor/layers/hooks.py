@@ -289,7 +289,7 @@ class Hooks:
         children = {role: child for role, child in owner.named_children() if role in names}
         if isinstance(owner, nn.MultiheadAttention):
             traced = RecordProducts(note)
-        elif children or isinstance(owner, nn.Embedding | nn.modules.conv._ConvNd):
+        elif children or isinstance(owner, nn.Embedding | nn.Linear | nn.modules.conv._ConvNd):
             traced = RecordFunctions(note, children or {"weight": owner})
         record = traced or (None if isinstance(owner, Recurrent) else RecordMatrices(note, owner))
         traced = traced if TRACES_MODES else None

@@ -43,10 +43,22 @@ class Rounded(nn.Conv2d):
         return self._conv_forward(x, self.computed(), self.bias)
 
 
-def as_type(kind: type[nn.Conv2d]) -> Wrap:
+class Masked(nn.Linear):
+    """As in autoregressive networks and flows."""
+
+    def computed(self) -> Tensor:
+        return self.mask * self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.computed(), self.bias)
+
+
+def as_type(kind: type[nn.Conv2d] | type[nn.Linear]) -> Wrap:
     def wrap(layer: nn.Module) -> nn.Module:
-        if type(layer) is nn.Conv2d:
+        if type(layer) is kind.__base__:
             layer.__class__ = kind
+        if isinstance(layer, Masked):
+            layer.register_buffer("mask", torch.arange(layer.weight.numel()).view_as(layer.weight) % 3 > 0)
         return layer
 
     return wrap
@@ -61,6 +73,7 @@ WRAPS: dict[str, Wrap] = {
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),  # type: ignore[no-untyped-call]
     "standardised": as_type(Standardised),
     "rounded": as_type(Rounded),
+    "masked": as_type(Masked),
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 
@@ -92,7 +105,7 @@ def with_the_weights_of(model: nn.Sequential) -> nn.Sequential:
     plain = net()
     for name in LAYERS:
         layer, own = model.get_submodule(name), plain.get_submodule(name)
-        computed = layer.computed() if isinstance(layer, Standardised | Rounded) else layer.eval().weight
+        computed = layer.computed() if isinstance(layer, Standardised | Rounded | Masked) else layer.eval().weight
         own.weight.data.copy_(computed)  # type: ignore[operator, union-attr]
         if own.bias is not None:
             own.bias.data.copy_(layer.bias)  # type: ignore[operator, union-attr]
@@ -109,7 +122,7 @@ def test_factors_are_those_of_plain_layers_with_these_weights(name: str) -> None
     torch.testing.assert_close(factors(found), factors(expected), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["weight_norm", "standardised"])
+@pytest.mark.parametrize("name", ["weight_norm", "standardised", "masked"])
 def test_the_direction_is_of_the_parameters_own_gradient(name: str) -> None:
     model = net(WRAPS[name])
     found = observing(model, train)
@@ -137,7 +150,7 @@ def test_gradients_and_power_iterations_are_those_without_hooks(name: str) -> No
         torch.testing.assert_close(one.grad, other.grad, rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("name", ["weight_norm", "standardised", "rounded"])
+@pytest.mark.parametrize("name", ["weight_norm", "standardised", "rounded", "masked"])
 def test_a_compiled_one_has_the_statistics_of_an_eager_one(name: str) -> None:
     torch.compiler.reset()
     model = net(WRAPS[name])
