@@ -47,7 +47,8 @@ def damped_inverses(blocks: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(inverses [n, d, d], succeeded [n])``. ``succeeded`` is False, and the inverse meaningless, for a block that
-        is indefinite or not finite, and for a block of zeros whose damping is not positive.
+        is indefinite or holds NaN, and for a block of zeros whose damping is not positive. An infinite block, which no
+        average is, may be inverted to zeros.
 
     >>> inverses, succeeded = damped_inverses(torch.diag(torch.tensor([3.0, 1.0]))[None], torch.tensor([1.0]))
     >>> inverses[0].diagonal(), succeeded
