@@ -51,7 +51,7 @@ unit: $(INSTALLED)  ## Tests and doctests in two processes; PYTEST_ARGS="-m 'not
 OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1
 WITHOUT_NUMBERS := benchmarks block_size distributed examples fsdp trainer reliability/test_composed.py reliability/test_killed_in_a_save.py \
 	reliability/test_resumes.py reliability/test_other_resumes.py reliability/test_fuzz.py reliability/test_models.py \
-	layers/test_compiled.py layers/test_embeddings.py layers/test_functional.py layers/test_pairs.py factors/test_trace_rule.py \
+	layers/test_compiled.py layers/test_embeddings.py layers/test_functional.py factors/test_trace_rule.py \
 	curvature/test_copies.py curvature/test_damage.py curvature/test_no_sync.py curvature/test_include.py test_trust.py mindspore/test_mindspore_arguments.py \
 	mindspore/test_mindspore_docs.py test_bad_options.py test_code_blocks.py test_floors.py test_package.py test_public_addresses.py test_readme.py \
 	test_schedules.py
