@@ -125,9 +125,13 @@ def test_layers_that_are_unfrozen_after_a_validation_have_curvature_beside_the_o
     ("training", "first_step", "options"),
     marked(
         [
-            *((f"four{end}", step, {"max_epochs": 3}) for end, step in (("", 1), ("_resumed", 5))),
-            *((f"four_polar{end}", step, {"mode": "polar"}) for end, step in (("", 1), ("_resumed", 5))),
-            *((f"four_adam{end}", step, {"mode": "adam", "max_epochs": 3}) for end, step in (("", 1), ("_resumed", 5))),
+            (f"four{mode}{end}", first_step, options)
+            for mode, options in (
+                ("", {"max_epochs": 3}),
+                ("_polar", {"mode": "polar"}),
+                ("_adam", {"mode": "adam", "max_epochs": 3}),
+            )
+            for end, first_step in (("", 1), ("_resumed", 5))
         ],
         LONG,
     ),
@@ -156,7 +160,6 @@ def test_a_trial_of_block_sizes_runs_the_shards_and_leaves_no_trace(tmp_path: Pa
 # ── what lies and travels where ──
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "training", marked(["few", "adam_rule_few", "auto_few", "unfrozen_few", "adam_unfrozen_few"], LONG)
 )
@@ -211,7 +214,6 @@ def test_a_step_sends_rows_there_and_back_and_sums_all_norms_at_once(training: s
         assert norms == [len(result["weights"])] * 4 * n_steps
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("training", marked(["in_buckets", "irregular_in_buckets", "growing_in_buckets"], LONG))
 def test_how_factors_travel_changes_no_number(training: str) -> None:
     """In a bucket for each layer from backward on, or at once in the step; layers that are used 0 to 2 times;
@@ -285,7 +287,6 @@ def test_an_overflow_in_the_first_step_after_a_resume_is_forgotten_too() -> None
 # ── checkpoints ──
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("resumed", "unbroken"),
     marked(
@@ -397,7 +398,6 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, clean_proces
     torch.testing.assert_close(state(resumed), state(unbroken), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("training", marked([*MODULES, "alone_grouped_of_old"], LONG))
 def test_a_checkpoint_of_one_device_goes_on_with_two_ranks(training: str) -> None:
     """Whatever the groups of parameters, and with a layer that does not train or has had no gradient yet."""
@@ -429,7 +429,6 @@ def test_one_file_of_two_ranks_goes_on_on_one_device(tmp_path: Path) -> None:
     torch.testing.assert_close(state(resumed), state(unbroken), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("searching", "plain"), marked([("searching", "natural"), ("searching_in_one_file", "one_file")], LONG)
 )

@@ -85,7 +85,6 @@ def test_a_file_takes_the_place_of_a_folder_of_shards_and_back_but_of_no_other_f
     assert sorted(one.name for one in path.parent.iterdir()) == ["last.ckpt"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", marked(["full_disk_of_shards", "full_disk_of_metadata", "full_disk_of_the_last_rank"], LONG)
 )
@@ -96,7 +95,6 @@ def test_all_ranks_raise_and_go_on_with_the_checkpoint_before(name: str) -> None
         assert result["step_of_last"] == [1, 1, 3, 3]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", marked(["full_disk_of_one_file", "full_disk_of_ddp"], LONG))
 def test_a_rank_that_did_not_write_raises_too(name: str) -> None:
     first, second = ranks(name)

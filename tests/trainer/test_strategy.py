@@ -233,7 +233,6 @@ def test_all_ranks_take_the_block_size_that_rank_0_chose() -> None:
 # ── buckets that start in backward ──
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "expected"),
     marked(
