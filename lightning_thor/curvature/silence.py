@@ -48,9 +48,9 @@ def why_silent(layer: Layer, call: Call | None) -> str:
         )
     if call is Call.OBSERVED and has_gradient and layer.is_within_its_module and layer.kind is not RECURRENT:
         return (
-            "no product with it was seen (its forward must hand the weight itself to torch's function, not another, "
-            "unless it is a convolution, or a linear layer with a mask, and computes that from the weight, in its "
-            "shape; and be called outside of torch.func and vmap)"
+            "no product with it was seen (its forward must call torch's function, outside of torch.func and vmap, with "
+            "the weight itself and not another; a convolution or a masked linear layer may also call it with what it "
+            "computes from the weight, in its shape)"
         )
     if call is Call.OBSERVED:
         return (

@@ -46,7 +46,7 @@ def children_used_by(module: nn.Module) -> dict[str, nn.Module]:
 def calls_function_within(module: nn.Module) -> bool:
     """Whether an embedding's or a convolution's ``forward`` is its own, and calls that of its base by ``super()``, or
     torch's function: it may change the input before (an offset of positions, padding), and the output afterwards (a
-    scale, an activation). Of linear layers those that `has_mask`."""
+    scale, an activation). A linear layer does if it `has_mask`."""
     if has_mask(module):
         return True
     base = next((one for one in (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, one)), None)
